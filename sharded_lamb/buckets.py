@@ -1,0 +1,152 @@
+"""Flat memory: parameters as views of buckets, and the slices of state that this rank keeps beside them.
+
+A bucket's parameters are views of one flat tensor, so the all-gather writes straight into them. Strides
+are kept (channels_last stays so): what is flat is memory order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sharded_lamb.kernels import FlatShard
+from sharded_lamb.layout import BLOCK, Bucket, Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """The dtypes of one bucket. float64 parameters are computed and kept in float64 throughout."""
+
+    model: torch.dtype
+    master: torch.dtype
+    state: torch.dtype
+    wire: torch.dtype
+    compute: torch.dtype
+
+    @staticmethod
+    def of(
+        model: torch.dtype, master: torch.dtype, state: torch.dtype, reduce: torch.dtype | None
+    ) -> "Precision":
+        if model == torch.float64:
+            return Precision(model, model, model, reduce or model, model)
+        return Precision(model, master, state, reduce or model, torch.float32)
+
+
+def memory_strides(p: Tensor) -> tuple[int, ...]:
+    """The strides of ``p`` where its elements fill memory without gaps, else contiguous ones."""
+    expected = 1
+    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return torch.empty(p.shape, device="meta").stride()
+        expected *= size
+    return tuple(p.stride())
+
+
+def flattened(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """``tensor`` as one run in the memory order that ``strides`` give it; a copy only where it lies otherwise."""
+    if tensor.numel() and tensor.stride() != strides:
+        tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(
+            tensor
+        )
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+class FlatBucket:
+    """One bucket's memory on this rank. Construction moves the parameters' values into it."""
+
+    def __init__(
+        self,
+        plan: Bucket,
+        params: Sequence[Tensor],
+        precision: Precision,
+        shard_rank: int,
+        device: torch.device,
+    ) -> None:
+        self.plan, self.params, self.precision = plan, list(params), precision
+        self.strides = [memory_strides(p) for p in params]
+        self.segments = plan.segments(shard_rank)
+        self.flat = torch.zeros(plan.numel, dtype=precision.model, device=device)
+        self.low, self.high = plan.shard_range(shard_rank)
+        for p, offset, strides in zip(params, plan.offsets, self.strides, strict=True):
+            view = self.flat.as_strided(p.shape, strides, offset)
+            view.copy_(p.detach())
+            p.data = view
+        self._pointers = [p.data_ptr() for p in params]
+        self.shard = self._shard()
+
+    def _shard(self) -> FlatShard:
+        numel, precision, device = self.plan.shard_numel, self.precision, self.flat.device
+        mine = self.flat[self.low : self.high]
+        apart = precision.master != precision.model
+        block_param = torch.full((numel // BLOCK,), self.plan.params[0], dtype=torch.int64)
+        for segment in self.segments:
+            first = segment.shard_start // BLOCK
+            block_param[first : -(-(segment.shard_start + segment.length) // BLOCK)] = segment.param
+        return FlatShard(
+            weight=mine.to(precision.master) if apart else mine,
+            model=mine if apart else None,
+            grad=torch.zeros(numel, dtype=precision.compute, device=device),
+            exp_avg=torch.zeros(numel, dtype=precision.state, device=device),
+            exp_avg_sq=torch.zeros(numel, dtype=precision.state, device=device),
+            block_param=block_param.to(device),
+        )
+
+    def refresh_masters(self) -> None:
+        """Masters from the model's weights, after those were written as a whole (broadcast, loading)."""
+        if self.shard.model is not None:
+            self.shard.weight.copy_(self.shard.model)
+
+    def check_attached(self, names: Sequence[str]) -> None:
+        """Raises RuntimeError where a parameter no longer is the view that this bucket gathers into."""
+        for p, pointer, index in zip(self.params, self._pointers, self.plan.params, strict=True):
+            if p.data_ptr() != pointer or p.dtype != self.precision.model:
+                raise RuntimeError(
+                    f"parameter {names[index]!r} no longer lies in its bucket (now {p.dtype} on {p.device}; it was "
+                    f"{self.precision.model} on {self.flat.device}): model.to(…), model.bfloat16() or an assignment "
+                    f"to .data replaced its memory after ShardedLamb was constructed. Convert the model first and "
+                    f"construct the optimizer after; write weights in place (copy_, load_state_dict)"
+                )
+
+    def slice_of(self, position: int, shard_tensor: Tensor) -> Tensor:
+        """The part of the bucket's ``position``-th parameter in one of this rank's flat tensors; may be empty."""
+        param = self.plan.params[position]
+        for segment in self.segments:
+            if segment.param == param:
+                return shard_tensor[segment.shard_start : segment.shard_start + segment.length]
+        return shard_tensor[:0]
+
+    def segment_of(self, position: int) -> Segment:
+        """This rank's segment of the bucket's ``position``-th parameter; of length 0 where it has none."""
+        param = self.plan.params[position]
+        return next((s for s in self.segments if s.param == param), Segment(param, 0, 0, 0))
+
+    def place(self, position: int, flat: Tensor) -> Tensor:
+        """The ``position``-th parameter's region of a flat tensor of the bucket's size, in its shape."""
+        offset = flat.storage_offset() + self.plan.offsets[position]
+        return flat.as_strided(self.params[position].shape, self.strides[position], offset)
+
+    def take_own_gradients(self) -> None:
+        """Stage 1: this rank's slices of every ``.grad`` into the gradient shard; 0 where there is none."""
+        place = {param: position for position, param in enumerate(self.plan.params)}
+        for segment in self.segments:
+            position = place[segment.param]
+            target = self.shard.grad[segment.shard_start : segment.shard_start + segment.length]
+            grad = self.params[position].grad
+            if grad is None:
+                target.zero_()
+            else:
+                run = flattened(grad, self.strides[position])
+                target.copy_(run[segment.start : segment.start + segment.length])
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes of this bucket on this rank, by what they are for."""
+        shard = self.shard
+        return {
+            "parameters": self.flat.nbytes,
+            "masters": shard.weight.nbytes if shard.model is not None else 0,
+            "moments": shard.exp_avg.nbytes + shard.exp_avg_sq.nbytes,
+            "gradient_shards": shard.grad.nbytes,
+        }

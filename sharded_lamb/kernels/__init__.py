@@ -1,0 +1,47 @@
+"""The two passes over a shard, and what every backend of them implements.
+
+A backend is two functions over flat memory that know neither parameters' shapes nor ranks::
+
+    pass 1   moments_and_norms   m, v ← g;  Σw², Σu² per parameter     (writes m and v, nothing else)
+    pass 2   apply               u again from m and v;  w ← w - step_size[parameter] u;  model dtype written
+
+`reference` is the pure one: the rule on chunks that fit the cache.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from sharded_lamb.kernels.reference import ReferenceKernel
+
+
+@dataclass(frozen=True, slots=True)
+class FlatShard:
+    """The memory that one rank updates in one bucket; flat tensors of one length, whole blocks."""
+
+    weight: Tensor  # [n] master dtype: the parameters' own memory where their dtype is the master's
+    model: Tensor | None  # [n] model dtype: what is gathered, where the master is kept apart
+    grad: Tensor  # [n] compute dtype: gradients averaged over ranks; 0 in padding
+    exp_avg: Tensor  # [n] state dtype
+    exp_avg_sq: Tensor  # [n] state dtype
+    block_param: Tensor  # [n / BLOCK] int64: the parameter each block belongs to
+
+
+class Kernel(Protocol):
+    """What a backend provides. ``table``: `sharded_lamb.rule.table`, [P, COLUMNS], compute dtype."""
+
+    name: str
+
+    def square_sums(self, shard: FlatShard, sums: Tensor) -> None:
+        """Σg² of the blocks of each parameter, added to ``sums`` [P] fp64."""
+
+    def moments_and_norms(self, shard: FlatShard, table: Tensor, sums: Tensor) -> None:
+        """Pass 1. Σw² and Σu² are added to ``sums`` [2, P] fp64; first, weights that were written from
+        outside since the last step replace their masters."""
+
+    def apply(self, shard: FlatShard, table: Tensor, step_sizes: Tensor) -> None:
+        """Pass 2. ``step_sizes``: [P] compute dtype, η r; 0 leaves a weight's bits as they are."""
+
+
+__all__ = ["FlatShard", "Kernel", "ReferenceKernel"]

@@ -1,0 +1,79 @@
+"""Parameter names: what wrappers add to them, and the patterns that pick parameters by name or shape.
+
+Strings and integers only; no torch at run time.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+
+WRAPPER_INFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+"""Added anywhere in a name by torch.compile, activation checkpointing and FSDP."""
+
+BY_SHAPE: dict[str, Callable[[int], bool]] = {"ndim<=1": lambda ndim: ndim <= 1, "all": lambda ndim: True}
+"""Patterns that need no names: biases and norm weights by their shape, or every parameter."""
+
+
+def normalize(name: str) -> str:
+    """The name as the bare module has it: ``module._orig_mod.fc.bias`` → ``fc.bias``."""
+    for infix in WRAPPER_INFIXES:
+        name = name.replace(infix, "")
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
+
+
+def validate_patterns(option: str, patterns: object) -> tuple[str, ...]:
+    """``patterns`` as a tuple of compiled-once-checked regexes. Raises ValueError or TypeError."""
+    if isinstance(patterns, str) or not isinstance(patterns, Sequence):
+        raise TypeError(
+            f"{option} must be a sequence of patterns, got {patterns!r}; write {option}=({patterns!r},)"
+        )
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{option} must hold strings, got {pattern!r}")
+        if pattern in BY_SHAPE:
+            continue
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{option}: {pattern!r} is not a regular expression ({error}); "
+                f"patterns are searched with re.search over parameter names"
+            ) from error
+    return tuple(patterns)
+
+
+def matching(patterns: Iterable[str], name: str | None, ndim: int) -> set[str]:
+    """Those of ``patterns`` that pick the parameter called ``name`` with ``ndim`` dimensions."""
+    found = set()
+    for pattern in patterns:
+        if pattern in BY_SHAPE:
+            if BY_SHAPE[pattern](ndim):
+                found.add(pattern)
+        elif name is not None and re.search(pattern, normalize(name)):
+            found.add(pattern)
+    return found
+
+
+def needs_names(patterns: Iterable[str]) -> bool:
+    """Whether any of ``patterns`` can only be decided by a name."""
+    return any(pattern not in BY_SHAPE for pattern in patterns)
+
+
+def check_use(option: str, patterns: tuple[str, ...], used: set[str], example: str | None) -> None:
+    """Patterns that pick nothing are a mistake: all of them, an error; one among live ones, a warning.
+
+    Raises:
+        ValueError: none of ``patterns`` picked a parameter.
+    """
+    dead = [pattern for pattern in patterns if pattern not in used]
+    if not dead:
+        return
+    hint = f"; a name here looks like {normalize(example)!r}" if example is not None else ""
+    if not used:
+        raise ValueError(
+            f"{option}={patterns!r} matches no parameter{hint}. Patterns are searched with re.search in the "
+            f"names that named_parameters() gives, wrappers' prefixes removed"
+        )
+    warnings.warn(f"{option}: {dead!r} matches no parameter{hint}", UserWarning, stacklevel=2)

@@ -1,0 +1,339 @@
+"""Stage 2: buckets are reduce-scattered while backward runs, and full gradients freed.
+
+One *round* reduces every bucket once, in bucket order on every rank: gloo matches operations by order alone, and
+ranks' hooks may fire in different orders. A bucket goes once all its parameters have fired and all buckets before
+it went; a callback at the end of backward sends the rest, missing gradients as zeros. Rounds add up until the
+gradients are zeroed, as `.grad` does.
+
+The *sentinel*: the smallest parameter keeps a ``.grad`` of ones after a round. It is what tells
+
+- GradScaler of a non-finite gradient on any rank (the ones become inf on every rank, alike);
+- us the factor of ``GradScaler.unscale_``, and of gradients scaled behind our back (stock ``clip_grad_norm_``);
+- that ``model.zero_grad()``, which cannot reach reduced shards, was called.
+"""
+
+import gc
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from sharded_lamb.buckets import FlatBucket
+from sharded_lamb.collectives import Collectives, Pending
+from sharded_lamb.facts import GradientFacts, SquareSums, agree, check_gradient
+
+IN_FLIGHT = 3
+"""Buckets whose exchange may be under way at once: bounds staging memory at 3 x 2 buckets."""
+
+SYNCED_ROUNDS = 2
+"""On a GPU the host reads left-over gradients in the first rounds only; late parameters are known by then."""
+
+
+@dataclass(slots=True)
+class _Exchange:
+    bucket: FlatBucket
+    full: Tensor
+    received: Tensor
+    pending: Pending
+
+
+class BackwardReducer:
+    """Owns the hooks, the order and the staging memory of one optimizer's gradient reduction."""
+
+    def __init__(
+        self,
+        collectives: Collectives,
+        square_sums: SquareSums,
+        *,
+        overlap: bool,
+    ) -> None:
+        self.collectives, self.square_sums, self.overlap = collectives, square_sums, overlap
+        self.enabled = True
+        self.buckets: list[FlatBucket] = []
+        self.names: list[str] = []
+        self.params: list[Tensor] = []
+        self.bucket_of: list[int] = []
+        self.present: list[bool] = []
+        self.late: set[int] = set()
+        self.facts: GradientFacts | None = None
+        self.rounds = 0
+        self.sentinel_param = -1
+        self._sentinel: Tensor | None = None
+        self._sentinel_version = 0
+        self._sentinel_set_aside = False
+        self._exchanges: deque[_Exchange] = deque()
+        self._staging: dict[tuple[int, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+        self._open = self._callback_queued = False
+        self._fresh = True
+        self._fired: set[int] = set()
+        self._waiting: list[int] = []
+        self._next = 0
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def extend(self, names: Sequence[str], params: Sequence[Tensor], buckets: Sequence[FlatBucket]) -> None:
+        """Take on parameters that follow those of before, in buckets of their own. Between rounds only."""
+        assert not self._open, "parameters cannot join in the middle of a backward"
+        first = len(self.params)
+        self.names.extend(names)
+        self.params.extend(params)
+        self.present.extend([False] * len(params))
+        self.bucket_of.extend([0] * len(params))
+        for index, bucket in enumerate(buckets, start=len(self.buckets)):
+            for param in bucket.plan.params:
+                self.bucket_of[param] = index
+        self.buckets.extend(buckets)
+        sized = [index for index, p in enumerate(self.params) if p.numel() > 0]
+        if self.sentinel_param < 0 and sized:
+            self.sentinel_param = min(sized, key=lambda index: self.params[index].numel())
+        self._register(first)
+
+    def _register(self, first: int) -> None:
+        """Hooks hold this object weakly: a model outlives its optimizer unharmed."""
+        this = weakref.ref(self)
+
+        def after_accumulation(index: int) -> Callable[[Tensor], None]:
+            def hook(_: Tensor) -> None:
+                reducer = this()
+                if reducer is not None:
+                    reducer._on_gradient(index)
+
+            return hook
+
+        def before_accumulation(_: Tensor) -> None:
+            reducer = this()
+            if reducer is not None:
+                reducer._set_sentinel_aside()
+
+        for index in range(first, len(self.params)):
+            register: Any = self.params[index].register_post_accumulate_grad_hook
+            self._handles.append(register(after_accumulation(index)))
+        if self.sentinel_param >= first:
+            register = self.params[self.sentinel_param].register_hook
+            self._handles.append(register(before_accumulation))
+
+    def remove_hooks(self) -> None:
+        """After this backward leaves gradients in ``.grad``."""
+        for handle in self._handles:
+            handle.remove()
+
+    # -- the sentinel -------------------------------------------------------------------------------
+
+    def _sentinel_attached(self) -> bool:
+        return self._sentinel is not None and self.params[self.sentinel_param].grad is self._sentinel
+
+    def has_reduced(self) -> bool:
+        """Whether reduced gradients are held that nobody has zeroed."""
+        if self._sentinel_set_aside:
+            return True
+        if not self._sentinel_attached():
+            return False
+        assert self._sentinel is not None
+        # zero_grad(set_to_none=False) by the model: the value is read only after somebody wrote it.
+        written = self._sentinel._version != self._sentinel_version
+        return not (written and bool((self._sentinel == 0).all()))
+
+    def _set_sentinel_aside(self) -> None:
+        """Before autograd adds this backward's gradient to a ``.grad`` that is the sentinel."""
+        if self.enabled:
+            self._open_round()
+        if self._sentinel_attached():
+            self._sentinel_set_aside = self.has_reduced()
+            self.params[self.sentinel_param].grad = None
+
+    def _drop_sentinel(self) -> None:
+        if self._sentinel_attached():
+            self.params[self.sentinel_param].grad = None
+        self._sentinel, self._sentinel_set_aside = None, False
+
+    def _set_sentinel(self, facts: GradientFacts) -> None:
+        self._sentinel_set_aside = False
+        if self.sentinel_param < 0:
+            return
+        p = self.params[self.sentinel_param]
+        self._sentinel = torch.ones_like(p.detach()).masked_fill_(facts.any_bad, torch.inf)
+        self._sentinel_version = self._sentinel._version
+        p.grad = self._sentinel
+
+    def unscale_factor(self, scaler_in_use: bool) -> Tensor | None:
+        """What ``GradScaler.unscale_`` multiplied gradients with since the last round; fp64 scalar.
+
+        Raises:
+            RuntimeError: gradients were changed by something else.
+        """
+        if not self._sentinel_attached():
+            return None
+        assert self._sentinel is not None
+        writes = self._sentinel._version - self._sentinel_version
+        # GradScaler writes once: in unscale_, or in the check of step where unscale_ was not called.
+        if writes > int(scaler_in_use):
+            raise RuntimeError(
+                "gradients were changed after backward, and stage=2 has already reduced and freed them, so the "
+                "change is lost: call opt.clip_grad_norm_(max_norm) instead of torch.nn.utils.clip_grad_norm_, or "
+                "pass max_grad_norm; use stage=1 for other changes"
+            )
+        return self._sentinel.flatten()[0].to(torch.float64)
+
+    # -- a round ------------------------------------------------------------------------------------
+
+    def _open_round(self) -> None:
+        if self._open:
+            return
+        self._fresh = not self.has_reduced()
+        if self._fresh:
+            self._drop_sentinel()
+            self.present = [False] * len(self.params)
+        self._open, self._next, self.facts = True, 0, None
+        self._fired = set()
+        self._waiting = [len(bucket.params) for bucket in self.buckets]
+        for param in self.late:  # never early: its gradient may not be whole before backward ends
+            self._waiting[self.bucket_of[param]] += 1
+
+    def _on_gradient(self, param: int) -> None:
+        """Autograd has put the gradient of ``param`` into ``.grad``."""
+        if not self.enabled:
+            return
+        self._open_round()
+        if not self._callback_queued:
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
+            self._callback_queued = True
+        if param in self._fired:
+            self.late.add(param)
+            return
+        self._fired.add(param)
+        self._waiting[self.bucket_of[param]] -= 1
+        if self.overlap:
+            while self._next < len(self.buckets) and self._waiting[self._next] == 0:
+                self._launch(self._next)
+                self._next += 1
+
+    def _end_of_backward(self) -> None:
+        self._callback_queued = False
+        # A callback queued inside a reentrant checkpoint's own backward comes while the outer one still
+        # evaluates that checkpoint's node: more gradients follow, and `step` flushes at the latest.
+        if torch._C._current_autograd_node() is None:
+            self.flush()
+
+    def _launch(self, index: int) -> None:
+        """Start the exchange of a bucket: gradients into staging memory, ``.grad`` freed."""
+        bucket = self.buckets[index]
+        full, received = self._take_staging(bucket)
+        full.zero_()
+        for position, (param, p) in enumerate(zip(bucket.plan.params, bucket.params, strict=True)):
+            if p.grad is None or p.grad is self._sentinel:
+                continue
+            check_gradient(self.names[param], p.grad)
+            bucket.place(position, full).copy_(p.grad)
+            p.grad = None
+            self.present[param] = True
+        pending = self.collectives.reduce_scatter(full, received)
+        self._exchanges.append(_Exchange(bucket, full, received, pending))
+        if len(self._exchanges) > IN_FLIGHT:
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        exchange = self._exchanges.popleft()
+        exchange.pending.wait()
+        target = exchange.bucket.shard.grad
+        shard = self.collectives.reduced_shard(exchange.full, exchange.received, target.dtype)
+        if self._fresh:
+            target.copy_(shard)
+        else:
+            target.add_(shard)
+        key = (exchange.full.numel(), exchange.full.dtype)
+        self._staging.setdefault(key, []).append((exchange.full, exchange.received))
+
+    def _take_staging(self, bucket: FlatBucket) -> tuple[Tensor, Tensor]:
+        numel, dtype = bucket.plan.numel, bucket.precision.wire
+        free = self._staging.get((numel, dtype))
+        if free:
+            return free.pop()
+        device = bucket.flat.device
+        received = torch.empty(self.collectives.received_numel(numel), dtype=dtype, device=device)
+        return torch.empty(numel, dtype=dtype, device=device), received
+
+    def flush(self) -> GradientFacts:
+        """Reduce what has not been, on every rank alike, and agree on the facts (small all-reduce a).
+
+        A second pass follows where any rank has gradients that came after their bucket went.
+        """
+        if self.rounds == 0:
+            refuse_ddp(self.params)
+        self._open_round()
+        for index in range(self._next, len(self.buckets)):
+            self._launch(index)
+        self._drain()
+        facts = self._agree(self._left_over())
+        if facts.left_over.device.type == "cpu" or self.rounds < SYNCED_ROUNDS:
+            again = {self.bucket_of[param] for param in facts.left_over.nonzero().flatten().tolist()}
+            if again:
+                self._fresh = False
+                for index in sorted(again):
+                    self._launch(index)
+                self._drain()
+                facts = self._agree([False] * len(self.params))
+        self._open, self._callback_queued, self.rounds, self.facts = False, False, self.rounds + 1, facts
+        self._set_sentinel(facts)
+        return facts
+
+    def _agree(self, left_over: list[bool]) -> GradientFacts:
+        return agree(self.collectives, self.square_sums(), self.present, left_over)
+
+    def _drain(self) -> None:
+        while self._exchanges:
+            self._finish_oldest()
+
+    def _left_over(self) -> list[bool]:
+        return [p.grad is not None and p.grad is not self._sentinel for p in self.params]
+
+    def ready(self, found_inf: Tensor | None) -> GradientFacts:
+        """The facts of all gradients so far: of the last round, or of one that is made now.
+
+        ``found_inf`` (GradScaler's) was made of the sentinel, so all ranks have the same.
+        """
+        if self._open or self.facts is None or not self.has_reduced() or any(self._left_over()):
+            return self.flush()
+        return self.facts
+
+    def is_partial(self, facts: GradientFacts) -> Tensor:
+        """False: a gradient that some ranks lack counts as zero there."""
+        return torch.zeros((), dtype=torch.bool, device=facts.present.device)
+
+    def stepped(self) -> None:
+        """A step has used the gradients; they stay, as ``.grad`` would, until they are zeroed."""
+
+    def zero(self) -> None:
+        """Wait for what is in flight, on every rank alike, and forget reduced gradients."""
+        if self._open and self._next:
+            # Peers are in this round too, and finish it: leaving it half done would mix it with the next.
+            self.flush()
+        self._drain()
+        self._drop_sentinel()
+        self._open, self._callback_queued, self.facts = False, False, None
+
+    def staging_bytes(self) -> int:
+        """Bytes of the staging memory made so far."""
+        return sum(
+            full.nbytes + received.nbytes for free in self._staging.values() for full, received in free
+        )
+
+
+def refuse_ddp(params: Sequence[Tensor]) -> None:
+    """Raises ValueError if a DistributedDataParallel reduces gradients of ``params`` too.
+
+    DDP leaves no mark on parameters, so its instances are looked for among all objects, once.
+    """
+    ours = set(map(id, params))
+    for found in gc.get_objects():
+        # Not isinstance: it asks for __class__, which lazy proxies answer by importing what they stand for.
+        if issubclass(type(found), DistributedDataParallel) and any(
+            id(p) in ours for p in found.parameters()
+        ):
+            raise ValueError(
+                "stage=2 reduces gradients itself, and the model is wrapped in DistributedDataParallel, which "
+                "reduces them too: pass the bare model, or use stage=1 with DistributedDataParallel"
+            )

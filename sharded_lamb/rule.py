@@ -1,0 +1,173 @@
+"""LAMB's arithmetic, once, on plain tensors (You et al., arXiv 1904.00962, Algorithm 2).
+
+For every parameter w with gradient g at its step t::
+
+    m ← β1 m + c1 g          c1 = 1-β1, or 1 without gradient averaging
+    v ← β2 v + (1-β2) g²
+    u = (m / b1) / (√(v / b2 + ε_inside) + ε_outside) + λ w      b = 1-βᵗ, or 1 without bias correction
+    r = φ(‖w‖) / ‖u‖         1 where a raw norm is 0 or adaptation is off
+    w ← w - η r u
+
+Functions take lists of tensors, one entry a parameter or a chunk of a shard. A coefficient is a list as
+long: floats, or tensors that broadcast (one row a block), so that one text serves a whole parameter and
+a slice that many parameters share. Every operation is one correctly rounded IEEE operation (no fused
+multiply-add, no alpha argument), so that an element's bits depend neither on where it lies in a vector
+nor on the number of threads or ranks.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+Coefficient = Any  # list[float] | list[Tensor]; torch's foreach stubs overload each, not their union
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Coefficients(Generic[C]):
+    """What pass 1 multiplies with: fp64 vectors [P], or lists with one entry a tensor (`Coefficient`)."""
+
+    grad_scale: C  # clip factor x inverse loss scale; 0 keeps a parameter untouched
+    l2: C  # decay added to the gradient (adam_w_mode=False)
+    beta1: C
+    c1: C
+    beta2: C
+    c2: C
+    bias1: C
+    bias2: C
+    eps_inside: C
+    eps_outside: C
+    decay: C  # decay added to u (adam_w_mode=True)
+
+
+COLUMNS = tuple(field.name for field in fields(Coefficients))
+Vectors = Coefficients[Tensor]
+PerTensor = Coefficients[Coefficient]
+
+
+def table(vectors: Vectors, dtype: torch.dtype) -> Tensor:
+    """[P, COLUMNS] in the dtype that the elements are computed in."""
+    return torch.stack([getattr(vectors, name) for name in COLUMNS], dim=1).to(dtype)
+
+
+def _mul(tensors: list[Tensor], by: Any) -> list[Tensor]:
+    return list(torch._foreach_mul(tensors, by))
+
+
+def scaled_gradients(g: list[Tensor], w: list[Tensor], k: PerTensor) -> list[Tensor]:
+    """g x scale + l2 x w, in the dtype of ``g``."""
+    scaled = _mul(g, k.grad_scale)
+    torch._foreach_add_(scaled, _mul(w, k.l2))
+    return scaled
+
+
+def update_moments(m: list[Tensor], v: list[Tensor], g: list[Tensor], k: PerTensor) -> None:
+    """m ← β1 m + c1 g and v ← β2 v + c2 g², in place (Algorithm 2, lines 6 and 7)."""
+    torch._foreach_mul_(m, k.beta1)
+    torch._foreach_add_(m, _mul(g, k.c1))
+    squares = _mul(g, g)
+    torch._foreach_mul_(squares, k.c2)
+    torch._foreach_mul_(v, k.beta2)
+    torch._foreach_add_(v, squares)
+
+
+def direction(m: list[Tensor], v: list[Tensor], w: list[Tensor], k: PerTensor) -> list[Tensor]:
+    """u, the update before the trust ratio (Algorithm 2, lines 8 to 10, and the decay of line 11)."""
+    denominator = list(torch._foreach_div(v, k.bias2))
+    torch._foreach_add_(denominator, k.eps_inside)
+    torch._foreach_sqrt_(denominator)
+    torch._foreach_add_(denominator, k.eps_outside)
+    u = list(torch._foreach_div(m, k.bias1))
+    torch._foreach_div_(u, denominator)
+    torch._foreach_add_(u, _mul(w, k.decay))
+    return u
+
+
+def descend(w: list[Tensor], u: list[Tensor], step_size: Coefficient) -> None:
+    """w ← w - step_size x u, in place; step_size = η r."""
+    torch._foreach_sub_(w, _mul(u, step_size))
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterOptions:
+    """The options as tensors, one entry a parameter (fp64, ``adapts`` and ``wide`` bool), on one device."""
+
+    beta1: Tensor
+    beta2: Tensor
+    c1: Tensor
+    c2: Tensor
+    corrects: Tensor  # 1: bias correction inside the ratio
+    corrects_lr: Tensor  # 1: bias correction on the step size (DeepSpeed's place)
+    eps_inside: Tensor
+    eps_outside: Tensor
+    l2: Tensor
+    decay: Tensor
+    weight_norm_low: Tensor
+    weight_norm_high: Tensor
+    ratio_low: Tensor
+    ratio_high: Tensor
+    adapts: Tensor
+    wide: Tensor  # float64 parameters: norms are not rounded to fp32
+
+
+def coefficients(options: ParameterOptions, step: Tensor, active: Tensor, grad_scale: Tensor) -> Vectors:
+    """Pass 1's coefficients for parameters at their steps ``step`` (fp64, this step included).
+
+    Where ``active`` is False the coefficients leave moments as they are: m x 1 + g x 0.
+    ``grad_scale``: a scalar for all parameters.
+    """
+    moves = active.to(torch.float64)
+    one = torch.ones_like(moves)
+    # A parameter that has never moved has step 0: 1 - β⁰ = 0 would make 0 / 0 of its untouched moments.
+    correct = options.corrects.bool() & (step > 0)
+    return Coefficients(
+        grad_scale=grad_scale * moves,
+        l2=options.l2 * moves,
+        beta1=torch.where(active, options.beta1, one),
+        c1=options.c1 * moves,
+        beta2=torch.where(active, options.beta2, one),
+        c2=options.c2 * moves,
+        bias1=torch.where(correct, 1 - options.beta1**step, one),
+        bias2=torch.where(correct, 1 - options.beta2**step, one),
+        eps_inside=options.eps_inside,
+        eps_outside=options.eps_outside,
+        decay=options.decay,
+    )
+
+
+def norms(square_sums: Tensor, wide: Tensor) -> Tensor:
+    """√ of fp64 sums of squares, rounded to fp32 before use.
+
+    The order in which ranks' sums are added shows in fp64's last bits and not in fp32's: rounding makes
+    the same bits on any number of ranks. Norms of float64 parameters (``wide``) are left as they are.
+    """
+    exact = square_sums.sqrt()
+    return torch.where(wide, exact, exact.float().double())
+
+
+def trust_ratios(weight_norm: Tensor, update_norm: Tensor, options: ParameterOptions) -> Tensor:
+    """φ(‖w‖)/‖u‖ clipped, where both raw norms are > 0 and the parameter adapts; else 1. fp64, [P]."""
+    defined = options.adapts & (weight_norm > 0) & (update_norm > 0)
+    phi = weight_norm.clamp(options.weight_norm_low, options.weight_norm_high)
+    ratio = (phi / torch.where(defined, update_norm, torch.ones_like(update_norm))).clamp(
+        options.ratio_low, options.ratio_high
+    )
+    return torch.where(defined, ratio, torch.ones_like(ratio))
+
+
+def step_sizes(lr: Tensor, ratio: Tensor, options: ParameterOptions, step: Tensor, active: Tensor) -> Tensor:
+    """η r, with DeepSpeed's √(1-β2ᵗ)/(1-β1ᵗ) where asked for, and 0 where nothing may move. fp64, [P]."""
+    correct = options.corrects_lr.bool() & (step > 0)
+    one = torch.ones_like(ratio)
+    place = torch.where(correct, (1 - options.beta2**step).sqrt(), one)
+    place = place / torch.where(correct, 1 - options.beta1**step, one)
+    return torch.where(active, lr * place * ratio, torch.zeros_like(ratio))
+
+
+def clip_factor(grad_norm: Tensor, max_grad_norm: float | None) -> Tensor:
+    """min(1, max_grad_norm / grad_norm), exact: no epsilon in the denominator."""
+    if max_grad_norm is None:
+        return torch.ones_like(grad_norm)
+    return torch.where(grad_norm > max_grad_norm, max_grad_norm / grad_norm, torch.ones_like(grad_norm))

@@ -1,0 +1,151 @@
+"""State as users see it: per parameter, this rank's slices, stamped; and whole tensors for one device.
+
+A stamp is a tensor of int64, since torch.distributed.checkpoint keeps nothing but tensors of a parameter's
+state: [rank, shards, start, length, numel, digest], elements in the parameter's memory order.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_lamb.buckets import FlatBucket
+from sharded_lamb.collectives import Collectives
+from sharded_lamb.layout import ShardLayout
+
+STAMP = ("rank", "shards", "start", "length", "numel", "layout")
+State = dict[str, Tensor]
+
+
+def tensors_of(bucket: FlatBucket) -> dict[str, Tensor]:
+    """The sharded kinds of state of a bucket: flat tensors of this rank, by their key."""
+    kinds = {"exp_avg": bucket.shard.exp_avg, "exp_avg_sq": bucket.shard.exp_avg_sq}
+    if bucket.shard.model is not None:
+        kinds["master"] = bucket.shard.weight
+    return kinds
+
+
+def local_states(layout: ShardLayout, buckets: Sequence[FlatBucket], step: Tensor) -> dict[int, State]:
+    """{parameter: state} for every parameter, the same keys on every rank; tensors are views."""
+    digest = int(layout.digest()[:15], 16)
+    states: dict[int, State] = {}
+    for bucket in buckets:
+        for position, param in enumerate(bucket.plan.params):
+            segment = bucket.segment_of(position)
+            stamp = [
+                layout.rank,
+                layout.world_size,
+                segment.start,
+                segment.length,
+                layout.numels[param],
+                digest,
+            ]
+            states[param] = {"step": step[param]}
+            for key, flat in tensors_of(bucket).items():
+                states[param][key] = bucket.slice_of(position, flat)
+            states[param]["shard"] = torch.tensor(stamp, dtype=torch.int64)
+    return states
+
+
+def check_local(name: str, own: State, saved: Mapping[str, Any]) -> None:
+    """Whether one parameter's saved slices are this rank's.
+
+    Raises:
+        ValueError: the slices are another rank's, another layout's, or whole tensors.
+    """
+    if "shard" not in saved:
+        raise ValueError(
+            f"the state of {name!r} carries no stamp of a rank, so it was not made by ShardedLamb.state_dict(): "
+            f"load whole tensors with ShardedLamb.load_full_state_dict() (rank 0 passes them)"
+        )
+    theirs, ours = torch.as_tensor(saved["shard"]).tolist(), own["shard"].tolist()
+    if theirs != ours:
+        a, b = dict(zip(STAMP, theirs, strict=True)), dict(zip(STAMP, ours, strict=True))
+        raise ValueError(
+            f"the state of {name!r} holds elements [{a['start']}, {a['start'] + a['length']}) of {a['numel']}, "
+            f"saved by rank {a['rank']} of {a['shards']}, and this is rank {b['rank']} of {b['shards']} with "
+            f"[{b['start']}, {b['start'] + b['length']}) of {b['numel']}"
+            + ("" if a["layout"] == b["layout"] else " in another layout")
+            + ". state_dict() is one rank's slices: save and load every rank's own, with the same ranks and the same "
+            "model; for other ranks use full_state_dict() and load_full_state_dict()"
+        )
+    missing = own.keys() - saved.keys()
+    if missing:
+        raise ValueError(f"the state of {name!r} lacks {sorted(missing)}: it was saved with other dtypes")
+
+
+def load_local(own: State, saved: Mapping[str, Any]) -> None:
+    """Copy one parameter's saved slices, once checked, into its own."""
+    for key, tensor in own.items():
+        if key == "step":
+            tensor.copy_(torch.as_tensor(saved[key]).reshape(()))
+        elif key != "shard":
+            tensor.copy_(saved[key])
+
+
+def check_full(
+    names: Sequence[str], shapes: Sequence[tuple[int, ...]], states: Mapping[int, Mapping[str, Tensor]]
+) -> None:
+    """Raises ValueError where a whole state does not fit its parameter."""
+    for param, saved in states.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key not in saved or tuple(saved[key].shape) != shapes[param]:
+                found = tuple(saved[key].shape) if key in saved else "nothing"
+                raise ValueError(
+                    f"{key} of {names[param]!r}: expected a whole tensor of shape {shapes[param]}, got {found}; "
+                    f"load_full_state_dict takes what full_state_dict() or Lamb.state_dict() gave"
+                )
+
+
+def gather_full(
+    collectives: Collectives, layout: ShardLayout, buckets: Sequence[FlatBucket], step: Tensor
+) -> dict[int, State] | None:
+    """Whole state tensors in their parameters' shapes, on the first rank's CPU; None elsewhere. Collective.
+
+    Streamed: one bucket of one kind at a time, one rank's shard at a time.
+    """
+    states: dict[int, State] = {param: {} for param in range(len(layout.numels))}
+    steps = step.cpu()
+    for bucket in buckets:
+        for key, flat in tensors_of(bucket).items():
+            parts = collectives.gather_to_first(flat)
+            if parts is None:
+                continue
+            whole = torch.cat(parts)
+            for position, param in enumerate(bucket.plan.params):
+                states[param][key] = bucket.place(position, whole).clone()
+    for param, state in states.items():
+        state["step"] = steps[param].clone()
+    return states if collectives.topology.rank == 0 else None
+
+
+def scatter_full(
+    collectives: Collectives,
+    buckets: Sequence[FlatBucket],
+    step: Tensor,
+    states: Mapping[int, Mapping[str, Tensor]] | None,
+) -> None:
+    """The reverse of `gather_full`: the first rank has ``states``, every rank takes its slices. Collective.
+
+    What was not saved starts as it would in a new optimizer: moments 0, masters from the model's weights.
+    """
+    first = collectives.topology.rank == 0
+    saved = states or {}
+    for bucket in buckets:
+        for key, flat in tensors_of(bucket).items():
+            parts = None
+            if first:
+                whole = bucket.flat.to("cpu", flat.dtype, copy=True)
+                if key != "master":
+                    whole.zero_()
+                for position, param in enumerate(bucket.plan.params):
+                    if key in saved.get(param, {}):
+                        bucket.place(position, whole).copy_(saved[param][key])
+                parts = list(whole.chunk(bucket.plan.world_size))
+            collectives.scatter_from_first(flat, parts)
+    step.zero_()
+    if first:
+        for param, state in saved.items():
+            step[param] = torch.as_tensor(state["step"]).reshape(())
+    collectives.broadcast(step)

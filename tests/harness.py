@@ -1,0 +1,350 @@
+"""Runs a function on the ranks of a gloo process group, in worker processes that are reused over cases.
+
+    results = run_ranks(3, case, arg)          # case(rank, arg) on each of 3 ranks; results[rank]
+
+The workers of a world size are started at its first use and stay until the session ends. A case that raises,
+hangs or breaks its process group may leave collectives half done, so its workers are then killed and the next
+use starts new ones. Arguments and results travel as plain pickles: tensors arrive as copies, no memory is
+shared.
+
+`case` must be a module-level function (workers import it by name). Every case starts with the same seeds,
+default dtype and environment, and without the process groups that earlier cases made.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+_START_TIMEOUT = 120.0
+# Ranks that wait for one that failed will not get there; they get this long to fail by themselves.
+_GRACE_AFTER_ERROR = 5.0
+# Above any case's own timeout, so that the harness and not gloo decides when a case hangs.
+_GROUP_TIMEOUT = timedelta(minutes=30)
+
+
+class RankError(NamedTuple):
+    """What went wrong on one rank. `kind` is the exception's class name, or Timeout, Abandoned or Died."""
+
+    kind: str
+    message: str
+    traceback: str
+
+
+class RankErrors(Exception):
+    """Some ranks failed. `errors` holds theirs; ranks that returned are in `returned`."""
+
+    def __init__(self, what: str, errors: dict[int, RankError], returned: list[int]) -> None:
+        self.errors = errors
+        self.returned = returned
+        lines = [f"{what}: {len(errors)} of {len(errors) + len(returned)} ranks failed"]
+        for rank in sorted([*errors, *returned]):
+            lines.append(f"--- rank {rank}: " + (_describe(errors[rank]) if rank in errors else "returned"))
+        super().__init__("\n".join(lines))
+
+
+def _describe(error: RankError) -> str:
+    text = f"{error.kind}: {error.message}"
+    return f"{text}\n{error.traceback.rstrip()}" if error.traceback else text
+
+
+def run_ranks(
+    world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0, **kwargs: Any
+) -> list[Any]:
+    """Calls `fn(rank, *args, **kwargs)` on every rank of a gloo group and returns the results by rank.
+
+    Raises:
+        RankErrors: a rank raised, died, or did not return in `timeout` seconds. Once one has failed, the
+            others get a few seconds more and are then reported as Abandoned.
+    """
+    return _run(world_size, fn, args, kwargs, timeout=timeout, grace=_GRACE_AFTER_ERROR)
+
+
+def run_ranks_expecting_errors(
+    world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0, **kwargs: Any
+) -> dict[int, tuple[str, str]]:
+    """As `run_ranks`, for a case in which every rank must raise by itself: {rank: (class name, message)}.
+
+    Raises:
+        RankErrors: some ranks raised and others did not, or did not in time.
+    """
+    try:
+        _run(world_size, fn, args, kwargs, timeout=timeout, grace=timeout)
+    except RankErrors as failure:
+        raised_by_itself = {
+            rank: (error.kind, error.message) for rank, error in failure.errors.items() if error.traceback
+        }
+        if len(raised_by_itself) == world_size:
+            return raised_by_itself
+        raise
+    raise AssertionError(f"{fn.__qualname__}: all {world_size} ranks returned, and all should have raised")
+
+
+def shutdown_pools() -> None:
+    """Ends all workers. The next `run_ranks` starts new ones."""
+    while _pools:
+        _pools.popitem()[1].kill()
+
+
+atexit.register(shutdown_pools)
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    log: Path  # its stdout and stderr, and its stack when it had to be killed
+
+    def log_tail(self) -> str:
+        return self.log.read_text(errors="replace")[-4000:]
+
+
+@dataclass
+class _Pool:
+    workers: list[_Worker]
+    store: dist.TCPStore  # lives in this process, so that it outlives any worker
+    folder: tempfile.TemporaryDirectory[str]
+
+    def kill(self) -> None:
+        for worker in self.workers:
+            worker.process.kill()
+        for worker in self.workers:
+            worker.process.join()
+            worker.process.close()
+            worker.pipe.close()
+        self.folder.cleanup()
+
+
+@dataclass
+class _Progress:
+    """The replies of one case: `waiting` shrinks as ranks land in `results` or `errors`."""
+
+    waiting: dict[int, _Worker]
+    results: dict[int, Any] = field(default_factory=dict)
+    errors: dict[int, RankError] = field(default_factory=dict)
+    reusable: bool = True
+
+    def take_reply(self, rank: int) -> None:
+        worker = self.waiting.pop(rank)
+        try:
+            ok, value, reusable = pickle.loads(worker.pipe.recv_bytes())
+        except (EOFError, OSError):
+            worker.process.join(5)
+            died = f"exit code {worker.process.exitcode}; its output ends:\n{worker.log_tail()}"
+            self.errors[rank] = RankError("Died", died, "")
+            return
+        self.reusable = self.reusable and reusable
+        if ok:
+            self.results[rank] = value
+        else:
+            self.errors[rank] = RankError(*value)
+
+    def give_up(self, kind: str, reason: str) -> None:
+        """Reports the ranks that are still running, each with its stack."""
+        for worker in self.waiting.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.process.pid, signal.SIGUSR1)  # faulthandler writes the stack to the log
+        time.sleep(0.3)
+        for rank, worker in self.waiting.items():
+            self.errors[rank] = RankError(kind, f"{reason}; it was at:\n{worker.log_tail()}", "")
+        self.waiting.clear()
+
+
+_pools: dict[int, _Pool] = {}
+
+
+def _run(
+    world_size: int,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    timeout: float,
+    grace: float,
+) -> list[Any]:
+    case = pickle.dumps((fn, args, kwargs))
+    pool = _pools.get(world_size)
+    # The pool is out of the table while it works: whatever ends this call early, it is not used again.
+    _pools.pop(world_size, None)
+    pool = pool or _start_pool(world_size)
+    done = False
+    try:
+        progress = _await_replies(pool, case, timeout, grace)
+        done = not progress.errors and progress.reusable
+    finally:
+        if done:
+            _pools[world_size] = pool
+        else:
+            pool.kill()
+    if progress.errors:
+        raise RankErrors(fn.__qualname__, progress.errors, sorted(progress.results))
+    return [progress.results[rank] for rank in range(world_size)]
+
+
+def _await_replies(pool: _Pool, case: bytes, timeout: float, grace: float) -> _Progress:
+    progress = _Progress(dict(enumerate(pool.workers)))
+    for worker in pool.workers:
+        with contextlib.suppress(OSError):  # it died since the last case, which reading its reply will report
+            worker.pipe.send_bytes(case)
+    deadline, reason = time.monotonic() + timeout, ("Timeout", f"no result after {timeout:g} s")
+    while progress.waiting:
+        ranks = {worker.pipe: rank for rank, worker in progress.waiting.items()}
+        ready = wait(list(ranks), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            progress.give_up(*reason)
+        had_errors = bool(progress.errors)
+        for pipe in ready:
+            progress.take_reply(ranks[pipe])
+        if progress.errors and not had_errors and time.monotonic() + grace < deadline:
+            first = min(progress.errors)
+            deadline = time.monotonic() + grace
+            reason = ("Abandoned", f"still running {grace:g} s after rank {first} failed")
+    return progress
+
+
+def _start_pool(world_size: int) -> _Pool:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pool = _Pool([], store, tempfile.TemporaryDirectory(prefix="ranks-"))
+    context = _worker_context()
+    try:
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            log = Path(pool.folder.name, f"rank{rank}.log")
+            log.touch()
+            process = context.Process(
+                target=_worker_main, args=(theirs, rank, world_size, store.port, str(log))
+            )
+            process.start()
+            theirs.close()
+            pool.workers.append(_Worker(process, ours, log))
+        started = _await_replies(
+            pool, pickle.dumps((_world_size, (), {})), _START_TIMEOUT, _GRACE_AFTER_ERROR
+        )
+    except BaseException:
+        pool.kill()
+        raise
+    if started.errors:
+        pool.kill()
+        raise RankErrors("starting the workers", started.errors, sorted(started.results))
+    return pool
+
+
+def _worker_context() -> multiprocessing.context.ForkServerContext:
+    """Workers are forked from a clean server process that has imported torch and done nothing else."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")  # threads must not exist in the server when it forks
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.tensor", "tests.harness"])
+    return context
+
+
+def _world_size(rank: int) -> int:
+    return dist.get_world_size()
+
+
+def _worker_main(pipe: Connection, rank: int, world_size: int, port: int, log: str) -> None:
+    _die_with_parent()
+    _redirect_output(log)
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    if Path("/sys/class/net/lo").exists():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name need not resolve
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_GROUP_TIMEOUT)
+    environment = dict(os.environ)
+    gc.collect()
+    gc.freeze()  # later collections look at what cases made, not at all of torch
+    while True:
+        try:
+            case = pipe.recv_bytes()
+        except EOFError:
+            os._exit(0)
+        _clean_up_after_last_case(environment)
+        ok, value = _call(case, rank)
+        reusable = (
+            dist.is_initialized() and dist.get_world_size() == world_size and _groups_can_be_destroyed()
+        )
+        try:
+            reply = pickle.dumps((ok, value, reusable))
+        except Exception as error:
+            reply = pickle.dumps((False, _as_rank_error(error), False))
+        del value
+        pipe.send_bytes(reply)
+
+
+def _call(case: bytes, rank: int) -> tuple[bool, Any]:
+    try:
+        fn, args, kwargs = pickle.loads(case)
+        return True, fn(rank, *args, **kwargs)
+    except BaseException as error:
+        return False, _as_rank_error(error)
+
+
+def _as_rank_error(error: BaseException) -> RankError:
+    return RankError(type(error).__name__, str(error), "".join(traceback.format_exception(error)))
+
+
+def _groups_can_be_destroyed() -> bool:
+    """Groups made with use_local_synchronization are named by their ranks: torch names the next such group alike
+    once they are destroyed, and it would find their stale addresses in the store."""
+    names = dist.distributed_c10d._world.pg_names.values()
+    return all(name.isdigit() or name == "default_pg" for name in names)
+
+
+def _clean_up_after_last_case(environment: dict[str, str]) -> None:
+    """Done at the start of a case: all ranks have replied by then, so nobody still uses these groups."""
+    gc.collect()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    if os.environ != environment:
+        os.environ.clear()
+        os.environ.update(environment)
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+def _redirect_output(log: str) -> None:
+    """Output of C libraries included; `Died` and `Timeout` show its end."""
+    stream = open(log, "w", buffering=1)  # noqa: SIM115 (stays open as long as the worker lives)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(stream.fileno(), 1)
+    os.dup2(stream.fileno(), 2)
+    sys.stdout = sys.stderr = stream
+    faulthandler.enable(stream)
+    faulthandler.register(signal.SIGUSR1, stream, all_threads=False)
+
+
+def _die_with_parent() -> None:
+    """A worker stuck in a collective would not see its pipe close. PR_SET_PDEATHSIG is Linux's."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)

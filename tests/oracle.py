@@ -1,0 +1,162 @@
+"""An independent LAMB in numpy float64: slow, plain, and written without sight of the package.
+
+Equations: You et al., "Large Batch Optimization for Deep Learning", arXiv 1904.00962, Algorithm 2. What each
+known implementation does differently stands in `VARIANT_FACTS`, read from that implementation's own source.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray
+
+PLAIN: dict[str, Any] = {
+    "bias_correction": True,
+    "grad_averaging": True,
+    "adam_w_mode": True,
+    "eps_inside_sqrt": False,
+    "max_grad_norm": None,
+    "trust_clip": None,
+    "weight_norm_clip": None,
+    "adapt_without_decay": True,
+    # None, "decay patterns" (what is excluded from decay is excluded from adaptation too) or "everything"
+    "adaptation_excludes": None,
+}
+
+VARIANT_FACTS: dict[str, dict[str, Any]] = {
+    # Algorithm 2 with Adam's bias correction kept inside the ratio; no bounds on phi.
+    "lamb": PLAIN,
+    # arXiv 1904.00962v3 and later: no bias correction (Appendix: warm-up has the same effect), phi(z) = z.
+    # ymcui/LAMB_Optimizer_TF optimization.py: eps outside the root, where(|w|>0, where(|u|>0, |w|/|u|, 1), 1)
+    # on every variable. google-research/albert lamb_optimizer.py has the same rule, but its
+    # exclude_from_layer_adaptation, left unset, takes over exclude_from_weight_decay.
+    "paper_v3": {**PLAIN, "bias_correction": False},
+    # tensorflow/addons tensorflow_addons/optimizers/lamb.py: m and v corrected by iterations + 1; an unset
+    # (or empty) exclude_from_layer_adaptation takes over exclude_from_weight_decay.
+    "tfa": {**PLAIN, "adaptation_excludes": "decay patterns"},
+    # arXiv 1904.00962v1 has Adam's correction, dropped by v3 (fastai/swiftai PR 13 shows both). The paper
+    # gives phi's bounds no values (ymcui's and cybertronai's notes); 10 is cybertronai/pytorch-lamb's choice.
+    "paper_v1": {**PLAIN, "weight_norm_clip": (0.0, 10.0)},
+    # NVIDIA/apex apex/optimizers/fused_lamb.py (max_grad_norm=1.0, use_nvlamb=False, bias_correction=True)
+    # and csrc/multi_tensor_lamb.cu (ratio only where decay != 0; g / (norm / max_norm), no epsilon).
+    "apex": {**PLAIN, "max_grad_norm": 1.0, "adapt_without_decay": False},
+    # The same kernel with use_nvlamb=True: the ratio on every parameter.
+    "nvlamb": {**PLAIN, "max_grad_norm": 1.0},
+    # microsoft/DeepSpeed csrc/lamb/fused_lamb_cuda_kernel.cu: u from raw m and v, step size
+    # lr * sqrt(1 - b2^t) / (1 - b1^t), coefficient clamped only where both norms are non-zero.
+    # deepspeed/ops/lamb/fused_lamb.py: max_coeff=10.0, min_coeff=0.01, no clip of its own by default.
+    "deepspeed": {**PLAIN, "bias_correction": "lr", "trust_clip": (0.01, 10.0)},
+    # timm/optim/lamb.py: max_grad_norm=1.0, always_adapt=False, trust_clip=False, decoupled_decay=False.
+    "timm": {**PLAIN, "max_grad_norm": 1.0, "adapt_without_decay": False},
+    # torch/optim/adamw.py: ratio 1; p *= 1 - lr * wd is the same as wd * w inside u when the ratio is 1.
+    "adamw": {**PLAIN, "adaptation_excludes": "everything"},
+}
+
+
+def variant_options(
+    variant: str,
+    names: Collection[str],
+    no_decay: Collection[str] = (),
+    no_adapt: Collection[str] | None = None,
+) -> dict[str, Any]:
+    """`OracleLamb` keywords for a variant; `no_adapt` None means that the user named no exclusion."""
+    options = dict(VARIANT_FACTS[variant])
+    excludes = options.pop("adaptation_excludes")
+    if excludes == "everything":
+        chosen = set(names)
+    elif no_adapt is not None:
+        chosen = set(no_adapt)
+    else:
+        chosen = set(no_decay) if excludes == "decay patterns" else set()
+    return {**options, "no_decay": set(no_decay), "no_adapt": chosen}
+
+
+def l2(array: Array) -> float:
+    return math.sqrt(float(np.sum(np.square(array))))
+
+
+def clamp(value: float, bounds: tuple[float, float] | None) -> float:
+    return value if bounds is None else min(max(value, bounds[0]), bounds[1])
+
+
+class OracleLamb:
+    """LAMB over named arrays. `overrides[name]` replaces per-group options for one parameter."""
+
+    def __init__(
+        self,
+        params: Mapping[str, Array],
+        *,
+        no_decay: Collection[str] = (),
+        no_adapt: Collection[str] = (),
+        max_grad_norm: float | None = None,
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> None:
+        self.params = {name: np.array(value, dtype=np.float64) for name, value in params.items()}
+        self.m = {name: np.zeros_like(value) for name, value in self.params.items()}
+        self.v = {name: np.zeros_like(value) for name, value in self.params.items()}
+        self.steps = dict.fromkeys(self.params, 0)
+        self.ratios: dict[str, float] = {}
+        self.grad_norm = 0.0
+        self.max_grad_norm = max_grad_norm
+        self.no_decay, self.no_adapt = set(no_decay), set(no_adapt)
+        defaults: dict[str, Any] = {
+            "lr": 1e-3,
+            "betas": (0.9, 0.999),
+            "eps": 1e-6,
+            "weight_decay": 0.01,
+            **PLAIN,
+        }
+        del defaults["max_grad_norm"], defaults["adaptation_excludes"]
+        overrides = overrides or {}
+        unknown = {*options, *(key for group in overrides.values() for key in group)} - set(defaults)
+        if unknown or not {*overrides, *self.no_decay, *self.no_adapt} <= set(self.params):
+            raise ValueError(f"unknown options {unknown} or parameter names")
+        self.options = {name: {**defaults, **options, **overrides.get(name, {})} for name in self.params}
+
+    def step(self, grads: Mapping[str, Array | None]) -> None:
+        """One step. A parameter without a gradient is left alone, its step count included."""
+        present = {name: np.array(g, dtype=np.float64) for name, g in grads.items() if g is not None}
+        self.grad_norm = math.sqrt(sum(float(np.sum(g * g)) for g in present.values()))
+        scale = 1.0
+        if self.max_grad_norm is not None and self.grad_norm > self.max_grad_norm:
+            scale = self.max_grad_norm / self.grad_norm
+        self.ratios = {name: self._update(name, g * scale) for name, g in present.items()}
+
+    def _update(self, name: str, g: Array) -> float:
+        opt, w = self.options[name], self.params[name]
+        (beta1, beta2), eps = opt["betas"], opt["eps"]
+        decay = 0.0 if name in self.no_decay else opt["weight_decay"]
+        self.steps[name] += 1
+        t = self.steps[name]
+
+        if not opt["adam_w_mode"]:
+            g = g + decay * w
+        m = self.m[name] = beta1 * self.m[name] + (1 - beta1 if opt["grad_averaging"] else 1.0) * g
+        v = self.v[name] = beta2 * self.v[name] + (1 - beta2) * g * g
+
+        m_hat, v_hat, step_size = m, v, opt["lr"]
+        if opt["bias_correction"] == "lr":
+            step_size = opt["lr"] * math.sqrt(1 - beta2**t) / (1 - beta1**t)
+        elif opt["bias_correction"]:
+            m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+        denominator = np.sqrt(v_hat + eps) if opt["eps_inside_sqrt"] else np.sqrt(v_hat) + eps
+        u = m_hat / denominator
+        if opt["adam_w_mode"]:
+            u = u + decay * w
+
+        ratio = self._ratio(name, l2(w), l2(u), decay)
+        self.params[name] = np.asarray(w - step_size * ratio * u)
+        return ratio
+
+    def _ratio(self, name: str, w_norm: float, u_norm: float, decay: float) -> float:
+        opt = self.options[name]
+        if name in self.no_adapt or (decay == 0 and not opt["adapt_without_decay"]):
+            return 1.0
+        if w_norm > 0 and u_norm > 0:
+            return clamp(clamp(w_norm, opt["weight_norm_clip"]) / u_norm, opt["trust_clip"])
+        return 1.0

@@ -1,0 +1,87 @@
+"""`Lamb` against the golden vectors, and its table of variants against what the sources do."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sharded_lamb import VARIANTS, Lamb
+from tests.oracle import PLAIN, VARIANT_FACTS
+
+FOLDER = Path(__file__).parent / "golden"
+INPUTS = json.loads((FOLDER / "inputs.json").read_text())
+# dtype -> how far a parameter may be off (relative, norm-wise), and a ratio or norm (relative)
+TOLERANCES = {torch.float64: (1e-12, 1e-12), torch.float32: (2e-6, 5e-6)}
+
+
+def make_optimizer(variant: str, dtype: torch.dtype) -> tuple[Lamb, dict[str, torch.nn.Parameter]]:
+    params = {n: torch.nn.Parameter(torch.tensor(p, dtype=dtype)) for n, p in INPUTS["params"].items()}
+    options = {**INPUTS["options"], "betas": tuple(INPUTS["options"]["betas"])}
+    decay = tuple(INPUTS["exclude_from_weight_decay"])
+    return Lamb(params.items(), variant=variant, exclude_from_weight_decay=decay, **options), params
+
+
+def set_gradients(params: Mapping[str, torch.nn.Parameter], grads: Mapping[str, Any]) -> None:
+    for name, p in params.items():
+        p.grad = None if grads[name] is None else torch.tensor(grads[name], dtype=p.dtype)
+
+
+def assert_near(p: torch.Tensor, value: Any, tolerance: float, where: str) -> None:
+    expected = np.asarray(value, dtype=np.float64)
+    gap = np.linalg.norm(np.ravel(p.detach().double().numpy() - expected))
+    assert gap <= tolerance * np.linalg.norm(np.ravel(expected)), f"{where}: {gap}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("variant", VARIANT_FACTS)
+def test_variant_follows_its_vectors(variant: str, dtype: torch.dtype) -> None:
+    optimizer, params = make_optimizer(variant, dtype)
+    tolerance, scalar_tolerance = TOLERANCES[dtype]
+    steps = json.loads((FOLDER / f"{variant}.json").read_text())["steps"]
+    for k, (grads, expected) in enumerate(zip(INPUTS["grads"], steps, strict=True)):
+        set_gradients(params, grads)
+        optimizer.step()
+        for name, p in params.items():
+            assert_near(p, expected["params"][name], tolerance, f"step {k}, {name}")
+        ratios = optimizer.trust_ratios()
+        for name, ratio in expected["ratios"].items():
+            assert ratios[name] == pytest.approx(ratio, rel=scalar_tolerance), f"step {k}, {name}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_grad_norm_is_the_norm_before_clipping(dtype: torch.dtype) -> None:
+    optimizer, params = make_optimizer("apex", dtype)
+    steps = json.loads((FOLDER / "apex.json").read_text())["steps"]
+    for grads, expected in zip(INPUTS["grads"], steps, strict=True):
+        set_gradients(params, grads)
+        optimizer.step()
+        if expected["grad_norm"]:
+            assert float(optimizer.grad_norm) == pytest.approx(
+                expected["grad_norm"], rel=TOLERANCES[dtype][1]
+            )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_parameters_keep_their_dtype(dtype: torch.dtype) -> None:
+    optimizer, params = make_optimizer("lamb", dtype)
+    set_gradients(params, INPUTS["grads"][0])
+    optimizer.step()
+    assert {p.dtype for p in params.values()} == {dtype}
+
+
+def test_every_variant_is_known_here() -> None:
+    assert set(VARIANTS) == set(VARIANT_FACTS)
+
+
+@pytest.mark.parametrize("variant", VARIANT_FACTS)
+def test_variant_sets_what_its_source_does(variant: str) -> None:
+    """How a variant says "no adaptation here" is its own affair; the vectors test that by its effect."""
+    entry = VARIANTS[variant]
+    chosen = asdict(entry) if is_dataclass(entry) and not isinstance(entry, type) else dict(entry)
+    facts = {k: v for k, v in VARIANT_FACTS[variant].items() if k != "adaptation_excludes"}
+    assert {k: chosen.get(k, PLAIN[k]) for k in facts} == facts

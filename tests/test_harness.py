@@ -1,0 +1,185 @@
+"""The harness itself: results, errors, hangs and crashes are reported by rank, and none outlives its case."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests import harness
+from tests.harness import RankErrors, run_ranks, run_ranks_expecting_errors
+
+
+def _gather_sum(rank: int, tensor: torch.Tensor, *, scale: float = 1.0) -> dict[str, object]:
+    total = tensor * scale * (rank + 1)
+    dist.all_reduce(total)
+    return {"rank": dist.get_rank(), "world": dist.get_world_size(), "total": total}
+
+
+def _pid(rank: int) -> int:
+    return os.getpid()
+
+
+def _environment(rank: int) -> tuple[str, ...]:
+    return tuple(os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+
+
+def _one_rank_raises_before_a_collective(rank: int, bad: int) -> None:
+    if rank == bad:
+        raise ValueError(f"no good on rank {rank}")
+    dist.barrier()
+
+
+def _all_raise(rank: int) -> None:
+    raise KeyError(f"rank {rank}")
+
+
+def _only_rank_0_returns(rank: int) -> None:
+    if rank:
+        raise RuntimeError("not rank 0")
+
+
+def _sleep_forever(rank: int) -> None:
+    while True:
+        time.sleep(0.1)
+
+
+def _rank_1_dies(rank: int) -> None:
+    if rank == 1:
+        os.write(2, b"last words")
+        os._exit(7)
+    dist.barrier()
+
+
+def _leave_a_mess(rank: int) -> None:
+    os.environ["RANK"] = "99"
+    torch.set_default_dtype(torch.float64)
+    group = dist.new_group()
+    dist.all_reduce(torch.zeros(1), group=group)
+
+
+def _look_for_a_mess(rank: int) -> tuple[str, torch.dtype, int, float]:
+    groups = len(dist.distributed_c10d._world.pg_map)
+    return os.environ["RANK"], torch.get_default_dtype(), groups, torch.rand(()).item()
+
+
+def _destroy_the_group(rank: int) -> None:
+    dist.destroy_process_group()
+
+
+def _unpicklable(rank: int) -> object:
+    return lambda: rank
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_results_come_back_by_rank(world_size: int) -> None:
+    results = run_ranks(world_size, _gather_sum, torch.ones(3), scale=2.0)
+    assert [result["rank"] for result in results] == list(range(world_size))
+    expected = torch.full((3,), 2.0 * sum(range(1, world_size + 1)))
+    for result in results:
+        assert result["world"] == world_size
+        assert torch.equal(result["total"], expected)
+
+
+def test_workers_are_reused_and_cheap_to_call() -> None:
+    pids = run_ranks(2, _pid)
+    begin = time.monotonic()
+    for _ in range(50):
+        assert run_ranks(2, _pid) == pids
+    assert len({*pids, os.getpid()}) == 3
+    assert (time.monotonic() - begin) / 50 < 0.1
+
+
+def test_environment_is_that_of_a_launcher() -> None:
+    assert run_ranks(2, _environment) == [("0", "0", "2"), ("1", "1", "2")]
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+def test_an_error_is_reported_while_others_wait_for_it(bad: int) -> None:
+    pids = run_ranks(3, _pid)
+    begin = time.monotonic()
+    with pytest.raises(RankErrors, match=f"no good on rank {bad}") as caught:
+        run_ranks(3, _one_rank_raises_before_a_collective, bad, timeout=60)
+    assert time.monotonic() - begin < 30
+    error = caught.value.errors[bad]
+    assert (error.kind, error.message) == ("ValueError", f"no good on rank {bad}")
+    assert "_one_rank_raises_before_a_collective" in error.traceback
+    waiting = {rank: error.kind for rank, error in caught.value.errors.items() if rank != bad}
+    assert waiting == dict.fromkeys({0, 1, 2} - {bad}, "Abandoned")
+    assert "in barrier" in str(caught.value)  # where the others were
+    assert not set(run_ranks(3, _pid)) & set(pids)
+
+
+def test_a_rank_that_returns_is_not_among_the_errors() -> None:
+    with pytest.raises(RankErrors, match="rank 0: returned") as caught:
+        run_ranks(2, _only_rank_0_returns)
+    assert caught.value.returned == [0]
+    assert set(caught.value.errors) == {1}
+
+
+def test_expected_errors() -> None:
+    expected = {rank: ("KeyError", f"'rank {rank}'") for rank in range(3)}
+    assert run_ranks_expecting_errors(3, _all_raise) == expected
+
+
+def test_expected_errors_must_come_from_every_rank() -> None:
+    with pytest.raises(AssertionError, match="all 2 ranks returned"):
+        run_ranks_expecting_errors(2, _pid)
+    with pytest.raises(RankErrors, match="rank 0: returned"):
+        run_ranks_expecting_errors(2, _only_rank_0_returns)
+    with pytest.raises(RankErrors, match="Timeout"):
+        run_ranks_expecting_errors(2, _one_rank_raises_before_a_collective, 0, timeout=2)
+
+
+def test_a_hang_ends_at_the_timeout_with_the_stack() -> None:
+    run_ranks(2, _pid)
+    begin = time.monotonic()
+    with pytest.raises(RankErrors, match="in _sleep_forever") as caught:
+        run_ranks(2, _sleep_forever, timeout=1)
+    assert time.monotonic() - begin < 10
+    assert {rank: error.kind for rank, error in caught.value.errors.items()} == {0: "Timeout", 1: "Timeout"}
+    assert len(run_ranks(2, _pid)) == 2
+
+
+def test_a_dead_worker_is_reported_with_its_output() -> None:
+    with pytest.raises(RankErrors) as caught:
+        run_ranks(2, _rank_1_dies)
+    assert caught.value.errors[1].kind == "Died"
+    assert "exit code 7" in caught.value.errors[1].message
+    assert "last words" in caught.value.errors[1].message
+
+
+def test_a_worker_that_died_between_cases_is_reported() -> None:
+    os.kill(run_ranks(2, _pid)[1], 9)
+    with pytest.raises(RankErrors) as caught:
+        run_ranks(2, _gather_sum, torch.ones(1))
+    assert caught.value.errors[1].kind == "Died"
+    assert len(run_ranks(2, _pid)) == 2
+
+
+def test_a_case_does_not_see_what_the_last_one_left() -> None:
+    first = run_ranks(2, _look_for_a_mess)
+    assert [result[:3] for result in first] == [("0", torch.float32, 1), ("1", torch.float32, 1)]
+    pids = run_ranks(2, _pid)
+    run_ranks(2, _leave_a_mess)
+    assert run_ranks(2, _look_for_a_mess) == first
+    assert run_ranks(2, _pid) == pids
+
+
+def test_a_case_may_destroy_its_process_group() -> None:
+    run_ranks(2, _destroy_the_group)
+    assert run_ranks(2, _gather_sum, torch.ones(1))[1]["world"] == 2
+
+
+def test_a_result_that_cannot_travel_is_an_error() -> None:
+    with pytest.raises(RankErrors, match="pickle"):
+        run_ranks(1, _unpicklable)
+
+
+def test_shutdown_ends_every_process() -> None:
+    pids = run_ranks(2, _pid)
+    harness.shutdown_pools()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
