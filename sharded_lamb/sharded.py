@@ -398,6 +398,22 @@ class ShardedLamb(LambOptimizer):
         """Collectives and bytes that this rank sent, by name, since construction."""
         return self._collectives.traffic
 
+    def expected_bytes(self) -> dict[str, int]:
+        """Bytes that a step sends by its formula: what grows with the model, and the two small vectors.
+
+        A stage-1 optimizer's first two steps add 2 W fp64 to the small ones.
+        """
+        shards, parameters = self._collectives.shard_count, len(self._holdings.params)
+        expected = {"all_gather": 0, "reduce_scatter": 0}
+        for bucket in self._holdings.buckets:
+            others = bucket.plan.shard_numel * (shards - 1)
+            expected["all_gather"] += others * bucket.precision.model.itemsize
+            if self._settings.stage == 2:
+                expected["reduce_scatter"] += others * bucket.precision.wire.itemsize
+        if self._collectives.world_size > 1:
+            expected["all_reduce_small"] = (3 * parameters + 1 + 2 * parameters) * 8
+        return expected
+
     def memory(self) -> dict[str, int]:
         """Bytes on this rank: parameters, masters, moments, gradient_shards, staging."""
         return {**self._holdings.bytes_by_kind(), "staging": self._gradients.staging_bytes()}
@@ -408,7 +424,8 @@ class ShardedLamb(LambOptimizer):
         plain = int((options.decay + options.l2 == 0).sum())
         return (
             f"ShardedLamb stage {self._settings.stage}: {self._collectives.world_size} ranks, "
-            f"{len(self._holdings.params)} tensors ({plain} without decay, {int((~options.adapts).sum())} without ratio), "
+            f"{len(self._holdings.params)} tensors "
+            f"({plain} without decay, {int((~options.adapts).sum())} without ratio), "
             f"{memory['moments'] + memory['masters']:,} bytes of state a rank, kernel {self._kernel.name}, "
             f"variant {self.defaults['variant']}"
         )

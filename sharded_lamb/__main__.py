@@ -1,0 +1,112 @@
+"""``python -m sharded_lamb COMMAND``: the package's commands, also under torchrun."""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sharded_lamb import shapes
+from sharded_lamb.verify import verify
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 passed, 1 failed, 2 wrong usage."""
+    parser = argparse.ArgumentParser(
+        prog="sharded-lamb", description="ZeRO-sharded LAMB with exact trust ratios."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_verify(commands.add_parser("verify", help="compare with a single-process fp64 LAMB on this machine"))
+    chosen = parser.parse_args(arguments)
+    device = _join_ranks(chosen.device)
+    try:
+        return int(_verify(chosen, device))
+    except (ValueError, ImportError, OSError) as error:
+        print(f"sharded-lamb {chosen.command}: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Run under torchrun for several ranks, e.g. torchrun --nproc-per-node 2 -m sharded_lamb verify."
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--shapes",
+        default="tiny",
+        help="tiny, bert-base, bert-large, many-small, or a JSON file {name: shape}",
+    )
+    what.add_argument(
+        "--model", help="module:function that returns a torch.nn.Module, e.g. mypackage.models:build"
+    )
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--bucket-mb", type=float, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _join_ranks(device: str | None) -> torch.device:
+    """Join the process group that torchrun describes, if there is one; this rank's device."""
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if kind == "cuda":
+        torch.cuda.set_device(local)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+
+
+def _verify(chosen: argparse.Namespace, device: torch.device) -> int:
+    parameters: nn.Module | Mapping[str, Sequence[int]]
+    parameters = _model(chosen.model) if chosen.model else _shapes(chosen.shapes)
+    if chosen.steps < 1:
+        raise ValueError(f"--steps must be >= 1, got {chosen.steps}")
+    report = verify(
+        parameters,
+        steps=chosen.steps,
+        stage=chosen.stage,
+        dtype=DTYPES[chosen.dtype],
+        device=device,
+        bucket_mb=chosen.bucket_mb,
+        seed=chosen.seed,
+    )
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(report)
+    return 0 if report.passed else 1
+
+
+def _shapes(name: str) -> Mapping[str, Sequence[int]]:
+    if not name.endswith(".json"):
+        return shapes.named(name)
+    found = json.loads(Path(name).read_text())
+    if not isinstance(found, dict) or not all(isinstance(shape, list) for shape in found.values()):
+        raise ValueError(f"{name} must hold a JSON object {{name: [size, …]}}")
+    return found
+
+
+def _model(path: str) -> nn.Module:
+    module, separator, function = path.partition(":")
+    if not separator:
+        raise ValueError(f"--model must be module:function, got {path!r}")
+    sys.path.insert(0, os.getcwd())
+    model = getattr(importlib.import_module(module), function)()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model {path} returned a {type(model).__name__}, expected a torch.nn.Module")
+    return model
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Lists of parameter shapes to try an optimizer on, without a model."""
+
+from collections.abc import Callable, Iterator
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _layer_norm(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (width,)
+    yield f"{name}.bias", (width,)
+
+
+def _linear(name: str, fan_in: int, fan_out: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (fan_out, fan_in)
+    yield f"{name}.bias", (fan_out,)
+
+
+def _bert_layer(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for part in ("query", "key", "value"):
+        yield from _linear(f"{name}.attention.self.{part}", width, width)
+    yield from _linear(f"{name}.attention.output.dense", width, width)
+    yield from _layer_norm(f"{name}.attention.output.LayerNorm", width)
+    yield from _linear(f"{name}.intermediate.dense", width, 4 * width)
+    yield from _linear(f"{name}.output.dense", 4 * width, width)
+    yield from _layer_norm(f"{name}.output.LayerNorm", width)
+
+
+def bert(layers: int, width: int, vocabulary: int = 30_528) -> Shapes:
+    """BERT for pretraining (Devlin et al.), tied decoder; the vocabulary padded to a multiple of 8 as NVIDIA's."""
+
+    def parts() -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield "embeddings.word_embeddings.weight", (vocabulary, width)
+        yield "embeddings.position_embeddings.weight", (512, width)
+        yield "embeddings.token_type_embeddings.weight", (2, width)
+        yield from _layer_norm("embeddings.LayerNorm", width)
+        for layer in range(layers):
+            yield from _bert_layer(f"encoder.layer.{layer}", width)
+        yield from _linear("pooler.dense", width, width)
+        yield from _linear("cls.predictions.transform.dense", width, width)
+        yield from _layer_norm("cls.predictions.transform.LayerNorm", width)
+        yield "cls.predictions.bias", (vocabulary,)
+        yield from _linear("cls.seq_relationship", width, 2)
+
+    return dict(parts())
+
+
+def _tiny() -> Shapes:
+    """Small and awkward: primes, one element, a scalar, nothing, more than a block, and a layer of each kind."""
+    awkward: Shapes = {
+        "scalar": (),
+        "one": (1,),
+        "empty": (0, 7),
+        "prime": (257,),
+        "odd": (31, 37),
+        "conv.weight": (8, 3, 3, 3),
+    }
+    return {**awkward, **bert(layers=1, width=32, vocabulary=128)}
+
+
+def named(name: str) -> Shapes:
+    """The list called ``name``. Raises ValueError for another name."""
+    makers: dict[str, Callable[[], Shapes]] = {
+        "tiny": _tiny,
+        "bert-base": lambda: bert(layers=12, width=768),
+        "bert-large": lambda: bert(layers=24, width=1024),
+        "many-small": lambda: {f"small.{index}": (1000,) for index in range(10_000)},
+    }
+    if name not in makers:
+        raise ValueError(f"shapes must be one of {sorted(makers)}, got {name!r}")
+    return makers[name]()

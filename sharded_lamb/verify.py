@@ -1,0 +1,305 @@
+"""Proof on the user's own machine: a few steps of `ShardedLamb` against a single-process fp64 LAMB.
+
+Rank 0 computes what all ranks should have computed, from the same gradients, with `Reference`, which is
+written apart from the optimizer: whole fp64 tensors, one parameter at a time, straight from the paper.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sharded_lamb.collectives import Traffic
+from sharded_lamb.sharded import ShardedLamb
+
+TOLERANCE = 2e-6
+"""Relative, norm-wise, of fp32 masters after 20 steps; moments and ratios have their own below."""
+MOMENT_TOLERANCE = 1e-5
+RATIO_TOLERANCE = 1e-5
+MAX_SMALL_ALL_REDUCES = 2
+
+
+class Reference:
+    """LAMB (arXiv 1904.00962, Algorithm 2) on whole fp64 tensors: the default variant, with global clipping."""
+
+    def __init__(self, weights: Sequence[Tensor], lr: float, max_grad_norm: float | None) -> None:
+        self.w = [weight.detach().to("cpu", torch.float64, copy=True) for weight in weights]
+        self.m = [torch.zeros_like(w) for w in self.w]
+        self.v = [torch.zeros_like(w) for w in self.w]
+        self.ratios = [1.0] * len(self.w)
+        self.grad_norm = 0.0
+        self.t, self.lr, self.max_grad_norm = 0, lr, max_grad_norm
+
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """One step with gradients that are averaged already, fp64."""
+        self.t += 1
+        self.grad_norm = math.sqrt(sum(float((g * g).sum()) for g in gradients))
+        clip = 1.0
+        if self.max_grad_norm is not None and self.grad_norm > self.max_grad_norm:
+            clip = self.max_grad_norm / self.grad_norm
+        for i, gradient in enumerate(gradients):
+            g = gradient * clip
+            self.m[i] = 0.9 * self.m[i] + 0.1 * g
+            self.v[i] = 0.999 * self.v[i] + 0.001 * g * g
+            m_hat, v_hat = self.m[i] / (1 - 0.9**self.t), self.v[i] / (1 - 0.999**self.t)
+            update = m_hat / (v_hat.sqrt() + 1e-6) + 0.01 * self.w[i]
+            w_norm, u_norm = float((self.w[i] ** 2).sum()) ** 0.5, float((update**2).sum()) ** 0.5
+            self.ratios[i] = w_norm / u_norm if w_norm > 0 and u_norm > 0 else 1.0
+            self.w[i] -= self.lr * self.ratios[i] * update
+
+
+@dataclass(frozen=True)
+class ParameterError:
+    """How far one parameter is from the reference; relative, norm-wise, but for the ratios themselves."""
+
+    name: str
+    numel: int
+    weight: float
+    exp_avg: float
+    exp_avg_sq: float
+    ratio: float
+    expected_ratio: float
+
+    @property
+    def ok(self) -> bool:
+        """nan fails."""
+        return (
+            self.weight <= TOLERANCE
+            and max(self.exp_avg, self.exp_avg_sq) <= MOMENT_TOLERANCE
+            and abs(self.ratio - self.expected_ratio) <= RATIO_TOLERANCE * max(1.0, abs(self.expected_ratio))
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found; on every rank the same verdict, parameters on rank 0 only."""
+
+    setting: str
+    problems: tuple[str, ...]
+    parameters: tuple[ParameterError, ...] = ()
+    per_step: Mapping[str, float] = field(default_factory=dict)  # calls and bytes a step by collective
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        lines = [f"verify: {self.setting}", ""]
+        if self.parameters:
+            lines.append(f"{'parameter':<52} {'elements':>11} {'weight':>8} {'m':>8} {'v':>8} {'ratio':>10}")
+            worst = sorted(self.parameters, key=lambda p: -max(p.weight, p.exp_avg, p.exp_avg_sq))
+            for p in worst[:20]:
+                lines.append(
+                    f"{p.name:<52.52} {p.numel:>11,} {p.weight:>8.1e} {p.exp_avg:>8.1e} {p.exp_avg_sq:>8.1e} "
+                    f"{p.ratio:>10.4g}"
+                )
+            if len(worst) > 20:
+                lines.append(f"… and {len(worst) - 20} more, none of them further off")
+            lines.append("")
+        lines += [f"{name:<28} {value:>16,.10g}" for name, value in self.per_step.items()]
+        lines += [f"problem: {problem}" for problem in self.problems]
+        return "\n".join([*lines, "PASS" if self.passed else "FAIL"])
+
+
+def verify(
+    parameters: nn.Module | Mapping[str, Sequence[int]],
+    *,
+    steps: int = 20,
+    stage: Literal[1, 2] = 2,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    bucket_mb: float = 32,
+    lr: float = 1e-2,
+    max_grad_norm: float | None = 1.0,
+    seed: int = 0,
+) -> Report:
+    """Run ``steps`` steps on made-up gradients and compare with the reference. Collective over the default group.
+
+    Args:
+        parameters: a model (its parameters are moved to ``device`` and ``dtype``, and are changed), or shapes by name.
+        dtype: of the parameters; the masters are fp32.
+
+    Returns:
+        A report with the same verdict on every rank. An error that the optimizer itself raises is a problem in it.
+    """
+    run = _Run(parameters, dtype, torch.device(device), seed)
+    setting = (
+        f"stage {stage}, {run.world_size} ranks, {str(dtype).removeprefix('torch.')}, {_backend(run.device)}, "
+        f"{len(run.params)} tensors, {sum(p.numel() for p in run.params):,} elements, {steps} steps"
+    )
+    try:
+        problems, rows, per_step = run.compare(steps, stage, bucket_mb, lr, max_grad_norm)
+    except (ValueError, RuntimeError) as error:
+        problems, rows, per_step = [f"{type(error).__name__}: {error}"], [], {}
+    return Report(setting, tuple(run.everyones(problems)), tuple(rows), per_step)
+
+
+class _Run:
+    def __init__(
+        self,
+        parameters: nn.Module | Mapping[str, Sequence[int]],
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        distributed = dist.is_available() and dist.is_initialized()
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        self.seed, self.device = seed, device
+        if isinstance(parameters, nn.Module):
+            named = dict(parameters.to(device, dtype).named_parameters())
+        else:
+            named = {
+                name: nn.Parameter(self._random(-1, 0, index, tuple(shape)).to(device, dtype))
+                for index, (name, shape) in enumerate(parameters.items())
+            }
+        self.names, self.params = list(named), list(named.values())
+
+    def _random(self, step: int, rank: int, index: int, shape: tuple[int, ...]) -> Tensor:
+        """The same fp32 numbers on every rank that asks; every parameter has a scale of its own."""
+        key = hashlib.sha256(f"{self.seed}/{step}/{rank}/{index}".encode()).digest()[:7]
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
+        return torch.randn(shape, generator=generator) * 10.0 ** (-(index % 4))
+
+    def gradient(self, step: int, rank: int, index: int) -> Tensor:
+        """What ``rank`` contributes, rounded to the parameter's dtype, on the CPU."""
+        p = self.params[index]
+        return self._random(step, rank, index, tuple(p.shape)).to(p.dtype)
+
+    def averaged(self, step: int, index: int) -> Tensor:
+        """fp64 mean over ranks of `gradient`."""
+        total = sum(self.gradient(step, rank, index).double() for rank in range(self.world_size))
+        return torch.as_tensor(total) / self.world_size
+
+    def give_gradients(self, step: int, stage: int) -> None:
+        """Stage 1: averages in ``.grad``, the same everywhere. Stage 2: a backward whose gradients are this rank's."""
+        if stage == 1:
+            for index, p in enumerate(self.params):
+                p.grad = self.averaged(step, index).to(p.device, p.dtype)
+            return
+        terms = [
+            (p * self.gradient(step, self.rank, index).to(p.device)).float().sum()
+            for index, p in enumerate(self.params)
+        ]
+        torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
+
+    def compare(
+        self, steps: int, stage: Literal[1, 2], bucket_mb: float, lr: float, max_grad_norm: float | None
+    ) -> tuple[list[str], list[ParameterError], dict[str, float]]:
+        first = self.rank == 0
+        optimizer = ShardedLamb(
+            zip(self.names, self.params, strict=True),
+            lr=lr,
+            stage=stage,
+            bucket_mb=bucket_mb,
+            max_grad_norm=max_grad_norm,
+            reduce_dtype=torch.float32,
+        )
+        reference = Reference(self.params, lr, max_grad_norm) if first else None
+        problems = []
+        before = _copy(optimizer.traffic)
+        for step in range(steps):
+            optimizer.zero_grad()
+            self.give_gradients(step, stage)
+            optimizer.step()
+            if reference is not None:
+                reference.step(
+                    [self._reference_gradient(step, index, stage) for index in range(len(self.params))]
+                )
+        per_step = _difference(optimizer.traffic, before, steps)
+        problems += self._traffic_problems(per_step, optimizer, stage)
+        problems += self._bit_problems()
+        full, ratios = optimizer.full_state_dict(), optimizer.trust_ratios()
+        rows = []
+        if reference is not None and full is not None:
+            rows = self._errors(reference, full, ratios)
+            problems += [f"{row.name} is off: {row}" for row in rows if not row.ok][:5]
+            norm = optimizer.grad_norm or 0.0
+            if not math.isclose(norm, reference.grad_norm, rel_tol=1e-5):
+                problems.append(f"the global gradient norm is {norm}, expected {reference.grad_norm}")
+        return problems, rows, per_step
+
+    def _reference_gradient(self, step: int, index: int, stage: int) -> Tensor:
+        mean = self.averaged(step, index)
+        return mean.to(self.params[index].dtype).double() if stage == 1 else mean
+
+    def _errors(
+        self, reference: Reference, full: Mapping[str, Any], ratios: Mapping[str, float]
+    ) -> list[ParameterError]:
+        rows = []
+        for index, (name, p) in enumerate(zip(self.names, self.params, strict=True)):
+            state = full["state"][index]
+            weight = state["master"] if "master" in state else p.detach().cpu()
+            rows.append(
+                ParameterError(
+                    name,
+                    p.numel(),
+                    _relative(weight, reference.w[index]),
+                    _relative(state["exp_avg"], reference.m[index]),
+                    _relative(state["exp_avg_sq"], reference.v[index]),
+                    ratios.get(name, math.nan),
+                    reference.ratios[index],
+                )
+            )
+        return rows
+
+    def _traffic_problems(
+        self, per_step: Mapping[str, float], optimizer: ShardedLamb, stage: int
+    ) -> list[str]:
+        small = per_step.get("all_reduce_small calls", 0)
+        found = []
+        if small > MAX_SMALL_ALL_REDUCES:
+            found.append(f"{small} small all-reduces a step, at most {MAX_SMALL_ALL_REDUCES} were promised")
+        for name, expected in optimizer.expected_bytes().items():
+            if name == "all_reduce_small" and stage == 1:
+                continue  # its first steps also compare gradients over ranks
+            sent = per_step.get(f"{name} bytes", 0)
+            if sent != expected:
+                found.append(f"{sent} bytes a step sent by {name}, expected {expected}")
+        return found
+
+    def _bit_problems(self) -> list[str]:
+        """Parameters must have the same bits on every rank."""
+        bits = hashlib.sha256()
+        for p in self.params:
+            bits.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digests = self._gathered(bits.hexdigest())
+        unlike = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        return [f"rank {unlike} holds other bits than rank 0"] if unlike else []
+
+    def _gathered(self, value: Any) -> list[Any]:
+        if self.world_size == 1:
+            return [value]
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value)
+        return found
+
+    def everyones(self, problems: list[str]) -> list[str]:
+        """All ranks' problems, each once, in rank order."""
+        return list(dict.fromkeys(problem for rank in self._gathered(problems) for problem in rank))
+
+
+def _backend(device: torch.device) -> str:
+    return f"{dist.get_backend()} on {device.type}" if dist.is_initialized() else device.type
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    gap, size = float((found.double() - expected).norm()), float(expected.norm())
+    return gap / size if size > 0 else gap
+
+
+def _copy(traffic: Traffic) -> Traffic:
+    return Traffic(traffic.calls.copy(), traffic.bytes.copy())
+
+
+def _difference(after: Traffic, before: Traffic, steps: int) -> dict[str, float]:
+    rows = {}
+    for name in sorted(after.calls):
+        if calls := after.calls[name] - before.calls[name]:
+            rows[f"{name} calls"] = calls / steps
+            rows[f"{name} bytes"] = (after.bytes[name] - before.bytes[name]) / steps
+    return rows
