@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = _join_ranks(chosen.device)
     try:
         return int(_verify(chosen, device))
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError, AttributeError, OSError) as error:
         print(f"sharded-lamb {chosen.command}: {error}", file=sys.stderr)
         return 2
     finally:

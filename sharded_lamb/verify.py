@@ -154,21 +154,28 @@ class _Run:
             named = dict(parameters.to(device, dtype).named_parameters())
         else:
             named = {
-                name: nn.Parameter(self._random(-1, 0, index, tuple(shape)).to(device, dtype))
+                name: nn.Parameter(self._random("weights", index, tuple(shape)).to(device, dtype))
                 for index, (name, shape) in enumerate(parameters.items())
             }
         self.names, self.params = list(named), list(named.values())
 
-    def _random(self, step: int, rank: int, index: int, shape: tuple[int, ...]) -> Tensor:
+    def _random(self, what: str, index: int, shape: tuple[int, ...]) -> Tensor:
         """The same fp32 numbers on every rank that asks; every parameter has a scale of its own."""
-        key = hashlib.sha256(f"{self.seed}/{step}/{rank}/{index}".encode()).digest()[:7]
+        key = hashlib.sha256(f"{self.seed}/{what}/{index}".encode()).digest()[:7]
         generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
         return torch.randn(shape, generator=generator) * 10.0 ** (-(index % 4))
 
     def gradient(self, step: int, rank: int, index: int) -> Tensor:
-        """What ``rank`` contributes, rounded to the parameter's dtype, on the CPU."""
-        p = self.params[index]
-        return self._random(step, rank, index, tuple(p.shape)).to(p.dtype)
+        """What ``rank`` contributes, rounded to the parameter's dtype, on the CPU.
+
+        Signs stay over steps, with noise on top: where a moment of a small tensor cancels to nothing, its
+        ratio is ill-conditioned, and would say more of the numbers than of the optimizer.
+        """
+        shape = tuple(self.params[index].shape)
+        scale = 10.0 ** (-(index % 4))
+        noise = self._random(f"gradient {step} {rank}", index, shape)
+        signs = self._random("signs", index, shape).sign()
+        return (signs * (scale + 0.2 * noise)).to(self.params[index].dtype)
 
     def averaged(self, step: int, index: int) -> Tensor:
         """fp64 mean over ranks of `gradient`."""

@@ -1,0 +1,222 @@
+"""`verify` passes on what is right and fails on what is planted: it must be able to say FAIL."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sharded_lamb import shapes
+from sharded_lamb.__main__ import main
+from sharded_lamb.buckets import FlatBucket
+from sharded_lamb.collectives import Collectives
+from sharded_lamb.layout import Bucket, Segment
+from sharded_lamb.verify import Reference, Report, verify
+from tests.harness import run_ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Verdict = tuple[bool, str, dict[str, float]]
+
+
+def verdict(report: Report) -> Verdict:
+    return report.passed, str(report), dict(report.per_step)
+
+
+def verify_here(rank: int, stage: int, dtype: str, bucket_mb: float = 0.02, steps: int = 6) -> Verdict:
+    report = verify(shapes.named("tiny"), stage=stage, dtype=DTYPES[dtype], steps=steps, bucket_mb=bucket_mb)
+    return verdict(report)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_passes_on_what_is_right(world_size: int, stage: int, dtype: str) -> None:
+    for passed, text, _ in run_ranks(world_size, verify_here, stage, dtype):
+        assert passed, text
+
+
+def verify_model(rank: int) -> Verdict:
+    torch.manual_seed(rank)  # ranks start from different weights: the first rank's count
+    model = nn.Sequential(nn.Embedding(11, 8), nn.LayerNorm(8), nn.Linear(8, 5))
+    return verdict(verify(model, steps=4))
+
+
+def test_takes_a_model() -> None:
+    for passed, text, _ in run_ranks(2, verify_model):
+        assert passed, text
+
+
+def without_norm_reduction(rank: int, stage: int) -> Verdict:
+    """Each rank keeps its own part of ‖w‖² and ‖u‖²: the mistake of ratios per partition."""
+    original = Collectives.all_reduce_small
+
+    def only_facts(self: Collectives, vector: Tensor) -> None:
+        if vector.ndim == 2:  # [2, P]: the norms
+            self.traffic.add("all_reduce_small", vector.nbytes)
+        else:
+            original(self, vector)
+
+    with mock.patch.object(Collectives, "all_reduce_small", only_facts):
+        return verify_here(rank, stage, "float32")
+
+
+def with_a_dropped_slice(rank: int, stage: int) -> Verdict:
+    """Rank 1 forgets its first segment, in gradients and norms alike."""
+    original = Bucket.segments
+
+    def fewer(self: Bucket, of_rank: int) -> tuple[Segment, ...]:
+        found = original(self, of_rank)
+        return found[1:] if of_rank == 1 else found
+
+    with mock.patch.object(Bucket, "segments", fewer):
+        return verify_here(rank, stage, "float32")
+
+
+def with_summed_gradients(rank: int, stage: int) -> Verdict:
+    """Gradients summed over ranks, not averaged (LAMB hardly notices; its moments do)."""
+    original = Collectives.reduced_shard
+
+    def summed(self: Collectives, full: Tensor, received: Tensor, dtype: torch.dtype) -> Tensor:
+        return original(self, full, received, dtype) * self.world_size
+
+    with mock.patch.object(Collectives, "reduced_shard", summed):
+        return verify_here(rank, 2, "float32")
+
+
+def with_own_gradients_in_stage_1(rank: int, stage: int) -> Verdict:
+    """Stage 1 takes what is this rank's alone, and the check of the first steps does not look."""
+    original = FlatBucket.take_own_gradients
+
+    def own(self: FlatBucket) -> None:
+        original(self)
+        self.shard.grad.mul_(1 + rank)
+
+    with mock.patch.object(FlatBucket, "take_own_gradients", own):
+        return verify_here(rank, 1, "float32")
+
+
+def with_stale_parameters(rank: int, stage: int) -> Verdict:
+    """The last rank does not get what the others wrote."""
+    original = Collectives.all_gather
+
+    def without_writing(self: Collectives, flat: Tensor):
+        before = flat.clone()
+        pending = original(self, flat)
+        pending.wait()
+        if rank == self.world_size - 1:
+            size = flat.numel() // self.shard_count
+            flat[: rank * size] = before[: rank * size]
+        return pending
+
+    with mock.patch.object(Collectives, "all_gather", without_writing):
+        return verify_here(rank, stage, "float32")
+
+
+def with_a_third_all_reduce(rank: int, stage: int) -> Verdict:
+    original = Collectives.all_reduce_small
+
+    def twice(self: Collectives, vector: Tensor) -> None:
+        original(self, vector)
+        original(self, vector.clone())
+
+    with mock.patch.object(Collectives, "all_reduce_small", twice):
+        return verify_here(rank, stage, "float32")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    ("planted", "says"),
+    [
+        (without_norm_reduction, "is off"),
+        (with_a_dropped_slice, "is off"),
+        (with_summed_gradients, "global gradient norm is"),
+        (with_own_gradients_in_stage_1, "is off"),
+        (with_stale_parameters, "other bits than rank 0"),
+        (with_a_third_all_reduce, "small all-reduces a step"),
+    ],
+)
+def test_fails_on_what_is_planted(planted, says: str, stage: int) -> None:
+    for passed, text, _ in run_ranks(2, planted, stage):
+        assert not passed
+        assert "FAIL" in text
+        assert says in text
+
+
+def unaveraged_stage_1(rank: int) -> Verdict:
+    from sharded_lamb.verify import _Run
+
+    with mock.patch.object(_Run, "averaged", lambda self, step, index: self.gradient(step, rank, index)):
+        return verify_here(rank, 1, "float32")
+
+
+def test_fails_on_unaveraged_gradients_with_the_remedy() -> None:
+    for passed, text, _ in run_ranks(2, unaveraged_stage_1):
+        assert not passed
+        assert "not averaged over ranks" in text
+        assert "stage=2" in text
+
+
+def test_small_all_reduces_do_not_grow_with_parameters() -> None:
+    """Two a step, and bytes as reduce-scatter, all-gather and two small vectors add up to."""
+    for _, _, per_step in run_ranks(2, verify_here, 2, "float32"):
+        assert per_step["all_reduce_small calls"] == 2
+        parameters = len(shapes.named("tiny"))
+        assert per_step["all_reduce_small bytes"] == 8 * (5 * parameters + 1)
+
+
+def test_the_reference_is_what_the_paper_says() -> None:
+    """By hand: one weight of 2, gradient 1, at the first step: u = 1/(1 + 1e-6) + 0.02, ratio 2/u, w = 2 - lr·2."""
+    reference = Reference([torch.tensor([2.0])], lr=0.1, max_grad_norm=None)
+    reference.step([torch.tensor([1.0], dtype=torch.float64)])
+    assert reference.ratios[0] == pytest.approx(2 / (1 / (1 + 1e-6) + 0.02), rel=1e-12)
+    assert reference.w[0].item() == pytest.approx(1.8, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["tiny", "bert-base", "bert-large", "many-small"])
+def test_shapes_are_the_published_ones(name: str) -> None:
+    elements = sum(torch.Size(shape).numel() for shape in shapes.named(name).values())
+    counts = {"tiny": 36, "bert-base": 206, "bert-large": 398, "many-small": 10_000}
+    published = {"bert-base": 110.1e6, "bert-large": 336.2e6, "many-small": 10e6}
+    assert len(shapes.named(name)) == counts[name]
+    assert elements == pytest.approx(published.get(name, elements), rel=1e-3)
+
+
+def test_command_line_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--steps", "2", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("PASS")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--shapes", "nothing"], "must be one of"),
+        (["--shapes", "missing.json"], "missing.json"),
+        (["--model", "nowhere"], "module:function"),
+        (["--model", "json:dumps"], "dumps"),
+        (["--steps", "0"], "steps must be >= 1"),
+    ],
+)
+def test_command_line_mistakes(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--device", "cpu", *arguments]) == 2
+    assert re.search(says, capsys.readouterr().err)
+
+
+def test_command_line_under_torchrun() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "sharded_lamb"]
+    done = subprocess.run(
+        [*command, "verify", "--steps", "3"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks" in done.stdout
+    assert done.stdout.rstrip().endswith("PASS")
