@@ -1,5 +1,6 @@
 """What an optimizer holds on this rank: its parameters in order, their buckets, slices and step counts."""
 
+import gc
 import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -130,8 +131,7 @@ class Holdings:
         pointers = {p.data_ptr(): name for name, p in zip(self.names, self.params, strict=True) if p.numel()}
         for name, p, _ in found:
             check_shardable(name, p, self.params[0].device if self.params else found[0][1].device)
-            other = _owners[p]() if p in _owners else None
-            if other is not None and other is not self._owner():
+            if self._owned_by_another(p):
                 raise ValueError(
                     f"parameter {name!r} already belongs to another ShardedLamb: two would each move it into "
                     f"buckets of their own. Delete the other optimizer first, or use one with two groups"
@@ -143,6 +143,15 @@ class Holdings:
                 )
             pointers[p.data_ptr()] = name
         return found
+
+    def _owned_by_another(self, p: Tensor) -> bool:
+        def owner() -> object:
+            return _owners[p]() if p in _owners else None
+
+        if owner() in (None, self._owner()):
+            return False
+        gc.collect()  # an optimizer that was deleted may be part of a cycle
+        return owner() is not None
 
     def adopt(self, plan: Plan, collectives: Collectives) -> list[FlatBucket]:
         """Move the plan's parameters into buckets, with the first rank's values. Collective: a broadcast a bucket."""
@@ -181,3 +190,18 @@ class Holdings:
             for kind, size in bucket.bytes_by_kind().items():
                 total[kind] += size
         return total
+
+    def bytes_on_wire(self) -> dict[str, int]:
+        """Bytes that this rank sends a step: what grows with the model, and the two small vectors."""
+        sent = {"all_gather": 0, "reduce_scatter": 0}
+        for bucket in self.buckets:
+            others = bucket.plan.shard_numel * (self.layout.world_size - 1)
+            sent["all_gather"] += others * bucket.precision.model.itemsize
+            if self.settings.stage == 2:
+                sent["reduce_scatter"] += others * bucket.precision.wire.itemsize
+                if len(self.topology.replica_ranks) > 1:
+                    replicas = bucket.plan.shard_numel * bucket.precision.compute.itemsize
+                    sent["all_reduce_replicas"] = sent.get("all_reduce_replicas", 0) + replicas
+        if len(self.topology.everyone) > 1:
+            sent["all_reduce_small"] = (3 + 2) * len(self.params) * 8 + 8
+        return sent

@@ -66,6 +66,7 @@ class BackwardReducer:
         self._sentinel: Tensor | None = None
         self._sentinel_version = 0
         self._sentinel_set_aside = False
+        self._used = False
         self._exchanges: deque[_Exchange] = deque()
         self._staging: dict[tuple[int, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
         self._open = self._callback_queued = False
@@ -107,7 +108,7 @@ class BackwardReducer:
         def before_accumulation(_: Tensor) -> None:
             reducer = this()
             if reducer is not None:
-                reducer._set_sentinel_aside()
+                reducer._before_sentinel_gradient()
 
         for index in range(first, len(self.params)):
             register: Any = self.params[index].register_post_accumulate_grad_hook
@@ -126,24 +127,36 @@ class BackwardReducer:
     def _sentinel_attached(self) -> bool:
         return self._sentinel is not None and self.params[self.sentinel_param].grad is self._sentinel
 
-    def has_reduced(self) -> bool:
-        """Whether reduced gradients are held that nobody has zeroed."""
-        if self._sentinel_set_aside:
-            return True
-        if not self._sentinel_attached():
-            return False
-        assert self._sentinel is not None
+    def _has_reduced(self) -> bool:
+        """Whether reduced gradients are held that nobody has zeroed.
+
+        Raises:
+            RuntimeError: somebody assigned the sentinel's ``.grad``, so that this cannot be told.
+        """
+        if self._sentinel is None or self._sentinel_set_aside:
+            return self._sentinel_set_aside
+        grad = self.params[self.sentinel_param].grad
+        if grad is not None and grad is not self._sentinel:
+            if self._used:
+                return False
+            raise RuntimeError(
+                f"the .grad of {self.names[self.sentinel_param]!r} was assigned while stage=2 holds reduced gradients "
+                f"that no step has used: call opt.zero_grad() before assigning gradients"
+            )
         # zero_grad(set_to_none=False) by the model: the value is read only after somebody wrote it.
         written = self._sentinel._version != self._sentinel_version
-        return not (written and bool((self._sentinel == 0).all()))
+        return grad is not None and not (written and bool((grad == 0).all()))
 
-    def _set_sentinel_aside(self) -> None:
-        """Before autograd adds this backward's gradient to a ``.grad`` that is the sentinel."""
+    def _before_sentinel_gradient(self) -> None:
+        """Autograd is about to add to the ``.grad`` that may be the sentinel: it must be out of the way."""
+        p = self.params[self.sentinel_param]
+        if p.grad is None and not self._open:  # zeroed by the model, whatever had been set aside
+            self._drop_sentinel()
         if self.enabled:
             self._open_round()
         if self._sentinel_attached():
-            self._sentinel_set_aside = self.has_reduced()
-            self.params[self.sentinel_param].grad = None
+            self._sentinel_set_aside = self._has_reduced()
+            p.grad = None
 
     def _drop_sentinel(self) -> None:
         if self._sentinel_attached():
@@ -151,7 +164,7 @@ class BackwardReducer:
         self._sentinel, self._sentinel_set_aside = None, False
 
     def _set_sentinel(self, facts: GradientFacts) -> None:
-        self._sentinel_set_aside = False
+        self._sentinel_set_aside = self._used = False
         if self.sentinel_param < 0:
             return
         p = self.params[self.sentinel_param]
@@ -183,7 +196,7 @@ class BackwardReducer:
     def _open_round(self) -> None:
         if self._open:
             return
-        self._fresh = not self.has_reduced()
+        self._fresh = not self._has_reduced()
         if self._fresh:
             self._drop_sentinel()
             self.present = [False] * len(self.params)
@@ -295,7 +308,7 @@ class BackwardReducer:
 
         ``found_inf`` (GradScaler's) was made of the sentinel, so all ranks have the same.
         """
-        if self._open or self.facts is None or not self.has_reduced() or any(self._left_over()):
+        if self._open or self.facts is None or not self._sentinel_attached() or any(self._left_over()):
             return self.flush()
         return self.facts
 
@@ -305,6 +318,7 @@ class BackwardReducer:
 
     def stepped(self) -> None:
         """A step has used the gradients; they stay, as ``.grad`` would, until they are zeroed."""
+        self._used = True
 
     def zero(self) -> None:
         """Wait for what is in flight, on every rank alike, and forget reduced gradients."""

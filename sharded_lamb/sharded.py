@@ -11,6 +11,8 @@ How the parts work together in a step::
 """
 
 import logging
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -311,6 +313,21 @@ class ShardedLamb(LambOptimizer):
         for p in held.params:
             state.load_local(self.state[p], states[p])
 
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's slices, stamped: save every rank's own, and load it on the same rank of as many.
+
+        Warns where a framework asks for it that saves the first rank's only (Hugging Face's Trainer).
+        """
+        if self._collectives.world_size > 1 and _called_by("transformers.trainer"):
+            warnings.warn(
+                "transformers' Trainer saves the optimizer of rank 0 only, and state_dict() of a ShardedLamb over "
+                f"{self._collectives.world_size} ranks holds rank 0's slices only: this checkpoint cannot resume the "
+                "optimizer. Save full_state_dict() in a TrainerCallback, or set save_only_model=True",
+                UserWarning,
+                stacklevel=2,
+            )
+        return super().state_dict()
+
     def full_state_dict(self) -> dict[str, Any] | None:
         """Whole state tensors on the first rank's CPU, as `Lamb.load_state_dict` takes them; None elsewhere.
 
@@ -399,20 +416,11 @@ class ShardedLamb(LambOptimizer):
         return self._collectives.traffic
 
     def expected_bytes(self) -> dict[str, int]:
-        """Bytes that a step sends by its formula: what grows with the model, and the two small vectors.
+        """Bytes that a step sends by its formula, by the names of `traffic`.
 
         A stage-1 optimizer's first two steps add 2 W fp64 to the small ones.
         """
-        shards, parameters = self._collectives.shard_count, len(self._holdings.params)
-        expected = {"all_gather": 0, "reduce_scatter": 0}
-        for bucket in self._holdings.buckets:
-            others = bucket.plan.shard_numel * (shards - 1)
-            expected["all_gather"] += others * bucket.precision.model.itemsize
-            if self._settings.stage == 2:
-                expected["reduce_scatter"] += others * bucket.precision.wire.itemsize
-        if self._collectives.world_size > 1:
-            expected["all_reduce_small"] = (3 * parameters + 1 + 2 * parameters) * 8
-        return expected
+        return self._holdings.bytes_on_wire()
 
     def memory(self) -> dict[str, int]:
         """Bytes on this rank: parameters, masters, moments, gradient_shards, staging."""
@@ -429,3 +437,15 @@ class ShardedLamb(LambOptimizer):
             f"{memory['moments'] + memory['masters']:,} bytes of state a rank, kernel {self._kernel.name}, "
             f"variant {self.defaults['variant']}"
         )
+
+
+def _called_by(module: str) -> bool:
+    """Whether a function of ``module`` is on this thread's stack."""
+    if module not in sys.modules:
+        return False
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == module:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
