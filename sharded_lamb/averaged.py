@@ -23,7 +23,8 @@ class AveragedGradients:
         self.buckets: list[FlatBucket] = []
         self.enabled = True
         self._steps_seen = 0
-        self._known: tuple[object, GradientFacts] | None = None
+        self._known: GradientFacts | None = None
+        self._used: list[tuple[Tensor | None, int | None]] = []
 
     def extend(self, names: Sequence[str], params: Sequence[Tensor], buckets: Sequence[FlatBucket]) -> None:
         """Take on parameters that follow those of before, in buckets of their own."""
@@ -38,10 +39,17 @@ class AveragedGradients:
             ValueError: gradients differ over ranks, or are on some ranks only (see `check_averaged`).
             TypeError: a sparse gradient.
         """
-        signature = [None if p.grad is None else (id(p.grad), p.grad._version) for p in self.params]
-        if self._known is None or self._known[0] != signature:
-            self._known = (signature, self._collect(found_inf))
-        return self._known[1]
+        if self._known is None or not self._unchanged():
+            self._used = [(p.grad, None if p.grad is None else p.grad._version) for p in self.params]
+            self._known = self._collect(found_inf)
+        return self._known
+
+    def _unchanged(self) -> bool:
+        """Whether every ``.grad`` is the tensor, at the version, that the facts were made of."""
+        return len(self._used) == len(self.params) and all(
+            p.grad is grad and (grad is None or grad._version == version)
+            for p, (grad, version) in zip(self.params, self._used, strict=True)
+        )
 
     def _collect(self, found_inf: Tensor | None) -> GradientFacts:
         grads = [p.grad for p in self.params]
@@ -80,11 +88,11 @@ class AveragedGradients:
     def stepped(self) -> None:
         """A step has used the gradients."""
         self._steps_seen += 1
-        self._known = None
+        self.zero()
 
     def zero(self) -> None:
-        """Gradients are about to be zeroed."""
-        self._known = None
+        """Gradients are about to be zeroed, or have been used: forget what is known of them."""
+        self._known, self._used = None, []
 
     def staging_bytes(self) -> int:
         """No memory beside the gradient shards."""

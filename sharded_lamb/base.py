@@ -1,5 +1,6 @@
 """What `Lamb` and `ShardedLamb` share as torch optimizers: groups, variants, names, loading."""
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -197,3 +198,15 @@ def check_parameter(name: str, p: Tensor) -> None:
             f"ratio per parameter does not exist in it (use_orig_params=True shards within it and is as wrong). "
             f"Use torch.distributed.fsdp.fully_shard, or ShardedLamb(stage=2) on the bare model"
         )
+
+
+def called_by(module: str) -> bool:
+    """Whether a function of ``module`` is on this thread's stack."""
+    if module not in sys.modules:
+        return False
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == module:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

@@ -30,7 +30,7 @@ class Precision:
     ) -> "Precision":
         if model == torch.float64:
             return Precision(model, model, model, reduce or model, model)
-        return Precision(model, master, state, reduce or model, torch.float32)
+        return Precision(model, master, state, reduce or model, torch.promote_types(master, torch.float32))
 
 
 def memory_strides(p: Tensor) -> tuple[int, ...]:

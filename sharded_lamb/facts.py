@@ -66,7 +66,7 @@ def agree(
     vector = torch.zeros(3 * count + 1 + (2 * world if totals is not None else 0), dtype=torch.float64)
     vector[count : 2 * count] = torch.tensor(present, dtype=torch.float64)
     vector[2 * count : 3 * count] = torch.tensor(left_over, dtype=torch.float64)
-    vector = vector.to(device)
+    vector = vector.to(device, non_blocking=True)
     if topology.is_first_replica:
         vector[:count] = square_sums
     if found_inf is not None:
@@ -125,26 +125,36 @@ def check_averaged(facts: GradientFacts, names: Sequence[str], world_size: int) 
 
 
 class SkipCounter:
-    """Steps left out, counted on the device; the host reads them one step late, so that no step waits.
-
-    Attributes:
-        counts: [3] int64: skipped in all, skipped in a row, the first bad parameter of the last skip.
-    """
+    """Steps left out, counted on the device; the host reads them one step late, so that no step waits."""
 
     def __init__(self, device: torch.device, limit: int) -> None:
-        self.counts = torch.zeros(3, dtype=torch.int64, device=device)
         self.limit = limit
+        self._counts = torch.zeros(
+            3, dtype=torch.int64, device=device
+        )  # in all, in a row, the last's first bad one
+        self._seen = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._arrived = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    @property
+    def total(self) -> int:
+        """Steps left out since construction. Reads the device."""
+        return int(self._counts[0].item())
 
     def record(self, skip: Tensor, bad: Tensor) -> None:
         """``skip``: bool scalar; ``bad``: [P] bool."""
         skipped = skip.to(torch.int64)
-        self.counts[0] += skipped
-        self.counts[1] = (self.counts[1] + 1) * skipped
-        self.counts[2] = torch.where(skip, bad.to(torch.int64).argmax(), self.counts[2])
+        self._counts[0] += skipped
+        self._counts[1] = (self._counts[1] + 1) * skipped
+        self._counts[2] = torch.where(skip, bad.to(torch.int64).argmax(), self._counts[2])
+        self._seen.copy_(self._counts, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
 
     def check(self, names: Sequence[str]) -> None:
         """Raises RuntimeError, on every rank alike, after ``limit`` skipped steps in a row."""
-        total, in_a_row, first = self.counts.tolist()
+        if self._arrived is not None:
+            self._arrived.synchronize()  # of the step before: long done
+        total, in_a_row, first = self._seen.tolist()
         if in_a_row >= self.limit:
             raise RuntimeError(
                 f"{in_a_row} steps in a row ({total} in all) had non-finite gradients and were skipped; the first bad "

@@ -80,11 +80,15 @@ class OptionTable:
             return torch.stack(parts)[self._group_of]
         if self._lr is None or values != self._lrs:
             self._lrs = values
-            self._lr = torch.tensor(values, dtype=torch.float64, device=self._device)[self._group_of]
+            self._lr = self._on_device(values)[self._group_of]
         return self._lr
 
+    def _on_device(self, values: Sequence[Any]) -> Tensor:
+        """Without waiting for the device, as a plain copy to it would."""
+        return torch.tensor(values, dtype=torch.float64).to(self._device, non_blocking=True)
+
     def _assemble(self, rows: Sequence[tuple[float, ...]]) -> ParameterOptions:
-        table = torch.tensor(rows, dtype=torch.float64, device=self._device)[self._group_of]
+        table = self._on_device(rows)[self._group_of]
         columns = table.unbind(dim=1)
         l2, decay = columns[8] * self._decays, columns[9] * self._decays
         names = [field.name for field in fields(ParameterOptions)]

@@ -11,7 +11,6 @@ How the parts work together in a step::
 """
 
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from sharded_lamb import rule, state
 from sharded_lamb.agreement import Description, check_agreement, describe_group, told_to_all
 from sharded_lamb.averaged import AveragedGradients
-from sharded_lamb.base import LambOptimizer
+from sharded_lamb.base import LambOptimizer, called_by
 from sharded_lamb.collectives import Collectives, Pending, Topology, Traffic
 from sharded_lamb.engine import gradient_square_sums, lamb_step
 from sharded_lamb.facts import GradientFacts, SkipCounter
@@ -318,7 +317,7 @@ class ShardedLamb(LambOptimizer):
 
         Warns where a framework asks for it that saves the first rank's only (Hugging Face's Trainer).
         """
-        if self._collectives.world_size > 1 and _called_by("transformers.trainer"):
+        if self._collectives.world_size > 1 and called_by("transformers.trainer"):
             warnings.warn(
                 "transformers' Trainer saves the optimizer of rank 0 only, and state_dict() of a ShardedLamb over "
                 f"{self._collectives.world_size} ranks holds rank 0's slices only: this checkpoint cannot resume the "
@@ -408,7 +407,7 @@ class ShardedLamb(LambOptimizer):
     @property
     def skipped_steps(self) -> int:
         """Steps left out for non-finite gradients since construction. Reads the device."""
-        return int(self._skips.counts[0].item())
+        return self._skips.total
 
     @property
     def traffic(self) -> Traffic:
@@ -437,15 +436,3 @@ class ShardedLamb(LambOptimizer):
             f"{memory['moments'] + memory['masters']:,} bytes of state a rank, kernel {self._kernel.name}, "
             f"variant {self.defaults['variant']}"
         )
-
-
-def _called_by(module: str) -> bool:
-    """Whether a function of ``module`` is on this thread's stack."""
-    if module not in sys.modules:
-        return False
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == module:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
