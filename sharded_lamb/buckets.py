@@ -68,6 +68,8 @@ class FlatBucket:
         self.plan, self.params, self.precision = plan, list(params), precision
         self.strides = [memory_strides(p) for p in params]
         self.segments = plan.segments(shard_rank)
+        self._segment_of = {segment.param: segment for segment in self.segments}
+        self._position = {param: position for position, param in enumerate(plan.params)}
         self.flat = torch.zeros(plan.numel, dtype=precision.model, device=device)
         self.low, self.high = plan.shard_range(shard_rank)
         for p, offset, strides in zip(params, plan.offsets, self.strides, strict=True):
@@ -110,18 +112,14 @@ class FlatBucket:
                     f"construct the optimizer after; write weights in place (copy_, load_state_dict)"
                 )
 
-    def slice_of(self, position: int, shard_tensor: Tensor) -> Tensor:
-        """The part of the bucket's ``position``-th parameter in one of this rank's flat tensors; may be empty."""
-        param = self.plan.params[position]
-        for segment in self.segments:
-            if segment.param == param:
-                return shard_tensor[segment.shard_start : segment.shard_start + segment.length]
-        return shard_tensor[:0]
+    def segment_of(self, param: int) -> Segment:
+        """This rank's segment of a parameter; of length 0 where it has none."""
+        return self._segment_of.get(param, Segment(param, 0, 0, 0))
 
-    def segment_of(self, position: int) -> Segment:
-        """This rank's segment of the bucket's ``position``-th parameter; of length 0 where it has none."""
-        param = self.plan.params[position]
-        return next((s for s in self.segments if s.param == param), Segment(param, 0, 0, 0))
+    def slice_of(self, param: int, shard_tensor: Tensor) -> Tensor:
+        """The part of a parameter in one of this rank's flat tensors; may be empty."""
+        segment = self.segment_of(param)
+        return shard_tensor[segment.shard_start : segment.shard_start + segment.length]
 
     def place(self, position: int, flat: Tensor) -> Tensor:
         """The ``position``-th parameter's region of a flat tensor of the bucket's size, in its shape."""
@@ -130,9 +128,8 @@ class FlatBucket:
 
     def take_own_gradients(self) -> None:
         """Stage 1: this rank's slices of every ``.grad`` into the gradient shard; 0 where there is none."""
-        place = {param: position for position, param in enumerate(self.plan.params)}
         for segment in self.segments:
-            position = place[segment.param]
+            position = self._position[segment.param]
             target = self.shard.grad[segment.shard_start : segment.shard_start + segment.length]
             grad = self.params[position].grad
             if grad is None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sharded_lamb import rule
 from sharded_lamb.collectives import Collectives
 
 SquareSums = Callable[[], Tensor]
@@ -39,10 +40,9 @@ class GradientFacts:
     def any_bad(self) -> Tensor:
         return self.bad.any() | self.found_inf
 
-    @property
-    def norm(self) -> Tensor:
-        """Global gradient norm, fp64 rounded to fp32 (see `sharded_lamb.rule.norms`)."""
-        return self.square_sums.sum().sqrt().float().double()
+    def norm(self, wide: Tensor) -> Tensor:
+        """Global gradient norm, fp64; rounded to fp32 (see `sharded_lamb.rule.norms`) unless all are ``wide``."""
+        return rule.norms(self.square_sums.sum(), wide.all())
 
 
 def agree(

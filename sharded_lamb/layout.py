@@ -114,6 +114,8 @@ class ShardLayout:
             if bucket.world_size != self.world_size:
                 raise ValueError(f"a bucket for {bucket.world_size} ranks in a layout for {self.world_size}")
             for param, numel in zip(bucket.params, bucket.numels, strict=True):
+                if not 0 <= param < len(seen):
+                    raise ValueError(f"parameter {param} is not one of {len(seen)}")
                 if seen[param] or numel != self.numels[param]:
                     raise ValueError(
                         f"parameter {param} of {self.numels[param]} elements is in two buckets or not whole in one"

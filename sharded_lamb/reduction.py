@@ -40,6 +40,7 @@ class _Exchange:
     full: Tensor
     received: Tensor
     pending: Pending
+    memory: tuple[Tensor, Tensor]  # what the two are views of
 
 
 class BackwardReducer:
@@ -68,7 +69,9 @@ class BackwardReducer:
         self._sentinel_set_aside = False
         self._used = False
         self._exchanges: deque[_Exchange] = deque()
-        self._staging: dict[tuple[int, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+        self._staging: list[
+            tuple[Tensor, Tensor]
+        ] = []  # bytes to be used again, as large as any bucket needs
         self._open = self._callback_queued = False
         self._fresh = True
         self._fired: set[int] = set()
@@ -88,6 +91,7 @@ class BackwardReducer:
             for param in bucket.plan.params:
                 self.bucket_of[param] = index
         self.buckets.extend(buckets)
+        self._staging.clear()  # new buckets may be larger
         sized = [index for index, p in enumerate(self.params) if p.numel() > 0]
         if self.sentinel_param < 0 and sized:
             self.sentinel_param = min(sized, key=lambda index: self.params[index].numel())
@@ -189,7 +193,8 @@ class BackwardReducer:
                 "change is lost: call opt.clip_grad_norm_(max_norm) instead of torch.nn.utils.clip_grad_norm_, or "
                 "pass max_grad_norm; use stage=1 for other changes"
             )
-        return self._sentinel.flatten()[0].to(torch.float64)
+        factor = self._sentinel.flatten()[0].to(torch.float64)
+        return torch.where(factor.isfinite(), factor, torch.ones_like(factor))  # inf only says: non-finite
 
     # -- a round ------------------------------------------------------------------------------------
 
@@ -234,8 +239,10 @@ class BackwardReducer:
     def _launch(self, index: int) -> None:
         """Start the exchange of a bucket: gradients into staging memory, ``.grad`` freed."""
         bucket = self.buckets[index]
-        full, received = self._take_staging(bucket)
-        full.zero_()
+        memory = self._take_staging(bucket)
+        wire, numel = bucket.precision.wire, bucket.plan.numel
+        full = memory[0].view(wire)[:numel].zero_()
+        received = memory[1].view(wire)[: self.collectives.received_numel(numel)]
         for position, (param, p) in enumerate(zip(bucket.plan.params, bucket.params, strict=True)):
             if p.grad is None or p.grad is self._sentinel:
                 continue
@@ -244,7 +251,7 @@ class BackwardReducer:
             p.grad = None
             self.present[param] = True
         pending = self.collectives.reduce_scatter(full, received)
-        self._exchanges.append(_Exchange(bucket, full, received, pending))
+        self._exchanges.append(_Exchange(bucket, full, received, pending, memory))
         if len(self._exchanges) > IN_FLIGHT:
             self._finish_oldest()
 
@@ -257,17 +264,20 @@ class BackwardReducer:
             target.copy_(shard)
         else:
             target.add_(shard)
-        key = (exchange.full.numel(), exchange.full.dtype)
-        self._staging.setdefault(key, []).append((exchange.full, exchange.received))
+        self._staging.append(exchange.memory)
 
     def _take_staging(self, bucket: FlatBucket) -> tuple[Tensor, Tensor]:
-        numel, dtype = bucket.plan.numel, bucket.precision.wire
-        free = self._staging.get((numel, dtype))
-        if free:
-            return free.pop()
+        """Two byte buffers that hold what is sent and received of ``bucket``."""
+        if self._staging:
+            return self._staging.pop()
+        sizes = [(b.plan.numel, b.precision.wire.itemsize) for b in self.buckets]
         device = bucket.flat.device
-        received = torch.empty(self.collectives.received_numel(numel), dtype=dtype, device=device)
-        return torch.empty(numel, dtype=dtype, device=device), received
+        sent = max(numel * size for numel, size in sizes)
+        received = max(self.collectives.received_numel(numel) * size for numel, size in sizes)
+        return (
+            torch.empty(sent, dtype=torch.uint8, device=device),
+            torch.empty(received, dtype=torch.uint8, device=device),
+        )
 
     def flush(self) -> GradientFacts:
         """Reduce what has not been, on every rank alike, and agree on the facts (small all-reduce a).
@@ -331,9 +341,7 @@ class BackwardReducer:
 
     def staging_bytes(self) -> int:
         """Bytes of the staging memory made so far."""
-        return sum(
-            full.nbytes + received.nbytes for free in self._staging.values() for full, received in free
-        )
+        return sum(sent.nbytes + received.nbytes for sent, received in self._staging)
 
 
 def refuse_ddp(params: Sequence[Tensor]) -> None:

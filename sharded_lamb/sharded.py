@@ -211,7 +211,7 @@ class ShardedLamb(LambOptimizer):
         skip = self._must_skip(facts, found_inf)
         self._skips.record(skip, facts.bad)
         inverse = self._inverse_scale(found_inf is not None)
-        grad_norm = facts.norm * inverse
+        grad_norm = facts.norm(self._table.options().wide) * inverse
         moved = (facts.present > 0) & ~skip
         if held.device.type == "cpu" and skip:
             self._last = _LastStep(torch.ones_like(held.step), moved, grad_norm)
@@ -297,7 +297,8 @@ class ShardedLamb(LambOptimizer):
         check_max_grad_norm(max_norm)
         facts = self._gradients.ready(None)
         unscaled = self._gradients.unscale_factor(scaler_in_use=True)
-        norm = facts.norm if unscaled is None else facts.norm * unscaled
+        norm = facts.norm(self._table.options().wide)
+        norm = norm if unscaled is None else norm * unscaled
         self._clip = rule.clip_factor(norm, max_norm)
         return norm.float()
 

@@ -31,8 +31,8 @@ def local_states(layout: ShardLayout, buckets: Sequence[FlatBucket], step: Tenso
     digest = int(layout.digest()[:15], 16)
     states: dict[int, State] = {}
     for bucket in buckets:
-        for position, param in enumerate(bucket.plan.params):
-            segment = bucket.segment_of(position)
+        for param in bucket.plan.params:
+            segment = bucket.segment_of(param)
             stamp = [
                 layout.rank,
                 layout.world_size,
@@ -43,7 +43,7 @@ def local_states(layout: ShardLayout, buckets: Sequence[FlatBucket], step: Tenso
             ]
             states[param] = {"step": step[param]}
             for key, flat in tensors_of(bucket).items():
-                states[param][key] = bucket.slice_of(position, flat)
+                states[param][key] = bucket.slice_of(param, flat)
             states[param]["shard"] = torch.tensor(stamp, dtype=torch.int64)
     return states
 
