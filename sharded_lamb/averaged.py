@@ -81,7 +81,7 @@ class AveragedGradients:
         """Bool, on the device: a gradient is on some ranks only, which the host has not seen on a GPU."""
         return ((facts.present > 0) & (facts.present < self.collectives.world_size)).any()
 
-    def unscale_factor(self, scaler_in_use: bool) -> Tensor | None:
+    def unscale_factor(self) -> Tensor | None:
         """None: ``.grad`` itself is what ``GradScaler.unscale_`` wrote."""
         return None
 

@@ -147,11 +147,9 @@ class LambOptimizer(Optimizer):
             post_hook(self)
 
     def _load_groups(self, saved_groups: list[dict[str, Any]]) -> None:
-        """Take on saved options; parameters and names stay this optimizer's."""
+        """Take on saved options, once checked; parameters and names stay this optimizer's."""
         for saved, group in zip(saved_groups, self.param_groups, strict=True):
-            loaded = {key: value for key, value in saved.items() if key not in ("params", "param_names")}
-            validate_group({**group, **loaded})
-            group.update(loaded)
+            group.update(_options_of(saved))
 
     def _check_saved_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         theirs = [len(group["params"]) for group in saved_groups]
@@ -162,6 +160,7 @@ class LambOptimizer(Optimizer):
                 f"construct it from the same model with the same groups"
             )
         for index, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
+            validate_group({**group, **_options_of(saved)})
             names, own = saved.get("param_names"), group.get("param_names")
             if names is None or own is None:
                 continue
@@ -174,6 +173,10 @@ class LambOptimizer(Optimizer):
 
     def _load_tensors(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
         raise NotImplementedError
+
+
+def _options_of(saved: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in saved.items() if key not in ("params", "param_names")}
 
 
 def named(group: Mapping[str, Any]) -> Iterable[tuple[str | None, Tensor]]:

@@ -176,7 +176,7 @@ class BackwardReducer:
         self._sentinel_version = self._sentinel._version
         p.grad = self._sentinel
 
-    def unscale_factor(self, scaler_in_use: bool) -> Tensor | None:
+    def unscale_factor(self) -> Tensor | None:
         """What ``GradScaler.unscale_`` multiplied gradients with since the last round; fp64 scalar.
 
         Raises:
@@ -185,9 +185,8 @@ class BackwardReducer:
         if not self._sentinel_attached():
             return None
         assert self._sentinel is not None
-        writes = self._sentinel._version - self._sentinel_version
-        # GradScaler writes once: in unscale_, or in the check of step where unscale_ was not called.
-        if writes > int(scaler_in_use):
+        # GradScaler's unscaling of a list of tensors counts no version; every other in-place change does.
+        if self._sentinel._version != self._sentinel_version:
             raise RuntimeError(
                 "gradients were changed after backward, and stage=2 has already reduced and freed them, so the "
                 "change is lost: call opt.clip_grad_norm_(max_norm) instead of torch.nn.utils.clip_grad_norm_, or "
@@ -332,8 +331,7 @@ class BackwardReducer:
 
     def zero(self) -> None:
         """Wait for what is in flight, on every rank alike, and forget reduced gradients."""
-        if self._open and self._next:
-            # Peers are in this round too, and finish it: leaving it half done would mix it with the next.
+        if self._open:  # backward broke off here; where it did not, the round was finished, and waits for us
             self.flush()
         self._drain()
         self._drop_sentinel()

@@ -210,7 +210,7 @@ class ShardedLamb(LambOptimizer):
         held, collectives = self._holdings, self._collectives
         skip = self._must_skip(facts, found_inf)
         self._skips.record(skip, facts.bad)
-        inverse = self._inverse_scale(found_inf is not None)
+        inverse = self._inverse_scale()
         grad_norm = facts.norm(self._table.options().wide) * inverse
         moved = (facts.present > 0) & ~skip
         if held.device.type == "cpu" and skip:
@@ -254,13 +254,13 @@ class ShardedLamb(LambOptimizer):
             skip = skip | (found_inf.to(skip.device).reshape(()) > 0)
         return skip
 
-    def _inverse_scale(self, scaler_in_use: bool) -> Tensor:
+    def _inverse_scale(self) -> Tensor:
         """What turns the held gradients into the true ones: GradScaler's inverse scale, or 1. fp64 scalar."""
         inverse = torch.ones((), dtype=torch.float64, device=self._holdings.device)
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             inverse = inverse / scale.to(inverse.device, torch.float64).reshape(())
-        unscaled = self._gradients.unscale_factor(scaler_in_use)
+        unscaled = self._gradients.unscale_factor()
         return inverse if unscaled is None else inverse * unscaled
 
     # -- gradients ----------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ class ShardedLamb(LambOptimizer):
         """
         check_max_grad_norm(max_norm)
         facts = self._gradients.ready(None)
-        unscaled = self._gradients.unscale_factor(scaler_in_use=True)
+        unscaled = self._gradients.unscale_factor()
         norm = facts.norm(self._table.options().wide)
         norm = norm if unscaled is None else norm * unscaled
         self._clip = rule.clip_factor(norm, max_norm)

@@ -1,0 +1,150 @@
+"""Gradients in parts: no_sync, several backwards before a step, and every way to zero gradients or not."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.harness import run_ranks
+from tests.sharded_cases import (
+    Case,
+    assert_near,
+    assert_same_bits,
+    give_gradients,
+    make_optimizer,
+    make_parameters,
+    rank_gradients,
+    run,
+    through_lamb,
+)
+
+CASE = Case(
+    shapes={"embed": (97, 11), "fc": (31, 37), "bias": (257,), "one": (1,), "scale": (), "none": (0,)},
+    options={"max_grad_norm": 1.0},
+    groups=((("embed", "bias", "none"), {}), (("fc", "one", "scale"), {"lr": 2e-3, "weight_decay": 0.0})),
+    settings={"bucket_mb": 0.001},
+    missing=0.0,
+    bits=8,
+    drive="backward",
+    seed=2,
+)
+
+
+def staged(stage: int) -> Case:
+    return replace(CASE, settings={**CASE.settings, "stage": stage})
+
+
+WHOLE = staged(2)
+
+
+def _in_parts(rank: int, case: Case, world: int, how: str) -> dict[str, Tensor]:
+    """Gradients come in three parts that add up exactly."""
+    params = make_parameters(case)
+    opt = make_optimizer(case, params)
+    for step in range(case.steps):
+        grads = rank_gradients(case, step, world)[rank]
+        parts = [
+            {name: g * share for name, g in grads.items() if g is not None} for share in (0.5, 0.25, 0.25)
+        ]
+        for index, part in enumerate(parts):
+            if how == "no_sync" and index < 2:
+                before = opt.traffic.calls.copy()
+                with opt.no_sync():
+                    give_gradients(case, params, part)
+                assert opt.traffic.calls == before
+                assert all(p.grad is not None for p in params.values())
+            else:
+                give_gradients(case, params, part)
+        opt.step()
+        opt.zero_grad()
+    return {name: p.detach().clone() for name, p in params.items()}
+
+
+@pytest.mark.parametrize("how", ["no_sync", "several backwards"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_parts_of_a_batch_add_up_to_the_batch(world: int, how: str) -> None:
+    expected = run_ranks(world, run, WHOLE, world)[0].params
+    for params in run_ranks(world, _in_parts, WHOLE, world, how):
+        assert_same_bits(params, expected)
+
+
+def _backward_in_no_sync_only(rank: int, case: Case) -> dict[str, Tensor]:
+    params = make_parameters(case)
+    opt = make_optimizer(case, params)
+    for step in range(case.steps):
+        with opt.no_sync():
+            give_gradients(case, params, rank_gradients(case, step, 2)[rank])
+        opt.step()
+        opt.zero_grad()
+    return {name: p.detach().clone() for name, p in params.items()}
+
+
+def test_step_reduces_what_no_sync_left() -> None:
+    expected = run_ranks(2, run, WHOLE, 2)[0].params
+    for params in run_ranks(2, _backward_in_no_sync_only, WHOLE):
+        assert_same_bits(params, expected)
+
+
+def _clipped_by_call(rank: int, case: Case, world: int) -> tuple[dict[str, Tensor], list[float], int]:
+    params = make_parameters(case)
+    opt = make_optimizer(case, params, max_grad_norm=None)
+    norms = []
+    before = opt.traffic.calls["all_reduce_small"]
+    for step in range(case.steps):
+        give_gradients(case, params, rank_gradients(case, step, world)[rank])
+        norms.append(float(opt.clip_grad_norm_(1.0)))
+        opt.step()
+        assert opt.grad_norm == norms[-1]
+        opt.zero_grad()
+    calls = opt.traffic.calls["all_reduce_small"] - before
+    return {name: p.detach().clone() for name, p in params.items()}, norms, calls
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_clip_grad_norm_is_max_grad_norm_for_one_step(stage: int) -> None:
+    case = staged(stage)
+    plain = run_ranks(3, run, case, 3)[0]
+    assert case.options["max_grad_norm"] == 1.0
+    for params, norms, calls in run_ranks(3, _clipped_by_call, case, 3):
+        assert_same_bits(params, plain.params)
+        assert norms == plain.grad_norms
+        assert min(norms) > 1
+        assert calls == 2 * case.steps
+
+
+def _zeroing(rank: int, case: Case, world: int, how: str) -> dict[str, Tensor]:
+    params = make_parameters(case)
+    opt = make_optimizer(case, params)
+    model = nn.ParameterDict(params)
+    for step in range(case.steps):
+        grads = rank_gradients(case, step, world)[rank]
+        terms = [(p * torch.from_numpy(grads[n]).float()).sum() for n, p in params.items()]
+        torch.stack(terms).sum().backward()
+        opt.step()
+        if how.startswith("opt"):
+            opt.zero_grad(set_to_none="False" not in how)
+        elif how.startswith("model"):
+            model.zero_grad(set_to_none="False" not in how)
+    return {name: p.detach().clone() for name, p in params.items()}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("how", ["opt", "model", "opt set_to_none=False", "model set_to_none=False", "never"])
+def test_zeroing_or_not_is_as_in_torch(how: str, stage: int) -> None:
+    case = staged(stage)
+    expected = through_lamb(case, 2, zeroes=how != "never")
+    other = through_lamb(case, 2, zeroes=how == "never")
+    for params in run_ranks(2, _zeroing, case, 2, how):
+        assert_near(params, expected)
+        assert float((params["fc"] - other["fc"]).norm() / other["fc"].norm()) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "settings", [{"bucket_mb": 32}, {"overlap": False}, {"overlap": False, "bucket_mb": 0.01}]
+)
+def test_buckets_and_overlap_do_not_show(settings: dict[str, Any]) -> None:
+    plain = run_ranks(3, run, staged(2), 3)[0].params
+    changed = replace(CASE, settings={**staged(2).settings, **settings})
+    assert_same_bits(run_ranks(3, run, changed, 3)[0].params, plain)

@@ -1,0 +1,284 @@
+"""State of one rank: slices that go on to the bit, refused anywhere else. Whole tensors: test_full_state.py."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint.state_dict as dcp
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from sharded_lamb import Lamb, ShardedLamb
+from tests import training
+from tests.harness import run_ranks, run_ranks_expecting_errors
+
+STAGES = pytest.mark.parametrize("stage", [1, 2])
+KEYS = {"step", "exp_avg", "exp_avg_sq", "shard"}
+Params = dict[str, Parameter]
+
+
+# -- one rank's own ------------------------------------------------------------------------------------------
+
+
+def resume(rank: int, world: int, stage: int, dtype: torch.dtype, saved_after: int) -> list[str]:
+    params = training.parameters(dtype=dtype)
+    opt = training.grouped(params, stage)
+    run = {"stage": stage, "rank": rank, "world": world}
+    training.train(opt, params, steps=range(saved_after), **run)
+    state, values = training.through_bytes(opt.state_dict()), training.renew(params)
+    training.train(opt, params, steps=range(saved_after, saved_after + 3), **run)
+
+    again = training.grouped(values, stage, lr=0.7)  # the saved learning rate wins
+    training.train(again, values, steps=[], **run)
+    again.load_state_dict(state)
+    assert [group["lr"] for group in again.param_groups] == [0.02, 0.01]
+    training.train(again, values, steps=range(saved_after, saved_after + 3), **run)
+    training.assert_same_bits(training.bits_of(again, values), training.bits_of(opt, params))
+    return [f"{key}/{name}/{t.dtype}" for key, entry in state["state"].items() for name, t in entry.items()]
+
+
+@STAGES
+@pytest.mark.parametrize("saved_after", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_going_on_is_bit_equal_to_never_stopping(
+    world: int, dtype: torch.dtype, saved_after: int, stage: int
+) -> None:
+    keys = run_ranks(world, resume, world, stage, dtype, saved_after)
+    assert all(own == keys[0] for own in keys)
+    moments = [key for key in keys[0] if "exp_avg" in key]
+    assert len(moments) == 2 * len(training.SHAPES)
+    assert all(key.endswith("torch.float32") for key in moments)  # not the parameter's dtype
+    assert ("0/master/torch.float32" in keys[0]) == (dtype == torch.bfloat16)
+
+
+def eager(rank: int, stage: int) -> None:
+    params = training.parameters()
+    opt = training.grouped(params, stage)
+    state = opt.state_dict()
+    assert sorted(state["state"]) == list(range(len(params)))
+    for entry in state["state"].values():
+        assert set(entry) == KEYS
+        assert entry["step"].item() == 0
+        assert entry["exp_avg"].numel() == entry["exp_avg_sq"].numel() == entry["shard"][3].item()
+        assert entry["shard"][:2].tolist() == [rank, 3]
+    assert opt.state_dict()["state"].keys() == state["state"].keys()
+
+
+@STAGES
+def test_state_is_there_before_the_first_step(stage: int) -> None:
+    run_ranks(3, eager, stage)
+
+
+def slices_tile(rank: int) -> list[list[int]]:
+    opt = training.grouped(training.parameters(), 1)
+    state = opt.state_dict()["state"]
+    return [state[place]["shard"].tolist() for place in range(len(training.SHAPES))]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_stamps_tile_every_parameter(world: int) -> None:
+    ranks = run_ranks(world, slices_tile)
+    for place, shape in enumerate(training.SHAPES.values()):
+        pieces = sorted(
+            (start, length) for _, _, start, length, _, _ in (own[place] for own in ranks) if length
+        )
+        end = 0
+        for start, length in pieces:
+            assert start == end
+            end += length
+        assert end == torch.Size(shape).numel()
+
+
+# -- loaded in the wrong place -------------------------------------------------------------------------------
+
+
+def trained_state(rank: int, world: int) -> dict[str, Any]:
+    params = training.parameters()
+    opt = training.grouped(params, 1)
+    training.train(opt, params, stage=1, rank=rank, world=world, steps=range(2))
+    return opt.state_dict()
+
+
+def load_slices(rank: int, states: list[dict[str, Any]]) -> None:
+    """Refused, and nothing of it taken over."""
+    params = training.parameters()
+    opt = training.grouped(params, 1)
+    before = training.bits_of(opt, params)
+    try:
+        opt.load_state_dict(states[rank])
+    finally:
+        training.assert_same_bits(training.bits_of(opt, params), before)
+
+
+def test_another_ranks_state_is_refused() -> None:
+    states = run_ranks(2, trained_state, 2)
+    for rank, (kind, message) in run_ranks_expecting_errors(2, load_slices, states[::-1]).items():
+        assert kind == "ValueError"
+        assert f"saved by rank {1 - rank} of 2, and this is rank {rank} of 2" in message
+        assert "full_state_dict() and load_full_state_dict()" in message
+
+
+def test_rank_zeros_state_everywhere_is_refused_where_it_is_not_theirs() -> None:
+    """What a framework that saves rank 0's state_dict() only would load."""
+    state = run_ranks(2, trained_state, 2)[0]
+    messages = run_ranks(2, catch_load, [state, state])
+    assert messages[0] is None
+    assert messages[1] is not None
+    assert "save and load every rank's own" in messages[1]
+
+
+def catch_load(rank: int, states: list[dict[str, Any]]) -> str | None:
+    try:
+        load_slices(rank, states)
+    except ValueError as error:
+        return str(error)
+    except AssertionError:  # it loaded, so it is not as before
+        return None
+    return None
+
+
+@pytest.mark.parametrize(("saved_at", "loaded_at"), [(3, 2), (1, 2), (2, 1)])
+def test_other_world_size_is_refused(saved_at: int, loaded_at: int) -> None:
+    states = run_ranks(saved_at, trained_state, saved_at)
+    states = [states[rank % saved_at] for rank in range(loaded_at)]
+    for kind, message in run_ranks_expecting_errors(loaded_at, load_slices, states).values():
+        assert kind == "ValueError"
+        assert f"of {saved_at}, and this is rank" in message
+        assert "load_full_state_dict()" in message
+
+
+def test_other_models_are_refused() -> None:
+    state = trained_state(0, 1)
+    shapes = dict(training.SHAPES)
+    with pytest.raises(
+        ValueError, match=r"parameter groups of \[3, 4\] parameters and this optimizer has \[7\]"
+    ):
+        ShardedLamb(training.parameters().items()).load_state_dict(state)
+    shapes["fc.weight"] = (37, 24)
+    with pytest.raises(ValueError, match=r"'embed.weight'.*in another layout"):
+        training.grouped(training.parameters(shapes), 1).load_state_dict(state)
+    renamed = {("other" if name == "scale" else name): p for name, p in training.parameters().items()}
+    with pytest.raises(ValueError, match=r"holds 'scale' where this optimizer has 'other'"):
+        training.grouped(renamed, 1).load_state_dict(state)
+    half = {**state, "state": {k: v for k, v in state["state"].items() if k != 2}}
+    with pytest.raises(ValueError, match=r"has no state of 'norm\.bias'"):
+        training.grouped(training.parameters(), 1).load_state_dict(half)
+
+
+def test_whole_tensors_are_refused_as_slices_and_slices_as_whole_tensors() -> None:
+    params, whole = training.parameters(), training.parameters()
+    lamb = Lamb(whole.items())
+    training.give(whole, training.own_gradients(0, 0))
+    lamb.step()
+    sharded = ShardedLamb(params.items())
+    with pytest.raises(ValueError, match=r"no stamp of a rank.*load_full_state_dict\(\)"):
+        sharded.load_state_dict(lamb.state_dict())
+    with pytest.raises(ValueError, match=r"exp_avg of '.*': expected a whole tensor of shape \("):
+        sharded.load_full_state_dict(sharded.state_dict())
+    with pytest.raises(ValueError, match=r"exp_avg of shape.*full_state_dict\(\) gives whole tensors"):
+        Lamb(whole.items()).load_state_dict(sharded.state_dict())
+
+
+def test_other_dtypes_are_refused() -> None:
+    state = ShardedLamb(training.parameters().items()).state_dict()
+    with pytest.raises(
+        ValueError, match=r"'embed\.weight' lacks \['master'\]: it was saved with other dtypes"
+    ):
+        ShardedLamb(training.parameters(dtype=torch.bfloat16).items()).load_state_dict(state)
+
+
+def test_a_state_with_bad_options_is_refused_whole() -> None:
+    params = training.parameters()
+    opt = training.grouped(params, 1)
+    state = trained_state(0, 1)
+    state["param_groups"][1]["betas"] = (0.9, 1.5)
+    before = training.bits_of(opt, params)
+    with pytest.raises(ValueError, match=r"betas\[1\] must be a number in \[0, 1\), got 1\.5"):
+        opt.load_state_dict(state)
+    training.assert_same_bits(training.bits_of(opt, params), before)
+    assert opt.param_groups[1]["betas"] == (0.9, 0.999)
+
+
+# -- pickle, copies, hooks, DCP ------------------------------------------------------------------------------
+
+
+@STAGES
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
+)
+def test_pickle_and_deepcopy_at_one_rank_go_on_bit_equal(way: Any, stage: int) -> None:
+    params = training.parameters()
+    opt = training.grouped(params, stage, skip_nonfinite=False)
+    run = {"stage": stage, "rank": 0, "world": 1}
+    training.train(opt, params, steps=range(2), **run)
+    other_params, other = way((params, opt))
+    assert all(other_params[name] is not params[name] for name in params)
+    training.train(opt, params, steps=range(2, 4), **run)
+    kept = training.bits_of(opt, params)
+    training.train(other, other_params, steps=range(2, 4), **run)
+    training.assert_same_bits(training.bits_of(other, other_params), kept)
+    training.assert_same_bits(training.bits_of(opt, params), kept)  # and they share nothing
+
+
+def copy_at_two_ranks(rank: int) -> None:
+    opt = training.grouped(training.parameters(), 1)
+    for way in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"cannot be pickled or copied: use state_dict\(\) on every rank"):
+            way(opt)
+
+
+def test_pickle_and_deepcopy_at_two_ranks_are_type_errors() -> None:
+    run_ranks(2, copy_at_two_ranks)
+
+
+def load_with_hooks(rank: int) -> list[str]:
+    opt = training.grouped(training.parameters(), 1)
+    called = []
+    opt.register_load_state_dict_pre_hook(lambda opt, state: called.append("pre"))
+    opt.register_load_state_dict_post_hook(lambda opt: called.append("post"))
+    opt.register_state_dict_pre_hook(lambda opt: called.append("save"))
+    opt.register_state_dict_post_hook(lambda opt, state: {**state, "mine": 7})
+    state = opt.state_dict()
+    assert state["mine"] == 7
+    opt.load_state_dict(state)
+    return called
+
+
+def test_state_hooks_are_called() -> None:
+    assert run_ranks(2, load_with_hooks) == [["save", "pre", "post"]] * 2
+
+
+def dcp_round_trip(rank: int) -> dict[str, Tensor]:
+    """torch.distributed.checkpoint's own view of the state: this rank's slices by name, and back."""
+    model = nn.Linear(23, 19)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(training.draw(tuple(p.shape), "dcp"))
+    opt = ShardedLamb(model.named_parameters(), lr=0.02)
+    params = dict(model.named_parameters())
+    shapes = {name: tuple(p.shape) for name, p in params.items()}
+
+    def draw(r: int, step: int) -> dict[str, Tensor | None]:
+        return training.own_gradients(r, step, shapes)
+
+    run = {"stage": 1, "rank": rank, "world": 2, "gradients": draw}
+    training.train(opt, params, steps=range(2), **run)
+    before = training.bits_of(opt, params)
+    state = training.through_bytes(dcp.get_optimizer_state_dict(model, opt))
+    assert {*state["state"]} == {"weight", "bias"}
+    assert {*state["state"]["weight"]} == KEYS
+    training.assert_same_bits(training.bits_of(opt, params), before)  # it did not call step()
+    with torch.no_grad():
+        for entry in opt.state.values():
+            entry["exp_avg"].zero_()
+            entry["step"].zero_()
+    dcp.set_optimizer_state_dict(model, opt, state)
+    training.assert_same_bits(training.bits_of(opt, params), before)
+    return before
+
+
+def test_dcp_gets_and_sets_the_state_of_a_rank() -> None:
+    run_ranks(2, dcp_round_trip)

@@ -1,0 +1,190 @@
+"""What tests that train share: parameters and gradients drawn by name, and the float64 run they must follow.
+
+Losses are linear in the parameters, so that gradients are known before the run: on every rank its own, and their
+average over ranks is what the oracle is fed.
+"""
+
+import io
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from sharded_lamb import ShardedLamb
+from tests.oracle import OracleLamb
+
+Shape = tuple[int, ...]
+Draw = Callable[[int, int], dict[str, Tensor | None]]
+"""(rank, step) → that rank's own gradients; None or absent: none there."""
+
+# One element, primes, nothing, less than a block, several blocks.
+SHAPES: dict[str, Shape] = {
+    "embed.weight": (67, 31),
+    "norm.weight": (17,),
+    "norm.bias": (17,),
+    "empty": (0, 3),
+    "fc.weight": (37, 23),
+    "fc.bias": (1,),
+    "scale": (),
+}
+
+
+def draw(shape: Shape, *key: object) -> Tensor:
+    """Standard normal fp32 numbers that depend on ``key`` alone."""
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
+    return torch.randn(shape, generator=generator)
+
+
+def weights(shapes: Mapping[str, Shape] = SHAPES) -> dict[str, Tensor]:
+    return {name: draw(shape, "weight", name) for name, shape in shapes.items()}
+
+
+def parameters(
+    shapes: Mapping[str, Shape] = SHAPES, dtype: torch.dtype = torch.float32
+) -> dict[str, Parameter]:
+    return {name: Parameter(value.to(dtype)) for name, value in weights(shapes).items()}
+
+
+def own_gradients(rank: int, step: int, shapes: Mapping[str, Shape] = SHAPES) -> dict[str, Tensor | None]:
+    return {name: draw(shape, "gradient", name, rank, step) for name, shape in shapes.items()}
+
+
+def average(gradients: Iterable[Mapping[str, Tensor | None]]) -> dict[str, Tensor | None]:
+    """Over ranks, in fp64; missing on some ranks counts as zero there, missing on all is missing."""
+    per_rank = list(gradients)
+    names = dict.fromkeys(name for grads in per_rank for name in grads)
+    averaged: dict[str, Tensor | None] = {}
+    for name in names:
+        present = [grads[name].double() for grads in per_rank if grads.get(name) is not None]  # type: ignore[union-attr]
+        averaged[name] = torch.stack(present).sum(0) / len(per_rank) if present else None
+    return averaged
+
+
+def backward(
+    params: Mapping[str, Parameter],
+    gradients: Mapping[str, Tensor | None],
+    order: Iterable[str] | None = None,
+) -> None:
+    """A backward that leaves ``gradients``; hooks fire in the reverse of ``order``."""
+    used = [name for name in (order or params) if gradients.get(name) is not None]
+    if used:
+        loss_of(params, gradients, used).backward()
+
+
+def loss_of(
+    params: Mapping[str, Parameter], gradients: Mapping[str, Tensor | None], used: Iterable[str] | None = None
+) -> Tensor:
+    terms = [(params[name] * gradients[name].to(params[name].dtype)).sum() for name in (used or params)]  # type: ignore[union-attr]
+    return torch.stack([term.double() for term in terms]).sum()
+
+
+def give(params: Mapping[str, Parameter], gradients: Mapping[str, Tensor | None]) -> None:
+    """``.grad`` as somebody else's reduction would leave it."""
+    for name, p in params.items():
+        grad = gradients.get(name)
+        p.grad = None if grad is None else grad.to(p.dtype, copy=True)
+
+
+def train(
+    optimizer: torch.optim.Optimizer,
+    params: Mapping[str, Parameter],
+    *,
+    stage: int,
+    rank: int,
+    world: int,
+    steps: Iterable[int],
+    gradients: Draw = own_gradients,
+) -> None:
+    """``stage`` 1: averaged gradients are given; 2: each rank runs its own backward."""
+    for step in steps:
+        if stage == 1:
+            give(params, average(gradients(r, step) for r in range(world)))
+        else:
+            backward(params, gradients(rank, step))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def run(
+    rank: int,
+    world: int,
+    stage: int,
+    options: Mapping[str, Any],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    draw: Draw = own_gradients,
+    steps: int = 4,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Weights and trust ratios after ``steps`` on one rank."""
+    dtypes = dtypes or {}
+    params = {name: Parameter(value.to(dtypes.get(name, torch.float32))) for name, value in weights().items()}
+    opt = ShardedLamb(params.items(), stage=stage, bucket_mb=0.004, **options)
+    train(opt, params, stage=stage, rank=rank, world=world, steps=range(steps), gradients=draw)
+    return copies(params), opt.trust_ratios()
+
+
+def copies(params: Mapping[str, Parameter]) -> dict[str, Tensor]:
+    """The values of now, free of flat buckets."""
+    return {name: p.detach().clone() for name, p in params.items()}
+
+
+def oracle_run(
+    start: Mapping[str, Tensor], averaged: Iterable[Mapping[str, Tensor | None]], **options: Any
+) -> OracleLamb:
+    oracle = OracleLamb({name: value.double().numpy() for name, value in start.items()}, **options)
+    for grads in averaged:
+        oracle.step({name: None if g is None else g.numpy() for name, g in grads.items()})
+    return oracle
+
+
+def oracle_of_ranks(
+    world: int, steps: Iterable[int], gradients: Draw = own_gradients, start: Any = None, **options: Any
+) -> OracleLamb:
+    """What `train` must give on ``world`` ranks."""
+    averaged = (average(gradients(rank, step) for rank in range(world)) for step in steps)
+    return oracle_run(weights() if start is None else start, averaged, **options)
+
+
+def assert_follows(found: Mapping[str, Tensor], oracle: OracleLamb, tolerance: float = 2e-6) -> None:
+    """Norm-wise relative error per parameter."""
+    assert found.keys() == oracle.params.keys()
+    for name, value in found.items():
+        expected = oracle.params[name]
+        gap = float(np.linalg.norm(value.detach().double().numpy() - expected))
+        assert gap <= tolerance * float(np.linalg.norm(expected)), f"{name}: off by {gap}"
+
+
+def assert_same_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    unlike = [name for name, value in found.items() if not torch.equal(value, expected[name])]
+    assert not unlike, f"bits differ in {unlike}"
+
+
+def grouped(params: Mapping[str, Parameter], stage: int, lr: float = 0.02, **options: Any) -> ShardedLamb:
+    """Two groups of their own options."""
+    named = list(params.items())
+    groups = [{"params": named[:3], "weight_decay": 0.2}, {"params": named[3:], "lr": lr / 2}]
+    return ShardedLamb(groups, lr=lr, stage=stage, bucket_mb=0.004, max_grad_norm=5.0, **options)
+
+
+def renew(params: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    """The same values in new parameters, as a restarted program would load them."""
+    return {name: Parameter(p.detach().clone()) for name, p in params.items()}
+
+
+def bits_of(opt: ShardedLamb, params: Mapping[str, Parameter]) -> dict[str, Tensor]:
+    bits = copies(params)
+    for name, p in params.items():
+        bits.update({f"{name}/{key}": value.clone() for key, value in opt.state[p].items()})
+    return bits
+
+
+def through_bytes(state: Any) -> Any:
+    """As a file would give it back, without pickled code."""
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=True)
