@@ -238,6 +238,8 @@ class BackwardReducer:
     def _launch(self, index: int) -> None:
         """Start the exchange of a bucket: gradients into staging memory, ``.grad`` freed."""
         bucket = self.buckets[index]
+        if len(self._exchanges) == IN_FLIGHT:
+            self._finish_oldest()
         memory = self._take_staging(bucket)
         wire, numel = bucket.precision.wire, bucket.plan.numel
         full = memory[0].view(wire)[:numel].zero_()
@@ -251,8 +253,6 @@ class BackwardReducer:
             self.present[param] = True
         pending = self.collectives.reduce_scatter(full, received)
         self._exchanges.append(_Exchange(bucket, full, received, pending, memory))
-        if len(self._exchanges) > IN_FLIGHT:
-            self._finish_oldest()
 
     def _finish_oldest(self) -> None:
         exchange = self._exchanges.popleft()

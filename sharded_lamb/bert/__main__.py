@@ -1,0 +1,100 @@
+"""``python -m sharded_lamb.bert``: train, prepare data, or run the batch-scaling study."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from sharded_lamb.bert.config import RunConfig
+from sharded_lamb.bert.config_io import load_config
+
+_COMMANDS = ("train", "prepare", "study")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sharded_lamb.bert",
+        description="Pretrain BERT with ShardedLamb. Start it with torchrun for more than one process.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("command", nargs="?", default="train", help="train (default), prepare or study")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="YAML file, such as configs/bert-quickstart.yaml"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print batch arithmetic, memory and steps; train nothing"
+    )
+    parser.add_argument(
+        "--world-size", type=int, help="with --dry-run: how many ranks (default: this process group's)"
+    )
+    parser.add_argument(
+        "--resume", metavar="auto|FOLDER", help="go on from the newest whole checkpoint, or a named one"
+    )
+    parser.add_argument("--batches", help="study: global batches, such as 32,64,128")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over FILE")
+    return parser
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    # An override may come first, and argparse would take it for the command.
+    named = [a for a in arguments if a in _COMMANDS][:1]
+    rest = [a for a in arguments if a not in named]
+    return _parser().parse_intermixed_args([*(named or ["train"]), *rest])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0 done, 1 refused or failed, `checkpoint.requeue_exit_code` saved: start it again."""
+    parsed = _parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        config = load_config(parsed.config, parsed.overrides)
+        if parsed.dry_run:
+            from sharded_lamb.bert.dryrun import describe
+
+            print(describe(config, parsed.world_size or int(os.environ.get("WORLD_SIZE", 1))))
+            return 0
+        if parsed.command == "prepare":
+            return _prepare(config)
+        return _on_ranks(parsed, config)
+    except (ValueError, OSError) as error:
+        rank = os.environ.get("RANK")
+        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+def _prepare(config: RunConfig) -> int:
+    from sharded_lamb.bert.prepare import prepare
+
+    for phase in config.phases:
+        prepare(config, phase.sequence_length)
+    return 0
+
+
+def _on_ranks(parsed: argparse.Namespace, config: RunConfig) -> int:
+    import torch.distributed as dist
+
+    from sharded_lamb.bert.ranks import Ranks
+    from sharded_lamb.bert.study import study
+    from sharded_lamb.bert.train import run
+
+    ranks = Ranks.start()
+    try:
+        if parsed.command == "study":
+            study(config, parsed.batches, ranks)
+            return 0
+        resume = parsed.resume
+        if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            resume = "auto"  # torchrun started the ranks again after one died
+        outcome = run(config, resume, ranks)
+        if outcome.metrics is None:
+            return config.checkpoint.requeue_exit_code
+        if ranks.is_first:
+            print(f"results in {outcome.run_dir}", flush=True)
+        return 0
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

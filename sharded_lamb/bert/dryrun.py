@@ -1,0 +1,72 @@
+"""`--dry-run`: what a run would be, by arithmetic alone."""
+
+from __future__ import annotations
+
+import torch
+
+from sharded_lamb.bert.batch import plan_batches
+from sharded_lamb.bert.config import RunConfig
+from sharded_lamb.bert.model import ModelSize, hf_config, model_size, resolve_precision
+from sharded_lamb.bert.optim import check_parallel
+from sharded_lamb.bert.schedule import build_schedule
+
+_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2}
+
+
+def describe(config: RunConfig, world_size: int) -> str:
+    """Batch arithmetic, memory and steps of `config` on `world_size` ranks.
+
+    Raises:
+        ValueError: what the run itself would refuse.
+    """
+    stage = check_parallel(config)
+    size = _size(config)
+    lines = [
+        f"model: {size.parameters:,} parameters; {config.parallel} on {world_size} ranks, "
+        f"{config.speed.precision}",
+        *_memory(config, size.parameters, stage, world_size),
+    ]
+    steps = samples = flops = 0
+    for phase in config.phases:
+        plan, schedule = plan_batches(config, phase, world_size), build_schedule(phase)
+        begin, end = plan.step_plan(phase.steps - 1, 0, 0).micro_batches[-1]
+        count = plan.samples_before(phase.steps)
+        places = count * phase.sequence_length
+        lines.append(
+            f"phase {phase.name!r}: global batch {plan.global_batch} = {world_size} ranks x "
+            f"{plan.accumulation(phase.steps)} accumulated x {end - begin} (limit {plan.max_micro_batch}); "
+            f"{phase.steps:,} steps, {count:,} sequences of {phase.sequence_length}, {places:,} tokens "
+            f"with padding; "
+            f"lr {schedule.peak:.4g}, {schedule.warmup_steps:,} steps of warmup, power {schedule.power:g} "
+            f"({schedule.source})"
+        )
+        steps, samples = steps + phase.steps, samples + count
+        flops += size.flops(places, count * config.max_predictions(phase), phase.sequence_length)
+    lines.append(f"in all: {steps:,} steps, {samples:,} sequences, {flops:.3g} floating point operations")
+    return "\n".join(lines)
+
+
+def _size(config: RunConfig) -> ModelSize:
+    from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
+
+    kind = BertForPreTraining if config.data.nsp else BertForMaskedLM
+    vocabulary = -(-config.tokenizer.vocab_size // config.model.pad_vocab_to) * config.model.pad_vocab_to
+    shape = hf_config(config.model, vocabulary, 0)
+    if config.model.pretrained is not None:
+        shape = BertConfig.from_pretrained(config.model.pretrained)
+    with torch.device("meta"):
+        return model_size(kind(shape))
+
+
+def _memory(config: RunConfig, parameters: int, stage: int, world_size: int) -> list[str]:
+    """Bytes a rank by kind, without activations."""
+    width = _BYTES[resolve_precision(config.speed.precision)]
+    master = 4 if width == 2 else 0
+    weights = parameters * width
+    gradients = parameters * width if stage == 1 else parameters * 4 // world_size
+    state = parameters * (8 + master) // world_size
+    total = weights + gradients + state
+    parts = {"weights": weights, "gradients": gradients, "optimizer state": state}
+    listing = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in parts.items())
+    note = "" if stage == 1 else "; full gradients as well while accumulating"
+    return [f"memory a rank before activations: {total / 2**20:,.0f} MiB ({listing}{note})"]

@@ -1,0 +1,67 @@
+"""What the model has learnt: held-out loss and accuracy, and a few blanks filled in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sharded_lamb.bert.data import BatchSource
+from sharded_lamb.bert.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Means over the predicted places of the held-out split."""
+
+    loss: float
+    accuracy: float
+    places: int
+    nsp_accuracy: float | None
+
+
+def held_out(
+    losses: Any, source: BatchSource, batch: int, ranks: Ranks, limit: int | None, autocast: Any
+) -> HeldOut:
+    """Masks are keyed by sample and rows cut alike everywhere: every world size sees the same batches."""
+    total = len(source.samples) if limit is None else min(len(source.samples), limit * batch)
+    starts = range(0, total, batch)[ranks.rank :: ranks.world_size]
+    sums = np.zeros(6)
+    was_training = losses.training
+    losses.eval()
+    with torch.no_grad():
+        for start in starts:
+            micro = source.micro_batch(np.arange(start, min(start + batch, total)), shuffled=False)
+            with autocast():
+                out = losses(micro.to(ranks.device))
+            sums += [*out.double().tolist(), len(micro.labels), len(micro.tokens)]
+    losses.train(was_training)
+    loss, _, right, pair_right, places, rows = ranks.sum(sums.tolist())
+    nsp = pair_right / rows if source.samples.manifest.nsp else None
+    return HeldOut(loss / max(1, places), right / max(1, places), int(places), nsp)
+
+
+def fill_mask(bert: Any, tokenizer: Any, sentences: tuple[str, ...], top: int = 5) -> list[dict[str, Any]]:
+    """The likeliest pieces for the first [MASK] of each sentence."""
+    results: list[dict[str, Any]] = []
+    device = next(bert.parameters()).device
+    was_training = bert.training
+    bert.eval()
+    for sentence in sentences:
+        ids = tokenizer(sentence, return_tensors="pt")["input_ids"].to(device)
+        blanks = (ids[0] == tokenizer.mask_token_id).nonzero()
+        if not len(blanks):
+            raise ValueError(f"log.fill_mask {sentence!r}: expected {tokenizer.mask_token} in it")
+        with torch.no_grad():
+            hidden = bert.bert(input_ids=ids).last_hidden_state[0, blanks[0, 0]]
+            chances = bert.cls.predictions(hidden[None]).float()[0, : len(tokenizer)].softmax(0)
+        values, pieces = chances.topk(top)
+        guesses = [
+            {"piece": tokenizer.convert_ids_to_tokens(int(i)), "probability": round(float(v), 4)}
+            for v, i in zip(values, pieces, strict=True)
+        ]
+        results.append({"sentence": sentence, "guesses": guesses})
+    bert.train(was_training)
+    return results

@@ -1,0 +1,111 @@
+"""Dynamic masking, keyed by sample: which positions are predicted and what stands there instead.
+
+Vectorized over a batch, and a function of (key, global sample index, row) only, so that the same sample gets
+the same mask on every rank, world size, accumulation and restart, and a new one in every epoch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sharded_lamb.bert.keyed import key_of, uniform
+from sharded_lamb.bert.tokenizer import Pieces
+
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+_AS_MASK, _AS_RANDOM = 0.8, 0.9  # [0, 0.8) → [MASK], [0.8, 0.9) → a random piece, the rest stays
+
+
+@dataclass(frozen=True)
+class Masker:
+    """`probability` of a row's ordinary pieces, at most `max_predictions` of them."""
+
+    pieces: Pieces
+    probability: float
+    max_predictions: int
+    whole_word: bool
+    key: int
+
+    def __call__(self, rows: Ints, samples: Ints) -> tuple[Ints, Bools]:
+        """([n, length] ids, [n] global sample indices) → (ids with masks, which are predicted)."""
+        length = rows.shape[1]
+        # One counter for each place of each sample; no row is longer than 2^16.
+        place = (samples[:, None] << 16) + np.arange(length)
+        ordinary = ~np.isin(rows, self.pieces.special)
+        score = uniform(key_of(self.key, "which"), place)
+        chosen = (
+            self._whole_words(rows, ordinary, score, place)
+            if self.whole_word
+            else self._single(ordinary, score)
+        )
+        return self._replace(rows, chosen, place), chosen
+
+    def _budget(self, ordinary: Bools) -> Ints:
+        """[n]: how many to predict: the rounded share, at least one, at most the cap."""
+        count = ordinary.sum(1)
+        share = np.maximum(1, np.rint(count * self.probability)).astype(np.int64)
+        budget: Ints = np.minimum(np.minimum(share, self.max_predictions), count)
+        return budget
+
+    def _single(self, ordinary: Bools, score: Floats) -> Bools:
+        """The places with the lowest scores."""
+        score = np.where(ordinary, score, 2.0)
+        return (_rank(score) < self._budget(ordinary)[:, None]) & ordinary
+
+    def _whole_words(self, rows: Ints, ordinary: Bools, score: Floats, place: Ints) -> Bools:
+        """All pieces of the words with the lowest scores.
+
+        The word that crosses the budget is taken with the chance that keeps the expected count on it, unless
+        it exceeds the cap.
+        """
+        starts = ordinary & ~self._continues(rows, ordinary)
+        word = np.where(ordinary, np.maximum.accumulate(np.where(starts, np.arange(rows.shape[1]), 0), 1), 0)
+        word_score = np.where(ordinary, np.take_along_axis(score, word, 1), 2.0)
+        rank = _rank(word_score)
+        # Places of one word share a score, so they have consecutive ranks: the first and last of them bound
+        # it.
+        first = np.take_along_axis(rank, word, 1)
+        size = _word_sizes(word, ordinary)
+        budget = self._budget(ordinary)[:, None]
+        fits = first + size <= budget
+        coin = uniform(key_of(self.key, "crossing"), np.take_along_axis(place, word, 1))
+        crossing = (
+            (first < budget) & ~fits & (coin * size < budget - first) & (first + size <= self.max_predictions)
+        )
+        return (fits | crossing) & ordinary
+
+    def _continues(self, rows: Ints, ordinary: Bools) -> Bools:
+        """Continuations whose word begins in this row (a row may begin inside a word)."""
+        continues = self.pieces.continues_word[rows] & ordinary
+        continues[:, 1:] &= ordinary[:, :-1]
+        continues[:, 0] = False
+        return continues
+
+    def _replace(self, rows: Ints, chosen: Bools, place: Ints) -> Ints:
+        kind = uniform(key_of(self.key, "kind"), place)
+        ordinary = self.pieces.ordinary
+        other = ordinary[(uniform(key_of(self.key, "other"), place) * len(ordinary)).astype(np.int64)]
+        masked = np.where(chosen & (kind < _AS_MASK), self.pieces.mask, rows)
+        return np.where(chosen & (kind >= _AS_MASK) & (kind < _AS_RANDOM), other, masked)
+
+
+def _rank(score: Floats) -> Ints:
+    """Each place's rank in its row; equal scores rank from left to right."""
+    order = np.argsort(score, axis=1, kind="stable")
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.broadcast_to(np.arange(score.shape[1]), score.shape), 1)
+    return rank
+
+
+def _word_sizes(word: Ints, ordinary: Bools) -> Ints:
+    """[n, length]: pieces in the word of each place."""
+    n, length = word.shape
+    flat = (np.arange(n)[:, None] * length + word)[ordinary]
+    sizes = np.bincount(flat, minlength=n * length)
+    out: Ints = np.take_along_axis(sizes.reshape(n, length), word, 1)
+    return out

@@ -1,0 +1,79 @@
+"""What rank 0 prints and leaves in the run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sharded_lamb.bert.batch import BatchPlan
+from sharded_lamb.bert.config import PhaseConfig, RunConfig
+from sharded_lamb.bert.config_io import dump_config
+from sharded_lamb.bert.evaluate import fill_mask
+from sharded_lamb.bert.model import ModelSize
+from sharded_lamb.bert.ranks import Ranks
+from sharded_lamb.bert.schedule import Schedule
+
+
+def threads_per_rank() -> int:
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+def begin(run_dir: Path, config: RunConfig, tokenizer: Any) -> None:
+    """The run folder with the configuration as resolved and the tokenizer."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(dump_config(config))
+    tokenizer.save_pretrained(str(run_dir / "tokenizer"))
+
+
+def headline(config: RunConfig, size: ModelSize, ranks: Ranks, flops: float, flops_source: str) -> str:
+    return (
+        f"BERT of {size.parameters:,} parameters, {config.parallel} on {ranks.world_size} ranks "
+        f"({ranks.device.type}), "
+        f"{config.optimizer.variant}, {config.speed.precision}; MFU against {flops / 1e12:.2f} TFLOP/s a "
+        f"rank "
+        f"({flops_source})"
+    )
+
+
+def phase_line(phase: PhaseConfig, schedule: Schedule, plan: BatchPlan, begin_at: int) -> str:
+    resumed = f", from step {begin_at}" if begin_at else ""
+    ramp = f" (from {plan.ramp_start} over {plan.ramp_steps} steps)" if plan.ramp_steps else ""
+    return (
+        f"phase {phase.name!r}: {plan.steps} steps of {plan.global_batch}{ramp} x {phase.sequence_length} "
+        f"= {plan.world_size} ranks x {plan.accumulation(plan.steps)} accumulated; lr {schedule.peak:.3g}, "
+        f"{schedule.warmup_steps} steps of warmup, decay power {schedule.power:g} "
+        f"({schedule.source}){resumed}"
+    )
+
+
+def finish(run_dir: Path, config: RunConfig, bert: Any, tokenizer: Any, row: dict[str, Any]) -> None:
+    """The Hugging Face folder, the filled blanks, and a summary on the screen."""
+    save_hugging_face(bert, tokenizer, run_dir / "hf")
+    blanks = fill_mask(bert, tokenizer, config.log.fill_mask)
+    (run_dir / "fill_mask.json").write_text(json.dumps(blanks, indent=1))
+    for blank in blanks:
+        guesses = ", ".join(f"{g['piece']} {g['probability']:.0%}" for g in blank["guesses"])
+        print(f"  {blank['sentence']}  ->  {guesses}")
+    print(f"unigram entropy of the corpus: {row['unigram_entropy']:.3f}")
+    if row["heldout_loss"] is not None:
+        print(
+            f"held-out loss: {row['heldout_loss']:.3f}, accuracy on masked pieces: "
+            f"{row['heldout_accuracy']:.1%}"
+        )
+    print(f"{row['tokens']:,} tokens at {row['mean_tokens_per_s']:,.0f} a second", flush=True)
+
+
+def save_hugging_face(bert: Any, tokenizer: Any, folder: Path) -> None:
+    """A folder that `from_pretrained` loads."""
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    logging.disable_progress_bar()
+    # A fresh model holds plain tensors; the trained one's are views of flat buckets, which don't save well.
+    fresh = type(bert)(bert.config).to(next(bert.parameters()).dtype)
+    fresh.load_state_dict(bert.state_dict())
+    fresh.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))

@@ -1,0 +1,99 @@
+"""The process group of a run, and what ranks do together: agree, fail, gather small numbers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+# Rank 0 may tokenize a corpus while the others wait.
+_CONTROL_TIMEOUT = timedelta(hours=24)
+
+
+class RankZeroError(ValueError):
+    """What rank 0 refused, raised on the other ranks."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ranks. Host numbers travel on `control`, a gloo group, so no GPU has to wait."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    control: Any
+
+    @staticmethod
+    def start() -> Ranks:
+        """Join the group that torchrun describes (or that is there already); without torchrun, a group of one."""
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+        if dist.is_initialized():
+            pass
+        elif "RANK" in os.environ:
+            store, rank, world_size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+            # torchrun keeps its store over restarts (2.13), and with it the dead ranks' addresses.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        else:
+            store = dist.TCPStore("localhost", 0, 1, is_master=True)  # type: ignore[attr-defined]
+            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
+        return Ranks(dist.get_rank(), dist.get_world_size(), device, control)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def from_first(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns on rank 0, on every rank; what it raises there is raised on every rank."""
+        box: list[Any] = [None, None]
+        failure: BaseException | None = None
+        if self.is_first:
+            try:
+                box[0] = work()
+            except (ValueError, OSError, RuntimeError) as error:
+                failure, box[1] = error, f"{type(error).__name__} on rank 0: {error}"
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        if failure is not None:
+            raise failure
+        if box[1] is not None:
+            raise RankZeroError(box[1])
+        result: Result = box[0]
+        return result
+
+    def sum(self, numbers: Sequence[float]) -> list[float]:
+        """Element-wise sums over ranks (fp64, exact for integers below 2^53)."""
+        packed = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(packed, group=self.control)
+        return packed.tolist()
+
+    def gather(self, numbers: Sequence[float]) -> Tensor:
+        """[world size, numbers] fp64: every rank's numbers, in rank order, on every rank."""
+        mine = torch.tensor(numbers, dtype=torch.float64)
+        rows = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(rows, mine, group=self.control)
+        return torch.stack(rows)
+
+    def agree(self, what: str, value: str, remedy: str) -> None:
+        """Raises: ValueError on every rank, naming the ranks whose value differs from rank 0's."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        odd = {rank: v for rank, v in enumerate(values) if v != values[0]}
+        if odd:
+            raise ValueError(
+                f"{what} differs between ranks: rank 0 has {values[0]!r}, others {odd}; {remedy}"
+            )

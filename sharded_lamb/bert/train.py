@@ -1,0 +1,357 @@
+"""The training loop: steps whose results don't depend on how they are split over ranks and micro-batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sharded_lamb.bert import checkpoint, outputs
+from sharded_lamb.bert.batch import BatchPlan, plan_batches
+from sharded_lamb.bert.checkpoint import Position, StopRequested
+from sharded_lamb.bert.config import PhaseConfig, RunConfig
+from sharded_lamb.bert.data import BatchSource, StepData
+from sharded_lamb.bert.evaluate import HeldOut, held_out
+from sharded_lamb.bert.keyed import key_of
+from sharded_lamb.bert.masking import Masker
+from sharded_lamb.bert.metrics import MetricsLog, peak_flops, peak_memory, summarize_ratios
+from sharded_lamb.bert.model import Losses, ModelSize, build_bert, model_size, resolve_precision
+from sharded_lamb.bert.optim import (
+    build_optimizer,
+    check_parallel,
+    gradient_norm,
+    restart_steps,
+    set_lr,
+    trust_ratios,
+)
+from sharded_lamb.bert.prepare import prepare
+from sharded_lamb.bert.ranks import Ranks
+from sharded_lamb.bert.schedule import build_schedule
+from sharded_lamb.bert.shards import Manifest, PackedSamples
+from sharded_lamb.bert.tokenizer import Pieces, load_tokenizer, pieces_of
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. `metrics` is the last object of metrics.jsonl; None if the run was asked to stop."""
+
+    run_dir: Path
+    metrics: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same during a run."""
+
+    config: RunConfig
+    ranks: Ranks
+    run_dir: Path
+    folders: tuple[Path, ...]  # prepared shards of each phase
+    manifest: Manifest  # of the first phase
+    tokenizer: Any
+    pieces: Pieces
+    bert: Any
+    losses: Any  # Losses, wrapped as configured; what training calls
+    plain_losses: Any  # Losses without DDP; what evaluation calls
+    optimizer: Any
+    size: ModelSize
+    flops: float  # of one rank, for MFU
+    stop: StopRequested
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.config.speed.precision == "bf16_autocast":
+            return torch.autocast(self.ranks.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def unsynchronized(self) -> AbstractContextManager[Any]:
+        """For every backward of a step but the last."""
+        owner = self.losses if self.config.parallel == "ddp+zero1" else self.optimizer
+        context: AbstractContextManager[Any] = owner.no_sync()
+        return context
+
+    def source(self, phase: int, split: str) -> BatchSource:
+        settings, config = self.config.phases[phase], self.config
+        samples = PackedSamples(self.folders[phase], "heldout" if split == "heldout" else "train")
+        key = key_of(config.seed, split, phase if split == "train" else 0)
+        masking = config.masking
+        cap = config.max_predictions(settings)
+        masker = Masker(self.pieces, masking.probability, cap, masking.whole_word, key_of(key, "mask"))
+        return BatchSource(samples, self.pieces, masker, key)
+
+
+def run(config: RunConfig, resume: str | None, ranks: Ranks) -> Outcome:
+    """Train as configured; on every rank.
+
+    Raises:
+        ValueError, OSError: bad input, on every rank; what was saved before stays.
+    """
+    stop = StopRequested()
+    config = replace(config, speed=replace(config.speed, precision=resolve_precision(config.speed.precision)))
+    stage = check_parallel(config)
+    plans = [plan_batches(config, phase, ranks.world_size) for phase in config.phases]
+    run_dir = Path(config.run_dir)
+    found = checkpoint.choose(run_dir / "checkpoints", resume, ranks)
+    job = _set_up(config, ranks, run_dir, stage, stop)
+    digest = ",".join(PackedSamples(folder, "train").manifest.digest() for folder in job.folders)
+    ranks.agree("prepared data", digest, "data.prepared must be one folder that every node sees")
+    position = Position(0, 0, 0, 0, config.digest(), digest, ranks.world_size)
+    if found is not None:
+        position = checkpoint.load(found, job.bert, job.optimizer, ranks)
+        checkpoint.check_position(position, config.digest(), digest)
+    elif config.start_from is not None:
+        checkpoint.load(checkpoint.require(config.start_from, ranks), job.bert, job.optimizer, ranks)
+        restart_steps(job.optimizer)
+    ranks.from_first(partial(outputs.begin, run_dir, config, job.tokenizer))
+    log = _open_log(job, position) if ranks.is_first else None
+    try:
+        for number in range(position.phase, len(config.phases)):
+            if number > position.phase:
+                restart_steps(job.optimizer)
+                position = replace(position, phase=number, step=0, sample=0)
+            position, stopped = _Phase(job, number, plans[number], log).run(position)
+            if stopped:
+                return Outcome(run_dir, None)
+        return Outcome(run_dir, _finish(job, position, log))
+    finally:
+        if log is not None:
+            log.close()
+
+
+def _set_up(config: RunConfig, ranks: Ranks, run_dir: Path, stage: Literal[1, 2], stop: StopRequested) -> Job:
+    torch.set_num_threads(config.speed.threads or outputs.threads_per_rank())
+    lengths = [phase.sequence_length for phase in config.phases]
+    folders = ranks.from_first(lambda: [prepare(config, length) for length in lengths])
+    tokenizer = load_tokenizer(folders[0] / "tokenizer")
+    pieces = pieces_of(tokenizer)
+    bert = build_bert(config, pieces, folders[0] / "unigram.npy").to(ranks.device)
+    plain = Losses(bert, nsp=config.data.nsp)
+    losses: Any = plain
+    if config.parallel == "ddp+zero1":
+        losses = torch.nn.parallel.DistributedDataParallel(plain)
+    optimizer = build_optimizer(config, bert, stage)
+    if config.speed.compile:
+        losses = _Compiled(losses) if losses is not plain else torch.compile(plain)
+    flops, flops_source = peak_flops(ranks.device, config.speed.peak_tflops)
+    size = model_size(bert)
+    if ranks.is_first:
+        print(outputs.headline(config, size, ranks, flops, flops_source), flush=True)
+    manifest = PackedSamples(folders[0], "train").manifest
+    return Job(
+        config,
+        ranks,
+        run_dir,
+        tuple(folders),
+        manifest,
+        tokenizer,
+        pieces,
+        bert,
+        losses,
+        plain,
+        optimizer,
+        size,
+        flops,
+        stop,
+    )
+
+
+class _Compiled:
+    """A compiled DDP module that still offers `no_sync`."""
+
+    def __init__(self, ddp: Any) -> None:
+        self._call: Any = torch.compile(ddp)
+        self.no_sync = ddp.no_sync
+
+    def __call__(self, batch: Any) -> Any:
+        return self._call(batch)
+
+
+def _open_log(job: Job, position: Position) -> MetricsLog:
+    total = sum(phase.steps for phase in job.config.phases)
+    return MetricsLog(job.run_dir, position.total_step, job.run_dir.name, total)
+
+
+@dataclass
+class _Clock:
+    """Seconds of one step: waiting for data, forward and backward, all of it."""
+
+    begin: float
+    data: float = 0.0
+    compute: float = 0.0
+    total: float = 0.0
+
+
+class _Phase:
+    """One phase on this rank."""
+
+    def __init__(self, job: Job, number: int, plan: BatchPlan, log: MetricsLog | None) -> None:
+        self.job, self.number, self.plan, self.log = job, number, plan, log
+        self.settings: PhaseConfig = job.config.phases[number]
+        self.schedule = build_schedule(self.settings)
+        self._last_save = time.monotonic()
+
+    def run(self, position: Position) -> tuple[Position, bool]:
+        """(position after the phase or the last step before a stop, whether it was asked to stop)."""
+        job = self.job
+        if job.ranks.is_first:
+            print(outputs.phase_line(self.settings, self.schedule, self.plan, position.step), flush=True)
+        source = job.source(self.number, "train")
+        steps = source.steps(self.plan, position.step, job.ranks.rank)
+        for data, clock in _timed(steps):
+            due = self._minutes_are_up()
+            totals = job.ranks.sum(
+                [
+                    data.predicted,
+                    data.tokens,
+                    _rows(data),
+                    job.stop.signal is not None,
+                    due and job.ranks.is_first,
+                ]
+            )
+            sums = self._step(data, totals[0], totals[2])
+            clock.total = time.perf_counter() - clock.begin
+            position = replace(
+                position,
+                step=data.step + 1,
+                total_step=position.total_step + 1,
+                sample=data.first_sample + data.global_batch,
+                world_size=job.ranks.world_size,
+                tokens=position.tokens + int(totals[1]),
+                seconds=position.seconds + clock.total,
+            )
+            self._record(position, data, totals, sums, clock)
+            stopping = totals[3] > 0
+            regular = position.total_step % job.config.checkpoint.every_steps == 0
+            if regular or stopping or totals[4] > 0 or position.step == self.plan.steps:
+                self._save(position)
+            if stopping:
+                return position, True
+        return position, False
+
+    def _step(self, data: StepData, predicted: float, rows: float) -> torch.Tensor:
+        """Forward, backward and update of one global batch; returns this rank's [4] sums.
+
+        Gradients are averaged over ranks afterwards, so the loss of a place is its share of the whole global
+        batch's mean times the number of ranks: neither accumulation nor world size changes the result.
+        """
+        job, ranks = self.job, self.job.ranks
+        scale = torch.tensor([1 / predicted, 1 / rows]) * ranks.world_size
+        scale = scale.to(ranks.device)
+        # Keyed, so that a resumed run drops out what an uninterrupted one would.
+        torch.manual_seed(key_of(job.config.seed, "dropout", self.number, data.step, ranks.rank) >> 1)
+        sums = torch.zeros(4, device=ranks.device)
+        last = len(data.micro_batches) - 1
+        for index, micro in enumerate(data.micro_batches):
+            with job.unsynchronized() if index < last else nullcontext():
+                with job.autocast():
+                    out = job.losses(micro.to(ranks.device))
+                loss: torch.Tensor = (out[:2] * scale).sum()
+                loss.backward()  # type: ignore[no-untyped-call]
+            sums += out.detach()
+        set_lr(job.optimizer, self.schedule.lr(data.step))
+        job.optimizer.step()
+        job.optimizer.zero_grad(set_to_none=True)
+        return sums
+
+    def _minutes_are_up(self) -> bool:
+        every = self.job.config.checkpoint.every_minutes
+        return every is not None and time.monotonic() - self._last_save > 60 * every
+
+    def _save(self, position: Position) -> None:
+        job = self.job
+        folder, keep = job.run_dir / "checkpoints", job.config.checkpoint.keep
+        checkpoint.save(folder, keep, position, job.bert, job.optimizer, job.ranks)
+        self._last_save = time.monotonic()
+
+    def _record(
+        self, position: Position, data: StepData, totals: list[float], sums: torch.Tensor, clock: _Clock
+    ) -> None:
+        """Gather every rank's numbers and write the step's row."""
+        job = self.job
+        gathered = job.ranks.gather(
+            [*sums.double().tolist(), clock.data, clock.total, peak_memory(job.ranks.device)]
+        )
+        ratios: dict[str, float] = {}
+        if (position.total_step - 1) % job.config.log.trust_ratio_steps == 0:
+            ratios = trust_ratios(job.optimizer)
+        norm = gradient_norm(job.optimizer)
+        if self.log is None:
+            return
+        places = data.global_batch * self.settings.sequence_length
+        loss, pair_loss, right, pair_right = gathered[:, :4].sum(0).tolist()
+        seconds = gathered[:, 5].max().item()
+        work = job.size.flops(places, int(totals[0]), self.settings.sequence_length)
+        row = {
+            "step": position.total_step,
+            "phase": self.number,
+            "loss": loss / totals[0],
+            "lr": self.schedule.lr(data.step),
+            "grad_norm": norm,
+            "accuracy": right / totals[0],
+            "tokens_per_s": totals[1] / seconds,
+            "tokens": position.tokens,
+            "global_batch": data.global_batch,
+            "sample": position.sample,
+            "step_s": seconds,
+            "data_wait_share": (gathered[:, 4] / gathered[:, 5]).max().item(),
+            "mfu": work / seconds / (job.flops * job.ranks.world_size),
+            "peak_memory_bytes": int(gathered[:, 6].max().item()),
+            "slowest_rank": int((gathered[:, 5]).argmax()),
+            "unigram_entropy": job.manifest.unigram_entropy,
+            **summarize_ratios(ratios),
+        }
+        if job.config.data.nsp:
+            row |= {"nsp_loss": pair_loss / totals[2], "nsp_accuracy": pair_right / totals[2]}
+        self.log.step(row)
+
+
+def _timed(steps: Iterator[StepData]) -> Iterator[tuple[StepData, _Clock]]:
+    """Each step's data with a clock that has been running since it was asked for."""
+    while True:
+        clock = _Clock(time.perf_counter())
+        data = next(steps, None)
+        if data is None:
+            return
+        clock.data = time.perf_counter() - clock.begin
+        yield data, clock
+
+
+def _rows(data: StepData) -> int:
+    return sum(len(micro.tokens) for micro in data.micro_batches)
+
+
+def _finish(job: Job, position: Position, log: MetricsLog | None) -> dict[str, Any]:
+    """Held-out numbers, the picture, the Hugging Face folder."""
+    config, ranks = job.config, job.ranks
+    last = len(config.phases) - 1
+    result: HeldOut | None = None
+    if PackedSamples(job.folders[last], "heldout").manifest.samples("heldout"):
+        batch = config.max_micro_batch(config.phases[last])
+        source = job.source(last, "heldout")
+        autocast: Callable[[], AbstractContextManager[Any]] = job.autocast
+        result = held_out(job.plain_losses, source, batch, ranks, config.log.heldout_batches, autocast)
+    row: dict[str, Any] = {
+        "step": position.total_step,
+        "heldout_loss": result.loss if result else None,
+        "heldout_accuracy": result.accuracy if result else None,
+        "unigram_entropy": job.manifest.unigram_entropy,
+        "tokens": position.tokens,
+        "training_seconds": position.seconds,
+        "mean_tokens_per_s": position.tokens / max(position.seconds, 1e-9),
+    }
+    if result is not None and result.nsp_accuracy is not None:
+        row["heldout_nsp_accuracy"] = result.nsp_accuracy
+
+    def write() -> None:
+        assert log is not None
+        log.final(row)
+        log.picture()
+        outputs.finish(job.run_dir, config, job.bert, job.tokenizer, row)
+
+    ranks.from_first(write)
+    return row

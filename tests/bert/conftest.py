@@ -1,0 +1,54 @@
+"""A small corpus on disk, and the settings of a BERT that trains in a second."""
+
+import pydoc_data.topics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+
+LENGTH = 32
+VOCABULARY = 1024
+
+
+def paragraphs() -> list[str]:
+    topics = [text for _, text in sorted(pydoc_data.topics.topics.items())][:30]
+    joined = "\n\n".join(topics)
+    return [" ".join(part.split()) for part in joined.split("\n\n") if part.strip()]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of blank-line-separated documents."""
+    path = tmp_path_factory.mktemp("corpus") / "topics.txt"
+    path.write_text("\n\n".join(paragraphs()))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tree(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A configuration as plain data; `run_dir` is to be set by the test."""
+    return {
+        "seed": 3,
+        "model": {
+            "hidden_size": 32,
+            "layers": 1,
+            "heads": 2,
+            "intermediate_size": 64,
+            "max_positions": LENGTH,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+        },
+        "tokenizer": {"vocab_size": VOCABULARY},
+        "data": {
+            "source": [str(corpus)],
+            "prepared": str(tmp_path_factory.mktemp("prepared")),
+            "heldout_fraction": 0.05,
+        },
+        "phases": [
+            {"steps": 6, "global_batch": 12, "sequence_length": LENGTH, "lr": 0.01, "warmup_fraction": 0.2}
+        ],
+        "checkpoint": {"every_steps": 2, "keep": 0},
+    }

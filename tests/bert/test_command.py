@@ -1,0 +1,235 @@
+"""The commands as users type them, in processes of their own."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from sharded_lamb.bert.checkpoint import problem_with
+from tests.bert.conftest import LENGTH
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def write_config(tree: dict[str, Any], folder: Path, **changed: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({**tree, "run_dir": str(folder / "run"), **changed}))
+    return path
+
+
+def torchrun(ranks: int, config: Path, *arguments: str, restarts: int = 0) -> list[str]:
+    options = (f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "-m", "sharded_lamb.bert")
+    return [*TORCHRUN, *options, "--config", str(config), *arguments]
+
+
+def call(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        **options,
+    )
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_rows(run: Path, count: int, process: subprocess.Popen[str]) -> None:
+    path = run / "metrics.jsonl"
+    while not path.exists() or path.read_text().count("\n") < count:
+        assert process.poll() is None, "the run ended before it was interrupted"
+        time.sleep(0.01)
+
+
+def ranks_below(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of torchrun's workers."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    found = []
+    for pid in map(int, children.read_text().split()):
+        if b"LOCAL_RANK=" in Path(f"/proc/{pid}/environ").read_bytes():
+            found.append(pid)
+    return found
+
+
+LONG = {
+    "phases": [
+        {"steps": 60, "global_batch": 12, "sequence_length": LENGTH, "lr": 0.01, "warmup_fraction": 0.2}
+    ],
+    "checkpoint": {"every_steps": 10, "keep": 0},
+}
+
+
+def test_a_run_whose_rank_was_killed_ends_with_the_same_bits(tree: dict[str, Any], tmp_path: Path) -> None:
+    dropout = {"model": {**tree["model"], "dropout": 0.1}}
+    whole = write_config(tree, tmp_path / "whole", **LONG, **dropout)
+    finished = call(torchrun(2, whole))
+    assert finished.returncode == 0, finished.stderr
+
+    config = write_config(tree, tmp_path / "killed", **LONG, **dropout)
+    run = tmp_path / "killed" / "run"
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            torchrun(2, config, restarts=2), env=ENVIRONMENT, cwd=ROOT, stdout=log, stderr=log, text=True
+        )
+        wait_for_rows(run, 25, process)
+        victims = ranks_below(process)
+        os.kill(victims[-1], signal.SIGKILL)
+        assert process.wait(240) == 0, (tmp_path / "log").read_text()
+    assert len(victims) == 2
+    assert "from step " in (tmp_path / "log").read_text(), "it did not go on from a checkpoint"
+    one, two = ((tmp_path / name / "run" / "checkpoints" / "step-00000060") for name in ("whole", "killed"))
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    exact = ("step", "loss", "lr", "grad_norm", "sample", "heldout_loss")
+    rows = [
+        [{key: row.get(key) for key in exact} for row in rows_of(tmp_path / n / "run")]
+        for n in ("whole", "killed")
+    ]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_with_the_code_that_requeues(
+    tree: dict[str, Any], tmp_path: Path, number: signal.Signals
+) -> None:
+    config = write_config(
+        tree, tmp_path, **{**LONG, "checkpoint": {"every_steps": 1000, "requeue_exit_code": 85}}
+    )
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "sharded_lamb.bert", "--config", str(config)]
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True
+    )
+    wait_for_rows(run, 5, process)
+    process.send_signal(number)
+    assert process.wait(120) == 85
+    (saved,) = (run / "checkpoints").iterdir()
+    assert problem_with(saved) is None
+    done = int(saved.name.removeprefix("step-"))
+    assert 5 <= done < 60
+    assert rows_of(run)[-1]["step"] == done
+    again = call([*command, "--resume", "auto"])
+    assert again.returncode == 0, again.stderr
+    assert [row["step"] for row in rows_of(run)] == [*range(1, 61), 60]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_every_rank_and_loses_nothing(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    config = write_config(tree, tmp_path, checkpoint={"every_steps": 2, "keep": 0})
+    run = tmp_path / "run"
+    assert call(torchrun(2, config)).returncode == 0
+    for later in ("step-00000004", "step-00000006"):
+        shutil.rmtree(run / "checkpoints" / later)
+    # No file may grow beyond 100 KiB, less than the weights: writing fails halfway, as on a full disk.
+    command = shlex.join(torchrun(2, config, "--resume", "auto"))
+    failed = call(["bash", "-c", f"ulimit -f 100; exec {command}"])
+    assert failed.returncode != 0
+    errors = [line for line in failed.stderr.splitlines() if "error (rank" in line]
+    assert len(errors) == 2, failed.stderr
+    assert all("step-00000004 could not be written" in line for line in errors), errors
+    (good,) = (run / "checkpoints").iterdir()
+    assert problem_with(good) is None
+    assert [row["step"] for row in rows_of(run)][:2] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "override", "message"),
+    [
+        (2, "model.layrs=2", "unknown key 'model.layrs': did you mean 'layers'?"),
+        (2, "data.source=[/nowhere/*.txt]", "data.source '/nowhere/*.txt': no such file"),
+        (3, "phases.0.global_batch=8", "global_batch=8 can't be split evenly over 3 ranks"),
+    ],
+)
+def test_bad_input_is_a_clear_error_on_every_rank(
+    tree: dict[str, Any], tmp_path: Path, ranks: int, override: str, message: str
+) -> None:
+    failed = call(torchrun(ranks, write_config(tree, tmp_path), override))
+    assert failed.returncode != 0
+    for rank in range(ranks):
+        assert re.search(rf"error \(rank {rank}\): .*{re.escape(message)}", failed.stderr), failed.stderr
+    assert f"{Path('sharded_lamb', 'bert')}/" not in failed.stderr, "a traceback through our own files"
+
+
+def test_the_quickstart_leaves_all_it_promises(tmp_path: Path, tree: dict[str, Any]) -> None:
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    run = tmp_path / "run"
+    small = ["phases=[{steps: 8, global_batch: 24, sequence_length: 32, lr: 0.01, warmup_fraction: 0.1}]"]
+    small += [f"data.prepared={tree['data']['prepared']}", f"data.source=['{tree['data']['source'][0]}']"]
+    small += ["tokenizer.vocab_size=1024", f"run_dir={run}"]
+    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [str(ROOT / "launch" / "quickstart"), "--use-current-env", *small],
+        env={**ENVIRONMENT, **path},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"run: {run}"
+    *steps, final = rows_of(run)
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    assert all({"step", "loss", "lr", "grad_norm", "tokens_per_s"} <= row.keys() for row in steps)
+    assert {"heldout_loss", "heldout_accuracy", "unigram_entropy"} <= final.keys()
+    assert f"unigram entropy of the corpus: {final['unigram_entropy']:.3f}" in done.stdout
+    assert list(run.glob("*.png"))
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    assert yaml.safe_load((run / "config.yaml").read_text())["tokenizer"]["vocab_size"] == 1024
+    assert (run / "tokenizer" / "tokenizer.json").exists()
+    assert len(json.loads((run / "fill_mask.json").read_text())) == 3
+
+    model = AutoModelForMaskedLM.from_pretrained(run / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(run / "hf")
+    saved = load_file(run / "checkpoints" / "step-00000008" / "model.safetensors")
+    assert all((p == saved[name]).all() for name, p in model.named_parameters())
+    assert tokenizer("a [MASK]")["input_ids"][2] == tokenizer.mask_token_id
+
+
+def test_the_study_compares_both_optimizers_at_the_same_examples(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    config = write_config(tree, tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "sharded_lamb.bert",
+        "study",
+        "--config",
+        str(config),
+        "--batches",
+        "6,24",
+    ]
+    done = call([*command, "phases.0.steps=4", "phases.0.global_batch=12"])
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "study.json").read_text())
+    assert {row["steps"] * row["batch"] for row in results} == {48}
+    for optimizer in ("lamb", "adamw"):
+        tuned = [row for row in results if (row["optimizer"], row["batch"]) == (optimizer, 6)]
+        (scaled,) = (row for row in results if (row["optimizer"], row["batch"]) == (optimizer, 24))
+        best = min(tuned, key=lambda row: row["heldout_loss"])
+        assert len(tuned) > 2
+        assert scaled["lr"] == pytest.approx(best["lr"] * 2)
+    assert (tmp_path / "run" / "study.png").exists()
+    table = (tmp_path / "run" / "study.md").read_text()
+    assert table.count("| lamb |") == table.count("| adamw |") == 2

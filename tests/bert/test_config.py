@@ -1,0 +1,138 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sharded_lamb.bert.config_io import build_config, dump_config, load_config
+from sharded_lamb.bert.dryrun import describe
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PAIRS = ("bert-quickstart", "bert-base", "bert-large-phase1", "bert-large-phase2", "bert-large-64k-paper")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "nearest"),
+    [
+        ("model.layrs=2", "'model.layrs'", "'layers'"),
+        ("sede=2", "'sede'", "'seed'"),
+        ("phases.0.global_bacth=8", "'phases.0.global_bacth'", "'global_batch'"),
+        ("phases.0.ramp={strat: 2, steps: 3}", "'phases.0.ramp.strat'", "'start'"),
+        ("optimizer.weight_decai=0.1", "'optimizer.weight_decai'", "'weight_decay'"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_right_one(
+    tree: dict[str, Any], override: str, key: str, nearest: str
+) -> None:
+    with pytest.raises(ValueError, match="unknown key") as error:
+        build_config(tree, [override])
+    assert f"unknown key {key}: did you mean {nearest}?" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.layers=two", r"model\.layers='two': .*integer"),
+        ("model.layers=0", r"model\.layers=0: expected a positive number"),
+        ("model.hidden_size=33", r"model\.hidden_size=33: expected a multiple of model\.heads=2"),
+        ("parallel=zero3", r"parallel='zero3': .*'zero2'"),
+        ("masking.probability=15", r"masking\.probability=15\.0: expected a number in \(0, 1\)"),
+        (
+            "phases.0.sequence_length=64",
+            r"phases\.0\.sequence_length=64: expected at most model\.max_positions=32",
+        ),
+        ("phases.1.lr=1", r"phases\.1\.lr=1: expected an index below 1"),
+        ("seed.value=1", r"'seed' is a value, it has no keys"),
+        ("layers", r"override='layers': expected key=value"),
+        ("phases=[]", r"phases=\(\): expected at least one phase"),
+        ("data.source=[]", r"data\.source=\(\): expected at least one"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_expected(
+    tree: dict[str, Any], override: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_config(tree, [override])
+
+
+def test_overrides_reach_nested_and_listed_settings(tree: dict[str, Any]) -> None:
+    config = build_config(
+        tree, ["phases.0.lr=6e-3", "data.source=[a, b]", "phases.0.ramp.start=2", "phases.0.ramp.steps=4"]
+    )
+    assert config.phases[0].lr == 0.006
+    assert config.data.source == ("a", "b")
+    assert config.phases[0].ramp is not None
+    assert config.phases[0].ramp.start == 2
+
+
+def test_the_resolved_configuration_reads_back(tree: dict[str, Any]) -> None:
+    config = build_config(tree, ["phases.0.lr=auto", "log.fill_mask=['a [MASK]']"])
+    assert build_config(yaml.safe_load(dump_config(config))) == config
+
+
+def test_a_missing_file_names_a_near_one() -> None:
+    with pytest.raises(
+        ValueError, match=r"bert-quikstart\.yaml: no such file; did you mean .*bert-quickstart"
+    ):
+        load_config(CONFIGS / "bert-quikstart.yaml")
+
+
+def test_the_digest_ignores_where_and_how_fast(tree: dict[str, Any]) -> None:
+    config = build_config(tree)
+    for same in (
+        "run_dir=x",
+        "speed.compile=true",
+        "checkpoint.keep=9",
+        "batch.max_micro_batch=3",
+        "parallel=ddp+zero1",
+    ):
+        assert build_config(tree, [same]).digest() == config.digest()
+    for other in ("seed=4", "phases.0.lr=0.02", "model.dropout=0.1", "optimizer.eps=1e-8", "data.nsp=true"):
+        assert build_config(tree, [other]).digest() != config.digest()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("bert-*.yaml")), ids=lambda path: path.stem)
+def test_every_config_loads_and_describes_itself(path: Path) -> None:
+    text = describe(load_config(path), 8)
+    assert "global batch" in text
+    assert path.read_text().startswith("#"), "each says where its settings come from"
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_each_config_has_a_twin_that_differs_in_the_optimizer_only(name: str) -> None:
+    lamb, adamw = load_config(CONFIGS / f"{name}.yaml"), load_config(CONFIGS / f"{name}-adamw.yaml")
+    assert lamb.optimizer.variant != "adamw"
+    assert adamw.optimizer.variant == "adamw"
+    assert [_without_lr(p) for p in lamb.phases] == [_without_lr(p) for p in adamw.phases]
+    same = {
+        "run_dir": "",
+        "start_from": None,
+        "phases": lamb.phases,
+        "optimizer": dataclasses.replace(lamb.optimizer, variant="adamw"),
+    }
+    assert dataclasses.replace(lamb, **same) == dataclasses.replace(
+        adamw, **{**same, "optimizer": adamw.optimizer}
+    )
+
+
+def _without_lr(phase: Any) -> Any:
+    return dataclasses.replace(phase, lr="auto")
+
+
+def test_the_published_settings_of_bert_large() -> None:
+    one, two = (load_config(CONFIGS / f"bert-large-phase{n}.yaml") for n in (1, 2))
+    first, second = one.phases[0], two.phases[0]
+    assert (first.global_batch, first.sequence_length, first.max_predictions) == (65536, 128, 20)
+    assert (first.lr, first.steps, first.warmup_fraction, first.decay_power) == (6e-3, 7038, 0.2843, 0.5)
+    assert (second.global_batch, second.sequence_length, second.max_predictions) == (32768, 512, 80)
+    assert (second.lr, second.steps, second.warmup_fraction, second.decay_power) == (4e-3, 1563, 0.128, 0.5)
+    assert "336,232,258 parameters" in describe(one, 8)
+    paper = load_config(CONFIGS / "bert-large-64k-paper.yaml")
+    assert sum(phase.steps for phase in paper.phases) == 8599
+
+
+def test_parallel_ways_of_later_versions_are_refused(tree: dict[str, Any]) -> None:
+    for later in ("fsdp2", "deepspeed"):
+        with pytest.raises(ValueError, match=f"parallel='{later}': arrives with a later version; use one of"):
+            describe(build_config(tree, [f"parallel={later}"]), 1)

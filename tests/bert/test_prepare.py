@@ -1,0 +1,235 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sharded_lamb.bert.config import RunConfig
+from sharded_lamb.bert.config_io import build_config
+from sharded_lamb.bert.corpus import check_files, count_documents, find_files
+from sharded_lamb.bert.packing import Packer
+from sharded_lamb.bert.prepare import _sampled, prepare
+from sharded_lamb.bert.shards import PackedSamples, read_manifest
+from sharded_lamb.bert.tokenizer import encode, load_tokenizer, pieces_of
+from tests.bert.conftest import LENGTH, paragraphs
+
+
+def configured(tree: dict[str, Any], folder: Path, *overrides: str, **data: Any) -> RunConfig:
+    changed = {**tree, "data": {**tree["data"], "prepared": str(folder / "prepared"), **data}}
+    return build_config(changed, overrides)
+
+
+def all_rows(folder: Path) -> np.ndarray[Any, np.dtype[np.int64]]:
+    samples = PackedSamples(folder, "train")
+    return samples.rows(np.arange(len(samples)))
+
+
+def write_formats(folder: Path) -> dict[str, str]:
+    """The same documents as every format; what to give as data.source."""
+    import datasets
+
+    texts = paragraphs()[:60]
+    (folder / "text").mkdir()
+    (folder / "text" / "a.txt").write_text("\n\n".join(texts[:30]))
+    (folder / "text" / "b.txt").write_text("\n\n".join(texts[30:]))
+    with (folder / "c.jsonl").open("w") as out:
+        out.writelines(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts))
+    dataset = datasets.Dataset.from_dict({"text": texts})
+    dataset.to_parquet(str(folder / "d.parquet"))
+    dataset.save_to_disk(str(folder / "e"))
+    return {
+        "text glob": str(folder / "text" / "*.txt"),
+        "text folder": str(folder / "text"),
+        "jsonl": str(folder / "c.jsonl"),
+        "fsspec URL": f"file://{folder / 'c.jsonl'}",
+        "parquet": str(folder / "d.parquet"),
+        "arrow folder": str(folder / "e"),
+    }
+
+
+def test_every_format_gives_the_same_documents(tree: dict[str, Any], tmp_path: Path) -> None:
+    sources = write_formats(tmp_path)
+    contents = {}
+    for name, source in sources.items():
+        config = configured(tree, tmp_path, "tokenizer.vocab_size=512", source=[source], heldout_fraction=0.0)
+        folder = prepare(config, LENGTH)
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        contents[name] = tokenizer.decode(all_rows(folder).ravel(), skip_special_tokens=True)
+        assert read_manifest(folder).documents == 60
+    by_length = {name: len(content) for name, content in contents.items()}
+    # Two text files are two units, so a row ends early between them; the words are the same.
+    assert len(set(contents.values())) <= 2, by_length
+    assert len({"".join(content.split()) for content in contents.values()}) == 1, by_length
+
+
+def test_the_trained_tokenizer_and_the_rows_are_the_same_in_every_run(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    first = prepare(configured(tree, tmp_path / "1"), LENGTH)
+    second = prepare(configured(tree, tmp_path / "2"), LENGTH)
+    assert (first / "tokenizer" / "tokenizer.json").read_bytes() == (
+        second / "tokenizer" / "tokenizer.json"
+    ).read_bytes()
+    assert np.array_equal(all_rows(first), all_rows(second))
+
+
+def test_prepare_in_parallel_and_interrupted_gives_the_same_rows(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    units = {"unit_documents": 100}
+    alone = prepare(configured(tree, tmp_path / "1", workers=1, **units), LENGTH)
+    both = prepare(configured(tree, tmp_path / "2", workers=2, **units), LENGTH)
+    expected = all_rows(alone)
+    assert len(list((alone / "units").iterdir())) > 2
+    assert np.array_equal(all_rows(both), expected)
+
+    (alone / "manifest.json").unlink()
+    (alone / "units" / "00001.json").unlink()
+    (alone / "train-00001.bin").write_bytes(b"cut short")
+    kept = (alone / "train-00000.bin").stat().st_mtime_ns
+    assert prepare(configured(tree, tmp_path / "1", workers=1, **units), LENGTH) == alone
+    assert np.array_equal(all_rows(alone), expected)
+    assert (alone / "train-00000.bin").stat().st_mtime_ns == kept, "a finished unit was done again"
+
+
+def test_the_manifest_says_what_the_rows_are(tree: dict[str, Any], tmp_path: Path) -> None:
+    folder = prepare(configured(tree, tmp_path), LENGTH)
+    manifest, rows = read_manifest(folder), all_rows(folder)
+    pieces = pieces_of(load_tokenizer(folder / "tokenizer"))
+    assert manifest.sequence_length == rows.shape[1] == LENGTH
+    assert manifest.train_tokens == (rows != pieces.pad).sum()
+    assert manifest.fill > 0.95
+    assert manifest.dtype == "uint16"
+    counts = np.bincount(rows.ravel(), minlength=pieces.size)[5:]
+    share = counts[counts > 0] / counts.sum()
+    assert manifest.unigram_entropy == pytest.approx(-(share * np.log(share)).sum(), rel=1e-12)
+    assert len(PackedSamples(folder, "heldout")) > 0
+
+
+def test_another_setting_gets_another_folder(tree: dict[str, Any], tmp_path: Path) -> None:
+    folders = {
+        prepare(configured(tree, tmp_path), LENGTH),
+        prepare(configured(tree, tmp_path), 16),
+        prepare(configured(tree, tmp_path, nsp=True), LENGTH),
+        prepare(configured(tree, tmp_path, "tokenizer.vocab_size=512"), LENGTH),
+        prepare(configured(tree, tmp_path, heldout_fraction=0.2), LENGTH),
+    }
+    assert len(folders) == 5
+
+
+def test_a_pretrained_tokenizer_is_taken_by_path(tree: dict[str, Any], tmp_path: Path) -> None:
+    trained = prepare(configured(tree, tmp_path / "1"), LENGTH)
+    config = configured(tree, tmp_path / "2")
+    config = replace(config, tokenizer=replace(config.tokenizer, path=str(trained / "tokenizer")))
+    assert np.array_equal(all_rows(prepare(config, LENGTH)), all_rows(trained))
+    config = replace(config, tokenizer=replace(config.tokenizer, path=str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match=r"tokenizer\.path='.*nowhere': no such folder"):
+        prepare(config, LENGTH)
+
+
+def test_special_pieces_written_in_a_text_stay_ordinary_text(tree: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(prepare(configured(tree, tmp_path), LENGTH) / "tokenizer")
+    (ids,) = encode(tokenizer, ["a [MASK] and a [SEP] and [CLS]"])
+    assert not set(ids) & {tokenizer.mask_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id}
+
+
+class TestBadInput:
+    def test_missing(self, tree: dict[str, Any], tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"data\.source '.*absent\.txt': no such file"):
+            prepare(configured(tree, tmp_path, source=[str(tmp_path / "absent.txt")]), LENGTH)
+
+    def test_unknown_format(self, tree: dict[str, Any], tmp_path: Path) -> None:
+        (tmp_path / "a.docx").write_text("x")
+        with pytest.raises(ValueError, match=r"can't tell its format from '\.docx'; set data\.format"):
+            prepare(configured(tree, tmp_path, source=[str(tmp_path / "a.docx")]), LENGTH)
+
+    def test_broken_and_empty_files_are_named_and_counted_or_skipped(
+        self, tree: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "good.txt").write_text("\n\n".join(paragraphs()))
+        (tmp_path / "empty.txt").write_text("")
+        (tmp_path / "torn.parquet").write_bytes(b"PAR1 and then nothing")
+        source = [str(tmp_path / "*")]
+        with pytest.raises(ValueError, match="2 of 3 input files are broken or empty") as error:
+            prepare(configured(tree, tmp_path / "p", source=source), LENGTH)
+        assert "empty.txt" in str(error.value)
+        assert "torn.parquet" in str(error.value)
+        assert "data.on_bad=skip" in str(error.value)
+        folder = prepare(configured(tree, tmp_path / "p", source=source, on_bad="skip"), LENGTH)
+        assert "skipped: 2 of 3" in capfd.readouterr().out
+        assert read_manifest(folder).documents == len(paragraphs())
+
+    def test_an_empty_corpus(self, tree: dict[str, Any], tmp_path: Path) -> None:
+        (tmp_path / "empty.txt").write_text("")
+        (tmp_path / "blank.txt").write_text("\n\n\n")
+        for name, on_bad, message in (
+            ("empty.txt", "skip", "the corpus is empty"),
+            ("empty.txt", "error", "1 of 1 input files"),
+            ("blank.txt", "skip", "the corpus is empty"),
+        ):
+            config = configured(tree, tmp_path, source=[str(tmp_path / name)], on_bad=on_bad)
+            with pytest.raises(ValueError, match=message):
+                prepare(config, LENGTH)
+
+    def test_a_missing_column(self, tree: dict[str, Any], tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text('{"body": "words"}\n')
+        with pytest.raises(ValueError, match=r"no column 'text' \(data\.text_field\) among \['body'\]"):
+            prepare(configured(tree, tmp_path, source=[str(tmp_path / "a.jsonl")]), LENGTH)
+
+    def test_a_vocabulary_larger_than_the_corpus_allows(self, tree: dict[str, Any], tmp_path: Path) -> None:
+        config = configured(tree, tmp_path, "tokenizer.vocab_size=60000")
+        with pytest.raises(
+            ValueError, match=r"vocab_size=60000: this corpus gives \d+ pieces .* use \d+ or fewer"
+        ):
+            prepare(config, LENGTH)
+
+    def test_a_shard_cut_short(self, tree: dict[str, Any], tmp_path: Path) -> None:
+        config = configured(tree, tmp_path)
+        folder = prepare(config, LENGTH)
+        shard = folder / "train-00000.bin"
+        shard.write_bytes(shard.read_bytes()[:-2])
+        with pytest.raises(ValueError, match=r"train-00000\.bin: expected \d+ bytes, found it \d+ bytes"):
+            prepare(config, LENGTH)
+
+
+def test_packed_documents_keep_their_pieces_in_order(tree: dict[str, Any], tmp_path: Path) -> None:
+    pieces = pieces_of(load_tokenizer(prepare(configured(tree, tmp_path), LENGTH) / "tokenizer"))
+    documents = [list(range(10, 10 + n)) for n in (1, 5, 100, 2, 30, 30, 61, 0, 7)]
+    for pack in (True, False):
+        packer = Packer(pieces, 32, nsp=False, pack=pack)
+        for document in documents:
+            packer.add(document)
+        rows = packer.rows()
+        ordinary = [int(i) for i in rows.ravel() if i >= 10]
+        assert ordinary == [i for document in documents for i in document]
+        begins = (rows == pieces.cls).sum(1)
+        assert (begins == (rows == pieces.sep).sum(1)).all()
+        assert (begins == 1).all() != pack
+        assert packer.dropped == 1
+
+
+def test_pairs_cut_one_document_at_a_sentence_end(tree: dict[str, Any], tmp_path: Path) -> None:
+    pieces = pieces_of(load_tokenizer(prepare(configured(tree, tmp_path), LENGTH) / "tokenizer"))
+    stop = pieces.sentence_end[0]
+    packer = Packer(pieces, 32, nsp=True, pack=True)
+    packer.add([50] * 13 + [stop] + [51] * 15)
+    packer.add([50] * 3)
+    (row,) = packer.rows()
+    assert row.tolist() == [pieces.cls, *[50] * 13, stop, pieces.sep, *[51] * 15, pieces.sep]
+    assert packer.dropped == 1
+
+
+def test_the_tokenizer_is_trained_on_a_sample_of_about_the_wanted_size(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    config = configured(tree, tmp_path)
+    (file,) = check_files([f := find_files(config.data, tmp_path)[0]], [count_documents(f)], "error")
+    every = list(_sampled([file], None))
+    assert len(every) == file.documents == len(paragraphs())
+    some = list(_sampled([file], 200))
+    assert abs(len(some) - 200) < 5 * 200**0.5
+    rest = iter(every)
+    assert all(text in rest for text in some), "not in the corpus' order"
+    assert list(_sampled([file], 10**6)) == every
