@@ -163,4 +163,5 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML that `load_config` reads back."""
-    return yaml.safe_dump(config.to_dict(), sort_keys=False)
+    text: str = yaml.safe_dump(config.to_dict(), sort_keys=False)
+    return text
