@@ -128,6 +128,11 @@ class Holdings:
 
     def _new(self, rows: Sequence[NamedParameter]) -> list[NamedParameter]:
         found = [row for row in rows if row[1].requires_grad and row[1] not in self.index]
+        first: dict[Tensor, str] = {}
+        for name, p, _ in found:
+            if p in first:
+                raise ValueError(f"parameter {first[p]!r} is in the list twice: pass each parameter once")
+            first[p] = name
         pointers = {p.data_ptr(): name for name, p in zip(self.names, self.params, strict=True) if p.numel()}
         for name, p, _ in found:
             check_shardable(name, p, self.params[0].device if self.params else found[0][1].device)

@@ -161,6 +161,13 @@ class Lamb(LambOptimizer):
         lists = {name: getattr(vectors, name)[rows].tolist() for name in rule.COLUMNS}
         return Coefficients(**{**lists, "grad_scale": scale})
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
+
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        super().__setstate__(pickled)
+        self._constructed, self._tables, self._last = True, {}, None
+
     def trust_ratios(self) -> dict[str, float]:
         """{name: ratio} of the parameters that the last step updated; reads the device."""
         return (

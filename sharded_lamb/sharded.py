@@ -170,7 +170,7 @@ class ShardedLamb(LambOptimizer):
         buckets = held.adopt(plan, self._collectives)
         self._table: OptionTable = self._option_table(held.rows, plan.device)
         self._gradients.extend([name for name, _, _ in plan.rows], [p for _, p, _ in plan.rows], buckets)
-        for param, entry in state.local_states(held.layout, held.buckets, held.step).items():
+        for param, entry in sorted(state.local_states(held.layout, held.buckets, held.step).items()):
             self.state[held.params[param]] = entry
 
     # -- the step -----------------------------------------------------------------------------------
@@ -358,9 +358,19 @@ class ShardedLamb(LambOptimizer):
             if first:
                 if state_dict is None:
                     raise ValueError("load_full_state_dict needs the state dict on the first rank, got None")
+                missing = {"state", "param_groups"} - state_dict.keys()
+                if missing:
+                    raise ValueError(
+                        f"the full state dict lacks {sorted(missing)}: pass what full_state_dict() gave"
+                    )
                 self._check_saved_groups(state_dict["param_groups"])
-                order = [p for group in self.param_groups for p in group["params"]]
-                states = {held.index[order[place]]: s for place, s in state_dict["state"].items()}
+                places = dict(enumerate(p for g in self.param_groups for p in g["params"]))
+                strangers = [k for k in state_dict["state"] if places.get(k) not in held.index]
+                if strangers:
+                    raise ValueError(
+                        f"the full state dict has state of parameters {strangers}, which are not held"
+                    )
+                states = {held.index[places[place]]: s for place, s in state_dict["state"].items()}
                 state.check_full(held.names, [tuple(p.shape) for p in held.params], states)
         groups: list[Any] = [state_dict["param_groups"] if first and state_dict is not None else None]
         if held.topology.everyone[1:]:

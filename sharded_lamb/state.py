@@ -89,7 +89,9 @@ def check_full(
 ) -> None:
     """Raises ValueError where a whole state does not fit its parameter."""
     for param, saved in states.items():
-        for key in ("exp_avg", "exp_avg_sq"):
+        if "step" not in saved or torch.as_tensor(saved["step"]).numel() != 1:
+            raise ValueError(f"step of {names[param]!r}: expected one number, got {saved.get('step')!r}")
+        for key in ("exp_avg", "exp_avg_sq", *({"master"} & saved.keys())):
             if key not in saved or tuple(saved[key].shape) != shapes[param]:
                 found = tuple(saved[key].shape) if key in saved else "nothing"
                 raise ValueError(

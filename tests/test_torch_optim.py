@@ -128,7 +128,7 @@ def test_goes_the_right_way_under_torchs_schedulers(cls: type[Optimizer], common
                 opt.step()
                 for schedule in schedules:
                     if isinstance(schedule, lr_scheduler.ReduceLROnPlateau):
-                        schedule.step(loss)
+                        schedule.step(loss.detach())
                     else:
                         schedule.step()
             opt.zero_grad()
