@@ -8,24 +8,12 @@ A backend is two functions over flat memory that know neither parameters' shapes
 `reference` is the pure one: the rule on chunks that fit the cache.
 """
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from sharded_lamb.kernels.reference import ReferenceKernel
-
-
-@dataclass(frozen=True, slots=True)
-class FlatShard:
-    """The memory that one rank updates in one bucket; flat tensors of one length, whole blocks."""
-
-    weight: Tensor  # [n] master dtype: the parameters' own memory where their dtype is the master's
-    model: Tensor | None  # [n] model dtype: what is gathered, where the master is kept apart
-    grad: Tensor  # [n] compute dtype: gradients averaged over ranks; 0 in padding
-    exp_avg: Tensor  # [n] state dtype
-    exp_avg_sq: Tensor  # [n] state dtype
-    block_param: Tensor  # [n / BLOCK] int64: the parameter each block belongs to
+from sharded_lamb.kernels.shard import FlatShard
 
 
 class Kernel(Protocol):

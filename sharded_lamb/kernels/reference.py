@@ -6,17 +6,14 @@ bits of a block's sum depend on its 256 values and nothing else.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sharded_lamb import rule
+from sharded_lamb.kernels.shard import FlatShard
 from sharded_lamb.layout import BLOCK
 from sharded_lamb.rule import COLUMNS, Coefficients, PerTensor
-
-if TYPE_CHECKING:
-    from sharded_lamb.kernels import FlatShard
 
 CHUNK_BLOCKS = 256
 """64 K elements: the dozen temporaries of a chunk stay in a CPU's cache. On a GPU, see `_chunk_blocks`."""
@@ -44,7 +41,7 @@ def _chunk_blocks(device: torch.device, blocks: int) -> int:
 class _Chunk:
     """Blocks [low, high) of a shard as [blocks, BLOCK] tensors of the compute dtype."""
 
-    def __init__(self, shard: "FlatShard", table: Tensor, low: int, high: int) -> None:
+    def __init__(self, shard: FlatShard, table: Tensor, low: int, high: int) -> None:
         self.shard, self.table, self.span = shard, table, slice(low * BLOCK, high * BLOCK)
         self.block_param = shard.block_param[low:high]
         rows = table[self.block_param]
@@ -73,7 +70,7 @@ class ReferenceKernel:
 
     name = "torch"
 
-    def square_sums(self, shard: "FlatShard", sums: Tensor) -> None:
+    def square_sums(self, shard: FlatShard, sums: Tensor) -> None:
         """Σg² per parameter, added to ``sums`` [P] fp64."""
         blocks = len(shard.block_param)
         size = _chunk_blocks(shard.grad.device, blocks)
@@ -81,7 +78,7 @@ class ReferenceKernel:
             grad = shard.grad[low * BLOCK : (low + size) * BLOCK].view(-1, BLOCK)
             add_by_parameter(sums, shard.block_param[low : low + size], block_square_sums(grad))
 
-    def moments_and_norms(self, shard: "FlatShard", table: Tensor, sums: Tensor) -> None:
+    def moments_and_norms(self, shard: FlatShard, table: Tensor, sums: Tensor) -> None:
         """m, v ← g, and Σw², Σu² per parameter, added to ``sums`` [2, P] fp64."""
         for chunk in self._chunks(shard, table):
             chunk.adopt_written_weights()
@@ -93,7 +90,7 @@ class ReferenceKernel:
             add_by_parameter(sums[0], chunk.block_param, block_square_sums(w))
             add_by_parameter(sums[1], chunk.block_param, block_square_sums(u))
 
-    def apply(self, shard: "FlatShard", table: Tensor, step_sizes: Tensor) -> None:
+    def apply(self, shard: FlatShard, table: Tensor, step_sizes: Tensor) -> None:
         """w ← w - step_size u, u recomputed from m and v."""
         for chunk in self._chunks(shard, table):
             w, m, v = (chunk.load(x) for x in (shard.weight, shard.exp_avg, shard.exp_avg_sq))
@@ -103,7 +100,7 @@ class ReferenceKernel:
             if shard.model is not None:
                 chunk.store(shard.model, w)
 
-    def _chunks(self, shard: "FlatShard", table: Tensor) -> Iterator[_Chunk]:
+    def _chunks(self, shard: FlatShard, table: Tensor) -> Iterator[_Chunk]:
         blocks = len(shard.block_param)
         size = _chunk_blocks(shard.weight.device, blocks)
         for low in range(0, blocks, size):
