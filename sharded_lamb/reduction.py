@@ -77,11 +77,11 @@ class BackwardReducer:
         self._fired: set[int] = set()
         self._waiting: list[int] = []
         self._next = 0
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def extend(self, names: Sequence[str], params: Sequence[Tensor], buckets: Sequence[FlatBucket]) -> None:
-        """Take on parameters that follow those of before, in buckets of their own. Between rounds only."""
-        assert not self._open, "parameters cannot join in the middle of a backward"
+        """Take on parameters that follow those of before, in buckets of their own; an open round ends first."""
+        if self._open:
+            self.flush()
         first = len(self.params)
         self.names.extend(names)
         self.params.extend(params)
@@ -116,15 +116,10 @@ class BackwardReducer:
 
         for index in range(first, len(self.params)):
             register: Any = self.params[index].register_post_accumulate_grad_hook
-            self._handles.append(register(after_accumulation(index)))
+            register(after_accumulation(index))
         if self.sentinel_param >= first:
             register = self.params[self.sentinel_param].register_hook
-            self._handles.append(register(before_accumulation))
-
-    def remove_hooks(self) -> None:
-        """After this backward leaves gradients in ``.grad``."""
-        for handle in self._handles:
-            handle.remove()
+            register(before_accumulation)
 
     # -- the sentinel -------------------------------------------------------------------------------
 
@@ -235,6 +230,7 @@ class BackwardReducer:
         if torch._C._current_autograd_node() is None:
             self.flush()
 
+    @torch.no_grad()  # backward(create_graph=True) makes gradients that require gradients
     def _launch(self, index: int) -> None:
         """Start the exchange of a bucket: gradients into staging memory, ``.grad`` freed."""
         bucket = self.buckets[index]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sharded_lamb import ShardedLamb
 from tests.harness import run_ranks
 from tests.sharded_cases import (
     Case,
@@ -148,3 +149,18 @@ def test_buckets_and_overlap_do_not_show(settings: dict[str, Any]) -> None:
     plain = run_ranks(3, run, staged(2), 3)[0].params
     changed = replace(CASE, settings={**staged(2).settings, **settings})
     assert_same_bits(run_ranks(3, run, changed, 3)[0].params, plain)
+
+
+def second_order(rank: int) -> tuple[bool, bool]:
+    """Gradients that require gradients: (the weight moved, what the optimizer keeps holds their graph)."""
+    p = torch.nn.Parameter(torch.ones(5))
+    opt = ShardedLamb([("p", p)], stage=2)
+    (p**3).sum().backward(create_graph=True)
+    holds_graph = opt._holdings.buckets[0].shard.grad.requires_grad
+    opt.step()
+    return not torch.equal(p.detach(), torch.ones(5)), holds_graph
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_create_graph_is_no_harm(world_size: int) -> None:
+    assert run_ranks(world_size, second_order) == [(True, False)] * world_size
