@@ -39,7 +39,8 @@ class AveragedGradients:
             ValueError: gradients differ over ranks, or are on some ranks only (see `check_averaged`).
             TypeError: a sparse gradient.
         """
-        if self._known is None or not self._unchanged():
+        # GradScaler's unscaling counts no version: what clip_grad_norm_ saw may have been scaled.
+        if self._known is None or found_inf is not None or not self._unchanged():
             self._used = [(p.grad, None if p.grad is None else p.grad._version) for p in self.params]
             self._known = self._collect(found_inf)
         return self._known
@@ -76,6 +77,9 @@ class AveragedGradients:
                 totals[0] += p.grad.sum(dtype=torch.float64)
                 totals[1] += torch.linalg.vector_norm(p.grad, dtype=torch.float64).square()
         return totals
+
+    def settle(self) -> None:
+        """Nothing is ever under way."""
 
     def is_partial(self, facts: GradientFacts) -> Tensor:
         """Bool, on the device: a gradient is on some ranks only, which the host has not seen on a GPU."""

@@ -1,5 +1,7 @@
 """What `Lamb` and `ShardedLamb` share as torch optimizers: groups, variants, names, loading."""
 
+import copy
+import difflib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -54,7 +56,7 @@ class LambOptimizer(Optimizer):
         """Add a group: its own options, else its own variant's, else the optimizer's.
 
         Raises:
-            ValueError: an option out of range, an unknown option, or ``max_grad_norm``, which is optimizer-wide.
+            ValueError: an option out of range, a misspelt option, or ``max_grad_norm``, which is optimizer-wide.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a parameter group must be a dict, got {type(param_group).__name__}")
@@ -64,13 +66,21 @@ class LambOptimizer(Optimizer):
                 f"max_grad_norm={group['max_grad_norm']!r} in a parameter group: clipping is by the global norm "
                 f"over all groups, so pass max_grad_norm to the optimizer instead"
             )
-        if "variant" in group:
+        for key in group.keys() - self.defaults.keys():
+            near = difflib.get_close_matches(key, [*self.defaults, "params"], n=1, cutoff=0.8)
+            if near and key not in ("params", "param_names"):
+                raise ValueError(f"unknown option {key!r} in a parameter group; did you mean {near[0]!r}?")
+        if group.get("variant", self.defaults["variant"]) != self.defaults["variant"]:
             self._fill_from_variant(group)
         validate_group({**self.defaults, **{key: value for key, value in group.items() if key != "params"}})
         super().add_param_group(group)
         if self._constructed:
             own = {option for option in PATTERN_OPTIONS if option in param_group}
-            self._check_patterns([self.param_groups[-1]], own)
+            try:
+                self._check_patterns([self.param_groups[-1]], own)
+            except ValueError:
+                self.param_groups.pop()
+                raise
 
     def _fill_from_variant(self, group: dict[str, Any]) -> None:
         options = variant_options(group["variant"])
@@ -149,7 +159,7 @@ class LambOptimizer(Optimizer):
     def _load_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         """Take on saved options, once checked; parameters and names stay this optimizer's."""
         for saved, group in zip(saved_groups, self.param_groups, strict=True):
-            group.update(_options_of(saved))
+            group.update(copy.deepcopy(_options_of(saved)))
 
     def _check_saved_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         theirs = [len(group["params"]) for group in saved_groups]

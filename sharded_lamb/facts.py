@@ -150,6 +150,11 @@ class SkipCounter:
         if self._arrived is not None:
             self._arrived.record()
 
+    def reset(self) -> None:
+        """Other weights and state were loaded: skips in a row start again."""
+        self._counts[1] = 0
+        self._seen[1] = 0
+
     def check(self, names: Sequence[str]) -> None:
         """Raises RuntimeError, on every rank alike, after ``limit`` skipped steps in a row."""
         if self._arrived is not None:

@@ -15,6 +15,7 @@ from sharded_lamb.base import NamedParameter, check_parameter
 from sharded_lamb.buckets import FlatBucket, Precision
 from sharded_lamb.collectives import Collectives, Topology
 from sharded_lamb.layout import Bucket, ShardLayout, plan_buckets
+from sharded_lamb.options import OptionTable
 
 _owners: Any = WeakIdKeyDictionary()  # parameter → weak reference to the optimizer that holds it
 
@@ -210,3 +211,13 @@ class Holdings:
         if len(self.topology.everyone) > 1:
             sent["all_reduce_small"] = (3 + 2) * len(self.params) * 8 + 8
         return sent
+
+    def summary(self, table: OptionTable, kernel: str, variant: str) -> str:
+        """One line: stage, ranks, tensors, how many without decay and without ratio, state, kernel, variant."""
+        options, held = table.options(), self.bytes_by_kind()
+        plain, fixed = int((options.decay + options.l2 == 0).sum()), int((~options.adapts).sum())
+        return (
+            f"ShardedLamb stage {self.settings.stage}: {len(self.topology.everyone)} ranks, {len(self.params)} tensors "
+            f"({plain} without decay, {fixed} without ratio), {held['moments'] + held['masters']:,} bytes of state "
+            f"a rank, kernel {kernel}, variant {variant}"
+        )

@@ -145,7 +145,7 @@ def validate_group(group: Mapping[str, Any]) -> None:
     decay = group["weight_decay"]
     if not _is_number(decay) or not 0.0 <= decay < math.inf:
         _fail("weight_decay", decay, "a finite number >= 0")
-    if group["bias_correction"] not in (True, False, "lr"):
+    if not isinstance(group["bias_correction"], bool) and group["bias_correction"] != "lr":
         _fail("bias_correction", group["bias_correction"], 'True, False or "lr"')
     for name in ("grad_averaging", "adam_w_mode", "eps_inside_sqrt", "adapt_without_decay"):
         if not isinstance(group[name], bool):

@@ -72,8 +72,16 @@ class Lamb(LambOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         self._tables.clear()
-        for name, p in named(self.param_groups[-1]):
-            check_parameter(str(name), p)
+        try:
+            for name, p in named(self.param_groups[-1]):
+                check_parameter(str(name), p)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _load_groups(self, saved_groups: list[dict[str, Any]]) -> None:
+        super()._load_groups(saved_groups)
+        self._tables.clear()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -76,7 +76,10 @@ class OptionTable:
         values = [group["lr"] for group in self._groups]
         if any(isinstance(value, Tensor) for value in values):
             self._lrs = None
-            parts = [torch.as_tensor(value).to(self._device, torch.float64).reshape(()) for value in values]
+            parts = [
+                torch.as_tensor(value).to(self._device, torch.float64, non_blocking=True).reshape(())
+                for value in values
+            ]
             return torch.stack(parts)[self._group_of]
         if self._lr is None or values != self._lrs:
             self._lrs = values

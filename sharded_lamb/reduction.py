@@ -79,9 +79,9 @@ class BackwardReducer:
         self._next = 0
 
     def extend(self, names: Sequence[str], params: Sequence[Tensor], buckets: Sequence[FlatBucket]) -> None:
-        """Take on parameters that follow those of before, in buckets of their own; an open round ends first."""
-        if self._open:
-            self.flush()
+        """Take on parameters that follow those of before, in buckets of their own. Settled before."""
+        assert not self._open, "parameters cannot join in the middle of a round"
+        self.facts = None  # of fewer parameters
         first = len(self.params)
         self.names.extend(names)
         self.params.extend(params)
@@ -109,7 +109,7 @@ class BackwardReducer:
 
             return hook
 
-        def before_accumulation(_: Tensor) -> None:
+        def before_accumulation(_: tuple[Tensor, ...]) -> None:
             reducer = this()
             if reducer is not None:
                 reducer._before_sentinel_gradient()
@@ -118,8 +118,10 @@ class BackwardReducer:
             register: Any = self.params[index].register_post_accumulate_grad_hook
             register(after_accumulation(index))
         if self.sentinel_param >= first:
-            register = self.params[self.sentinel_param].register_hook
-            register(before_accumulation)
+            # On the accumulation, not on the tensor: a tensor's hook fires under torch.autograd.grad too.
+            edge = torch.autograd.graph.get_gradient_edge(self.params[self.sentinel_param])
+            self._accumulation = edge.node  # the parameter holds it weakly
+            self._accumulation.register_prehook(before_accumulation)
 
     # -- the sentinel -------------------------------------------------------------------------------
 
@@ -195,6 +197,8 @@ class BackwardReducer:
     def _open_round(self) -> None:
         if self._open:
             return
+        if self._sentinel_set_aside and self.params[self.sentinel_param].grad is None:
+            self._drop_sentinel()  # zeroed by the model after a backward in no_sync
         self._fresh = not self._has_reduced()
         if self._fresh:
             self._drop_sentinel()
@@ -312,10 +316,23 @@ class BackwardReducer:
         """The facts of all gradients so far: of the last round, or of one that is made now.
 
         ``found_inf`` (GradScaler's) was made of the sentinel, so all ranks have the same.
+
+        Raises:
+            RuntimeError: GradScaler has looked at gradients that were not reduced yet.
         """
+        if found_inf is not None and any(self._left_over()):
+            raise RuntimeError(
+                "GradScaler saw gradients that stage=2 had not reduced, and would unscale them apart from the others: "
+                "run the last backward before a step outside no_sync()"
+            )
         if self._open or self.facts is None or not self._sentinel_attached() or any(self._left_over()):
             return self.flush()
         return self.facts
+
+    def settle(self) -> None:
+        """End an open round, on every rank alike."""
+        if self._open:
+            self.flush()
 
     def is_partial(self, facts: GradientFacts) -> Tensor:
         """False: a gradient that some ranks lack counts as zero there."""

@@ -164,9 +164,15 @@ class ShardedLamb(LambOptimizer):
         check_agreement(held.topology, description)
         return plan
 
+    def _take_on_unfrozen(self) -> None:
+        held = self._holdings.index
+        if any(p.requires_grad and p not in held for group in self.param_groups for p in group["params"]):
+            self._take_on(self._agreed_plan())
+
     def _take_on(self, plan: Plan) -> None:
         """Collective: broadcasts the weights of the first rank."""
         held = self._holdings
+        self._gradients.settle()
         buckets = held.adopt(plan, self._collectives)
         self._table: OptionTable = self._option_table(held.rows, plan.device)
         self._gradients.extend([name for name, _, _ in plan.rows], [p for _, p, _ in plan.rows], buckets)
@@ -189,10 +195,7 @@ class ShardedLamb(LambOptimizer):
             with torch.enable_grad():
                 loss = closure()
         held = self._holdings
-        if any(
-            p.requires_grad and p not in held.index for group in self.param_groups for p in group["params"]
-        ):
-            self._take_on(self._agreed_plan())
+        self._take_on_unfrozen()
         if not held.buckets:
             return loss
         held.check_attached()
@@ -202,7 +205,7 @@ class ShardedLamb(LambOptimizer):
         self._gradients.stepped()
         self._clip = None
         if not self._summarized and held.topology.rank == 0:
-            logger.info(self._summary())
+            logger.info(held.summary(self._table, self._kernel.name, str(self.defaults["variant"])))
         self._summarized = True
         return loss
 
@@ -237,6 +240,9 @@ class ShardedLamb(LambOptimizer):
         held.step.copy_(step)
         for pending in gathers:
             pending.wait()
+        torch.autograd.graph.increment_version(
+            held.params
+        )  # a graph made before the step must not go unnoticed
         self._last = _LastStep(ratios, moved, grad_norm)
 
     def _sum_norms(self, square_sums: Tensor) -> None:
@@ -295,6 +301,9 @@ class ShardedLamb(LambOptimizer):
             The norm before clipping (fp32 scalar), the same bits on every rank.
         """
         check_max_grad_norm(max_norm)
+        self._take_on_unfrozen()
+        if not self._holdings.buckets:
+            return torch.zeros(())
         facts = self._gradients.ready(None)
         unscaled = self._gradients.unscale_factor()
         norm = facts.norm(self._table.options().wide)
@@ -312,6 +321,13 @@ class ShardedLamb(LambOptimizer):
             state.check_local(name, self.state[p], states[p])
         for p in held.params:
             state.load_local(self.state[p], states[p])
+
+    def _load_groups(self, saved_groups: list[dict[str, Any]]) -> None:
+        super()._load_groups(saved_groups)
+        self._table = self._option_table(
+            self._holdings.rows, self._holdings.device
+        )  # patterns may have changed
+        self._skips.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's slices, stamped: save every rank's own, and load it on the same rank of as many.
@@ -338,7 +354,7 @@ class ShardedLamb(LambOptimizer):
         states = state.gather_full(self._collectives, held.layout, held.buckets, held.step)
         if states is None:
             return None
-        packed = self.state_dict()
+        packed = super().state_dict()
         order = [p for group in self.param_groups for p in group["params"]]
         whole = {place: states[held.index[p]] for place, p in enumerate(order) if p in held.index}
         return {"state": whole, "param_groups": packed["param_groups"]}
@@ -356,21 +372,10 @@ class ShardedLamb(LambOptimizer):
         first = held.topology.rank == 0
         with told_to_all(held.topology, always=True):
             if first:
-                if state_dict is None:
-                    raise ValueError("load_full_state_dict needs the state dict on the first rank, got None")
-                missing = {"state", "param_groups"} - state_dict.keys()
-                if missing:
-                    raise ValueError(
-                        f"the full state dict lacks {sorted(missing)}: pass what full_state_dict() gave"
-                    )
-                self._check_saved_groups(state_dict["param_groups"])
-                places = dict(enumerate(p for g in self.param_groups for p in g["params"]))
-                strangers = [k for k in state_dict["state"] if places.get(k) not in held.index]
-                if strangers:
-                    raise ValueError(
-                        f"the full state dict has state of parameters {strangers}, which are not held"
-                    )
-                states = {held.index[places[place]]: s for place, s in state_dict["state"].items()}
+                saved = state.check_complete(state_dict)
+                self._check_saved_groups(saved["param_groups"])
+                order = [p for group in self.param_groups for p in group["params"]]
+                states = state.by_index(saved["state"], [held.index.get(p) for p in order])
                 state.check_full(held.names, [tuple(p.shape) for p in held.params], states)
         groups: list[Any] = [state_dict["param_groups"] if first and state_dict is not None else None]
         if held.topology.everyone[1:]:
@@ -435,15 +440,3 @@ class ShardedLamb(LambOptimizer):
     def memory(self) -> dict[str, int]:
         """Bytes on this rank: parameters, masters, moments, gradient_shards, staging."""
         return {**self._holdings.bytes_by_kind(), "staging": self._gradients.staging_bytes()}
-
-    def _summary(self) -> str:
-        table, memory = self._table, self.memory()
-        options = table.options()
-        plain = int((options.decay + options.l2 == 0).sum())
-        return (
-            f"ShardedLamb stage {self._settings.stage}: {self._collectives.world_size} ranks, "
-            f"{len(self._holdings.params)} tensors "
-            f"({plain} without decay, {int((~options.adapts).sum())} without ratio), "
-            f"{memory['moments'] + memory['masters']:,} bytes of state a rank, kernel {self._kernel.name}, "
-            f"variant {self.defaults['variant']}"
-        )

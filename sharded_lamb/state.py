@@ -84,6 +84,25 @@ def load_local(own: State, saved: Mapping[str, Any]) -> None:
             tensor.copy_(saved[key])
 
 
+def check_complete(state_dict: dict[str, Any] | None) -> dict[str, Any]:
+    """Raises ValueError unless the first rank was given what `ShardedLamb.full_state_dict` gives."""
+    if state_dict is None:
+        raise ValueError("load_full_state_dict needs the state dict on the first rank, got None")
+    missing = {"state", "param_groups"} - state_dict.keys()
+    if missing:
+        raise ValueError(f"the full state dict lacks {sorted(missing)}: pass what full_state_dict() gave")
+    return state_dict
+
+
+def by_index(states: Mapping[Any, State], index: Sequence[int | None]) -> dict[int, State]:
+    """States keyed by place in the groups → keyed by parameter. Raises ValueError for one that is not held."""
+    held = {place: param for place, param in enumerate(index) if param is not None}
+    strangers = [place for place in states if place not in held]
+    if strangers:
+        raise ValueError(f"the full state dict has state of parameters {strangers}, which are not held")
+    return {held[place]: saved for place, saved in states.items()}
+
+
 def check_full(
     names: Sequence[str], shapes: Sequence[tuple[int, ...]], states: Mapping[int, Mapping[str, Tensor]]
 ) -> None:
