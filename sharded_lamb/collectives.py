@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -128,20 +129,20 @@ class Collectives:
     def __init__(self, topology: Topology, device: torch.device) -> None:
         self.topology = topology
         self.traffic = Traffic()
-        self.everyone = self._group(topology.everyone)
+        self.everyone = self._group(topology.everyone, device)
         two_level = len(topology.replica_ranks) > 1
-        self._shard = self._group(topology.shard_ranks) if two_level else self.everyone
-        self._replica = self._group(topology.replica_ranks) if two_level else None
+        self._shard = self._group(topology.shard_ranks, device) if two_level else self.everyone
+        self._replica = self._group(topology.replica_ranks, device) if two_level else None
         self._by_hand = self.everyone is not None and _backend(self.everyone, device) == "gloo"
 
     @staticmethod
-    def _group(ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+    def _group(ranks: tuple[int, ...], device: torch.device) -> dist.ProcessGroup | None:
         if len(ranks) == 1:
             return None
         # With all ranks here, torch's counted group names are safest; with some of them only, those alone can meet.
         some = len(ranks) < dist.get_world_size()
         group: dist.ProcessGroup = dist.new_group(
-            list(ranks), use_local_synchronization=some, sort_ranks=False
+            list(ranks), timeout=_timeout(device), use_local_synchronization=some, sort_ranks=False
         )
         return group
 
@@ -265,6 +266,13 @@ class Collectives:
 def _backend(group: dist.ProcessGroup, device: torch.device) -> str:
     """The backend that serves ``device`` in ``group``: one group may have several ("cpu:gloo,cuda:nccl")."""
     return group._get_backend(device).name().lower()
+
+
+def _timeout(device: torch.device) -> timedelta | None:
+    """What the user gave init_process_group; new groups would take the backend's default instead."""
+    assert dist.group.WORLD is not None
+    options = getattr(dist.group.WORLD._get_backend(device), "options", None)
+    return getattr(options, "_timeout", None)
 
 
 def _reduce_scatter(output: Tensor, full: Tensor, group: dist.ProcessGroup) -> "dist.Work | None":
