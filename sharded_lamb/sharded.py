@@ -68,7 +68,8 @@ class ShardedLamb(LambOptimizer):
         state_dtype: of the moments. (float64 parameters have float64 masters and moments.)
         reduce_dtype: of gradients on the wire in stage 2; None: the parameters' dtype.
         overlap: stage 2: reduce buckets as backward fills them; False: all at the end of backward.
-        skip_nonfinite: a non-finite gradient on any rank leaves the step out on every rank: nothing moves.
+        skip_nonfinite: a non-finite gradient on any rank leaves the step out on every rank: nothing moves. (Stage 1:
+            a non-finite averaged gradient; each rank looks at its own slices of it.)
         max_consecutive_skips: after as many in a row, an error on every rank.
 
     Raises:
