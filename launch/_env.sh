@@ -71,7 +71,7 @@ prepare_env() {
     check_python
     check_venv_module
     check_c_compiler
-    local extras=bert,dev stamp
+    local extras=bert,deepspeed,dev stamp
     stamp=$(env_stamp "$extras")
     if [[ $(cat -- "$VENV/.stamp" 2>/dev/null) != "$stamp" || ! -x $VENV/bin/python ]]; then
         rm -f -- "$VENV/.stamp"

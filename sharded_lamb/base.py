@@ -39,6 +39,7 @@ class LambOptimizer(Optimizer):
     """
 
     max_grad_norm: float | None
+    _name_remedy = "pass model.named_parameters() instead of model.parameters()"
 
     def __init__(self, params: Any, scalars: dict[str, Any], variant: str, explicit: RuleOptions) -> None:
         """``scalars``: lr, betas, eps, weight_decay. ``explicit``: what the variant must not fill."""
@@ -106,10 +107,9 @@ class LambOptimizer(Optimizer):
                 held = [pair for group in holding for pair in named(group)]
                 if needs_names(patterns) and any(name is None for name, _ in held):
                     raise ValueError(
-                        f"{option}={patterns!r} goes by names and the parameters came without: "
-                        f"pass model.named_parameters() instead of model.parameters()"
+                        f"{option}={patterns!r} goes by names and the parameters came without: {self._name_remedy}"
                     )
-                used = set().union(*(matching(patterns, name, p.ndim) for name, p in held))
+                used = set().union(*(matching(patterns, name, ndim_of(p)) for name, p in held))
                 example = next((name for name, _ in held if name is not None), None)
                 check_use(option, patterns, used, example)
 
@@ -121,13 +121,14 @@ class LambOptimizer(Optimizer):
 
     def _option_table(self, chosen: Sequence[NamedParameter], device: torch.device) -> OptionTable:
         """The options of ``chosen`` rows of `_named_parameters`, in their order."""
-        place = {id(group): index for index, group in enumerate(self.param_groups)}
+        groups = list({id(group): group for _, _, group in chosen}.values())
+        place = {id(group): index for index, group in enumerate(groups)}
 
         def free(option: str) -> list[bool]:
-            return [not matching(effective_patterns(g, option), name, p.ndim) for name, p, g in chosen]
+            return [not matching(effective_patterns(g, option), name, ndim_of(p)) for name, p, g in chosen]
 
         return OptionTable(
-            self.param_groups,
+            groups,
             group_of=[place[id(group)] for _, _, group in chosen],
             decays=free("exclude_from_weight_decay"),
             adapts=free("exclude_from_layer_adaptation"),
@@ -193,6 +194,11 @@ def named(group: Mapping[str, Any]) -> Iterable[tuple[str | None, Tensor]]:
     params: list[Tensor] = group["params"]
     names: list[str | None] = group.get("param_names") or [None] * len(params)
     return zip(names, params, strict=True)
+
+
+def ndim_of(p: Tensor) -> int:
+    """Dimensions of the parameter as the model has it: DeepSpeed's ZeRO-3 leaves an empty tensor in its place."""
+    return len(getattr(p, "ds_shape", p.shape))
 
 
 def check_parameter(name: str, p: Tensor) -> None:

@@ -128,6 +128,7 @@ class Collectives:
 
     def __init__(self, topology: Topology, device: torch.device) -> None:
         self.topology = topology
+        self.device = device
         self.traffic = Traffic()
         self.everyone = self._group(topology.everyone, device)
         two_level = len(topology.replica_ranks) > 1
@@ -155,10 +156,22 @@ class Collectives:
         return len(self.topology.shard_ranks)
 
     def all_reduce_small(self, vector: Tensor) -> None:
-        """Sum a packed vector over everyone, in place."""
+        """Sum a packed vector over everyone, in place. It may be on the CPU where the group's device is another."""
         if self.everyone is not None:
             self.traffic.add("all_reduce_small", vector.nbytes)
-            dist.all_reduce(vector, group=self.everyone)
+            wire = vector if vector.device.type == self.device.type else vector.to(self.device)
+            dist.all_reduce(wire, group=self.everyone)
+            if wire is not vector:
+                vector.copy_(wire)
+
+    def sum_to_first(self, tensor: Tensor) -> None:
+        """Sum over everyone into the first rank's tensor, wherever it lies; the others' keep what they held or less."""
+        if self.everyone is not None:
+            self.traffic.add("sum_to_first", tensor.nbytes)
+            wire = tensor if tensor.device.type == self.device.type else tensor.to(self.device)
+            dist.reduce(wire, self.topology.everyone[0], group=self.everyone)
+            if wire is not tensor:
+                tensor.copy_(wire)
 
     def broadcast(self, tensor: Tensor) -> None:
         """From the first rank of everyone, in place."""

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from sharded_lamb import rule
-from sharded_lamb.kernels import FlatShard, Kernel
+from sharded_lamb.kernels import Kernel, Shard
 from sharded_lamb.rule import ParameterOptions
 
 
-def gradient_square_sums(kernel: Kernel, shards: Sequence[FlatShard], parameters: int) -> Tensor:
-    """[P] fp64: Σg² of what this rank holds of each parameter."""
-    sums = torch.zeros(parameters, dtype=torch.float64, device=shards[0].grad.device)
+def gradient_square_sums(
+    kernel: Kernel, shards: Sequence[Shard], parameters: int, device: torch.device
+) -> Tensor:
+    """[P] fp64 on ``device``: Σg² of what this rank holds of each parameter, which may be nothing."""
+    sums = torch.zeros(parameters, dtype=torch.float64, device=device)
     for shard in shards:
         kernel.square_sums(shard, sums)
     return sums
@@ -20,7 +22,7 @@ def gradient_square_sums(kernel: Kernel, shards: Sequence[FlatShard], parameters
 
 def lamb_step(
     kernel: Kernel,
-    shards: Sequence[FlatShard],
+    shards: Sequence[Shard],
     options: ParameterOptions,
     *,
     lr: Tensor,
@@ -44,20 +46,20 @@ def lamb_step(
     vectors = rule.coefficients(options, step, active, grad_scale)
     tables: dict[torch.dtype, Tensor] = {}
     for shard in shards:
-        dtype = shard.grad.dtype
+        dtype = shard.compute
         if dtype not in tables:
             tables[dtype] = rule.table(vectors, dtype)
 
     square_sums = torch.zeros(2, len(step), dtype=torch.float64, device=step.device)
     for shard in shards:
-        kernel.moments_and_norms(shard, tables[shard.grad.dtype], square_sums)
+        kernel.moments_and_norms(shard, tables[shard.compute], square_sums)
     sum_over_ranks(square_sums)
 
     weight_norm, update_norm = rule.norms(square_sums, options.wide)
     ratios = rule.trust_ratios(weight_norm, update_norm, options)
     sizes = rule.step_sizes(lr, ratios, options, step, active)
     for index, shard in enumerate(shards):
-        dtype = shard.grad.dtype
+        dtype = shard.compute
         kernel.apply(shard, tables[dtype], sizes.to(dtype))
         written(index)
     return ratios

@@ -274,7 +274,7 @@ class ShardedLamb(LambOptimizer):
 
     def _square_sums(self) -> Tensor:
         shards = [bucket.shard for bucket in self._holdings.buckets]
-        return gradient_square_sums(self._kernel, shards, len(self._holdings.params))
+        return gradient_square_sums(self._kernel, shards, len(self._holdings.params), self._holdings.device)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients: ``.grad``, and in stage 2 what was reduced, once nothing is in flight any more."""

@@ -5,7 +5,8 @@ A backend is two functions over flat memory that know neither parameters' shapes
     pass 1   moments_and_norms   m, v ← g;  Σw², Σu² per parameter     (writes m and v, nothing else)
     pass 2   apply               u again from m and v;  w ← w - step_size[parameter] u;  model dtype written
 
-`reference` is the pure one: the rule on chunks that fit the cache.
+The memory is one flat run of whole blocks (our own buckets: `FlatShard`) or pieces that lie anywhere (what another
+framework partitioned: `PieceShard`). `reference` is the pure backend: the rule on chunks that fit the cache.
 """
 
 from typing import Protocol
@@ -13,7 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from sharded_lamb.kernels.reference import ReferenceKernel
-from sharded_lamb.kernels.shard import FlatShard
+from sharded_lamb.kernels.shard import FlatShard, PieceShard, Shard
 
 
 class Kernel(Protocol):
@@ -21,15 +22,15 @@ class Kernel(Protocol):
 
     name: str
 
-    def square_sums(self, shard: FlatShard, sums: Tensor) -> None:
+    def square_sums(self, shard: Shard, sums: Tensor) -> None:
         """Σg² of the blocks of each parameter, added to ``sums`` [P] fp64."""
 
-    def moments_and_norms(self, shard: FlatShard, table: Tensor, sums: Tensor) -> None:
+    def moments_and_norms(self, shard: Shard, table: Tensor, sums: Tensor) -> None:
         """Pass 1. Σw² and Σu² are added to ``sums`` [2, P] fp64; first, weights that were written from
         outside since the last step replace their masters."""
 
-    def apply(self, shard: FlatShard, table: Tensor, step_sizes: Tensor) -> None:
+    def apply(self, shard: Shard, table: Tensor, step_sizes: Tensor) -> None:
         """Pass 2. ``step_sizes``: [P] compute dtype, η r; 0 leaves a weight's bits as they are."""
 
 
-__all__ = ["FlatShard", "Kernel", "ReferenceKernel"]
+__all__ = ["FlatShard", "Kernel", "PieceShard", "ReferenceKernel", "Shard"]

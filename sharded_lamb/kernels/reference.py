@@ -5,18 +5,24 @@ half, eight times) in the compute dtype, over blocks in fp64. Every step of it i
 bits of a block's sum depend on its 256 values and nothing else.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from sharded_lamb import rule
-from sharded_lamb.kernels.shard import FlatShard
+from sharded_lamb.kernels import packing
+from sharded_lamb.kernels.shard import FlatShard, PieceShard, Shard
 from sharded_lamb.layout import BLOCK
 from sharded_lamb.rule import COLUMNS, Coefficients, PerTensor
 
 CHUNK_BLOCKS = 256
 """64 K elements: the dozen temporaries of a chunk stay in a CPU's cache. On a GPU, see `_chunk_blocks`."""
+
+
+KINDS = ("weight", "grad", "exp_avg", "exp_avg_sq")
+"""The kinds of memory that every form of shard has."""
 
 
 def block_square_sums(x: Tensor) -> Tensor:
@@ -39,30 +45,120 @@ def _chunk_blocks(device: torch.device, blocks: int) -> int:
 
 
 class _Chunk:
-    """Blocks [low, high) of a shard as [blocks, BLOCK] tensors of the compute dtype."""
+    """Some blocks of a shard as [blocks, BLOCK] tensors of the compute dtype. ``kind`` names a field of the shard."""
 
-    def __init__(self, shard: FlatShard, table: Tensor, low: int, high: int) -> None:
-        self.shard, self.table, self.span = shard, table, slice(low * BLOCK, high * BLOCK)
-        self.block_param = shard.block_param[low:high]
-        rows = table[self.block_param]
-        self.k: PerTensor = Coefficients(*([rows[:, column : column + 1]] for column in range(len(COLUMNS))))
+    def __init__(self, table: Tensor, block_param: Tensor) -> None:
+        self.table, self.block_param = table, block_param
 
-    def load(self, flat: Tensor) -> Tensor:
-        return flat[self.span].view(-1, BLOCK).to(self.table.dtype)
+    @cached_property
+    def k(self) -> PerTensor:
+        rows = self.table[self.block_param]
+        return Coefficients(*([rows[:, column : column + 1]] for column in range(len(COLUMNS))))
 
-    def store(self, flat: Tensor, value: Tensor) -> Tensor:
-        """Writes ``value`` and returns it as it reads back, rounded to the dtype of ``flat``."""
-        place = flat[self.span].view(-1, BLOCK)
-        if place.data_ptr() != value.data_ptr():  # `load` gives the memory itself where dtypes agree
-            place.copy_(value)
-        return value if flat.dtype == value.dtype else self.load(flat)
+    def load(self, kind: str) -> Tensor:
+        """The memory itself where it lies in whole blocks of the compute dtype, else a copy."""
+        raise NotImplementedError
+
+    def store(self, kind: str, value: Tensor) -> Tensor:
+        """Writes ``value`` and returns it as it reads back, rounded to the dtype of the memory."""
+        raise NotImplementedError
 
     def adopt_written_weights(self) -> None:
-        """Where the model's weight is no longer what the master rounds to, someone wrote it: it wins."""
-        model = self.shard.model
-        if model is not None:
-            weight, written = self.shard.weight[self.span], model[self.span]
+        """Where the model's weight is no longer what its master rounds to, someone wrote it: it wins."""
+
+    def store_model(self, weight: Tensor) -> None:
+        """Writes the model's copy of the weights, where there is one."""
+
+
+class _FlatChunk(_Chunk):
+    """Blocks [low, high) of one run of memory."""
+
+    def __init__(self, flat: dict[str, Tensor | None], table: Tensor, block_param: Tensor, low: int) -> None:
+        super().__init__(table, block_param)
+        self.flat, self.span = flat, slice(low * BLOCK, (low + len(block_param)) * BLOCK)
+
+    def _place(self, kind: str) -> Tensor:
+        flat = self.flat[kind]
+        assert flat is not None
+        return flat[self.span].view(-1, BLOCK)
+
+    def load(self, kind: str) -> Tensor:
+        return self._place(kind).to(self.table.dtype)
+
+    def store(self, kind: str, value: Tensor) -> Tensor:
+        place = self._place(kind)
+        if place.data_ptr() != value.data_ptr():
+            place.copy_(value)
+        return value if place.dtype == value.dtype else self.load(kind)
+
+    def adopt_written_weights(self) -> None:
+        if self.flat.get("model") is not None:
+            weight, written = self._place("weight"), self._place("model")
             weight.copy_(torch.where(weight.to(written.dtype) == written, weight, written.to(weight.dtype)))
+
+    def store_model(self, weight: Tensor) -> None:
+        if self.flat.get("model") is not None:
+            self.store("model", weight)
+
+
+class _PackedChunk(_Chunk):
+    """Runs of several pieces, their blocks side by side in a copy; short blocks are filled with 0."""
+
+    def __init__(self, shard: PieceShard, runs: packing.Chunk, table: Tensor, block_param: Tensor) -> None:
+        super().__init__(table, block_param)
+        self.shard, self.runs = shard, runs
+        self.sizes = [size for run in runs for size in (run.length, run.padding)]
+
+    def _places(self, kind: str) -> list[Tensor]:
+        pieces: Sequence[Tensor] = getattr(self.shard, kind)
+        return [pieces[run.piece][run.start : run.start + run.length] for run in self.runs]
+
+    def load(self, kind: str) -> Tensor:
+        places = self._places(kind)
+        zeros = places[0].new_zeros(BLOCK)
+        parts = []
+        for place, run in zip(places, self.runs, strict=True):
+            parts += [place, zeros[: run.padding]]
+        return torch.cat(parts).view(-1, BLOCK).to(self.table.dtype)
+
+    def store(self, kind: str, value: Tensor) -> Tensor:
+        places = self._places(kind)
+        torch._foreach_copy_(places, list(torch.split(value.view(-1), self.sizes)[::2]))
+        return value if places[0].dtype == value.dtype else value.to(places[0].dtype).to(value.dtype)
+
+
+@lru_cache(maxsize=1024)
+def _owners(params: tuple[int, ...], blocks: tuple[int, ...], device: torch.device) -> Tensor:
+    """[sum of blocks] int64: the parameter of each block of runs that lie side by side."""
+    return torch.tensor(params).repeat_interleave(torch.tensor(blocks)).to(device)
+
+
+def _chunks(shard: Shard, table: Tensor) -> Iterator[_Chunk]:
+    return _flat_chunks(shard, table) if isinstance(shard, FlatShard) else _piece_chunks(shard, table)
+
+
+def _flat_chunks(shard: FlatShard, table: Tensor) -> Iterator[_Chunk]:
+    flat = {kind: getattr(shard, kind) for kind in (*KINDS, "model")}
+    blocks = len(shard.block_param)
+    size = _chunk_blocks(shard.device, blocks)
+    for low in range(0, blocks, size):
+        yield _FlatChunk(flat, table, shard.block_param[low : low + size], low)
+
+
+def _piece_chunks(shard: PieceShard, table: Tensor) -> Iterator[_Chunk]:
+    lengths, device = shard.lengths, shard.device
+    blocks = sum(-(-length // BLOCK) for length in lengths)
+    param_of = torch.tensor(shard.params).to(device, non_blocking=True)
+    for runs in packing.pack(lengths, _chunk_blocks(device, blocks)):
+        run = runs[0]
+        if len(runs) == 1 and not run.padding:
+            flat = {kind: getattr(shard, kind)[run.piece] for kind in KINDS}
+            owner = param_of[run.piece].expand(run.blocks)
+            yield _FlatChunk(flat, table, owner, run.start // BLOCK)
+        else:
+            owners = tuple(shard.params[run.piece] for run in runs)
+            block_param = _owners(owners, tuple(run.blocks for run in runs), device)
+            yield _PackedChunk(shard, runs, table, block_param)
 
 
 class ReferenceKernel:
@@ -70,38 +166,29 @@ class ReferenceKernel:
 
     name = "torch"
 
-    def square_sums(self, shard: FlatShard, sums: Tensor) -> None:
+    def square_sums(self, shard: Shard, sums: Tensor) -> None:
         """Σg² per parameter, added to ``sums`` [P] fp64."""
-        blocks = len(shard.block_param)
-        size = _chunk_blocks(shard.grad.device, blocks)
-        for low in range(0, blocks, size):
-            grad = shard.grad[low * BLOCK : (low + size) * BLOCK].view(-1, BLOCK)
-            add_by_parameter(sums, shard.block_param[low : low + size], block_square_sums(grad))
+        no_coefficients = sums.new_zeros(len(sums), len(COLUMNS), dtype=shard.compute)
+        for chunk in _chunks(shard, no_coefficients):
+            add_by_parameter(sums, chunk.block_param, block_square_sums(chunk.load("grad")))
 
-    def moments_and_norms(self, shard: FlatShard, table: Tensor, sums: Tensor) -> None:
+    def moments_and_norms(self, shard: Shard, table: Tensor, sums: Tensor) -> None:
         """m, v ← g, and Σw², Σu² per parameter, added to ``sums`` [2, P] fp64."""
-        for chunk in self._chunks(shard, table):
+        for chunk in _chunks(shard, table):
             chunk.adopt_written_weights()
-            w, m, v = (chunk.load(x) for x in (shard.weight, shard.exp_avg, shard.exp_avg_sq))
-            g = rule.scaled_gradients([chunk.load(shard.grad)], [w], chunk.k)
+            w, m, v = (chunk.load(kind) for kind in ("weight", "exp_avg", "exp_avg_sq"))
+            g = rule.scaled_gradients([chunk.load("grad")], [w], chunk.k)
             rule.update_moments([m], [v], g, chunk.k)
-            m, v = chunk.store(shard.exp_avg, m), chunk.store(shard.exp_avg_sq, v)
+            m, v = chunk.store("exp_avg", m), chunk.store("exp_avg_sq", v)
             (u,) = rule.direction([m], [v], [w], chunk.k)
             add_by_parameter(sums[0], chunk.block_param, block_square_sums(w))
             add_by_parameter(sums[1], chunk.block_param, block_square_sums(u))
 
-    def apply(self, shard: FlatShard, table: Tensor, step_sizes: Tensor) -> None:
+    def apply(self, shard: Shard, table: Tensor, step_sizes: Tensor) -> None:
         """w ← w - step_size u, u recomputed from m and v."""
-        for chunk in self._chunks(shard, table):
-            w, m, v = (chunk.load(x) for x in (shard.weight, shard.exp_avg, shard.exp_avg_sq))
+        for chunk in _chunks(shard, table):
+            w, m, v = (chunk.load(kind) for kind in ("weight", "exp_avg", "exp_avg_sq"))
             u = rule.direction([m], [v], [w], chunk.k)
             rule.descend([w], u, [step_sizes[chunk.block_param].unsqueeze(1)])
-            chunk.store(shard.weight, w)
-            if shard.model is not None:
-                chunk.store(shard.model, w)
-
-    def _chunks(self, shard: FlatShard, table: Tensor) -> Iterator[_Chunk]:
-        blocks = len(shard.block_param)
-        size = _chunk_blocks(shard.weight.device, blocks)
-        for low in range(0, blocks, size):
-            yield _Chunk(shard, table, low, min(low + size, blocks))
+            chunk.store("weight", w)
+            chunk.store_model(w)

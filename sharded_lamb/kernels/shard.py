@@ -1,7 +1,9 @@
-"""The memory that the two passes run over."""
+"""The memory that the two passes run over, in two forms: one flat run of whole blocks, or pieces that lie anywhere."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -15,3 +17,43 @@ class FlatShard:
     exp_avg: Tensor  # [n] state dtype
     exp_avg_sq: Tensor  # [n] state dtype
     block_param: Tensor  # [n / BLOCK] int64: the parameter each block belongs to
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The dtype that elements are computed in."""
+        return self.grad.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.grad.device
+
+
+@dataclass(frozen=True, slots=True)
+class PieceShard:
+    """Pieces of memory on one device: slices of another framework's partitions, or whole tensors.
+
+    A piece is a contiguous run of elements of one parameter. Its blocks are counted from its own start and its last
+    one may be short. Entry i of every sequence is piece i's; all tensors of a sequence have one dtype.
+    """
+
+    params: tuple[int, ...]  # the parameter of each piece
+    weight: Sequence[Tensor]  # [n_i] master dtype
+    grad: Sequence[Tensor]  # [n_i] any floating-point dtype
+    exp_avg: Sequence[Tensor]  # [n_i] state dtype
+    exp_avg_sq: Sequence[Tensor]  # [n_i] state dtype
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(piece.numel() for piece in self.weight)
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The dtype that elements are computed in."""
+        return torch.promote_types(self.weight[0].dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight[0].device
+
+
+Shard = FlatShard | PieceShard

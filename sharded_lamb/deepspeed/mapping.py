@@ -1,0 +1,156 @@
+"""Which part of which parameter lies where in the tensors that DeepSpeed hands to ``step()``.
+
+DeepSpeed replaces the parameters of every group with tensors of its own::
+
+    ZeRO 1, 2, BF16_Optimizer   one a group: this rank's equal part of the group's flat buffer, cut anywhere
+                                rank 0 |b b b|w w w w w|   rank 1 |w w w|n n n · ·|      · padding
+    ZeRO 3                      one a subgroup: this rank's equal part of every parameter
+                                rank 0 |b b|w w w w|n n|   rank 1 |b ·|w w w w|n ·|
+    no ZeRO                     the parameters, or fp32 copies of their shapes
+
+Nothing of it is taken on trust: `OptimizerPartitions` of all ranks must hold every element of every parameter exactly
+once, and hold what the model's parameters hold (checked at the first step, `sharded_lamb.deepspeed.optimizer`).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from sharded_lamb.buckets import flattened, memory_strides
+from sharded_lamb.layout import Segment
+
+Row = tuple[str, Tensor, dict[str, Any]]
+"""(name, parameter, its group), as the model has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """One tensor that DeepSpeed steps, and this rank's segments in it.
+
+    ``segments`` count elements of the flattened parameter, and of the flattened ``tensor``; padding is in none.
+    ``params``: all parameters of which some rank has a part in its partition of the same name.
+    """
+
+    tensor: Tensor
+    params: tuple[int, ...]
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerPartitions:
+    """What this rank holds. ``sharded``: other ranks hold the rest; else every rank holds everything."""
+
+    kind: str
+    partitions: tuple[Partition, ...]
+    sharded: bool
+
+
+def find_partitions(rows: Sequence[Row], groups: Sequence[dict[str, Any]]) -> OptimizerPartitions:
+    """Read DeepSpeed's own records of what it did with ``rows``.
+
+    Args:
+        rows: the parameters that the optimizer was constructed with.
+        groups: its groups, whose "params" DeepSpeed has replaced since.
+
+    Raises:
+        ValueError: nothing that is known how to map.
+    """
+    if any(hasattr(p, "_z3_optimizer") for _, p, _ in rows):
+        return OptimizerPartitions("ZeRO-3", tuple(_zero3(rows)), sharded=True)
+    if any(hasattr(p, "_dp_group") for _, p, _ in rows):
+        return OptimizerPartitions("ZeRO-1 or ZeRO-2", tuple(_zero12(rows, groups)), sharded=True)
+    return OptimizerPartitions("whole parameters", tuple(_whole(rows, groups)), sharded=False)
+
+
+def _refuse(what: str) -> ValueError:
+    return ValueError(
+        f"ShardedLamb cannot tell which parameters lie where in DeepSpeed's partitions: {what}. Trust ratios would be "
+        f"wrong, so it stops here. Known are ZeRO 0 to 3 over all ranks, with or without CPU offload; no tensor, "
+        f"pipeline or expert parallelism, MiCS, ZenFlow, SuperOffload or NVMe"
+    )
+
+
+def _check_group(name: str, group: Any) -> None:
+    size, world = dist.get_world_size(group=group), dist.get_world_size()
+    if size != world:
+        raise _refuse(f"{name!r} is partitioned over {size} of {world} ranks")
+
+
+def _zero3(rows: Sequence[Row]) -> Iterator[Partition]:
+    index = {p: i for i, (_, p, _) in enumerate(rows)}
+    zero = next(p._z3_optimizer for _, p, _ in rows if hasattr(p, "_z3_optimizer"))
+    if type(zero).__name__ != "DeepSpeedZeroOptimizer_Stage3":
+        raise _refuse(f"they belong to a {type(zero).__name__}")
+    for tensor, params in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+        strangers = [p for p in params if p not in index]
+        if strangers:
+            raise _refuse(f"a subgroup holds parameters (ds_id {strangers[0].ds_id}) that no group had")
+        segments, offset = [], 0
+        for p in params:
+            _check_group(rows[index[p]][0], p.ds_process_group)
+            part = p.partition_numel()
+            start = dist.get_rank(group=p.ds_process_group) * part
+            length = min(max(p.ds_numel - start, 0), part)  # the rest of the part is uninitialised memory
+            segments.append(Segment(index[p], start if length else 0, length, offset))
+            offset += part
+        if offset != tensor.numel():
+            raise _refuse(f"a subgroup of {offset} elements has a partition of {tensor.numel()}")
+        yield Partition(tensor, tuple(index[p] for p in params), tuple(segments))
+
+
+def _zero12(rows: Sequence[Row], groups: Sequence[dict[str, Any]]) -> Iterator[Partition]:
+    for group in groups:
+        held = [
+            (i, row[0], row[1])
+            for i, row in enumerate(rows)
+            if row[2] is group and hasattr(row[1], "_dp_group")
+        ]
+        tensors: list[Tensor] = group["params"]
+        if not held and not tensors:
+            continue
+        if len(tensors) != 1 or tensors[0].dim() != 1 or not held:
+            raise _refuse(f"a group of {len(held)} parameters is stepped as {len(tensors)} tensors")
+        (tensor,) = tensors
+        storages = {p.untyped_storage().data_ptr() for _, _, p in held}
+        if len(storages) != 1:
+            raise _refuse(f"parameters of one group lie in {len(storages)} flat buffers")
+        segments = []
+        for i, name, p in held:
+            _check_group(name, p._dp_group)
+            low = dist.get_rank(group=p._dp_group) * tensor.numel()
+            offset = int(p.storage_offset())
+            start, stop = max(low, offset), min(low + tensor.numel(), offset + p.numel())
+            if start < stop:
+                segments.append(Segment(i, start - offset, stop - start, start - low))
+        yield Partition(tensor, tuple(i for i, _, _ in held), tuple(segments))
+
+
+def _whole(rows: Sequence[Row], groups: Sequence[dict[str, Any]]) -> Iterator[Partition]:
+    for group in groups:
+        held = [(i, row[1]) for i, row in enumerate(rows) if row[2] is group]
+        tensors: list[Tensor] = group["params"]
+        if len(tensors) != len(held):  # fp32 copies are made of what is trained
+            held = [(i, p) for i, p in held if p.requires_grad and p.numel()]
+        if [t.shape for t in tensors] != [p.shape for _, p in held]:
+            raise _refuse(
+                f"a group of {len(held)} parameters is stepped as tensors of shapes {[tuple(t.shape) for t in tensors]}"
+            )
+        for (i, _), tensor in zip(held, tensors, strict=True):
+            yield Partition(tensor, (i,), (Segment(i, 0, tensor.numel(), 0),))
+
+
+def model_slice(p: Tensor, segment: Segment) -> Tensor:
+    """The segment of the model's own parameter, 1-D, as DeepSpeed keeps it on this rank; memory of its own dtype."""
+    if hasattr(p, "ds_tensor"):
+        part: Tensor = p.ds_tensor
+        return part.view(-1)[: segment.length]
+    return flattened(p.detach(), memory_strides(p))[segment.start : segment.start + segment.length]
+
+
+def tensor_slice(tensor: Tensor, segment: Segment) -> Tensor:
+    """The segment of a stepped tensor (or one of its memory order: moments, gradient), 1-D."""
+    flat = flattened(tensor, memory_strides(tensor))
+    return flat[segment.shard_start : segment.shard_start + segment.length]

@@ -1,0 +1,172 @@
+"""Training under the real DeepSpeed on gloo, and the float64 LAMB fed the gradients that DeepSpeed averaged.
+
+Functions here run on a rank, in the harness's workers. DeepSpeed is imported inside them: it takes seconds.
+"""
+
+import copy
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tests.oracle import OracleLamb
+
+FP32_TOLERANCE = 2e-6
+LAMB = {"lr": 0.02, "betas": [0.9, 0.99], "eps": 1e-6, "weight_decay": 0.1}
+
+
+class Tiny(nn.Module):
+    """Uneven sizes, a parameter of one element, a frozen one, an empty one, and one that is tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(53, 24)
+        self.norm = nn.LayerNorm(24)
+        self.fc = nn.Linear(24, 37)
+        self.scale = nn.Parameter(torch.tensor([1.5]))
+        self.frozen = nn.Parameter(torch.ones(5), requires_grad=False)
+        self.out = nn.Linear(37, 24, bias=False)
+        self.head = nn.Linear(24, 53)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.norm(self.embed(tokens)) * self.scale * self.frozen.mean().to(self.scale.dtype)
+        hidden = self.out(torch.tanh(self.fc(hidden)))
+        logits: Tensor = self.head(hidden)
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.roll(-1, 1).flatten())
+
+
+def tiny(seed: int = 3) -> Tiny:
+    torch.manual_seed(seed)
+    model = Tiny()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.mul_(1 + 0.3 * torch.rand(()))
+    return model
+
+
+def tokens(rank: int, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return torch.randint(0, 53, (2, 9), generator=generator)
+
+
+def config(
+    stage: int, dtype: str = "fp32", *, params: Mapping[str, Any] = LAMB, **more: Any
+) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "ShardedLamb", "params": dict(params)},
+        "zero_optimization": {"stage": stage, **more.pop("zero", {})},
+        "gradient_clipping": 0.0,  # DeepSpeed clips at 1.0 where a config says nothing
+    }
+    if dtype == "bf16":
+        found["bf16"] = {"enabled": True, **more.pop("bf16", {})}
+    if dtype == "fp16":
+        found["fp16"] = {"enabled": True, "initial_scale_power": 8, **more.pop("fp16", {})}
+    return {**found, **more}
+
+
+def start(ds_config: dict[str, Any], model: nn.Module | None = None, **keywords: Any) -> Any:
+    """An engine; the plugin is registered by its import, and nothing else is told to DeepSpeed."""
+    import deepspeed
+
+    import sharded_lamb.deepspeed  # noqa: F401
+
+    deepspeed.logger.setLevel("ERROR")
+    model = tiny() if model is None else model
+    return deepspeed.initialize(model=model, config=copy.deepcopy(ds_config), **keywords)[0]
+
+
+def stop(engine: Any) -> None:
+    """Ranks leave together. DeepSpeed forgets the process groups that the harness destroys after a case."""
+    import torch.distributed as dist
+    from deepspeed.utils import groups
+
+    dist.barrier()
+    engine.destroy()
+    importlib.reload(groups)
+
+
+def masters(engine: Any) -> dict[str, Tensor]:
+    """The weights that the optimizer updates, whole, float64."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found = {}
+    unfused = getattr(engine.optimizer, "fp32_groups", None)
+    copies = {}
+    if unfused is not None:
+        copies = {
+            p: copy
+            for ps, cs in zip(engine.optimizer.fp16_groups, unfused, strict=True)
+            for p, copy in zip(ps, cs, strict=True)
+        }
+    for name, p in engine.module.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p in copies:
+            value = copies[p]
+        else:
+            value = safe_get_full_fp32_param(p)
+            value = p if value is None else value
+        found[name] = value.detach().double().clone().cpu()
+    return found
+
+
+def gradients(engine: Any) -> dict[str, np.ndarray]:
+    """DeepSpeed's averaged gradients, whole, as they are before it unscales and clips."""
+    from deepspeed.utils import safe_get_full_grad
+
+    return {
+        name: safe_get_full_grad(p).detach().double().cpu().numpy().copy()
+        for name, p in engine.module.named_parameters()
+        if p.requires_grad
+    }
+
+
+def oracle_of(start_weights: Mapping[str, Tensor], **options: Any) -> OracleLamb:
+    given = {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1, **options}
+    return OracleLamb({name: value.numpy() for name, value in start_weights.items()}, **given)
+
+
+def follow(
+    engine: Any,
+    rank: int,
+    oracle: OracleLamb,
+    steps: int = 4,
+    scale: Callable[[dict[str, np.ndarray]], float] = lambda grads: 1.0,
+    batch: Callable[[int, int], Tensor] = tokens,
+    first: int = 0,
+) -> list[dict[str, float]]:
+    """Train, the oracle beside; returns the ratios of every step. ``scale``: what DeepSpeed multiplies gradients by."""
+    ratios = []
+    for step in range(first, first + steps):
+        engine.backward(engine(batch(rank, step)))
+        if engine.is_gradient_accumulation_boundary():
+            grads = gradients(engine)
+            factor = scale(grads)
+            oracle.step({name: value * factor for name, value in grads.items()})
+        engine.step()
+        ratios.append(engine.basic_optimizer.trust_ratios())
+    return ratios
+
+
+def worst(found: Mapping[str, Tensor], oracle: OracleLamb) -> float:
+    """The largest relative error over parameters, norm-wise."""
+    assert found.keys() == oracle.params.keys()
+    errors = [
+        float(
+            np.linalg.norm(value.numpy() - oracle.params[name])
+            / max(np.linalg.norm(oracle.params[name]), 1e-30)
+        )
+        for name, value in found.items()
+    ]
+    return max(errors)
+
+
+def exact(names: list[str]) -> list[str]:
+    return [f"^{re.escape(name)}$" for name in names]
