@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tests import training
 from tests.oracle import OracleLamb
 
 FP32_TOLERANCE = 2e-6
@@ -50,6 +51,30 @@ def tiny(seed: int = 3) -> Tiny:
     return model
 
 
+class Known(nn.Module):
+    """A loss that is linear in the parameters: gradients are what the tests draw, and known without DeepSpeed."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        for name, value in training.weights().items():
+            if value.numel() and value.dim():  # DeepSpeed takes no scalars
+                self.register_parameter(name.replace(".", "_"), nn.Parameter(value.to(dtype)))
+
+    def forward(self, rank: int, step: int) -> Tensor:
+        own = known_gradients(rank, step)
+        return torch.stack([(p * own[n].to(p.dtype)).sum().float() for n, p in self.named_parameters()]).sum()
+
+
+def known_gradients(rank: int, step: int) -> dict[str, Tensor]:
+    drawn = training.own_gradients(rank, step)
+    return {name.replace(".", "_"): g for name, g in drawn.items() if g is not None and g.numel() and g.dim()}
+
+
+def known_averages(world: int, step: int) -> dict[str, np.ndarray]:
+    per_rank = [known_gradients(rank, step) for rank in range(world)]
+    return {name: torch.stack([g[name].double() for g in per_rank]).mean(0).numpy() for name in per_rank[0]}
+
+
 def tokens(rank: int, step: int) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * step + rank)
     return torch.randint(0, 53, (2, 9), generator=generator)
@@ -74,22 +99,22 @@ def config(
 def start(ds_config: dict[str, Any], model: nn.Module | None = None, **keywords: Any) -> Any:
     """An engine; the plugin is registered by its import, and nothing else is told to DeepSpeed."""
     import deepspeed
+    from deepspeed.utils import groups
 
     import sharded_lamb.deepspeed  # noqa: F401
 
+    importlib.reload(groups)  # the groups of an earlier case are gone
     deepspeed.logger.setLevel("ERROR")
     model = tiny() if model is None else model
     return deepspeed.initialize(model=model, config=copy.deepcopy(ds_config), **keywords)[0]
 
 
 def stop(engine: Any) -> None:
-    """Ranks leave together. DeepSpeed forgets the process groups that the harness destroys after a case."""
+    """Ranks leave together."""
     import torch.distributed as dist
-    from deepspeed.utils import groups
 
     dist.barrier()
     engine.destroy()
-    importlib.reload(groups)
 
 
 def masters(engine: Any) -> dict[str, Tensor]:
