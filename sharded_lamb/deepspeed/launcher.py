@@ -53,7 +53,9 @@ def launcher_arguments(arguments: Sequence[str]) -> list[str]:
 
     parsed = parse_args(list(arguments))
     if parsed.no_python:
-        raise ValueError("--no_python: the program must be Python, for the optimizer's type to be registered in it")
+        raise ValueError(
+            "--no_python: the program must be Python, for the optimizer's type to be registered in it"
+        )
     options = list(arguments[: len(arguments) - len(parsed.user_args) - 1])
     program = ["-m", parsed.user_script] if parsed.module else [parsed.user_script]
     kept = [option for option in options if option != "--module"]
