@@ -52,8 +52,8 @@ class DeepSpeedLamb(LambOptimizer):
             given.
         variant: "lamb" (the default) or any of `VARIANTS`; "deepspeed" keeps the step size of configs written for
             DeepSpeed's Lamb: bias correction on the learning rate, ratios in (0.01, 10).
-        skip_nonfinite: a step whose gradients are non-finite on any rank is left out on all. DeepSpeed itself skips in
-            most modes, the whole step at once (always in fp16; bf16 under ZeRO 1, 2: ``bf16.check_grad_overflow``).
+        skip_nonfinite: a call of `step` whose gradients are non-finite on any rank is left out on all. DeepSpeed itself
+            leaves out the whole step before that, but in fp32 without ZeRO and where ``bf16.check_grad_overflow`` is off.
         max_consecutive_skips: after as many in a row, an error on every rank.
         options: the rule's options as for `Lamb`, and the keys of DeepSpeed's Lamb: ``max_coeff``, ``min_coeff``,
             ``eps_inside_sqrt``, ``bias_correction``. OneBitLamb's keys are accepted with a warning.
@@ -103,7 +103,9 @@ class DeepSpeedLamb(LambOptimizer):
         self._keeper = StateKeeper(self.state)
         self._kernel: Kernel = ReferenceKernel()
         self._held: OptimizerPartitions | None = None
-        self._collectives: Collectives
+        self._proved = False
+        self._everyone: Collectives  # all ranks
+        self._collectives: Collectives  # those among which parameters are cut
         self._stepped: dict[tuple[int, ...], Stepped] = {}
         self._last: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # parameters of a call → ratios, moved
         self._options_then = self._options_now()
@@ -148,28 +150,30 @@ class DeepSpeedLamb(LambOptimizer):
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         if not tensors:
             return loss
-        first = self._held is None
         held = self._mapped()
         self._take_on_state(held)
-        if first and self._is_probe(held):
-            return loss
+        if not self._proved:
+            if self._is_probe(held):
+                return loss
+            prove(self._rows, held, self._everyone)
+            self._proved = True
         self._update(self._stepped_of(tensors, held))
         self._options_then = self._options_now()
         return loss
 
     def _mapped(self) -> OptimizerPartitions:
-        """What lies where; found, agreed on and proved at the first call. Collective then."""
+        """What lies where; found and agreed on at the first call. Collective then."""
         if self._held is None:
             world = Topology.of(None, None)
             with told_to_all(world):
                 held = find_partitions(self._rows, self._groups)
             check_agreement(world, self._description(held))
-            alone = Topology(
-                (world.global_rank,), (world.global_rank,), (world.global_rank,), world.global_rank
-            )
-            collectives = Collectives(world if held.sharded else alone, calling.accelerator_device())
-            prove(self._rows, held, collectives)
-            self._held, self._collectives = held, collectives
+            here = (world.global_rank,)
+            device = calling.accelerator_device()
+            self._everyone = Collectives(world, device)
+            alone = Topology(here, here, here, world.global_rank)
+            self._collectives = self._everyone if held.sharded else Collectives(alone, device)
+            self._held = held
             if world.rank == 0:
                 logger.info(self._summary(held, len(world.everyone)))
         return self._held
@@ -318,7 +322,7 @@ class DeepSpeedLamb(LambOptimizer):
         """
         held = self._mapped()
         self._take_on_state(held)
-        with told_to_all(Topology.of(None, None), always=True):
+        with told_to_all(self._everyone.topology, always=True):
             if dist.get_rank() == 0:
                 saved_groups = whole.check(self._rows, held, state_dict)
         groups: list[Any] = [saved_groups if dist.get_rank() == 0 else None]

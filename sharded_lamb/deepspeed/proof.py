@@ -10,7 +10,7 @@ from sharded_lamb.deepspeed.mapping import OptimizerPartitions, Row, model_slice
 
 
 def prove(rows: Sequence[Row], held: OptimizerPartitions, collectives: Collectives) -> None:
-    """One all-reduce of [2, P] fp64.
+    """Before the first step. One all-reduce of [2, P] fp64 over all ranks.
 
     Raises:
         ValueError: on every rank: over all ranks' partitions some parameter's elements are not there exactly once, or
@@ -33,7 +33,7 @@ def prove(rows: Sequence[Row], held: OptimizerPartitions, collectives: Collectiv
         name, p, _ = rows[param]
         numel = getattr(p, "ds_numel", p.numel())
         there, unlike = (int(count) for count in counts[:, param])
-        if there != numel:
+        if there != numel * (1 if held.sharded else collectives.world_size):
             raise ValueError(
                 f"ShardedLamb cannot map DeepSpeed's partitions ({held.kind}): of {name!r} with {numel} elements the "
                 f"ranks hold {there}. Its trust ratio would be wrong, so it stops here"

@@ -153,6 +153,25 @@ def gradients(engine: Any) -> dict[str, np.ndarray]:
     }
 
 
+GROUP_OVERRIDES = {
+    "norm.weight": {"weight_decay": 0.0, "lr": 0.05},
+    "scale": {"weight_decay": 0.0, "lr": 0.05},
+    "out.weight": {"betas": (0.8, 0.95)},
+    "head.bias": {"betas": (0.8, 0.95)},
+}
+
+
+def groups_of(model: nn.Module) -> list[dict[str, Any]]:
+    """The groups that `GROUP_OVERRIDES` says; what is in none of them comes first."""
+    params = dict(model.named_parameters())
+    rest = [p for name, p in params.items() if name not in GROUP_OVERRIDES]
+    return [
+        {"params": rest},
+        {"params": [params["norm.weight"], params["scale"]], "weight_decay": 0.0, "lr": 0.05},
+        {"params": [params["out.weight"], params["head.bias"]], "betas": [0.8, 0.95]},
+    ]
+
+
 def oracle_of(start_weights: Mapping[str, Tensor], **options: Any) -> OracleLamb:
     given = {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1, **options}
     return OracleLamb({name: value.numpy() for name, value in start_weights.items()}, **given)
