@@ -53,7 +53,7 @@ class DeepSpeedLamb(LambOptimizer):
         variant: "lamb" (the default) or any of `VARIANTS`; "deepspeed" keeps the step size of configs written for
             DeepSpeed's Lamb: bias correction on the learning rate, ratios in (0.01, 10).
         skip_nonfinite: a call of `step` whose gradients are non-finite on any rank is left out on all. DeepSpeed itself
-            leaves out the whole step before that, but in fp32 without ZeRO and where ``bf16.check_grad_overflow`` is off.
+            leaves the whole step out before, but in fp32 without ZeRO and where ``bf16.check_grad_overflow`` is off.
         max_consecutive_skips: after as many in a row, an error on every rank.
         options: the rule's options as for `Lamb`, and the keys of DeepSpeed's Lamb: ``max_coeff``, ``min_coeff``,
             ``eps_inside_sqrt``, ``bias_correction``. OneBitLamb's keys are accepted with a warning.
