@@ -1,10 +1,11 @@
 """What a ds_config.json may say under ``optimizer.params``, as the options of the LAMB rule."""
 
+import difflib
 import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
-from sharded_lamb.hyperparams import RuleOptions, variant_options
+from sharded_lamb.hyperparams import DEFAULTS, RuleOptions, variant_options
 
 DEFAULT_COEFFICIENTS = (0.01, 10.0)
 """DeepSpeed's min_coeff and max_coeff, where a config sets only one of them."""
@@ -19,6 +20,11 @@ ONE_BIT = (
     "factor_threshold",
 )
 """What only DeepSpeed's OneBitLamb knows; nothing is compressed here."""
+
+
+SCALARS = ("lr", "betas", "eps", "weight_decay")
+OWN = ("variant", "skip_nonfinite", "max_consecutive_skips")
+DEEPSPEED = ("max_coeff", "min_coeff", "amsgrad")
 
 
 def scalar_defaults(variant: str) -> dict[str, Any]:
@@ -39,9 +45,15 @@ def translate(variant: str, given: Mapping[str, Any]) -> RuleOptions:
         given: every key of ``optimizer.params`` but lr, betas, eps, weight_decay and variant.
 
     Raises:
+        TypeError: a key that nobody knows, with the nearest right one.
         ValueError: amsgrad, max_grad_norm, or min_coeff / max_coeff beside trust_clip.
     """
     options = dict(given)
+    accepted = {*DEFAULTS, *SCALARS, *OWN, *DEEPSPEED, *ONE_BIT}
+    for key in options.keys() - accepted:
+        near = difflib.get_close_matches(key, accepted, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the keys are {sorted(accepted)}"
+        raise TypeError(f"optimizer.params has {key!r}, which ShardedLamb does not know; {hint}")
     compressed = [key for key in ONE_BIT if options.pop(key, None) is not None]
     if compressed:
         warnings.warn(

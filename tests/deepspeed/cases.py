@@ -7,6 +7,7 @@ import copy
 import importlib
 import re
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -103,10 +104,15 @@ def start(ds_config: dict[str, Any], model: nn.Module | None = None, **keywords:
 
     import sharded_lamb.deepspeed  # noqa: F401
 
-    importlib.reload(groups)  # the groups of an earlier case are gone
+    forget(groups)
     deepspeed.logger.setLevel("ERROR")
     model = tiny() if model is None else model
     return deepspeed.initialize(model=model, config=copy.deepcopy(ds_config), **keywords)[0]
+
+
+def forget(groups: ModuleType) -> None:
+    """Let DeepSpeed make its process groups anew: those of an earlier case are gone."""
+    importlib.reload(groups)
 
 
 def stop(engine: Any) -> None:

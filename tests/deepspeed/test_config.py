@@ -1,0 +1,347 @@
+"""What a ds_config.json may say: every key has an effect, every mistake an error that says what to do."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.deepspeed import cases
+from tests.harness import run_ranks, run_ranks_expecting_errors
+
+# What each key changes in the oracle; the run must follow it, and not the oracle without it.
+EFFECTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "lr": ({"lr": 0.05}, {"lr": 0.05}),
+    "betas": ({"betas": [0.5, 0.9]}, {"betas": (0.5, 0.9)}),
+    "eps": ({"eps": 1e-2}, {"eps": 1e-2}),
+    "weight_decay": ({"weight_decay": 0.5}, {"weight_decay": 0.5}),
+    "eps_inside_sqrt": ({"eps": 1e-2, "eps_inside_sqrt": True}, {"eps": 1e-2, "eps_inside_sqrt": True}),
+    "bias_correction": ({"bias_correction": False}, {"bias_correction": False}),
+    "max_coeff": ({"max_coeff": 0.3}, {"trust_clip": (0.01, 0.3)}),
+    "min_coeff": ({"min_coeff": 2.0}, {"trust_clip": (2.0, 10.0)}),
+    "trust_clip": ({"trust_clip": [0.2, 0.4]}, {"trust_clip": (0.2, 0.4)}),
+    "weight_norm_clip": ({"weight_norm_clip": [0.0, 1.0]}, {"weight_norm_clip": (0.0, 1.0)}),
+    "grad_averaging": ({"grad_averaging": False}, {"grad_averaging": False}),
+    "adam_w_mode": ({"adam_w_mode": False}, {"adam_w_mode": False}),
+    "variant": (
+        {"variant": "adamw"},
+        {"no_adapt": {name for name, _ in cases.tiny().named_parameters()} - {"frozen"}},
+    ),
+    "adapt_without_decay": (
+        {"adapt_without_decay": False, "exclude_from_weight_decay": ["ndim<=1"]},
+        {
+            "adapt_without_decay": False,
+            "no_decay": {"scale", "norm.weight", "norm.bias", "fc.bias", "head.bias"},
+        },
+    ),
+    "exclude_from_weight_decay": (
+        {"exclude_from_weight_decay": ["^fc"]},
+        {"no_decay": {"fc.weight", "fc.bias"}},
+    ),
+    "exclude_from_layer_adaptation": (
+        {"exclude_from_layer_adaptation": ["^fc"]},
+        {"no_adapt": {"fc.weight", "fc.bias"}},
+    ),
+}
+
+
+def effects(rank: int, keys: list[str]) -> dict[str, tuple[float, float]]:
+    """{key: how far the run is from its oracle, and from the oracle without the key}."""
+    found = {}
+    for key in keys:
+        params, oracle = EFFECTS[key]
+        engine = cases.start(cases.config(2, params={**cases.LAMB, **params}))
+        weights = cases.masters(engine)
+        with_it, without = cases.oracle_of(weights, **oracle), cases.oracle_of(weights)
+        for step in range(2):
+            engine.backward(engine(cases.tokens(rank, step)))
+            grads = cases.gradients(engine)
+            with_it.step(grads)
+            without.step(grads)
+            engine.step()
+        after = cases.masters(engine)
+        found[key] = cases.worst(after, with_it), cases.worst(after, without)
+        cases.stop(engine)
+    return found
+
+
+def test_every_key_has_its_effect() -> None:
+    for found in run_ranks(2, effects, list(EFFECTS), timeout=300):
+        for key, (near, far) in found.items():
+            assert near <= cases.FP32_TOLERANCE, key
+            assert far > 1e-4, key
+
+
+def refused(rank: int, config: dict[str, Any]) -> str:
+    try:
+        cases.stop(cases.start(config))
+    except (ValueError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"amsgrad": True}, "ValueError: amsgrad=True"),
+        ({"trust_clip": [0, 1], "max_coeff": 2.0}, "give one of them"),
+        ({"max_coeff": -1.0}, "trust_clip must be"),
+        ({"variant": "lars"}, "variant must be one of"),
+        ({"lr": -1}, "lr must be"),
+        ({"weigth_decay": 0.1}, "did you mean 'weight_decay'"),
+        (
+            {"exclude_from_weight_decay": ["LayerNorm"]},
+            "matches no parameter; a name here looks like 'scale'",
+        ),
+        ({"exclude_from_weight_decay": "bias"}, "must be a sequence of patterns"),
+        ({"max_consecutive_skips": 0}, "max_consecutive_skips must be >= 1"),
+        ({"variant": "apex"}, '"gradient_clipping": 1.0'),
+        ({"max_grad_norm": 1.0}, "gradient_clipping"),
+    ],
+)
+def test_wrong_params(params: dict[str, Any], said: str) -> None:
+    (message,) = run_ranks(1, refused, cases.config(1, params={**cases.LAMB, **params}))
+    assert said in message
+
+
+def test_a_variant_that_clips_wants_deepspeed_to_clip_alike() -> None:
+    config = cases.config(1, params={**cases.LAMB, "variant": "apex"}, gradient_clipping=1.0)
+    assert run_ranks(1, refused, config) == ["accepted"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"zero": {"offload_optimizer": {"device": "cpu", "super_offload": True}}}, "SuperOffload"),
+        ({"zero": {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}, "NVMe"),
+        ({"zero": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "partial offload"),
+        (
+            {
+                "zero": {
+                    "offload_optimizer": {"device": "cpu"},
+                    "zenflow": {"topk_ratio": 0.1, "overlap_step": False},
+                }
+            },
+            "ZenFlow",
+        ),
+    ],
+)
+def test_what_is_not_supported_says_so_and_why(more: dict[str, Any], said: str) -> None:
+    for message in run_ranks(2, refused, cases.config(3 if "ratio" in str(more) else 2, "bf16", **more)):
+        assert said in message
+        assert "does not support" in message
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"autotp": 2}, "tensor parallel"),
+        ({"pipeline_parallelism": True}, "pipeline parallel"),
+        ({"has_moe_layers": True}, "mixture-of-experts"),
+    ],
+)
+def test_engines_that_cut_models_in_other_ways(found: dict[str, Any], said: str) -> None:
+    from sharded_lamb.deepspeed.calling import check_supported
+
+    plain = {"zenflow": False, "pipeline_parallelism": False, "has_moe_layers": False, "autotp": 1}
+    engine = SimpleNamespace(**{**plain, **found}, zero_offload_optimizer=lambda: None)
+    engine.autotp_size = lambda: engine.autotp
+    with pytest.raises(ValueError, match=said):
+        check_supported(engine)
+
+
+def one_bit(rank: int) -> list[str]:
+    import warnings
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cases.stop(
+            cases.start(cases.config(0, params={**cases.LAMB, "freeze_step": 10, "cuda_aware": False}))
+        )
+    return [str(warning.message) for warning in caught if "1-bit" in str(warning.message)]
+
+
+def test_one_bit_lambs_keys_are_accepted_with_a_warning() -> None:
+    ((message,),) = run_ranks(1, one_bit)
+    assert "freeze_step, cuda_aware" in message
+
+
+def registered_twice(rank: int) -> int:
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    import sharded_lamb.deepspeed as plugin
+
+    plugin.register()
+    plugin.register()
+    assert torch.optim.ShardedLamb is plugin.DeepSpeedLamb  # type: ignore[attr-defined]
+    return ZERO_SUPPORTED_OPTIMIZERS.count(plugin.DeepSpeedLamb)
+
+
+def test_registration_is_idempotent() -> None:
+    assert run_ranks(1, registered_twice) == [1]
+
+
+def name_taken(rank: int) -> None:
+    import sharded_lamb.deepspeed as plugin
+
+    true = torch.optim.ShardedLamb  # type: ignore[attr-defined]
+    try:
+        torch.optim.ShardedLamb = object  # type: ignore[attr-defined]
+        plugin.register()
+    finally:
+        torch.optim.ShardedLamb = true  # type: ignore[attr-defined]
+
+
+def test_a_name_that_is_taken_is_not_taken_over() -> None:
+    assert run_ranks_expecting_errors(1, name_taken)[0][0] == "RuntimeError"
+
+
+def taken_over(rank: int, how: str, folder: str) -> dict[str, Any]:
+    """A config that says Lamb, through `initialize`, in each form in which DeepSpeed takes configs."""
+    import base64
+
+    from deepspeed.utils import groups
+
+    from sharded_lamb.deepspeed import initialize
+
+    cases.forget(groups)
+    config = cases.config(2, "bf16")
+    config["optimizer"] = {"type": "Lamb", "params": {"lr": 0.05, "max_coeff": 0.5, "min_coeff": 0.2}}
+    path = Path(folder, f"config{rank}.json")
+    path.write_text(json.dumps(config))
+    encoded = base64.urlsafe_b64encode(path.read_bytes()).decode()
+    args = SimpleNamespace(deepspeed_config=str(path), local_rank=rank) if how == "args" else None
+    given = {"dict": config, "path": str(path), "base64": encoded, "args": None}[how]
+    engine, *_ = initialize(args, cases.tiny(), take_over_lamb=True, **({"config": given} if given else {}))
+    oracle = cases.oracle_of(
+        cases.masters(engine),
+        lr=0.05,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.0,
+        trust_clip=(0.2, 0.5),
+        bias_correction="lr",
+    )
+    cases.follow(engine, rank, oracle, steps=2)
+    found = {
+        "worst": cases.worst(cases.masters(engine), oracle),
+        "type": type(engine.basic_optimizer).__name__,
+    }
+    cases.stop(engine)
+    return found
+
+
+@pytest.mark.parametrize("how", ["dict", "path", "base64", "args"])
+def test_lamb_is_taken_over_when_asked(how: str, tmp_path: Path) -> None:
+    for found in run_ranks(2, taken_over, how, str(tmp_path), timeout=300):
+        assert found["type"] == "DeepSpeedLamb"
+        assert found["worst"] <= cases.FP32_TOLERANCE
+
+
+def test_other_optimizers_are_not_taken_over() -> None:
+    from sharded_lamb.deepspeed.registration import taken_over as rewrite
+
+    assert rewrite({"optimizer": {"type": "Adam", "params": {}}})["optimizer"]["type"] == "Adam"
+    assert rewrite({"optimizer": {"type": "LAMB"}})["optimizer"] == {
+        "type": "ShardedLamb",
+        "params": {"variant": "deepspeed"},
+    }
+    with pytest.raises(ValueError, match="no file"):
+        rewrite("missing.json")
+
+
+def client(rank: int, named: str) -> dict[str, float] | str:
+    """An optimizer that the user makes, handed to DeepSpeed as an object or a callable."""
+    from sharded_lamb.deepspeed import DeepSpeedLamb, name_parameters
+
+    model = cases.tiny()
+    options = {"lr": 0.02, "exclude_from_weight_decay": ["bias$"]}
+    config = cases.config(2)
+    del config["optimizer"]
+    if named == "registered":
+        name_parameters(model)
+    try:
+        if named == "pairs":
+            optimizer: Any = DeepSpeedLamb(model.named_parameters(), **options)
+        elif named == "callable":
+            optimizer = lambda params: DeepSpeedLamb(params, **options)  # noqa: E731
+        else:
+            optimizer = DeepSpeedLamb(model.parameters(), **options)
+    except ValueError as error:
+        return str(error)
+    engine = cases.start(config, model, optimizer=optimizer)
+    engine.backward(engine(cases.tokens(rank, 0)))
+    engine.step()
+    ratios: dict[str, float] = engine.basic_optimizer.trust_ratios()
+    cases.stop(engine)
+    return ratios
+
+
+@pytest.mark.parametrize("named", ["pairs", "callable", "registered"])
+def test_optimizers_that_the_user_makes(named: str) -> None:
+    for ratios in run_ranks(2, client, named, timeout=300):
+        assert "fc.weight" in ratios
+
+
+def test_patterns_without_names_are_an_error_that_says_what_to_call() -> None:
+    for message in run_ranks(2, client, "not at all"):
+        assert "name_parameters(model)" in message
+
+
+class Partitioned(nn.Module):
+    """Made under zero.Init: parameters are partitioned before the optimizer sees them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(24, 7)
+
+    def forward(self, rank: int) -> torch.Tensor:
+        return self.fc(torch.ones(2, 24) * (rank + 1)).square().mean()
+
+
+def zero_init(rank: int) -> dict[str, Any]:
+    import deepspeed
+
+    params = {**cases.LAMB, "exclude_from_weight_decay": ["ndim<=1"]}
+    config = cases.config(3, params=params)
+    torch.manual_seed(0)
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        model = Partitioned()
+    engine = cases.start(config, model)
+    oracle = cases.oracle_of(cases.masters(engine), no_decay={"fc.bias"})
+    for _ in range(3):
+        engine.backward(engine(rank))
+        oracle.step(cases.gradients(engine))
+        engine.step()
+    found = {"worst": cases.worst(cases.masters(engine), oracle), "shape": tuple(model.fc.weight.shape)}
+    cases.stop(engine)
+    return found
+
+
+def test_a_model_made_under_zero_init() -> None:
+    """Its parameters are empty tensors when patterns are matched: their dimensions are DeepSpeed's to say."""
+    for found in run_ranks(2, zero_init, timeout=300):
+        assert found["worst"] <= cases.FP32_TOLERANCE
+
+
+def late(rank: int) -> None:
+    engine = cases.start(cases.config(2))
+    engine.basic_optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+
+
+def test_groups_cannot_be_added_later() -> None:
+    assert "partitioned" in run_ranks_expecting_errors(1, late)[0][1]
+
+
+def copied(rank: int) -> None:
+    import copy
+
+    engine = cases.start(cases.config(0))
+    copy.deepcopy(engine.basic_optimizer)
+
+
+def test_it_cannot_be_copied() -> None:
+    assert run_ranks_expecting_errors(1, copied)[0][0] == "TypeError"
