@@ -1,12 +1,14 @@
 """What README.md says is run and looked up: snippets, options, variants, commands."""
 
 import inspect
+import json
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sharded_lamb import VARIANTS, ShardedLamb
 from sharded_lamb.__main__ import main
@@ -55,6 +57,45 @@ def test_members_named_for_sharded_lamb_exist() -> None:
         assert name in inspect.signature(ShardedLamb.__init__).parameters, name
     for name in re.findall(r"`(\w+)[(`]", members):
         assert hasattr(ShardedLamb, name), name
+
+
+def from_diff(which: str) -> dict[str, Any]:
+    """The ds_config of the README's diff, as it is before ("-") or after ("+")."""
+    (diff,) = snippets("diff")
+    body = diff.split("ds_config.json\n", 1)[1]
+    lines = [line[1:] for line in body.splitlines() if line[:1] in (" ", which)]
+    found: dict[str, Any] = json.loads(
+        "{" + re.sub(r",\s*$", "", re.sub(r",(\s*\n\s*})", r"\1", "\n".join(lines))) + "}"
+    )
+    return found
+
+
+def run_deepspeed_configs(rank: int, configs: list[dict[str, Any]]) -> list[str]:
+    from sharded_lamb.deepspeed import initialize
+
+    found = []
+    for take_over, config in zip((True, False), configs, strict=True):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+        model = torch.nn.ModuleDict({"LayerNorm": model}) if not take_over else model
+        full = {**config, "train_micro_batch_size_per_gpu": 1}
+        engine, *_ = initialize(None, model, config=full, take_over_lamb=take_over)
+        found.append(type(engine.basic_optimizer).__name__)
+    return found
+
+
+def test_deepspeed_configs_before_and_after() -> None:
+    before, after = from_diff("-"), from_diff("+")
+    assert before["optimizer"]["type"] == "Lamb"
+    assert run_ranks(1, run_deepspeed_configs, [before, after], timeout=300) == [["DeepSpeedLamb"] * 2]
+
+
+def test_the_table_of_naive_ratios_is_the_measured_one() -> None:
+    from sharded_lamb.bench.naive_ratios import table as naive_table
+
+    measured = json.loads((ROOT / "sharded_lamb/bench/results/naive-ratios-2.json").read_text())
+    expected = naive_table(measured["ratio over exact ratio"]).splitlines()[2:]
+    assert all(row in README for row in expected)
+    assert len(expected) == 6
 
 
 @pytest.mark.parametrize("command", re.findall(r"^launch/\S+", README, flags=re.MULTILINE))

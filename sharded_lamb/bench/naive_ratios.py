@@ -4,8 +4,8 @@
 
 LAMB's step of a tensor is η (‖w‖/‖u‖) u, so its length is η ‖w‖: no optimizer needs to be trusted to see whether a
 ratio is right. A BERT encoder trains for some steps under each ZeRO stage; at the last one, ‖w after - w before‖ /
-(η ‖w before‖) of every tensor is the quotient of the ratio that was used and the exact one. "naive" is a LAMB that knows
-nothing of partitions (`sharded_lamb.Lamb`; every LAMB for whole tensors does the same there).
+(η ‖w before‖) of every tensor is the quotient of the ratio that was used and the exact one. "naive" is a LAMB that
+knows nothing of partitions (`sharded_lamb.Lamb`; every LAMB for whole tensors does the same there).
 """
 
 import argparse
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if chosen.out is not None:
             about = {
                 "date": str(datetime.date.today()),
-                "machine": platform.processor() or platform.machine(),
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             }
             versions = {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
             model = {"layers": chosen.layers, "hidden": chosen.hidden, "steps": chosen.steps}
