@@ -163,6 +163,62 @@ def test_a_universal_checkpoint_in_subgroups(tmp_path: Path) -> None:
         assert found["worst"] <= cases.FP32_TOLERANCE
 
 
+def other_options(rank: int, config: dict[str, Any], folder: str, tag: str) -> float:
+    """An engine of other options that has stepped already loads: the saved options count, as with torch."""
+    params = {**cases.LAMB, "weight_decay": 0.7, "exclude_from_weight_decay": ["head"]}
+    more = {"checkpoint": {"load_universal": True}} if tag == "universal" else {}
+    engine = start({**config, "optimizer": {"type": "ShardedLamb", "params": params}, **more})
+    train(engine, rank, range(1))
+    engine.load_checkpoint(folder, tag=tag)
+    oracle = cases.oracle_of(cases.masters(engine), no_decay={"fc.weight", "fc.bias"})
+    full = engine.basic_optimizer.full_state_dict()
+    shared: list[Any] = [full]
+    torch.distributed.broadcast_object_list(shared, 0)
+    for place, (name, _, _) in enumerate(engine.basic_optimizer._rows):
+        if name in oracle.params:
+            state = shared[0]["state"][place]
+            oracle.m[name] = state["exp_avg"].double().numpy()
+            oracle.v[name] = state["exp_avg_sq"].double().numpy()
+            oracle.steps[name] = int(state["step"])
+    cases.follow(engine, rank, oracle, steps=2, first=2)
+    worst = cases.worst(cases.masters(engine), oracle)
+    cases.stop(engine)
+    return worst
+
+
+@pytest.mark.parametrize("tag", ["two", "universal"])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_saved_options_win_over_the_engines(stage: int, tag: str, tmp_path: Path) -> None:
+    params = {**cases.LAMB, "exclude_from_weight_decay": ["^fc"]}
+    config = cases.config(stage, "bf16", params=params)
+    run_ranks(2, saved, config, str(tmp_path), False, timeout=300)
+    if tag == "universal":
+        universal(tmp_path)
+    assert max(run_ranks(2, other_options, config, str(tmp_path), tag, timeout=300)) <= cases.FP32_TOLERANCE
+
+
+def seen_by_deepspeed(rank: int, stage: int) -> None:
+    """DeepSpeed links the states of all groups after the first group's first step."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    engine = start(cases.config(stage), groups=True)
+    train(engine, rank, range(2))
+    full = engine.basic_optimizer.full_state_dict()
+    for place, (_, p, _) in enumerate(engine.basic_optimizer._rows):
+        if p.requires_grad:
+            for key in ("exp_avg", "exp_avg_sq"):
+                value = safe_get_full_optimizer_state(p, key)
+                assert value.any()
+                if full is not None:
+                    assert torch.equal(value, full["state"][place][key])
+    cases.stop(engine)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeeds_own_view_of_the_state(stage: int) -> None:
+    run_ranks(2, seen_by_deepspeed, stage, timeout=300)
+
+
 def foreign(rank: int, folder: str) -> None:
     engine = start(cases.config(2))
     engine.load_checkpoint(folder, tag="two")
