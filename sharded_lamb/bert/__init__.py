@@ -3,7 +3,7 @@
 Modules depend on each other in one direction only::
 
     config -> config_io, keyed, schedule, batch -> corpus, tokenizer -> shards -> prepare -> masking, data
-           -> model, metrics, checkpoint -> train -> study, __main__
+           -> model, metrics -> optim, ds_config -> engine -> trainee -> checkpoint -> train -> study, __main__
 
 Run it with ``torchrun … -m sharded_lamb.bert --config FILE [key=value …]``.
 """

@@ -3,8 +3,9 @@
 ::
 
     checkpoints/step-00000200/model.safetensors   whole parameters, in the training dtype
-                              optimizer.pt        ShardedLamb.full_state_dict(): whole tensors, no world size
-                              in it position.json       phase, step, next sample
+                              optimizer.pt        ShardedLamb.full_state_dict(): whole tensors, no world size in
+                                                  it; masters where the weights are not fp32 themselves
+                              position.json       phase, step, next sample
                               files.json          sizes and hashes of the three, written last
 
 A checkpoint is written under another name, synced and renamed when whole. Random numbers are keyed by seed,
@@ -26,8 +27,10 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sharded_lamb.bert.ranks import Ranks
+from sharded_lamb.bert.trainee import Trainee
 
 _FILES = ("model.safetensors", "optimizer.pt", "position.json")
 
@@ -59,18 +62,19 @@ class StopRequested:
         self.signal = number
 
 
-def save(folder: Path, keep: int, position: Position, bert: Any, optimizer: Any, ranks: Ranks) -> Path:
+def save(folder: Path, keep: int, position: Position, trainee: Trainee, ranks: Ranks) -> Path:
     """Write one checkpoint; every rank must call it.
 
     Raises:
         OSError, ValueError: it could not be written (disk full, say), on every rank. Older checkpoints stay.
     """
-    state = optimizer.full_state_dict()
+    weights, state = trainee.weights(), trainee.full_state()
     target = folder / f"step-{position.total_step:08d}"
 
     def write() -> str:
         try:
-            _write(target, position, bert, state)
+            assert weights is not None
+            _write(target, position, weights, state)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -84,12 +88,12 @@ def save(folder: Path, keep: int, position: Position, bert: Any, optimizer: Any,
     return Path(ranks.from_first(write))
 
 
-def _write(target: Path, position: Position, bert: Any, optimizer_state: Any) -> None:
+def _write(target: Path, position: Position, weights: dict[str, Tensor], optimizer_state: Any) -> None:
     aside = target.with_name(f".{target.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        _write_parameters(aside / "model.safetensors", bert)
+        _write_parameters(aside / "model.safetensors", weights)
         with (aside / "optimizer.pt").open("wb") as out:
             torch.save(optimizer_state, out)
         (aside / "position.json").write_text(json.dumps(asdict(position), indent=1))
@@ -106,14 +110,12 @@ def _write(target: Path, position: Position, bert: Any, optimizer_state: Any) ->
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_parameters(path: Path, bert: Any) -> None:
+def _write_parameters(path: Path, weights: dict[str, Tensor]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    # Copies: parameters may be views of one flat buffer, which would be written whole for each of them.
-    parameters = {name: p.detach().cpu().clone().contiguous() for name, p in bert.named_parameters()}
     try:
-        save_file(parameters, str(path))
+        save_file(weights, str(path))
     except SafetensorError as error:  # it wraps the system's error in text
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
@@ -190,24 +192,21 @@ def _whole(checkpoint: str, option: str) -> Path:
     return Path(checkpoint)
 
 
-def load(checkpoint: Path, bert: Any, optimizer: Any, ranks: Ranks) -> Position:
+def load(checkpoint: Path, trainee: Trainee, ranks: Ranks) -> Position:
     """Put weights and optimizer state back; every rank must call it."""
     from safetensors.torch import load_file
 
     saved = load_file(str(checkpoint / "model.safetensors"))
-    own = dict(bert.named_parameters())
-    if saved.keys() != own.keys():
+    own = {name for name, _ in trainee.bert.named_parameters()}
+    if saved.keys() != own:
         raise ValueError(
             f"{checkpoint}: its parameters are not this model's; they differ in "
-            f"{sorted(saved.keys() ^ own.keys())[:5]}"
+            f"{sorted(saved.keys() ^ own)[:5]}"
         )
-    with torch.no_grad():
-        for name, p in own.items():
-            p.copy_(saved[name])
     state = None
     if ranks.is_first:
         state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_full_state_dict(state)
+    trainee.load(saved, state)
     return read_position(checkpoint)
 
 

@@ -225,6 +225,16 @@ class SpeedConfig:
 
 
 @dataclass(frozen=True)
+class DeepSpeedConfig:
+    """For `parallel: deepspeed`. `config` is a ds_config JSON whose sections are taken over (offload, say), but for
+    those that other settings of this file decide, which are refused."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    zero_stage: Literal[1, 2, 3] = 2
+    config: str | None = None
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When the run is saved and how many saves are kept (0 keeps all)."""
 
@@ -270,6 +280,7 @@ class RunConfig:
     start_from: str | None = None  # a checkpoint whose weights and moments this run starts with
     seed: int = 1
     parallel: Parallel = "zero2"
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -308,7 +319,7 @@ class RunConfig:
         kept = {
             k: v
             for k, v in self.to_dict().items()
-            if k not in ("run_dir", "start_from", "checkpoint", "log", "parallel", "speed")
+            if k not in ("run_dir", "start_from", "checkpoint", "log", "parallel", "deepspeed", "speed")
         }
         kept["data"] = {k: v for k, v in kept["data"].items() if k not in ("prepared", "workers")}
         kept["optimizer"].pop("bucket_mb")

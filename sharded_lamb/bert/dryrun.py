@@ -7,8 +7,9 @@ import torch
 from sharded_lamb.bert.batch import plan_batches
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.model import ModelSize, hf_config, model_size, resolve_precision
-from sharded_lamb.bert.optim import check_parallel
+from sharded_lamb.bert.optim import STAGES
 from sharded_lamb.bert.schedule import build_schedule
+from sharded_lamb.bert.trainee import check_parallel
 
 _BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2}
 
@@ -19,12 +20,12 @@ def describe(config: RunConfig, world_size: int) -> str:
     Raises:
         ValueError: what the run itself would refuse.
     """
-    stage = check_parallel(config)
+    check_parallel(config, world_size)
     size = _size(config)
     lines = [
         f"model: {size.parameters:,} parameters; {config.parallel} on {world_size} ranks, "
         f"{config.speed.precision}",
-        *_memory(config, size.parameters, stage, world_size),
+        *_memory(config, size.parameters, world_size),
     ]
     steps = samples = flops = 0
     for phase in config.phases:
@@ -58,15 +59,19 @@ def _size(config: RunConfig) -> ModelSize:
         return model_size(kind(shape))
 
 
-def _memory(config: RunConfig, parameters: int, stage: int, world_size: int) -> list[str]:
+def _memory(config: RunConfig, parameters: int, world_size: int) -> list[str]:
     """Bytes a rank by kind, without activations."""
     width = _BYTES[resolve_precision(config.speed.precision)]
-    master = 4 if width == 2 else 0
-    weights = parameters * width
+    deepspeed = config.parallel == "deepspeed"
+    stage = config.deepspeed.zero_stage if deepspeed else STAGES[config.parallel]
+    master = 4 if width == 2 or deepspeed else 0  # DeepSpeed copies fp32 weights too
+    weights = parameters * width // (world_size if stage == 3 else 1)
     gradients = parameters * width if stage == 1 else parameters * 4 // world_size
     state = parameters * (8 + master) // world_size
     total = weights + gradients + state
     parts = {"weights": weights, "gradients": gradients, "optimizer state": state}
     listing = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in parts.items())
-    note = "" if stage == 1 else "; full gradients as well while accumulating"
+    note = "" if stage == 1 or deepspeed else "; full gradients as well while accumulating"
+    if config.deepspeed.config is not None and deepspeed:
+        note = "; before what deepspeed.config offloads"
     return [f"memory a rank before activations: {total / 2**20:,.0f} MiB ({listing}{note})"]

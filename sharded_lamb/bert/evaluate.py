@@ -22,21 +22,22 @@ class HeldOut:
     nsp_accuracy: float | None
 
 
-def held_out(
-    losses: Any, source: BatchSource, batch: int, ranks: Ranks, limit: int | None, autocast: Any
-) -> HeldOut:
+def held_out(losses: Any, source: BatchSource, batch: int, ranks: Ranks, limit: int | None) -> HeldOut:
     """Masks are keyed by sample and rows cut alike everywhere: every world size sees the same batches."""
     total = len(source.samples) if limit is None else min(len(source.samples), limit * batch)
-    starts = range(0, total, batch)[ranks.rank :: ranks.world_size]
+    starts = range(0, total, batch)
     sums = np.zeros(6)
     was_training = losses.training
     losses.eval()
     with torch.no_grad():
-        for start in starts:
+        for turn in range(0, len(starts), ranks.world_size):
+            mine = turn + ranks.rank
+            # A rank without a batch in the last turn goes along: parameters cut over ranks are gathered in forward.
+            start = starts[min(mine, len(starts) - 1)]
             micro = source.micro_batch(np.arange(start, min(start + batch, total)), shuffled=False)
-            with autocast():
-                out = losses(micro.to(ranks.device))
-            sums += [*out.double().tolist(), len(micro.labels), len(micro.tokens)]
+            out = losses(micro.to(ranks.device))
+            if mine < len(starts):
+                sums += [*out.double().tolist(), len(micro.labels), len(micro.tokens)]
     losses.train(was_training)
     loss, _, right, pair_right, places, rows = ranks.sum(sums.tolist())
     nsp = pair_right / rows if source.samples.manifest.nsp else None

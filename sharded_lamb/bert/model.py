@@ -19,18 +19,24 @@ _ATTENTION: dict[str, Any] = {"attn_implementation": "sdpa"}  # flash attention 
 
 
 class Losses(torch.nn.Module):
-    """The forward pass of pretraining around a Hugging Face BERT, for DDP and torch.compile to wrap.
+    """The forward pass of pretraining around a Hugging Face BERT, for DDP, DeepSpeed and torch.compile to wrap.
 
     Returns [4]: the sums of the masked-piece loss, of the next-sentence loss, and of the right guesses of
     each. Sums, not means: only the caller knows what the whole global batch holds.
     """
 
-    def __init__(self, bert: Any, *, nsp: bool) -> None:
+    def __init__(self, bert: Any, *, nsp: bool, autocast: bool = False) -> None:
         super().__init__()
-        self.bert, self._nsp = bert, nsp
+        # Called `module`, as wrappers call what they wrap: parameters are known by BERT's own names.
+        self.module, self._nsp, self._autocast = bert, nsp, autocast
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        core = self.bert.bert
+        # Inside, because DeepSpeed's engine switches off what is switched on around it.
+        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self._autocast):
+            return self._sums(batch)
+
+    def _sums(self, batch: MicroBatch) -> Tensor:
+        core = self.module.bert
         attention = None
         if batch.documents is not None:
             attention = (batch.documents[:, None, :, None] == batch.documents[:, None, None, :]).contiguous()
@@ -42,14 +48,14 @@ class Losses(torch.nn.Module):
         )
         # [B, L, H] -> [M, H]: the vocabulary-wide head sees nothing but predicted places.
         picked = hidden.last_hidden_state.flatten(0, 1).index_select(0, batch.places)
-        logits = self.bert.cls.predictions(picked).float()
+        logits = self.module.cls.predictions(picked).float()
         loss = F.cross_entropy(logits, batch.labels, reduction="sum")
         right = (logits.detach().argmax(1) == batch.labels).sum()
         if not self._nsp:
             zero = torch.zeros_like(loss.detach())
             return torch.stack([loss, zero, right.to(loss.dtype), zero])
         assert batch.follows is not None
-        pair = self.bert.cls.seq_relationship(hidden.pooler_output).float()
+        pair = self.module.cls.seq_relationship(hidden.pooler_output).float()
         pair_loss = F.cross_entropy(pair, batch.follows, reduction="sum")
         pair_right = (pair.detach().argmax(1) == batch.follows).sum()
         return torch.stack([loss, pair_loss, right.to(loss.dtype), pair_right.to(loss.dtype)])
@@ -162,6 +168,18 @@ def _start_at_unigram(bert: Any, counts: Any) -> None:
     seen[: len(counts)] += torch.from_numpy(counts)
     with torch.no_grad():
         bias.copy_((seen / seen.sum()).log())
+
+
+def whole_bert(bert: Any, weights: dict[str, Tensor]) -> Any:
+    """A BERT of the same shape on the CPU that holds `weights` (all of its parameters, by name).
+
+    The trained one's parameters don't save well: they are views of flat buckets, or cut over ranks.
+    """
+    fresh = type(bert)(bert.config).to(next(iter(weights.values())).dtype)
+    with torch.no_grad():
+        for name, p in fresh.named_parameters():
+            p.copy_(weights[name])
+    return fresh.train(bert.training)
 
 
 def parameters_to_train(bert: nn.Module) -> list[tuple[str, nn.Parameter]]:

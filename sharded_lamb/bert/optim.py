@@ -1,28 +1,75 @@
-"""Which optimizer a configuration asks for, and what a new phase does to it."""
+"""`parallel: zero2` and `ddp+zero1`: BERT under ShardedLamb."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from sharded_lamb.bert.config import RunConfig
-from sharded_lamb.bert.model import parameters_to_train
+from sharded_lamb.bert.data import MicroBatch
+from sharded_lamb.bert.model import Losses, parameters_to_train
 
 STAGES: dict[str, Literal[1, 2]] = {"ddp+zero1": 1, "zero2": 2}
-_LATER = ("fsdp2", "deepspeed")
 
 
-def check_parallel(config: RunConfig) -> Literal[1, 2]:
-    """ShardedLamb's stage.
+class ShardedTrainee:
+    """A `Trainee`: with stage 1, DDP averages gradients; with stage 2, the optimizer does."""
 
-    Raises:
-        ValueError: a way of sharding that this version does not have yet.
-    """
-    if config.parallel in _LATER:
-        raise ValueError(
-            f"parallel={config.parallel!r}: arrives with a later version; use one of {sorted(STAGES)} "
-            f"until then"
-        )
-    return STAGES[config.parallel]
+    def __init__(self, config: RunConfig, losses: Losses) -> None:
+        self.bert, self.losses = losses.module, losses
+        self._called: Any = losses  # wrapped as configured; what training calls
+        stage = STAGES[config.parallel]
+        if stage == 1:
+            self._called = torch.nn.parallel.DistributedDataParallel(losses)
+        self._optimizer = build_optimizer(config, self.bert, stage)
+        self._unsynchronized = self._optimizer.no_sync if stage == 2 else self._called.no_sync
+        if config.speed.compile:
+            self._called = torch.compile(self._called)
+
+    def accumulate(self, batch: MicroBatch, scale: Tensor, *, last: bool) -> Tensor:
+        context: AbstractContextManager[Any] = nullcontext() if last else self._unsynchronized()
+        with context:
+            out: Tensor = self._called(batch)
+            loss: Tensor = (out[:2] * scale).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+        return out.detach()
+
+    def step(self, lr: float) -> None:
+        set_lr(self._optimizer, lr)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def restart_steps(self) -> None:
+        restart_steps(self._optimizer)
+
+    def grad_norm(self) -> float | None:
+        norm = self._optimizer.grad_norm
+        return None if norm is None else float(norm)
+
+    def trust_ratios(self) -> dict[str, float]:
+        return {name: float(ratio) for name, ratio in self._optimizer.trust_ratios().items()}
+
+    def weights(self) -> dict[str, Tensor] | None:
+        if torch.distributed.get_rank() != 0:
+            return None
+        # Copies: parameters are views of flat buckets, which would be written whole for each of them.
+        return {name: p.detach().cpu().clone().contiguous() for name, p in self.bert.named_parameters()}
+
+    def full_state(self) -> dict[str, Any] | None:
+        state: dict[str, Any] | None = self._optimizer.full_state_dict()
+        return state
+
+    def load(self, weights: dict[str, Tensor], state: dict[str, Any] | None) -> None:
+        with torch.no_grad():
+            for name, p in self.bert.named_parameters():
+                p.copy_(weights[name])
+        self._optimizer.load_full_state_dict(state)
+
+    def close(self) -> None:
+        pass
 
 
 def build_optimizer(config: RunConfig, bert: Any, stage: Literal[1, 2]) -> Any:
@@ -56,15 +103,5 @@ def set_lr(optimizer: Any, lr: float) -> None:
 
 
 def restart_steps(optimizer: Any) -> None:
-    """Begin a phase as BERT's phase 2 does: moments stay, step counts (so bias corrections) start over."""
     for state in optimizer.state.values():
         state["step"].zero_()
-
-
-def gradient_norm(optimizer: Any) -> float | None:
-    norm = optimizer.grad_norm
-    return None if norm is None else float(norm)
-
-
-def trust_ratios(optimizer: Any) -> dict[str, float]:
-    return {name: float(ratio) for name, ratio in optimizer.trust_ratios().items()}

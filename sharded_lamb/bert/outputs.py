@@ -29,8 +29,11 @@ def begin(run_dir: Path, config: RunConfig, tokenizer: Any) -> None:
 
 
 def headline(config: RunConfig, size: ModelSize, ranks: Ranks, flops: float, flops_source: str) -> str:
+    parallel: str = config.parallel
+    if parallel == "deepspeed":
+        parallel = f"DeepSpeed ZeRO {config.deepspeed.zero_stage}"
     return (
-        f"BERT of {size.parameters:,} parameters, {config.parallel} on {ranks.world_size} ranks "
+        f"BERT of {size.parameters:,} parameters, {parallel} on {ranks.world_size} ranks "
         f"({ranks.device.type}), "
         f"{config.optimizer.variant}, {config.speed.precision}; MFU against {flops / 1e12:.2f} TFLOP/s a "
         f"rank "
@@ -50,7 +53,7 @@ def phase_line(phase: PhaseConfig, schedule: Schedule, plan: BatchPlan, begin_at
 
 
 def finish(run_dir: Path, config: RunConfig, bert: Any, tokenizer: Any, row: dict[str, Any]) -> None:
-    """The Hugging Face folder, the filled blanks, and a summary on the screen."""
+    """The Hugging Face folder, the filled blanks, and a summary on the screen. `bert` is whole."""
     save_hugging_face(bert, tokenizer, run_dir / "hf")
     blanks = fill_mask(bert, tokenizer, config.log.fill_mask)
     (run_dir / "fill_mask.json").write_text(json.dumps(blanks, indent=1))
@@ -72,8 +75,5 @@ def save_hugging_face(bert: Any, tokenizer: Any, folder: Path) -> None:
 
     logging: Any = transformers.utils.logging
     logging.disable_progress_bar()
-    # A fresh model holds plain tensors; the trained one's are views of flat buckets, which don't save well.
-    fresh = type(bert)(bert.config).to(next(bert.parameters()).dtype)
-    fresh.load_state_dict(bert.state_dict())
-    fresh.save_pretrained(str(folder))
+    bert.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -21,20 +20,13 @@ from sharded_lamb.bert.evaluate import HeldOut, held_out
 from sharded_lamb.bert.keyed import key_of
 from sharded_lamb.bert.masking import Masker
 from sharded_lamb.bert.metrics import MetricsLog, peak_flops, peak_memory, summarize_ratios
-from sharded_lamb.bert.model import Losses, ModelSize, build_bert, model_size, resolve_precision
-from sharded_lamb.bert.optim import (
-    build_optimizer,
-    check_parallel,
-    gradient_norm,
-    restart_steps,
-    set_lr,
-    trust_ratios,
-)
+from sharded_lamb.bert.model import ModelSize, build_bert, model_size, resolve_precision, whole_bert
 from sharded_lamb.bert.prepare import prepare
 from sharded_lamb.bert.ranks import Ranks
 from sharded_lamb.bert.schedule import build_schedule
 from sharded_lamb.bert.shards import Manifest, PackedSamples
 from sharded_lamb.bert.tokenizer import Pieces, load_tokenizer, pieces_of
+from sharded_lamb.bert.trainee import Trainee, build_trainee, check_parallel
 
 
 @dataclass(frozen=True)
@@ -56,24 +48,10 @@ class Job:
     manifest: Manifest  # of the first phase
     tokenizer: Any
     pieces: Pieces
-    bert: Any
-    losses: Any  # Losses, wrapped as configured; what training calls
-    plain_losses: Any  # Losses without DDP; what evaluation calls
-    optimizer: Any
+    trainee: Trainee
     size: ModelSize
     flops: float  # of one rank, for MFU
     stop: StopRequested
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        if self.config.speed.precision == "bf16_autocast":
-            return torch.autocast(self.ranks.device.type, torch.bfloat16)
-        return nullcontext()
-
-    def unsynchronized(self) -> AbstractContextManager[Any]:
-        """For every backward of a step but the last."""
-        owner = self.losses if self.config.parallel == "ddp+zero1" else self.optimizer
-        context: AbstractContextManager[Any] = owner.no_sync()
-        return context
 
     def source(self, phase: int, split: str) -> BatchSource:
         settings, config = self.config.phases[phase], self.config
@@ -93,26 +71,35 @@ def run(config: RunConfig, resume: str | None, ranks: Ranks) -> Outcome:
     """
     stop = StopRequested()
     config = replace(config, speed=replace(config.speed, precision=resolve_precision(config.speed.precision)))
-    stage = check_parallel(config)
+    check_parallel(config, ranks.world_size)
     plans = [plan_batches(config, phase, ranks.world_size) for phase in config.phases]
     run_dir = Path(config.run_dir)
     found = checkpoint.choose(run_dir / "checkpoints", resume, ranks)
-    job = _set_up(config, ranks, run_dir, stage, stop)
+    job = _set_up(config, ranks, run_dir, stop)
+    try:
+        return _train(job, plans, found)
+    finally:
+        job.trainee.close()
+
+
+def _train(job: Job, plans: list[BatchPlan], found: Path | None) -> Outcome:
+    """From the checkpoint `found`, if any, to the end or a request to stop."""
+    config, ranks, run_dir = job.config, job.ranks, job.run_dir
     digest = ",".join(PackedSamples(folder, "train").manifest.digest() for folder in job.folders)
     ranks.agree("prepared data", digest, "data.prepared must be one folder that every node sees")
     position = Position(0, 0, 0, 0, config.digest(), digest, ranks.world_size)
     if found is not None:
-        position = checkpoint.load(found, job.bert, job.optimizer, ranks)
+        position = checkpoint.load(found, job.trainee, ranks)
         checkpoint.check_position(position, config.digest(), digest)
     elif config.start_from is not None:
-        checkpoint.load(checkpoint.require(config.start_from, ranks), job.bert, job.optimizer, ranks)
-        restart_steps(job.optimizer)
+        checkpoint.load(checkpoint.require(config.start_from, ranks), job.trainee, ranks)
+        job.trainee.restart_steps()
     ranks.from_first(partial(outputs.begin, run_dir, config, job.tokenizer))
     log = _open_log(job, position) if ranks.is_first else None
     try:
         for number in range(position.phase, len(config.phases)):
             if number > position.phase:
-                restart_steps(job.optimizer)
+                job.trainee.restart_steps()
                 position = replace(position, phase=number, step=0, sample=0)
             position, stopped = _Phase(job, number, plans[number], log).run(position)
             if stopped:
@@ -123,22 +110,16 @@ def run(config: RunConfig, resume: str | None, ranks: Ranks) -> Outcome:
             log.close()
 
 
-def _set_up(config: RunConfig, ranks: Ranks, run_dir: Path, stage: Literal[1, 2], stop: StopRequested) -> Job:
+def _set_up(config: RunConfig, ranks: Ranks, run_dir: Path, stop: StopRequested) -> Job:
     torch.set_num_threads(config.speed.threads or outputs.threads_per_rank())
     lengths = [phase.sequence_length for phase in config.phases]
     folders = ranks.from_first(lambda: [prepare(config, length) for length in lengths])
     tokenizer = load_tokenizer(folders[0] / "tokenizer")
     pieces = pieces_of(tokenizer)
     bert = build_bert(config, pieces, folders[0] / "unigram.npy").to(ranks.device)
-    plain = Losses(bert, nsp=config.data.nsp)
-    losses: Any = plain
-    if config.parallel == "ddp+zero1":
-        losses = torch.nn.parallel.DistributedDataParallel(plain)
-    optimizer = build_optimizer(config, bert, stage)
-    if config.speed.compile:
-        losses = _Compiled(losses) if losses is not plain else torch.compile(plain)
-    flops, flops_source = peak_flops(ranks.device, config.speed.peak_tflops)
     size = model_size(bert)
+    trainee = build_trainee(config, bert, ranks.world_size)
+    flops, flops_source = peak_flops(ranks.device, config.speed.peak_tflops)
     if ranks.is_first:
         print(outputs.headline(config, size, ranks, flops, flops_source), flush=True)
     manifest = PackedSamples(folders[0], "train").manifest
@@ -150,25 +131,11 @@ def _set_up(config: RunConfig, ranks: Ranks, run_dir: Path, stage: Literal[1, 2]
         manifest,
         tokenizer,
         pieces,
-        bert,
-        losses,
-        plain,
-        optimizer,
+        trainee,
         size,
         flops,
         stop,
     )
-
-
-class _Compiled:
-    """A compiled DDP module that still offers `no_sync`."""
-
-    def __init__(self, ddp: Any) -> None:
-        self._call: Any = torch.compile(ddp)
-        self.no_sync = ddp.no_sync
-
-    def __call__(self, batch: Any) -> Any:
-        return self._call(batch)
 
 
 def _open_log(job: Job, position: Position) -> MetricsLog:
@@ -247,15 +214,8 @@ class _Phase:
         sums = torch.zeros(4, device=ranks.device)
         last = len(data.micro_batches) - 1
         for index, micro in enumerate(data.micro_batches):
-            with job.unsynchronized() if index < last else nullcontext():
-                with job.autocast():
-                    out = job.losses(micro.to(ranks.device))
-                loss: torch.Tensor = (out[:2] * scale).sum()
-                loss.backward()  # type: ignore[no-untyped-call]
-            sums += out.detach()
-        set_lr(job.optimizer, self.schedule.lr(data.step))
-        job.optimizer.step()
-        job.optimizer.zero_grad(set_to_none=True)
+            sums += job.trainee.accumulate(micro.to(ranks.device), scale, last=index == last)
+        job.trainee.step(self.schedule.lr(data.step))
         return sums
 
     def _minutes_are_up(self) -> bool:
@@ -265,7 +225,7 @@ class _Phase:
     def _save(self, position: Position) -> None:
         job = self.job
         folder, keep = job.run_dir / "checkpoints", job.config.checkpoint.keep
-        checkpoint.save(folder, keep, position, job.bert, job.optimizer, job.ranks)
+        checkpoint.save(folder, keep, position, job.trainee, job.ranks)
         self._last_save = time.monotonic()
 
     def _record(
@@ -278,8 +238,8 @@ class _Phase:
         )
         ratios: dict[str, float] = {}
         if (position.total_step - 1) % job.config.log.trust_ratio_steps == 0:
-            ratios = trust_ratios(job.optimizer)
-        norm = gradient_norm(job.optimizer)
+            ratios = job.trainee.trust_ratios()
+        norm = job.trainee.grad_norm()
         if self.log is None:
             return
         places = data.global_batch * self.settings.sequence_length
@@ -333,8 +293,7 @@ def _finish(job: Job, position: Position, log: MetricsLog | None) -> dict[str, A
     if PackedSamples(job.folders[last], "heldout").manifest.samples("heldout"):
         batch = config.max_micro_batch(config.phases[last])
         source = job.source(last, "heldout")
-        autocast: Callable[[], AbstractContextManager[Any]] = job.autocast
-        result = held_out(job.plain_losses, source, batch, ranks, config.log.heldout_batches, autocast)
+        result = held_out(job.trainee.losses, source, batch, ranks, config.log.heldout_batches)
     row: dict[str, Any] = {
         "step": position.total_step,
         "heldout_loss": result.loss if result else None,
@@ -347,11 +306,14 @@ def _finish(job: Job, position: Position, log: MetricsLog | None) -> dict[str, A
     if result is not None and result.nsp_accuracy is not None:
         row["heldout_nsp_accuracy"] = result.nsp_accuracy
 
+    weights = job.trainee.weights()
+
     def write() -> None:
         assert log is not None
+        assert weights is not None
         log.final(row)
         log.picture()
-        outputs.finish(job.run_dir, config, job.bert, job.tokenizer, row)
+        outputs.finish(job.run_dir, config, whole_bert(job.trainee.bert, weights), job.tokenizer, row)
 
     ranks.from_first(write)
     return row

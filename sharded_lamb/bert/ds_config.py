@@ -1,0 +1,136 @@
+"""`parallel: deepspeed`: the recipe's settings as DeepSpeed's configuration. DeepSpeed itself is not needed here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sharded_lamb.bert.batch import plan_batches
+from sharded_lamb.bert.config import OptimizerConfig, RunConfig
+from sharded_lamb.bert.model import resolve_precision
+
+# Sections of a ds_config that would decide what the recipe decides, and the settings that do.
+DECIDED = {
+    "optimizer": "optimizer.variant, optimizer.weight_decay and the others there",
+    "scheduler": "phases.N.lr, phases.N.warmup_fraction and phases.N.decay_power",
+    "train_batch_size": "phases.N.global_batch",
+    "train_micro_batch_size_per_gpu": "batch.max_micro_batch",
+    "gradient_accumulation_steps": "batch.max_micro_batch, from which accumulation follows",
+    "managed_gradient_accumulation": "batch.max_micro_batch, from which accumulation follows",
+    "gradient_allreduce_op": "phases.N.global_batch: losses are scaled for averaged gradients",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "elasticity": "phases.N.global_batch: a run resumes on any number of ranks",
+    "data_efficiency": "phases.N.sequence_length",
+    "curriculum_learning": "phases.N.sequence_length",
+    "torch_autocast": "speed.precision",
+    "amp": "speed.precision",
+}
+
+
+def ds_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given: the recipe's settings, and the other sections of `deepspeed.config`.
+
+    Raises:
+        ValueError: the file is missing or not JSON, or it sets what the recipe decides.
+    """
+    file = {} if config.deepspeed.config is None else _read(Path(config.deepspeed.config))
+    _refuse_decided(file, config)
+    plans = [plan_batches(config, phase, world_size) for phase in config.phases]
+    bf16 = config.speed.precision == "bf16"
+    elements = int(config.optimizer.bucket_mb * 2**20) // (2 if bf16 else 4)
+    bucket = max(2, elements // 2 * 2)  # DeepSpeed wants an even number
+    own: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": max(plan.max_micro_batch for plan in plans),
+        # Of information only: the loop says which micro-batch is a step's last.
+        "gradient_accumulation_steps": max(plan.accumulation(plan.steps) for plan in plans),
+        "gradient_clipping": config.optimizer.max_grad_norm or 0.0,  # 1.0 where nothing is said
+        "optimizer": {"type": "ShardedLamb", "params": lamb_params(config.optimizer)},
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {
+            "stage": config.deepspeed.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+    }
+    if bf16:  # the sum of hundreds of micro-batches does not fit 8 bits
+        own["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merge(own, file)
+
+
+def lamb_params(settings: OptimizerConfig) -> dict[str, Any]:
+    """``optimizer.params`` of a ds_config.
+
+    The variant is spelt out option by option: by its name, the plugin would insist on its authors' clipping, and read
+    DeepSpeed's meaning into bias_correction, where here explicit settings win.
+    """
+    from sharded_lamb import VARIANTS
+
+    if settings.variant not in VARIANTS:
+        raise ValueError(f"optimizer.variant={settings.variant!r}: expected one of {sorted(VARIANTS)}")
+    options = {**VARIANTS[settings.variant]}
+    del options["max_grad_norm"]
+    for name in ("adapt_without_decay", "bias_correction"):
+        if getattr(settings, name) is not None:  # null leaves it to the variant
+            options[name] = getattr(settings, name)
+    return {
+        **options,
+        "lr": 0.0,  # the schedule sets it before every step
+        "betas": list(settings.betas),
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+        "exclude_from_weight_decay": list(settings.exclude_from_weight_decay),
+        "exclude_from_layer_adaptation": list(settings.exclude_from_layer_adaptation),
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(
+            f"deepspeed.config={str(path)!r}: {error.strerror}; give the path of a JSON file"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"deepspeed.config={str(path)!r}: not valid JSON: {error}") from None
+    if not isinstance(read, dict):
+        raise ValueError(
+            f"deepspeed.config={str(path)!r}: expected an object of sections, found {type(read).__name__}"
+        )
+    return read
+
+
+def _refuse_decided(file: dict[str, Any], config: RunConfig) -> None:
+    origin = f"deepspeed.config={config.deepspeed.config!r}"
+    for key, remedy in DECIDED.items():
+        if key in file:
+            raise ValueError(f"{origin}: {key!r} is the recipe's to decide; remove it and set {remedy}")
+    precision = resolve_precision(config.speed.precision)
+    for key, expected in (("fp16", False), ("bf16", precision == "bf16")):
+        enabled = _section(file, key, origin).get("enabled", expected)
+        if enabled is not expected:
+            raise ValueError(
+                f"{origin}: {key}.enabled={enabled!r} beside speed.precision={precision!r}; remove it and set "
+                f"speed.precision to bf16, bf16_autocast or fp32"
+            )
+    stage = _section(file, "zero_optimization", origin).get("stage", config.deepspeed.zero_stage)
+    if stage != config.deepspeed.zero_stage:
+        raise ValueError(
+            f"{origin}: zero_optimization.stage={stage!r} beside deepspeed.zero_stage="
+            f"{config.deepspeed.zero_stage}; remove it and set deepspeed.zero_stage"
+        )
+
+
+def _section(file: dict[str, Any], key: str, origin: str) -> dict[str, Any]:
+    section = file.get(key, {})
+    if not isinstance(section, dict):
+        raise ValueError(f"{origin}: {key}={section!r}: expected an object of settings")
+    return section
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
