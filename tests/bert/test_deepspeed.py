@@ -80,7 +80,9 @@ def trained(
     naive: bool = False,
 ) -> tuple[Rows, dict[str, torch.Tensor]]:
     """(rows of metrics.jsonl, the weights at the end)."""
-    if "deepspeed.zero_stage=3" in overrides:  # parameters as small as these would be kept whole, or for longer
+    if (
+        "deepspeed.zero_stage=3" in overrides
+    ):  # parameters as small as these would be kept whole, or for longer
         kept = dict.fromkeys(("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"), 0)
         sections = {"zero_optimization": {f"stage3_{key}": value for key, value in kept.items()}}
         overrides = [*overrides, written(run_dir.parent, sections)]
