@@ -144,7 +144,7 @@ def told_to_all(topology: Topology, *, always: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except Exception as error:
         with suppress(ValueError, RuntimeError):
             check_agreement(topology, [("construction", f"failed: {type(error).__name__}: {error}")])
         raise

@@ -39,6 +39,7 @@ class LambOptimizer(Optimizer):
     """
 
     max_grad_norm: float | None
+    _clip_remedy = "give the optimizer max_grad_norm"
     _name_remedy = "pass model.named_parameters() instead of model.parameters()"
 
     def __init__(self, params: Any, scalars: dict[str, Any], variant: str, explicit: RuleOptions) -> None:
@@ -91,7 +92,7 @@ class LambOptimizer(Optimizer):
         if clip is not None and clip != self.max_grad_norm:
             raise ValueError(
                 f"variant={group['variant']!r} in a parameter group clips at {clip} and clipping is optimizer-wide: "
-                f"pass max_grad_norm={clip} to the optimizer (it has {self.max_grad_norm})"
+                f"{self._clip_remedy} {clip} (it is {self.max_grad_norm})"
             )
 
     def _check_patterns(self, groups: list[dict[str, Any]], only: set[str] | None = None) -> None:

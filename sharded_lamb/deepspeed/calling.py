@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -71,7 +72,8 @@ def check_supported(engine: DeepSpeedEngine) -> None:
 
 
 def _unsupported(engine: DeepSpeedEngine) -> Iterator[tuple[str, str]]:
-    offload = engine.zero_offload_optimizer()
+    offload, parameters = engine.zero_offload_optimizer(), engine.zero_offload_param()
+    slices = "a rank's parameters are slices whose norms are not summed"
     if engine.zenflow:
         yield (
             "ZenFlow",
@@ -79,14 +81,20 @@ def _unsupported(engine: DeepSpeedEngine) -> Iterator[tuple[str, str]]:
         )
     if offload is not None and getattr(offload, "super_offload", False):
         yield "SuperOffload", "it runs its own CPU Adam; set offload_optimizer.super_offload to false"
-    if offload is not None and str(getattr(offload, "device", "")).endswith("nvme"):
-        yield "optimizer offload to NVMe", 'partitions are swapped out between steps; use "device": "cpu"'
+    if any(str(getattr(section, "device", "")).endswith("nvme") for section in (offload, parameters)):
+        yield "offload to NVMe", 'partitions are swapped out between steps; use "device": "cpu"'
     if offload is not None and getattr(offload, "ratio", 1.0) != 1.0:
         yield "partial offload", "the part on the accelerator runs AdamW; set offload_optimizer.ratio to 1.0"
     if engine.autotp_size() > 1:
+        yield "tensor parallel", f"{slices}; set autotp_size to 1"
+    if engine.mpu is not None and bwc_tensor_model_parallel_world_size(engine.mpu) > 1:
+        yield "tensor parallel", f"{slices}; initialize without mpu"
+    if engine.bf16_optimizer_states():
+        yield "bf16_optimizer_states", "moments are fp32; remove it from the bf16 section"
+    if engine.zero_elastic_checkpoint():
         yield (
-            "tensor parallel",
-            "a rank's parameters are slices whose norms are not summed; set autotp_size to 1",
+            "elastic_checkpoint",
+            "it wants a step count in the groups; use DeepSpeed's universal checkpoint",
         )
     if engine.pipeline_parallelism:
         yield "pipeline parallel", "ranks hold different layers; use ZeRO instead"

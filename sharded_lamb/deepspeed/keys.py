@@ -27,6 +27,10 @@ OWN = ("variant", "skip_nonfinite", "max_consecutive_skips")
 DEEPSPEED = ("max_coeff", "min_coeff", "amsgrad")
 
 
+RULE_KEYS = (*DEFAULTS, *DEEPSPEED, *ONE_BIT)
+"""What `translate` takes; all but the optimizer's own switches may stand in a parameter group."""
+
+
 def scalar_defaults(variant: str) -> dict[str, Any]:
     """lr, betas, eps and weight_decay where a config leaves them out: the variant's own authors' choice."""
     theirs = variant == "deepspeed"
@@ -49,7 +53,7 @@ def translate(variant: str, given: Mapping[str, Any]) -> RuleOptions:
         ValueError: amsgrad, max_grad_norm, or min_coeff / max_coeff beside trust_clip.
     """
     options = dict(given)
-    accepted = {*DEFAULTS, *SCALARS, *OWN, *DEEPSPEED, *ONE_BIT}
+    accepted = {*RULE_KEYS, *SCALARS, *OWN}
     for key in options.keys() - accepted:
         near = difflib.get_close_matches(key, accepted, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"the keys are {sorted(accepted)}"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+from deepspeed.utils import groups
 from torch import Tensor
 
 from sharded_lamb.buckets import flattened, memory_strides
@@ -48,21 +49,29 @@ class OptimizerPartitions:
     sharded: bool
 
 
-def find_partitions(rows: Sequence[Row], groups: Sequence[dict[str, Any]]) -> OptimizerPartitions:
+def find_partitions(
+    optimizer: Any, rows: Sequence[Row], param_groups: Sequence[dict[str, Any]]
+) -> OptimizerPartitions:
     """Read DeepSpeed's own records of what it did with ``rows``.
 
+    Parameters may carry records of an engine that is gone: what is stepped, and by whom, comes first.
+
     Args:
-        rows: the parameters that the optimizer was constructed with.
-        groups: its groups, whose "params" DeepSpeed has replaced since.
+        optimizer: the one that is asking, which DeepSpeed wraps.
+        rows: the parameters that it was constructed with.
+        param_groups: its groups, whose "params" DeepSpeed has replaced since.
 
     Raises:
         ValueError: nothing that is known how to map.
     """
-    if any(hasattr(p, "_z3_optimizer") for _, p, _ in rows):
-        return OptimizerPartitions("ZeRO-3", tuple(_zero3(rows)), sharded=True)
-    if any(hasattr(p, "_dp_group") for _, p, _ in rows):
-        return OptimizerPartitions("ZeRO-1 or ZeRO-2", tuple(_zero12(rows, groups)), sharded=True)
-    return OptimizerPartitions("whole parameters", tuple(_whole(rows, groups)), sharded=False)
+    owners = [getattr(p, "_z3_optimizer", None) for _, p, _ in rows]
+    zero = next((owner for owner in owners if getattr(owner, "optimizer", None) is optimizer), None)
+    if zero is not None:
+        return OptimizerPartitions("ZeRO-3", tuple(_zero3(zero, rows)), sharded=True)
+    if all(_is_stepped_whole(rows, group) for group in param_groups):
+        _check_averaging()
+        return OptimizerPartitions("whole parameters", tuple(_whole(rows, param_groups)), sharded=False)
+    return OptimizerPartitions("ZeRO-1 or ZeRO-2", tuple(_zero12(rows, param_groups)), sharded=True)
 
 
 def _refuse(what: str) -> ValueError:
@@ -79,9 +88,15 @@ def _check_group(name: str, group: Any) -> None:
         raise _refuse(f"{name!r} is partitioned over {size} of {world} ranks")
 
 
-def _zero3(rows: Sequence[Row]) -> Iterator[Partition]:
+def _check_averaging() -> None:
+    """Without ZeRO nothing says what a rank's parameters are, but the group that averages their gradients."""
+    size, world = dist.get_world_size(group=groups._get_sequence_data_parallel_group()), dist.get_world_size()
+    if size != world:
+        raise _refuse(f"gradients are averaged over {size} of {world} ranks")
+
+
+def _zero3(zero: Any, rows: Sequence[Row]) -> Iterator[Partition]:
     index = {p: i for i, (_, p, _) in enumerate(rows)}
-    zero = next(p._z3_optimizer for _, p, _ in rows if hasattr(p, "_z3_optimizer"))
     if type(zero).__name__ != "DeepSpeedZeroOptimizer_Stage3":
         raise _refuse(f"they belong to a {type(zero).__name__}")
     for tensor, params in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
@@ -101,8 +116,8 @@ def _zero3(rows: Sequence[Row]) -> Iterator[Partition]:
         yield Partition(tensor, tuple(index[p] for p in params), tuple(segments))
 
 
-def _zero12(rows: Sequence[Row], groups: Sequence[dict[str, Any]]) -> Iterator[Partition]:
-    for group in groups:
+def _zero12(rows: Sequence[Row], param_groups: Sequence[dict[str, Any]]) -> Iterator[Partition]:
+    for group in param_groups:
         held = [
             (i, row[0], row[1])
             for i, row in enumerate(rows)
@@ -128,17 +143,26 @@ def _zero12(rows: Sequence[Row], groups: Sequence[dict[str, Any]]) -> Iterator[P
         yield Partition(tensor, tuple(i for i, _, _ in held), tuple(segments))
 
 
-def _whole(rows: Sequence[Row], groups: Sequence[dict[str, Any]]) -> Iterator[Partition]:
-    for group in groups:
-        held = [(i, row[1]) for i, row in enumerate(rows) if row[2] is group]
-        tensors: list[Tensor] = group["params"]
-        if len(tensors) != len(held):  # fp32 copies are made of what is trained
-            held = [(i, p) for i, p in held if p.requires_grad and p.numel()]
-        if [t.shape for t in tensors] != [p.shape for _, p in held]:
-            raise _refuse(
-                f"a group of {len(held)} parameters is stepped as tensors of shapes {[tuple(t.shape) for t in tensors]}"
-            )
-        for (i, _), tensor in zip(held, tensors, strict=True):
+def _stepped_one_by_one(rows: Sequence[Row], group: dict[str, Any]) -> list[tuple[int, Tensor]]:
+    """A group's parameters, if they are stepped one by one: all, or where copies are made, what is trained."""
+    held = [(i, row[1]) for i, row in enumerate(rows) if row[2] is group]
+    if len(group["params"]) == len(held):
+        return held
+    return [(i, p) for i, p in held if p.requires_grad and p.numel()]
+
+
+def _is_stepped_whole(rows: Sequence[Row], group: dict[str, Any]) -> bool:
+    return [t.shape for t in group["params"]] == [p.shape for _, p in _stepped_one_by_one(rows, group)]
+
+
+def _whole(rows: Sequence[Row], param_groups: Sequence[dict[str, Any]]) -> Iterator[Partition]:
+    for group in param_groups:
+        for (i, _), tensor in zip(_stepped_one_by_one(rows, group), group["params"], strict=True):
+            if tensor.numel() and memory_strides(tensor) != tensor.stride():
+                raise ValueError(
+                    f"parameter {rows[i][0]!r} of shape {tuple(tensor.shape)} and strides {tensor.stride()} does not "
+                    f"fill its memory, so it cannot be updated in place: make it contiguous before initialize()"
+                )
             yield Partition(tensor, (i,), (Segment(i, 0, tensor.numel(), 0),))
 
 

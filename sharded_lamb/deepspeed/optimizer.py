@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_lamb.agreement import check_agreement, describe_group, told_to_all
-from sharded_lamb.base import LambOptimizer, NamedParameter, check_parameter
+from sharded_lamb.base import PATTERN_OPTIONS, LambOptimizer, NamedParameter, check_parameter
 from sharded_lamb.collectives import Collectives, Topology, Traffic
 from sharded_lamb.deepspeed import calling, keys, whole
 from sharded_lamb.deepspeed.mapping import OptimizerPartitions, find_partitions
@@ -63,6 +63,7 @@ class DeepSpeedLamb(LambOptimizer):
             first `step`, on every rank: partitions that cannot be mapped, ranks that disagree.
     """
 
+    _clip_remedy = 'set "gradient_clipping" at the top of the DeepSpeed config to'
     _name_remedy = (
         "DeepSpeed passes none, and neither its engine nor sharded_lamb.deepspeed.initialize made this optimizer. Call "
         "sharded_lamb.deepspeed.name_parameters(model) before"
@@ -85,14 +86,15 @@ class DeepSpeedLamb(LambOptimizer):
         if engine is not None:
             calling.check_supported(engine)
         rule_options = keys.translate(variant, options)
-        self._check_clipping(fill(variant, rule_options)["max_grad_norm"], engine)
+        clip = None if engine is None else calling.clipping(engine) or None
+        self._check_clipping(fill(variant, rule_options)["max_grad_norm"], clip, engine is not None)
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         scalars = {**keys.scalar_defaults(variant), **{k: v for k, v in given.items() if v is not None}}
         if max_consecutive_skips < 1:
             raise ValueError(f"max_consecutive_skips must be >= 1, got {max_consecutive_skips!r}")
         self._skip_nonfinite, self._max_skips = skip_nonfinite, max_consecutive_skips
         super().__init__(
-            calling.with_names(params, engine), scalars, variant, {**rule_options, "max_grad_norm": None}
+            calling.with_names(params, engine), scalars, variant, {**rule_options, "max_grad_norm": clip}
         )
         self._rows: list[NamedParameter] = list(self._named_parameters())
         for name, p, _ in self._rows:
@@ -103,7 +105,7 @@ class DeepSpeedLamb(LambOptimizer):
         self._keeper = StateKeeper(self.state)
         self._kernel: Kernel = ReferenceKernel()
         self._held: OptimizerPartitions | None = None
-        self._proved = False
+        self._called = self._proved = False
         self._everyone: Collectives  # all ranks
         self._collectives: Collectives  # those among which parameters are cut
         self._stepped: dict[tuple[int, ...], Stepped] = {}
@@ -111,26 +113,31 @@ class DeepSpeedLamb(LambOptimizer):
         self._options_then = self._options_now()
 
     @staticmethod
-    def _check_clipping(clip: float | None, engine: Any) -> None:
+    def _check_clipping(wanted: float | None, clip: float | None, known: bool) -> None:
         """DeepSpeed clips before the optimizer sees gradients: a variant that clips needs it to do so."""
-        if clip is None or (engine is not None and calling.clipping(engine) == clip):
+        if wanted is None or wanted == clip:
             return
-        if engine is None:
-            logger.warning(
-                'this variant clips gradients at %g: set "gradient_clipping": %g in the config', clip, clip
-            )
+        if not known:
+            logger.warning('this variant clips gradients: set "gradient_clipping": %g in the config', wanted)
             return
         raise ValueError(
-            f"this variant clips gradients at {clip}, and under DeepSpeed clipping is DeepSpeed's: set "
-            f'"gradient_clipping": {clip} at the top of its config (it is {calling.clipping(engine)} now)'
+            f"this variant clips gradients at {wanted}, and under DeepSpeed clipping is DeepSpeed's: set "
+            f'"gradient_clipping": {wanted} at the top of its config (it is {clip} now)'
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only at construction: DeepSpeed partitions the groups that it is given. Raises ValueError later."""
+        """Only at construction: DeepSpeed partitions the groups that it is given. Raises ValueError later.
+
+        A group may have DeepSpeed's keys too.
+        """
         if self._constructed:
             raise ValueError(
                 "DeepSpeed has partitioned the parameters already: pass all groups to initialize()"
             )
+        if isinstance(param_group, dict):
+            rule = {key: value for key, value in param_group.items() if key in keys.RULE_KEYS}
+            rest = {key: value for key, value in param_group.items() if key not in rule}
+            param_group = {**rest, **keys.translate(rest.get("variant", self.defaults["variant"]), rule)}
         super().add_param_group(param_group)
 
     # -- the step -----------------------------------------------------------------------------------
@@ -152,9 +159,10 @@ class DeepSpeedLamb(LambOptimizer):
             return loss
         held = self._mapped()
         self._take_on_state(held)
+        first, self._called = not self._called, True
+        if first and self._is_probe(held):
+            return loss
         if not self._proved:
-            if self._is_probe(held):
-                return loss
             prove(self._rows, held, self._everyone)
             self._proved = True
         self._update(self._stepped_of(tensors, held))
@@ -166,7 +174,7 @@ class DeepSpeedLamb(LambOptimizer):
         if self._held is None:
             world = Topology.of(None, None)
             with told_to_all(world):
-                held = find_partitions(self._rows, self._groups)
+                held = find_partitions(self, self._rows, self._groups)
             check_agreement(world, self._description(held))
             here = (world.global_rank,)
             device = calling.accelerator_device()
@@ -222,30 +230,30 @@ class DeepSpeedLamb(LambOptimizer):
         stepped.skips.check([self._rows[param][0] for param in stepped.params])
         shards = stepped.shards(self.state)
         facts = self._facts(stepped, shards) if self._skip_nonfinite else None
-        moved = torch.tensor(stepped.present(), device=stepped.device)
+        moved = torch.tensor(stepped.present()).to(stepped.device, non_blocking=True)
         if facts is not None:
             skip = facts.bad.any()
             stepped.skips.record(skip, facts.bad)
-            moved = (facts.present > 0) & ~skip
+            # DeepSpeed hands zeros where no rank has a gradient; decay alone would shrink the weight by η a step.
+            moved = (facts.square_sums > 0) & ~skip
             if stepped.device.type == "cpu" and skip:
                 self._record(stepped, torch.ones(len(moved)), moved)
                 return
-            if stepped.device.type != "cpu":  # the host does not know: coefficients of 0 must meet no nan
-                for piece in (grad for shard in shards for grad in shard.grad):
-                    piece.masked_fill_(skip, 0)
-        steps = stepped.steps(self.state) + moved
+            if stepped.device.type != "cpu":  # the host does not know
+                stepped.erase_gradients(skip)
+        step, counts = stepped.next_steps(moved, self.state)
         ratios = lamb_step(
             self._kernel,
             shards,
             stepped.table.options(),
             lr=stepped.table.lr(),
-            step=steps,
+            step=step,
             active=moved,
             grad_scale=torch.ones((), dtype=torch.float64, device=stepped.device),
             sum_over_ranks=self._collectives.all_reduce_small,
             written=lambda index: None,
         )
-        stepped.write_steps(steps, self.state)
+        stepped.write_steps(counts, self.state)
         self._record(stepped, ratios, moved)
 
     def _facts(self, stepped: Stepped, shards: list[Any]) -> GradientFacts:
@@ -263,9 +271,11 @@ class DeepSpeedLamb(LambOptimizer):
         """State for every tensor at once: DeepSpeed links all groups' states after the first group's step."""
         if not self._keeper.ensure([partition.tensor for partition in held.partitions]):
             return
-        self._stepped.clear()  # a universal checkpoint was loaded: groups' options came with it
         if held.kind == "ZeRO-3":
             self._repair_groups()
+        patterns = [[options[name] for name in PATTERN_OPTIONS] for options in self._options_now()]
+        if patterns != [[options[name] for name in PATTERN_OPTIONS] for options in self._options_then]:
+            self._stepped.clear()  # a universal checkpoint was loaded, and groups' options came with it
 
     def _repair_groups(self) -> None:
         """Loading a universal checkpoint under ZeRO-3 gives all groups the options of the first: undo that.
@@ -290,12 +300,20 @@ class DeepSpeedLamb(LambOptimizer):
         return [{key: value for key, value in group.items() if key != "params"} for group in self._groups]
 
     def _load_tensors(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        for tensor, saved in states.items():
-            self._keeper.load(tensor, saved)
+        for tensor in (tensor for group in self.param_groups for tensor in group["params"]):
+            self._keeper.load(tensor, states.get(tensor))
 
     def _load_groups(self, saved_groups: list[dict[str, Any]]) -> None:
-        super()._load_groups(saved_groups)
+        super()._load_groups([self._understood(saved) for saved in saved_groups])
         self._stepped.clear()
+
+    def _understood(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """A saved group of ours as it is; of another optimizer (DeepSpeed's Lamb), what is known here, in our terms."""
+        if "variant" in saved:
+            return saved
+        rule = {key: value for key, value in saved.items() if key in keys.RULE_KEYS}
+        scalars = {key: value for key, value in saved.items() if key in keys.SCALARS}
+        return {**scalars, **keys.translate(self.defaults["variant"], rule)}
 
     def full_state_dict(self) -> dict[str, Any] | None:
         """Whole state tensors on the first rank's CPU, as `ShardedLamb.full_state_dict` gives them; None elsewhere.

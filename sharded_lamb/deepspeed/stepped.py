@@ -1,7 +1,7 @@
 """What one call of ``step()`` updates: some of DeepSpeed's tensors, their state, their parameters' options."""
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,16 +11,10 @@ from sharded_lamb.buckets import flattened, memory_strides
 from sharded_lamb.deepspeed.mapping import Partition
 from sharded_lamb.facts import SkipCounter
 from sharded_lamb.kernels import PieceShard
-from sharded_lamb.layout import Segment
 from sharded_lamb.options import OptionTable
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 State = MutableMapping[Tensor, dict[str, Any]]
-
-
-def segment_of(flat: Tensor, segment: Segment) -> Tensor:
-    """The segment of a flattened tensor."""
-    return flat[segment.shard_start : segment.shard_start + segment.length]
 
 
 class StateKeeper:
@@ -46,9 +40,10 @@ class StateKeeper:
             own = self.state[tensor]
             for key in MOMENTS:
                 if key not in own:
-                    dtype = torch.promote_types(tensor.dtype, torch.float32)
-                    own[key] = torch.zeros_like(tensor, dtype=dtype, requires_grad=False)
+                    own[key] = _zeros_like(tensor)
                 check_moment(key, own[key], tensor)
+                if own[key].stride() != tensor.stride():  # the model went to another memory format
+                    own[key] = _zeros_like(tensor).copy_(own[key])
             step = own.get("step")
             if step is None or step is not self._steps.get(tensor):
                 replaced = replaced or step is not None
@@ -57,13 +52,22 @@ class StateKeeper:
                 self._steps[tensor] = own["step"]
         return replaced
 
-    def load(self, tensor: Tensor, saved: Mapping[str, Any]) -> None:
-        """Copy a saved state into the tensor's own; every tensor keeps its dtype."""
+    def load(self, tensor: Tensor, saved: Mapping[str, Any] | None) -> None:
+        """Copy a saved state into the tensor's own, which keeps its dtypes. Nothing saved: as before the first step."""
         self.ensure([tensor])
+        if not saved:
+            for value in self.state[tensor].values():
+                value.zero_()
+            return
         for key in MOMENTS:
             check_moment(key, saved[key], tensor)
             self.state[tensor][key].copy_(saved[key])
         self.state[tensor]["step"].fill_(float(torch.as_tensor(saved["step"]).reshape(-1)[0]))
+
+
+def _zeros_like(tensor: Tensor) -> Tensor:
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.zeros_like(tensor, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
 
 def check_moment(key: str, moment: Tensor, tensor: Tensor) -> None:
@@ -79,7 +83,8 @@ def check_moment(key: str, moment: Tensor, tensor: Tensor) -> None:
 class Stepped:
     """The partitions that one call of ``step()`` updates together, and what stays the same from call to call.
 
-    ``params``: the optimizer's parameters that lie in them on any rank; a "row" is a place in it.
+    ``params``: the optimizer's parameters that lie in them on any rank; a "row" is a place in it. No memory is held
+    between calls: DeepSpeed may move its buffers, or want them freed (offload_states).
     """
 
     def __init__(self, partitions: Sequence[Partition], table: OptionTable, skips: SkipCounter) -> None:
@@ -90,55 +95,62 @@ class Stepped:
         self._rows_of = [[row[param] for param in partition.params] for partition in partitions]
         owner = {r: i for i, rows in enumerate(self._rows_of) for r in rows}
         self._owner = torch.tensor([owner[r] for r in range(len(row))], device=self.device)
-        self._pieces = [
-            (i, s, row[s.param]) for i, p in enumerate(partitions) for s in p.segments if s.length
-        ]
-        self._where: list[int] = []
-        self._shards: list[tuple[PieceShard, list[tuple[int, Segment]]]] = []
+        self._cuts = [_Cuts.of(partition, row) for partition in partitions]
 
     def shards(self, state: State) -> list[PieceShard]:
-        """This rank's memory with the gradients of now; none where the rank holds padding only."""
-        where = [x.data_ptr() for p in self.partitions for x in _memory(p.tensor, state)]
-        if where != self._where:  # new, or DeepSpeed moved it: offload_states, a universal checkpoint
-            self._where, self._shards = where, self._view(state)
-        grads = [_flat_gradient(p.tensor) for p in self.partitions]
-        return [
-            replace(shard, grad=[segment_of(grads[i], segment) for i, segment in pieces])
-            for shard, pieces in self._shards
-        ]
-
-    def _view(self, state: State) -> list[tuple[PieceShard, list[tuple[int, Segment]]]]:
-        """One shard for each combination of dtypes."""
-        flat = [
-            [flattened(x, memory_strides(p.tensor)) for x in _memory(p.tensor, state)]
-            for p in self.partitions
-        ]
-        by_dtype: dict[Any, list[tuple[int, Segment, int]]] = {}
-        for i, segment, row in self._pieces:
-            by_dtype.setdefault(tuple(x.dtype for x in flat[i]), []).append((i, segment, row))
-        found = []
-        for pieces in by_dtype.values():
-            columns = [[segment_of(flat[i][kind], segment) for i, segment, _ in pieces] for kind in range(3)]
-            shard = PieceShard(tuple(row for _, _, row in pieces), columns[0], (), columns[1], columns[2])
-            found.append((shard, [(i, segment) for i, segment, _ in pieces]))
-        return found
+        """This rank's memory, one shard for each combination of dtypes; none where it holds padding only."""
+        by_dtype: dict[tuple[torch.dtype, ...], tuple[list[int], list[list[Tensor]]]] = {}
+        for partition, cuts in zip(self.partitions, self._cuts, strict=True):
+            if cuts.rows:
+                memory = _memory(partition.tensor, state)
+                rows, columns = by_dtype.setdefault(tuple(x.dtype for x in memory), ([], [[], [], [], []]))
+                rows += cuts.rows
+                for column, flat in zip(columns, memory, strict=True):
+                    column += torch.split(flat, cuts.sizes)[1::2]
+        return [PieceShard(tuple(rows), *columns) for rows, columns in by_dtype.values()]
 
     def present(self) -> list[bool]:
-        """[rows] whether a parameter has a gradient; in a flat partition all have one."""
+        """[rows] whether a parameter has a gradient; in a flat partition all have one, if only of zeros."""
         given = [False] * len(self.params)
         for partition, rows in zip(self.partitions, self._rows_of, strict=True):
             for row in rows:
                 given[row] = partition.tensor.grad is not None
         return given
 
-    def steps(self, state: State) -> Tensor:
-        """[rows] fp64 step counts."""
-        return torch.stack([state[p.tensor]["step"] for p in self.partitions])[self._owner]
+    def erase_gradients(self, where: Tensor) -> None:
+        """Gradients of 0 where ``where`` (bool scalar) holds: coefficients of 0 must meet no nan."""
+        for partition in self.partitions:
+            if partition.tensor.grad is not None:
+                partition.tensor.grad.masked_fill_(where, 0)
+
+    def next_steps(self, moved: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """([rows], [partitions]) fp64 step counts: a partition counts a step in which any of its parameters moves."""
+        advanced = torch.zeros(len(self.partitions), dtype=torch.float64, device=self.device)
+        advanced.index_add_(0, self._owner, moved.to(torch.float64))
+        steps = torch.stack([state[p.tensor]["step"] for p in self.partitions]) + (advanced > 0)
+        return steps[self._owner], steps
 
     def write_steps(self, steps: Tensor, state: State) -> None:
-        counts = [state[p.tensor]["step"] for p in self.partitions]
-        firsts = torch.tensor([rows[0] for rows in self._rows_of], device=self.device)
-        torch._foreach_copy_(counts, list(steps[firsts].unbind()))
+        """``steps``: [partitions]."""
+        torch._foreach_copy_([state[p.tensor]["step"] for p in self.partitions], list(steps.unbind()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Cuts:
+    """A flattened partition as what lies between segments and segments, in turns; the rows of the segments."""
+
+    sizes: list[int]
+    rows: list[int]
+
+    @staticmethod
+    def of(partition: Partition, row: Mapping[int, int]) -> "_Cuts":
+        sizes, rows, at = [], [], 0
+        for segment in sorted(partition.segments, key=lambda segment: segment.shard_start):
+            if segment.length:
+                sizes += [segment.shard_start - at, segment.length]
+                rows.append(row[segment.param])
+                at = segment.shard_start + segment.length
+        return _Cuts([*sizes, partition.tensor.numel() - at], rows)
 
 
 def params_of(partitions: Sequence[Partition]) -> tuple[int, ...]:
@@ -146,11 +158,7 @@ def params_of(partitions: Sequence[Partition]) -> tuple[int, ...]:
 
 
 def _memory(tensor: Tensor, state: State) -> list[Tensor]:
-    return [tensor.detach(), *(state[tensor][key] for key in MOMENTS)]
-
-
-def _flat_gradient(tensor: Tensor) -> Tensor:
-    """Zeros where there is none: that parameter's coefficients are 0."""
-    if tensor.grad is None:
-        return torch.zeros(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
-    return flattened(tensor.grad, memory_strides(tensor))
+    """Weight, gradient (0 where there is none: that parameter's coefficients are 0) and moments, flattened."""
+    own, strides = state[tensor], memory_strides(tensor)
+    grad = tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)
+    return [flattened(x, strides) for x in (tensor.detach(), grad, own["exp_avg"], own["exp_avg_sq"])]

@@ -79,6 +79,11 @@ def check(
 ) -> list[dict[str, Any]]:
     """The options of the saved groups. Raises ValueError where a full state does not fit."""
     saved = check_complete(state_dict)
+    strangers = sorted(set(saved["state"]) - set(_places(held)), key=str)
+    if strangers:
+        raise ValueError(
+            f"the full state dict has state of parameters {strangers}, which are not trained here"
+        )
     check_full([name for name, _, _ in rows], [_shape(p) for _, p, _ in rows], saved["state"])
     options = [
         {key: value for key, value in group.items() if key not in ("params", "param_names")}

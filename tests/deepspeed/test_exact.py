@@ -165,9 +165,12 @@ def naive(rank: int, config: dict[str, Any]) -> dict[str, float]:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_what_the_naive_ratio_is_worth(stage: int) -> None:
-    """The check has something to find: a peer's LAMB under the same engine takes other steps."""
+    """The check has something to find: a peer's LAMB under the same engine takes other steps.
+
+    Under ZeRO-3 even nan: the end of a partition is uninitialised memory, which is part of its norm.
+    """
     taken, *_ = run_ranks(2, naive, cases.config(stage), timeout=300)
-    assert max(abs(share - 1) for share in taken.values()) > 0.1
+    assert not all(abs(share - 1) <= 0.1 for share in taken.values())
 
 
 def planted(rank: int, stage: int, fault: str) -> str:
