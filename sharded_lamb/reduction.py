@@ -15,7 +15,7 @@ The *sentinel*: the smallest parameter keeps a ``.grad`` of ones after a round. 
 import gc
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -358,15 +358,24 @@ class BackwardReducer:
 def refuse_ddp(params: Sequence[Tensor]) -> None:
     """Raises ValueError if a DistributedDataParallel reduces gradients of ``params`` too.
 
-    DDP leaves no mark on parameters, so its instances are looked for among all objects, once.
+    DDP leaves no mark on parameters, so its instances are looked for, once.
     """
     ours = set(map(id, params))
-    for found in gc.get_objects():
-        # Not isinstance: it asks for __class__, which lazy proxies answer by importing what they stand for.
-        if issubclass(type(found), DistributedDataParallel) and any(
-            id(p) in ours for p in found.parameters()
-        ):
+    for found in _instances(DistributedDataParallel):
+        if any(id(p) in ours for p in found.parameters()):
             raise ValueError(
                 "stage=2 reduces gradients itself, and the model is wrapped in DistributedDataParallel, which "
                 "reduces them too: pass the bare model, or use stage=1 with DistributedDataParallel"
             )
+
+
+def _instances(kind: type[Any]) -> Iterator[Any]:
+    """All objects of a class and its subclasses.
+
+    Objects refer to their class. Not `gc.get_objects`: to hold every object, if briefly, breaks another thread's
+    ``tuple(… for …)``, which CPython builds in place and will not finish once somebody else refers to it.
+    """
+    yield from (found for found in gc.get_referrers(kind) if type(found) is kind)
+    subclasses: list[type[Any]] = kind.__subclasses__()
+    for sub in subclasses:
+        yield from _instances(sub)

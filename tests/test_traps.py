@@ -1,6 +1,7 @@
 """The traps of sharding an optimizer, each as it was seen: the order of hooks,
 freed gradients, the bits of a norm. Those of flat memory: test_traps_of_memory.py."""
 
+import threading
 from typing import Any
 
 import pytest
@@ -302,3 +303,33 @@ def test_norms_have_the_same_bits_however_blocks_are_cut() -> None:
         assert whole.item() == pytest.approx(values.double().norm().item(), rel=1e-6)
         for shards in (2, 3, 4, 6, 8):
             assert torch.equal(lamb_rule.norms(square_sums(values, shards).sum(), wide), whole)
+
+
+def step_beside_a_thread(rank: int) -> None:
+    """A data loader's thread, say, builds tuples while first steps look for DDP."""
+    done = threading.Event()
+    failed: list[BaseException] = []
+
+    def build() -> None:
+        try:
+            while not done.is_set():
+                tuple(i for i in range(1000))
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    try:
+        for _ in range(3):
+            model = nn.Linear(3, 2)
+            optimizer = ShardedLamb(model.named_parameters(), stage=2)
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+    finally:
+        done.set()
+        thread.join()
+    assert not failed, failed
+
+
+def test_the_first_step_disturbs_no_other_thread() -> None:
+    run_ranks(1, step_beside_a_thread)
