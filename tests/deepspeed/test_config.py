@@ -138,7 +138,10 @@ def test_what_is_not_supported_says_so_and_why(more: dict[str, Any], said: str) 
 @pytest.mark.parametrize(
     ("found", "said"),
     [
-        ({"autotp": 2}, "tensor parallel"),
+        ({"autotp_size": lambda: 2}, "tensor parallel"),
+        ({"mpu": SimpleNamespace(get_tensor_model_parallel_world_size=lambda: 2)}, "tensor parallel"),
+        ({"zero_offload_param": lambda: SimpleNamespace(device="nvme")}, "NVMe"),
+        ({"zero_elastic_checkpoint": lambda: True}, "elastic_checkpoint"),
         ({"pipeline_parallelism": True}, "pipeline parallel"),
         ({"has_moe_layers": True}, "mixture-of-experts"),
     ],
@@ -146,11 +149,47 @@ def test_what_is_not_supported_says_so_and_why(more: dict[str, Any], said: str) 
 def test_engines_that_cut_models_in_other_ways(found: dict[str, Any], said: str) -> None:
     from sharded_lamb.deepspeed.calling import check_supported
 
-    plain = {"zenflow": False, "pipeline_parallelism": False, "has_moe_layers": False, "autotp": 1}
-    engine = SimpleNamespace(**{**plain, **found}, zero_offload_optimizer=lambda: None)
-    engine.autotp_size = lambda: engine.autotp
+    plain = {"zenflow": False, "pipeline_parallelism": False, "has_moe_layers": False, "mpu": None}
+    switches = (
+        "zero_offload_optimizer",
+        "zero_offload_param",
+        "bf16_optimizer_states",
+        "zero_elastic_checkpoint",
+    )
+    methods = {name: (lambda: None) for name in switches}
+    engine = SimpleNamespace(**{**plain, **methods, "autotp_size": lambda: 1, **found})
     with pytest.raises(ValueError, match=said):
         check_supported(engine)
+
+
+def in_groups(rank: int, more: dict[str, Any], clip: float) -> tuple[list[Any], str]:
+    """Options of three groups of which the second is given ``more``."""
+    model = cases.tiny()
+    groups = cases.groups_of(model)
+    groups[1].update(more)
+    config = cases.config(0, params={"variant": "deepspeed", "lr": 0.01}, gradient_clipping=clip)
+    try:
+        engine = cases.start(config, model, model_parameters=groups)
+    except (ValueError, TypeError) as error:
+        return [], str(error)
+    found = [
+        (g["trust_clip"], g["bias_correction"], g["variant"]) for g in engine.basic_optimizer.param_groups
+    ]
+    cases.stop(engine)
+    return found, ""
+
+
+def test_groups_may_have_deepspeeds_keys() -> None:
+    ((found, _),) = run_ranks(1, in_groups, {"max_coeff": 0.5, "bias_correction": True}, 0.0)
+    assert found[0] == ((0.01, 10.0), "lr", "deepspeed")
+    assert found[1] == ((0.01, 0.5), "lr", "deepspeed")
+
+
+def test_a_groups_variant_that_clips_is_deepspeeds_to_clip() -> None:
+    ((_, message),) = run_ranks(1, in_groups, {"variant": "apex"}, 0.0)
+    assert 'set "gradient_clipping" at the top of the DeepSpeed config to 1.0' in message
+    ((found, _),) = run_ranks(1, in_groups, {"variant": "apex"}, 1.0)
+    assert found[1][2] == "apex"
 
 
 def one_bit(rank: int) -> list[str]:

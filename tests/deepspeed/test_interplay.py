@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from tests.deepspeed import cases
 from tests.harness import run_ranks, run_ranks_expecting_errors
@@ -221,6 +222,147 @@ def test_too_many_skips_are_an_error_on_every_rank() -> None:
     for kind, message in run_ranks_expecting_errors(2, poisoned, 2, "bf16", 3, timeout=300).values():
         assert kind == "RuntimeError"
         assert "2 steps in a row" in message
+
+
+class Unused(nn.Module):
+    """Two parameters that no loss depends on, in step 1 or ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.used, self.never = nn.Linear(9, 5), nn.Linear(7, 3)
+        self.late = nn.Parameter(torch.randn(11, 2))
+
+    def forward(self, step: int) -> torch.Tensor:
+        loss: torch.Tensor = self.used(torch.ones(2, 9, dtype=self.late.dtype)).square().mean()
+        return loss + self.late.square().mean() if step else loss
+
+
+def without_gradients(rank: int, stage: int, dtype: str) -> dict[str, Any]:
+    engine = cases.start(cases.config(stage, dtype), Unused())
+    before = cases.masters(engine)
+    steps = []
+    for step in range(2):
+        engine.backward(engine(step))
+        engine.step()
+        after = cases.masters(engine)
+        steps.append({name: bool((after[name] != before[name]).any()) for name in after})
+    ratios = engine.basic_optimizer.trust_ratios()
+    cases.stop(engine)
+    return {"steps": steps, "ratios": set(ratios)}
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32")]
+)
+def test_a_parameter_without_a_gradient_is_left_alone(stage: int, dtype: str) -> None:
+    """DeepSpeed hands zeros for it, of which decay alone would make a step of length η |w|."""
+    used = {"used.weight", "used.bias"}
+    for found in run_ranks(2, without_gradients, stage, dtype, timeout=300):
+        first, second = ({name for name, moved in step.items() if moved} for step in found["steps"])
+        assert first == used
+        assert second == {*used, "late"}
+        assert found["ratios"] == {*used, "late"}
+
+
+class Layouts(nn.Module):
+    """A convolution, whose memory format may change, and a parameter that may be a view."""
+
+    def __init__(self, view: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(2, 3, 3)
+        self.odd = nn.Parameter(torch.randn(8, 3)[:, :2] if view else torch.randn(8, 2))
+
+    def forward(self, seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return (
+            self.conv(torch.randn(1, 2, 5, 5)).square().mean()
+            + (self.odd.sum(0) * torch.randn(2)).square().sum()
+        )
+
+
+def laid_out(rank: int, dtype: str, view: bool, converts: bool) -> float:
+    model = Layouts(view)
+    engine = cases.start(cases.config(0, dtype), model.bfloat16() if dtype == "bf16" else model)
+    oracle = cases.oracle_of(cases.masters(engine))
+    for step in range(4):
+        if converts and step == 2:
+            engine.module.to(memory_format=torch.channels_last)
+        loss = engine(step)
+        engine.backward(loss)
+        oracle.step(cases.gradients(engine))
+        engine.step()
+    full = engine.basic_optimizer.full_state_dict()
+    worst = cases.worst(cases.masters(engine), oracle)
+    if full is not None:
+        for place, (name, _, _) in enumerate(engine.basic_optimizer._rows):
+            gap = np.abs(full["state"][place]["exp_avg"].numpy() - oracle.m[name]).max()
+            worst = max(worst, float(gap / np.abs(oracle.m[name]).max()))
+    cases.stop(engine)
+    return worst
+
+
+@pytest.mark.parametrize("converts", [False, True])
+def test_memory_formats_without_zero(converts: bool) -> None:
+    assert max(run_ranks(2, laid_out, "fp32", False, converts, timeout=300)) <= cases.FP32_TOLERANCE
+
+
+def test_a_parameter_that_does_not_fill_its_memory_is_refused() -> None:
+    for kind, message in run_ranks_expecting_errors(2, laid_out, "fp32", True, False, timeout=300).values():
+        assert kind == "ValueError"
+        assert "'odd'" in message
+        assert "contiguous" in message
+
+
+def astray(rank: int) -> None:
+    engine = cases.start(cases.config(0))
+    with torch.no_grad():
+        engine.module.out.weight[0, 0] += rank
+    engine.backward(engine(cases.tokens(rank, 0)))
+    engine.step()
+
+
+def test_copies_that_differ_between_ranks_are_told() -> None:
+    """As slices of tensor parallelism do, which nothing else tells from whole parameters where there is no ZeRO."""
+    for kind, message in run_ranks_expecting_errors(2, astray, timeout=300).values():
+        assert kind == "ValueError"
+        assert "'out.weight' is not the same on all 2 ranks" in message
+
+
+def one_after_another(rank: int, stages: list[int]) -> list[float]:
+    """Engines on one model: parameters keep what the earlier ones wrote on them."""
+    model, found = cases.tiny(), []
+    for stage in stages:
+        engine = cases.start(cases.config(stage), model)
+        oracle = cases.oracle_of(cases.masters(engine))
+        cases.follow(engine, rank, oracle, steps=2)
+        found.append(cases.worst(cases.masters(engine), oracle))
+        cases.stop(engine)
+    return found
+
+
+@pytest.mark.parametrize("stages", [[2, 0, 1], [1, 2]])
+def test_an_engine_after_another(stages: list[int]) -> None:
+    for found in run_ranks(2, one_after_another, stages, timeout=300):
+        assert max(found) <= cases.FP32_TOLERANCE
+
+
+def zero_at_first(rank: int, stage: int, dtype: str) -> float:
+    """The first real step has gradients of 0, which must not be taken for DeepSpeed's probe."""
+    engine = cases.start(cases.config(stage, dtype))
+    oracle = cases.oracle_of(cases.masters(engine))
+    engine.backward(engine(cases.tokens(rank, 0)) * 0)
+    engine.step()
+    cases.follow(engine, rank, oracle, steps=2)
+    worst = cases.worst(cases.masters(engine), oracle)
+    cases.stop(engine)
+    return worst
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (0, "bf16"), (2, "bf16")])
+def test_a_first_step_of_zeros_is_no_gradient(stage: int, dtype: str) -> None:
+    assert max(run_ranks(2, zero_at_first, stage, dtype, timeout=300)) <= cases.FP32_TOLERANCE
 
 
 def moved_away(rank: int) -> float:
