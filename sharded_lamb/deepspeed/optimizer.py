@@ -46,6 +46,9 @@ class DeepSpeedLamb(LambOptimizer):
     once a parameter group under ZeRO 1 and 2, once a subgroup under ZeRO 3, once in all otherwise. The first step also
     proves the mapping: one all-reduce of 2 P fp64, and an agreement through the store.
 
+    A parameter whose gradient is 0 on every rank counts as one without a gradient (DeepSpeed hands zeros for those) and
+    is left untouched, unless ``skip_nonfinite=False``: then it decays. Steps are counted per partition.
+
     Args:
         params: as DeepSpeed passes them. Names, for patterns, are found in the engine or by `name_parameters`.
         lr, betas, eps, weight_decay: as for `Lamb`; with ``variant="deepspeed"`` eps is 1e-8 and weight_decay 0 if not
@@ -53,7 +56,8 @@ class DeepSpeedLamb(LambOptimizer):
         variant: "lamb" (the default) or any of `VARIANTS`; "deepspeed" keeps the step size of configs written for
             DeepSpeed's Lamb: bias correction on the learning rate, ratios in (0.01, 10).
         skip_nonfinite: a call of `step` whose gradients are non-finite on any rank is left out on all. DeepSpeed itself
-            leaves the whole step out before, but in fp32 without ZeRO and where ``bf16.check_grad_overflow`` is off.
+            leaves the whole step out before, but in fp32 without ZeRO and where ``bf16.check_grad_overflow`` is off:
+            there, of several groups, those with finite gradients move.
         max_consecutive_skips: after as many in a row, an error on every rank.
         options: the rule's options as for `Lamb`, and the keys of DeepSpeed's Lamb: ``max_coeff``, ``min_coeff``,
             ``eps_inside_sqrt``, ``bias_correction``. OneBitLamb's keys are accepted with a warning.
