@@ -1,5 +1,7 @@
 """The two passes over memory in pieces: the same bits as over one flat run, wherever the pieces are cut."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -86,6 +88,74 @@ def test_pieces_have_the_bits_of_a_flat_shard(
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
             assert torch.equal(getattr(pieces, kind)[param], getattr(flat, kind)[at : at + length]), kind
         at += round_up(length, BLOCK)
+
+
+def with_model(
+    flat: FlatShard, pieces: PieceShard, dtype: torch.dtype, master: torch.dtype, written: int
+) -> tuple[FlatShard, PieceShard]:
+    """Masters of ``master`` with model copies apart; the first ``written`` elements of each piece are written."""
+    flat = replace(
+        flat, weight=flat.weight.to(master), grad=flat.grad.to(torch.promote_types(master, torch.float32))
+    )
+    flat = replace(flat, model=flat.weight.to(dtype))
+    weight = [piece.to(master) for piece in pieces.weight]
+    model = [piece.to(dtype) for piece in weight]
+    assert flat.model is not None
+    at = 0
+    for piece in model:
+        piece[:written] += 1
+        flat.model[at : at + written] += 1
+        at += round_up(piece.numel(), BLOCK)
+    return flat, replace(pieces, weight=weight, model=model)
+
+
+@pytest.mark.parametrize("master", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@given(LENGTHS, st.integers(1, 5), st.integers(0, 99), st.integers(0, 1))
+def test_pieces_with_masters_have_the_bits_of_a_flat_shard(
+    dtype: torch.dtype,
+    master: torch.dtype,
+    lengths: list[int],
+    chunk_blocks: int,
+    seed: int,
+    written: int,
+) -> None:
+    flat, pieces = with_model(*shards_of(lengths, seed, torch.float32), dtype, master, written)
+    kernel, count = ReferenceKernel(), len(lengths)
+    table = table_of(count).to(flat.compute)
+    assert pieces.compute == flat.compute
+    results = []
+    before, reference.CHUNK_BLOCKS = reference.CHUNK_BLOCKS, chunk_blocks
+    try:
+        for shard in (flat, pieces):
+            results.append(torch.zeros(2, count, dtype=torch.float64))
+            kernel.moments_and_norms(shard, table, results[-1])
+            kernel.apply(shard, table, torch.linspace(0.1, 0.9, count, dtype=flat.compute))
+    finally:
+        reference.CHUNK_BLOCKS = before
+    assert torch.equal(results[0], results[1])
+    assert pieces.model is not None
+    at = 0
+    for param, length in enumerate(lengths):
+        for kind in ("weight", "model", "exp_avg", "exp_avg_sq"):
+            ours, theirs = getattr(pieces, kind)[param], getattr(flat, kind)[at : at + length]
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs), kind
+        assert torch.equal(pieces.model[param], pieces.weight[param].to(dtype))
+        at += round_up(length, BLOCK)
+
+
+def test_a_written_model_weight_wins_over_its_master() -> None:
+    """Of whole blocks that are used where they lie, and of short ones that are copied."""
+    _, pieces = with_model(*shards_of([256 * 300, 7], 3, torch.float32), torch.bfloat16, torch.float32, 0)
+    assert pieces.model is not None
+    masters = [piece.clone() for piece in pieces.weight]
+    for piece in pieces.model:
+        piece[1] = 100.0
+    ReferenceKernel().moments_and_norms(pieces, table_of(2), torch.zeros(2, 2, dtype=torch.float64))
+    for before, after in zip(masters, pieces.weight, strict=True):
+        before[1] = 100.0
+        assert torch.equal(before, after)
 
 
 def test_what_lies_between_pieces_is_left_alone() -> None:

@@ -55,9 +55,16 @@ class _Chunk:
         rows = self.table[self.block_param]
         return Coefficients(*([rows[:, column : column + 1]] for column in range(len(COLUMNS))))
 
-    def load(self, kind: str) -> Tensor:
-        """The memory itself where it lies in whole blocks of the compute dtype, else a copy."""
+    has_model = False
+    """Whether the model's weights lie apart from the masters."""
+
+    def kept(self, kind: str) -> Tensor:
+        """In the dtype of the memory: the memory itself where it lies in whole blocks, else a copy."""
         raise NotImplementedError
+
+    def load(self, kind: str) -> Tensor:
+        """As `kept`, in the compute dtype."""
+        return self.kept(kind).to(self.table.dtype)
 
     def store(self, kind: str, value: Tensor) -> Tensor:
         """Writes ``value`` and returns it as it reads back, rounded to the dtype of the memory."""
@@ -65,9 +72,16 @@ class _Chunk:
 
     def adopt_written_weights(self) -> None:
         """Where the model's weight is no longer what its master rounds to, someone wrote it: it wins."""
+        if self.has_model:
+            weight, written = self.kept("weight"), self.kept("model")
+            self.store(
+                "weight", torch.where(weight.to(written.dtype) == written, weight, written.to(weight.dtype))
+            )
 
     def store_model(self, weight: Tensor) -> None:
         """Writes the model's copy of the weights, where there is one."""
+        if self.has_model:
+            self.store("model", weight)
 
 
 class _FlatChunk(_Chunk):
@@ -76,29 +90,18 @@ class _FlatChunk(_Chunk):
     def __init__(self, flat: dict[str, Tensor | None], table: Tensor, block_param: Tensor, low: int) -> None:
         super().__init__(table, block_param)
         self.flat, self.span = flat, slice(low * BLOCK, (low + len(block_param)) * BLOCK)
+        self.has_model = flat["model"] is not None
 
-    def _place(self, kind: str) -> Tensor:
+    def kept(self, kind: str) -> Tensor:
         flat = self.flat[kind]
         assert flat is not None
         return flat[self.span].view(-1, BLOCK)
 
-    def load(self, kind: str) -> Tensor:
-        return self._place(kind).to(self.table.dtype)
-
     def store(self, kind: str, value: Tensor) -> Tensor:
-        place = self._place(kind)
+        place = self.kept(kind)
         if place.data_ptr() != value.data_ptr():
             place.copy_(value)
         return value if place.dtype == value.dtype else self.load(kind)
-
-    def adopt_written_weights(self) -> None:
-        if self.flat.get("model") is not None:
-            weight, written = self._place("weight"), self._place("model")
-            weight.copy_(torch.where(weight.to(written.dtype) == written, weight, written.to(weight.dtype)))
-
-    def store_model(self, weight: Tensor) -> None:
-        if self.flat.get("model") is not None:
-            self.store("model", weight)
 
 
 class _PackedChunk(_Chunk):
@@ -106,20 +109,20 @@ class _PackedChunk(_Chunk):
 
     def __init__(self, shard: PieceShard, runs: packing.Chunk, table: Tensor, block_param: Tensor) -> None:
         super().__init__(table, block_param)
-        self.shard, self.runs = shard, runs
+        self.shard, self.runs, self.has_model = shard, runs, shard.model is not None
         self.sizes = [size for run in runs for size in (run.length, run.padding)]
 
     def _places(self, kind: str) -> list[Tensor]:
         pieces: Sequence[Tensor] = getattr(self.shard, kind)
         return [pieces[run.piece][run.start : run.start + run.length] for run in self.runs]
 
-    def load(self, kind: str) -> Tensor:
+    def kept(self, kind: str) -> Tensor:
         places = self._places(kind)
         zeros = places[0].new_zeros(BLOCK)
         parts = []
         for place, run in zip(places, self.runs, strict=True):
             parts += [place, zeros[: run.padding]]
-        return torch.cat(parts).view(-1, BLOCK).to(self.table.dtype)
+        return torch.cat(parts).view(-1, BLOCK)
 
     def store(self, kind: str, value: Tensor) -> Tensor:
         places = self._places(kind)
@@ -153,6 +156,7 @@ def _piece_chunks(shard: PieceShard, table: Tensor) -> Iterator[_Chunk]:
         run = runs[0]
         if len(runs) == 1 and not run.padding:
             flat = {kind: getattr(shard, kind)[run.piece] for kind in KINDS}
+            flat["model"] = None if shard.model is None else shard.model[run.piece]
             owner = param_of[run.piece].expand(run.blocks)
             yield _FlatChunk(flat, table, owner, run.start // BLOCK)
         else:

@@ -30,7 +30,7 @@ class FlatShard:
 
 @dataclass(frozen=True, slots=True)
 class PieceShard:
-    """Pieces of memory on one device: slices of another framework's partitions, or whole tensors.
+    """Pieces of memory on one device: DTensors' local parts, another framework's partitions, or whole tensors.
 
     A piece is a contiguous run of elements of one parameter. Its blocks are counted from its own start and its last
     one may be short. Entry i of every sequence is piece i's; all tensors of a sequence have one dtype.
@@ -41,6 +41,7 @@ class PieceShard:
     grad: Sequence[Tensor]  # [n_i] any floating-point dtype
     exp_avg: Sequence[Tensor]  # [n_i] state dtype
     exp_avg_sq: Sequence[Tensor]  # [n_i] state dtype
+    model: Sequence[Tensor] | None = None  # [n_i] model dtype, where the master is kept apart
 
     @property
     def lengths(self) -> tuple[int, ...]:
