@@ -1,4 +1,5 @@
-"""Stage 1: gradients that are averaged over ranks already; this rank takes its slices of them."""
+"""Gradients that are averaged over ranks already: this rank takes its slices of whole ones (stage 1), and DTensors'
+local parts as they are (stage 3)."""
 
 from collections.abc import Sequence
 
@@ -7,75 +8,119 @@ from torch import Tensor
 
 from sharded_lamb.buckets import FlatBucket
 from sharded_lamb.collectives import Collectives
-from sharded_lamb.facts import GradientFacts, SquareSums, agree, check_averaged, check_gradient
+from sharded_lamb.facts import (
+    GradientFacts,
+    Replicas,
+    SquareSums,
+    agree,
+    check_alike,
+    check_gradient,
+    check_present,
+)
+from sharded_lamb.pieces import LocalPieces
 
 CHECKED_STEPS = 2
-"""Whole gradients are compared over ranks on this many first steps."""
+"""Gradients of which ranks hold the same part are compared over them on this many first steps."""
 
 
 class AveragedGradients:
-    """Reads ``.grad`` at the step and leaves it as it is. Same interface as `BackwardReducer`."""
+    """Reads ``.grad`` at the step and leaves it as it is. Same interface as `BackwardReducer`.
 
-    def __init__(self, collectives: Collectives, square_sums: SquareSums) -> None:
+    ``only_placed``: plain parameters' gradients come from elsewhere, and DTensors' alone are read here.
+    """
+
+    def __init__(
+        self,
+        collectives: Collectives,
+        square_sums: SquareSums,
+        pieces: LocalPieces,
+        *,
+        only_placed: bool = False,
+    ) -> None:
         self.collectives, self.square_sums = collectives, square_sums
+        self.pieces, self.only_placed = pieces, only_placed
         self.params: list[Tensor] = []
         self.names: list[str] = []
+        self.mine: list[bool] = []
         self.buckets: list[FlatBucket] = []
+        self.replicas = Replicas((), (), ())
         self.enabled = True
         self._steps_seen = 0
         self._known: GradientFacts | None = None
         self._used: list[tuple[Tensor | None, int | None]] = []
 
-    def extend(self, names: Sequence[str], params: Sequence[Tensor], buckets: Sequence[FlatBucket]) -> None:
-        """Take on parameters that follow those of before, in buckets of their own."""
+    def extend(
+        self,
+        names: Sequence[str],
+        params: Sequence[Tensor],
+        buckets: Sequence[FlatBucket],
+        replicas: Replicas,
+    ) -> None:
+        """Take on parameters that follow those of before: in buckets of their own, or among the pieces."""
+        self.mine += [
+            not self.only_placed or index in self.pieces.pieces
+            for index in range(len(self.params), len(self.params) + len(params))
+        ]
         self.names.extend(names)
         self.params.extend(params)
-        self.buckets.extend(buckets)
+        self.replicas = replicas
+        if not self.only_placed:
+            self.buckets.extend(buckets)
+        self._known = None  # of fewer parameters
 
     def ready(self, found_inf: Tensor | None) -> GradientFacts:
         """The facts of the gradients of now; collective (a), unless they are known and unchanged.
 
         Raises:
-            ValueError: gradients differ over ranks, or are on some ranks only (see `check_averaged`).
-            TypeError: a sparse gradient.
+            ValueError: gradients differ over ranks that must hold the same, or are on some ranks only.
+            TypeError: a sparse gradient, or one that is no DTensor where the parameter is.
         """
         # GradScaler's unscaling counts no version: what clip_grad_norm_ saw may have been scaled.
         if self._known is None or found_inf is not None or not self._unchanged():
-            self._used = [(p.grad, None if p.grad is None else p.grad._version) for p in self.params]
-            self._known = self._collect(found_inf)
+            grads = self._grads()
+            self._used = [(grad, None if grad is None else grad._version) for grad in grads]
+            self._known = self._collect(grads, found_inf)
         return self._known
+
+    def _grads(self) -> list[Tensor | None]:
+        return [p.grad if mine else None for p, mine in zip(self.params, self.mine, strict=True)]
 
     def _unchanged(self) -> bool:
         """Whether every ``.grad`` is the tensor, at the version, that the facts were made of."""
         return len(self._used) == len(self.params) and all(
-            p.grad is grad and (grad is None or grad._version == version)
-            for p, (grad, version) in zip(self.params, self._used, strict=True)
+            now is grad and (grad is None or grad._version == version)
+            for now, (grad, version) in zip(self._grads(), self._used, strict=True)
         )
 
-    def _collect(self, found_inf: Tensor | None) -> GradientFacts:
-        grads = [p.grad for p in self.params]
+    def _collect(self, grads: Sequence[Tensor | None], found_inf: Tensor | None) -> GradientFacts:
         for name, grad in zip(self.names, grads, strict=True):
             if grad is not None:
                 check_gradient(name, grad)
         for bucket in self.buckets:
             bucket.take_own_gradients()
+        self.pieces.take_gradients(self.names, self.collectives.traffic)
         compared = self.collectives.world_size > 1 and self._steps_seen < CHECKED_STEPS
-        totals = self._totals() if compared else None
+        totals = self._totals(grads) if compared else None
         present = [grad is not None for grad in grads]
         facts = agree(
             self.collectives, self.square_sums(), present, [False] * len(present), found_inf, totals
         )
         if compared or facts.present.device.type == "cpu":  # elsewhere the host does not wait for the device
-            check_averaged(facts, self.names, self.collectives.world_size)
+            placed = [param in self.pieces.pieces for param in range(len(present))]
+            check_present(facts, self.names, self.collectives.world_size, placed)
+            check_alike(facts, self.replicas)
         return facts
 
-    def _totals(self) -> Tensor:
-        """[2] fp64: Σg and Σg² of this rank's whole gradients."""
-        totals = torch.zeros(2, dtype=torch.float64, device=self.params[0].device)
-        for p in self.params:
-            if p.grad is not None:
-                totals[0] += p.grad.sum(dtype=torch.float64)
-                totals[1] += torch.linalg.vector_norm(p.grad, dtype=torch.float64).square()
+    def _totals(self, grads: Sequence[Tensor | None]) -> Tensor:
+        """[2, kinds] fp64: Σg and Σg² of this rank's parts of the gradients that other ranks hold too."""
+        device = self.params[0].device
+        totals = torch.zeros(2, len(self.replicas.kinds), dtype=torch.float64, device=device)
+        for param, grad in enumerate(grads):
+            kind = self.replicas.kind_of[param]
+            if grad is not None and kind >= 0:
+                part = self.pieces.grads.get(param, grad)
+                totals[0, kind] += part.sum(dtype=torch.float64)
+                totals[1, kind] += torch.linalg.vector_norm(part, dtype=torch.float64).square()
         return totals
 
     def settle(self) -> None:
@@ -83,7 +128,10 @@ class AveragedGradients:
 
     def is_partial(self, facts: GradientFacts) -> Tensor:
         """Bool, on the device: a gradient is on some ranks only, which the host has not seen on a GPU."""
-        return ((facts.present > 0) & (facts.present < self.collectives.world_size)).any()
+        partial = (facts.present > 0) & (facts.present < self.collectives.world_size)
+        if self.only_placed:
+            partial = partial & torch.tensor(self.mine).to(partial.device, non_blocking=True)
+        return partial.any()
 
     def unscale_factor(self) -> Tensor | None:
         """None: ``.grad`` itself is what ``GradScaler.unscale_`` wrote."""

@@ -47,8 +47,12 @@ class Topology:
         return self.replica_ranks[0] == self.global_rank
 
     @staticmethod
-    def of(process_group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> "Topology":
-        """From the constructor's arguments.
+    def of(
+        process_group: dist.ProcessGroup | None,
+        mesh: DeviceMesh | None,
+        default: tuple[int, ...] | None = None,
+    ) -> "Topology":
+        """From the constructor's arguments; without them the ``default`` ranks, else all.
 
         Raises:
             ValueError: both given, a mesh of other than 1 or 2 dimensions, or this rank in neither.
@@ -60,7 +64,10 @@ class Topology:
             return Topology._alone()
         if mesh is not None:
             return Topology._of_mesh(mesh)
-        ranks = tuple(dist.get_process_group_ranks(process_group or dist.group.WORLD))
+        if process_group is None and default is not None:
+            ranks = default
+        else:
+            ranks = tuple(dist.get_process_group_ranks(process_group or dist.group.WORLD))
         if dist.get_rank() not in ranks:
             raise ValueError(
                 f"rank {dist.get_rank()} constructs a ShardedLamb over ranks {ranks} without being one"

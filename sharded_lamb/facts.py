@@ -2,11 +2,11 @@
 
 Slots of the fp64 vector, for P parameters and W ranks::
 
-    [0, P)      Σg², each rank its slices (non-finite: a gradient element was, or its square overflows)
+    [0, P)      Σg², each rank what it speaks for (non-finite: a gradient element was, or its square overflows)
     [P, 2P)     on how many ranks the parameter has a gradient
     [2P, 3P)    on how many ranks gradient is left over that no reduction took (stage 2)
     [3P]        on how many ranks GradScaler found an inf
-    [3P+1, …)   on the first steps of stage 1: Σg and Σg² of whole gradients, W slots each
+    [3P+1, …)   on the first steps: Σg and Σg² of what a rank holds of gradients that others hold too, W slots a kind
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from sharded_lamb import rule
 from sharded_lamb.collectives import Collectives
 
 SquareSums = Callable[[], Tensor]
-"""[P] fp64: Σg² of this rank's slices of every parameter, as the gradient shards are now."""
+"""[P] fp64: Σg² of what this rank speaks for of every parameter, as the gradient shards are now."""
 
 TOLERANCE = 1e-3
 """How far Σg² of the same averaged gradients may differ over ranks, relative; Σg likewise, of √Σg²."""
@@ -34,15 +34,40 @@ class GradientFacts:
     left_over: Tensor  # [P] fp64
     bad: Tensor  # [P] bool: non-finite
     found_inf: Tensor  # bool
-    totals: Tensor | None  # [2, W] Σg and Σg² of every rank's whole gradients
+    totals: Tensor | None  # [2, kinds, W] Σg and Σg² of what every rank holds of each kind of `Replicas`
 
     @property
     def any_bad(self) -> Tensor:
         return self.bad.any() | self.found_inf
 
-    def norm(self, wide: Tensor) -> Tensor:
-        """Global gradient norm, fp64; rounded to fp32 (see `sharded_lamb.rule.norms`) unless all are ``wide``."""
-        return rule.norms(self.square_sums.sum(), wide.all())
+    def norm(self, wide: Tensor, scale: Tensor) -> Tensor:
+        """Global norm of gradients times ``scale`` (scalar, or [P]), fp64.
+
+        Rounded to fp32 (see `sharded_lamb.rule.norms`) unless all are ``wide``.
+        """
+        if scale.ndim:
+            return rule.norms((self.square_sums * scale * scale).sum(), wide.all())
+        return rule.norms(self.square_sums.sum(), wide.all()) * scale
+
+    def joined(self, other: "GradientFacts") -> "GradientFacts":
+        """Of both, where no parameter is in both."""
+        return GradientFacts(
+            square_sums=self.square_sums + other.square_sums,
+            present=self.present + other.present,
+            left_over=self.left_over + other.left_over,
+            bad=self.bad | other.bad,
+            found_inf=self.found_inf | other.found_inf,
+            totals=None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """Gradients of which ranks hold the same part, by kind: whole ones, and DTensors of one mesh and placements."""
+
+    kinds: tuple[str, ...]  # as messages call them; "" for plain parameters
+    kind_of: tuple[int, ...]  # of every parameter; -1: each rank holds a part of its own
+    cells: tuple[tuple[int, ...], ...]  # [kinds][W] ranks with the same number hold the same part
 
 
 def agree(
@@ -56,23 +81,23 @@ def agree(
     """Make this rank's facts everyone's. One small all-reduce over everyone; none on one rank.
 
     Args:
-        square_sums: [P] fp64, Σg² of this rank's slices.
+        square_sums: [P] fp64, Σg² of what this rank speaks for.
         present, left_over: [P], this rank's.
         found_inf: GradScaler's, if one is in use.
-        totals: [2] Σg and Σg² of this rank's whole gradients, to compare over ranks.
+        totals: [2, kinds] Σg and Σg² of what this rank holds, to compare over ranks.
     """
     topology, count, world = collectives.topology, len(present), collectives.world_size
     device = square_sums.device
-    vector = torch.zeros(3 * count + 1 + (2 * world if totals is not None else 0), dtype=torch.float64)
+    slots = 0 if totals is None else totals.numel() * world
+    vector = torch.zeros(3 * count + 1 + slots, dtype=torch.float64)
     vector[count : 2 * count] = torch.tensor(present, dtype=torch.float64)
     vector[2 * count : 3 * count] = torch.tensor(left_over, dtype=torch.float64)
     vector = vector.to(device, non_blocking=True)
-    if topology.is_first_replica:
-        vector[:count] = square_sums
+    vector[:count] = square_sums
     if found_inf is not None:
         vector[3 * count] = found_inf.to(device).reshape(())
     if totals is not None:
-        vector[3 * count + 1 :].view(2, world)[:, topology.rank] = totals
+        vector[3 * count + 1 :].view(*totals.shape, world)[..., topology.rank] = totals
     collectives.all_reduce_small(vector)
     sums = vector[:count]
     return GradientFacts(
@@ -81,7 +106,7 @@ def agree(
         left_over=vector[2 * count : 3 * count],
         bad=~sums.isfinite(),
         found_inf=vector[3 * count] > 0,
-        totals=vector[3 * count + 1 :].view(2, world) if totals is not None else None,
+        totals=vector[3 * count + 1 :].view(*totals.shape, world) if totals is not None else None,
     )
 
 
@@ -94,34 +119,73 @@ def check_gradient(name: str, grad: Tensor) -> None:
         )
 
 
-def check_averaged(facts: GradientFacts, names: Sequence[str], world_size: int) -> None:
-    """Stage 1: gradients must be everywhere and the same. Reads the device.
+def check_present(
+    facts: GradientFacts, names: Sequence[str], world_size: int, placed: Sequence[bool]
+) -> None:
+    """A gradient must be on all ranks or on none. Reads the device.
+
+    Args:
+        placed: which parameters are DTensors.
 
     Raises:
-        ValueError: a gradient is on some ranks only, or the ranks' gradients differ by more than `TOLERANCE`.
+        ValueError: a gradient is on some ranks only.
     """
     present = facts.present.tolist()
-    partial = [name for name, count in zip(names, present, strict=True) if 0 < count < world_size]
-    if partial:
-        count = int(present[list(names).index(partial[0])])
+    partial = [param for param, count in enumerate(present) if 0 < count < world_size]
+    if not partial:
+        return
+    first = partial[0]
+    found = (
+        f"a gradient of {names[first]!r} on {int(present[first])} of {world_size} ranks only (and of "
+        f"{len(partial) - 1} more parameters)"
+    )
+    if placed[first]:
         raise ValueError(
-            f"stage=1 got a gradient of {partial[0]!r} on {count} of {world_size} ranks only (and of "
-            f"{len(partial) - 1} more parameters): .grad must hold gradients averaged over ranks, as "
-            f"DistributedDataParallel leaves them. Use DistributedDataParallel(find_unused_parameters=True), or "
-            f"ShardedLamb(stage=2) on the bare model, which reduces gradients itself"
+            f"there is {found}, and it is a DTensor, of which every rank holds a part: run the same modules' backward "
+            f"on all ranks of the mesh"
         )
+    raise ValueError(
+        f"stage=1 got {found}: .grad must hold gradients averaged over ranks, as "
+        f"DistributedDataParallel leaves them. Use DistributedDataParallel(find_unused_parameters=True), or "
+        f"ShardedLamb(stage=2) on the bare model, which reduces gradients itself"
+    )
+
+
+def check_alike(facts: GradientFacts, replicas: Replicas) -> None:
+    """Ranks that hold the same part of a gradient must hold the same numbers. Reads the device.
+
+    Raises:
+        ValueError: they differ by more than `TOLERANCE`.
+    """
     if facts.totals is None or not facts.totals.isfinite().all():
         return
     sums, squares = facts.totals.tolist()
-    scale = max(squares)
-    for rank, (total, square) in enumerate(zip(sums, squares, strict=True)):
-        if abs(square - squares[0]) > TOLERANCE * scale or abs(total - sums[0]) > TOLERANCE * scale**0.5:
-            raise ValueError(
-                f"stage=1 got different gradients on rank 0 (Σg = {sums[0]:.6g}, Σg² = {squares[0]:.6g}) and on "
-                f"rank {rank} (Σg = {total:.6g}, Σg² = {square:.6g}): they are not averaged over ranks, and every "
-                f"rank would train on its own. Wrap the model in DistributedDataParallel, or use "
-                f"ShardedLamb(stage=2) on the bare model, which averages gradients itself"
-            )
+    for kind, cells in enumerate(replicas.cells):
+        scale = max(squares[kind])
+        for rank, cell in enumerate(cells):
+            first = cells.index(cell)
+            total, square = sums[kind][rank], squares[kind][rank]
+            gap, gap_of_squares = abs(total - sums[kind][first]), abs(square - squares[kind][first])
+            if gap_of_squares > TOLERANCE * scale or gap > TOLERANCE * scale**0.5:
+                found = (
+                    f"different gradients on rank {first} (Σg = {sums[kind][first]:.6g}, "
+                    f"Σg² = {squares[kind][first]:.6g}) and on rank {rank} (Σg = {total:.6g}, Σg² = {square:.6g})"
+                )
+                raise ValueError(_unlike(found, replicas.kinds[kind]))
+
+
+def _unlike(found: str, kind: str) -> str:
+    if kind:
+        return (
+            f"DTensor parameters with {kind} have {found}, which hold the same part of them: these ranks would drift "
+            f"apart. Gradients must be averaged over the axes that replicate, as fully_shard does on a 2-D mesh "
+            f"(replicate, shard)"
+        )
+    return (
+        f"stage=1 got {found}: they are not averaged over ranks, and every "
+        f"rank would train on its own. Wrap the model in DistributedDataParallel, or use "
+        f"ShardedLamb(stage=2) on the bare model, which averages gradients itself"
+    )
 
 
 class SkipCounter:

@@ -98,18 +98,19 @@ class ShardLayout:
     """One rank's segments in every bucket, and the buckets they are cut from.
 
     Frozen, and complete: `Bucket` proves coverage over ranks, this proves that every parameter is in
-    exactly one bucket, whole.
+    exactly one bucket, whole, or in ``placed``.
     """
 
     numels: tuple[int, ...]  # of every parameter
     buckets: tuple[Bucket, ...]
     rank: int
     world_size: int
+    placed: frozenset[int] = frozenset()  # DTensors: their placements cut them, see `sharded_lamb.placements`
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank must lie in [0, {self.world_size}), got {self.rank}")
-        seen = [False] * len(self.numels)
+        seen = [param in self.placed for param in range(len(self.numels))]
         for bucket in self.buckets:
             if bucket.world_size != self.world_size:
                 raise ValueError(f"a bucket for {bucket.world_size} ranks in a layout for {self.world_size}")
@@ -118,7 +119,8 @@ class ShardLayout:
                     raise ValueError(f"parameter {param} is not one of {len(seen)}")
                 if seen[param] or numel != self.numels[param]:
                     raise ValueError(
-                        f"parameter {param} of {self.numels[param]} elements is in two buckets or not whole in one"
+                        f"parameter {param} of {self.numels[param]} elements is in two buckets, or placed by a DTensor "
+                        f"and in one, or not whole in one"
                     )
                 seen[param] = True
         if not all(seen):
@@ -132,7 +134,8 @@ class ShardLayout:
     def digest(self) -> str:
         """The same on every rank of one layout, and on no other layout (SHA-256 over its integers)."""
         buckets = [(b.params, b.offsets, b.numels, b.numel) for b in self.buckets]
-        return hashlib.sha256(json.dumps([self.world_size, buckets]).encode()).hexdigest()
+        placed = [[(param, self.numels[param]) for param in sorted(self.placed)]] if self.placed else []
+        return hashlib.sha256(json.dumps([self.world_size, buckets, *placed]).encode()).hexdigest()
 
     def picture(self, names: Sequence[str], width: int = 60) -> str:
         """Who holds what, a line a parameter: its elements from left to right, a digit (mod 10) a rank."""

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharded_lamb.buckets import FlatBucket
 from sharded_lamb.collectives import Collectives, Pending
-from sharded_lamb.facts import GradientFacts, SquareSums, agree, check_gradient
+from sharded_lamb.facts import GradientFacts, Replicas, SquareSums, agree, check_gradient
 
 IN_FLIGHT = 3
 """Buckets whose exchange may be under way at once: bounds staging memory at 3 x 2 buckets."""
@@ -58,7 +58,7 @@ class BackwardReducer:
         self.buckets: list[FlatBucket] = []
         self.names: list[str] = []
         self.params: list[Tensor] = []
-        self.bucket_of: list[int] = []
+        self.bucket_of: dict[int, int] = {}  # of the parameters that are reduced here: DTensors are not
         self.present: list[bool] = []
         self.late: set[int] = set()
         self.facts: GradientFacts | None = None
@@ -78,7 +78,13 @@ class BackwardReducer:
         self._waiting: list[int] = []
         self._next = 0
 
-    def extend(self, names: Sequence[str], params: Sequence[Tensor], buckets: Sequence[FlatBucket]) -> None:
+    def extend(
+        self,
+        names: Sequence[str],
+        params: Sequence[Tensor],
+        buckets: Sequence[FlatBucket],
+        replicas: Replicas,
+    ) -> None:
         """Take on parameters that follow those of before, in buckets of their own. Settled before."""
         assert not self._open, "parameters cannot join in the middle of a round"
         self.facts = None  # of fewer parameters
@@ -86,13 +92,12 @@ class BackwardReducer:
         self.names.extend(names)
         self.params.extend(params)
         self.present.extend([False] * len(params))
-        self.bucket_of.extend([0] * len(params))
         for index, bucket in enumerate(buckets, start=len(self.buckets)):
             for param in bucket.plan.params:
                 self.bucket_of[param] = index
         self.buckets.extend(buckets)
         self._staging.clear()  # new buckets may be larger
-        sized = [index for index, p in enumerate(self.params) if p.numel() > 0]
+        sized = [index for index in sorted(self.bucket_of) if self.params[index].numel() > 0]
         if self.sentinel_param < 0 and sized:
             self.sentinel_param = min(sized, key=lambda index: self.params[index].numel())
         self._register(first)
@@ -114,7 +119,7 @@ class BackwardReducer:
             if reducer is not None:
                 reducer._before_sentinel_gradient()
 
-        for index in range(first, len(self.params)):
+        for index in sorted(index for index in self.bucket_of if index >= first):
             register: Any = self.params[index].register_post_accumulate_grad_hook
             register(after_accumulation(index))
         if self.sentinel_param >= first:
@@ -284,7 +289,7 @@ class BackwardReducer:
         A second pass follows where any rank has gradients that came after their bucket went.
         """
         if self.rounds == 0:
-            refuse_ddp(self.params)
+            refuse_ddp([self.params[index] for index in self.bucket_of])
         self._open_round()
         for index in range(self._next, len(self.buckets)):
             self._launch(index)
@@ -310,7 +315,10 @@ class BackwardReducer:
             self._finish_oldest()
 
     def _left_over(self) -> list[bool]:
-        return [p.grad is not None and p.grad is not self._sentinel for p in self.params]
+        return [
+            index in self.bucket_of and p.grad is not None and p.grad is not self._sentinel
+            for index, p in enumerate(self.params)
+        ]
 
     def ready(self, found_inf: Tensor | None) -> GradientFacts:
         """The facts of all gradients so far: of the last round, or of one that is made now.

@@ -11,8 +11,7 @@ How the parts work together in a step::
 """
 
 import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Unpack
@@ -22,18 +21,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from sharded_lamb import rule, state
+from sharded_lamb import rule
 from sharded_lamb.agreement import Description, check_agreement, describe_group, told_to_all
 from sharded_lamb.averaged import AveragedGradients
-from sharded_lamb.base import LambOptimizer, called_by
 from sharded_lamb.collectives import Collectives, Pending, Topology, Traffic
 from sharded_lamb.engine import gradient_square_sums, lamb_step
 from sharded_lamb.facts import GradientFacts, SkipCounter
 from sharded_lamb.holdings import Holdings, Plan, Settings
 from sharded_lamb.hyperparams import RuleOptions, check_max_grad_norm
-from sharded_lamb.kernels import Kernel, ReferenceKernel
-from sharded_lamb.options import OptionTable
+from sharded_lamb.kernels import FlatShard, Kernel, ReferenceKernel, Shard
+from sharded_lamb.mixed import MixedGradients
+from sharded_lamb.placements import materialized, root_ranks
 from sharded_lamb.reduction import BackwardReducer
+from sharded_lamb.saving import SavingOptimizer
 
 logger = logging.getLogger("sharded_lamb")
 
@@ -45,7 +45,7 @@ class _LastStep:
     grad_norm: Tensor  # fp64 scalar
 
 
-class ShardedLamb(LambOptimizer):
+class ShardedLamb(SavingOptimizer):
     """LAMB (arXiv 1904.00962) with optimizer state cut over ranks, exact for every parameter.
 
     Parameters become views of flat buckets. Each rank keeps moments (and fp32 masters of fp16 and bf16
@@ -106,7 +106,8 @@ class ShardedLamb(LambOptimizer):
         max_consecutive_skips: int = 10,
         **options: Unpack[RuleOptions],
     ) -> None:
-        topology = Topology.of(process_group, mesh)
+        params = materialized(params)
+        topology = Topology.of(process_group, mesh, root_ranks(params))
         with told_to_all(topology):
             self._settings = Settings(
                 stage,
@@ -123,12 +124,8 @@ class ShardedLamb(LambOptimizer):
             super().__init__(params, scalars, variant, options)
         plan = self._agreed_plan()
         self._kernel: Kernel = ReferenceKernel()
-        self._collectives = Collectives(topology, plan.device)
-        self._gradients: AveragedGradients | BackwardReducer
-        if stage == 1:
-            self._gradients = AveragedGradients(self._collectives, self._square_sums)
-        else:
-            self._gradients = BackwardReducer(self._collectives, self._square_sums, overlap=overlap)
+        self._collectives = Collectives(topology, plan.wire_device)
+        self._gradients = self._make_gradients()
         self._skips = SkipCounter(plan.device, max_consecutive_skips)
         self._clip: Tensor | None = None
         self._last: _LastStep | None = None
@@ -157,11 +154,7 @@ class ShardedLamb(LambOptimizer):
         description += [
             (f"options of group {i}", describe_group(group)) for i, group in enumerate(self.param_groups)
         ]
-        description += [
-            (f"parameter {i}", [name, list(p.shape), str(p.dtype), p.device.type])
-            for i, (name, p, _) in enumerate(plan.rows, start=len(held.params))
-        ]
-        description += [("parameters", len(plan.layout.numels)), ("layout", plan.layout.digest())]
+        description += plan.described(len(held.params))
         check_agreement(held.topology, description)
         return plan
 
@@ -175,10 +168,10 @@ class ShardedLamb(LambOptimizer):
         held = self._holdings
         self._gradients.settle()
         buckets = held.adopt(plan, self._collectives)
-        self._table: OptionTable = self._option_table(held.rows, plan.device)
-        self._gradients.extend([name for name, _, _ in plan.rows], [p for _, p, _ in plan.rows], buckets)
-        for param, entry in sorted(state.local_states(held.layout, held.buckets, held.step).items()):
-            self.state[held.params[param]] = entry
+        self._table = self._option_table(held.rows, plan.device)
+        names, params = [name for name, _, _ in plan.rows], [p for _, p, _ in plan.rows]
+        self._gradients.extend(names, params, buckets, held.replicas())
+        self._show_state()
 
     # -- the step -----------------------------------------------------------------------------------
 
@@ -197,7 +190,7 @@ class ShardedLamb(LambOptimizer):
                 loss = closure()
         held = self._holdings
         self._take_on_unfrozen()
-        if not held.buckets:
+        if not held.params:
             return loss
         held.check_attached()
         self._skips.check(held.names)
@@ -215,28 +208,35 @@ class ShardedLamb(LambOptimizer):
         skip = self._must_skip(facts, found_inf)
         self._skips.record(skip, facts.bad)
         inverse = self._inverse_scale()
-        grad_norm = facts.norm(self._table.options().wide) * inverse
+        grad_norm = facts.norm(self._table.options().wide, inverse)
         moved = (facts.present > 0) & ~skip
         if held.device.type == "cpu" and skip:
             self._last = _LastStep(torch.ones_like(held.step), moved, grad_norm)
             return
+        shards = held.shards()
         if held.device.type != "cpu":  # the host does not know: coefficients of 0 must meet no nan
-            for bucket in held.buckets:
-                bucket.shard.grad.masked_fill_(skip, 0)
+            for shard in shards:
+                for grad in [shard.grad] if isinstance(shard, FlatShard) else shard.grad:
+                    grad.masked_fill_(skip, 0)
         clip = torch.ones_like(grad_norm) if self._clip is None else self._clip
         clip = clip * rule.clip_factor(grad_norm * clip, self.max_grad_norm)
         step = held.step + moved
         gathers: list[Pending] = []
+
+        def gather(index: int) -> None:
+            if index < len(held.buckets):
+                gathers.append(collectives.all_gather(held.buckets[index].flat))
+
         ratios = lamb_step(
             self._kernel,
-            [bucket.shard for bucket in held.buckets],
+            shards,
             self._table.options(),
             lr=self._table.lr(),
             step=step,
             active=moved,
             grad_scale=torch.where(skip, torch.zeros_like(clip), inverse * clip),
             sum_over_ranks=self._sum_norms,
-            written=lambda index: gathers.append(collectives.all_gather(held.buckets[index].flat)),
+            written=gather,
         )
         held.step.copy_(step)
         for pending in gathers:
@@ -247,9 +247,8 @@ class ShardedLamb(LambOptimizer):
         self._last = _LastStep(ratios, moved, grad_norm)
 
     def _sum_norms(self, square_sums: Tensor) -> None:
-        """(b): every element counts once, so replicas but the first add nothing."""
-        if not self._holdings.topology.is_first_replica:
-            square_sums.zero_()
+        """(b): every element counts once, so of the ranks that hold it all but the first add nothing."""
+        square_sums *= self._holdings.speaks
         self._collectives.all_reduce_small(square_sums)
 
     def _must_skip(self, facts: GradientFacts, found_inf: Tensor | None) -> Tensor:
@@ -262,7 +261,7 @@ class ShardedLamb(LambOptimizer):
         return skip
 
     def _inverse_scale(self) -> Tensor:
-        """What turns the held gradients into the true ones: GradScaler's inverse scale, or 1. fp64 scalar."""
+        """What turns the held gradients into the true ones: GradScaler's inverse scale, or 1. fp64 scalar, or [P]."""
         inverse = torch.ones((), dtype=torch.float64, device=self._holdings.device)
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
@@ -272,9 +271,25 @@ class ShardedLamb(LambOptimizer):
 
     # -- gradients ----------------------------------------------------------------------------------
 
-    def _square_sums(self) -> Tensor:
-        shards = [bucket.shard for bucket in self._holdings.buckets]
-        return gradient_square_sums(self._kernel, shards, len(self._holdings.params), self._holdings.device)
+    def _make_gradients(self) -> AveragedGradients | MixedGradients:
+        held, collectives = self._holdings, self._collectives
+        if self._settings.stage == 1:
+            return AveragedGradients(collectives, lambda: self._square_sums(held.shards()), held.pieces)
+        return MixedGradients(
+            BackwardReducer(
+                collectives,
+                lambda: self._square_sums([bucket.shard for bucket in held.buckets]),
+                overlap=self._settings.overlap,
+            ),
+            AveragedGradients(
+                collectives, lambda: self._square_sums(held.pieces.shards), held.pieces, only_placed=True
+            ),
+        )
+
+    def _square_sums(self, shards: Sequence[Shard]) -> Tensor:
+        """[P] fp64, of what this rank speaks for. Non-finite on any rank that holds it: 0 x inf is nan."""
+        held = self._holdings
+        return gradient_square_sums(self._kernel, shards, len(held.params), held.device) * held.speaks
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients: ``.grad``, and in stage 2 what was reduced, once nothing is in flight any more."""
@@ -303,109 +318,14 @@ class ShardedLamb(LambOptimizer):
         """
         check_max_grad_norm(max_norm)
         self._take_on_unfrozen()
-        if not self._holdings.buckets:
+        if not self._holdings.params:
             return torch.zeros(())
         facts = self._gradients.ready(None)
         unscaled = self._gradients.unscale_factor()
-        norm = facts.norm(self._table.options().wide)
-        norm = norm if unscaled is None else norm * unscaled
+        one = torch.ones((), dtype=torch.float64, device=self._holdings.device)
+        norm = facts.norm(self._table.options().wide, one if unscaled is None else unscaled)
         self._clip = rule.clip_factor(norm, max_norm)
         return norm.float()
-
-    # -- state --------------------------------------------------------------------------------------
-
-    def _load_tensors(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        held = self._holdings
-        for name, p in zip(held.names, held.params, strict=True):
-            if p not in states:
-                raise ValueError(f"the state dict has no state of {name!r}: it is of another model")
-            state.check_local(name, self.state[p], states[p])
-        for p in held.params:
-            state.load_local(self.state[p], states[p])
-
-    def _load_groups(self, saved_groups: list[dict[str, Any]]) -> None:
-        super()._load_groups(saved_groups)
-        self._table = self._option_table(
-            self._holdings.rows, self._holdings.device
-        )  # patterns may have changed
-        self._skips.reset()
-
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's slices, stamped: save every rank's own, and load it on the same rank of as many.
-
-        Warns where a framework asks for it that saves the first rank's only (Hugging Face's Trainer).
-        """
-        if self._collectives.world_size > 1 and called_by("transformers.trainer"):
-            warnings.warn(
-                "transformers' Trainer saves the optimizer of rank 0 only, and state_dict() of a ShardedLamb over "
-                f"{self._collectives.world_size} ranks holds rank 0's slices only: this checkpoint cannot resume the "
-                "optimizer. Save full_state_dict() in a TrainerCallback, or set save_only_model=True",
-                UserWarning,
-                stacklevel=2,
-            )
-        return super().state_dict()
-
-    def full_state_dict(self) -> dict[str, Any] | None:
-        """Whole state tensors on the first rank's CPU, as `Lamb.load_state_dict` takes them; None elsewhere.
-
-        Collective; streamed, so that no rank but the first ever holds more than a bucket of others' state.
-        ``master`` entries (fp32 weights of fp16 and bf16 parameters) are there beside the moments.
-        """
-        held = self._holdings
-        states = state.gather_full(self._collectives, held.layout, held.buckets, held.step)
-        if states is None:
-            return None
-        packed = super().state_dict()
-        order = [p for group in self.param_groups for p in group["params"]]
-        whole = {place: states[held.index[p]] for place, p in enumerate(order) if p in held.index}
-        return {"state": whole, "param_groups": packed["param_groups"]}
-
-    def load_full_state_dict(self, state_dict: dict[str, Any] | None) -> None:
-        """Load what `full_state_dict` or `Lamb.state_dict` gave, at any number of ranks. Collective.
-
-        Args:
-            state_dict: on the first rank; others pass None.
-
-        Raises:
-            ValueError: on every rank, where the first rank's state does not fit.
-        """
-        held = self._holdings
-        first = held.topology.rank == 0
-        with told_to_all(held.topology, always=True):
-            if first:
-                saved = state.check_complete(state_dict)
-                self._check_saved_groups(saved["param_groups"])
-                order = [p for group in self.param_groups for p in group["params"]]
-                states = state.by_index(saved["state"], [held.index.get(p) for p in order])
-                state.check_full(held.names, [tuple(p.shape) for p in held.params], states)
-        groups: list[Any] = [state_dict["param_groups"] if first and state_dict is not None else None]
-        if held.topology.everyone[1:]:
-            dist.broadcast_object_list(groups, held.topology.everyone[0], group=self._collectives.everyone)
-        state.scatter_full(self._collectives, held.buckets, held.step, states if first else None)
-        self._load_groups(groups[0])
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self._collectives.world_size > 1:
-            raise TypeError(
-                "a ShardedLamb over several ranks holds one rank's slices and process groups, and cannot be pickled or "
-                "copied: use state_dict() on every rank, or full_state_dict()"
-            )
-        return {
-            "settings": self._settings,
-            "defaults": self.defaults,
-            "max_grad_norm": self.max_grad_norm,
-            "param_groups": self.param_groups,
-            "full": self.full_state_dict(),
-        }
-
-    def __setstate__(self, pickled: dict[str, Any]) -> None:
-        settings: Settings = pickled["settings"]
-        defaults = dict(pickled["defaults"])
-        keywords = {name: getattr(settings, name) for name in settings.__slots__}
-        self.__init__(  # type: ignore[misc]
-            pickled["param_groups"], **keywords, **defaults, max_grad_norm=pickled["max_grad_norm"]
-        )
-        self.load_full_state_dict(pickled["full"])
 
     # -- what happened ------------------------------------------------------------------------------
 

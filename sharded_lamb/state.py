@@ -1,18 +1,24 @@
 """State as users see it: per parameter, this rank's slices, stamped; and whole tensors for one device.
 
 A stamp is a tensor of int64, since torch.distributed.checkpoint keeps nothing but tensors of a parameter's
-state: [rank, shards, start, length, numel, digest], elements in the parameter's memory order.
+state: [rank, shards, start, length, numel, digest], elements in the parameter's memory order. A DTensor's state is
+DTensors like it, and ``start`` is then its cell (`sharded_lamb.placements`).
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from sharded_lamb.buckets import FlatBucket
+from sharded_lamb.buckets import FlatBucket, flattened
 from sharded_lamb.collectives import Collectives
 from sharded_lamb.layout import ShardLayout
+from sharded_lamb.pieces import LocalPieces
+from sharded_lamb.placements import Cut, local_part
 
 STAMP = ("rank", "shards", "start", "length", "numel", "layout")
 State = dict[str, Tensor]
@@ -28,7 +34,7 @@ def tensors_of(bucket: FlatBucket) -> dict[str, Tensor]:
 
 def local_states(layout: ShardLayout, buckets: Sequence[FlatBucket], step: Tensor) -> dict[int, State]:
     """{parameter: state} for every parameter, the same keys on every rank; tensors are views."""
-    digest = int(layout.digest()[:15], 16)
+    digest = _short(layout.digest())
     states: dict[int, State] = {}
     for bucket in buckets:
         for param in bucket.plan.params:
@@ -48,6 +54,27 @@ def local_states(layout: ShardLayout, buckets: Sequence[FlatBucket], step: Tenso
     return states
 
 
+def placed_states(
+    layout: ShardLayout, pieces: LocalPieces, cuts: Mapping[int, Cut], rank: int, world: int, step: Tensor
+) -> dict[int, State]:
+    """The same of DTensors: tensors are DTensors like the parameter, over the memory that steps update."""
+    own_layout = layout.digest()
+    states: dict[int, State] = {}
+    for param, piece in pieces.pieces.items():
+        cut = cuts[param]
+        digest = _short(hashlib.sha256(json.dumps([own_layout, cut.described()]).encode()).hexdigest())
+        stamp = [rank, world, cut.cell, piece.exp_avg.numel(), layout.numels[param], digest]
+        states[param] = {"step": step[param]}
+        for key, flat in piece.states().items():
+            states[param][key] = piece.as_dtensor(flat)
+        states[param]["shard"] = torch.tensor(stamp, dtype=torch.int64)
+    return states
+
+
+def _short(digest: str) -> int:
+    return int(digest[:15], 16)
+
+
 def check_local(name: str, own: State, saved: Mapping[str, Any]) -> None:
     """Whether one parameter's saved slices are this rank's.
 
@@ -60,6 +87,14 @@ def check_local(name: str, own: State, saved: Mapping[str, Any]) -> None:
             f"load whole tensors with ShardedLamb.load_full_state_dict() (rank 0 passes them)"
         )
     theirs, ours = torch.as_tensor(saved["shard"]).tolist(), own["shard"].tolist()
+    if theirs != ours and isinstance(own["exp_avg"], DTensor):
+        raise ValueError(
+            f"the state of {name!r} was saved by rank {theirs[0]} of {theirs[1]} and this is rank {ours[0]} of "
+            f"{ours[1]}"
+            + ("" if theirs[5] == ours[5] else ", or under other placements or of another model")
+            + ". state_dict() is one rank's part: save and load every rank's own, with the same mesh and model; "
+            "otherwise use torch.distributed.checkpoint, or full_state_dict() and load_full_state_dict()"
+        )
     if theirs != ours:
         a, b = dict(zip(STAMP, theirs, strict=True)), dict(zip(STAMP, ours, strict=True))
         raise ValueError(
@@ -80,6 +115,8 @@ def load_local(own: State, saved: Mapping[str, Any]) -> None:
     for key, tensor in own.items():
         if key == "step":
             tensor.copy_(torch.as_tensor(saved[key]).reshape(()))
+        elif isinstance(tensor, DTensor):
+            local_part(tensor).copy_(local_part(saved[key]))
         elif key != "shard":
             tensor.copy_(saved[key])
 
@@ -120,11 +157,15 @@ def check_full(
 
 
 def gather_full(
-    collectives: Collectives, layout: ShardLayout, buckets: Sequence[FlatBucket], step: Tensor
+    collectives: Collectives,
+    layout: ShardLayout,
+    buckets: Sequence[FlatBucket],
+    pieces: LocalPieces,
+    step: Tensor,
 ) -> dict[int, State] | None:
     """Whole state tensors in their parameters' shapes, on the first rank's CPU; None elsewhere. Collective.
 
-    Streamed: one bucket of one kind at a time, one rank's shard at a time.
+    Streamed: one bucket of one kind at a time, one rank's shard at a time; of DTensors, one tensor at a time.
     """
     states: dict[int, State] = {param: {} for param in range(len(layout.numels))}
     steps = step.cpu()
@@ -136,6 +177,11 @@ def gather_full(
             whole = torch.cat(parts)
             for position, param in enumerate(bucket.plan.params):
                 states[param][key] = bucket.place(position, whole).clone()
+    for param, piece in pieces.pieces.items():
+        for key, flat in piece.states().items():
+            whole = piece.as_dtensor(flat).full_tensor()
+            if collectives.topology.rank == 0:
+                states[param][key] = whole.to("cpu", copy=True)
     for param, state in states.items():
         state["step"] = steps[param].clone()
     return states if collectives.topology.rank == 0 else None
@@ -144,6 +190,7 @@ def gather_full(
 def scatter_full(
     collectives: Collectives,
     buckets: Sequence[FlatBucket],
+    pieces: LocalPieces,
     step: Tensor,
     states: Mapping[int, Mapping[str, Tensor]] | None,
 ) -> None:
@@ -165,8 +212,34 @@ def scatter_full(
                         bucket.place(position, whole).copy_(saved[param][key])
                 parts = list(whole.chunk(bucket.plan.world_size))
             collectives.scatter_from_first(flat, parts)
+    _scatter_placed(collectives, pieces, saved)
     step.zero_()
     if first:
         for param, state in saved.items():
             step[param] = torch.as_tensor(state["step"]).reshape(())
     collectives.broadcast(step)
+
+
+def _scatter_placed(
+    collectives: Collectives, pieces: LocalPieces, saved: Mapping[int, Mapping[str, Tensor]]
+) -> None:
+    """One whole tensor at a time to every rank, which keeps its part."""
+    first, device = collectives.topology.rank == 0, collectives.device
+    rows = [(param, key) for param, piece in pieces.pieces.items() for key in piece.states()]
+    there = torch.tensor(
+        [key in saved.get(param, {}) for param, key in rows], dtype=torch.int64, device=device
+    )
+    if rows:
+        collectives.broadcast(there)
+    for (param, key), given in zip(rows, there.tolist(), strict=True):
+        piece = pieces.pieces[param]
+        flat = piece.states()[key]
+        if not given:
+            flat.copy_(piece.weight()) if key == "master" else flat.zero_()
+            continue
+        whole = torch.empty(piece.p.shape, dtype=flat.dtype, device=device)
+        if first:
+            whole.copy_(saved[param][key])
+        collectives.broadcast(whole)
+        mine = distribute_tensor(whole, piece.p.device_mesh, piece.p.placements, src_data_rank=None)
+        flat.copy_(flattened(local_part(mine), piece.strides))

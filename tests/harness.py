@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 _START_TIMEOUT = 120.0
 # Ranks that wait for one that failed will not get there; they get this long to fail by themselves.
@@ -324,6 +325,7 @@ def _clean_up_after_last_case(environment: dict[str, str]) -> None:
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+    _clear_sharding_prop_cache()  # DTensor keeps specs, with meshes of the groups that are gone
     if os.environ != environment:
         os.environ.clear()
         os.environ.update(environment)

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_lamb import Lamb, ShardedLamb, agreement
@@ -335,15 +334,6 @@ def fsdp1(rank: int) -> None:
 
 def test_real_fsdp1_is_refused() -> None:
     all_say(errors_of(2, fsdp1), "ValueError", "flat parameter of FSDP1", "fully_shard")
-
-
-def dtensor(rank: int) -> None:
-    mesh = DeviceMesh("cpu", [0, 1])
-    ShardedLamb([("w", nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])))])
-
-
-def test_dtensor_is_refused() -> None:
-    all_say(errors_of(2, dtensor), "ValueError", "'w' is a DTensor", "not sharded")
 
 
 @pytest.mark.parametrize("cls", [Lamb, ShardedLamb])

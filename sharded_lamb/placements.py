@@ -1,0 +1,141 @@
+"""DTensor placements → which part of a parameter a rank holds, and which rank speaks for it.
+
+The axes of the mesh that shard a parameter cut it into *cells*; ranks at the same coordinates on those axes hold the
+same cell, wherever they are on all other axes (of this mesh or of the one that it was sliced from)::
+
+    mesh (replicate 2, shard 2), placements (Replicate, Shard(0))        LayerNorm under FSDP x TP, on the FSDP axis
+
+        rank 0: cell 0    rank 1: cell 1                                      rank 0: cell 0    rank 1: cell 0  (TP)
+        rank 2: cell 0    rank 3: cell 1                                      rank 2: cell 1    rank 3: cell 1
+
+A sum over ranks must count every element once: the first rank of each cell *speaks*, the others add 0. How a cell
+lies in the parameter (uneven, empty, strided) does not matter for that.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How some parameters are cut: the placements on a mesh, one an axis."""
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+
+    @staticmethod
+    def of(name: str, p: DTensor) -> "Cut":
+        """Raises ValueError for placements under which norms cannot be told, with the reason."""
+        for axis, placement in enumerate(p.placements):
+            if placement.is_partial():
+                raise ValueError(
+                    f"parameter {name!r} has placement {placement!r} on axis {axis} of its mesh: its value is a sum "
+                    f"over ranks that has not been taken, so no rank knows its norm. Redistribute it to Replicate() first"
+                )
+            if not isinstance(placement, (Replicate, Shard, _StridedShard)):
+                raise ValueError(
+                    f"parameter {name!r} has placement {placement!r} on axis {axis} of its mesh: which elements a rank "
+                    f"holds is known for Shard, strided Shard and Replicate only. Redistribute it to one of them"
+                )
+        if p.device_mesh.get_coordinate() is None:
+            raise ValueError(
+                f"parameter {name!r} lies on a mesh of ranks {ranks_of_mesh(p.device_mesh)}, and this rank is none of "
+                f"them: construct ShardedLamb on those ranks only, with the parameters that they hold"
+            )
+        return Cut(p.device_mesh, tuple(p.placements))
+
+    @property
+    def cell(self) -> int:
+        """This rank's."""
+        coordinate = self.mesh.get_coordinate()
+        assert coordinate is not None
+        shards = [not placement.is_replicate() for placement in self.placements]
+        return cell_index(coordinate, tuple(self.mesh.shape), shards)
+
+    def described(self) -> dict[str, Any]:
+        """As JSON can hold it, the same on every rank of the mesh."""
+        names = self.mesh.mesh_dim_names
+        return {
+            "mesh": list(self.mesh.shape),
+            "axes": None if names is None else list(names),
+            "placements": [repr(placement) for placement in self.placements],
+        }
+
+
+def cell_index(coordinate: Sequence[int], sizes: Sequence[int], shards: Sequence[bool]) -> int:
+    """The cell of a rank at ``coordinate``: a number with one digit a sharding axis."""
+    index = 0
+    for place, size, sharding in zip(coordinate, sizes, shards, strict=True):
+        if sharding:
+            index = index * size + place
+    return index
+
+
+def speakers(cells: Sequence[int]) -> list[bool]:
+    """For the cells of the ranks in order: whether each is the first that holds its cell."""
+    seen: set[int] = set()
+    first = []
+    for cell in cells:
+        first.append(cell not in seen)
+        seen.add(cell)
+    return first
+
+
+def ranks_of_mesh(mesh: DeviceMesh) -> tuple[int, ...]:
+    """Global ranks, ascending."""
+    return tuple(sorted(mesh.mesh.flatten().tolist()))
+
+
+def root_ranks(params: Any) -> tuple[int, ...] | None:
+    """The ranks of the mesh that the first DTensor's mesh was sliced from; None without DTensors."""
+    for p in tensors_in(params):
+        if isinstance(p, DTensor):
+            return ranks_of_mesh(p.device_mesh._get_root_mesh())
+    return None
+
+
+def tensors_in(params: Any) -> Iterator[Tensor]:
+    """The tensors of an optimizer's argument: parameters, (name, parameter) pairs, or groups of either."""
+    for entry in params if isinstance(params, Iterable) and not isinstance(params, Tensor) else ():
+        if isinstance(entry, dict):
+            yield from tensors_in(entry.get("params", ()))
+        elif isinstance(entry, tuple) and len(entry) == 2:
+            yield entry[1]
+        elif isinstance(entry, Tensor):
+            yield entry
+
+
+def materialized(params: Any) -> Any:
+    """Iterators as lists, so that the parameters can be looked at before they are put into groups."""
+    listed = list(params) if isinstance(params, Iterator) else params
+    if not isinstance(listed, (list, tuple)):
+        return listed
+    return [
+        {**entry, "params": list(entry["params"])}
+        if isinstance(entry, dict) and isinstance(entry.get("params"), Iterator)
+        else entry
+        for entry in listed
+    ]
+
+
+def mesh_device(mesh: DeviceMesh) -> torch.device:
+    """Where the mesh's collectives run; with CPU offload the parameters are elsewhere."""
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+
+
+def local_part(tensor: DTensor) -> Tensor:
+    """This rank's part, in the tensor's own memory."""
+    with torch.no_grad():
+        local = tensor.to_local()
+    if hasattr(local, "wait"):  # what a functional collective still owes
+        local = local.wait()
+    return local.detach()

@@ -1,0 +1,130 @@
+"""How a `ShardedLamb` is saved and loaded: one rank's part, or whole tensors on the first rank."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from sharded_lamb import state
+from sharded_lamb.agreement import told_to_all
+from sharded_lamb.base import LambOptimizer, called_by
+from sharded_lamb.collectives import Collectives
+from sharded_lamb.facts import SkipCounter
+from sharded_lamb.holdings import Holdings, Settings
+from sharded_lamb.options import OptionTable
+
+
+class SavingOptimizer(LambOptimizer):
+    """The part of `ShardedLamb` that knows what state is made of and not how a step is made."""
+
+    _settings: Settings
+    _holdings: Holdings
+    _collectives: Collectives
+    _skips: SkipCounter
+    _table: OptionTable
+
+    def _show_state(self) -> None:
+        """``self.state`` of all parameters, over the memory of now."""
+        held = self._holdings
+        states = state.local_states(held.layout, held.buckets, held.step)
+        world = held.topology
+        states |= state.placed_states(
+            held.layout, held.pieces, held.cuts, world.rank, len(world.everyone), held.step
+        )
+        for param, entry in sorted(states.items()):
+            self.state[held.params[param]] = entry
+
+    def _load_tensors(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        held = self._holdings
+        for name, p in zip(held.names, held.params, strict=True):
+            if p not in states:
+                raise ValueError(f"the state dict has no state of {name!r}: it is of another model")
+            state.check_local(name, self.state[p], states[p])
+        for p in held.params:
+            state.load_local(self.state[p], states[p])
+
+    def _load_groups(self, saved_groups: list[dict[str, Any]]) -> None:
+        super()._load_groups(saved_groups)
+        self._table = self._option_table(
+            self._holdings.rows, self._holdings.device
+        )  # patterns may have changed
+        self._skips.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's slices, stamped: save every rank's own, and load it on the same rank of as many.
+
+        Warns where a framework asks for it that saves the first rank's only (Hugging Face's Trainer).
+        """
+        if self._collectives.world_size > 1 and called_by("transformers.trainer"):
+            warnings.warn(
+                "transformers' Trainer saves the optimizer of rank 0 only, and state_dict() of a ShardedLamb over "
+                f"{self._collectives.world_size} ranks holds rank 0's slices only: this checkpoint cannot resume the "
+                "optimizer. Save full_state_dict() in a TrainerCallback, or set save_only_model=True",
+                UserWarning,
+                stacklevel=2,
+            )
+        return super().state_dict()
+
+    def full_state_dict(self) -> dict[str, Any] | None:
+        """Whole state tensors on the first rank's CPU, as `Lamb.load_state_dict` takes them; None elsewhere.
+
+        Collective; streamed, so that no rank but the first ever holds more than a bucket of others' state.
+        ``master`` entries (fp32 weights of fp16 and bf16 parameters) are there beside the moments.
+        """
+        held = self._holdings
+        states = state.gather_full(self._collectives, held.layout, held.buckets, held.pieces, held.step)
+        if states is None:
+            return None
+        packed = super().state_dict()
+        order = [p for group in self.param_groups for p in group["params"]]
+        whole = {place: states[held.index[p]] for place, p in enumerate(order) if p in held.index}
+        return {"state": whole, "param_groups": packed["param_groups"]}
+
+    def load_full_state_dict(self, state_dict: dict[str, Any] | None) -> None:
+        """Load what `full_state_dict` or `Lamb.state_dict` gave, at any number of ranks. Collective.
+
+        Args:
+            state_dict: on the first rank; others pass None.
+
+        Raises:
+            ValueError: on every rank, where the first rank's state does not fit.
+        """
+        held = self._holdings
+        first = held.topology.rank == 0
+        with told_to_all(held.topology, always=True):
+            if first:
+                saved = state.check_complete(state_dict)
+                self._check_saved_groups(saved["param_groups"])
+                order = [p for group in self.param_groups for p in group["params"]]
+                states = state.by_index(saved["state"], [held.index.get(p) for p in order])
+                state.check_full(held.names, [tuple(p.shape) for p in held.params], states)
+        groups: list[Any] = [state_dict["param_groups"] if first and state_dict is not None else None]
+        if held.topology.everyone[1:]:
+            dist.broadcast_object_list(groups, held.topology.everyone[0], group=self._collectives.everyone)
+        state.scatter_full(self._collectives, held.buckets, held.pieces, held.step, states if first else None)
+        self._load_groups(groups[0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._collectives.world_size > 1:
+            raise TypeError(
+                "a ShardedLamb over several ranks holds one rank's slices and process groups, and cannot be pickled or "
+                "copied: use state_dict() on every rank, or full_state_dict()"
+            )
+        return {
+            "settings": self._settings,
+            "defaults": self.defaults,
+            "max_grad_norm": self.max_grad_norm,
+            "param_groups": self.param_groups,
+            "full": self.full_state_dict(),
+        }
+
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        settings: Settings = pickled["settings"]
+        defaults = dict(pickled["defaults"])
+        keywords = {name: getattr(settings, name) for name in settings.__slots__}
+        self.__init__(  # type: ignore[misc]
+            pickled["param_groups"], **keywords, **defaults, max_grad_norm=pickled["max_grad_norm"]
+        )
+        self.load_full_state_dict(pickled["full"])
