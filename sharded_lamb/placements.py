@@ -37,7 +37,7 @@ class Cut:
             if placement.is_partial():
                 raise ValueError(
                     f"parameter {name!r} has placement {placement!r} on axis {axis} of its mesh: its value is a sum "
-                    f"over ranks that has not been taken, so no rank knows its norm. Redistribute it to Replicate() first"
+                    f"over ranks that has not been taken, so no rank knows its norm. Redistribute it to Replicate()"
                 )
             if not isinstance(placement, (Replicate, Shard, _StridedShard)):
                 raise ValueError(
