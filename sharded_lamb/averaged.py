@@ -16,6 +16,7 @@ from sharded_lamb.facts import (
     check_alike,
     check_gradient,
     check_present,
+    not_agreed,
 )
 from sharded_lamb.pieces import LocalPieces
 
@@ -68,8 +69,11 @@ class AveragedGradients:
             self.buckets.extend(buckets)
         self._known = None  # of fewer parameters
 
-    def ready(self, found_inf: Tensor | None) -> GradientFacts:
+    def ready(self, found_inf: Tensor | None, *, may_wait: bool = False) -> GradientFacts:
         """The facts of the gradients of now; collective (a), unless they are known and unchanged.
+
+        ``may_wait``: nobody decides anything by them before the norms are summed; with DTensors alone, they then may
+        be this rank's own.
 
         Raises:
             ValueError: gradients differ over ranks that must hold the same, or are on some ranks only.
@@ -79,8 +83,14 @@ class AveragedGradients:
         if self._known is None or found_inf is not None or not self._unchanged():
             grads = self._grads()
             self._used = [(grad, None if grad is None else grad._version) for grad in grads]
-            self._known = self._collect(grads, found_inf)
+            self._take(grads)
+            if may_wait and not self.buckets and not self._compares():
+                return not_agreed(self.square_sums(), [grad is not None for grad in grads])
+            self._known = self._agree(grads, found_inf)
         return self._known
+
+    def _compares(self) -> bool:
+        return self.collectives.world_size > 1 and self._steps_seen < CHECKED_STEPS
 
     def _grads(self) -> list[Tensor | None]:
         return [p.grad if mine else None for p, mine in zip(self.params, self.mine, strict=True)]
@@ -92,14 +102,16 @@ class AveragedGradients:
             for now, (grad, version) in zip(self._grads(), self._used, strict=True)
         )
 
-    def _collect(self, grads: Sequence[Tensor | None], found_inf: Tensor | None) -> GradientFacts:
+    def _take(self, grads: Sequence[Tensor | None]) -> None:
         for name, grad in zip(self.names, grads, strict=True):
             if grad is not None:
                 check_gradient(name, grad)
         for bucket in self.buckets:
             bucket.take_own_gradients()
         self.pieces.take_gradients(self.names, self.collectives.traffic)
-        compared = self.collectives.world_size > 1 and self._steps_seen < CHECKED_STEPS
+
+    def _agree(self, grads: Sequence[Tensor | None], found_inf: Tensor | None) -> GradientFacts:
+        compared = self._compares()
         totals = self._totals(grads) if compared else None
         present = [grad is not None for grad in grads]
         facts = agree(
@@ -128,6 +140,8 @@ class AveragedGradients:
 
     def is_partial(self, facts: GradientFacts) -> Tensor:
         """Bool, on the device: a gradient is on some ranks only, which the host has not seen on a GPU."""
+        if not facts.agreed:
+            return torch.zeros((), dtype=torch.bool, device=facts.present.device)
         partial = (facts.present > 0) & (facts.present < self.collectives.world_size)
         if self.only_placed:
             partial = partial & torch.tensor(self.mine).to(partial.device, non_blocking=True)

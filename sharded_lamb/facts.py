@@ -10,7 +10,7 @@ Slots of the fp64 vector, for P parameters and W ranks::
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class GradientFacts:
     bad: Tensor  # [P] bool: non-finite
     found_inf: Tensor  # bool
     totals: Tensor | None  # [2, kinds, W] Σg and Σg² of what every rank holds of each kind of `Replicas`
+    agreed: bool = True  # False: this rank's own, see `agree_with_norms`
 
     @property
     def any_bad(self) -> Tensor:
@@ -108,6 +109,28 @@ def agree(
         found_inf=vector[3 * count] > 0,
         totals=vector[3 * count + 1 :].view(*totals.shape, world) if totals is not None else None,
     )
+
+
+def not_agreed(square_sums: Tensor, present: Sequence[bool]) -> GradientFacts:
+    """This rank's facts where no decision waits for the others': nothing clips, nothing is left out."""
+    no = torch.zeros(len(present), dtype=torch.bool, device=square_sums.device)
+    return GradientFacts(
+        square_sums=square_sums,
+        present=torch.tensor(present, dtype=torch.float64).to(square_sums.device, non_blocking=True),
+        left_over=torch.zeros_like(square_sums),
+        bad=no,
+        found_inf=torch.zeros((), dtype=torch.bool, device=square_sums.device),
+        totals=None,
+        agreed=False,
+    )
+
+
+def agree_with_norms(collectives: Collectives, facts: GradientFacts, norms: Tensor) -> GradientFacts:
+    """(a) and (b) in one: ``norms`` [2, P] is summed over ranks in place, and `not_agreed` facts with it."""
+    vector = torch.cat([norms, torch.stack([facts.square_sums, facts.present])])
+    collectives.all_reduce_small(vector)
+    norms.copy_(vector[:2])
+    return replace(facts, square_sums=vector[2], present=vector[3], bad=~vector[2].isfinite(), agreed=True)
 
 
 def check_gradient(name: str, grad: Tensor) -> None:

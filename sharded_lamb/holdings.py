@@ -311,9 +311,10 @@ class Holdings:
                 total[kind] += size
         return total
 
-    def bytes_on_wire(self) -> dict[str, int]:
+    def bytes_on_wire(self, *, clips: bool) -> dict[str, int]:
         """Bytes that this rank sends a step: what grows with the model, and the two small vectors."""
         sent = {"all_gather": 0, "reduce_scatter": 0}
+        one_sum = not (self.buckets or clips or self.settings.skip_nonfinite)
         agreements = 2 if self.settings.stage == 2 and self.buckets and self.cuts else 1
         for bucket in self.buckets:
             others = bucket.plan.shard_numel * (self.layout.world_size - 1)
@@ -325,7 +326,8 @@ class Holdings:
                     sent["all_reduce_replicas"] = sent.get("all_reduce_replicas", 0) + replicas
         if len(self.topology.everyone) > 1:
             count = len(self.params)
-            sent["all_reduce_small"] = agreements * (3 * count + 1) * 8 + 2 * count * 8
+            facts = 2 * count if one_sum else agreements * (3 * count + 1)
+            sent["all_reduce_small"] = (facts + 2 * count) * 8
         return sent
 
     def summary(self, table: OptionTable, kernel: str, variant: str) -> str:

@@ -39,12 +39,12 @@ class MixedGradients:
         self.reducer.extend(names, params, buckets, replicas)
         self.placed.extend(names, params, buckets, replicas)
 
-    def ready(self, found_inf: Tensor | None) -> GradientFacts:
+    def ready(self, found_inf: Tensor | None, *, may_wait: bool = False) -> GradientFacts:
         """The facts of both."""
         if not self.placed.pieces.pieces:
             return self.reducer.ready(found_inf)
         if not self.reducer.buckets:
-            return self.placed.ready(found_inf)
+            return self.placed.ready(found_inf, may_wait=may_wait)
         reduced = self.reducer.ready(found_inf)
         return reduced.joined(self.placed.ready(found_inf))
 

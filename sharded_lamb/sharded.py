@@ -26,7 +26,7 @@ from sharded_lamb.agreement import Description, check_agreement, describe_group,
 from sharded_lamb.averaged import AveragedGradients
 from sharded_lamb.collectives import Collectives, Pending, Topology, Traffic
 from sharded_lamb.engine import gradient_square_sums, lamb_step
-from sharded_lamb.facts import GradientFacts, SkipCounter
+from sharded_lamb.facts import GradientFacts, SkipCounter, agree_with_norms, check_present
 from sharded_lamb.holdings import Holdings, Plan, Settings
 from sharded_lamb.hyperparams import RuleOptions, check_max_grad_norm
 from sharded_lamb.kernels import FlatShard, Kernel, ReferenceKernel, Shard
@@ -51,17 +51,24 @@ class ShardedLamb(SavingOptimizer):
     Parameters become views of flat buckets. Each rank keeps moments (and fp32 masters of fp16 and bf16
     parameters) for its equal part of every bucket, updates that part, and gathers the others'.
 
+    DTensor parameters (``fully_shard``, HSDP, tensor parallel) stay where they are: stage 3, found by itself, whatever
+    ``stage`` says of plain parameters beside them. Each rank updates its local parts, with moments beside them; norms
+    are summed over the ranks that shard, each element once.
+
     Collectives a step, on groups of its own: two small all-reduces whatever the number of parameters,
     ((a) gradient norm, finiteness and presence, 3 P fp64; (b) weight and update norms, 2 P fp64), one all-gather a
-    bucket, and in stage 2 one reduce-scatter a bucket during backward.
+    bucket, and in stage 2 one reduce-scatter a bucket during backward. With DTensors alone, no clipping and
+    ``skip_nonfinite=False``, (a) and (b) are one of 4 P fp64; stage 2 beside DTensors makes (a) twice.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or group dicts of either. Frozen parameters cost
-            nothing and join when they are unfrozen.
+            nothing and join when they are unfrozen. Plain ones and DTensors mix.
         lr, betas, eps, weight_decay, variant, and further rule options: as for `Lamb`.
         stage: 1: ``.grad`` holds gradients averaged over ranks, as DistributedDataParallel leaves them.
-            2: ``.grad`` is each rank's own; it is reduced during backward, averaged, and freed.
-        process_group: the ranks that share the state; default: all.
+            2: ``.grad`` is each rank's own; it is reduced during backward, averaged, and freed. (DTensors' gradients
+            are what ``fully_shard`` and autograd leave in ``.grad``.)
+        process_group: the ranks that share the state; default: those of the mesh that DTensors' meshes were sliced
+            from, else all.
         mesh: instead of ``process_group``: 1-D, or 2-D (replicate, shard): shard inside, replicate across.
         bucket_mb: MiB of parameters a bucket, > 0.
         master_dtype: of the copy that is updated, where the parameters' dtype differs.
@@ -77,7 +84,7 @@ class ShardedLamb(SavingOptimizer):
             (on every rank, within seconds).
         RuntimeError: ranks that do not construct it; WORLD_SIZE > 1 without a process group.
 
-    Construction is collective: an agreement through the store, new groups, a broadcast of the weights of
+    Construction is collective: an agreement through the store, new groups, a broadcast of the plain weights of
     the first rank.
     """
 
@@ -195,7 +202,9 @@ class ShardedLamb(SavingOptimizer):
         held.check_attached()
         self._skips.check(held.names)
         found_inf = getattr(self, "found_inf", None)
-        self._update(self._gradients.ready(found_inf), found_inf)
+        decides = self._settings.skip_nonfinite or self.max_grad_norm is not None or self._clip is not None
+        may_wait = not decides and found_inf is None
+        self._update(self._gradients.ready(found_inf, may_wait=may_wait), found_inf)
         self._gradients.stepped()
         self._clip = None
         if not self._summarized and held.topology.rank == 0:
@@ -208,7 +217,8 @@ class ShardedLamb(SavingOptimizer):
         skip = self._must_skip(facts, found_inf)
         self._skips.record(skip, facts.bad)
         inverse = self._inverse_scale()
-        grad_norm = facts.norm(self._table.options().wide, inverse)
+        wide = self._table.options().wide
+        grad_norm = facts.norm(wide, inverse)
         moved = (facts.present > 0) & ~skip
         if held.device.type == "cpu" and skip:
             self._last = _LastStep(torch.ones_like(held.step), moved, grad_norm)
@@ -223,6 +233,10 @@ class ShardedLamb(SavingOptimizer):
         step = held.step + moved
         gathers: list[Pending] = []
 
+        def sum_over_ranks(norms: Tensor) -> None:
+            nonlocal facts
+            facts = self._sum_norms(norms, facts)
+
         def gather(index: int) -> None:
             if index < len(held.buckets):
                 gathers.append(collectives.all_gather(held.buckets[index].flat))
@@ -235,21 +249,27 @@ class ShardedLamb(SavingOptimizer):
             step=step,
             active=moved,
             grad_scale=torch.where(skip, torch.zeros_like(clip), inverse * clip),
-            sum_over_ranks=self._sum_norms,
+            sum_over_ranks=sum_over_ranks,
             written=gather,
         )
         held.step.copy_(step)
         for pending in gathers:
             pending.wait()
-        torch.autograd.graph.increment_version(
-            held.params
-        )  # a graph made before the step must not go unnoticed
-        self._last = _LastStep(ratios, moved, grad_norm)
+        # A graph made before the step must not go unnoticed.
+        torch.autograd.graph.increment_version(held.params)
+        self._last = _LastStep(ratios, moved, facts.norm(wide, inverse))
 
-    def _sum_norms(self, square_sums: Tensor) -> None:
+    def _sum_norms(self, square_sums: Tensor, facts: GradientFacts) -> GradientFacts:
         """(b): every element counts once, so of the ranks that hold it all but the first add nothing."""
         square_sums *= self._holdings.speaks
-        self._collectives.all_reduce_small(square_sums)
+        if facts.agreed:
+            self._collectives.all_reduce_small(square_sums)
+            return facts
+        facts = agree_with_norms(self._collectives, facts, square_sums)
+        if facts.present.device.type == "cpu":
+            world, names = self._collectives.world_size, self._holdings.names
+            check_present(facts, names, world, placed=[True] * len(names))
+        return facts
 
     def _must_skip(self, facts: GradientFacts, found_inf: Tensor | None) -> Tensor:
         """Bool scalar on the device, the same on every rank."""
@@ -354,9 +374,10 @@ class ShardedLamb(SavingOptimizer):
     def expected_bytes(self) -> dict[str, int]:
         """Bytes that a step sends by its formula, by the names of `traffic`.
 
-        A stage-1 optimizer's first two steps add 2 W fp64 to the small ones.
+        The first two steps add 2 W fp64 to the small ones for each way in which ranks hold the same gradients
+        (stage 1's plain ones; replicated DTensors). The sum of gradients that came as ``Partial`` is not foreseen.
         """
-        return self._holdings.bytes_on_wire()
+        return self._holdings.bytes_on_wire(clips=self.max_grad_norm is not None)
 
     def memory(self) -> dict[str, int]:
         """Bytes on this rank: parameters, masters, moments, gradient_shards, staging."""

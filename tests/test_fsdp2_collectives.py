@@ -12,7 +12,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from sharded_lamb import ShardedLamb
 from tests import fsdp_models as models
 from tests import training
-from tests.harness import run_ranks
+from tests.harness import run_ranks, run_ranks_expecting_errors
 from tests.timm_peer import load_timm_lamb
 
 STEPS = 4
@@ -65,6 +65,45 @@ def test_two_small_all_reduces_however_many_parameters(axes: dict[str, int]) -> 
             assert calls == {"all_reduce_small": 2}
             assert sent == {"all_reduce_small": promised}
             assert promised == 8 * (3 * 3 * layers + 1 + 2 * 3 * layers)
+
+
+def test_one_all_reduce_where_nothing_is_decided_by_gradients() -> None:
+    """Nothing clips and nothing skips; the first two steps compare what ranks hold."""
+    for layers in (1, 20):
+        for counts, calls, sent, promised in run_ranks(
+            2, steps_of, layers, {"dp": 2}, {"skip_nonfinite": False}
+        ):
+            assert counts == [{"c10d.allreduce_": count} for count in (2, 2, 1, 1)]
+            assert calls == {"all_reduce_small": 1}
+            assert sent == {"all_reduce_small": promised}
+            assert promised == 8 * 4 * 3 * layers
+
+
+def packed_run(rank: int) -> models.Run:
+    tree = models.sharded_tree(init_device_mesh("cpu", (3,)))
+    opt = ShardedLamb(tree.named_parameters(), lr=0.02, skip_nonfinite=False)
+    return models.train(tree, opt, lambda step: tree(models.gradients(rank, step)), 6)
+
+
+def test_one_all_reduce_follows_the_oracle() -> None:
+    models.check(run_ranks(3, packed_run), lr=0.02)
+
+
+def missing_late(rank: int) -> None:
+    tree = models.sharded_tree(init_device_mesh("cpu", (2,)))
+    opt = ShardedLamb(tree.named_parameters(), skip_nonfinite=False)
+    for step in range(3):
+        tree(models.gradients(rank, step)).backward()
+        if step == 2 and rank == 0:
+            tree.fc.bias.grad = None  # type: ignore[union-attr]
+        opt.step()
+        opt.zero_grad()
+
+
+def test_a_gradient_on_some_ranks_is_an_error_there_too() -> None:
+    for kind, message in run_ranks_expecting_errors(2, missing_late).values():
+        assert kind == "ValueError"
+        assert "a gradient of 'fc.bias' on 1 of 2 ranks only" in message
 
 
 def construction(rank: int, layers: int) -> dict[str, int]:
