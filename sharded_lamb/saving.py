@@ -28,8 +28,8 @@ class SavingOptimizer(LambOptimizer):
     def _show_state(self) -> None:
         """``self.state`` of all parameters, over the memory of now."""
         held = self._holdings
-        states = state.local_states(held.layout, held.buckets, held.step)
         world = held.topology
+        states = state.local_states(held.layout, held.buckets, held.step, speaks=world.is_first_replica)
         states |= state.placed_states(
             held.layout, held.pieces, held.cuts, world.rank, len(world.everyone), held.step
         )

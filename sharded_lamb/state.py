@@ -19,6 +19,7 @@ from sharded_lamb.collectives import Collectives
 from sharded_lamb.layout import ShardLayout
 from sharded_lamb.pieces import LocalPieces
 from sharded_lamb.placements import Cut, local_part
+from sharded_lamb.slices import Region, SlicedState, Stamp
 
 STAMP = ("rank", "shards", "start", "length", "numel", "layout")
 State = dict[str, Tensor]
@@ -32,13 +33,20 @@ def tensors_of(bucket: FlatBucket) -> dict[str, Tensor]:
     return kinds
 
 
-def local_states(layout: ShardLayout, buckets: Sequence[FlatBucket], step: Tensor) -> dict[int, State]:
-    """{parameter: state} for every parameter, the same keys on every rank; tensors are views."""
+def local_states(
+    layout: ShardLayout, buckets: Sequence[FlatBucket], step: Tensor, *, speaks: bool
+) -> dict[int, State]:
+    """{parameter: state} for every parameter, the same keys on every rank; tensors are views.
+
+    ``speaks``: whether this rank is the first of those that hold the same slices.
+    """
     digest = _short(layout.digest())
     states: dict[int, State] = {}
     for bucket in buckets:
-        for param in bucket.plan.params:
+        for position, param in enumerate(bucket.plan.params):
             segment = bucket.segment_of(param)
+            shape = tuple(bucket.params[position].shape)
+            region = Region(shape, bucket.strides[position], segment.start, speaks)
             stamp = [
                 layout.rank,
                 layout.world_size,
@@ -49,8 +57,8 @@ def local_states(layout: ShardLayout, buckets: Sequence[FlatBucket], step: Tenso
             ]
             states[param] = {"step": step[param]}
             for key, flat in tensors_of(bucket).items():
-                states[param][key] = bucket.slice_of(param, flat)
-            states[param]["shard"] = torch.tensor(stamp, dtype=torch.int64)
+                states[param][key] = SlicedState.of(bucket.slice_of(param, flat), region)
+            states[param]["shard"] = Stamp.of(stamp)
     return states
 
 
@@ -67,7 +75,7 @@ def placed_states(
         states[param] = {"step": step[param]}
         for key, flat in piece.states().items():
             states[param][key] = piece.as_dtensor(flat)
-        states[param]["shard"] = torch.tensor(stamp, dtype=torch.int64)
+        states[param]["shard"] = Stamp.of(stamp)
     return states
 
 

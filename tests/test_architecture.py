@@ -24,7 +24,7 @@ FLOORS = (
     {"options", "kernels"},
     {"engine", "collectives"},
     {"agreement", "facts", "buckets", "placements"},
-    {"pieces"},
+    {"pieces", "slices"},
     {"averaged", "reduction", "state"},
     {"mixed"},
     {"base"},

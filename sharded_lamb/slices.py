@@ -1,0 +1,192 @@
+"""State tensors that torch.distributed.checkpoint sees as parts of their parameter, in the parameter's own shape.
+
+A flat slice is a few rectangles of it, so that a checkpoint says what it holds and any layout can load it: another
+number of ranks, another stage, DTensors. Slice [5, 18) of a 5 x 4 parameter::
+
+    . . . .
+    . a a a        a  (1, 1) 1 x 3
+    b b b b        b  (2, 0) 2 x 4
+    b b b b
+    c c . .        c  (4, 0) 1 x 2
+
+To everybody else these are plain tensors: ``size()`` apart, which the checkpoint compares, they have their local shape,
+operations on them give plain tensors, and they are saved and copied as such.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangle of a parameter, whose elements are a run of the slice that starts ``at``."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    at: int
+
+
+def boxes(shape: Sequence[int], start: int, length: int) -> list[Box]:
+    """The rectangles that elements [start, start + length) cover, row-major; at most two an axis and one more."""
+    if length == 0:
+        return []
+    if not shape:
+        return [Box((), (), 0)]
+    row = math.prod(shape[1:])
+    first, skipped = divmod(start, row)
+    last, left = divmod(start + length, row)
+    if first == last:
+        return _within(shape, first, skipped, length, 0)
+    found, at = [], 0
+    if skipped:
+        found += _within(shape, first, skipped, row - skipped, 0)
+        first, at = first + 1, row - skipped
+    if last > first:
+        found.append(Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]), at))
+        at += (last - first) * row
+    return found + _within(shape, last, 0, left, at)
+
+
+def _within(shape: Sequence[int], index: int, start: int, length: int, at: int) -> list[Box]:
+    """Of one row of the first axis."""
+    return [
+        replace(box, offsets=(index, *box.offsets), sizes=(1, *box.sizes), at=at + box.at)
+        for box in boxes(shape[1:], start, length)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Which part of a parameter a slice is."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # dense: the slice runs in this memory order
+    start: int
+    speaks: bool  # of the ranks that hold the same, the one that writes it
+
+    def boxes(self, length: int) -> list[Box]:
+        """In the parameter's own axes."""
+        order = self._memory_order()
+        found = boxes([self.shape[axis] for axis in order], self.start, length)
+        own = [order.index(axis) for axis in range(len(order))]
+        return [
+            Box(tuple(box.offsets[i] for i in own), tuple(box.sizes[i] for i in own), box.at) for box in found
+        ]
+
+    def view(self, flat: Tensor, box: Box) -> Tensor:
+        """The elements of ``box`` in its shape, in the slice's memory."""
+        order = self._memory_order()
+        run = flat[box.at : box.at + math.prod(box.sizes)].view([box.sizes[axis] for axis in order])
+        return run.permute([order.index(axis) for axis in range(len(order))])
+
+    def _memory_order(self) -> list[int]:
+        """Axes from the slowest to the fastest."""
+        return sorted(range(len(self.shape)), key=lambda axis: -self.strides[axis])
+
+
+class _Kept(Tensor):
+    """A tensor over given memory, plain in everything but what torch.distributed.checkpoint asks it."""
+
+    # Results of operations are plain tensors.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.as_subclass(Tensor).clone()
+
+
+class SlicedState(_Kept):
+    """A flat slice of a state tensor, over the memory that steps update."""
+
+    region: Region
+
+    @staticmethod
+    def of(flat: Tensor, region: Region) -> "SlicedState":
+        made = flat.as_subclass(SlicedState)
+        made.region = region
+        return made
+
+    def size(self, dim: int | None = None) -> Any:
+        """Of the whole parameter, as the checkpoint compares it; ``shape`` is the slice's."""
+        whole = torch.Size(self.region.shape)
+        return whole if dim is None else whole[dim]
+
+    def to(self, *args: Any, **kwargs: Any) -> "SlicedState":
+        return SlicedState.of(self.as_subclass(Tensor).to(*args, **kwargs), self.region)
+
+    def _chunks(self) -> list[ChunkStorageMetadata]:
+        found = self.region.boxes(self.numel())
+        if self.region.speaks and 0 in self.region.shape:  # else the checkpoint would not know the parameter
+            found = [Box((0,) * len(self.region.shape), self.region.shape, 0)]
+        return [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in found]
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        plain = self.as_subclass(Tensor)
+        properties = TensorProperties.create_from_tensor(plain)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, properties, torch.Size(self.region.shape)),
+            )
+            for chunk in (self._chunks() if self.region.speaks else [])
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return self._chunks()
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        plain = self.as_subclass(Tensor)
+        for box in self.region.boxes(self.numel()):
+            if torch.Size(box.offsets) == index.offset:
+                return self.region.view(plain, box)
+        return plain.new_empty(self.region.shape)  # of a parameter without elements
+
+
+class Stamp(_Kept):
+    """Says whose part the state beside it is. In a checkpoint, whose parts say so themselves, it is a version."""
+
+    version: Tensor
+
+    @staticmethod
+    def of(numbers: Sequence[int]) -> "Stamp":
+        made = torch.tensor(numbers, dtype=torch.int64).as_subclass(Stamp)
+        made.version = torch.ones(1, dtype=torch.int64)
+        return made
+
+    def size(self, dim: int | None = None) -> Any:
+        """The version's."""
+        return self.version.size() if dim is None else self.version.size(dim)
+
+    def to(self, *args: Any, **kwargs: Any) -> "Stamp":
+        return self
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        chunk = self.__create_chunk_list__()[0]
+        properties = TensorProperties.create_from_tensor(self.version)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.TENSOR,
+                tensor_data=TensorWriteData(chunk, properties, chunk.sizes),
+            )
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size([0]), torch.Size([1]))]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return self.version
