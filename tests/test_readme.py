@@ -40,7 +40,7 @@ def run_snippets(rank: int) -> dict[str, float]:
 
 
 def test_python_snippets_run_on_two_ranks() -> None:
-    assert len(snippets("python")) == 3
+    assert len(snippets("python")) == 4
     for memory in run_ranks(2, run_snippets):
         assert memory["moments"] > 0
 
