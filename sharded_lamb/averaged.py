@@ -96,10 +96,17 @@ class AveragedGradients:
         return [p.grad if mine else None for p, mine in zip(self.params, self.mine, strict=True)]
 
     def _unchanged(self) -> bool:
-        """Whether every ``.grad`` is the tensor, at the version, that the facts were made of."""
-        return len(self._used) == len(self.params) and all(
-            now is grad and (grad is None or grad._version == version)
-            for now, (grad, version) in zip(self._grads(), self._used, strict=True)
+        """Whether every ``.grad`` is the tensor, at the version, that the facts were made of.
+
+        False with DTensors: what is done to them in place (torch's clip_grad_norm_) counts no version.
+        """
+        return (
+            not self.pieces.pieces
+            and len(self._used) == len(self.params)
+            and all(
+                now is grad and (grad is None or grad._version == version)
+                for now, (grad, version) in zip(self._grads(), self._used, strict=True)
+            )
         )
 
     def _take(self, grads: Sequence[Tensor | None]) -> None:

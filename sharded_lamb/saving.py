@@ -29,7 +29,7 @@ class SavingOptimizer(LambOptimizer):
         """``self.state`` of all parameters, over the memory of now."""
         held = self._holdings
         world = held.topology
-        states = state.local_states(held.layout, held.buckets, held.step, speaks=world.is_first_replica)
+        states = state.local_states(held.layout, held.buckets, held.step)
         states |= state.placed_states(
             held.layout, held.pieces, held.cuts, world.rank, len(world.everyone), held.step
         )

@@ -333,6 +333,8 @@ class ShardedLamb(SavingOptimizer):
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the averaged gradients by their global norm, at the coming step. Collective.
 
+        With DTensors the step agrees on gradients again: one small all-reduce more than ``max_grad_norm``.
+
         Returns:
             The norm before clipping (fp32 scalar), the same bits on every rank.
         """

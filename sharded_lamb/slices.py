@@ -73,7 +73,6 @@ class Region:
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # dense: the slice runs in this memory order
     start: int
-    speaks: bool  # of the ranks that hold the same, the one that writes it
 
     def boxes(self, length: int) -> list[Box]:
         """In the parameter's own axes."""
@@ -129,7 +128,7 @@ class SlicedState(_Kept):
 
     def _chunks(self) -> list[ChunkStorageMetadata]:
         found = self.region.boxes(self.numel())
-        if self.region.speaks and 0 in self.region.shape:  # else the checkpoint would not know the parameter
+        if 0 in self.region.shape:  # else the checkpoint would not know the parameter
             found = [Box((0,) * len(self.region.shape), self.region.shape, 0)]
         return [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in found]
 
@@ -142,7 +141,7 @@ class SlicedState(_Kept):
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(chunk, properties, torch.Size(self.region.shape)),
             )
-            for chunk in (self._chunks() if self.region.speaks else [])
+            for chunk in self._chunks()  # what replicas offer alike is written by one of them
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:

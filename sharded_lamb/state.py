@@ -33,20 +33,15 @@ def tensors_of(bucket: FlatBucket) -> dict[str, Tensor]:
     return kinds
 
 
-def local_states(
-    layout: ShardLayout, buckets: Sequence[FlatBucket], step: Tensor, *, speaks: bool
-) -> dict[int, State]:
-    """{parameter: state} for every parameter, the same keys on every rank; tensors are views.
-
-    ``speaks``: whether this rank is the first of those that hold the same slices.
-    """
+def local_states(layout: ShardLayout, buckets: Sequence[FlatBucket], step: Tensor) -> dict[int, State]:
+    """{parameter: state} for every parameter in a bucket, the same keys on every rank; tensors are views."""
     digest = _short(layout.digest())
     states: dict[int, State] = {}
     for bucket in buckets:
         for position, param in enumerate(bucket.plan.params):
             segment = bucket.segment_of(param)
             shape = tuple(bucket.params[position].shape)
-            region = Region(shape, bucket.strides[position], segment.start, speaks)
+            region = Region(shape, bucket.strides[position], segment.start)
             stamp = [
                 layout.rank,
                 layout.world_size,

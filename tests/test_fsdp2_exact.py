@@ -15,12 +15,20 @@ from tests.fsdp_models import GROUPED, SHAPES, Run
 from tests.harness import run_ranks
 
 STEPS = 20
+# A norm that counts twice stands above and below in a ratio: clipped, it shows.
+CLIP = (0.0, 0.7)
+BLOCK_OPTIONS: dict[str, Any] = {
+    "lr": 0.02,
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.5,
+    "weight_norm_clip": CLIP,
+}
 
 
 def stage_1(world: int, start: dict[str, Tensor]) -> dict[str, Tensor]:
     """Plain parameters with the averages of the same gradients."""
     params = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
-    opt = training.grouped(params, 1)
+    opt = training.grouped(params, 1, weight_norm_clip=CLIP)
     shapes = {name: tuple(value.shape) for name, value in start.items()}
 
     def draw(rank: int, step: int) -> dict[str, Tensor | None]:
@@ -37,7 +45,7 @@ def tree_run(
     tree = models.sharded_tree(
         mesh, shapes=shapes, shard_placement_fn=lambda p: Shard(shard_dim if p.ndim > shard_dim else 0)
     )
-    opt = ShardedLamb(models.two_groups(tree), **GROUPED)
+    opt = ShardedLamb(models.two_groups(tree), **GROUPED, weight_norm_clip=CLIP)
     run = models.train(tree, opt, lambda step: tree(models.gradients(rank, step, shapes)), STEPS)
     return run, stage_1(mesh.size(), run.start)
 
@@ -52,7 +60,7 @@ def test_fully_shard_follows_the_oracle_and_stage_1(shape: tuple[int, ...]) -> N
         for name, g in grads.items():
             assert g is not None
             assert torch.equal(g.float(), expected[name].float())  # type: ignore[union-attr]
-    models.check(runs, max_grad_norm=5.0, lr=0.02, overrides=models.overrides(runs[0].start))
+    models.check(runs, **GROUPED, weight_norm_clip=CLIP, overrides=models.overrides(runs[0].start))
     for name, value in results[0][1].items():
         gap, size = (value - runs[0].weights[name]).norm(), value.norm()
         assert gap <= 4e-6 * size, name
@@ -67,24 +75,21 @@ def test_any_dimension_may_be_sharded() -> None:
     shapes = {"conv.weight": (3, 4, 5), "fc.weight": (7, 6), "fc.bias": (5,), "scale": (3,)}
     runs = [run for run, _ in run_ranks(2, tree_run, (2,), shapes, 1)]
     assert runs[0].placements["conv.weight"] == "(Shard(dim=1),)"
-    models.check(runs, max_grad_norm=5.0, lr=0.02, overrides=models.overrides(runs[0].start))
+    models.check(runs, **GROUPED, weight_norm_clip=CLIP, overrides=models.overrides(runs[0].start))
 
 
 def block_run(rank: int, axes: dict[str, int], dp: Any, tp: str | None) -> Run:
     mesh = models.named_mesh(**axes)
     model = models.parallel_block(mesh, dp, tp)
-    opt = ShardedLamb(model.named_parameters(), lr=0.02, weight_decay=0.1, max_grad_norm=0.5)
+    opt = ShardedLamb(model.named_parameters(), **BLOCK_OPTIONS)
     # Tensor-parallel ranks must see the same inputs.
     share = rank // axes["tp"] if tp else rank
     return models.train(model, opt, lambda step: model(models.inputs(share, step)).square().sum(), STEPS)
 
 
-BLOCK_ORACLE: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "max_grad_norm": 0.5}
-
-
 @pytest.mark.parametrize("world", [2, 3])
 def test_a_real_model_under_fully_shard(world: int) -> None:
-    models.check(run_ranks(world, block_run, {"dp": world}, "dp", None), **BLOCK_ORACLE)
+    models.check(run_ranks(world, block_run, {"dp": world}, "dp", None), **BLOCK_OPTIONS)
 
 
 def test_fully_shard_and_tensor_parallel() -> None:
@@ -94,7 +99,7 @@ def test_fully_shard_and_tensor_parallel() -> None:
     assert runs[0].placements["down.weight"] == "(Shard(dim=0), Shard(dim=1))"
     assert runs[0].placements["down.bias"] == "(Shard(dim=0), Replicate())"
     assert runs[0].placements["norm.weight"] == "(Shard(dim=0),)"
-    models.check(runs, **BLOCK_ORACLE)
+    models.check(runs, **BLOCK_OPTIONS)
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -104,4 +109,4 @@ def test_tensor_parallel_alone_beside_plain_parameters(world: int) -> None:
     assert runs[0].placements["norm.weight"] == ""
     assert runs[0].placements["up.weight"] == "(Shard(dim=0),)"
     assert runs[0].placements["down.bias"] == "(Replicate(),)"
-    models.check(runs, **BLOCK_ORACLE)
+    models.check(runs, **BLOCK_OPTIONS)

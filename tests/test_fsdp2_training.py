@@ -62,9 +62,14 @@ def mixed_run(
                     torch._amp_foreach_non_finite_check_and_unscale_(
                         [local], torch.zeros(1), torch.tensor(0.5)
                     )
+        before = opt.traffic.bytes.copy()
         opt.step()
         opt.zero_grad()
     sent = dict(opt.traffic.calls)
+    if not scaled:
+        small = opt.traffic.bytes["all_reduce_small"] - before["all_reduce_small"]
+        early = 8 * (3 * len(SHAPES) + 1) if stage == 2 else 0  # its (a), at the end of backward
+        assert small + early == opt.expected_bytes()["all_reduce_small"]
     return models.whole_weights(tree), opt.trust_ratios(), (opt.grad_norm, sent, opt.memory())
 
 
@@ -166,6 +171,32 @@ def test_clipping_is_by_the_global_norm(how: str) -> None:
         tolerance = 2e-6 if how != "torch" else 2e-5  # torch's has an epsilon
         training.assert_follows({name: weights[name] for name in SHAPES}, oracle, tolerance)
         assert norms[-1] == pytest.approx(oracle.grad_norm, rel=1e-6)
+
+
+def clipped_twice(rank: int) -> tuple[dict[str, Tensor], float | None]:
+    """By us, and then gradients halved in place, which counts no version on a DTensor."""
+    tree = models.sharded_tree(init_device_mesh("cpu", (2,)))
+    opt = ShardedLamb(tree.named_parameters(), lr=0.02, max_grad_norm=5.0)
+    for step in range(STEPS):
+        tree(models.gradients(rank, step)).backward()
+        opt.clip_grad_norm_(1e9)
+        for p in tree.parameters():
+            assert p.grad is not None
+            p.grad.mul_(0.5)
+        opt.step()
+        opt.zero_grad()
+    return models.whole_weights(tree), opt.grad_norm
+
+
+def test_gradients_changed_after_clipping_are_seen() -> None:
+    averaged = []
+    for step in range(STEPS):
+        grads = training.average(models.gradients(r, step) for r in range(2))
+        averaged.append({n: g / 2 for n, g in grads.items() if g is not None})
+    oracle = training.oracle_run(training.weights(SHAPES), averaged, lr=0.02, max_grad_norm=5.0)
+    for weights, norm in run_ranks(2, clipped_twice):
+        training.assert_follows({name: weights[name] for name in SHAPES}, oracle)
+        assert norm == pytest.approx(oracle.grad_norm, rel=1e-6)
 
 
 def skipping_run(rank: int, bad: float) -> None:

@@ -22,6 +22,7 @@ from tests import training
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
 STEPS = 6
+OPTIONS: dict[str, Any] = {"lr": 0.02, "max_grad_norm": 1.0, "weight_norm_clip": (0.0, 0.7)}
 SHAPES: dict[str, training.Shape] = {
     "rows": (7, 5),
     "columns": (5, 13),
@@ -77,7 +78,7 @@ def wanted(step: int) -> dict[str, Tensor | None]:
 def bare_run(rank: int, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, float], dict[str, int]]:
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("a", "b", "c")[: len(shape)])
     params, cuts = distributed(mesh), cuts_on(mesh)
-    opt = ShardedLamb(params.items(), lr=0.02, max_grad_norm=1.0)
+    opt = ShardedLamb(params.items(), **OPTIONS)
     for step in range(STEPS):
         for name, g in wanted(step).items():
             placed = g if g is None or name not in cuts else distribute_tensor(g, *cuts[name])
@@ -90,9 +91,7 @@ def bare_run(rank: int, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], dict
 @pytest.mark.parametrize("shape", [(2,), (3,), (4,), (2, 2), (1, 3), (4, 1), (2, 1, 2)], ids=str)
 def test_every_kind_of_placement_beside_a_plain_parameter(shape: tuple[int, ...]) -> None:
     results = run_ranks(torch.Size(shape).numel(), bare_run, shape)
-    oracle = training.oracle_run(
-        training.weights(SHAPES), (wanted(step) for step in range(STEPS)), lr=0.02, max_grad_norm=1.0
-    )
+    oracle = training.oracle_run(training.weights(SHAPES), (wanted(step) for step in range(STEPS)), **OPTIONS)
     for weights, ratios, _ in results:
         training.assert_follows(weights, oracle)
         assert ratios == pytest.approx(oracle.ratios, rel=1e-5)

@@ -24,7 +24,7 @@ def test_boxes_are_the_elements_of_the_slice_once(shape: list[int], data: st.Dat
         expected *= shape[axis]
     whole = torch.arange(numel).as_strided(shape, strides)
     flat = torch.arange(start, start + length)
-    region = Region(tuple(shape), tuple(strides), start, True)
+    region = Region(tuple(shape), tuple(strides), start)
     seen = []
     for box in region.boxes(length):
         place = whole
@@ -43,7 +43,7 @@ def test_the_picture_in_the_docstring() -> None:
 
 def test_it_is_a_plain_tensor_to_everybody_else() -> None:
     memory = torch.arange(10.0)
-    piece = SlicedState.of(memory[2:7], Region((5, 4), (4, 1), 5, True))
+    piece = SlicedState.of(memory[2:7], Region((5, 4), (4, 1), 5))
     assert piece.shape == (5,)
     assert piece.numel() == 5
     assert piece.size() == (5, 4)
