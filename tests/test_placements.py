@@ -153,6 +153,65 @@ def test_gradients_placed_otherwise_are_placed_like_the_parameter() -> None:
         assert torch.equal(expected, found)
 
 
+# -- the ranks of an optimizer ----------------------------------------------------------------------------------
+
+
+def stage_of_a_pipeline(rank: int, told: bool) -> tuple[dict[str, Tensor], float | None]:
+    """2 pipeline stages, a model of its own in each, fully sharded over 2 ranks."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    shapes = {f"stage{mesh.get_local_rank('pp')}.weight": (7 + mesh.get_local_rank("pp"), 3)}
+    tree = models.sharded_tree(mesh["dp"], shapes=shapes)
+    ranks = {"process_group": mesh.get_group("dp")} if told else {}
+    opt = ShardedLamb(tree.named_parameters(), **OPTIONS, **ranks)
+    for step in range(STEPS):
+        tree(models.gradients(mesh.get_local_rank("dp"), step, shapes)).backward()
+        opt.step()
+        opt.zero_grad()
+    return models.whole_weights(tree), opt.grad_norm
+
+
+def test_a_pipeline_stage_has_an_optimizer_of_its_own() -> None:
+    results = run_ranks(4, stage_of_a_pipeline, True)
+    for stage in range(2):
+        shapes = {f"stage{stage}.weight": (7 + stage, 3)}
+        averaged = [
+            training.average(models.gradients(r, step, shapes) for r in range(2)) for step in range(STEPS)
+        ]
+        oracle = training.oracle_run(training.weights(shapes), averaged, **OPTIONS)
+        for weights, norm in results[2 * stage : 2 * stage + 2]:
+            training.assert_follows(weights, oracle)
+            assert norm == pytest.approx(oracle.grad_norm, rel=1e-6)
+
+
+def test_a_pipeline_that_does_not_say_so_is_told() -> None:
+    for kind, message in run_ranks_expecting_errors(4, stage_of_a_pipeline, False, timeout=30).values():
+        assert kind == "ValueError"
+        assert "ranks disagree on what they optimize" in message
+
+
+def on_some_ranks(rank: int) -> dict[str, Tensor] | None:
+    """Of three ranks two have a model; nobody names a group."""
+    mesh = DeviceMesh("cpu", [0, 2])
+    if rank == 1:
+        return None
+    p = Parameter(distribute_tensor(training.draw((5, 3), "w"), mesh, [Shard(0)]))
+    opt = ShardedLamb([("w", p)], lr=0.02)
+    p.grad = distribute_tensor(training.draw((5, 3), "g"), mesh, [Shard(0)])
+    opt.step()
+    return {"w": models.whole(p)}
+
+
+def test_the_ranks_are_those_of_the_mesh() -> None:
+    first, second, third = run_ranks(3, on_some_ranks)
+    assert second is None
+    assert first is not None
+    assert third is not None
+    start, g = training.draw((5, 3), "w"), training.draw((5, 3), "g").double()
+    oracle = training.oracle_run({"w": start}, [{"w": g}], lr=0.02)
+    training.assert_follows(first, oracle)
+    training.assert_same_bits(first, third)
+
+
 # -- what cannot be mapped --------------------------------------------------------------------------------------
 
 
