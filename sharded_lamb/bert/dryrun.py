@@ -63,10 +63,12 @@ def _memory(config: RunConfig, parameters: int, world_size: int) -> list[str]:
     """Bytes a rank by kind, without activations."""
     width = _BYTES[resolve_precision(config.speed.precision)]
     deepspeed = config.parallel == "deepspeed"
-    stage = config.deepspeed.zero_stage if deepspeed else STAGES[config.parallel]
+    stages = {**STAGES, "fsdp2": 3, "deepspeed": config.deepspeed.zero_stage}
+    stage = stages[config.parallel]
     master = 4 if width == 2 or deepspeed else 0  # DeepSpeed copies fp32 weights too
     weights = parameters * width // (world_size if stage == 3 else 1)
-    gradients = parameters * width if stage == 1 else parameters * 4 // world_size
+    shard = width if config.parallel == "fsdp2" else 4  # bytes of a gradient element that a rank keeps
+    gradients = parameters * width if stage == 1 else parameters * shard // world_size
     state = parameters * (8 + master) // world_size
     total = weights + gradients + state
     parts = {"weights": weights, "gradients": gradients, "optimizer state": state}

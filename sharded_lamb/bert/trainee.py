@@ -11,9 +11,6 @@ from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.ds_config import ds_config
 from sharded_lamb.bert.model import Losses
 
-PARALLEL = ("zero2", "ddp+zero1", "deepspeed")
-_LATER = ("fsdp2",)
-
 
 class Trainee(Protocol):
     """Every method is for all ranks to call, in the same order: which of them communicate differs."""
@@ -57,12 +54,7 @@ class Trainee(Protocol):
 
 
 def check_parallel(config: RunConfig, world_size: int) -> None:
-    """Raises: ValueError for a way of sharding that this version does not have yet, or that its settings forbid."""
-    if config.parallel in _LATER:
-        raise ValueError(
-            f"parallel={config.parallel!r}: arrives with a later version; use one of {sorted(PARALLEL)} "
-            f"until then"
-        )
+    """Raises: ValueError for settings that the way of sharding forbids."""
     if config.parallel == "deepspeed":
         ds_config(config, world_size)
 
@@ -78,6 +70,10 @@ def build_trainee(config: RunConfig, bert: Any, world_size: int) -> Trainee:
         from sharded_lamb.bert.engine import EngineTrainee
 
         return EngineTrainee(config, losses, world_size)
+    if config.parallel == "fsdp2":
+        from sharded_lamb.bert.fsdp import FsdpTrainee
+
+        return FsdpTrainee(config, losses)
     from sharded_lamb.bert.optim import ShardedTrainee
 
     return ShardedTrainee(config, losses)

@@ -130,8 +130,3 @@ def test_the_published_settings_of_bert_large() -> None:
     assert "336,232,258 parameters" in describe(one, 8)
     paper = load_config(CONFIGS / "bert-large-64k-paper.yaml")
     assert sum(phase.steps for phase in paper.phases) == 8599
-
-
-def test_parallel_ways_of_later_versions_are_refused(tree: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="parallel='fsdp2': arrives with a later version; use one of"):
-        describe(build_config(tree, ["parallel=fsdp2"]), 1)
