@@ -15,27 +15,12 @@ from sharded_lamb.bert.model import Losses, parameters_to_train
 STAGES: dict[str, Literal[1, 2]] = {"ddp+zero1": 1, "zero2": 2}
 
 
-class ShardedTrainee:
-    """A `Trainee`: with stage 1, DDP averages gradients; with stage 2, the optimizer does."""
+class OptimizerTrainee:
+    """What the ways of sharding with `ShardedLamb` share of a `Trainee`."""
 
-    def __init__(self, config: RunConfig, losses: Losses) -> None:
+    def __init__(self, losses: Losses, optimizer: Any) -> None:
         self.bert, self.losses = losses.module, losses
-        self._called: Any = losses  # wrapped as configured; what training calls
-        stage = STAGES[config.parallel]
-        if stage == 1:
-            self._called = torch.nn.parallel.DistributedDataParallel(losses)
-        self._optimizer = build_optimizer(config, self.bert, stage)
-        self._unsynchronized = self._optimizer.no_sync if stage == 2 else self._called.no_sync
-        if config.speed.compile:
-            self._called = torch.compile(self._called)
-
-    def accumulate(self, batch: MicroBatch, scale: Tensor, *, last: bool) -> Tensor:
-        context: AbstractContextManager[Any] = nullcontext() if last else self._unsynchronized()
-        with context:
-            out: Tensor = self._called(batch)
-            loss: Tensor = (out[:2] * scale).sum()
-            loss.backward()  # type: ignore[no-untyped-call]
-        return out.detach()
+        self._optimizer = optimizer
 
     def step(self, lr: float) -> None:
         set_lr(self._optimizer, lr)
@@ -52,24 +37,46 @@ class ShardedTrainee:
     def trust_ratios(self) -> dict[str, float]:
         return {name: float(ratio) for name, ratio in self._optimizer.trust_ratios().items()}
 
+    def full_state(self) -> dict[str, Any] | None:
+        state: dict[str, Any] | None = self._optimizer.full_state_dict()
+        return state
+
+    def close(self) -> None:
+        pass
+
+
+class ShardedTrainee(OptimizerTrainee):
+    """A `Trainee`: with stage 1, DDP averages gradients; with stage 2, the optimizer does."""
+
+    def __init__(self, config: RunConfig, losses: Losses) -> None:
+        self._called: Any = losses  # wrapped as configured; what training calls
+        stage = STAGES[config.parallel]
+        if stage == 1:
+            self._called = torch.nn.parallel.DistributedDataParallel(losses)
+        super().__init__(losses, build_optimizer(config, losses.module, stage))
+        self._unsynchronized = self._optimizer.no_sync if stage == 2 else self._called.no_sync
+        if config.speed.compile:
+            self._called = torch.compile(self._called)
+
+    def accumulate(self, batch: MicroBatch, scale: Tensor, *, last: bool) -> Tensor:
+        context: AbstractContextManager[Any] = nullcontext() if last else self._unsynchronized()
+        with context:
+            out: Tensor = self._called(batch)
+            loss: Tensor = (out[:2] * scale).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+        return out.detach()
+
     def weights(self) -> dict[str, Tensor] | None:
         if torch.distributed.get_rank() != 0:
             return None
         # Copies: parameters are views of flat buckets, which would be written whole for each of them.
         return {name: p.detach().cpu().clone().contiguous() for name, p in self.bert.named_parameters()}
 
-    def full_state(self) -> dict[str, Any] | None:
-        state: dict[str, Any] | None = self._optimizer.full_state_dict()
-        return state
-
     def load(self, weights: dict[str, Tensor], state: dict[str, Any] | None) -> None:
         with torch.no_grad():
             for name, p in self.bert.named_parameters():
                 p.copy_(weights[name])
         self._optimizer.load_full_state_dict(state)
-
-    def close(self) -> None:
-        pass
 
 
 def build_optimizer(config: RunConfig, bert: Any, stage: Literal[1, 2]) -> Any:
