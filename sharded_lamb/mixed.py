@@ -28,6 +28,11 @@ class MixedGradients:
     def enabled(self, value: bool) -> None:
         self.reducer.enabled = value
 
+    @property
+    def rounds(self) -> int:
+        """That the reducer has made."""
+        return self.reducer.rounds
+
     def extend(
         self,
         names: Sequence[str],
