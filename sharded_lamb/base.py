@@ -220,6 +220,16 @@ def check_parameter(name: str, p: Tensor) -> None:
         )
 
 
+def asked_for_whole() -> bool:
+    """Whether torch.distributed.checkpoint.state_dict is asking, with ``StateDictOptions(full_state_dict=True)``."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+            return bool(getattr(frame.f_locals.get("info"), "full_state_dict", False))
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 def called_by(module: str) -> bool:
     """Whether a function of ``module`` is on this thread's stack."""
     if module not in sys.modules:

@@ -184,7 +184,10 @@ class Collectives:
         """From the first rank of everyone, in place."""
         if self.everyone is not None:
             self.traffic.add("broadcast", tensor.nbytes)
-            dist.broadcast(tensor, self.topology.everyone[0], group=self.everyone)
+            wire = tensor if tensor.device.type == self.device.type else tensor.to(self.device)
+            dist.broadcast(wire, self.topology.everyone[0], group=self.everyone)
+            if wire is not tensor:
+                tensor.copy_(wire)
 
     def reduce_scatter(self, full: Tensor, received: Tensor) -> Pending:
         """Start the exchange that `reduced_shard` finishes.

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from sharded_lamb.buckets import Precision, flattened, memory_strides
 from sharded_lamb.collectives import Traffic
 from sharded_lamb.kernels import PieceShard
-from sharded_lamb.placements import local_part
+from sharded_lamb.placements import local_part, mesh_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +56,23 @@ class Piece:
         return kinds if self.master is None else {**kinds, "master": self.master}
 
     def as_dtensor(self, flat: Tensor) -> DTensor:
-        """A flat tensor of this rank's as a DTensor like the parameter, over the same memory."""
-        return DTensor.from_local(
-            flat.as_strided(local_part(self.p).shape, self.strides),
-            self.p.device_mesh,
-            self.p.placements,
-            run_check=False,
-            shape=self.p.shape,
-            stride=self.p.stride(),
+        """A flat tensor of this rank's as a DTensor like the parameter, over the same memory.
+
+        As FSDP makes its own: `DTensor.from_local` would copy what is offloaded to the mesh's device.
+        """
+        local = flat.as_strided(local_part(self.p).shape, self.strides)
+        meta = TensorMeta(self.p.shape, self.p.stride(), flat.dtype)
+        spec = DTensorSpec(self.p.device_mesh, tuple(self.p.placements), tensor_meta=meta)
+        return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+    def whole(self, flat: Tensor) -> Tensor:
+        """The whole tensor on the mesh's device, wherever this rank's part lies. Collective."""
+        kept = self.as_dtensor(flat)
+        local = kept.to_local().to(mesh_device(self.p.device_mesh))
+        moved = DTensor.from_local(
+            local, kept.device_mesh, kept.placements, run_check=False, shape=kept.shape, stride=kept.stride()
         )
+        return moved.full_tensor()
 
 
 def check_dense(name: str, p: DTensor) -> None:

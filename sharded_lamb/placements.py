@@ -105,7 +105,8 @@ def tensors_in(params: Any) -> Iterator[Tensor]:
     """The tensors of an optimizer's argument: parameters, (name, parameter) pairs, or groups of either."""
     for entry in params if isinstance(params, Iterable) and not isinstance(params, Tensor) else ():
         if isinstance(entry, dict):
-            yield from tensors_in(entry.get("params", ()))
+            held = entry.get("params", ())
+            yield from tensors_in((held,) if isinstance(held, Tensor) else held)
         elif isinstance(entry, tuple) and len(entry) == 2:
             yield entry[1]
         elif isinstance(entry, Tensor):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sharded_lamb import state
 from sharded_lamb.agreement import told_to_all
-from sharded_lamb.base import LambOptimizer, called_by
+from sharded_lamb.base import LambOptimizer, asked_for_whole, called_by
 from sharded_lamb.collectives import Collectives
 from sharded_lamb.facts import SkipCounter
 from sharded_lamb.holdings import Holdings, Settings
@@ -65,7 +65,19 @@ class SavingOptimizer(LambOptimizer):
                 UserWarning,
                 stacklevel=2,
             )
-        return super().state_dict()
+        packed = super().state_dict()
+        if self._collectives.world_size > 1 and asked_for_whole():
+            if self._holdings.buckets:
+                raise TypeError(
+                    "StateDictOptions(full_state_dict=True) would take this rank's slices for whole tensors: use "
+                    "ShardedLamb.full_state_dict() and load_full_state_dict(), or leave the option out"
+                )
+            # A stamp says whose part the state is, and this will be whole.
+            packed["state"] = {
+                place: {key: value for key, value in entry.items() if key != "shard"}
+                for place, entry in packed["state"].items()
+            }
+        return packed
 
     def full_state_dict(self) -> dict[str, Any] | None:
         """Whole state tensors on the first rank's CPU, as `Lamb.load_state_dict` takes them; None elsewhere.

@@ -166,8 +166,17 @@ class ShardedLamb(SavingOptimizer):
         return plan
 
     def _take_on_unfrozen(self) -> None:
-        held = self._holdings.index
-        if any(p.requires_grad and p not in held for group in self.param_groups for p in group["params"]):
+        held = self._holdings
+        now = [p for group in self.param_groups for p in group["params"]]
+        if any(p.requires_grad and p not in held.index for p in now):
+            there = set(now)
+            gone = [name for name, p in zip(held.names, held.params, strict=True) if p not in there]
+            if gone:
+                raise RuntimeError(
+                    f"parameter {gone[0]!r} is in no parameter group any more and others are (fully_shard and "
+                    f"Accelerate's prepare put new parameters in the place of old ones): construct ShardedLamb after "
+                    f"that, from the parameters that the model has then"
+                )
             self._take_on(self._agreed_plan())
 
     def _take_on(self, plan: Plan) -> None:

@@ -126,6 +126,16 @@ class SlicedState(_Kept):
     def to(self, *args: Any, **kwargs: Any) -> "SlicedState":
         return SlicedState.of(self.as_subclass(Tensor).to(*args, **kwargs), self.region)
 
+    def new_empty(self, *args: Any, **kwargs: Any) -> "SlicedState":
+        """A slice of the same region, of this one's length: torch's asynchronous stager copies by it and `set_`."""
+        return SlicedState.of(self.as_subclass(Tensor).new_empty(self.shape, **kwargs), self.region)
+
+    def set_(self, *args: Any, **kwargs: Any) -> "SlicedState":
+        """Over other memory, of this slice's length whatever size is given, which is the parameter's."""
+        storage, offset = args[:2]
+        Tensor.set_(self, storage, offset, self.shape, (1,))
+        return self
+
     def _chunks(self) -> list[ChunkStorageMetadata]:
         found = self.region.boxes(self.numel())
         if 0 in self.region.shape:  # else the checkpoint would not know the parameter

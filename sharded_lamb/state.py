@@ -182,7 +182,7 @@ def gather_full(
                 states[param][key] = bucket.place(position, whole).clone()
     for param, piece in pieces.pieces.items():
         for key, flat in piece.states().items():
-            whole = piece.as_dtensor(flat).full_tensor()
+            whole = piece.whole(flat)
             if collectives.topology.rank == 0:
                 states[param][key] = whole.to("cpu", copy=True)
     for param, state in states.items():

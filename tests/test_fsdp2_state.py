@@ -289,3 +289,72 @@ def lamb_state(rank: int, layout: Layout) -> dict[str, Any] | None:
 )
 def test_whole_state_of_lamb_loads_and_comes_back(layout: Layout) -> None:
     run_ranks(layout.world, lamb_state, layout)
+
+
+def through_torchs_whole_state(rank: int, layout: Layout) -> None:
+    """torch's own way to a single file: what Accelerate's FULL_STATE_DICT does."""
+    model, opt = build(layout, torch.float32)
+    steps(model, opt, range(2))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    saved = get_optimizer_state_dict(model, opt, options=options)
+    saved = training.through_bytes(saved)
+    expected = training.through_bytes(opt.full_state_dict())
+    model, opt = build(layout, torch.float32)
+    steps(model, opt, range(4, 5))
+    whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_optimizer_state_dict(model, opt, saved if rank == 0 else {}, options=whole)
+    found = opt.full_state_dict()
+    if rank == 0:
+        assert_same_state(found, expected)
+
+
+@pytest.mark.parametrize("layout", [Layout(2), Layout(4, axes=("dp", "tp"))], ids=str)
+def test_torchs_whole_state_under_fully_shard(layout: Layout) -> None:
+    run_ranks(layout.world, through_torchs_whole_state, layout)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_torchs_whole_state_of_flat_slices_is_refused(stage: int) -> None:
+    failed = run_ranks_expecting_errors(2, through_torchs_whole_state, Layout(2, stage))
+    assert all(kind == "TypeError" and "full_state_dict()" in message for kind, message in failed.values())
+
+
+def saved_meanwhile(rank: int, layout: Layout, folder: Path) -> tuple[Any, Any]:
+    """Training goes on while the checkpoint is written: it holds what was there before."""
+    model, opt = build(layout, torch.float32)
+    steps(model, opt, range(2))
+    state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, opt)}
+    expected = training.through_bytes(opt.full_state_dict())
+    writing = dcp.async_save(state, checkpoint_id=folder)
+    steps(model, opt, range(2, 3))
+    writing.result()
+    (_, loaded), _ = load(rank, layout, torch.float32, folder)
+    return expected, loaded
+
+
+@pytest.mark.parametrize("layout", [Layout(2), Layout(2, 1), Layout(3, 2)], ids=str)
+def test_asynchronous_saving(layout: Layout, tmp_path: Path) -> None:
+    expected, loaded = run_ranks(layout.world, saved_meanwhile, layout, tmp_path)[0]
+    assert_same_state(loaded, expected)
+
+
+def offloaded_from_another_device(rank: int) -> None:
+    """CPU offload on a GPU mesh, whose parameters' parts are on the CPU: no copy may stand for the state."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    from sharded_lamb.buckets import Precision
+    from sharded_lamb.pieces import Piece
+
+    mesh = DeviceMesh("cuda", torch.arange(2), _init_backend=False)
+    meta = TensorMeta(torch.Size((4, 3)), (3, 1), torch.float32)
+    p = DTensor(torch.zeros(2, 3), DTensorSpec(mesh, (Shard(0),), tensor_meta=meta), requires_grad=False)
+    piece = Piece.of(p, Precision.of(torch.float32, torch.float32, torch.float32, None))
+    state = piece.as_dtensor(piece.exp_avg)
+    assert state.to_local().data_ptr() == piece.exp_avg.data_ptr()
+    assert (state.shape, state.placements) == (p.shape, p.placements)
+
+
+def test_offloaded_state_is_the_memory_that_steps_update() -> None:
+    run_ranks(2, offloaded_from_another_device)

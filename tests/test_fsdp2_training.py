@@ -428,3 +428,19 @@ def test_the_log_line_says_stage_3() -> None:
         first, second = run_ranks(2, log_of, plain, stage)
         assert [line.startswith(f"ShardedLamb stage {text}: 2 ranks, 6 tensors") for line in first] == [True]
         assert second == []
+
+
+def swapped(rank: int) -> None:
+    """Accelerate's order: the optimizer first, then parameters are replaced in its groups."""
+    model = models.block()
+    opt = ShardedLamb(model.named_parameters(), lr=0.02)
+    fully_shard(model)
+    opt.param_groups[0]["params"] = list(model.parameters())
+    model(models.inputs(rank, 0)).square().mean().backward()
+    opt.step()
+
+
+def test_parameters_replaced_after_construction_are_told() -> None:
+    for kind, message in run_ranks_expecting_errors(2, swapped).values():
+        assert kind == "RuntimeError"
+        assert "construct ShardedLamb after that" in message
