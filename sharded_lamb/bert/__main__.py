@@ -59,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _on_ranks(parsed, config)
     except (ValueError, OSError) as error:
         rank = os.environ.get("RANK")
-        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
+        # In one write: print() writes the end of the line apart, and another rank's line may come between.
+        sys.stderr.write(f"error{f' (rank {rank})' if rank else ''}: {error}\n")
+        sys.stderr.flush()
         return 1
 
 
