@@ -8,7 +8,8 @@ send/receive into place, and sums are taken here, in fp32 and in rank order.
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -162,32 +163,34 @@ class Collectives:
     def shard_count(self) -> int:
         return len(self.topology.shard_ranks)
 
+    @contextmanager
+    def _on_wire(self, tensor: Tensor) -> Iterator[Tensor]:
+        """The tensor, or where it lies elsewhere than the groups (offloaded to the CPU) a copy that is written back."""
+        wire = tensor if tensor.device.type == self.device.type else tensor.to(self.device)
+        yield wire
+        if wire is not tensor:
+            tensor.copy_(wire)
+
     def all_reduce_small(self, vector: Tensor) -> None:
-        """Sum a packed vector over everyone, in place. It may be on the CPU where the group's device is another."""
+        """Sum a packed vector over everyone, in place."""
         if self.everyone is not None:
             self.traffic.add("all_reduce_small", vector.nbytes)
-            wire = vector if vector.device.type == self.device.type else vector.to(self.device)
-            dist.all_reduce(wire, group=self.everyone)
-            if wire is not vector:
-                vector.copy_(wire)
+            with self._on_wire(vector) as wire:
+                dist.all_reduce(wire, group=self.everyone)
 
     def sum_to_first(self, tensor: Tensor) -> None:
-        """Sum over everyone into the first rank's tensor, wherever it lies; the others' keep what they held or less."""
+        """Sum over everyone into the first rank's tensor; what the others' hold afterwards is undefined."""
         if self.everyone is not None:
             self.traffic.add("sum_to_first", tensor.nbytes)
-            wire = tensor if tensor.device.type == self.device.type else tensor.to(self.device)
-            dist.reduce(wire, self.topology.everyone[0], group=self.everyone)
-            if wire is not tensor:
-                tensor.copy_(wire)
+            with self._on_wire(tensor) as wire:
+                dist.reduce(wire, self.topology.everyone[0], group=self.everyone)
 
     def broadcast(self, tensor: Tensor) -> None:
         """From the first rank of everyone, in place."""
         if self.everyone is not None:
             self.traffic.add("broadcast", tensor.nbytes)
-            wire = tensor if tensor.device.type == self.device.type else tensor.to(self.device)
-            dist.broadcast(wire, self.topology.everyone[0], group=self.everyone)
-            if wire is not tensor:
-                tensor.copy_(wire)
+            with self._on_wire(tensor) as wire:
+                dist.broadcast(wire, self.topology.everyone[0], group=self.everyone)
 
     def reduce_scatter(self, full: Tensor, received: Tensor) -> Pending:
         """Start the exchange that `reduced_shard` finishes.

@@ -150,14 +150,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         )
     tree = _number(tree)
     base = tree.pop("base", None)
-    return tree if base is None else _merge(_read_yaml(path.parent / str(base)), tree)
+    return tree if base is None else merged_over(_read_yaml(path.parent / str(base)), tree)
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merged_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings of ``above`` over those of ``below``."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        merged[key] = merged_over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from sharded_lamb.bert.batch import plan_batches
 from sharded_lamb.bert.config import OptimizerConfig, RunConfig
+from sharded_lamb.bert.config_io import merged_over
 from sharded_lamb.bert.model import resolve_precision
 
 # Sections of a ds_config that would decide what the recipe decides, and the settings that do.
@@ -55,7 +56,7 @@ def ds_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     }
     if bf16:  # the sum of hundreds of micro-batches does not fit 8 bits
         own["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _merge(own, file)
+    return merged_over(own, file)
 
 
 def lamb_params(settings: OptimizerConfig) -> dict[str, Any]:
@@ -126,11 +127,3 @@ def _section(file: dict[str, Any], key: str, origin: str) -> dict[str, Any]:
     if not isinstance(section, dict):
         raise ValueError(f"{origin}: {key}={section!r}: expected an object of settings")
     return section
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged

@@ -42,6 +42,7 @@ def train(
     import deepspeed
     from deepspeed.utils import groups
 
+    importlib.reload(groups)  # an earlier case of other tests may have left its process groups there
     torch.set_num_threads(1)
     deepspeed.logger.setLevel("ERROR")
     if os.environ["WORLD_SIZE"] == "1":
