@@ -1,6 +1,6 @@
 """Two local passes around one small all-reduce: the seam that every layout and every kernel shares."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,9 +15,31 @@ def gradient_square_sums(
 ) -> Tensor:
     """[P] fp64 on ``device``: Σg² of what this rank holds of each parameter, which may be nothing."""
     sums = torch.zeros(parameters, dtype=torch.float64, device=device)
-    for shard in shards:
-        kernel.square_sums(shard, sums)
+    for alike in _by_compute(shards).values():
+        kernel.square_sums(alike, sums)
     return sums
+
+
+def _by_compute(shards: Sequence[Shard]) -> dict[torch.dtype, list[Shard]]:
+    groups: dict[torch.dtype, list[Shard]] = {}
+    for shard in shards:
+        groups.setdefault(shard.compute, []).append(shard)
+    return groups
+
+
+def _applied_together(shards: Sequence[Shard]) -> Iterator[range]:
+    """Which shards pass 2 takes at once: on a CPU one, so that it can travel while the next is computed.
+
+    On a GPU a call is a launch: an eighth of the shards, so that a step is a handful of launches.
+    """
+    size = 1 if all(shard.device.type == "cpu" for shard in shards) else -(-len(shards) // 8)
+    low = 0
+    while low < len(shards):
+        high = low + 1
+        while high < min(low + size, len(shards)) and shards[high].compute == shards[low].compute:
+            high += 1
+        yield range(low, high)
+        low = high
 
 
 def lamb_step(
@@ -44,22 +66,21 @@ def lamb_step(
         [P] fp64 trust ratios.
     """
     vectors = rule.coefficients(options, step, active, grad_scale)
-    tables: dict[torch.dtype, Tensor] = {}
-    for shard in shards:
-        dtype = shard.compute
-        if dtype not in tables:
-            tables[dtype] = rule.table(vectors, dtype)
+    groups = _by_compute(shards)
+    tables = {dtype: rule.table(vectors, dtype) for dtype in groups}
 
     square_sums = torch.zeros(2, len(step), dtype=torch.float64, device=step.device)
-    for shard in shards:
-        kernel.moments_and_norms(shard, tables[shard.compute], square_sums)
+    for dtype, alike in groups.items():
+        kernel.moments_and_norms(alike, tables[dtype], square_sums)
     sum_over_ranks(square_sums)
 
     weight_norm, update_norm = rule.norms(square_sums, options.wide)
     ratios = rule.trust_ratios(weight_norm, update_norm, options)
     sizes = rule.step_sizes(lr, ratios, options, step, active)
-    for index, shard in enumerate(shards):
-        dtype = shard.compute
-        kernel.apply(shard, tables[dtype], sizes.to(dtype))
-        written(index)
+    narrow = {dtype: sizes.to(dtype) for dtype in groups}
+    for together in _applied_together(shards):
+        dtype = shards[together[0]].compute
+        kernel.apply([shards[index] for index in together], tables[dtype], narrow[dtype])
+        for index in together:
+            written(index)
     return ratios

@@ -4,7 +4,7 @@ For every parameter w with gradient g at its step t::
 
     m ← β1 m + c1 g          c1 = 1-β1, or 1 without gradient averaging
     v ← β2 v + (1-β2) g²
-    u = (m / b1) / (√(v / b2 + ε_inside) + ε_outside) + λ w      b = 1-βᵗ, or 1 without bias correction
+    u = (b1 m) / (√(b2 v + ε_inside) + ε_outside) + λ w      b = 1/(1-βᵗ), or 1 without bias correction
     r = φ(‖w‖) / ‖u‖         1 where a raw norm is 0 or adaptation is off
     w ← w - η r u
 
@@ -35,8 +35,8 @@ class Coefficients(Generic[C]):
     c1: C
     beta2: C
     c2: C
-    bias1: C
-    bias2: C
+    unbias1: C  # 1/(1-βᵗ): a product costs a tenth of a division
+    unbias2: C
     eps_inside: C
     eps_outside: C
     decay: C  # decay added to u (adam_w_mode=True)
@@ -73,13 +73,24 @@ def update_moments(m: list[Tensor], v: list[Tensor], g: list[Tensor], k: PerTens
     torch._foreach_add_(v, squares)
 
 
+def root(x: Tensor) -> Tensor:
+    """√x, correctly rounded in fp32.
+
+    On CPUs torch takes the square root from MKL, which is an ulp off in 0.6 % of values. Its root in fp64, rounded to
+    fp32, is not: a root of 24 bits is never nearer than 2⁻⁵¹ to the middle of two fp32 numbers.
+    """
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        return x.double().sqrt_().float()
+    return x.sqrt()
+
+
 def direction(m: list[Tensor], v: list[Tensor], w: list[Tensor], k: PerTensor) -> list[Tensor]:
     """u, the update before the trust ratio (Algorithm 2, lines 8 to 10, and the decay of line 11)."""
-    denominator = list(torch._foreach_div(v, k.bias2))
+    denominator = _mul(v, k.unbias2)
     torch._foreach_add_(denominator, k.eps_inside)
-    torch._foreach_sqrt_(denominator)
+    denominator = [root(x) for x in denominator]
     torch._foreach_add_(denominator, k.eps_outside)
-    u = list(torch._foreach_div(m, k.bias1))
+    u = _mul(m, k.unbias1)
     torch._foreach_div_(u, denominator)
     torch._foreach_add_(u, _mul(w, k.decay))
     return u
@@ -120,7 +131,7 @@ def coefficients(options: ParameterOptions, step: Tensor, active: Tensor, grad_s
     """
     moves = active.to(torch.float64)
     one = torch.ones_like(moves)
-    # A parameter that has never moved has step 0: 1 - β⁰ = 0 would make 0 / 0 of its untouched moments.
+    # A parameter that has never moved has step 0: 1 / (1 - β⁰) would make inf x 0 of its untouched moments.
     correct = options.corrects.bool() & (step > 0)
     return Coefficients(
         grad_scale=grad_scale * moves,
@@ -129,8 +140,8 @@ def coefficients(options: ParameterOptions, step: Tensor, active: Tensor, grad_s
         c1=options.c1 * moves,
         beta2=torch.where(active, options.beta2, one),
         c2=options.c2 * moves,
-        bias1=torch.where(correct, 1 - options.beta1**step, one),
-        bias2=torch.where(correct, 1 - options.beta2**step, one),
+        unbias1=torch.where(correct, 1 / (1 - options.beta1**step), one),
+        unbias2=torch.where(correct, 1 / (1 - options.beta2**step), one),
         eps_inside=options.eps_inside,
         eps_outside=options.eps_outside,
         decay=options.decay,

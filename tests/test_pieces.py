@@ -74,10 +74,10 @@ def test_pieces_have_the_bits_of_a_flat_shard(
     try:
         for shard in (flat, pieces):
             squares = torch.zeros(count, dtype=torch.float64)
-            kernel.square_sums(shard, squares)
+            kernel.square_sums([shard], squares)
             sums = torch.zeros(2, count, dtype=torch.float64)
-            kernel.moments_and_norms(shard, table, sums)
-            kernel.apply(shard, table, torch.linspace(0.1, 0.9, count))
+            kernel.moments_and_norms([shard], table, sums)
+            kernel.apply([shard], table, torch.linspace(0.1, 0.9, count))
             results.append((squares, sums))
     finally:
         reference.CHUNK_BLOCKS = before
@@ -129,8 +129,8 @@ def test_pieces_with_masters_have_the_bits_of_a_flat_shard(
     try:
         for shard in (flat, pieces):
             results.append(torch.zeros(2, count, dtype=torch.float64))
-            kernel.moments_and_norms(shard, table, results[-1])
-            kernel.apply(shard, table, torch.linspace(0.1, 0.9, count, dtype=flat.compute))
+            kernel.moments_and_norms([shard], table, results[-1])
+            kernel.apply([shard], table, torch.linspace(0.1, 0.9, count, dtype=flat.compute))
     finally:
         reference.CHUNK_BLOCKS = before
     assert torch.equal(results[0], results[1])
@@ -152,7 +152,7 @@ def test_a_written_model_weight_wins_over_its_master() -> None:
     masters = [piece.clone() for piece in pieces.weight]
     for piece in pieces.model:
         piece[1] = 100.0
-    ReferenceKernel().moments_and_norms(pieces, table_of(2), torch.zeros(2, 2, dtype=torch.float64))
+    ReferenceKernel().moments_and_norms([pieces], table_of(2), torch.zeros(2, 2, dtype=torch.float64))
     for before, after in zip(masters, pieces.weight, strict=True):
         before[1] = 100.0
         assert torch.equal(before, after)
@@ -164,8 +164,8 @@ def test_what_lies_between_pieces_is_left_alone() -> None:
     assert base is not None
     base[[0, 301, 302, 303, 305, 306, 307]] = 7.0
     kernel, table = ReferenceKernel(), table_of(2)
-    kernel.moments_and_norms(pieces, table, torch.zeros(2, 2, dtype=torch.float64))
-    kernel.apply(pieces, table, torch.ones(2))
+    kernel.moments_and_norms([pieces], table, torch.zeros(2, 2, dtype=torch.float64))
+    kernel.apply([pieces], table, torch.ones(2))
     assert base[[0, 301, 302, 303, 305, 306, 307]].tolist() == [7.0] * 7
 
 
@@ -175,6 +175,6 @@ def test_gradients_of_another_dtype() -> None:
         pieces.params, pieces.weight, [g.bfloat16() for g in pieces.grad], pieces.exp_avg, pieces.exp_avg_sq
     )
     sums = torch.zeros(2, dtype=torch.float64)
-    ReferenceKernel().square_sums(lower, sums)
+    ReferenceKernel().square_sums([lower], sums)
     expected = [g.bfloat16().double().square().sum() for g in pieces.grad]
     assert torch.allclose(sums, torch.stack(expected), rtol=1e-6)

@@ -290,7 +290,7 @@ def square_sums(values: Tensor, shards: int) -> Tensor:
             block_param=torch.zeros(len(part) // BLOCK, dtype=torch.int64),
         )
         total = torch.zeros(1, dtype=torch.float64)
-        ReferenceKernel().square_sums(shard, total)
+        ReferenceKernel().square_sums([shard], total)
         sums.append(total)
     return torch.cat(sums)
 

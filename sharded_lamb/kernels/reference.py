@@ -136,8 +136,9 @@ def _owners(params: tuple[int, ...], blocks: tuple[int, ...], device: torch.devi
     return torch.tensor(params).repeat_interleave(torch.tensor(blocks)).to(device)
 
 
-def _chunks(shard: Shard, table: Tensor) -> Iterator[_Chunk]:
-    return _flat_chunks(shard, table) if isinstance(shard, FlatShard) else _piece_chunks(shard, table)
+def _chunks(shards: Sequence[Shard], table: Tensor) -> Iterator[_Chunk]:
+    for shard in shards:
+        yield from _flat_chunks(shard, table) if isinstance(shard, FlatShard) else _piece_chunks(shard, table)
 
 
 def _flat_chunks(shard: FlatShard, table: Tensor) -> Iterator[_Chunk]:
@@ -170,27 +171,28 @@ class ReferenceKernel:
 
     name = "torch"
 
-    def square_sums(self, shard: Shard, sums: Tensor) -> None:
+    def square_sums(self, shards: Sequence[Shard], sums: Tensor) -> None:
         """Σg² per parameter, added to ``sums`` [P] fp64."""
-        no_coefficients = sums.new_zeros(len(sums), len(COLUMNS), dtype=shard.compute)
-        for chunk in _chunks(shard, no_coefficients):
+        no_coefficients = sums.new_zeros(len(sums), len(COLUMNS), dtype=shards[0].compute)
+        for chunk in _chunks(shards, no_coefficients):
             add_by_parameter(sums, chunk.block_param, block_square_sums(chunk.load("grad")))
 
-    def moments_and_norms(self, shard: Shard, table: Tensor, sums: Tensor) -> None:
+    def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
         """m, v ← g, and Σw², Σu² per parameter, added to ``sums`` [2, P] fp64."""
-        for chunk in _chunks(shard, table):
+        for chunk in _chunks(shards, table):
             chunk.adopt_written_weights()
             w, m, v = (chunk.load(kind) for kind in ("weight", "exp_avg", "exp_avg_sq"))
-            g = rule.scaled_gradients([chunk.load("grad")], [w], chunk.k)
-            rule.update_moments([m], [v], g, chunk.k)
+            g = torch.where(chunk.k.grad_scale[0] == 0, 0, chunk.load("grad"))  # 0 x nan would be nan
+            scaled = rule.scaled_gradients([g], [w], chunk.k)
+            rule.update_moments([m], [v], scaled, chunk.k)
             m, v = chunk.store("exp_avg", m), chunk.store("exp_avg_sq", v)
             (u,) = rule.direction([m], [v], [w], chunk.k)
             add_by_parameter(sums[0], chunk.block_param, block_square_sums(w))
             add_by_parameter(sums[1], chunk.block_param, block_square_sums(u))
 
-    def apply(self, shard: Shard, table: Tensor, step_sizes: Tensor) -> None:
+    def apply(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
         """w ← w - step_size u, u recomputed from m and v."""
-        for chunk in _chunks(shard, table):
+        for chunk in _chunks(shards, table):
             w, m, v = (chunk.load(kind) for kind in ("weight", "exp_avg", "exp_avg_sq"))
             u = rule.direction([m], [v], [w], chunk.k)
             rule.descend([w], u, [step_sizes[chunk.block_param].unsqueeze(1)])

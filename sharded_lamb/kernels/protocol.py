@@ -1,0 +1,28 @@
+"""What a backend provides."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from sharded_lamb.kernels.shard import Shard
+
+
+class Kernel(Protocol):
+    """Functions over shards of one compute dtype and one device, at least one of them.
+
+    ``table``: `sharded_lamb.rule.table`, [P, COLUMNS], compute dtype. Where its ``grad_scale`` is 0 a parameter's
+    gradient is taken for 0, whatever it holds. Results do not depend on how shards are grouped into calls.
+    """
+
+    name: str
+
+    def square_sums(self, shards: Sequence[Shard], sums: Tensor) -> None:
+        """Σg² of the blocks of each parameter, added to ``sums`` [P] fp64."""
+
+    def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
+        """Pass 1. Σw² and Σu² are added to ``sums`` [2, P] fp64; first, weights that were written from
+        outside since the last step replace their masters."""
+
+    def apply(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
+        """Pass 2. ``step_sizes``: [P] compute dtype, η r; 0 leaves a weight's bits as they are."""
