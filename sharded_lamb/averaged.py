@@ -1,23 +1,24 @@
 """Gradients that are averaged over ranks already: this rank takes its slices of whole ones (stage 1), and DTensors'
 local parts as they are (stage 3)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from sharded_lamb.buckets import FlatBucket
 from sharded_lamb.collectives import Collectives
+from sharded_lamb.engine import gradient_square_sums
 from sharded_lamb.facts import (
     GradientFacts,
     Replicas,
-    SquareSums,
     agree,
     check_alike,
     check_gradient,
     check_present,
     not_agreed,
 )
+from sharded_lamb.kernels import Kernel
 from sharded_lamb.pieces import LocalPieces
 
 CHECKED_STEPS = 2
@@ -33,12 +34,13 @@ class AveragedGradients:
     def __init__(
         self,
         collectives: Collectives,
-        square_sums: SquareSums,
+        kernel: Kernel,
+        spoken: Callable[[Tensor], Tensor],
         pieces: LocalPieces,
         *,
         only_placed: bool = False,
     ) -> None:
-        self.collectives, self.square_sums = collectives, square_sums
+        self.collectives, self.kernel, self.spoken = collectives, kernel, spoken
         self.pieces, self.only_placed = pieces, only_placed
         self.params: list[Tensor] = []
         self.names: list[str] = []
@@ -83,10 +85,10 @@ class AveragedGradients:
         if self._known is None or found_inf is not None or not self._unchanged():
             grads = self._grads()
             self._used = [(grad, None if grad is None else grad._version) for grad in grads]
-            self._take(grads)
+            square_sums = self.spoken(self._take(grads))
             if may_wait and not self.buckets and not self._compares():
-                return not_agreed(self.square_sums(), [grad is not None for grad in grads])
-            self._known = self._agree(grads, found_inf)
+                return not_agreed(square_sums, [grad is not None for grad in grads])
+            self._known = self._agree(grads, square_sums, found_inf)
         return self._known
 
     def _compares(self) -> bool:
@@ -109,21 +111,24 @@ class AveragedGradients:
             )
         )
 
-    def _take(self, grads: Sequence[Tensor | None]) -> None:
+    def _take(self, grads: Sequence[Tensor | None]) -> Tensor:
+        """[P] fp64: Σg² of what this rank holds."""
         for name, grad in zip(self.names, grads, strict=True):
             if grad is not None:
                 check_gradient(name, grad)
-        for bucket in self.buckets:
-            bucket.take_own_gradients()
         self.pieces.take_gradients(self.names, self.collectives.traffic)
+        sums = gradient_square_sums(self.kernel, self.pieces.shards, len(grads), self.params[0].device)
+        for bucket in self.buckets:
+            bucket.take_own_gradients(self.kernel, sums)
+        return sums
 
-    def _agree(self, grads: Sequence[Tensor | None], found_inf: Tensor | None) -> GradientFacts:
+    def _agree(
+        self, grads: Sequence[Tensor | None], square_sums: Tensor, found_inf: Tensor | None
+    ) -> GradientFacts:
         compared = self._compares()
         totals = self._totals(grads) if compared else None
         present = [grad is not None for grad in grads]
-        facts = agree(
-            self.collectives, self.square_sums(), present, [False] * len(present), found_inf, totals
-        )
+        facts = agree(self.collectives, square_sums, present, [False] * len(present), found_inf, totals)
         if compared or facts.present.device.type == "cpu":  # elsewhere the host does not wait for the device
             placed = [param in self.pieces.pieces for param in range(len(present))]
             check_present(facts, self.names, self.collectives.world_size, placed)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharded_lamb.kernels import FlatShard
+from sharded_lamb.kernels import FlatShard, Kernel
 from sharded_lamb.layout import BLOCK, Bucket, Segment
 
 
@@ -69,7 +69,9 @@ class FlatBucket:
         self.strides = [memory_strides(p) for p in params]
         self.segments = plan.segments(shard_rank)
         self._segment_of = {segment.param: segment for segment in self.segments}
-        self._position = {param: position for position, param in enumerate(plan.params)}
+        position = {param: place for place, param in enumerate(plan.params)}
+        places = [position[segment.param] for segment in self.segments]
+        self._sliced = [(self.params[place], self.strides[place]) for place in places]
         self.flat = torch.zeros(plan.numel, dtype=precision.model, device=device)
         self.low, self.high = plan.shard_range(shard_rank)
         for p, offset, strides in zip(params, plan.offsets, self.strides, strict=True):
@@ -126,17 +128,15 @@ class FlatBucket:
         offset = flat.storage_offset() + self.plan.offsets[position]
         return flat.as_strided(self.params[position].shape, self.strides[position], offset)
 
-    def take_own_gradients(self) -> None:
-        """Stage 1: this rank's slices of every ``.grad`` into the gradient shard; 0 where there is none."""
-        for segment in self.segments:
-            position = self._position[segment.param]
-            target = self.shard.grad[segment.shard_start : segment.shard_start + segment.length]
-            grad = self.params[position].grad
-            if grad is None:
-                target.zero_()
-            else:
-                run = flattened(grad, self.strides[position])
-                target.copy_(run[segment.start : segment.start + segment.length])
+    def take_own_gradients(self, kernel: Kernel, sums: Tensor) -> None:
+        """Stage 1: this rank's slices of every ``.grad`` into the gradient shard; Σg² added to ``sums`` [P] fp64."""
+        grads = []
+        for p, strides in self._sliced:
+            grad = p.grad
+            if grad is not None and grad.stride() != strides:
+                grad = flattened(grad, strides)
+            grads.append(grad)
+        kernel.collect(self.shard, self.segments, grads, sums)
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes of this bucket on this rank, by what they are for."""

@@ -193,7 +193,7 @@ class Collectives:
                 dist.broadcast(wire, self.topology.everyone[0], group=self.everyone)
 
     def reduce_scatter(self, full: Tensor, received: Tensor) -> Pending:
-        """Start the exchange that `reduced_shard` finishes.
+        """Start the exchange of which `parts_of_sum` gives what arrived.
 
         Args:
             full: [shard_count x n] this rank's gradients of a bucket, wire dtype.
@@ -213,24 +213,23 @@ class Collectives:
             return 0
         return full_numel if self._by_hand else full_numel // self.shard_count
 
-    def reduced_shard(self, full: Tensor, received: Tensor, dtype: torch.dtype) -> Tensor:
-        """[n] the average over everyone of what the ranks handed to `reduce_scatter`, in ``dtype``.
+    def parts_of_sum(self, full: Tensor, received: Tensor, dtype: torch.dtype) -> Tensor:
+        """[k, n]: what is to be summed, in order, to the sum over everyone of what ranks handed to `reduce_scatter`.
 
-        Sums run in ``dtype`` in rank order where they are taken here. Replicas are all-reduced last.
+        One part in the wire's dtype from every rank where sums are taken here. Replicas are all-reduced in ``dtype``.
         """
         if self._shard is None:
-            shard = full.to(dtype)
-        elif self._by_hand:
-            parts = received.view(self.shard_count, -1)
-            shard = parts[0].to(dtype, copy=True)
-            for part in parts[1:]:
-                shard += part
+            parts = full.view(1, -1)
         else:
-            shard = received.to(dtype)
-        if self._replica is not None:
-            self.traffic.add("all_reduce_replicas", shard.nbytes)
-            dist.all_reduce(shard, group=self._replica)
-        return shard.div_(self.world_size) if self.world_size > 1 else shard
+            parts = received.view(self.shard_count if self._by_hand else 1, -1)
+        if self._replica is None:
+            return parts
+        total = parts[0].to(dtype, copy=True)
+        for part in parts[1:]:
+            total += part
+        self.traffic.add("all_reduce_replicas", total.nbytes)
+        dist.all_reduce(total, group=self._replica)
+        return total.view(1, -1)
 
     def all_gather(self, flat: Tensor) -> Pending:
         """Every rank's shard of ``flat``, in place: rank r's is the r-th equal part."""

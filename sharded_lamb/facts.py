@@ -9,7 +9,7 @@ Slots of the fp64 vector, for P parameters and W ranks::
     [3P+1, …)   on the first steps: Σg and Σg² of what a rank holds of gradients that others hold too, W slots a kind
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,9 +17,6 @@ from torch import Tensor
 
 from sharded_lamb import rule
 from sharded_lamb.collectives import Collectives
-
-SquareSums = Callable[[], Tensor]
-"""[P] fp64: Σg² of what this rank speaks for of every parameter, as the gradient shards are now."""
 
 TOLERANCE = 1e-3
 """How far Σg² of the same averaged gradients may differ over ranks, relative; Σg likewise, of √Σg²."""

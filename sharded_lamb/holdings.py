@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sharded_lamb import kernels
 from sharded_lamb.base import NamedParameter, check_parameter
 from sharded_lamb.buckets import FlatBucket, Precision
 from sharded_lamb.collectives import Collectives, Topology
@@ -38,6 +39,7 @@ class Settings:
     overlap: bool
     skip_nonfinite: bool
     max_consecutive_skips: int
+    kernel: str
 
     def __post_init__(self) -> None:
         if self.stage not in (1, 2):
@@ -49,6 +51,8 @@ class Settings:
             raise ValueError(f"bucket_mb must be > 0 (MiB of parameters a bucket), got {self.bucket_mb!r}")
         if self.max_consecutive_skips < 1:
             raise ValueError(f"max_consecutive_skips must be >= 1, got {self.max_consecutive_skips!r}")
+        if self.kernel not in kernels.NAMES:
+            raise ValueError(f"kernel must be one of {kernels.NAMES}, got {self.kernel!r}")
         for name in ("master_dtype", "state_dtype", "reduce_dtype"):
             dtype = getattr(self, name)
             if dtype not in _FLOATS and not (name == "reduce_dtype" and dtype is None):

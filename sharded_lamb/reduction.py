@@ -25,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharded_lamb.buckets import FlatBucket
 from sharded_lamb.collectives import Collectives, Pending
-from sharded_lamb.facts import GradientFacts, Replicas, SquareSums, agree, check_gradient
+from sharded_lamb.facts import GradientFacts, Replicas, agree, check_gradient
+from sharded_lamb.kernels import Kernel
 
 IN_FLIGHT = 3
 """Buckets whose exchange may be under way at once: bounds staging memory at 3 x 2 buckets."""
@@ -49,11 +50,12 @@ class BackwardReducer:
     def __init__(
         self,
         collectives: Collectives,
-        square_sums: SquareSums,
+        kernel: Kernel,
+        spoken: Callable[[Tensor], Tensor],
         *,
         overlap: bool,
     ) -> None:
-        self.collectives, self.square_sums, self.overlap = collectives, square_sums, overlap
+        self.collectives, self.kernel, self.spoken, self.overlap = collectives, kernel, spoken, overlap
         self.enabled = True
         self.buckets: list[FlatBucket] = []
         self.names: list[str] = []
@@ -62,6 +64,7 @@ class BackwardReducer:
         self.present: list[bool] = []
         self.late: set[int] = set()
         self.facts: GradientFacts | None = None
+        self._square_sums = torch.zeros(0, dtype=torch.float64)  # [P] of what this rank holds, in this round
         self.rounds = 0
         self.sentinel_param = -1
         self._sentinel: Tensor | None = None
@@ -209,6 +212,7 @@ class BackwardReducer:
             self._drop_sentinel()
             self.present = [False] * len(self.params)
         self._open, self._next, self.facts = True, 0, None
+        self._square_sums = torch.zeros(len(self.params), dtype=torch.float64, device=self.params[0].device)
         self._fired = set()
         self._waiting = [len(bucket.params) for bucket in self.buckets]
         for param in self.late:  # never early: its gradient may not be whole before backward ends
@@ -262,12 +266,9 @@ class BackwardReducer:
     def _finish_oldest(self) -> None:
         exchange = self._exchanges.popleft()
         exchange.pending.wait()
-        target = exchange.bucket.shard.grad
-        shard = self.collectives.reduced_shard(exchange.full, exchange.received, target.dtype)
-        if self._fresh:
-            target.copy_(shard)
-        else:
-            target.add_(shard)
+        shard = exchange.bucket.shard
+        parts = self.collectives.parts_of_sum(exchange.full, exchange.received, shard.compute)
+        self.kernel.average(shard, parts, self.collectives.world_size, self._square_sums, add=not self._fresh)
         self._staging.append(exchange.memory)
 
     def _take_staging(self, bucket: FlatBucket) -> tuple[Tensor, Tensor]:
@@ -300,6 +301,7 @@ class BackwardReducer:
             if again:
                 self._fresh = False
                 for index in sorted(again):
+                    self._square_sums[list(self.buckets[index].plan.params)] = 0  # they are summed anew
                     self._launch(index)
                 self._drain()
                 facts = self._agree([False] * len(self.params))
@@ -308,7 +310,7 @@ class BackwardReducer:
         return facts
 
     def _agree(self, left_over: list[bool]) -> GradientFacts:
-        return agree(self.collectives, self.square_sums(), self.present, left_over)
+        return agree(self.collectives, self.spoken(self._square_sums), self.present, left_over)
 
     def _drain(self) -> None:
         while self._exchanges:

@@ -11,7 +11,7 @@ How the parts work together in a step::
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Unpack
@@ -21,15 +21,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from sharded_lamb import rule
+from sharded_lamb import kernels, rule
 from sharded_lamb.agreement import Description, check_agreement, describe_group, told_to_all
 from sharded_lamb.averaged import AveragedGradients
 from sharded_lamb.collectives import Collectives, Pending, Topology, Traffic
-from sharded_lamb.engine import gradient_square_sums, lamb_step
+from sharded_lamb.engine import lamb_step
 from sharded_lamb.facts import GradientFacts, SkipCounter, agree_with_norms, check_present
 from sharded_lamb.holdings import Holdings, Plan, Settings
 from sharded_lamb.hyperparams import RuleOptions, check_max_grad_norm
-from sharded_lamb.kernels import FlatShard, Kernel, ReferenceKernel, Shard
+from sharded_lamb.kernels import Kernel
 from sharded_lamb.mixed import MixedGradients
 from sharded_lamb.placements import materialized, root_ranks
 from sharded_lamb.reduction import BackwardReducer
@@ -78,6 +78,8 @@ class ShardedLamb(SavingOptimizer):
         skip_nonfinite: a non-finite gradient on any rank leaves the step out on every rank: nothing moves. (Stage 1:
             a non-finite averaged gradient; each rank looks at its own slices of it.)
         max_consecutive_skips: after as many in a row, an error on every rank.
+        kernel: what computes: "cpp" (CPU, compiled on first use), "torch" (stock operations, anywhere), or "auto": the
+            fastest that works, or what the environment variable SHARDED_LAMB_KERNEL names. The same on all ranks.
 
     Raises:
         ValueError, TypeError: a wrong option or parameter; ranks that disagree on names, shapes, dtypes or options
@@ -111,6 +113,7 @@ class ShardedLamb(SavingOptimizer):
         overlap: bool = True,
         skip_nonfinite: bool = True,
         max_consecutive_skips: int = 10,
+        kernel: str = "auto",
         **options: Unpack[RuleOptions],
     ) -> None:
         params = materialized(params)
@@ -125,12 +128,12 @@ class ShardedLamb(SavingOptimizer):
                 overlap,
                 skip_nonfinite,
                 max_consecutive_skips,
+                kernel,
             )
             self._holdings = Holdings(self, topology, self._settings)
             scalars = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
             super().__init__(params, scalars, variant, options)
-        plan = self._agreed_plan()
-        self._kernel: Kernel = ReferenceKernel()
+        plan, self._kernel = self._agreed_plan()
         self._collectives = Collectives(topology, plan.wire_device)
         self._gradients = self._make_gradients()
         self._skips = SkipCounter(plan.device, max_consecutive_skips)
@@ -146,24 +149,27 @@ class ShardedLamb(SavingOptimizer):
         super().add_param_group(param_group)
         if self._constructed:
             try:
-                self._take_on(self._agreed_plan())
+                self._take_on(self._agreed_plan()[0])
             except (ValueError, TypeError, RuntimeError):
                 self.param_groups.pop()
                 raise
 
-    def _agreed_plan(self) -> Plan:
-        """Where the parameters go that want gradients and are not held yet; the same on every rank. Collective."""
+    def _agreed_plan(self) -> tuple[Plan, Kernel]:
+        """Where the parameters go that want gradients and are not held yet, and what they are updated with; the same on
+        every rank. Collective."""
         held = self._holdings
         with told_to_all(held.topology):
             plan = held.plan(list(self._named_parameters()))
+            kernel = kernels.choose(self._settings.kernel, plan.device)
         description: Description = [("construction", "ok"), ("settings", self._settings.described())]
+        description.append(("kernel", kernel.name))
         description.append(("max_grad_norm", self.max_grad_norm))
         description += [
             (f"options of group {i}", describe_group(group)) for i, group in enumerate(self.param_groups)
         ]
         description += plan.described(len(held.params))
         check_agreement(held.topology, description)
-        return plan
+        return plan, kernel
 
     def _take_on_unfrozen(self) -> None:
         held = self._holdings
@@ -177,7 +183,7 @@ class ShardedLamb(SavingOptimizer):
                     f"Accelerate's prepare put new parameters in the place of old ones): construct ShardedLamb after "
                     f"that, from the parameters that the model has then"
                 )
-            self._take_on(self._agreed_plan())
+            self._take_on(self._agreed_plan()[0])
 
     def _take_on(self, plan: Plan) -> None:
         """Collective: broadcasts the weights of the first rank."""
@@ -232,11 +238,6 @@ class ShardedLamb(SavingOptimizer):
         if held.device.type == "cpu" and skip:
             self._last = _LastStep(torch.ones_like(held.step), moved, grad_norm)
             return
-        shards = held.shards()
-        if held.device.type != "cpu":  # the host does not know: coefficients of 0 must meet no nan
-            for shard in shards:
-                for grad in [shard.grad] if isinstance(shard, FlatShard) else shard.grad:
-                    grad.masked_fill_(skip, 0)
         clip = torch.ones_like(grad_norm) if self._clip is None else self._clip
         clip = clip * rule.clip_factor(grad_norm * clip, self.max_grad_norm)
         step = held.step + moved
@@ -252,7 +253,7 @@ class ShardedLamb(SavingOptimizer):
 
         ratios = lamb_step(
             self._kernel,
-            shards,
+            held.shards(),
             self._table.options(),
             lr=self._table.lr(),
             step=step,
@@ -303,22 +304,15 @@ class ShardedLamb(SavingOptimizer):
     def _make_gradients(self) -> AveragedGradients | MixedGradients:
         held, collectives = self._holdings, self._collectives
         if self._settings.stage == 1:
-            return AveragedGradients(collectives, lambda: self._square_sums(held.shards()), held.pieces)
+            return AveragedGradients(collectives, self._kernel, self._spoken, held.pieces)
         return MixedGradients(
-            BackwardReducer(
-                collectives,
-                lambda: self._square_sums([bucket.shard for bucket in held.buckets]),
-                overlap=self._settings.overlap,
-            ),
-            AveragedGradients(
-                collectives, lambda: self._square_sums(held.pieces.shards), held.pieces, only_placed=True
-            ),
+            BackwardReducer(collectives, self._kernel, self._spoken, overlap=self._settings.overlap),
+            AveragedGradients(collectives, self._kernel, self._spoken, held.pieces, only_placed=True),
         )
 
-    def _square_sums(self, shards: Sequence[Shard]) -> Tensor:
-        """[P] fp64, of what this rank speaks for. Non-finite on any rank that holds it: 0 x inf is nan."""
-        held = self._holdings
-        return gradient_square_sums(self._kernel, shards, len(held.params), held.device) * held.speaks
+    def _spoken(self, square_sums: Tensor) -> Tensor:
+        """Of sums over what this rank holds, what counts. Non-finite on any rank that holds it: 0 x inf is nan."""
+        return square_sums * self._holdings.speaks
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients: ``.grad``, and in stage 2 what was reduced, once nothing is in flight any more."""

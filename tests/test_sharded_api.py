@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from sharded_lamb import Lamb, ShardedLamb
+from sharded_lamb.kernels import choose
 from tests.harness import run_ranks, run_ranks_expecting_errors
 from tests.sharded_cases import (
     BASE,
@@ -400,5 +401,5 @@ def test_first_step_logs_one_line_on_the_first_rank() -> None:
     assert others == [[]]
     assert line == (
         "INFO ShardedLamb stage 2: 2 ranks, 3 tensors (2 without decay, 1 without ratio), "
-        f"{2 * 4 * 512:,} bytes of state a rank, kernel torch, variant nvlamb"
+        f"{2 * 4 * 512:,} bytes of state a rank, kernel {choose('auto', torch.device('cpu')).name}, variant nvlamb"
     )

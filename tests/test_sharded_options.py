@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from sharded_lamb import ShardedLamb
+from sharded_lamb import ShardedLamb, kernels
 from sharded_lamb.hyperparams import DEFAULTS, GROUP_OPTIONS
 from tests.harness import run_ranks
 from tests.sharded_cases import Case, run
@@ -47,6 +47,7 @@ SHOWN_BY = {
     "overlap": "test_overlap_reduces_while_backward_runs",
     "skip_nonfinite": "test_skip_nonfinite",
     "max_consecutive_skips": "test_max_consecutive_skips",
+    "kernel": "test_kernel_says_what_computes",
 }
 
 
@@ -154,3 +155,22 @@ def test_max_consecutive_skips() -> None:
         for _, _, raised in run_ranks(2, _with_nan, {"max_consecutive_skips": limit}, steps):
             assert bool(raised) == fails
             assert not fails or ("the.weight" in raised and "max_consecutive_skips=2" in raised)
+
+
+@pytest.mark.parametrize("name", kernels.available())
+def test_kernel_says_what_computes(name: str) -> None:
+    """All have the same bits: what shows is the name."""
+    params, plain = params_with(kernel=name), params_with(kernel="torch")
+    assert all(torch.equal(params[key], plain[key]) for key in SHAPES)
+    assert run_ranks(2, _kernel, name) == [name, name]
+
+
+def _kernel(rank: int, name: str) -> str:
+    return ShardedLamb([Parameter(torch.ones(3))], kernel=name)._kernel.name
+
+
+@pytest.mark.parametrize("asked", ["fastest", "triton"])
+def test_a_kernel_that_is_not_there_is_refused_by_name(asked: str) -> None:
+    error = ValueError if asked == "fastest" else RuntimeError
+    with pytest.raises(error, match=f"kernel .*{asked}"):
+        ShardedLamb([torch.nn.Parameter(torch.ones(3))], kernel=asked)

@@ -15,6 +15,7 @@ from sharded_lamb import shapes
 from sharded_lamb.__main__ import main
 from sharded_lamb.buckets import FlatBucket
 from sharded_lamb.collectives import Collectives
+from sharded_lamb.kernels import Kernel
 from sharded_lamb.layout import Bucket, Segment
 from sharded_lamb.verify import Reference, Report, verify
 from tests.harness import run_ranks
@@ -80,12 +81,12 @@ def with_a_dropped_slice(rank: int, stage: int) -> Verdict:
 
 def with_summed_gradients(rank: int, stage: int) -> Verdict:
     """Gradients summed over ranks, not averaged (LAMB hardly notices; its moments do)."""
-    original = Collectives.reduced_shard
+    original = Collectives.parts_of_sum
 
     def summed(self: Collectives, full: Tensor, received: Tensor, dtype: torch.dtype) -> Tensor:
         return original(self, full, received, dtype) * self.world_size
 
-    with mock.patch.object(Collectives, "reduced_shard", summed):
+    with mock.patch.object(Collectives, "parts_of_sum", summed):
         return verify_here(rank, 2, "float32")
 
 
@@ -93,8 +94,8 @@ def with_own_gradients_in_stage_1(rank: int, stage: int) -> Verdict:
     """Stage 1 takes what is this rank's alone, and the check of the first steps does not look."""
     original = FlatBucket.take_own_gradients
 
-    def own(self: FlatBucket) -> None:
-        original(self)
+    def own(self: FlatBucket, kernel: Kernel, sums: Tensor) -> None:
+        original(self, kernel, sums)
         self.shard.grad.mul_(1 + rank)
 
     with mock.patch.object(FlatBucket, "take_own_gradients", own):

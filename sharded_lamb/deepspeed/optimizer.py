@@ -30,7 +30,7 @@ from sharded_lamb.deepspeed.stepped import StateKeeper, Stepped, params_of
 from sharded_lamb.engine import gradient_square_sums, lamb_step
 from sharded_lamb.facts import GradientFacts, SkipCounter, agree
 from sharded_lamb.hyperparams import fill
-from sharded_lamb.kernels import Kernel, ReferenceKernel
+from sharded_lamb.kernels import Kernel, choose
 
 logger = logging.getLogger("sharded_lamb")
 
@@ -107,7 +107,7 @@ class DeepSpeedLamb(LambOptimizer):
             group.pop("param_names", None)
         self._groups = list(self.param_groups)  # DeepSpeed's steps swap the list, not the groups
         self._keeper = StateKeeper(self.state)
-        self._kernel: Kernel = ReferenceKernel()
+        self._kernels: dict[torch.device, Kernel] = {}  # partitions may lie on several: offload
         self._held: OptimizerPartitions | None = None
         self._called = self._proved = False
         self._everyone: Collectives  # all ranks
@@ -243,11 +243,9 @@ class DeepSpeedLamb(LambOptimizer):
             if stepped.device.type == "cpu" and skip:
                 self._record(stepped, torch.ones(len(moved)), moved)
                 return
-            if stepped.device.type != "cpu":  # the host does not know
-                stepped.erase_gradients(skip)
         step, counts = stepped.next_steps(moved, self.state)
         ratios = lamb_step(
-            self._kernel,
+            self._kernel_on(stepped.device),
             shards,
             stepped.table.options(),
             lr=stepped.table.lr(),
@@ -260,10 +258,15 @@ class DeepSpeedLamb(LambOptimizer):
         stepped.write_steps(counts, self.state)
         self._record(stepped, ratios, moved)
 
+    def _kernel_on(self, device: torch.device) -> Kernel:
+        if device not in self._kernels:
+            self._kernels[device] = choose("auto", device)
+        return self._kernels[device]
+
     def _facts(self, stepped: Stepped, shards: list[Any]) -> GradientFacts:
         """(a): what all ranks must know of the gradients before any moment is written."""
         count = len(stepped.params)
-        sums = gradient_square_sums(self._kernel, shards, count, stepped.device)
+        sums = gradient_square_sums(self._kernel_on(stepped.device), shards, count, stepped.device)
         return agree(self._collectives, sums, stepped.present(), [False] * count)
 
     def _record(self, stepped: Stepped, ratios: Tensor, moved: Tensor) -> None:
@@ -387,7 +390,8 @@ class DeepSpeedLamb(LambOptimizer):
 
     def _summary(self, held: OptimizerPartitions, ranks: int) -> str:
         tensors = sum(len(partition.params) for partition in held.partitions)
+        kernel = " and ".join(sorted({kernel.name for kernel in self._kernels.values()}))
         return (
             f"ShardedLamb in DeepSpeed ({held.kind}): {ranks} ranks, {tensors} tensors in {len(held.partitions)} "
-            f"partitions, kernel {self._kernel.name}, variant {self.defaults['variant']}"
+            f"partitions, kernel {kernel}, variant {self.defaults['variant']}"
         )

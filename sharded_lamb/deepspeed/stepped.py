@@ -117,12 +117,6 @@ class Stepped:
                 given[row] = partition.tensor.grad is not None
         return given
 
-    def erase_gradients(self, where: Tensor) -> None:
-        """Gradients of 0 where ``where`` (bool scalar) holds: coefficients of 0 must meet no nan."""
-        for partition in self.partitions:
-            if partition.tensor.grad is not None:
-                partition.tensor.grad.masked_fill_(where, 0)
-
     def next_steps(self, moved: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """([rows], [partitions]) fp64 step counts: a partition counts a step in which any of its parameters moves."""
         advanced = torch.zeros(len(self.partitions), dtype=torch.float64, device=self.device)

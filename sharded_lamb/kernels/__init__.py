@@ -7,11 +7,23 @@ A backend is two functions over memory that know neither parameters' shapes nor 
 
 and the sum of squares that clipping and the search for non-finite gradients need before them. The memory is one flat
 run of whole blocks (our own buckets: `FlatShard`) or pieces that lie anywhere (what another framework partitioned:
-`PieceShard`). `reference` is the pure backend: the rule on chunks that fit the cache.
+`PieceShard`). `reference` ("torch") is the pure backend, the rule on chunks that fit the cache; `native` ("cpp") is C++
+with the same bits; `choice` takes the fastest that works.
 """
 
+from sharded_lamb.kernels.choice import NAMES, available, choose, load
 from sharded_lamb.kernels.protocol import Kernel
 from sharded_lamb.kernels.reference import ReferenceKernel
 from sharded_lamb.kernels.shard import FlatShard, PieceShard, Shard
 
-__all__ = ["FlatShard", "Kernel", "PieceShard", "ReferenceKernel", "Shard"]
+__all__ = [
+    "NAMES",
+    "FlatShard",
+    "Kernel",
+    "PieceShard",
+    "ReferenceKernel",
+    "Shard",
+    "available",
+    "choose",
+    "load",
+]

@@ -5,7 +5,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sharded_lamb.kernels.shard import Shard
+from sharded_lamb.kernels.shard import FlatShard, Shard
+from sharded_lamb.layout import Segment
 
 
 class Kernel(Protocol):
@@ -16,6 +17,21 @@ class Kernel(Protocol):
     """
 
     name: str
+
+    def average(self, shard: FlatShard, parts: Tensor, divisor: int, sums: Tensor, *, add: bool) -> None:
+        """grad ← Σ parts / divisor, or with ``add`` grad + that; Σg² per parameter added to ``sums`` [P] fp64.
+
+        ``parts``: [k, n] any floating-point dtype, summed in their order in the compute dtype.
+        """
+
+    def collect(
+        self, shard: FlatShard, segments: Sequence[Segment], grads: Sequence[Tensor | None], sums: Tensor
+    ) -> None:
+        """grad ← segments of gradients that lie elsewhere; Σg² per parameter added to ``sums`` [P] fp64.
+
+        ``grads``: entry i is what ``segments[i]`` is of, without gaps in memory, any floating-point dtype; None stands
+        for zeros. ``segments`` is the same object from step to step.
+        """
 
     def square_sums(self, shards: Sequence[Shard], sums: Tensor) -> None:
         """Σg² of the blocks of each parameter, added to ``sums`` [P] fp64."""

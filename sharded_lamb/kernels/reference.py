@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sharded_lamb import rule
 from sharded_lamb.kernels import packing
+from sharded_lamb.kernels.incoming import StockIncoming
 from sharded_lamb.kernels.shard import FlatShard, PieceShard, Shard
 from sharded_lamb.layout import BLOCK
 from sharded_lamb.rule import COLUMNS, Coefficients, PerTensor
@@ -166,7 +167,7 @@ def _piece_chunks(shard: PieceShard, table: Tensor) -> Iterator[_Chunk]:
             yield _PackedChunk(shard, runs, table, block_param)
 
 
-class ReferenceKernel:
+class ReferenceKernel(StockIncoming):
     """Stock torch on any device; every temporary is a chunk long."""
 
     name = "torch"

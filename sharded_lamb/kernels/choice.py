@@ -1,0 +1,81 @@
+"""Which backend runs: the fastest that works on a device, or the one that was asked for."""
+
+import logging
+import os
+from functools import lru_cache
+
+import torch
+
+from sharded_lamb.kernels import native
+from sharded_lamb.kernels.compiling import CompileError
+from sharded_lamb.kernels.protocol import Kernel
+from sharded_lamb.kernels.reference import ReferenceKernel
+
+logger = logging.getLogger("sharded_lamb")
+
+ENVIRONMENT = "SHARDED_LAMB_KERNEL"
+"""Environment variable: the backend where a program asks for none."""
+
+NAMES = ("auto", "torch", "cpp", "triton")
+CPU = torch.device("cpu")
+
+
+def available(device: torch.device = CPU) -> list[str]:
+    """The backends that work on ``device``."""
+    return [name for name in NAMES[1:] if why_not(name, device) is None]
+
+
+def load(name: str, device: torch.device = CPU) -> Kernel:
+    """The backend ``name`` on ``device``.
+
+    Raises:
+        ValueError: there is none of that name.
+        RuntimeError: it cannot work here; the message says why.
+    """
+    if name not in NAMES[1:]:
+        raise ValueError(f"kernel must be one of {NAMES}, got {name!r}")
+    reason = why_not(name, device)
+    if reason is not None:
+        raise RuntimeError(f"kernel {name!r} cannot run on {device}: {reason}")
+    if name == "cpp":
+        return native.CppKernel()
+    return ReferenceKernel()
+
+
+def choose(name: str, device: torch.device) -> Kernel:
+    """As `load`; "auto" is what ``SHARDED_LAMB_KERNEL`` names, else the fastest that works, with a warning if it is not
+    the one that should."""
+    if name == "auto":
+        name = os.environ.get(ENVIRONMENT, "auto")
+    if name != "auto":
+        return load(name, device)
+    best = "cpp" if device.type == "cpu" else "triton"
+    reason = why_not(best, device)
+    if reason is None:
+        return load(best, device)
+    _warn(f"the {best} kernel cannot run on {device.type}, and stock torch operations are slower: {reason}")
+    return load("torch", device)
+
+
+def why_not(name: str, device: torch.device) -> str | None:
+    """Why a backend cannot work on a device; None where it can."""
+    if name == "torch":
+        return None
+    if name == "cpp":
+        return _why_no_cpp() if device.type == "cpu" else "it is for CPUs"
+    return "it is not there"
+
+
+@lru_cache(maxsize=1)
+def _why_no_cpp() -> str | None:
+    try:
+        native.library()
+    except CompileError as error:
+        return str(error)
+    return None
+
+
+@lru_cache(maxsize=8)
+def _warn(message: str) -> None:
+    """Once a process."""
+    logger.warning(message)

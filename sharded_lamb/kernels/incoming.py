@@ -1,0 +1,47 @@
+"""How gradients come into flat shards, in stock torch operations."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sharded_lamb.kernels.shard import FlatShard, Shard
+from sharded_lamb.layout import Segment
+
+
+class StockIncoming:
+    """`Kernel.average` and `Kernel.collect` for backends that have none of their own."""
+
+    def square_sums(self, shards: Sequence[Shard], sums: Tensor) -> None:
+        """See `Kernel`."""
+        raise NotImplementedError
+
+    def average(self, shard: FlatShard, parts: Tensor, divisor: int, sums: Tensor, *, add: bool) -> None:
+        """grad ← Σ parts / divisor, or grad + that; then Σg²."""
+        total = parts[0].to(shard.compute, copy=True)
+        for part in parts[1:]:
+            total += part
+        if divisor != 1:
+            total /= divisor
+        if add:
+            shard.grad.add_(total)
+        else:
+            shard.grad.copy_(total)
+        self.square_sums([shard], sums)
+
+    def collect(
+        self, shard: FlatShard, segments: Sequence[Segment], grads: Sequence[Tensor | None], sums: Tensor
+    ) -> None:
+        """grad ← segments of ``grads``; then Σg²."""
+        places, found = [], []
+        for segment, grad in zip(segments, grads, strict=True):
+            place = shard.grad[segment.shard_start : segment.shard_start + segment.length]
+            if grad is None:
+                place.zero_()
+            else:
+                run = grad.as_strided((grad.numel(),), (1,))
+                places.append(place)
+                found.append(run[segment.start : segment.start + segment.length])
+        if places:
+            torch._foreach_copy_(places, found)
+        self.square_sums([shard], sums)

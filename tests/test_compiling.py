@@ -1,0 +1,214 @@
+"""Kernels are compiled once a machine, by one process at a time, and a machine that cannot gets stock operations."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from sharded_lamb.kernels import choice, compiling
+
+SOURCE = 'extern "C" int answer() { return 42; }\n'
+
+# By the file's path: the package would import torch, and this is to be quick.
+COMPILE = f"""
+import runpy, sys
+from pathlib import Path
+compiling = runpy.run_path({compiling.__file__!r})
+print(compiling["load"](Path(sys.argv[1])).answer())
+"""
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(compiling.CACHE, str(tmp_path / "cache"))
+    path = tmp_path / "answer.cpp"
+    path.write_text(SOURCE)
+    return path
+
+
+def counted_compiler(folder: Path, body: str = "") -> tuple[Path, Path]:
+    """A compiler that writes a line whenever it compiles, and the file of these lines."""
+    log, script = folder / "log", folder / "counted-c++"
+    script.write_text(
+        textwrap.dedent(
+            f"""\
+            #!/bin/sh
+            case "$*" in *" -c "*) echo compiled >> {log}; {body} ;; esac
+            exec c++ "$@"
+            """
+        )
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    log.touch()
+    return script, log
+
+
+def libraries(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "cache").glob("*.so"))
+
+
+def test_the_second_time_nothing_is_compiled(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, log = counted_compiler(tmp_path)
+    monkeypatch.setenv("CXX", str(script))
+    for _ in range(2):
+        assert compiling.load(source).answer() == 42
+    assert log.read_text().split() == ["compiled"]
+    assert len(libraries(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("what", ["source", "compiler", "processor"])
+def test_what_a_library_depends_on_makes_another(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    compiling.load(source)
+    if what == "source":
+        source.write_text(SOURCE.replace("42", "43"))
+    elif what == "compiler":
+        script = tmp_path / "other-c++"
+        script.write_text('#!/bin/sh\n[ "$1" = --version ] && echo another && exit\nexec c++ "$@"\n')
+        script.chmod(0o755)
+        monkeypatch.setenv("CXX", str(script))
+    else:
+        monkeypatch.setattr(compiling, "_processor", lambda: "another")
+    assert compiling.load(source).answer() == (43 if what == "source" else 42)
+    assert len(libraries(tmp_path)) == 2
+
+
+def test_processes_that_start_at_once_compile_once(source: Path, tmp_path: Path) -> None:
+    script, log = counted_compiler(tmp_path, "sleep 1")
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", COMPILE, str(source)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "CXX": str(script)},
+        )
+        for _ in range(3)
+    ]
+    assert [process.communicate(timeout=120)[0].strip() for process in running] == ["42"] * 3
+    assert log.read_text().split() == ["compiled"]
+
+
+def test_a_process_killed_while_it_compiles_leaves_nothing_in_the_way(source: Path, tmp_path: Path) -> None:
+    script, log = counted_compiler(tmp_path, "kill -9 $PPID; sleep 1")
+    killed = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(source)],
+        env={**os.environ, "CXX": str(script)},
+        timeout=120,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert log.read_text()
+    assert compiling.load(source).answer() == 42
+
+
+@pytest.mark.parametrize("where", ["a file", "a folder that cannot be made"])
+def test_without_a_folder_to_keep_it_in_it_is_compiled_for_the_process(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """As root everything can be written, so that a read-only folder is played by what no folder can be made in."""
+    blocked = tmp_path / "blocked"
+    blocked.touch()
+    monkeypatch.setenv(compiling.CACHE, str(blocked if where == "a file" else blocked / "cache"))
+    assert compiling.load(source).answer() == 42
+    assert blocked.read_bytes() == b""
+
+
+def test_a_folder_without_permission_to_write(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: object, **keywords: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(compiling.tempfile, "TemporaryFile", refused)
+    assert compiling.load(source).answer() == 42
+    assert libraries(tmp_path) == []
+
+
+def test_a_file_system_without_locks(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(compiling.fcntl, "flock", refused)
+    assert compiling.load(source).answer() == 42
+
+
+def test_flags_that_a_compiler_does_not_know_are_left_out(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "plain-c++"
+    script.write_text(
+        '#!/bin/sh\ncase "$*" in *native*|*openmp*) echo "error: unknown flag" >&2; exit 1;; esac\nexec c++ "$@"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    assert compiling.load(source).answer() == 42
+
+
+def test_a_symbol_that_nobody_has_shows_when_it_is_built(source: Path) -> None:
+    """Not at the first call, in the middle of training."""
+    source.write_text('extern "C" int nowhere(); extern "C" int answer() { return nowhere(); }\n')
+    with pytest.raises(compiling.CompileError, match="nowhere"):
+        compiling.load(source)
+
+
+def test_what_the_compiler_says_is_in_the_error(source: Path, tmp_path: Path) -> None:
+    source.write_text("int answer() { return undeclared; }\n")
+    with pytest.raises(compiling.CompileError, match="undeclared"):
+        compiling.load(source)
+    assert libraries(tmp_path) == []
+    assert not list((tmp_path / "cache").glob("*.o"))
+
+
+@pytest.mark.parametrize(
+    ("cxx", "says"),
+    [("no-such-compiler", "no C\\+\\+ compiler.*apt-get install g\\+\\+"), ("false", "false failed")],
+)
+def test_no_compiler(source: Path, monkeypatch: pytest.MonkeyPatch, cxx: str, says: str) -> None:
+    monkeypatch.setenv("CXX", cxx)
+    with pytest.raises(compiling.CompileError, match=says):
+        compiling.load(source)
+
+
+TRAIN = """
+import logging
+logging.basicConfig(format="%(levelname)s %(message)s")
+import torch
+from sharded_lamb import ShardedLamb
+for _ in range(2):
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = ShardedLamb([p])
+    p.grad = torch.ones(3)
+    optimizer.step()
+    print(optimizer._kernel.name)
+"""
+
+
+@pytest.mark.parametrize("cxx", ["no-such-compiler", "false"])
+def test_training_goes_on_without_a_compiler_with_one_warning(tmp_path: Path, cxx: str) -> None:
+    environment = {**os.environ, "CXX": cxx, compiling.CACHE: str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "cpp" not in done.stdout
+    (warning,) = (line for line in done.stderr.splitlines() if "WARNING" in line)
+    assert "cpp kernel cannot run" in warning
+    assert cxx in warning
+
+
+def test_the_kernel_of_the_environment_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(choice.ENVIRONMENT, "torch")
+    assert choice.choose("auto", choice.CPU).name == "torch"
+    assert choice.choose("cpp", choice.CPU).name == "cpp"
