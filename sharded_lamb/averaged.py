@@ -1,6 +1,7 @@
 """Gradients that are averaged over ranks already: this rank takes its slices of whole ones (stage 1), and DTensors'
 local parts as they are (stage 3)."""
 
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,7 +15,7 @@ from sharded_lamb.facts import (
     Replicas,
     agree,
     check_alike,
-    check_gradient,
+    check_gradients,
     check_present,
     not_agreed,
 )
@@ -50,7 +51,7 @@ class AveragedGradients:
         self.enabled = True
         self._steps_seen = 0
         self._known: GradientFacts | None = None
-        self._used: list[tuple[Tensor | None, int | None]] = []
+        self._used: tuple[list[Tensor | None], list[int]] = [], []  # gradients, and their versions
 
     def extend(
         self,
@@ -84,7 +85,7 @@ class AveragedGradients:
         # GradScaler's unscaling counts no version: what clip_grad_norm_ saw may have been scaled.
         if self._known is None or found_inf is not None or not self._unchanged():
             grads = self._grads()
-            self._used = [(grad, None if grad is None else grad._version) for grad in grads]
+            self._used = grads, [0 if grad is None else grad._version for grad in grads]
             square_sums = self.spoken(self._take(grads))
             if may_wait and not self.buckets and not self._compares():
                 return not_agreed(square_sums, [grad is not None for grad in grads])
@@ -95,6 +96,8 @@ class AveragedGradients:
         return self.collectives.world_size > 1 and self._steps_seen < CHECKED_STEPS
 
     def _grads(self) -> list[Tensor | None]:
+        if not self.only_placed:
+            return [p.grad for p in self.params]
         return [p.grad if mine else None for p, mine in zip(self.params, self.mine, strict=True)]
 
     def _unchanged(self) -> bool:
@@ -102,24 +105,21 @@ class AveragedGradients:
 
         False with DTensors: what is done to them in place (torch's clip_grad_norm_) counts no version.
         """
+        grads, versions = self._used
         return (
             not self.pieces.pieces
-            and len(self._used) == len(self.params)
-            and all(
-                now is grad and (grad is None or grad._version == version)
-                for now, (grad, version) in zip(self._grads(), self._used, strict=True)
-            )
+            and len(grads) == len(self.params)
+            and all(map(operator.is_, self._grads(), grads))
+            and versions == [0 if grad is None else grad._version for grad in grads]
         )
 
     def _take(self, grads: Sequence[Tensor | None]) -> Tensor:
         """[P] fp64: Σg² of what this rank holds."""
-        for name, grad in zip(self.names, grads, strict=True):
-            if grad is not None:
-                check_gradient(name, grad)
+        check_gradients(self.names, grads)
         self.pieces.take_gradients(self.names, self.collectives.traffic)
         sums = gradient_square_sums(self.kernel, self.pieces.shards, len(grads), self.params[0].device)
         for bucket in self.buckets:
-            bucket.take_own_gradients(self.kernel, sums)
+            bucket.take_own_gradients(grads, self.kernel, sums)
         return sums
 
     def _agree(
@@ -130,8 +130,7 @@ class AveragedGradients:
         present = [grad is not None for grad in grads]
         facts = agree(self.collectives, square_sums, present, [False] * len(present), found_inf, totals)
         if compared or facts.present.device.type == "cpu":  # elsewhere the host does not wait for the device
-            placed = [param in self.pieces.pieces for param in range(len(present))]
-            check_present(facts, self.names, self.collectives.world_size, placed)
+            check_present(facts, self.names, self.collectives.world_size, self.pieces.pieces)
             check_alike(facts, self.replicas)
         return facts
 
@@ -152,7 +151,7 @@ class AveragedGradients:
 
     def is_partial(self, facts: GradientFacts) -> Tensor:
         """Bool, on the device: a gradient is on some ranks only, which the host has not seen on a GPU."""
-        if not facts.agreed:
+        if not facts.agreed or self.collectives.world_size == 1:
             return torch.zeros((), dtype=torch.bool, device=facts.present.device)
         partial = (facts.present > 0) & (facts.present < self.collectives.world_size)
         if self.only_placed:
@@ -170,7 +169,7 @@ class AveragedGradients:
 
     def zero(self) -> None:
         """Gradients are about to be zeroed, or have been used: forget what is known of them."""
-        self._known, self._used = None, []
+        self._known, self._used = None, ([], [])
 
     def staging_bytes(self) -> int:
         """No memory beside the gradient shards."""

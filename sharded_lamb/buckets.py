@@ -71,7 +71,8 @@ class FlatBucket:
         self._segment_of = {segment.param: segment for segment in self.segments}
         position = {param: place for place, param in enumerate(plan.params)}
         places = [position[segment.param] for segment in self.segments]
-        self._sliced = [(self.params[place], self.strides[place]) for place in places]
+        self._sliced = [self.strides[place] for place in places]  # of the parameter of each segment
+        self._contiguous = all(self.params[place].is_contiguous() for place in places)
         self.flat = torch.zeros(plan.numel, dtype=precision.model, device=device)
         self.low, self.high = plan.shard_range(shard_rank)
         for p, offset, strides in zip(params, plan.offsets, self.strides, strict=True):
@@ -105,6 +106,9 @@ class FlatBucket:
 
     def check_attached(self, names: Sequence[str]) -> None:
         """Raises RuntimeError where a parameter no longer is the view that this bucket gathers into."""
+        dtypes = {p.dtype for p in self.params}
+        if list(map(Tensor.data_ptr, self.params)) == self._pointers and dtypes == {self.precision.model}:
+            return
         for p, pointer, index in zip(self.params, self._pointers, self.plan.params, strict=True):
             if p.data_ptr() != pointer or p.dtype != self.precision.model:
                 raise RuntimeError(
@@ -128,15 +132,20 @@ class FlatBucket:
         offset = flat.storage_offset() + self.plan.offsets[position]
         return flat.as_strided(self.params[position].shape, self.strides[position], offset)
 
-    def take_own_gradients(self, kernel: Kernel, sums: Tensor) -> None:
-        """Stage 1: this rank's slices of every ``.grad`` into the gradient shard; Σg² added to ``sums`` [P] fp64."""
-        grads = []
-        for p, strides in self._sliced:
-            grad = p.grad
-            if grad is not None and grad.stride() != strides:
-                grad = flattened(grad, strides)
-            grads.append(grad)
-        kernel.collect(self.shard, self.segments, grads, sums)
+    def take_own_gradients(self, grads: Sequence[Tensor | None], kernel: Kernel, sums: Tensor) -> None:
+        """This rank's slices of whole gradients into the gradient shard; Σg² added to ``sums``.
+
+        Args:
+            grads: [P] of all parameters; 0 where there is none.
+            sums: [P] fp64.
+        """
+        mine = [grads[segment.param] for segment in self.segments]
+        if not (self._contiguous and all(grad is not None and grad.is_contiguous() for grad in mine)):
+            mine = [
+                grad if grad is None or grad.stride() == strides else flattened(grad, strides)
+                for grad, strides in zip(mine, self._sliced, strict=True)
+            ]
+        kernel.collect(self.shard, self.segments, mine, sums)
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes of this bucket on this rank, by what they are for."""

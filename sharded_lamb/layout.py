@@ -77,6 +77,12 @@ class Bucket:
         """[start, stop) in the bucket of the shard that ``rank`` holds."""
         return rank * self.shard_numel, (rank + 1) * self.shard_numel
 
+    def gaps(self) -> tuple[tuple[int, int], ...]:
+        """[start, stop) of what no parameter fills, in memory order."""
+        ends = [0, *(offset + numel for offset, numel in zip(self.offsets, self.numels, strict=True))]
+        starts = [*self.offsets, self.numel]
+        return tuple((end, start) for end, start in zip(ends, starts, strict=True) if end < start)
+
     def segments(self, rank: int) -> tuple[Segment, ...]:
         """What ``rank`` holds, in memory order; work in proportion to what it holds, not to the ranks."""
         low, high = self.shard_range(rank)

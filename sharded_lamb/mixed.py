@@ -60,6 +60,8 @@ class MixedGradients:
 
     def is_partial(self, facts: GradientFacts) -> Tensor:
         """A gradient that some ranks lack counts as zero where it is reduced here."""
+        if not self.placed.pieces.pieces:
+            return self.reducer.is_partial(facts)
         return self.placed.is_partial(facts)
 
     def unscale_factor(self) -> Tensor | None:

@@ -27,6 +27,7 @@ from sharded_lamb.buckets import FlatBucket
 from sharded_lamb.collectives import Collectives, Pending
 from sharded_lamb.facts import GradientFacts, Replicas, agree, check_gradient
 from sharded_lamb.kernels import Kernel
+from sharded_lamb.staging import Staging
 
 IN_FLIGHT = 3
 """Buckets whose exchange may be under way at once: bounds staging memory at 3 x 2 buckets."""
@@ -41,7 +42,7 @@ class _Exchange:
     full: Tensor
     received: Tensor
     pending: Pending
-    memory: tuple[Tensor, Tensor]  # what the two are views of
+    staging: Staging  # what the two are views of
 
 
 class BackwardReducer:
@@ -72,9 +73,7 @@ class BackwardReducer:
         self._sentinel_set_aside = False
         self._used = False
         self._exchanges: deque[_Exchange] = deque()
-        self._staging: list[
-            tuple[Tensor, Tensor]
-        ] = []  # bytes to be used again, as large as any bucket needs
+        self._staging: list[Staging] = []  # free
         self._open = self._callback_queued = False
         self._fresh = True
         self._fired: set[int] = set()
@@ -249,19 +248,25 @@ class BackwardReducer:
         bucket = self.buckets[index]
         if len(self._exchanges) == IN_FLIGHT:
             self._finish_oldest()
-        memory = self._take_staging(bucket)
-        wire, numel = bucket.precision.wire, bucket.plan.numel
-        full = memory[0].view(wire)[:numel].zero_()
-        received = memory[1].view(wire)[: self.collectives.received_numel(numel)]
-        for position, (param, p) in enumerate(zip(bucket.plan.params, bucket.params, strict=True)):
-            if p.grad is None or p.grad is self._sentinel:
+        staging = self._staging.pop() if self._staging else Staging.for_any(self.buckets, self.collectives)
+        to = staging.places(index, bucket, self.collectives)
+        grads, places, empty = [], [], list(to.gaps)
+        for param, p, place in zip(bucket.plan.params, bucket.params, to.params, strict=True):
+            grad = p.grad
+            if grad is None or grad is self._sentinel:
+                empty.append(place)
                 continue
-            check_gradient(self.names[param], p.grad)
-            bucket.place(position, full).copy_(p.grad)
+            check_gradient(self.names[param], grad)
+            grads.append(grad)
+            places.append(place)
             p.grad = None
             self.present[param] = True
-        pending = self.collectives.reduce_scatter(full, received)
-        self._exchanges.append(_Exchange(bucket, full, received, pending, memory))
+        if empty:
+            torch._foreach_zero_(empty)
+        if grads:
+            torch._foreach_copy_(places, grads)
+        pending = self.collectives.reduce_scatter(to.full, to.received)
+        self._exchanges.append(_Exchange(bucket, to.full, to.received, pending, staging))
 
     def _finish_oldest(self) -> None:
         exchange = self._exchanges.popleft()
@@ -269,20 +274,7 @@ class BackwardReducer:
         shard = exchange.bucket.shard
         parts = self.collectives.parts_of_sum(exchange.full, exchange.received, shard.compute)
         self.kernel.average(shard, parts, self.collectives.world_size, self._square_sums, add=not self._fresh)
-        self._staging.append(exchange.memory)
-
-    def _take_staging(self, bucket: FlatBucket) -> tuple[Tensor, Tensor]:
-        """Two byte buffers that hold what is sent and received of ``bucket``."""
-        if self._staging:
-            return self._staging.pop()
-        sizes = [(b.plan.numel, b.precision.wire.itemsize) for b in self.buckets]
-        device = bucket.flat.device
-        sent = max(numel * size for numel, size in sizes)
-        received = max(self.collectives.received_numel(numel) * size for numel, size in sizes)
-        return (
-            torch.empty(sent, dtype=torch.uint8, device=device),
-            torch.empty(received, dtype=torch.uint8, device=device),
-        )
+        self._staging.append(exchange.staging)
 
     def flush(self) -> GradientFacts:
         """Reduce what has not been, on every rank alike, and agree on the facts (small all-reduce a).
@@ -362,7 +354,7 @@ class BackwardReducer:
 
     def staging_bytes(self) -> int:
         """Bytes of the staging memory made so far."""
-        return sum(sent.nbytes + received.nbytes for sent, received in self._staging)
+        return sum(staging.nbytes for staging in self._staging)
 
 
 def refuse_ddp(params: Sequence[Tensor]) -> None:

@@ -11,6 +11,7 @@ How the parts work together in a step::
 """
 
 import logging
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,6 +139,8 @@ class ShardedLamb(SavingOptimizer):
         self._gradients = self._make_gradients()
         self._skips = SkipCounter(plan.device, max_consecutive_skips)
         self._clip: Tensor | None = None
+        self._looked_at: list[Tensor] = []  # all parameters, when it was last looked which of them are
+        self._frozen: list[Tensor] = []  # not held
         self._last: _LastStep | None = None
         self._summarized = False
         self._take_on(plan)
@@ -174,7 +177,12 @@ class ShardedLamb(SavingOptimizer):
     def _take_on_unfrozen(self) -> None:
         held = self._holdings
         now = [p for group in self.param_groups for p in group["params"]]
-        if any(p.requires_grad and p not in held.index for p in now):
+        if len(now) == len(self._looked_at) and all(map(operator.is_, now, self._looked_at)):
+            if not any(p.requires_grad for p in self._frozen):
+                return
+        else:
+            self._looked_at, self._frozen = now, [p for p in now if p not in held.index]
+        if any(p.requires_grad for p in self._frozen):
             there = set(now)
             gone = [name for name, p in zip(held.names, held.params, strict=True) if p not in there]
             if gone:
@@ -184,6 +192,7 @@ class ShardedLamb(SavingOptimizer):
                     f"that, from the parameters that the model has then"
                 )
             self._take_on(self._agreed_plan()[0])
+            self._looked_at = []
 
     def _take_on(self, plan: Plan) -> None:
         """Collective: broadcasts the weights of the first rank."""
@@ -278,7 +287,7 @@ class ShardedLamb(SavingOptimizer):
         facts = agree_with_norms(self._collectives, facts, square_sums)
         if facts.present.device.type == "cpu":
             world, names = self._collectives.world_size, self._holdings.names
-            check_present(facts, names, world, placed=[True] * len(names))
+            check_present(facts, names, world, placed=range(len(names)))
         return facts
 
     def _must_skip(self, facts: GradientFacts, found_inf: Tensor | None) -> Tensor:

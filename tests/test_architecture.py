@@ -24,7 +24,7 @@ FLOORS = (
     {"options", "kernels"},
     {"engine", "collectives"},
     {"agreement", "facts", "buckets", "placements"},
-    {"pieces", "slices"},
+    {"pieces", "slices", "staging"},
     {"averaged", "reduction", "state"},
     {"mixed"},
     {"base"},

@@ -81,6 +81,20 @@ def test_every_element_is_on_one_rank(
 
 
 @given(numels=st.lists(SIZES, min_size=1, max_size=30), world=st.integers(1, 17))
+def test_gaps_are_what_no_parameter_fills(numels: list[int], world: int) -> None:
+    for bucket in plan(numels, world):
+        filled = [False] * bucket.numel
+        for start, stop in [
+            *bucket.gaps(),
+            *((offset, offset + numel) for offset, numel in zip(bucket.offsets, bucket.numels, strict=True)),
+        ]:
+            assert not any(filled[start:stop])
+            filled[start:stop] = [True] * (stop - start)
+        assert all(filled)
+        assert all(start < stop for start, stop in bucket.gaps())
+
+
+@given(numels=st.lists(SIZES, min_size=1, max_size=30), world=st.integers(1, 17))
 def test_cuts_fall_between_blocks(numels: list[int], world: int) -> None:
     for bucket in plan(numels, world):
         assert bucket.numel == bucket.shard_numel * world

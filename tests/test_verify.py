@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -94,8 +95,8 @@ def with_own_gradients_in_stage_1(rank: int, stage: int) -> Verdict:
     """Stage 1 takes what is this rank's alone, and the check of the first steps does not look."""
     original = FlatBucket.take_own_gradients
 
-    def own(self: FlatBucket, kernel: Kernel, sums: Tensor) -> None:
-        original(self, kernel, sums)
+    def own(self: FlatBucket, grads: Sequence[Tensor | None], kernel: Kernel, sums: Tensor) -> None:
+        original(self, grads, kernel, sums)
         self.shard.grad.mul_(1 + rank)
 
     with mock.patch.object(FlatBucket, "take_own_gradients", own):

@@ -55,6 +55,7 @@ def library() -> Any:
     return found
 
 
+_POINTER: Any = Tensor.data_ptr
 Table = npt.NDArray[np.int64]
 
 
@@ -157,16 +158,19 @@ class CppKernel:
         self, shard: FlatShard, segments: Sequence[Segment], grads: Sequence[Tensor | None], sums: Tensor
     ) -> None:
         """grad ← segments of ``grads``, and Σg², in one sweep."""
-        rows = [
-            (0, 0, 0) if grad is None else (grad.data_ptr(), DTYPES[grad.dtype], grad.element_size())
-            for grad in grads
-        ]
         places = self._places_of(segments)
-        found = np.array(rows, dtype=np.int64).reshape(-1, 3)
-        slices = np.empty((len(segments), SLICE), dtype=np.int64)
-        slices[:, 0] = found[:, 0] + found[:, 2] * places[:, 0]
-        slices[:, 1] = found[:, 1]
+        slices = np.zeros((len(segments), SLICE), dtype=np.int64)
         slices[:, 2:] = places[:, 1:]
+        dtypes = {grad.dtype for grad in grads if grad is not None}
+        for dtype in dtypes:
+            given: Any = slice(None)
+            found = grads
+            if len(dtypes) > 1 or any(grad is None for grad in grads):
+                given = [i for i, grad in enumerate(grads) if grad is not None and grad.dtype == dtype]
+                found = [grads[i] for i in given]
+            pointers = np.array(list(map(_POINTER, found)), dtype=np.int64)
+            slices[given, 0] = pointers + dtype.itemsize * places[given, 0]
+            slices[given, 1] = DTYPES[dtype]
         self._function("collect", shard.compute)(
             shard.grad.data_ptr(), slices.ctypes.data, len(slices), sums.data_ptr(), torch.get_num_threads()
         )
