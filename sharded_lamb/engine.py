@@ -27,19 +27,21 @@ def _by_compute(shards: Sequence[Shard]) -> dict[torch.dtype, list[Shard]]:
     return groups
 
 
-def _applied_together(shards: Sequence[Shard]) -> Iterator[range]:
+def _applied_together(shards: Sequence[Shard]) -> Iterator[list[int]]:
     """Which shards pass 2 takes at once: on a CPU one, so that it can travel while the next is computed.
 
-    On a GPU a call is a launch: an eighth of the shards, so that a step is a handful of launches.
+    On a GPU a call is a launch: an eighth of the shards, so that a step is a handful of launches. The last come first:
+    buckets are filled from a model's end, and the next forward begins at its beginning.
     """
     size = 1 if all(shard.device.type == "cpu" for shard in shards) else -(-len(shards) // 8)
-    low = 0
-    while low < len(shards):
-        high = low + 1
-        while high < min(low + size, len(shards)) and shards[high].compute == shards[low].compute:
-            high += 1
-        yield range(low, high)
-        low = high
+    together: list[int] = []
+    for index in reversed(range(len(shards))):
+        if len(together) == size or (together and shards[index].compute != shards[together[0]].compute):
+            yield together
+            together = []
+        together.append(index)
+    if together:
+        yield together
 
 
 def lamb_step(

@@ -19,7 +19,7 @@ from typing import Any, Literal, Unpack
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from sharded_lamb import kernels, rule
@@ -28,6 +28,7 @@ from sharded_lamb.averaged import AveragedGradients
 from sharded_lamb.collectives import Collectives, Pending, Topology, Traffic
 from sharded_lamb.engine import lamb_step
 from sharded_lamb.facts import GradientFacts, SkipCounter, agree_with_norms, check_present
+from sharded_lamb.gathering import ForwardGathers, Watch
 from sharded_lamb.holdings import Holdings, Plan, Settings
 from sharded_lamb.hyperparams import RuleOptions, check_max_grad_norm
 from sharded_lamb.kernels import Kernel
@@ -137,6 +138,7 @@ class ShardedLamb(SavingOptimizer):
         plan, self._kernel = self._agreed_plan()
         self._collectives = Collectives(topology, plan.wire_device)
         self._gradients = self._make_gradients()
+        self._gathers = ForwardGathers()
         self._skips = SkipCounter(plan.device, max_consecutive_skips)
         self._clip: Tensor | None = None
         self._looked_at: list[Tensor] = []  # all parameters, when it was last looked which of them are
@@ -197,6 +199,7 @@ class ShardedLamb(SavingOptimizer):
     def _take_on(self, plan: Plan) -> None:
         """Collective: broadcasts the weights of the first rank."""
         held = self._holdings
+        self.synchronize()
         self._gradients.settle()
         buckets = held.adopt(plan, self._collectives)
         self._table = self._option_table(held.rows, plan.device)
@@ -220,6 +223,7 @@ class ShardedLamb(SavingOptimizer):
             with torch.enable_grad():
                 loss = closure()
         held = self._holdings
+        self.synchronize()
         self._take_on_unfrozen()
         if not held.params:
             return loss
@@ -250,7 +254,7 @@ class ShardedLamb(SavingOptimizer):
         clip = torch.ones_like(grad_norm) if self._clip is None else self._clip
         clip = clip * rule.clip_factor(grad_norm * clip, self.max_grad_norm)
         step = held.step + moved
-        gathers: list[Pending] = []
+        gathers: dict[int, Pending] = {}
 
         def sum_over_ranks(norms: Tensor) -> None:
             nonlocal facts
@@ -258,7 +262,7 @@ class ShardedLamb(SavingOptimizer):
 
         def gather(index: int) -> None:
             if index < len(held.buckets):
-                gathers.append(collectives.all_gather(held.buckets[index].flat))
+                gathers[index] = collectives.all_gather(held.buckets[index].flat)
 
         ratios = lamb_step(
             self._kernel,
@@ -272,8 +276,7 @@ class ShardedLamb(SavingOptimizer):
             written=gather,
         )
         held.step.copy_(step)
-        for pending in gathers:
-            pending.wait()
+        self._gathers.take(gathers, lambda index: held.buckets[index].params)
         # A graph made before the step must not go unnoticed.
         torch.autograd.graph.increment_version(held.params)
         self._last = _LastStep(ratios, moved, facts.norm(wide, inverse))
@@ -360,6 +363,30 @@ class ShardedLamb(SavingOptimizer):
         norm = facts.norm(self._table.options().wide, one if unscaled is None else unscaled)
         self._clip = rule.clip_factor(norm, max_norm)
         return norm.float()
+
+    # -- gathers behind the next forward ---------------------------------------------------------------
+
+    def overlap_forward(self, module: nn.Module) -> Watch:
+        """From now on let parameters be gathered while the next forward of ``module`` runs, each awaited when needed.
+
+        Between a step and that forward parameters hold old values of other ranks' slices. A module's forward and
+        ``state_dict`` wait by themselves; code that reads parameters otherwise (an average of weights, a forward that
+        reads a parameter of a module before it calls it) must call `synchronize` first. Not for models under
+        torch.compile. The first forward shows which modules are called; others' parameters are awaited in the step.
+
+        Returns:
+            a handle; its ``remove()`` ends this.
+
+        Raises:
+            ValueError: this optimizer gathers none of the module's parameters.
+        """
+        held = self._holdings
+        bucket_of = {p: index for index, bucket in enumerate(held.buckets) for p in bucket.params}
+        return self._gathers.watch(module, bucket_of)
+
+    def synchronize(self) -> None:
+        """Wait until every parameter is gathered; without `overlap_forward` they are when `step` returns."""
+        self._gathers.wait()
 
     # -- what happened ------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ FLOORS = (
     {"engine", "collectives"},
     {"agreement", "facts", "buckets", "placements"},
     {"pieces", "slices", "staging"},
-    {"averaged", "reduction", "state"},
+    {"averaged", "reduction", "state", "gathering"},
     {"mixed"},
     {"base"},
     {"lamb", "holdings"},
