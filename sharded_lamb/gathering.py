@@ -33,7 +33,7 @@ class ForwardGathers:
         Raises:
             ValueError: none of the module's parameters is among them.
         """
-        found = {p: bucket_of[p] for p in module.parameters() if p in bucket_of}
+        found: dict[Tensor, int] = {p: bucket_of[p] for p in module.parameters() if p in bucket_of}
         if not found:
             raise ValueError(
                 "overlap_forward got a module without a parameter that this optimizer gathers: pass the model whose "
@@ -72,6 +72,7 @@ class ForwardGathers:
 
     def take(self, gathers: Mapping[int, Pending], params_of: Callable[[int], Iterable[Tensor]]) -> None:
         """What a step has started: leave in flight what forward waits for, and wait for the rest."""
+        assert not self._pending, "a step begins when every parameter is gathered"
         if self._learning and self._read:
             self._learning = False
             buckets = set(self._bucket_of.values())
