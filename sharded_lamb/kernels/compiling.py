@@ -1,7 +1,7 @@
 """Compiles a C++ file on first use and keeps the library for all later processes of this machine.
 
 torch.utils.cpp_extension's ``load`` was tried and does more than a plain C interface needs: it wants ninja and Python's
-headers, compiles torch's headers (40 s instead of 2), and its lock is a file that a killed process leaves behind, for
+headers, compiles torch's headers (20 s instead of 2), and its lock is a file that a killed process leaves behind, for
 which every later one waits forever. Here the lock is the kernel's (``flock``), which dies with its process, and a
 library appears by renaming, whole or not at all.
 """
