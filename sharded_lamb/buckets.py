@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sharded_lamb.footprint import Widths
 from sharded_lamb.kernels import FlatShard, Kernel
 from sharded_lamb.layout import BLOCK, Bucket, Segment
 
@@ -31,6 +32,18 @@ class Precision:
         if model == torch.float64:
             return Precision(model, model, model, reduce or model, model)
         return Precision(model, master, state, reduce or model, torch.promote_types(master, torch.float32))
+
+    @property
+    def widths(self) -> Widths:
+        """Bytes an element, by role."""
+        apart = self.master != self.model
+        return Widths(
+            self.model.itemsize,
+            self.master.itemsize if apart else 0,
+            self.state.itemsize,
+            self.wire.itemsize,
+            self.compute.itemsize,
+        )
 
 
 def memory_strides(p: Tensor) -> tuple[int, ...]:

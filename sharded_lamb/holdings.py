@@ -16,6 +16,7 @@ from sharded_lamb.base import NamedParameter, check_parameter
 from sharded_lamb.buckets import FlatBucket, Precision
 from sharded_lamb.collectives import Collectives, Topology
 from sharded_lamb.facts import Replicas
+from sharded_lamb.footprint import large_sends, small_sends
 from sharded_lamb.kernels import Shard
 from sharded_lamb.layout import Bucket, ShardLayout, plan_buckets
 from sharded_lamb.options import OptionTable
@@ -317,21 +318,17 @@ class Holdings:
 
     def bytes_on_wire(self, *, clips: bool) -> dict[str, int]:
         """Bytes that this rank sends a step: what grows with the model, and the two small vectors."""
-        sent = {"all_gather": 0, "reduce_scatter": 0}
-        one_sum = not (self.buckets or clips or self.settings.skip_nonfinite)
-        agreements = 2 if self.settings.stage == 2 and self.buckets and self.cuts else 1
-        for bucket in self.buckets:
-            others = bucket.plan.shard_numel * (self.layout.world_size - 1)
-            sent["all_gather"] += others * bucket.precision.model.itemsize
-            if self.settings.stage == 2:
-                sent["reduce_scatter"] += others * bucket.precision.wire.itemsize
-                if len(self.topology.replica_ranks) > 1:
-                    replicas = bucket.plan.shard_numel * bucket.precision.compute.itemsize
-                    sent["all_reduce_replicas"] = sent.get("all_reduce_replicas", 0) + replicas
+        reduces, replicas = self.settings.stage == 2, len(self.topology.replica_ranks)
+        flat = ((bucket.plan, bucket.precision.widths) for bucket in self.buckets)
+        large = large_sends(flat, reduces=reduces, replicas=replicas)
+        sent = {"all_gather": sum(large["all_gather"]), "reduce_scatter": sum(large["reduce_scatter"])}
+        if large["all_reduce_replicas"]:
+            sent["all_reduce_replicas"] = sum(large["all_reduce_replicas"])
         if len(self.topology.everyone) > 1:
-            count = len(self.params)
-            facts = 2 * count if one_sum else agreements * (3 * count + 1)
-            sent["all_reduce_small"] = (facts + 2 * count) * 8
+            decides = bool(self.buckets) or clips or self.settings.skip_nonfinite
+            twice = reduces and bool(self.buckets) and bool(self.cuts)
+            agreements = 1 + twice if decides else 0
+            sent["all_reduce_small"] = sum(small_sends(len(self.params), agreements=agreements))
         return sent
 
     def summary(self, table: OptionTable, kernel: str, variant: str) -> str:

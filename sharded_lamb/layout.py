@@ -12,6 +12,7 @@ any number of ranks: sums over blocks have the same bits (`sharded_lamb.kernels`
 
 import hashlib
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,15 @@ BLOCK = 256
 def round_up(numel: int, multiple: int) -> int:
     """The least multiple of ``multiple`` that is >= ``numel``."""
     return -(-numel // multiple) * multiple
+
+
+def chunk_numel(shape: Sequence[int], ranks: int, rank: int) -> int:
+    """Elements that ``rank`` holds of a tensor cut along dimension 0 as ``Shard(0)`` cuts, by torch.chunk's rule.
+
+    Every rank but the last ones has ``ceil(rows / ranks)`` rows; those may have fewer, or none.
+    """
+    rows = -(-shape[0] // ranks)
+    return max(min(shape[0] - rank * rows, rows), 0) * math.prod(shape[1:])
 
 
 @dataclass(frozen=True, slots=True)

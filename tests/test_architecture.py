@@ -21,7 +21,7 @@ FLOORS = (
     {"names", "shapes"},
     {"hyperparams"},
     {"rule", "layout"},
-    {"options", "kernels"},
+    {"options", "kernels", "footprint"},
     {"engine", "collectives"},
     {"agreement", "facts", "buckets", "placements"},
     {"pieces", "slices", "staging"},
@@ -34,14 +34,23 @@ FLOORS = (
     {"checkpoint"},
     {"__init__"},
     {"deepspeed"},
-    {"verify", "bench"},
+    {"verify", "bench", "plan"},
     {"bert"},
     {"__main__"},
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 
-WITHOUT_PROCESS_GROUPS = {"hyperparams", "names", "options", "rule", "layout", "kernels", "engine"}
-WITHOUT_TORCH = {"hyperparams", "names", "layout"}
+WITHOUT_PROCESS_GROUPS = {
+    "hyperparams",
+    "names",
+    "options",
+    "rule",
+    "layout",
+    "kernels",
+    "engine",
+    "footprint",
+}
+WITHOUT_TORCH = {"hyperparams", "names", "layout", "footprint"}
 
 TOP_LEVEL = {
     "pyproject.toml",
