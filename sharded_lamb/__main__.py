@@ -2,11 +2,9 @@
 
 import argparse
 import importlib
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,12 +21,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="sharded-lamb", description="ZeRO-sharded LAMB with exact trust ratios."
     )
+    from sharded_lamb.plan import command as plan
+
     commands = parser.add_subparsers(dest="command", required=True)
     _add_verify(commands.add_parser("verify", help="compare with a single-process fp64 LAMB on this machine"))
+    plan.add_arguments(
+        commands.add_parser("plan", help="memory, bytes and time for a model, up to thousands of ranks")
+    )
     chosen = parser.parse_args(arguments)
     device = _join_ranks(chosen.device)
     try:
-        return int(_verify(chosen, device))
+        return plan.run(chosen, device) if chosen.command == "plan" else _verify(chosen, device)
     except (ValueError, TypeError, ImportError, AttributeError, OSError) as error:
         print(f"sharded-lamb {chosen.command}: {error}", file=sys.stderr)
         return 2
@@ -71,7 +74,7 @@ def _join_ranks(device: str | None) -> torch.device:
 
 def _verify(chosen: argparse.Namespace, device: torch.device) -> int:
     parameters: nn.Module | Mapping[str, Sequence[int]]
-    parameters = _model(chosen.model) if chosen.model else _shapes(chosen.shapes)
+    parameters = _model(chosen.model) if chosen.model else shapes.load(chosen.shapes)
     if chosen.steps < 1:
         raise ValueError(f"--steps must be >= 1, got {chosen.steps}")
     report = verify(
@@ -86,15 +89,6 @@ def _verify(chosen: argparse.Namespace, device: torch.device) -> int:
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(report)
     return 0 if report.passed else 1
-
-
-def _shapes(name: str) -> Mapping[str, Sequence[int]]:
-    if not name.endswith(".json"):
-        return shapes.named(name)
-    found = json.loads(Path(name).read_text())
-    if not isinstance(found, dict) or not all(isinstance(shape, list) for shape in found.values()):
-        raise ValueError(f"{name} must hold a JSON object {{name: [size, …]}}")
-    return found
 
 
 def _model(path: str) -> nn.Module:

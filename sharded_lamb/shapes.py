@@ -1,6 +1,8 @@
 """Lists of parameter shapes to try an optimizer on, without a model."""
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -68,3 +70,13 @@ def named(name: str) -> Shapes:
     if name not in makers:
         raise ValueError(f"shapes must be one of {sorted(makers)}, got {name!r}")
     return makers[name]()
+
+
+def load(name: str) -> Mapping[str, Sequence[int]]:
+    """The list called ``name``, or that of a JSON file ``{name: shape}``. Raises ValueError, OSError."""
+    if not name.endswith(".json"):
+        return named(name)
+    found = json.loads(Path(name).read_text())
+    if not isinstance(found, dict) or not all(isinstance(shape, list) for shape in found.values()):
+        raise ValueError(f"{name} must hold a JSON object {{name: [size, …]}}")
+    return found

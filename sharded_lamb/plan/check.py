@@ -1,0 +1,227 @@
+"""``sharded-lamb plan --check``: what was predicted beside what real ranks hold, send and take."""
+
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from sharded_lamb.placements import local_part
+from sharded_lamb.plan.costs import Costs, Shapes, costs, trainable
+from sharded_lamb.plan.machine import Machine
+from sharded_lamb.plan.probe import probed
+from sharded_lamb.plan.sharding import Choices, Sharding
+from sharded_lamb.plan.table import aligned
+from sharded_lamb.plan.times import Computation, times
+from sharded_lamb.sharded import ShardedLamb
+
+WARM_STEPS = 2
+"""In which gradients are compared over ranks, which costs bytes of its own."""
+
+TIMED_STEPS = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One number of one rank."""
+
+    what: str
+    predicted: int
+    measured: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one rank holds and sent in one step, and how long ``step()`` took."""
+
+    memory: Mapping[str, int]
+    wire: Mapping[str, int]
+    calls: Mapping[str, int]
+    allocated: int  # bytes of distinct storages that model, gradients and optimizer refer to
+    seconds: float = field(compare=False)
+
+
+def check(shapes: Shapes, choices: Choices, machine: Machine | None, device: torch.device) -> int:
+    """Compare every stage, and every stage on a 2-D mesh where ranks are enough. Collective.
+
+    Args:
+        machine: None: its speeds are measured first.
+
+    Returns:
+        0: all bytes and calls are as predicted on all ranks; else 1. Times are shown and not judged.
+
+    Raises:
+        ValueError: not under torchrun.
+    """
+    if not dist.is_initialized():
+        raise ValueError("--check needs ranks: torchrun --nproc-per-node 4 -m sharded_lamb plan --check")
+    world, first = dist.get_world_size(), dist.get_rank() == 0
+    machine = machine or probed(device)
+    lines, failed = [["", "", "predicted", "measured", "ratio"]], []
+    for sharding in [*(Sharding(stage, world) for stage in (1, 2, 3)), *_two_levels(world)]:
+        measured = measure(shapes, choices, sharding, device, timed_steps=TIMED_STEPS)
+        cost = costs(shapes, choices, sharding, dist.get_rank())
+        mine = compare(cost, measured)
+        everyones: list[list[Compared]] = [[] for _ in range(world)]
+        dist.all_gather_object(everyones, mine)
+        name = f"stage {sharding.stage}, mesh {sharding.mesh}"
+        failed += [
+            f"{name}, rank {rank}: {row.what} {row.measured:,}, predicted {row.predicted:,}"
+            for rank, rows in enumerate(everyones)
+            for row in rows
+            if row.predicted != row.measured
+        ]
+        lines += [[name, row.what, f"{row.predicted:,}", f"{row.measured:,}", _ratio(row)] for row in mine]
+        seconds = times(cost, choices, machine, Computation()).in_step
+        milliseconds = [f"{value * 1e3:,.2f}" for value in (seconds, measured.seconds)]
+        lines += [[name, "step(), ms", *milliseconds, f"{measured.seconds / seconds:.2f}"]]
+    if first:
+        print(aligned(lines))
+        print(
+            "\n".join(
+                [*failed, f"{world} ranks: {'FAIL' if failed else 'PASS'} (bytes and calls; not times)"]
+            )
+        )
+    return 1 if failed else 0
+
+
+def _two_levels(world: int) -> list[Sharding]:
+    return [Sharding(stage, world // 2, 2) for stage in (1, 2, 3)] if world >= 4 and world % 2 == 0 else []
+
+
+def _ratio(row: Compared) -> str:
+    return f"{row.measured / row.predicted:.4f}" if row.predicted else "1.0000" if not row.measured else "inf"
+
+
+def compare(cost: Costs, measured: Measured) -> list[Compared]:
+    """Every predicted number beside the measured one."""
+    rows = [Compared(f"{kind}, bytes", size, measured.memory[kind]) for kind, size in cost.memory.items()]
+    rows.append(Compared("allocated, bytes", cost.total_memory + cost.padding, measured.allocated))
+    for unit, predicted, found in (
+        ("bytes", cost.wire, measured.wire),
+        ("calls", cost.calls, measured.calls),
+    ):
+        for name in sorted({*predicted, *found}):
+            rows.append(Compared(f"{name}, {unit}", predicted.get(name, 0), found.get(name, 0)))
+    return rows
+
+
+# -- measuring ----------------------------------------------------------------------------------------
+
+
+class Weights(nn.Module):
+    """Parameters of the given shapes, and a loss whose gradients are the same on every rank."""
+
+    def __init__(self, sizes: Iterable[Sequence[int]], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(torch.full(size, 0.5, dtype=dtype, device=device) for size in sizes)
+
+    def forward(self) -> Tensor:
+        """The sum of all of them, times a constant."""
+        return torch.stack([weight.sum(dtype=torch.float32) for weight in self.weights]).sum() * 1e-3
+
+
+def measure(
+    shapes: Shapes, choices: Choices, sharding: Sharding, device: torch.device, *, timed_steps: int
+) -> Measured:
+    """Train made-up weights for some steps. Collective over the default group."""
+    model = Weights(trainable(shapes, sharding).values(), choices.model_dtype, device)
+    mesh = _mesh(sharding, device)
+    if sharding.stage == 3:
+        fully_shard(model, mesh=mesh)
+    optimizer = ShardedLamb(
+        model.named_parameters(),
+        stage=2 if sharding.stage == 2 else 1,
+        mesh=mesh,
+        bucket_mb=choices.bucket_mb,
+        master_dtype=choices.master_dtype,
+        state_dtype=choices.state_dtype,
+        reduce_dtype=choices.reduce_dtype,
+        overlap=choices.overlap,
+    )
+    for _ in range(WARM_STEPS):
+        _train(model, optimizer)
+    before = optimizer.traffic.calls.copy(), optimizer.traffic.bytes.copy()
+    _train(model, optimizer)
+    calls, sent = optimizer.traffic.calls - before[0], optimizer.traffic.bytes - before[1]
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients = sum(_local(grad).nbytes for grad in grads)
+    memory = {**optimizer.memory(), "gradients": gradients}
+    allocated = sum(
+        {s.data_ptr(): s.nbytes() for s in map(_storage, _tensors([model, grads, optimizer]))}.values()
+    )
+    seconds = statistics.median(_train(model, optimizer) for _ in range(timed_steps))
+    return Measured(memory, dict(sent), dict(calls), allocated, seconds)
+
+
+def _mesh(sharding: Sharding, device: torch.device) -> DeviceMesh:
+    if sharding.replicate == 1:
+        return init_device_mesh(device.type, (sharding.shard,))
+    return init_device_mesh(
+        device.type, (sharding.replicate, sharding.shard), mesh_dim_names=("replicate", "shard")
+    )
+
+
+def _train(model: nn.Module, optimizer: ShardedLamb) -> float:
+    """One step; the seconds of ``step()`` from the last rank's backward on."""
+    optimizer.zero_grad()
+    model().backward()
+    dist.barrier()
+    _synchronize(optimizer)
+    start = time.perf_counter()
+    optimizer.step()
+    _synchronize(optimizer)
+    return time.perf_counter() - start
+
+
+def _synchronize(optimizer: ShardedLamb) -> None:
+    if torch.cuda.is_available() and any(
+        p.is_cuda for group in optimizer.param_groups for p in group["params"]
+    ):
+        torch.cuda.synchronize()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return local_part(tensor) if isinstance(tensor, DTensor) else tensor
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return _local(tensor).untyped_storage()
+
+
+def _tensors(roots: Sequence[Any]) -> Iterator[Tensor]:
+    """Tensors that ``roots`` refer to through containers, modules and this package's objects.
+
+    Numbers a parameter or a block (fp64 and integers), of which nobody keeps an account, are left out.
+    """
+    seen: set[int] = set()
+    todo = list(roots)
+    while todo:
+        found = todo.pop()
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        if isinstance(found, Tensor):
+            if found.dtype == torch.uint8 or (found.is_floating_point() and found.dtype != torch.float64):
+                yield found
+        elif isinstance(found, Mapping):
+            todo += [*found.keys(), *found.values()]
+        elif isinstance(found, list | tuple | set | frozenset) or type(found).__name__ == "deque":
+            todo += found
+        elif isinstance(found, nn.Module):
+            todo += found.parameters()
+        elif type(found).__module__.startswith("sharded_lamb."):
+            names = [*getattr(found, "__dict__", ()), *(n for k in type(found).__mro__ for n in _slots(k))]
+            todo += [getattr(found, name) for name in names if hasattr(found, name)]
+
+
+def _slots(kind: type[Any]) -> Sequence[str]:
+    names: str | Sequence[str] = kind.__dict__.get("__slots__", ())
+    return (names,) if isinstance(names, str) else names

@@ -1,0 +1,202 @@
+"""``sharded-lamb plan``: arguments, and what is printed and written."""
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import date
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sharded_lamb import shapes
+from sharded_lamb.plan.costs import Shapes, costs
+from sharded_lamb.plan.machine import PRESETS, Machine, calibrated
+from sharded_lamb.plan.models import shapes_of_config
+from sharded_lamb.plan.sharding import Choices, shardings
+from sharded_lamb.plan.table import NOTES, Row, text_table
+from sharded_lamb.plan.times import Computation, times
+
+WORLD_SIZES = [2**power for power in range(13)]
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_SPEEDS = {  # option → what it is of `Machine`, and its unit
+    "update_gb_s": ("update_bytes_per_second", 1e9),
+    "intra_gb_s": ("intra_bytes_per_second", 1e9),
+    "inter_gb_s": ("inter_bytes_per_second", 1e9),
+    "intra_us": ("intra_latency", 1e-6),
+    "inter_us": ("inter_latency", 1e-6),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``plan``."""
+    parser.description = (
+        "Memory a rank, bytes on the wire and predicted time of a step, from the layout that ShardedLamb would use. "
+        "No ranks and no memory for the model are needed; with --check, run under torchrun to compare with real ranks."
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--config", help="path of a Hugging Face config.json")
+    what.add_argument(
+        "--shapes", help="tiny, bert-base, bert-large (default), many-small, or a JSON file {name: shape}"
+    )
+    ranks = parser.add_argument_group("ranks")
+    ranks.add_argument(
+        "--world-sizes", type=int, nargs="+", default=WORLD_SIZES, help="default: 1, 2, 4, … 4096"
+    )
+    ranks.add_argument("--stages", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3])
+    ranks.add_argument(
+        "--shard",
+        nargs="+",
+        default=["all"],
+        help="ranks that share one copy of the state: all, node or a number",
+    )
+    ranks.add_argument("--ranks-per-node", type=int, help="default: the preset's")
+    memory = parser.add_argument_group("memory")
+    memory.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the parameters")
+    memory.add_argument("--master-dtype", choices=_DTYPES, default="float32")
+    memory.add_argument("--state-dtype", choices=_DTYPES, default="float32")
+    memory.add_argument("--reduce-dtype", choices=_DTYPES, help="default: the parameters'")
+    memory.add_argument("--bucket-mb", type=float, default=32)
+    memory.add_argument("--backend", choices=("nccl", "gloo"), default="nccl")
+    _add_time_arguments(parser.add_argument_group("time"))
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", type=Path, help="write everything there")
+    output.add_argument("--png", type=Path, help="draw memory and time over ranks there")
+    check = parser.add_argument_group("check")
+    check.add_argument(
+        "--check",
+        action="store_true",
+        help="under torchrun: compare with what these ranks hold and send (--shapes tiny)",
+    )
+    check.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+
+
+def _add_time_arguments(group: Any) -> None:
+    group.add_argument("--preset", choices=sorted(PRESETS), default="h100-nvlink-ib")
+    group.add_argument("--calibrate", help="JSON of sharded-lamb bench, read over the preset")
+    group.add_argument("--update-gb-s", type=float, help="memory bandwidth of the two passes, GB/s")
+    group.add_argument("--intra-gb-s", type=float, help="what a rank sends inside a node, GB/s")
+    group.add_argument("--inter-gb-s", type=float, help="what a rank sends to other nodes, GB/s")
+    group.add_argument("--intra-us", type=float, help="latency of a hop inside a node, microseconds")
+    group.add_argument("--inter-us", type=float, help="latency of a hop between nodes, microseconds")
+    group.add_argument("--forward-ms", type=float, default=0.0, help="what may hide gathers (default: 0)")
+    group.add_argument("--backward-ms", type=float, default=0.0, help="what may hide reductions (default: 0)")
+    group.add_argument("--no-overlap", action="store_true", help="stage 2: reduce after backward")
+    group.add_argument("--overlap-forward", action="store_true", help="gather behind the next forward")
+
+
+def run(chosen: argparse.Namespace, device: torch.device) -> int:
+    """Returns the exit code. Collective with ``--check``.
+
+    Raises:
+        ValueError, OSError, ImportError: a wrong argument.
+    """
+    if chosen.check:
+        from sharded_lamb.plan.check import check
+
+        return check(_shapes(chosen, "tiny"), _choices(chosen), _known_machine(chosen), device)
+    if dist.is_initialized() and dist.get_rank():
+        return 0
+    found, choices, machine = _shapes(chosen, "bert-large"), _choices(chosen), _machine(chosen)
+    computation = Computation(chosen.forward_ms / 1e3, chosen.backward_ms / 1e3)
+    rows = []
+    for sharding in shardings(chosen.world_sizes, chosen.stages, chosen.shard, machine.ranks_per_node):
+        cost = costs(found, choices, sharding)
+        rows.append(Row(cost, times(cost, choices, machine, computation)))
+    title = f"{chosen.config or chosen.shapes or 'bert-large'}: {_described(found, choices)}"
+    if chosen.json:
+        chosen.json.write_text(json.dumps(_content(title, rows, machine, computation), indent=1) + "\n")
+    if chosen.png:
+        from sharded_lamb.plan.picture import draw
+
+        draw(rows, title, chosen.png)
+    print("\n".join([title, _spoken(machine, chosen), "", text_table(rows), "", *NOTES]))
+    return 0
+
+
+def _shapes(chosen: argparse.Namespace, default: str) -> Shapes:
+    found: Mapping[str, Sequence[int]]
+    found = shapes_of_config(chosen.config) if chosen.config else shapes.load(chosen.shapes or default)
+    for name, shape in found.items():
+        if not all(isinstance(size, int) and size >= 0 for size in shape):
+            raise ValueError(f"the shape of {name!r} must be sizes >= 0, got {shape!r}")
+    if not found:
+        raise ValueError(f"{chosen.config or chosen.shapes} has no parameters: there is nothing to plan")
+    return found
+
+
+def _choices(chosen: argparse.Namespace) -> Choices:
+    if not chosen.bucket_mb > 0:
+        raise ValueError(f"--bucket-mb must be > 0, got {chosen.bucket_mb:g}")
+    reduce = chosen.reduce_dtype
+    return Choices(
+        model_dtype=getattr(torch, chosen.dtype),
+        master_dtype=getattr(torch, chosen.master_dtype),
+        state_dtype=getattr(torch, chosen.state_dtype),
+        reduce_dtype=None if reduce is None else getattr(torch, reduce),
+        bucket_mb=chosen.bucket_mb,
+        overlap=not chosen.no_overlap,
+        overlap_forward=chosen.overlap_forward,
+        sums_here=chosen.backend == "gloo",
+    )
+
+
+def _machine(chosen: argparse.Namespace) -> Machine:
+    """The preset, over it what was measured, over that what was said."""
+    machine = PRESETS[chosen.preset]
+    if chosen.calibrate:
+        machine = calibrated(machine, chosen.calibrate)
+    said = {
+        name: getattr(chosen, option) * unit
+        for option, (name, unit) in _SPEEDS.items()
+        if _given(chosen, option)
+    }
+    if _given(chosen, "ranks_per_node"):
+        said["ranks_per_node"] = chosen.ranks_per_node
+    return replace(machine, **said)
+
+
+def _known_machine(chosen: argparse.Namespace) -> Machine | None:
+    """None where nothing is said of this machine: a preset is another one."""
+    return _machine(chosen) if chosen.calibrate or any(_given(chosen, option) for option in _SPEEDS) else None
+
+
+def _given(chosen: argparse.Namespace, option: str) -> bool:
+    return getattr(chosen, option) is not None
+
+
+def _described(found: Shapes, choices: Choices) -> str:
+    precision = choices.precision
+    names = [
+        str(dtype).removeprefix("torch.") for dtype in (precision.model, precision.master, precision.state)
+    ]
+    return (
+        f"{len(found):,} tensors, {sum(map(prod, found.values())):,} elements, {names[0]} with {names[1]} masters and "
+        f"{names[2]} moments, buckets of {choices.bucket_mb:g} MiB"
+    )
+
+
+def _spoken(machine: Machine, chosen: argparse.Namespace) -> str:
+    return (
+        f"update {machine.update_bytes_per_second / 1e9:,.5g} GB/s, inside a node "
+        f"{machine.intra_bytes_per_second / 1e9:,.5g} GB/s and {machine.intra_latency * 1e6:.3g} us, between nodes "
+        f"{machine.inter_bytes_per_second / 1e9:,.5g} GB/s and {machine.inter_latency * 1e6:.3g} us, "
+        f"{machine.ranks_per_node} ranks a node; forward {chosen.forward_ms:g} ms, backward {chosen.backward_ms:g} ms"
+    )
+
+
+def _content(title: str, rows: Sequence[Row], machine: Machine, computation: Computation) -> dict[str, Any]:
+    return {
+        "machine": asdict(machine),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "date": str(date.today()),
+        "command": " ".join(["sharded-lamb", *sys.argv[1:]]),
+        "model": title,
+        "computation": asdict(computation),
+        "rows": [row.as_json() for row in rows],
+    }

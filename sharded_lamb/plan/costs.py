@@ -1,0 +1,150 @@
+"""Memory, bytes on the wire and calls of one rank: the real layout of a model, planned for ranks that are not there."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from sharded_lamb.footprint import Widths, large_sends, small_sends, staging_bytes, update_bytes
+from sharded_lamb.layout import Bucket, chunk_numel, plan_buckets
+from sharded_lamb.plan.sharding import Choices, Sharding
+from sharded_lamb.reduction import IN_FLIGHT
+
+Shapes = Mapping[str, Sequence[int]]
+
+KINDS = ("parameters", "gradients", "masters", "moments", "gradient_shards", "staging")
+"""Of memory: those of `ShardedLamb.memory`, and gradients: what ``.grad`` holds once backward is done."""
+
+DDP_BUCKET_BYTES = 25 * 2**20
+"""DistributedDataParallel's default ``bucket_cap_mb``."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """One rank's. Bytes by kind; a list holds the bytes sent by every call, in order."""
+
+    sharding: Sharding
+    memory: Mapping[str, int]
+    large: Mapping[str, Sequence[int]]  # the optimizer's, by the names of its traffic
+    small: Sequence[int]
+    around: Mapping[str, Sequence[int]]  # DistributedDataParallel's (stage 1), fully_shard's (stage 3)
+    update: int  # bytes that the two passes read and write
+    padding: int  # bytes of weights and gradients that fully_shard pads its shards with
+
+    @property
+    def total_memory(self) -> int:
+        """Without activations, and without what DDP and fully_shard gather and copy for a while."""
+        return sum(self.memory.values())
+
+    @property
+    def wire(self) -> dict[str, int]:
+        """Bytes a step by name, the optimizer's."""
+        sums = {name: sum(sends) for name, sends in self.large.items() if sends}
+        return {**sums, "all_reduce_small": sum(self.small)} if self.small else sums
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """Collectives a step by name, the optimizer's."""
+        counts = {name: len(sends) for name, sends in self.large.items() if sends}
+        return {**counts, "all_reduce_small": len(self.small)} if self.small else counts
+
+
+def costs(shapes: Shapes, choices: Choices, sharding: Sharding, rank: int = 0) -> Costs:
+    """What ``rank`` has, sends and reads with gradients for every parameter; in stages 1 and 2 the same on all ranks.
+
+    In stage 3 the first rank has the most; see `trainable`.
+    """
+    widths = choices.precision.widths
+    if sharding.stage == 3:
+        return _of_chunks(shapes, widths, choices, sharding, rank)
+    return _of_buckets(shapes, widths, choices, sharding)
+
+
+def trainable(shapes: Shapes, sharding: Sharding) -> dict[str, tuple[int, ...]]:
+    """The parameters, as fully_shard takes them in stage 3: scalars as vectors of one, none without elements."""
+    if sharding.stage != 3:
+        return {name: tuple(shape) for name, shape in shapes.items()}
+    return {name: tuple(shape) or (1,) for name, shape in shapes.items() if prod(shape)}
+
+
+def buckets_of(shapes: Iterable[Sequence[int]], choices: Choices, ranks: int) -> tuple[Bucket, ...]:
+    """As `ShardedLamb` plans them for a model of one dtype on one device."""
+    numels = [prod(shape) for shape in shapes]
+    count = len(numels)
+    return plan_buckets(
+        numels, [None] * count, [choices.model_dtype.itemsize] * count, int(choices.bucket_mb * 2**20), ranks
+    )
+
+
+def _of_buckets(shapes: Shapes, widths: Widths, choices: Choices, sharding: Sharding) -> Costs:
+    buckets = buckets_of(shapes.values(), choices, sharding.shard)
+    flat = [(bucket, widths) for bucket in buckets]
+    numels = [prod(shape) for shape in shapes.values()]
+    full, shard = sum(bucket.numel for bucket in buckets), sum(bucket.shard_numel for bucket in buckets)
+    reduces = sharding.stage == 2
+    staging = staging_bytes(flat, in_flight=IN_FLIGHT, sums_here=choices.sums_here) if reduces else 0
+    # What stage 2 leaves in .grad is its sentinel, the smallest parameter's.
+    kept = min(filter(None, numels), default=0) if reduces else sum(numels)
+    around = {}
+    if not reduces and sharding.world_size > 1:
+        around["ddp_all_reduce"] = _cut(sum(numels) * widths.model, DDP_BUCKET_BYTES)
+    return Costs(
+        sharding,
+        memory={
+            "parameters": full * widths.model,
+            "gradients": kept * widths.model,
+            "masters": shard * widths.master,
+            "moments": 2 * shard * widths.state,
+            "gradient_shards": shard * widths.compute,
+            "staging": staging,
+        },
+        large=large_sends(flat, reduces=reduces, replicas=sharding.replicate),
+        small=small_sends(len(shapes), agreements=1) if sharding.world_size > 1 else [],
+        around=around,
+        update=update_bytes(shard, widths),
+        padding=0,
+    )
+
+
+def _of_chunks(shapes: Shapes, widths: Widths, choices: Choices, sharding: Sharding, rank: int) -> Costs:
+    placed = list(trainable(shapes, sharding).values())
+    held = sum(chunk_numel(shape, sharding.shard, rank % sharding.shard) for shape in placed)
+    padded = sum(chunk_numel(shape, sharding.shard, 0) for shape in placed)
+    return Costs(
+        sharding,
+        memory={
+            "parameters": held * widths.model,
+            "gradients": held * widths.model,
+            "masters": held * widths.master,
+            "moments": 2 * held * widths.state,
+            "gradient_shards": 0,
+            "staging": 0,
+        },
+        large={},
+        small=small_sends(len(placed), agreements=1) if sharding.world_size > 1 else [],
+        around=_around_chunks(placed, widths, choices, sharding),
+        update=update_bytes(held, replace(widths, compute=widths.model)),  # gradients are read where they lie
+        padding=2 * (padded - held) * widths.model,
+    )
+
+
+def _around_chunks(
+    placed: Sequence[Sequence[int]], widths: Widths, choices: Choices, sharding: Sharding
+) -> dict[str, list[int]]:
+    """What fully_shard sends, padding included. How a model is wrapped is its own choice: groups are as our buckets."""
+    units = [
+        sum(chunk_numel(placed[param], sharding.shard, 0) for param in bucket.params)
+        for bucket in buckets_of(placed, choices, 1)
+    ]
+    others = sharding.shard - 1
+    sends = {
+        "fsdp_all_gather": [numel * others * widths.model for numel in units],  # for forward
+        "fsdp_all_gather_again": [numel * others * widths.model for numel in units],  # for backward
+        "fsdp_reduce_scatter": [numel * others * widths.wire for numel in units],
+        "fsdp_all_reduce": [numel * widths.wire for numel in units if sharding.replicate > 1],
+    }
+    return {name: sizes for name, sizes in sends.items() if sum(sizes)}
+
+
+def _cut(size: int, most: int) -> list[int]:
+    whole, rest = divmod(size, most)
+    return [most] * whole + ([rest] if rest else [])

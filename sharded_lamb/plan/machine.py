@@ -1,0 +1,129 @@
+"""Speeds of a machine, and what a collective takes on it.
+
+A collective over ``n`` ranks on ``k`` nodes, after the model by which NCCL chooses algorithms (src/graph/tuning.cc):
+
+    large   ring   (n - k) a + (k - 1) b  +  bytes sent by a rank / bandwidth
+    small   tree   2 ((n/k - 1) a + log2(k) b)  +  2 bytes / bandwidth
+
+with a and b the latency of a hop inside and between nodes; a large all-reduce is two rings, or a tree if that is faster.
+Rings run through all ranks of a node at once, so several nodes have the bandwidth of a rank inside, or that of the node's
+ranks together between nodes, whichever is less.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil, log2
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Speeds, one rank's, each > 0 (latencies >= 0)."""
+
+    update_bytes_per_second: float  # of memory, in the two passes
+    intra_bytes_per_second: float  # sent to ranks of the same node
+    inter_bytes_per_second: float  # sent to other nodes
+    intra_latency: float  # seconds a hop
+    inter_latency: float
+    ranks_per_node: int
+
+    def __post_init__(self) -> None:
+        for name in ("update_bytes_per_second", "intra_bytes_per_second", "inter_bytes_per_second"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)!r}")
+        for name in ("intra_latency", "inter_latency"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be >= 0 seconds, got {getattr(self, name)!r}")
+        if self.ranks_per_node < 1:
+            raise ValueError(f"--ranks-per-node must be >= 1, got {self.ranks_per_node}")
+
+
+# Memory: data sheets' bandwidth x 0.9. NVLink: the data sheets' total, halved (one direction). Network: one adapter a
+# GPU. Latencies: NCCL's own (src/graph/tuning.cc, LL128 rings): 1.9 us a hop over NVLink, 4.0 us over the network.
+PRESETS = {
+    # NVIDIA H100 SXM data sheet: HBM3 3.35 TB/s, NVLink 900 GB/s; DGX H100: a ConnectX-7 of 400 Gb/s a GPU.
+    "h100-nvlink-ib": Machine(0.9 * 3.35e12, 450e9, 50e9, 1.9e-6, 4.0e-6, 8),
+    # NVIDIA H200 SXM data sheet: HBM3e 4.8 TB/s, NVLink 900 GB/s; DGX H200: as DGX H100.
+    "h200-nvlink-ib": Machine(0.9 * 4.8e12, 450e9, 50e9, 1.9e-6, 4.0e-6, 8),
+    # NVIDIA A100 80GB SXM data sheet: HBM2e 2,039 GB/s, NVLink 600 GB/s; DGX A100: a ConnectX-6 of 200 Gb/s a GPU.
+    "a100-nvlink-ib": Machine(0.9 * 2.039e12, 300e9, 25e9, 1.9e-6, 4.0e-6, 8),
+}
+
+CALIBRATED = ("kernel_bytes_per_second", "wire_bytes_per_second", "latency_seconds")
+"""Top-level keys that `sharded-lamb bench` writes, each optional."""
+
+
+def calibrated(machine: Machine, path: str) -> Machine:
+    """``machine`` with what the JSON file says was measured; wire speed and latency go for both levels.
+
+    Raises:
+        ValueError: none of `CALIBRATED` is in it, or one is no positive number. OSError: it cannot be read.
+    """
+    try:
+        found: Any = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"--calibrate {path} is not JSON: {error}") from None
+    read = {key: found[key] for key in CALIBRATED if key in found} if isinstance(found, dict) else {}
+    if not read:
+        raise ValueError(
+            f"--calibrate {path} has none of {', '.join(CALIBRATED)}: write it with sharded-lamb bench"
+        )
+    for key, value in read.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise ValueError(f"--calibrate {path}: {key} must be a number > 0, got {value!r}")
+    wire, latency = read.get("wire_bytes_per_second"), read.get("latency_seconds")
+    return replace(
+        machine,
+        update_bytes_per_second=read.get("kernel_bytes_per_second", machine.update_bytes_per_second),
+        intra_bytes_per_second=wire or machine.intra_bytes_per_second,
+        inter_bytes_per_second=wire or machine.inter_bytes_per_second,
+        intra_latency=latency or machine.intra_latency,
+        inter_latency=latency or machine.inter_latency,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The ranks of a collective; ``members`` of them on each of ``nodes`` nodes."""
+
+    ranks: int
+    members: int
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.ranks // self.members)
+
+    @staticmethod
+    def of(machine: Machine, ranks: int, stride: int = 1) -> "Group":
+        """Every ``stride``-th of consecutive ranks; the others meanwhile do the same among themselves."""
+        return Group(ranks, max(1, min(ranks, machine.ranks_per_node // stride)))
+
+    def bandwidth(self, machine: Machine) -> float:
+        """Bytes a second that a rank sends in a ring."""
+        if self.nodes == 1:
+            return machine.intra_bytes_per_second
+        return min(machine.intra_bytes_per_second, self.members * machine.inter_bytes_per_second)
+
+    def ring_seconds(self, machine: Machine, sends: Sequence[int]) -> list[float]:
+        """Of all-gathers and reduce-scatters in which a rank sends so many bytes each."""
+        if self.ranks == 1:
+            return [0.0] * len(sends)
+        latency = (self.ranks - self.nodes) * machine.intra_latency + (self.nodes - 1) * machine.inter_latency
+        return [latency + sent / self.bandwidth(machine) for sent in sends]
+
+    def all_reduce_seconds(self, machine: Machine, sizes: Sequence[int]) -> list[float]:
+        """Of all-reduces of so many bytes each: a reduce-scatter and an all-gather, or a tree if that is faster."""
+        parts = self.ring_seconds(machine, [ceil(size * (self.ranks - 1) / self.ranks) for size in sizes])
+        trees = self.small_seconds(machine, sizes)
+        return [min(2 * ring, tree) for ring, tree in zip(parts, trees, strict=True)]
+
+    def small_seconds(self, machine: Machine, sizes: Sequence[int]) -> list[float]:
+        """Of all-reduces of a few KB."""
+        if self.ranks == 1:
+            return [0.0] * len(sizes)
+        latency = 2 * (
+            (self.members - 1) * machine.intra_latency + ceil(log2(self.nodes)) * machine.inter_latency
+        )
+        return [latency + 2 * size / self.bandwidth(machine) for size in sizes]

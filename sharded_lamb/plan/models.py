@@ -1,0 +1,42 @@
+"""A Hugging Face config → the shapes of its model's parameters, without their memory."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sharded_lamb.shapes import Shapes
+
+
+def shapes_of_config(path: str) -> Shapes:
+    """Names and shapes of a model's parameters; tied ones once.
+
+    Args:
+        path: of a config.json, or of the folder that holds it. The model is the first of its ``architectures``, or
+            without those what AutoModel makes of it.
+
+    Raises:
+        ImportError: transformers is not installed. ValueError, OSError: no config that it knows.
+    """
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise OSError(f"--config {path}: no such file. Give the path of a Hugging Face config.json")
+    if "model_type" not in (found := json.loads(file.read_text())):
+        raise ValueError(f"--config {path} has no model_type, which tells Hugging Face models apart")
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(f"--config needs transformers (pip install transformers): {error}") from None
+    config = transformers.AutoConfig.from_pretrained(file)
+    named = next(iter(found.get("architectures") or ()), None)
+    model: nn.Module
+    with torch.device("meta"):
+        if named is None:
+            model = transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+        else:
+            kind = getattr(transformers, named, None)
+            if kind is None:
+                raise ValueError(f"--config {path}: transformers has no model {named!r} (its architectures)")
+            model = kind(config)
+    return {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}

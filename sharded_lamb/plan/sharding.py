@@ -1,0 +1,85 @@
+"""How one optimizer is spread over ranks, and with which dtypes: what a row of the table is about."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sharded_lamb.buckets import Precision
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """A stage on a mesh (replicate, shard) of consecutive ranks; ``replicate`` 1: the mesh is 1-D."""
+
+    stage: int
+    shard: int
+    replicate: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.shard * self.replicate
+
+    @property
+    def mesh(self) -> str:
+        """As tables show it."""
+        return f"{self.replicate}x{self.shard}" if self.replicate > 1 else str(self.shard)
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What is the same on any number of ranks. Names as `ShardedLamb`'s keywords.
+
+    ``sums_here``: as gloo's path; other backends reduce-scatter themselves.
+    """
+
+    model_dtype: torch.dtype = torch.float32
+    master_dtype: torch.dtype = torch.float32
+    state_dtype: torch.dtype = torch.float32
+    reduce_dtype: torch.dtype | None = None
+    bucket_mb: float = 32
+    overlap: bool = True
+    overlap_forward: bool = False
+    sums_here: bool = False
+
+    @property
+    def precision(self) -> Precision:
+        return Precision.of(self.model_dtype, self.master_dtype, self.state_dtype, self.reduce_dtype)
+
+
+def shardings(
+    world_sizes: Iterable[int], stages: Sequence[int], shards: Sequence[str], ranks_per_node: int
+) -> list[Sharding]:
+    """Every stage at every world size and way to shard, each once.
+
+    Args:
+        shards: ranks that share one copy of the state: "all", "node", or a number, which must divide every world size
+            that is larger; smaller ones are left out.
+
+    Raises:
+        ValueError: nothing is left, or a number does not divide.
+    """
+    found = []
+    for stage in stages:
+        for shard in shards:
+            for world in sorted(set(world_sizes)):
+                found += list(_one(stage, world, shard, ranks_per_node))
+    if not found:
+        raise ValueError(f"no world size has as many ranks as --shard {' '.join(shards)} asks for")
+    return list(dict.fromkeys(found))
+
+
+def _one(stage: int, world: int, shard: str, ranks_per_node: int) -> Iterator[Sharding]:
+    if world < 1:
+        raise ValueError(f"--world-sizes must be >= 1, got {world}")
+    if shard == "all":
+        yield Sharding(stage, world)
+        return
+    if shard != "node" and not (shard.isdigit() and int(shard)):
+        raise ValueError(f"--shard must be all, node or a number of ranks >= 1, got {shard!r}")
+    ranks = min(world, ranks_per_node) if shard == "node" else int(shard)
+    if ranks > world:
+        return
+    if world % ranks:
+        raise ValueError(f"--shard {shard}: {world} ranks do not divide into replicas of {ranks}")
+    yield Sharding(stage, ranks, world // ranks)
