@@ -1,0 +1,32 @@
+"""Shapes and dtypes that predictions are tried on."""
+
+import torch
+
+from sharded_lamb.layout import BLOCK
+from sharded_lamb.plan.sharding import Choices
+
+UGLY = {
+    "prime": (1031,),
+    "odd": (61, 67),
+    "scalar": (),
+    "nothing": (0, 3),
+    "one": (1,),
+    "blocks": (3 * BLOCK,),
+    "flat": (2, 2903),
+    "few rows": (3, 5, 7),
+    "rows": (9, 2),
+}
+
+KIB = 1 / 1024
+CHOICES = {
+    "fp32": Choices(bucket_mb=10 * KIB, sums_here=True),
+    "bf16": Choices(model_dtype=torch.bfloat16, bucket_mb=10 * KIB, sums_here=True),
+    "bf16, wide wire, narrow state": Choices(
+        model_dtype=torch.bfloat16,
+        state_dtype=torch.bfloat16,
+        reduce_dtype=torch.float32,
+        bucket_mb=32,
+        overlap=False,
+        sums_here=True,
+    ),
+}

@@ -1,0 +1,142 @@
+"""Predicted bytes by what must hold at any number of ranks, and by the formula that the design promises."""
+
+from math import prod
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sharded_lamb import shapes
+from sharded_lamb.layout import BLOCK, chunk_numel
+from sharded_lamb.plan.costs import Costs, buckets_of, costs
+from sharded_lamb.plan.sharding import Choices, Sharding, shardings
+
+BF16 = Choices(model_dtype=torch.bfloat16)
+SHAPES = st.lists(st.lists(st.integers(0, 40), max_size=3).map(tuple), min_size=1, max_size=12).map(
+    lambda found: {f"p{i}": shape for i, shape in enumerate(found)}
+)
+CHOICES = st.builds(
+    Choices,
+    model_dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    state_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    bucket_mb=st.sampled_from([0.001, 0.01, 32]),
+    sums_here=st.booleans(),
+)
+RANKS = st.integers(1, 40)
+
+
+@given(shape=st.lists(st.integers(0, 30), min_size=1, max_size=3), ranks=RANKS)
+def test_chunks_are_those_of_torch(shape: list[int], ranks: int) -> None:
+    chunks = [part.numel() for part in torch.empty(shape, device="meta").chunk(ranks)]
+    held = [chunk_numel(shape, ranks, rank) for rank in range(ranks)]
+    assert held == chunks + [0] * (ranks - len(chunks))
+
+
+@given(found=SHAPES, choices=CHOICES, ranks=RANKS)
+def test_every_element_is_somewhere_once(
+    found: dict[str, tuple[int, ...]], choices: Choices, ranks: int
+) -> None:
+    total = sum(map(prod, found.values()))
+    segments = [
+        sum(
+            segment.length
+            for bucket in buckets_of(found.values(), choices, ranks)
+            for segment in bucket.segments(rank)
+        )
+        for rank in range(ranks)
+    ]
+    assert sum(segments) == total
+    widths = choices.precision.widths
+    chunks = [costs(found, choices, Sharding(3, ranks), rank).memory for rank in range(ranks)]
+    assert sum(memory["parameters"] for memory in chunks) == total * widths.model
+    assert sum(memory["moments"] for memory in chunks) == 2 * total * widths.state
+    # The first rank has the most, which the table shows.
+    assert max(memory["parameters"] for memory in chunks) == chunks[0]["parameters"]
+
+
+@given(found=SHAPES, choices=CHOICES, ranks=RANKS, factor=st.integers(2, 5))
+def test_more_ranks_need_no_more_memory_but_for_padding(
+    found: dict[str, tuple[int, ...]], choices: Choices, ranks: int, factor: int
+) -> None:
+    def kept(cost: Costs) -> int:
+        return cost.total_memory - cost.memory["staging"]  # several ranks also receive
+
+    widths, buckets = choices.precision.widths, len(buckets_of(found.values(), choices, 1))
+    shard_padding = BLOCK * buckets * (widths.master + 2 * widths.state + widths.compute)
+    for stage in (1, 2):
+        few, many = (costs(found, choices, Sharding(stage, n)) for n in (ranks, ranks * factor))
+        whole_padding = BLOCK * buckets * ranks * factor * widths.model
+        assert kept(many) <= kept(few) + whole_padding + shard_padding
+    assert kept(costs(found, choices, Sharding(3, ranks * factor))) <= kept(
+        costs(found, choices, Sharding(3, ranks))
+    )
+
+
+@given(found=SHAPES, choices=CHOICES, shard=RANKS, replicate=st.integers(2, 4))
+def test_replicas_hold_what_one_copy_holds(
+    found: dict[str, tuple[int, ...]], choices: Choices, shard: int, replicate: int
+) -> None:
+    for stage in (1, 2, 3):
+        one, several = (
+            costs(found, choices, Sharding(stage, shard)),
+            costs(found, choices, Sharding(stage, shard, replicate)),
+        )
+        assert several.memory == one.memory
+        assert several.large.get("all_gather") == one.large.get("all_gather")
+        assert len(several.small) == 2
+
+
+@pytest.mark.parametrize("world", [8, 64])
+def test_the_memory_that_the_design_promises(world: int) -> None:
+    """Stage 2, bf16: 2 B weights + 12/W state + 4/W gradient shard an element, and the staging of a few buckets."""
+    found = shapes.named("bert-large")
+    elements = sum(map(prod, found.values()))
+    cost = costs(found, BF16, Sharding(2, world))
+    promised = elements * (2 + 12 / world + 4 / world)
+    assert cost.total_memory - cost.memory["staging"] == pytest.approx(promised, rel=0.02)
+    largest = max(map(prod, found.values())) * 2  # bytes; the word embeddings have a bucket of their own
+    assert cost.memory["staging"] == pytest.approx(3 * largest * (1 + 1 / world), rel=0.02)
+    by_hand = costs(found, Choices(model_dtype=torch.bfloat16, sums_here=True), Sharding(2, world))
+    assert by_hand.memory["staging"] == pytest.approx(6 * largest, rel=0.02)
+
+
+def test_bytes_on_the_wire_of_bert_large() -> None:
+    """fp32, 8 ranks: 7/8 of the model once and once again, and 5 P + 1 fp64 in two all-reduces."""
+    found = shapes.named("bert-large")
+    size = 4 * sum(map(prod, found.values()))
+    cost = costs(found, Choices(), Sharding(2, 8))
+    for name in ("reduce_scatter", "all_gather"):
+        assert cost.wire[name] == pytest.approx(size * 7 / 8, rel=1e-3)
+    assert cost.wire["all_reduce_small"] == 8 * (5 * 398 + 1)
+    assert cost.calls["all_reduce_small"] == 2
+    assert cost.calls["all_gather"] == cost.calls["reduce_scatter"] == len(cost.large["all_gather"])
+    two_levels = costs(found, Choices(), Sharding(2, 8, 4))
+    assert two_levels.wire["all_reduce_replicas"] == pytest.approx(size / 8, rel=1e-3)
+
+
+def test_more_ranks_than_rows() -> None:
+    found = shapes.named("bert-large")
+    flat, chunks = (costs(found, Choices(), Sharding(stage, 4096)) for stage in (2, 3))
+    assert flat.memory["parameters"] % (BLOCK * 4096) == 0
+    # The last rank has the last row of what has 4,096 rows: a layer's intermediate weight and bias.
+    last = costs(found, Choices(), Sharding(3, 4096), rank=4095)
+    assert last.memory["parameters"] == 4 * 24 * (1024 + 1)
+    assert last.padding == 2 * (chunks.memory["parameters"] - last.memory["parameters"])
+    update = flat.update / sum(bucket.shard_numel for bucket in buckets_of(found.values(), Choices(), 4096))
+    assert update == 40
+    assert costs(found, BF16, Sharding(2, 1)).update / sum(map(prod, found.values())) == pytest.approx(
+        42, rel=1e-3
+    )
+
+
+def test_shardings_by_node_number_and_all() -> None:
+    found = shardings([16, 4, 16], [2], ["all", "node", "2"], ranks_per_node=8)
+    assert [(sharding.world_size, sharding.mesh) for sharding in found] == [
+        (4, "4"),  # of which "node" is the same
+        (16, "16"),
+        (16, "2x8"),
+        (4, "2x2"),
+        (16, "8x2"),
+    ]
+    assert shardings([1, 2], [1], ["2"], 8) == [Sharding(1, 2)]

@@ -1,0 +1,189 @@
+"""What is predicted is what real ranks hold and send, to the byte; and `--check` sees where it is not."""
+
+import gc
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sharded_lamb import ShardedLamb
+from sharded_lamb.plan import costs as plan_costs
+from sharded_lamb.plan.check import Weights, _mesh, check, compare, measure
+from sharded_lamb.plan.costs import costs, trainable
+from sharded_lamb.plan.machine import PRESETS
+from sharded_lamb.plan.sharding import Choices, Sharding
+from tests.harness import run_ranks
+from tests.plan.cases import CHOICES, UGLY
+from tests.test_traffic import spied
+
+CPU = torch.device("cpu")
+
+
+def shardings_of(world: int) -> list[Sharding]:
+    two_levels = [Sharding(stage, world // 2, 2) for stage in (1, 2, 3)] if world > 2 else []
+    return [*(Sharding(stage, world) for stage in (1, 2, 3)), *two_levels]
+
+
+def compared(rank: int, world: int) -> list[tuple[str, str, int, int]]:
+    found = []
+    for sharding in shardings_of(world):
+        for name, choices in list(CHOICES.items())[-2 if world == 8 else 0 :]:
+            measured = measure(UGLY, choices, sharding, CPU, timed_steps=1)
+            for row in compare(costs(UGLY, choices, sharding, rank), measured):
+                found.append((f"{sharding}, {name}", row.what, row.predicted, row.measured))
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_bytes_and_calls_are_those_of_real_ranks(world: int) -> None:
+    for rank, rows in enumerate(run_ranks(world, compared, world)):
+        assert len(rows) > 20 * len(shardings_of(world))
+        for setting, what, predicted, measured in rows:
+            assert predicted == measured, f"rank {rank}, {setting}: {what}"
+
+
+def held_and_sent(rank: int, stage: int, choices: Choices) -> tuple[dict[str, int], Counter[str]]:
+    """Without the package's own counters: float tensors that exist because of the optimizer, and torch.distributed's
+    calls in the third step."""
+
+    def alive() -> dict[int, int]:
+        gc.collect()
+        wanted = (torch.float32, torch.bfloat16, torch.uint8)
+        tensors = [x for x in gc.get_objects() if type(x) is Tensor and x.dtype in wanted]
+        return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+
+    params = {
+        name: torch.nn.Parameter(torch.ones(shape, dtype=choices.model_dtype)) for name, shape in UGLY.items()
+    }
+    before = alive()
+    opt = ShardedLamb(
+        params.items(),
+        stage=stage,
+        bucket_mb=choices.bucket_mb,
+        state_dtype=choices.state_dtype,
+        reduce_dtype=choices.reduce_dtype,
+    )
+
+    def step() -> None:
+        opt.zero_grad()
+        torch.stack([p.sum(dtype=torch.float32) for p in params.values()]).sum().backward()
+        opt.step()
+
+    step()
+    step()
+    with spied() as seen:
+        step()
+    opt.zero_grad()
+    new = {pointer: size for pointer, size in alive().items() if pointer not in before}
+    large = {size for size in new.values() if size >= 4 * len(params)}  # not what is one number a parameter
+    return {"held": sum(size for size in new.values() if size in large)}, seen.sent
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_tensors_that_exist_and_calls_of_torch_agree(stage: int, name: str) -> None:
+    choices = CHOICES[name]
+    predicted = costs(UGLY, choices, Sharding(stage, 2))
+    # Parameters lie in the buckets' flat memory, which is one of the new tensors.
+    expected = predicted.total_memory - predicted.memory["gradients"]
+    for held, sent in run_ranks(2, held_and_sent, stage, choices):
+        assert held["held"] == expected
+        assert sent["isend"] == predicted.wire["all_gather"]
+        assert sent["all_to_all_single"] == predicted.wire.get("reduce_scatter", 0)
+        assert sent["all_reduce"] == predicted.wire["all_reduce_small"]
+
+
+class SentByFsdp(TorchDispatchMode):
+    """Bytes that a rank hands to others in the collectives of fully_shard, by operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name in ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_"):
+            output, given = args[0], args[1]
+            self.sent[name.removeprefix("c10d::")] += abs(output.nbytes - given.nbytes)
+        elif name == "c10d::allreduce_":
+            self.sent["allreduce_"] += sum(x.nbytes for x in args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def fsdp_sends(rank: int, sharding: Sharding) -> Counter[str]:
+    choices = CHOICES["bf16"]
+    model = Weights(trainable(UGLY, sharding).values(), choices.model_dtype, CPU)
+    fully_shard(model, mesh=_mesh(sharding, CPU), reshard_after_forward=True)
+    with SentByFsdp() as mode:
+        model().backward()
+    return mode.sent
+
+
+@pytest.mark.parametrize("sharding", [Sharding(3, 2), Sharding(3, 4), Sharding(3, 2, 2)], ids=str)
+def test_what_fully_shard_sends_around_the_optimizer(sharding: Sharding) -> None:
+    around = costs(UGLY, CHOICES["bf16"], sharding).around
+    for sent in run_ranks(sharding.world_size, fsdp_sends, sharding):
+        gathers = sum(around["fsdp_all_gather"]) + sum(around["fsdp_all_gather_again"])
+        assert sent["_allgather_base_"] == gathers
+        assert sent["_reduce_scatter_base_"] == sum(around["fsdp_reduce_scatter"])
+        assert sent["allreduce_"] == sum(around.get("fsdp_all_reduce", ()))
+
+
+# -- the check itself ---------------------------------------------------------------------------------
+
+
+def one_buffer_more(*args: Any, **kwargs: Any) -> int:
+    return 4096
+
+
+def two_gathers(buckets: Any, **kwargs: Any) -> dict[str, list[int]]:
+    sends = original_sends(buckets, **kwargs)
+    return {**sends, "all_gather": sends["all_gather"] * 2}
+
+
+def rows_rounded_down(shape: tuple[int, ...], ranks: int, rank: int) -> int:
+    return torch.Size(shape).numel() // ranks
+
+
+original_sends = plan_costs.large_sends
+
+
+def checked(rank: int, planted: tuple[str, Callable[..., Any]] | None) -> int:
+    choices = replace(CHOICES["fp32"], bucket_mb=32)
+    machine = PRESETS["h100-nvlink-ib"]
+    with mock.patch("sharded_lamb.plan.check.TIMED_STEPS", 1):
+        if planted is None:
+            return check(UGLY, choices, machine, CPU)
+        with mock.patch.object(plan_costs, *planted):
+            return check(UGLY, choices, machine, CPU)
+
+
+@pytest.mark.parametrize(
+    ("planted", "code"),
+    [
+        (None, 0),
+        (("staging_bytes", one_buffer_more), 1),
+        (("large_sends", two_gathers), 1),
+        (("chunk_numel", rows_rounded_down), 1),
+    ],
+    ids=["as it is", "staging", "wire", "chunks"],
+)
+def test_check_passes_and_fails(planted: tuple[str, Callable[..., Any]] | None, code: int) -> None:
+    assert run_ranks(2, checked, planted) == [code] * 2
+
+
+def one_rank_differs(rank: int) -> int:
+    planted = ("chunk_numel", rows_rounded_down) if dist.get_rank() == 1 else None
+    return checked(rank, planted)
+
+
+def test_every_rank_hears_of_one_that_differs() -> None:
+    assert run_ranks(2, one_rank_differs) == [1, 1]
