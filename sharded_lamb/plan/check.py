@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,10 +48,17 @@ class Measured:
     seconds: float = field(compare=False)
 
 
-def check(shapes: Shapes, choices: Choices, machine: Machine | None, device: torch.device) -> int:
-    """Compare every stage, and every stage on a 2-D mesh where ranks are enough. Collective.
+def check(
+    shapes: Shapes,
+    choices: Choices,
+    machine: Machine | None,
+    device: torch.device,
+    stages: Sequence[int] = (1, 2, 3),
+) -> int:
+    """Compare stages, and each on a 2-D mesh where ranks are enough. Collective.
 
     Args:
+        choices: but for ``sums_here``, which the ranks' own backend decides.
         machine: None: its speeds are measured first.
 
     Returns:
@@ -64,8 +71,9 @@ def check(shapes: Shapes, choices: Choices, machine: Machine | None, device: tor
         raise ValueError("--check needs ranks: torchrun --nproc-per-node 4 -m sharded_lamb plan --check")
     world, first = dist.get_world_size(), dist.get_rank() == 0
     machine = machine or probed(device)
+    choices = replace(choices, sums_here=device.type == "cpu")
     lines, failed = [["", "", "predicted", "measured", "ratio"]], []
-    for sharding in [*(Sharding(stage, world) for stage in (1, 2, 3)), *_two_levels(world)]:
+    for sharding in _shardings(world, stages):
         measured = measure(shapes, choices, sharding, device, timed_steps=TIMED_STEPS)
         cost = costs(shapes, choices, sharding, dist.get_rank())
         mine = compare(cost, measured)
@@ -92,8 +100,12 @@ def check(shapes: Shapes, choices: Choices, machine: Machine | None, device: tor
     return 1 if failed else 0
 
 
-def _two_levels(world: int) -> list[Sharding]:
-    return [Sharding(stage, world // 2, 2) for stage in (1, 2, 3)] if world >= 4 and world % 2 == 0 else []
+def _shardings(world: int, stages: Sequence[int]) -> list[Sharding]:
+    two_levels = world >= 4 and world % 2 == 0
+    return [
+        *(Sharding(stage, world) for stage in stages),
+        *(Sharding(stage, world // 2, 2) for stage in stages if two_levels),
+    ]
 
 
 def _ratio(row: Compared) -> str:

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--state-dtype", choices=_DTYPES, default="float32")
     memory.add_argument("--reduce-dtype", choices=_DTYPES, help="default: the parameters'")
     memory.add_argument("--bucket-mb", type=float, default=32)
-    memory.add_argument("--backend", choices=("nccl", "gloo"), default="nccl")
+    memory.add_argument("--backend", choices=("nccl", "gloo"), default="nccl", help="staging differs")
     _add_time_arguments(parser.add_argument_group("time"))
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=Path, help="write everything there")
@@ -99,7 +99,7 @@ def run(chosen: argparse.Namespace, device: torch.device) -> int:
     if chosen.check:
         from sharded_lamb.plan.check import check
 
-        return check(_shapes(chosen, "tiny"), _choices(chosen), _known_machine(chosen), device)
+        return check(_shapes(chosen, "tiny"), _choices(chosen), _known_machine(chosen), device, chosen.stages)
     if dist.is_initialized() and dist.get_rank():
         return 0
     found, choices, machine = _shapes(chosen, "bert-large"), _choices(chosen), _machine(chosen)

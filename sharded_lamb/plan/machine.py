@@ -5,9 +5,9 @@ A collective over ``n`` ranks on ``k`` nodes, after the model by which NCCL choo
     large   ring   (n - k) a + (k - 1) b  +  bytes sent by a rank / bandwidth
     small   tree   2 ((n/k - 1) a + log2(k) b)  +  2 bytes / bandwidth
 
-with a and b the latency of a hop inside and between nodes; a large all-reduce is two rings, or a tree if that is faster.
-Rings run through all ranks of a node at once, so several nodes have the bandwidth of a rank inside, or that of the node's
-ranks together between nodes, whichever is less.
+with a and b the latency of a hop inside and between nodes. A large all-reduce is two rings, or a tree if that is less.
+Rings run through all ranks of a node at once: over several nodes they have the bandwidth of a rank inside, or that of
+a node's ranks together between nodes, whichever is less.
 """
 
 import json
