@@ -2,8 +2,8 @@
 
 A group of our own keeps our order of operations apart from the user's: gloo matches operations by their
 order alone. Paths differ by backend (measured on gloo 2.13): gloo's reduce_scatter_tensor is 2.3 times slower than
-an all_reduce and its all_gather copies everything twice, so there shards travel by all_to_all and by
-send/receive into place, and sums are taken here, in fp32 and in rank order.
+an all_reduce and its all_gather copies everything twice, so there shards travel by send and receive, from and into
+place, and sums are taken here, in fp32 and in rank order.
 """
 
 import os
@@ -119,13 +119,14 @@ class Traffic:
 class Pending:
     """A collective in flight: `wait` returns once its result may be used on this rank's stream."""
 
-    def __init__(self, works: Sequence["dist.Work | None"]) -> None:
+    def __init__(self, works: Sequence["dist.Work | None"], keeps: object = None) -> None:
         self._works = [work for work in works if work is not None]
+        self._keeps = keeps  # memory that is sent from
 
     def wait(self) -> None:
         for work in self._works:
             work.wait()
-        self._works = []
+        self._works, self._keeps = [], None
 
 
 class Collectives:
@@ -142,7 +143,8 @@ class Collectives:
         two_level = len(topology.replica_ranks) > 1
         self._shard = self._group(topology.shard_ranks, device) if two_level else self.everyone
         self._replica = self._group(topology.replica_ranks, device) if two_level else None
-        self._by_hand = self.everyone is not None and _backend(self.everyone, device) == "gloo"
+        self.by_hand = self._shard is not None and _backend(self._shard, device) == "gloo"
+        """Whether `exchange` and sums taken here stand for `reduce_scatter`."""
 
     @staticmethod
     def _group(ranks: tuple[int, ...], device: torch.device) -> dist.ProcessGroup | None:
@@ -197,21 +199,32 @@ class Collectives:
 
         Args:
             full: [shard_count x n] this rank's gradients of a bucket, wire dtype.
-            received: the same size where sums are taken here (gloo), [n] elsewhere.
+            received: [n].
         """
         if self._shard is None:
             return Pending([])
         others = full.nbytes // self.shard_count * (self.shard_count - 1)
         self.traffic.add("reduce_scatter", others)
-        if self._by_hand:
-            return Pending([dist.all_to_all_single(received, full, group=self._shard, async_op=True)])
         return Pending([_reduce_scatter(received, full, self._shard)])
+
+    def exchange(
+        self, outgoing: Sequence[tuple[int, Tensor]], incoming: Sequence[tuple[int, Tensor]]
+    ) -> Pending:
+        """`reduce_scatter` by hand: messages between ranks of the shard group, in one order between any two of them.
+
+        Args:
+            outgoing, incoming: (rank in the group, contiguous tensor).
+        """
+        self.traffic.add("reduce_scatter", sum(tensor.nbytes for _, tensor in outgoing))
+        works = [dist.irecv(place, group=self._shard, group_src=source) for source, place in incoming]
+        works += [dist.isend(tensor, group=self._shard, group_dst=target) for target, tensor in outgoing]
+        return Pending(works, keeps=outgoing)
 
     def received_numel(self, full_numel: int) -> int:
         """The size of ``received`` for `reduce_scatter` of ``full_numel`` elements."""
         if self._shard is None:
             return 0
-        return full_numel if self._by_hand else full_numel // self.shard_count
+        return full_numel if self.by_hand else full_numel // self.shard_count
 
     def parts_of_sum(self, full: Tensor, received: Tensor, dtype: torch.dtype) -> Tensor:
         """[k, n]: what is to be summed, in order, to the sum over everyone of what ranks handed to `reduce_scatter`.
@@ -221,7 +234,7 @@ class Collectives:
         if self._shard is None:
             parts = full.view(1, -1)
         else:
-            parts = received.view(self.shard_count if self._by_hand else 1, -1)
+            parts = received.view(self.shard_count if self.by_hand else 1, -1)
         if self._replica is None:
             return parts
         total = parts[0].to(dtype, copy=True)
@@ -237,7 +250,7 @@ class Collectives:
             return Pending([])
         size, rank = flat.numel() // self.shard_count, self.topology.shard_rank
         self.traffic.add("all_gather", size * flat.element_size() * (self.shard_count - 1))
-        if not self._by_hand:
+        if not self.by_hand:
             work = _all_gather(flat, flat[rank * size : (rank + 1) * size], self._shard)
             return Pending([work])
         mine = flat[rank * size : (rank + 1) * size]

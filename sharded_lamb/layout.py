@@ -49,6 +49,15 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """Elements [start, stop) of a rank's shard that travel together; ``segment``: what fills them, where one does."""
+
+    start: int
+    stop: int
+    segment: Segment | None
+
+
+@dataclass(frozen=True, slots=True)
 class Bucket:
     """Parameters ``params`` (indices, ascending ``offsets``) in one flat run of ``numel`` elements."""
 
@@ -106,6 +115,20 @@ class Bucket:
             start, stop = max(low, offset), min(high, offset + numel)
             if start < stop:
                 found.append(Segment(param, start - offset, stop - start, start - low))
+        return tuple(found)
+
+    def runs(self, rank: int, alone: int) -> tuple[Run, ...]:
+        """All of the shard of ``rank``: segments of ``alone`` elements or more by themselves, and what is between."""
+        found, at = [], 0
+        for segment in self.segments(rank):
+            if segment.length < alone:
+                continue
+            if at < segment.shard_start:
+                found.append(Run(at, segment.shard_start, None))
+            at = segment.shard_start + segment.length
+            found.append(Run(segment.shard_start, at, segment))
+        if at < self.shard_numel:
+            found.append(Run(at, self.shard_numel, None))
         return tuple(found)
 
 

@@ -38,11 +38,10 @@ SYNCED_ROUNDS = 2
 
 @dataclass(slots=True)
 class _Exchange:
-    bucket: FlatBucket
-    full: Tensor
-    received: Tensor
+    index: int  # of the bucket
     pending: Pending
-    staging: Staging  # what the two are views of
+    staging: Staging
+    grads: list[Tensor | None]  # may be sent from where they lie
 
 
 class BackwardReducer:
@@ -248,31 +247,26 @@ class BackwardReducer:
         bucket = self.buckets[index]
         if len(self._exchanges) == IN_FLIGHT:
             self._finish_oldest()
-        staging = self._staging.pop() if self._staging else Staging.for_any(self.buckets, self.collectives)
-        to = staging.places(index, bucket, self.collectives)
-        grads, places, empty = [], [], list(to.gaps)
-        for param, p, place in zip(bucket.plan.params, bucket.params, to.params, strict=True):
+        staging = self._staging.pop() if self._staging else Staging(self.buckets, self.collectives)
+        grads: list[Tensor | None] = []
+        for param, p in zip(bucket.plan.params, bucket.params, strict=True):
             grad = p.grad
             if grad is None or grad is self._sentinel:
-                empty.append(place)
+                grads.append(None)
                 continue
             check_gradient(self.names[param], grad)
             grads.append(grad)
-            places.append(place)
             p.grad = None
             self.present[param] = True
-        if empty:
-            torch._foreach_zero_(empty)
-        if grads:
-            torch._foreach_copy_(places, grads)
-        pending = self.collectives.reduce_scatter(to.full, to.received)
-        self._exchanges.append(_Exchange(bucket, to.full, to.received, pending, staging))
+        pending = staging.route(index, bucket).start(grads)
+        self._exchanges.append(_Exchange(index, pending, staging, grads))
 
     def _finish_oldest(self) -> None:
         exchange = self._exchanges.popleft()
         exchange.pending.wait()
-        shard = exchange.bucket.shard
-        parts = self.collectives.parts_of_sum(exchange.full, exchange.received, shard.compute)
+        bucket = self.buckets[exchange.index]
+        shard, route = bucket.shard, exchange.staging.route(exchange.index, bucket)
+        parts = self.collectives.parts_of_sum(route.full, route.received, shard.compute)
         self.kernel.average(shard, parts, self.collectives.world_size, self._square_sums, add=not self._fresh)
         self._staging.append(exchange.staging)
 

@@ -1,5 +1,6 @@
 """Layouts: every element on one rank, cuts at blocks, bad ones refused, and work that does not grow with ranks."""
 
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -78,6 +79,22 @@ def test_every_element_is_on_one_rank(
                 seen.update((s.param, s.start + i) for i in places)
         assert found == expected
     assert seen == Counter({(param, i): 1 for param, numel in enumerate(numels) for i in range(numel)})
+
+
+@given(numels=st.lists(SIZES, min_size=1, max_size=30), world=st.integers(1, 17), alone=st.integers(1, 3000))
+def test_runs_tile_a_shard_and_large_segments_travel_alone(numels: list[int], world: int, alone: int) -> None:
+    for bucket in plan(numels, world):
+        for rank in range(world):
+            runs = bucket.runs(rank, alone)
+            assert [run.start for run in runs] == [0, *(run.stop for run in runs[:-1])]
+            assert runs[-1].stop == bucket.shard_numel
+            large = [segment for segment in bucket.segments(rank) if segment.length >= alone]
+            assert [run.segment for run in runs if run.segment is not None] == large
+            for run in runs:
+                if run.segment is not None:
+                    assert (run.start, run.stop - run.start) == (run.segment.shard_start, run.segment.length)
+            between = [run.segment is None for run in runs]
+            assert (True, True) not in itertools.pairwise(between)
 
 
 @given(numels=st.lists(SIZES, min_size=1, max_size=30), world=st.integers(1, 17))

@@ -96,8 +96,7 @@ def test_tensors_that_exist_and_calls_of_torch_agree(stage: int, name: str) -> N
     expected = predicted.total_memory - predicted.memory["gradients"]
     for held, sent in run_ranks(2, held_and_sent, stage, choices):
         assert held["held"] == expected
-        assert sent["isend"] == predicted.wire["all_gather"]
-        assert sent["all_to_all_single"] == predicted.wire.get("reduce_scatter", 0)
+        assert sent["isend"] == predicted.wire["all_gather"] + predicted.wire.get("reduce_scatter", 0)
         assert sent["all_reduce"] == predicted.wire["all_reduce_small"]
 
 
