@@ -226,17 +226,22 @@ class Collectives:
             return 0
         return full_numel if self.by_hand else full_numel // self.shard_count
 
-    def parts_of_sum(self, full: Tensor, received: Tensor, dtype: torch.dtype) -> Tensor:
-        """[k, n]: what is to be summed, in order, to the sum over everyone of what ranks handed to `reduce_scatter`.
+    @property
+    def has_replicas(self) -> bool:
+        return self._replica is not None
 
-        One part in the wire's dtype from every rank where sums are taken here. Replicas are all-reduced in ``dtype``.
+    def parts_of_sum(self, full: Tensor, received: Tensor) -> Tensor:
+        """[k, n] in the wire's dtype: what is to be summed, in order, to the sum over the ranks of the shard group.
+
+        One part from every rank where sums are taken here; this rank's own row is then not written.
         """
         if self._shard is None:
-            parts = full.view(1, -1)
-        else:
-            parts = received.view(self.shard_count if self.by_hand else 1, -1)
-        if self._replica is None:
-            return parts
+            return full.view(1, -1)
+        return received.view(self.shard_count if self.by_hand else 1, -1)
+
+    def summed_over_replicas(self, parts: Tensor, dtype: torch.dtype) -> Tensor:
+        """[1, n] in ``dtype``: the sum of parts, in order, and over replicas."""
+        assert self._replica is not None
         total = parts[0].to(dtype, copy=True)
         for part in parts[1:]:
             total += part

@@ -27,6 +27,7 @@ from sharded_lamb.buckets import FlatBucket
 from sharded_lamb.collectives import Collectives, Pending
 from sharded_lamb.facts import GradientFacts, Replicas, agree, check_gradient
 from sharded_lamb.kernels import Kernel
+from sharded_lamb.kernels.incoming import fill
 from sharded_lamb.staging import Staging
 
 IN_FLIGHT = 3
@@ -266,8 +267,21 @@ class BackwardReducer:
         exchange.pending.wait()
         bucket = self.buckets[exchange.index]
         shard, route = bucket.shard, exchange.staging.route(exchange.index, bucket)
-        parts = self.collectives.parts_of_sum(route.full, route.received, shard.compute)
-        self.kernel.average(shard, parts, self.collectives.world_size, self._square_sums, add=not self._fresh)
+        own = route.own(exchange.grads)
+        parts = self.collectives.parts_of_sum(route.full, route.received)
+        if self.collectives.has_replicas:
+            if own is not None:
+                fill(parts[own.row].zero_(), bucket.segments, own.grads)
+            parts, own = self.collectives.summed_over_replicas(parts, shard.compute), None
+        self.kernel.average(
+            shard,
+            bucket.segments,
+            parts,
+            self.collectives.world_size,
+            self._square_sums,
+            add=not self._fresh,
+            own=own,
+        )
         self._staging.append(exchange.staging)
 
     def flush(self) -> GradientFacts:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sharded_lamb.buckets import FlatBucket, flattened
 from sharded_lamb.collectives import Collectives, Pending
+from sharded_lamb.kernels import OwnPart
 from sharded_lamb.layout import Segment
 
 GAP_ELEMENTS = 10_000
@@ -28,6 +29,9 @@ class Route(Protocol):
 
     full: Tensor  # [bucket] wire dtype, what is sent; not all of it is written by hand
     received: Tensor  # [Collectives.received_numel]
+
+    def own(self, grads: Sequence[Tensor | None]) -> OwnPart | None:
+        """What ``received`` lacks of what was sent to this rank by itself."""
 
     def start(self, grads: Sequence[Tensor | None]) -> Pending:
         """Send ``grads``, one a parameter of the bucket; None stands for zeros. Meanwhile they must not change."""
@@ -73,6 +77,9 @@ class InOnePiece:
             gaps = ((0, bucket.plan.numel),)
         self._gaps = [full[low:high] for low, high in gaps]
 
+    def own(self, grads: Sequence[Tensor | None]) -> None:
+        """Nothing: the library has written it."""
+
     def start(self, grads: Sequence[Tensor | None]) -> Pending:
         """See `Route`."""
         missing = [place for place, grad in zip(self._places, grads, strict=True) if grad is None]
@@ -113,7 +120,7 @@ class _Plan:
 
 
 class ByHand:
-    """Messages to the shards' owners. This rank's own slices go straight to where sums are taken."""
+    """Messages to the shards' owners. This rank's own slices stay where they lie until they are summed."""
 
     def __init__(self, bucket: FlatBucket, full: Tensor, received: Tensor, collectives: Collectives) -> None:
         self.full, self.received, self._collectives = full, received, collectives
@@ -121,7 +128,6 @@ class ByHand:
         self._position = {param: position for position, param in enumerate(bucket.plan.params)}
         numel, ranks, here = bucket.plan.shard_numel, collectives.shard_count, collectives.topology.shard_rank
         self._alone = max(ALONE_BYTES // full.element_size(), 1)
-        self._keep(here, received.view(ranks, -1)[here])
         mine = bucket.plan.runs(here, self._alone)
         for distance in range(1, ranks):  # peers at the same distance at the same time
             source, target = (here - distance) % ranks, (here + distance) % ranks
@@ -138,12 +144,6 @@ class ByHand:
             place = place.as_strided(p.shape, strides)
         return _Slice(position, segment, place, whole)
 
-    def _keep(self, rank: int, shard: Tensor) -> None:
-        """What this rank owns, copied to its row."""
-        segments = self._bucket.plan.segments(rank)
-        self._plan.copied += [self._slice(segment, shard) for segment in segments]
-        self._plan.gaps += _between(segments, 0, len(shard), shard)
-
     def _send(self, rank: int, shard: Tensor) -> None:
         """The messages to another rank; ``shard``: its part of what is sent."""
         segments = self._bucket.plan.segments(rank)
@@ -156,6 +156,18 @@ class ByHand:
                 self._plan.copied += [self._slice(segment, shard) for segment in inside]
                 self._plan.gaps += _between(inside, run.start, run.stop, shard)
             self._plan.outgoing.append(_Message(rank, place, alone))
+
+    def own(self, grads: Sequence[Tensor | None]) -> OwnPart:
+        """This rank's slices where they lie."""
+        places = [self._position[segment.param] for segment in self._bucket.segments]
+        mine = [grads[place] for place in places]
+        if any(grad is not None and not grad.is_contiguous() for grad in mine):
+            strides = self._bucket.strides
+            mine = [
+                None if grad is None else flattened(grad, strides[place])
+                for place, grad in zip(places, mine, strict=True)
+            ]
+        return OwnPart(self._collectives.topology.shard_rank, mine)
 
     def start(self, grads: Sequence[Tensor | None]) -> Pending:
         """See `Route`."""

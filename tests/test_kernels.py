@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sharded_lamb import kernels, rule
-from sharded_lamb.kernels import FlatShard, Kernel, PieceShard, ReferenceKernel, Shard
+from sharded_lamb.kernels import FlatShard, Kernel, OwnPart, PieceShard, ReferenceKernel, Shard
 from sharded_lamb.layout import BLOCK, Segment, round_up
 from sharded_lamb.rule import COLUMNS
 
@@ -199,7 +199,16 @@ def test_what_is_not_finite_shows_in_the_sums_and_only_there(name: str) -> None:
 # -- how gradients come in ----------------------------------------------------------------------------
 
 
+def segments_of(lengths: Sequence[int]) -> tuple[Segment, ...]:
+    starts = [sum(round_up(length, BLOCK) for length in lengths[:param]) for param in range(len(lengths))]
+    return tuple(
+        Segment(param, 0, length, start)
+        for param, (length, start) in enumerate(zip(lengths, starts, strict=True))
+    )
+
+
 @pytest.mark.parametrize("name", ["torch", *OTHERS])
+@pytest.mark.parametrize("lies_apart", [False, True])
 @given(
     LENGTHS,
     st.sampled_from([F32, BF16, F16, F64]),
@@ -209,17 +218,36 @@ def test_what_is_not_finite_shows_in_the_sums_and_only_there(name: str) -> None:
     st.booleans(),
 )
 def test_average_is_the_sum_in_rank_order_over_the_divisor(
-    name: str, lengths: list[int], wire: torch.dtype, weight: torch.dtype, seed: int, ranks: int, add: bool
+    lies_apart: bool,
+    name: str,
+    lengths: list[int],
+    wire: torch.dtype,
+    weight: torch.dtype,
+    seed: int,
+    ranks: int,
+    add: bool,
 ) -> None:
-    shard = flat_shard(lengths, Dtypes(weight, None, F32, F32), seed)
-    parts = torch.randn(ranks, shard.grad.numel(), generator=torch.Generator().manual_seed(seed)).to(wire)
+    """``lies_apart``: one rank's part is read from gradients, of which the first is missing."""
+    shard, segments = flat_shard(lengths, Dtypes(weight, None, F32, F32), seed), segments_of(lengths)
+    parts = torch.zeros(ranks, shard.grad.numel(), dtype=wire)
+    generator, row = torch.Generator().manual_seed(seed), seed % ranks
+    for segment in segments:
+        place = parts[:, segment.shard_start : segment.shard_start + segment.length]
+        place.copy_(torch.randn(place.shape, generator=generator))
+        if lies_apart and segment.param == 0:
+            place[row] = 0
     expected = parts[0].to(shard.compute)
     for part in parts[1:]:
         expected = expected + part.to(shard.compute)
     expected = expected / ranks
     expected = shard.grad + expected if add else expected
+    own = None
+    if lies_apart:
+        mine = [parts[row, s.shard_start : s.shard_start + s.length].clone() for s in segments]
+        own = OwnPart(row, [None, *mine[1:]])
+        parts[row] = torch.nan  # is not read
     sums = torch.full((len(lengths),), 0.5, dtype=F64)
-    kernels.load(name).average(shard, parts, ranks, sums, add=add)
+    kernels.load(name).average(shard, segments, parts, ranks, sums, add=add, own=own)
     assert torch.equal(shard.grad, expected)
     squares = torch.zeros(len(lengths), dtype=F64)
     ReferenceKernel().square_sums([shard], squares)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -17,6 +18,7 @@ from sharded_lamb.__main__ import main
 from sharded_lamb.buckets import FlatBucket
 from sharded_lamb.collectives import Collectives
 from sharded_lamb.kernels import Kernel
+from sharded_lamb.kernels.native import CppKernel
 from sharded_lamb.layout import Bucket, Segment
 from sharded_lamb.verify import Reference, Report, verify
 from tests.harness import run_ranks
@@ -82,12 +84,13 @@ def with_a_dropped_slice(rank: int, stage: int) -> Verdict:
 
 def with_summed_gradients(rank: int, stage: int) -> Verdict:
     """Gradients summed over ranks, not averaged (LAMB hardly notices; its moments do)."""
-    original = Collectives.parts_of_sum
+    original = CppKernel.average
 
-    def summed(self: Collectives, full: Tensor, received: Tensor, dtype: torch.dtype) -> Tensor:
-        return original(self, full, received, dtype) * self.world_size
+    def summed(self: CppKernel, *arguments: Any, **named: Any) -> None:
+        shard, segments, parts, _, *rest = arguments
+        original(self, shard, segments, parts, 1, *rest, **named)
 
-    with mock.patch.object(Collectives, "parts_of_sum", summed):
+    with mock.patch.object(CppKernel, "average", summed):
         return verify_here(rank, 2, "float32")
 
 

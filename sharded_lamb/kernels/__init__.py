@@ -14,12 +14,13 @@ with the same bits; `choice` takes the fastest that works.
 from sharded_lamb.kernels.choice import NAMES, available, choose, load
 from sharded_lamb.kernels.protocol import Kernel
 from sharded_lamb.kernels.reference import ReferenceKernel
-from sharded_lamb.kernels.shard import FlatShard, PieceShard, Shard
+from sharded_lamb.kernels.shard import FlatShard, OwnPart, PieceShard, Shard
 
 __all__ = [
     "NAMES",
     "FlatShard",
     "Kernel",
+    "OwnPart",
     "PieceShard",
     "ReferenceKernel",
     "Shard",

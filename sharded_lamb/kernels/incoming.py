@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sharded_lamb.kernels.shard import FlatShard, Shard
+from sharded_lamb.kernels.shard import FlatShard, OwnPart, Shard
 from sharded_lamb.layout import Segment
 
 
@@ -16,8 +16,20 @@ class StockIncoming:
         """See `Kernel`."""
         raise NotImplementedError
 
-    def average(self, shard: FlatShard, parts: Tensor, divisor: int, sums: Tensor, *, add: bool) -> None:
+    def average(
+        self,
+        shard: FlatShard,
+        segments: Sequence[Segment],
+        parts: Tensor,
+        divisor: int,
+        sums: Tensor,
+        *,
+        add: bool,
+        own: OwnPart | None = None,
+    ) -> None:
         """grad ← Σ parts / divisor, or grad + that; then Σg²."""
+        if own is not None:
+            fill(parts[own.row].zero_(), segments, own.grads)
         total = parts[0].to(shard.compute, copy=True)
         for part in parts[1:]:
             total += part
@@ -33,15 +45,20 @@ class StockIncoming:
         self, shard: FlatShard, segments: Sequence[Segment], grads: Sequence[Tensor | None], sums: Tensor
     ) -> None:
         """grad ← segments of ``grads``; then Σg²."""
-        places, found = [], []
-        for segment, grad in zip(segments, grads, strict=True):
-            place = shard.grad[segment.shard_start : segment.shard_start + segment.length]
-            if grad is None:
-                place.zero_()
-            else:
-                run = grad.as_strided((grad.numel(),), (1,))
-                places.append(place)
-                found.append(run[segment.start : segment.start + segment.length])
-        if places:
-            torch._foreach_copy_(places, found)
+        fill(shard.grad, segments, grads)
         self.square_sums([shard], sums)
+
+
+def fill(flat: Tensor, segments: Sequence[Segment], grads: Sequence[Tensor | None]) -> None:
+    """Segments of ``grads`` to where they lie in a shard's flat memory; zeros where there is none."""
+    places, found = [], []
+    for segment, grad in zip(segments, grads, strict=True):
+        place = flat[segment.shard_start : segment.shard_start + segment.length]
+        if grad is None:
+            place.zero_()
+        else:
+            run = grad.as_strided((grad.numel(),), (1,))
+            places.append(place)
+            found.append(run[segment.start : segment.start + segment.length])
+    if places:
+        torch._foreach_copy_(places, found)

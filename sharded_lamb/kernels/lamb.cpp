@@ -295,10 +295,10 @@ INLINE T square_sum(T *values) {
 // -- all blocks ---------------------------------------------------------------------------------------
 
 // Calls visit(run, block, number) for this thread's equal part of the blocks of all runs.
-template <typename Visit>
-void for_each_block(const Run *runs, int64_t count, int64_t thread, int64_t threads, Visit visit) {
+template <typename Piece, typename Visit>
+void for_each_block(const Piece *runs, int64_t count, int64_t thread, int64_t threads, Visit visit) {
   if (count == 0) return;
-  const Run &last = runs[count - 1];
+  const Piece &last = runs[count - 1];
   const int64_t total = last.first_block + (last.numel + BLOCK - 1) / BLOCK;
   int64_t number = total * thread / threads;
   const int64_t end = total * (thread + 1) / threads;
@@ -316,11 +316,11 @@ void for_each_block(const Run *runs, int64_t count, int64_t thread, int64_t thre
 
 // Runs `block_sums(run, block, number, T *sums)` on all blocks and adds its K sums of each to sums[k][parameter], in fp64
 // and in block order whatever the threads: with one of them at once, else by way of `scratch` [blocks][K].
-template <int K, typename T, typename BlockSums>
-void summed(const Run *runs, int64_t count, int64_t parameters, double *sums, T *scratch, int64_t threads,
+template <int K, typename T, typename Piece, typename BlockSums>
+void summed(const Piece *runs, int64_t count, int64_t parameters, double *sums, T *scratch, int64_t threads,
             BlockSums block_sums) {
   if (threads == 1) {
-    for_each_block(runs, count, 0, 1, [&](const Run &run, int64_t block, int64_t number) {
+    for_each_block(runs, count, 0, 1, [&](const Piece &run, int64_t block, int64_t number) {
       T found[K];
       block_sums(run, block, number, found);
       for (int k = 0; k < K; k++) sums[k * parameters + run.owner(block)] += double(found[k]);
@@ -329,12 +329,12 @@ void summed(const Run *runs, int64_t count, int64_t parameters, double *sums, T 
   }
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
   for (int64_t thread = 0; thread < threads; thread++)
-    for_each_block(runs, count, thread, threads, [&](const Run &run, int64_t block, int64_t number) {
+    for_each_block(runs, count, thread, threads, [&](const Piece &run, int64_t block, int64_t number) {
       block_sums(run, block, number, scratch + number * K);
     });
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
   for (int k = 0; k < K; k++)
-    for_each_block(runs, count, 0, 1, [&](const Run &run, int64_t block, int64_t number) {
+    for_each_block(runs, count, 0, 1, [&](const Piece &run, int64_t block, int64_t number) {
       sums[k * parameters + run.owner(block)] += double(scratch[number * K + k]);
     });
 }
@@ -368,56 +368,53 @@ void apply(const Run *runs, int64_t count, const Coefficients<T> *table, const T
     });
 }
 
-// grad ← (Σ parts) / divisor, or grad + that, in rank order; Σ of the new squares by parameter.
-template <typename T>
-void average(const Run *runs, const char *parts, int64_t part_count, int64_t part_dtype, T divisor, bool add,
-             int64_t parameters, double *sums, T *scratch, int64_t threads) {
-  const int64_t bytes = runs[0].numel * size_of(part_dtype);
-  summed<1>(runs, 1, parameters, sums, scratch, threads, [&](const Run &run, int64_t block, int64_t, T *found) {
-    T copy[BLOCK], total[BLOCK];
-    T *grad = (T *)run.grad + block * BLOCK;
-    const char *part = parts + block * BLOCK * size_of(part_dtype);
-    load(part_dtype, part, BLOCK, total);
-    for (int64_t i = 1; i < part_count; i++) {
-      const View<T> next(const_cast<char *>(part + i * bytes), part_dtype, 0, BLOCK, copy);
-      for (int j = 0; j < BLOCK; j++) total[j] += next.values[j];
-    }
-    if (divisor != T(1))
-      for (int j = 0; j < BLOCK; j++) total[j] /= divisor;
-    for (int j = 0; j < BLOCK; j++) grad[j] = add ? grad[j] + total[j] : total[j];
-    found[0] = square_sum(grad);
-  });
-}
-
-// A parameter's slice of a gradient that lies elsewhere, and where in the flat gradient it goes.
+// A parameter's segment of a shard, and where this rank's own gradient of it lies.
 struct Slice {
   const char *from;  // null: zeros
   int64_t dtype;     // of what lies there
-  int64_t start, numel, param;
+  int64_t start;     // in the shard
+  int64_t numel, param, first_block;
+
+  int64_t owner(int64_t) const { return param; }
 };
 
-// grad ← slices, each from a multiple of BLOCK elements on; Σg² by parameter.
+// What k ranks handed over: rows of one dtype, of which one may lie in the slices instead.
+struct Parts {
+  const char *rows;
+  int64_t count, dtype, numel, own_row;  // own_row: -1 where all are rows
+};
+
+// grad ← (Σ parts) / divisor, or grad + that, in rank order; Σ of the new squares by parameter.
 template <typename T>
-void collect(T *grad, const Slice *slices, int64_t count, double *sums, int64_t threads) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t i = 0; i < count; i++) {
-    const Slice &slice = slices[i];
-    T *to = grad + slice.start;
-    if (!slice.from) {
-      std::memset(to, 0, slice.numel * sizeof(T));
-      continue;
+void average(T *grad, const Slice *slices, int64_t count, Parts parts, T divisor, bool add, int64_t parameters,
+             double *sums, T *scratch, int64_t threads) {
+  summed<1>(slices, count, parameters, sums, scratch, threads, [&](const Slice &slice, int64_t block, int64_t, T *found) {
+    T total[BLOCK], copy[BLOCK];
+    const int64_t first = block * BLOCK, left = slice.numel - first;
+    const int n = left < BLOCK ? int(left) : BLOCK;
+    for (int64_t row = 0; row < parts.count; row++) {
+      const bool own = row == parts.own_row;
+      const int64_t dtype = own ? slice.dtype : parts.dtype;
+      const char *from = own ? slice.from : parts.rows + (row * parts.numel + slice.start) * size_of(dtype);
+      if (row == 0 && from) {
+        load(dtype, from + first * size_of(dtype), n, total);
+      } else if (row == 0) {
+        for (int i = 0; i < BLOCK; i++) total[i] = T(0);
+      } else if (from) {
+        const View<T> next(const_cast<char *>(from), dtype, block, n, copy);
+        for (int i = 0; i < BLOCK; i++) total[i] += next.values[i];
+      } else {
+        for (int i = 0; i < BLOCK; i++) total[i] += T(0);  // of -0 it makes 0, as a sum of tensors does
+      }
     }
-    double total = 0;
-    for (int64_t done = 0; done < slice.numel; done += BLOCK) {
-      const int n = slice.numel - done < BLOCK ? int(slice.numel - done) : BLOCK;
-      T whole[BLOCK];
-      T *block = n == BLOCK ? to + done : whole;
-      load(slice.dtype, slice.from + done * size_of(slice.dtype), n, block);
-      if (n < BLOCK) std::memcpy(to + done, block, n * sizeof(T));
-      total += double(square_sum(block));
-    }
-    sums[slice.param] += total;  // no other slice of this call is of that parameter
-  }
+    if (divisor != T(1))
+      for (int i = 0; i < BLOCK; i++) total[i] /= divisor;
+    T *to = grad + slice.start + first;
+    if (add)
+      for (int i = 0; i < n; i++) total[i] = to[i] + total[i];
+    std::memcpy(to, total, n * sizeof(T));
+    found[0] = square_sum(total);
+  });
 }
 
 }  // namespace
@@ -428,6 +425,7 @@ extern "C" {
 
 // Bytes of what Python lays out.
 int64_t lamb_run_bytes() { return sizeof(Run); }
+int64_t lamb_slice_bytes() { return sizeof(Slice); }
 int64_t lamb_coefficients_bytes() { return sizeof(Coefficients<float>); }
 
 #define LAMB_FUNCTIONS(T, SUFFIX)                                                                                      \
@@ -442,13 +440,11 @@ int64_t lamb_coefficients_bytes() { return sizeof(Coefficients<float>); }
   void lamb_apply_##SUFFIX(const Run *runs, int64_t count, const void *table, const T *step_sizes, int64_t threads) { \
     apply<T>(runs, count, (const Coefficients<T> *)table, step_sizes, threads);                                       \
   }                                                                                                                   \
-  void lamb_average_##SUFFIX(const Run *runs, const char *parts, int64_t part_count, int64_t part_dtype,              \
-                             int64_t divisor, int64_t add, int64_t parameters, double *sums, T *scratch,              \
-                             int64_t threads) {                                                                       \
-    average<T>(runs, parts, part_count, part_dtype, T(divisor), add, parameters, sums, scratch, threads);             \
-  }                                                                                                                   \
-  void lamb_collect_##SUFFIX(T *grad, const Slice *slices, int64_t count, double *sums, int64_t threads) {            \
-    collect<T>(grad, slices, count, sums, threads);                                                                   \
+  void lamb_average_##SUFFIX(T *grad, const Slice *slices, int64_t count, const char *rows, int64_t row_count,        \
+                             int64_t dtype, int64_t numel, int64_t own_row, int64_t divisor, int64_t add,             \
+                             int64_t parameters, double *sums, T *scratch, int64_t threads) {                         \
+    average<T>(grad, slices, count, Parts{rows, row_count, dtype, numel, own_row}, T(divisor), add, parameters, sums, \
+               scratch, threads);                                                                                     \
   }
 
 LAMB_FUNCTIONS(float, f32)

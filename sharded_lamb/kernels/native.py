@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.kernels import compiling
-from sharded_lamb.kernels.shard import FlatShard, PieceShard, Shard
+from sharded_lamb.kernels.shard import FlatShard, OwnPart, PieceShard, Shard
 from sharded_lamb.layout import BLOCK, Segment
 from sharded_lamb.rule import COLUMNS
 
@@ -24,8 +24,8 @@ RUN = 13
 """64-bit fields of lamb.cpp's ``Run``: five pointers, block_param, numel, param, first_block, four dtypes."""
 
 
-SLICE = 5
-"""64-bit fields of lamb.cpp's ``Slice``: pointer, dtype, place in the shard, length, parameter."""
+SLICE = 6
+"""64-bit fields of lamb.cpp's ``Slice``: pointer, dtype, place in the shard, length, parameter, first block."""
 
 
 @lru_cache(maxsize=1)
@@ -36,9 +36,10 @@ def library() -> Any:
         compiling.CompileError: it cannot be.
     """
     found = compiling.load(Path(__file__).with_name("lamb.cpp"))
-    for name in ("lamb_run_bytes", "lamb_coefficients_bytes"):
+    for name in ("lamb_run_bytes", "lamb_slice_bytes", "lamb_coefficients_bytes"):
         getattr(found, name).restype = ctypes.c_int64
     assert found.lamb_run_bytes() == RUN * 8, "lamb.cpp's Run and what is laid out here differ"
+    assert found.lamb_slice_bytes() == SLICE * 8, "lamb.cpp's Slice and what is laid out here differ"
     assert found.lamb_coefficients_bytes() == len(COLUMNS) * 4, "lamb.cpp's Coefficients are not rule's"
     word, pointer = ctypes.c_int64, ctypes.c_void_p
     for suffix in SUFFIXES.values():
@@ -46,8 +47,7 @@ def library() -> Any:
             "square_sums": (pointer, word, word, pointer, pointer, word),
             "moments_and_norms": (pointer, word, pointer, word, pointer, pointer, word),
             "apply": (pointer, word, pointer, pointer, word),
-            "average": (pointer, pointer, word, word, word, word, word, pointer, pointer, word),
-            "collect": (pointer, pointer, word, pointer, word),
+            "average": (pointer, pointer, word, pointer, *[word] * 7, pointer, pointer, word),
         }
         for name, arguments in signatures.items():
             function = getattr(found, f"lamb_{name}_{suffix}")
@@ -135,17 +135,41 @@ class CppKernel:
             runs.ctypes.data, len(runs), table.data_ptr(), step_sizes.data_ptr(), torch.get_num_threads()
         )
 
-    def average(self, shard: FlatShard, parts: Tensor, divisor: int, sums: Tensor, *, add: bool) -> None:
+    def average(
+        self,
+        shard: FlatShard,
+        segments: Sequence[Segment],
+        parts: Tensor,
+        divisor: int,
+        sums: Tensor,
+        *,
+        add: bool,
+        own: OwnPart | None = None,
+    ) -> None:
         """grad ← Σ parts / divisor, or grad + that, and Σg², in one sweep."""
         assert parts.is_contiguous()
         assert parts.shape[1:] == shard.grad.shape
-        runs, dtype, threads = _runs([shard]), shard.compute, torch.get_num_threads()
-        block_sums = self._scratch(dtype, len(shard.block_param) if threads > 1 else 0)
-        self._function("average", dtype)(
-            runs.ctypes.data,
-            parts.data_ptr(),
-            len(parts),
-            DTYPES[parts.dtype],
+        rows = parts.data_ptr(), len(parts), DTYPES[parts.dtype], shard.grad.numel()
+        slices = self._slices(segments, [] if own is None else own.grads)
+        self._average(shard, slices, (*rows, -1 if own is None else own.row), divisor, add, sums)
+
+    def collect(
+        self, shard: FlatShard, segments: Sequence[Segment], grads: Sequence[Tensor | None], sums: Tensor
+    ) -> None:
+        """grad ← segments of ``grads``, and Σg², in one sweep."""
+        self._average(shard, self._slices(segments, grads), (0, 1, 0, 0, 0), 1, False, sums)
+
+    def _average(
+        self, shard: FlatShard, slices: Table, parts: tuple[int, ...], divisor: int, add: bool, sums: Tensor
+    ) -> None:
+        """``parts``: lamb.cpp's ``Parts``."""
+        threads = torch.get_num_threads()
+        block_sums = self._scratch(shard.compute, len(shard.block_param) if threads > 1 else 0)
+        self._function("average", shard.compute)(
+            shard.grad.data_ptr(),
+            slices.ctypes.data,
+            len(slices),
+            *parts,
             divisor,
             add,
             len(sums),
@@ -154,10 +178,8 @@ class CppKernel:
             threads,
         )
 
-    def collect(
-        self, shard: FlatShard, segments: Sequence[Segment], grads: Sequence[Tensor | None], sums: Tensor
-    ) -> None:
-        """grad ← segments of ``grads``, and Σg², in one sweep."""
+    def _slices(self, segments: Sequence[Segment], grads: Sequence[Tensor | None]) -> Table:
+        """[segments, SLICE]; without ``grads`` they lie nowhere."""
         places = self._places_of(segments)
         slices = np.zeros((len(segments), SLICE), dtype=np.int64)
         slices[:, 2:] = places[:, 1:]
@@ -171,16 +193,16 @@ class CppKernel:
             pointers = np.array(list(map(_POINTER, found)), dtype=np.int64)
             slices[given, 0] = pointers + dtype.itemsize * places[given, 0]
             slices[given, 1] = DTYPES[dtype]
-        self._function("collect", shard.compute)(
-            shard.grad.data_ptr(), slices.ctypes.data, len(slices), sums.data_ptr(), torch.get_num_threads()
-        )
+        return slices
 
     def _places_of(self, segments: Sequence[Segment]) -> Table:
-        """[segments, 4] first element of the parameter, place in the shard, length, parameter; made once."""
+        """[segments, 5] first element of the parameter, place in the shard, length, parameter, first block."""
         known, table = self._places.get(id(segments), (None, None))
         if table is None or known is not segments:
             rows = [(s.start, s.shard_start, s.length, s.param) for s in segments]
-            table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+            table = np.zeros((len(rows), 5), dtype=np.int64)
+            table[:, :4] = np.array(rows, dtype=np.int64).reshape(-1, 4)
+            table[1:, 4] = np.cumsum(-(-table[:-1, 2] // BLOCK))
             self._places[id(segments)] = segments, table
         return table
 

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sharded_lamb.kernels.shard import FlatShard, Shard
+from sharded_lamb.kernels.shard import FlatShard, OwnPart, Shard
 from sharded_lamb.layout import Segment
 
 
@@ -18,10 +18,23 @@ class Kernel(Protocol):
 
     name: str
 
-    def average(self, shard: FlatShard, parts: Tensor, divisor: int, sums: Tensor, *, add: bool) -> None:
+    def average(
+        self,
+        shard: FlatShard,
+        segments: Sequence[Segment],
+        parts: Tensor,
+        divisor: int,
+        sums: Tensor,
+        *,
+        add: bool,
+        own: OwnPart | None = None,
+    ) -> None:
         """grad ← Σ parts / divisor, or with ``add`` grad + that; Σg² per parameter added to ``sums`` [P] fp64.
 
-        ``parts``: [k, n] any floating-point dtype, summed in their order in the compute dtype.
+        Args:
+            segments: what lies in the shard, the same object from step to step.
+            parts: [k, n] any floating-point dtype, summed in their order in the compute dtype.
+            own: what to read instead of one of them.
         """
 
     def collect(
@@ -30,7 +43,7 @@ class Kernel(Protocol):
         """grad ← segments of gradients that lie elsewhere; Σg² per parameter added to ``sums`` [P] fp64.
 
         ``grads``: entry i is what ``segments[i]`` is of, without gaps in memory, any floating-point dtype; None stands
-        for zeros. ``segments`` is the same object from step to step.
+        for zeros.
         """
 
     def square_sums(self, shards: Sequence[Shard], sums: Tensor) -> None:

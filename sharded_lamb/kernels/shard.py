@@ -29,6 +29,14 @@ class FlatShard:
 
 
 @dataclass(frozen=True, slots=True)
+class OwnPart:
+    """This rank's own gradients where they lie, in the place of row ``row`` of what ranks handed over."""
+
+    row: int
+    grads: Sequence[Tensor | None]  # one a segment, without gaps in memory; None stands for zeros
+
+
+@dataclass(frozen=True, slots=True)
 class PieceShard:
     """Pieces of memory on one device: DTensors' local parts, another framework's partitions, or whole tensors.
 
