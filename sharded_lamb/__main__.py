@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="sharded-lamb", description="ZeRO-sharded LAMB with exact trust ratios."
     )
+    from sharded_lamb.bench import command as bench
     from sharded_lamb.plan import command as plan
 
     commands = parser.add_subparsers(dest="command", required=True)
@@ -28,10 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_arguments(
         commands.add_parser("plan", help="memory, bytes and time for a model, up to thousands of ranks")
     )
+    bench.add_arguments(commands.add_parser("bench", help="measure against other optimizers on this machine"))
+    run = {"verify": _verify, "plan": plan.run, "bench": bench.run}
     chosen = parser.parse_args(arguments)
     device = _join_ranks(chosen.device)
     try:
-        return plan.run(chosen, device) if chosen.command == "plan" else _verify(chosen, device)
+        return run[chosen.command](chosen, device)
     except (ValueError, TypeError, ImportError, AttributeError, OSError) as error:
         print(f"sharded-lamb {chosen.command}: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,211 @@
+"""``sharded-lamb bench kernels``: the two passes of every kernel on one rank, against what memory can do."""
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_lamb import ShardedLamb, kernels, rule, shapes
+from sharded_lamb.bench import report
+from sharded_lamb.bench.contestants import LAMB
+from sharded_lamb.bench.timing import Clock, Spread, Turns, by_round, quotients, take_turns, world
+from sharded_lamb.bench.workload import Workload
+from sharded_lamb.kernels import FlatShard, Kernel
+
+SCALE, ADAMW, STEP = "in-place scale", "fused AdamW", "ShardedLamb.step()"
+
+BYTES = {SCALE: 8, ADAMW: 28}
+"""Bytes an fp32 element that must travel. Scale: one read, one written. AdamW: w, g, m, v read, w, m, v written."""
+
+LAMB_BYTES = 40
+"""Pass 1 reads w, g, m, v and writes m, v; pass 2 reads w, m, v and writes w."""
+
+COUNTED = (
+    "roofline: an in-place scale of a tensor larger than the caches, at 8 B an element. A kernel's row is its two "
+    "passes over all shards of one rank, at 40 B; fused AdamW's step counts 28 B. ShardedLamb.step() is a whole step "
+    "on one rank, Python included, from gradients in .grad, with the search for non-finite ones."
+)
+
+_SCALED = {"cpu": 1 << 28, "cuda": 1 << 29}
+"""Elements of the roofline's tensor: 1 GiB on a CPU, which no cache holds."""
+
+
+def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Measures, prints and writes. Returns what the JSON holds.
+
+    Raises:
+        ValueError: several ranks, or a shape or a backend that is not known.
+    """
+    if world()[1] > 1:
+        raise ValueError("kernels measures one rank: run it without torchrun")
+    names = _names(chosen.backends)
+    lists = {name: shapes.load(name) for name in chosen.shapes.split(",")}
+    threads = _threads(chosen.threads) if device.type == "cpu" else [torch.get_num_threads()]
+    loaded = [_load(name) for name in names]
+    turns: dict[str, dict[str, Turns]] = {}
+    sizes = {
+        name: {"tensors": len(of), "elements": Workload(of, 0, device).numel} for name, of in lists.items()
+    }
+    for name, of in lists.items():
+        actions = _actions(Workload(of, 0, device), loaded, device)
+        for count in threads:
+            report.progress(f"{name}, {count} threads")
+            with _threads_set(count):
+                turns[f"{name}, {count} threads"] = take_turns(actions, Clock(device), rounds=chosen.rounds)
+    content = {
+        **report.about(device),
+        "benchmark": "kernels",
+        "counted": COUNTED,
+        "backends": names,
+        "kernel": loaded[0].name,
+        "shapes": sizes,
+        "scaled_elements": _SCALED[device.type],
+        "reference": SCALE,
+        "summary": {key: summarize(of, sizes[key.rpartition(", ")[0]], device) for key, of in turns.items()},
+        "rounds_ms": turns,
+    }
+    report.publish(chosen, _text(content), content, _panels(content))
+    return content
+
+
+def _available() -> list[str]:
+    """The kernels that run here; stock torch alone until `sharded_lamb.kernels` lists them."""
+    listed: Any = getattr(kernels, "available", None)
+    return list(listed()) if listed else ["torch"]
+
+
+def _load(name: str) -> Kernel:
+    load: Any = getattr(kernels, "load", None)
+    found: Kernel = load(name) if load else kernels.ReferenceKernel()
+    return found
+
+
+def _names(text: str | None) -> list[str]:
+    there = _available()
+    names = there if text is None else [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in there]
+    if unknown:
+        raise ValueError(f"--backends: {unknown[0]!r} is none of those that run here: {', '.join(there)}")
+    return names
+
+
+def _threads(text: str) -> list[int]:
+    if not all(part.strip().isdigit() and int(part) for part in text.split(",")):
+        raise ValueError(f"--threads {text!r}: expected whole numbers > 0 with commas, such as 1,2")
+    return [int(part) for part in text.split(",")]
+
+
+@contextmanager
+def _threads_set(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _actions(
+    workload: Workload, loaded: Sequence[Kernel], device: torch.device
+) -> dict[str, Callable[[], None]]:
+    """Everything that is timed on one list of shapes, by name. All share one set of gradients."""
+    model = workload.model()
+    model().backward()
+    optimizer = ShardedLamb(model.named_parameters(), **LAMB)
+    optimizer.step()  # fills the gradient shards
+    others = [p.detach().clone().requires_grad_() for p in model.parameters()]
+    for other, p in zip(others, model.parameters(), strict=True):
+        other.grad = p.grad
+    adamw = torch.optim.AdamW(others, lr=1e-3, fused=True)
+    scaled = torch.ones(_SCALED[device.type], device=device)
+    actions: dict[str, Callable[[], None]] = {SCALE: lambda: _discard(scaled.mul_(1.0001))}
+    for kernel in loaded:
+        actions[kernel.name] = _two_passes(optimizer, kernel)
+    return {**actions, ADAMW: lambda: _discard(adamw.step()), STEP: lambda: _discard(optimizer.step())}
+
+
+def _discard(_: object) -> None:
+    """For a lambda whose value nobody wants."""
+
+
+def _two_passes(optimizer: ShardedLamb, kernel: Kernel) -> Callable[[], None]:
+    """Pass 1 and pass 2 with coefficients that are made once, as a step makes them."""
+    held, table = optimizer._holdings, optimizer._table
+    shards = [shard for shard in held.shards() if isinstance(shard, FlatShard)]
+    active = torch.ones(len(held.params), dtype=torch.bool, device=held.device)
+    one = torch.ones((), dtype=torch.float64, device=held.device)
+    vectors = rule.coefficients(table.options(), held.step + 1, active, one)
+    rows = rule.table(vectors, torch.float32)
+    sizes = torch.full((len(held.params),), 1e-4, device=held.device)
+
+    @torch.no_grad()
+    def run() -> None:
+        sums: Tensor = torch.zeros(2, len(sizes), dtype=torch.float64, device=held.device)
+        kernel.moments_and_norms(shards, rows, sums)
+        kernel.apply(shards, rows, sizes)
+
+    return run
+
+
+def summarize(
+    turns: Mapping[str, Turns], size: Mapping[str, int], device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """For everyone: time, ns an element, µs a tensor, and percent of the roofline by round."""
+    rounds = {name: by_round(of_one) for name, of_one in turns.items()}
+    scaled = _SCALED[device.type]
+    least = [ms / (scaled * BYTES[SCALE]) for ms in rounds[SCALE]]  # ms a byte, by round
+    found: dict[str, dict[str, Any]] = {}
+    for name, times in rounds.items():
+        elements = scaled if name == SCALE else size["elements"]
+        row: dict[str, Any] = {"ms": asdict(Spread.of(times)), "to_adamw": None, "roofline_percent": None}
+        row["ns_per_element"] = asdict(Spread.of([ms * 1e6 / elements for ms in times]))
+        if name == SCALE:
+            row["gb_per_s"] = asdict(Spread.of([scaled * BYTES[SCALE] / ms / 1e6 for ms in times]))
+        else:
+            row["us_per_tensor"] = asdict(Spread.of([ms * 1e3 / size["tensors"] for ms in times]))
+            row["to_adamw"] = asdict(Spread.of(quotients(times, rounds[ADAMW])))
+        if name not in (SCALE, STEP):
+            moved = elements * BYTES.get(name, LAMB_BYTES)
+            percents = [100 * a for a in quotients([moved * ms for ms in least], times)]
+            row["roofline_percent"] = asdict(Spread.of(percents))
+        found[name] = row
+    return found
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    blocks = []
+    for key, summary in content["summary"].items():
+        rows = []
+        for name, row in summary.items():
+            percent, tensor, ratio = row["roofline_percent"], row.get("us_per_tensor"), row["to_adamw"]
+            rows.append(
+                [
+                    f"{name}, {row['gb_per_s']['median']:.1f} GB/s" if name == SCALE else name,
+                    f"{row['ms']['median']:.1f}",
+                    f"{row['ms']['low']:.1f}-{row['ms']['high']:.1f}",
+                    f"{percent['median']:.0f} %" if percent else "",
+                    f"{row['ns_per_element']['median']:.2f}",
+                    f"{tensor['median']:.2f}" if tensor else "",
+                    f"{ratio['median']:.2f}x" if ratio else "",
+                ]
+            )
+        head = [key, "ms", "quartiles", "of roofline", "ns an element", "µs a tensor", "to fused AdamW"]
+        blocks.append(report.table(head, rows) + "\n")
+    return "\n".join([*blocks, COUNTED])
+
+
+def _panels(content: Mapping[str, Any]) -> list[report.Panel]:
+    panels = []
+    for key, summary in content["summary"].items():
+        bars = {}
+        for name, row in summary.items():
+            if row["roofline_percent"] is not None:
+                bars[name] = tuple(row["roofline_percent"][at] for at in ("median", "low", "high"))
+        panels.append(
+            report.Panel(f"{key}: percent of the in-place roofline", "%", bars, content["backends"])
+        )
+    return panels

@@ -1,0 +1,167 @@
+"""``sharded-lamb bench step``: whole iterations of all contestants, in turn, in one run."""
+
+import argparse
+import gc
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from sharded_lamb import shapes
+from sharded_lamb.bench import report
+from sharded_lamb.bench.contestants import BARE, Contestant, Kind, Setting, choose
+from sharded_lamb.bench.timing import Clock, Spread, Turns, by_round, quotients, world
+from sharded_lamb.bench.workload import Workload
+
+COUNTED = (
+    "An iteration zeroes gradients, runs a backward that writes this rank's gradients into fresh memory and computes "
+    "nothing else, reduces them, and ends when the slowest rank has updated weights. The net time is that minus the "
+    "bare backward of the same round, so a reduction that overlaps with backward is counted by what it adds."
+)
+
+WARM_UP = 2
+"""Untimed iterations of a new contestant: DDP rebuilds its buckets, stage 1 compares gradients over ranks."""
+
+_BYTES_PER_ELEMENT = 28
+"""What a contestant holds at most between its turns: parameters, gradients, moments, buckets, masters."""
+
+
+def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Measures, prints and writes. Returns what the JSON holds. Collective.
+
+    Raises:
+        ValueError: a shape or a peer that is not known.
+    """
+    rank, world_size = world()
+    parameters = shapes.load(chosen.shapes)
+    kinds, skipped = choose(chosen.peers, chosen.stage, world_size, list(parameters.values()))
+    setting = Setting(Workload(parameters, rank, device), world_size, chosen.bucket_mb)
+    kinds = [BARE, *kinds]
+    keep = chosen.alive == "all" or (chosen.alive == "auto" and _fit(len(kinds), setting))
+    turns, kernel = _take_turns(kinds, setting, keep=keep, rounds=chosen.rounds, iterations=chosen.iterations)
+    reference = kinds[1].name
+    summary = summarize(turns, reference)
+    content = {
+        **report.about(device),
+        "benchmark": "step",
+        "counted": COUNTED,
+        "shapes": {"name": chosen.shapes, "tensors": len(parameters), "elements": setting.workload.numel},
+        "bucket_mb": chosen.bucket_mb,
+        "kernel": kernel,
+        "alive": "all" if keep else "one",
+        "reference": reference,
+        "titles": {kind.name: kind.titled(world_size) for kind in kinds},
+        "summary": summary,
+        "rounds_ms": turns,
+        "skipped": skipped,
+    }
+    report.publish(chosen, _text(content, kinds), content, _panels(content, kinds))
+    return content
+
+
+def _fit(count: int, setting: Setting) -> bool:
+    """Whether all contestants of all ranks on this machine may be alive at once."""
+    each = setting.workload.numel * _BYTES_PER_ELEMENT
+    if setting.workload.device.type == "cuda":
+        return count * each < 0.7 * torch.cuda.mem_get_info()[0]
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", setting.world_size))
+    return count * each * here < 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _take_turns(
+    kinds: Sequence[Kind], setting: Setting, *, keep: bool, rounds: int, iterations: int
+) -> tuple[dict[str, Turns], str | None]:
+    """All contestants' turns, and the name of our kernel. Those that are not kept are made anew for each turn."""
+    clock = Clock(setting.workload.device)
+    turns: dict[str, Turns] = {kind.name: [] for kind in kinds}
+    alive: dict[str, Contestant] = {}
+    kernel = None
+    for number in range(rounds):
+        for kind in kinds:
+            report.progress(f"round {number + 1} of {rounds}: {kind.name}")
+            contestant = alive.get(kind.name) or _warm(kind, setting)
+            turns[kind.name].append(clock.milliseconds(contestant.iterate, iterations))
+            kernel = contestant.kernel or kernel
+            if keep:
+                alive[kind.name] = contestant
+            else:
+                contestant.close()
+                del contestant
+                gc.collect()
+    for contestant in alive.values():
+        contestant.close()
+    return turns, kernel
+
+
+def _warm(kind: Kind, setting: Setting) -> Contestant:
+    contestant = kind.build(setting)
+    for _ in range(WARM_UP):
+        contestant.iterate()
+    return contestant
+
+
+def summarize(turns: Mapping[str, Turns], reference: str) -> dict[str, dict[str, Any]]:
+    """For everyone: spreads of the iteration, of the net time, and of both over the reference's, by round."""
+    rounds = {name: by_round(of_one) for name, of_one in turns.items()}
+    bare = rounds[BARE.name]
+    net = {name: [a - b for a, b in zip(times, bare, strict=True)] for name, times in rounds.items()}
+    found = {}
+    for name in rounds:
+        found[name] = {
+            "iteration_ms": asdict(Spread.of(rounds[name])),
+            "net_ms": asdict(Spread.of(net[name])),
+            "iteration_ratio": asdict(Spread.of(quotients(rounds[name], rounds[reference]))),
+            "net_ratio": asdict(Spread.of(quotients(net[name], net[reference]))),
+        }
+    return found
+
+
+def _text(content: Mapping[str, Any], kinds: Sequence[Kind]) -> str:
+    rows = []
+    for kind in kinds:
+        row = content["summary"][kind.name]
+        whole, net = row["iteration_ms"], row["net_ms"]
+        rows.append(
+            [
+                content["titles"][kind.name],
+                f"{whole['median']:.0f}",
+                f"{whole['low']:.0f}-{whole['high']:.0f}",
+                f"{row['iteration_ratio']['median']:.2f}x",
+                *(
+                    [f"{net['median']:.0f}", f"{row['net_ratio']['median']:.2f}x"]
+                    if kind != BARE
+                    else ["", ""]
+                ),
+            ]
+        )
+    about = content["shapes"]
+    head = [
+        f"{about['name']}, {content['ranks']} ranks",
+        "ms",
+        "quartiles",
+        "to ours",
+        "net ms",
+        "net to ours",
+    ]
+    lines = [
+        report.table(head, rows),
+        "",
+        f"{about['tensors']:,} tensors, {about['elements']:,} elements; {len(content['rounds_ms'][BARE.name])} rounds; "
+        f"kernel {content['kernel']}, bucket_mb {content['bucket_mb']:g}; ratios to {content['reference']}.",
+        COUNTED,
+        *(f"without {name}: {reason}" for name, reason in content["skipped"].items()),
+    ]
+    return "\n".join(lines)
+
+
+def _panels(content: Mapping[str, Any], kinds: Sequence[Kind]) -> list[report.Panel]:
+    title = f"{content['shapes']['name']}, {content['ranks']} ranks: iteration without the bare backward"
+    ours = [content["titles"][kind.name] for kind in kinds if kind.name.startswith("ours")]
+    bars = {}
+    for kind in kinds:
+        if kind != BARE:
+            net = content["summary"][kind.name]["net_ms"]
+            bars[content["titles"][kind.name]] = (net["median"], net["low"], net["high"])
+    return [report.Panel(title, "ms", bars, ours)]

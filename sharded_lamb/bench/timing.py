@@ -1,0 +1,90 @@
+"""Clocks, turns and ratios.
+
+Machines drift, so contestants take turns (A B A B …) within one run, and what is quoted of two is the median of the
+quotients of their turns in the same round.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+Turns = list[list[float]]
+"""Milliseconds of every iteration: an entry a round, in it an entry an iteration."""
+
+
+def world() -> tuple[int, int]:
+    """This rank and how many there are; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class Clock:
+    """Times what all ranks do together: from the moment the last one is ready until the last one is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def _settle(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def milliseconds(self, action: Callable[[], object], iterations: int) -> list[float]:
+        """The slowest rank's time of each of ``iterations`` calls; the same on every rank. Collective."""
+        gc.collect()
+        found = []
+        for _ in range(iterations):
+            self._settle()
+            if dist.is_initialized():
+                dist.barrier()
+            start = time.perf_counter()
+            action()
+            self._settle()
+            found.append(1e3 * (time.perf_counter() - start))
+        if dist.is_initialized():
+            slowest = torch.tensor(found, dtype=torch.float64, device=self.device)
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            found = slowest.tolist()
+        return found
+
+
+def take_turns(
+    actions: Mapping[str, Callable[[], object]], clock: Clock, *, rounds: int, iterations: int = 1
+) -> dict[str, Turns]:
+    """Every action once untimed, then ``rounds`` times in turn. Collective."""
+    for action in actions.values():
+        action()
+    turns: dict[str, Turns] = {name: [] for name in actions}
+    for _ in range(rounds):
+        for name, action in actions.items():
+            turns[name].append(clock.milliseconds(action, iterations))
+    return turns
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> "Spread":
+        if len(values) == 1:
+            return Spread(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return Spread(median, low, high)
+
+
+def by_round(turns: Turns) -> list[float]:
+    """One time a round: the median of its iterations."""
+    return [statistics.median(turn) for turn in turns]
+
+
+def quotients(of: Sequence[float], to: Sequence[float]) -> list[float]:
+    """Round by round."""
+    return [a / b for a, b in zip(of, to, strict=True)]
