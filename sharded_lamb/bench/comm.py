@@ -8,17 +8,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sharded_lamb import kernels
 from sharded_lamb.bench import report
-from sharded_lamb.bench.timing import Clock, Spread, by_round, quotients, take_turns, world
+from sharded_lamb.bench.timing import Clock, Spread, Turns, by_round, quotients, take_turns, world
 from sharded_lamb.collectives import Collectives, Topology
+from sharded_lamb.kernels import FlatShard
 from sharded_lamb.layout import BLOCK, round_up
 
 ALL_REDUCE = "all_reduce"
 
+PAIR = "point to point"
+
 COUNTED = (
     "MB/s: bytes of the bucket over the time of the slowest rank. A reduce-scatter is counted until the averaged fp32 "
-    "shard is there, a gather until the whole bucket is. pair: every rank sends the bytes that it hands to others in a "
-    "reduce-scatter or a gather to its neighbour and receives as many: what the wire takes."
+    "shard is there (ours with its squares summed), a gather until the whole bucket is. point to point: every rank "
+    "sends its neighbour the (W-1)/W of a bucket that either must move, and receives as many; its MB/s are of those."
 )
 
 
@@ -42,7 +46,7 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "benchmark": "comm",
         "counted": COUNTED,
         "reference": ALL_REDUCE,
-        "summary": {size: _summarize(of_size, float(size)) for size, of_size in turns.items()},
+        "summary": {size: summarize(of_size, float(size), world_size) for size, of_size in turns.items()},
         "rounds_ms": turns,
     }
     report.publish(chosen, _text(content), content, _panels(content))
@@ -71,9 +75,14 @@ def _actions(collectives: Collectives, size_mb: float, device: torch.device) -> 
     reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+    kernel, sums = kernels.choose("auto", device), torch.zeros(1, dtype=torch.float64, device=device)
+    owners = torch.zeros(part // BLOCK, dtype=torch.int64, device=device)
+    target = FlatShard(shard, None, shard, shard, shard, owners)
+
     def ours_reduce_scatter() -> None:
         collectives.reduce_scatter(full, received).wait()
-        collectives.reduced_shard(full, received, torch.float32)
+        parts = collectives.parts_of_sum(full, received, torch.float32)
+        kernel.average(target, parts, world_size, sums, add=False)
 
     def their_reduce_scatter() -> None:
         reduce_scatter(shard, full)
@@ -94,16 +103,18 @@ def _actions(collectives: Collectives, size_mb: float, device: torch.device) -> 
         "reduce_scatter_tensor": their_reduce_scatter,
         "ours: all-gather": lambda: collectives.all_gather(full).wait(),
         "all_gather_into_tensor": lambda: all_gather(full, shard),
-        "pair": pair,
+        PAIR: pair,
     }
 
 
-def _summarize(turns: Mapping[str, Any], size_mb: float) -> dict[str, Any]:
+def summarize(turns: Mapping[str, Turns], size_mb: float, world_size: int) -> dict[str, dict[str, Any]]:
+    """For every action: time, rate, and time over all_reduce's by round."""
+    moved = {name: size_mb * (1 - 1 / world_size) if name == PAIR else size_mb for name in turns}
     rounds = {name: by_round(of_one) for name, of_one in turns.items()}
     return {
         name: {
             "ms": asdict(Spread.of(times)),
-            "mb_per_s": asdict(Spread.of([size_mb / time * 1e3 for time in times])),
+            "mb_per_s": asdict(Spread.of([moved[name] / time * 1e3 for time in times])),
             "ratio": asdict(Spread.of(quotients(times, rounds[ALL_REDUCE]))),
         }
         for name, times in rounds.items()

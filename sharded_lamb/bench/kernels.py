@@ -42,10 +42,10 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """
     if world()[1] > 1:
         raise ValueError("kernels measures one rank: run it without torchrun")
-    names = _names(chosen.backends)
+    names = _names(chosen.backends, device)
     lists = {name: shapes.load(name) for name in chosen.shapes.split(",")}
     threads = _threads(chosen.threads) if device.type == "cpu" else [torch.get_num_threads()]
-    loaded = [_load(name) for name in names]
+    loaded = [kernels.load(name, device) for name in names]
     turns: dict[str, dict[str, Turns]] = {}
     sizes = {
         name: {"tensors": len(of), "elements": Workload(of, 0, device).numel} for name, of in lists.items()
@@ -61,7 +61,7 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "benchmark": "kernels",
         "counted": COUNTED,
         "backends": names,
-        "kernel": loaded[0].name,
+        "kernel": kernels.choose("auto", device).name,
         "shapes": sizes,
         "scaled_elements": _SCALED[device.type],
         "reference": SCALE,
@@ -72,20 +72,8 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return content
 
 
-def _available() -> list[str]:
-    """The kernels that run here; stock torch alone until `sharded_lamb.kernels` lists them."""
-    listed: Any = getattr(kernels, "available", None)
-    return list(listed()) if listed else ["torch"]
-
-
-def _load(name: str) -> Kernel:
-    load: Any = getattr(kernels, "load", None)
-    found: Kernel = load(name) if load else kernels.ReferenceKernel()
-    return found
-
-
-def _names(text: str | None) -> list[str]:
-    there = _available()
+def _names(text: str | None, device: torch.device) -> list[str]:
+    there = kernels.available(device)
     names = there if text is None else [name.strip() for name in text.split(",")]
     unknown = [name for name in names if name not in there]
     if unknown:

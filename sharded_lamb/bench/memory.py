@@ -92,7 +92,8 @@ def _child(kind: Kind, chosen: argparse.Namespace, device: torch.device) -> dict
     except subprocess.TimeoutExpired:
         return {"error": f"{kind.name} did not end within {_TIMEOUT_S} s"}
     if done.returncode != 0:
-        return {"error": f"{kind.name} failed on rank {rank}: {done.stderr.strip().splitlines()[-1:]}"}
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return {"error": f"{kind.name} failed on rank {rank}: {last}"}
     said: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return said
 

@@ -1,0 +1,214 @@
+"""`bench kernels`, `bench comm` and `bench memory`: what they record, what follows from it, what they refuse."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sharded_lamb import shapes
+from sharded_lamb.__main__ import main
+from sharded_lamb.bench import comm, kernels, memory, report
+from tests.harness import run_ranks
+
+CPU = torch.device("cpu")
+
+
+def spread(values: np.ndarray) -> Any:
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return pytest.approx({"median": median, "low": low, "high": high}, rel=1e-9)
+
+
+def recorded(turns: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.median(np.array(of_one), axis=1) for name, of_one in turns.items()}
+
+
+def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(kernels, "_SCALED", {"cpu": 1 << 16})
+    where, before = tmp_path / "kernels.json", torch.get_num_threads()
+    given = ["--shapes", "tiny", "--threads", "1,2", "--rounds", "3", "--device", "cpu", "--json", str(where)]
+    assert main(["bench", "kernels", *given]) == 0
+    assert torch.get_num_threads() == before
+    found = json.loads(where.read_text())
+    assert found["machine"].keys() >= {"cpu", "cores", "memory_gib", "threads"}
+    assert "torch" in found["backends"]
+    assert found["shapes"] == {"tiny": {"tensors": 36, "elements": 37_304}}
+    assert set(found["summary"]) == set(found["rounds_ms"]) == {"tiny, 1 threads", "tiny, 2 threads"}
+    for key, rows in found["summary"].items():
+        times = recorded(found["rounds_ms"][key])
+        bandwidth = 8 * 65_536 / times["in-place scale"]  # bytes a ms
+        expected = spread(100 * (40 * 37_304 / times["torch"]) / bandwidth)
+        assert rows["torch"]["roofline_percent"] == expected
+        expected = spread(100 * (28 * 37_304 / times["fused AdamW"]) / bandwidth)
+        assert rows["fused AdamW"]["roofline_percent"] == expected
+        assert rows["torch"]["to_adamw"] == spread(times["torch"] / times["fused AdamW"])
+        step = times["ShardedLamb.step()"]
+        assert rows["ShardedLamb.step()"]["us_per_tensor"] == spread(1e3 * step / 36)
+        assert rows["ShardedLamb.step()"]["ns_per_element"] == spread(1e6 * step / 37_304)
+    assert "µs a tensor" in capsys.readouterr().out
+
+
+def test_two_passes_are_a_step() -> None:
+    """What is timed as a kernel moves every weight and every moment, and by the kernel that it names."""
+    from sharded_lamb import ShardedLamb
+    from sharded_lamb.bench.contestants import LAMB
+    from sharded_lamb.bench.workload import Workload
+    from sharded_lamb.kernels import ReferenceKernel
+
+    model = Workload({"w": (31, 37), "b": (300,)}, 0, CPU).model()
+    model().backward()
+    optimizer = ShardedLamb(model.named_parameters(), **LAMB)
+    optimizer.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
+    kernels._two_passes(optimizer, ReferenceKernel())()
+    for p, was in zip(model.parameters(), before, strict=True):
+        assert (p != was).double().mean() > 0.99
+    for state, was in zip(optimizer.state.values(), moments, strict=True):
+        assert (state["exp_avg"] != was).double().mean() > 0.99
+
+
+def compared(rank: int, folder: str) -> dict[str, Any]:
+    chosen = argparse.Namespace(mb="0.01,0.3", rounds=3, json=Path(folder, "comm.json"), png=None)
+    return comm.measure(chosen, CPU)
+
+
+def test_comm(tmp_path: Path) -> None:
+    run_ranks(2, compared, str(tmp_path))
+    found = json.loads((tmp_path / "comm.json").read_text())
+    assert found["ranks"] == 2
+    assert found["backend"] == "gloo"
+    assert set(found["summary"]) == {"0.01", "0.3"}
+    for size, rows in found["summary"].items():
+        times = recorded(found["rounds_ms"][size])
+        assert set(rows) == set(times) >= {"all_reduce", "ours: reduce-scatter", "ours: all-gather"}
+        for name, row in rows.items():
+            moved = float(size) / 2 if name == "point to point" else float(size)
+            assert row["mb_per_s"] == spread(1e3 * moved / times[name])
+            assert row["ratio"] == spread(times[name] / times["all_reduce"])
+
+
+def exchanged(rank: int) -> dict[str, list[float]]:
+    """What every action of `comm` leaves, from buckets filled with the rank's number + 1."""
+    from sharded_lamb.collectives import Collectives, Topology
+
+    tensors: dict[str, list[float]] = {}
+    original = torch.zeros
+    made: list[torch.Tensor] = []
+
+    def zeros(*size: int, **keywords: Any) -> torch.Tensor:
+        made.append(original(*size, **keywords))
+        return made[-1].fill_(rank + 1) if made[-1].is_floating_point() else made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "zeros", zeros)
+        actions = comm._actions(Collectives(Topology.of(None, None), CPU), 0.01, CPU)
+    full, shard = made[:2]
+    actions["ours: reduce-scatter"]()
+    tensors["ours: reduce-scatter"] = shard.unique().tolist()
+    shard.fill_(rank + 1)
+    actions["reduce_scatter_tensor"]()
+    tensors["reduce_scatter_tensor"] = shard.unique().tolist()
+    shard.fill_(rank + 1)
+    actions["all_gather_into_tensor"]()
+    tensors["all_gather_into_tensor"] = full.unique().tolist()
+    full.fill_(rank + 1)
+    actions["ours: all-gather"]()
+    tensors["ours: all-gather"] = full.unique().tolist()
+    return tensors
+
+
+def test_comm_moves_what_it_says() -> None:
+    for found in run_ranks(2, exchanged):
+        assert found == {
+            "ours: reduce-scatter": [1.5],
+            "reduce_scatter_tensor": [1.5],
+            "all_gather_into_tensor": [1.0, 2.0],
+            "ours: all-gather": [1.0, 2.0],
+        }
+
+
+def remembered(rank: int, folder: str) -> dict[str, Any]:
+    sizes = Path(folder, "sizes.json")
+    chosen = argparse.Namespace(
+        shapes=str(sizes),
+        peers="",
+        stage="2",
+        bucket_mb=4,
+        steps=2,
+        json=Path(folder, "memory.json"),
+        png=None,
+    )
+    return memory.measure(chosen, CPU)
+
+
+def test_memory(tmp_path: Path) -> None:
+    """8 M elements: the bare backward needs 8 B of each, ours on two ranks what the formula says, to some MB."""
+    elements = 8 * 1024 * 1024
+    (tmp_path / "sizes.json").write_text(json.dumps({f"w{i}": [1024, 1024] for i in range(8)}))
+    run_ranks(2, remembered, str(tmp_path))
+    found = json.loads((tmp_path / "memory.json").read_text())
+    assert found["shapes"]["elements"] == elements
+    assert set(found["summary"]) == {"bare", "ours-2"}
+    for name, row in found["summary"].items():
+        ranks = found["ranks_bytes"][name]
+        assert len(ranks) == 2
+        assert row["peak"] == max(rank["peak"] for rank in ranks)
+        assert row["own"] == row["peak"] - row["baseline"]
+    bare, ours = found["summary"]["bare"], found["summary"]["ours-2"]
+    assert bare["own"] == pytest.approx(8 * elements, abs=20e6)
+    held = found["ranks_bytes"]["ours-2"][0]["by_kind"]
+    assert ours["formula"] == elements * 14 + held["staging"]
+    assert ours["held_by_optimizer"] == sum(held.values())
+    assert held["parameters"] == 4 * elements
+    assert held["moments"] == 4 * elements
+    assert ours["held_by_optimizer"] < ours["own"] < ours["formula"] + 60e6
+
+
+def test_a_child_that_fails_is_an_error_with_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho something else >&2\necho out of memory >&2\nexit 3\n")
+    script.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(script))
+    assert main(["bench", "memory", "--shapes", "tiny", "--device", "cpu"]) == 2
+    assert "bare failed on rank 0: out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["kernels", "--backends", "torch,abacus"], "'abacus' is none of those that run here"),
+        (["kernels", "--threads", "0"], "whole numbers > 0"),
+        (["kernels", "--shapes", "nothing"], "must be one of"),
+        (["comm"], "under torchrun"),
+        (["comm", "--mb", "1,much"], "numbers > 0"),
+        (["memory", "--peers", "nobody"], "'nobody' is none of"),
+        (["memory", "--steps", "0"], "steps must be >= 1"),
+    ],
+)
+def test_mistakes_are_exit_code_2(given: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *given, "--device", "cpu"]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_an_unknown_benchmark_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "everything"])
+    assert "invalid choice: 'everything'" in capsys.readouterr().err
+
+
+def test_the_table_is_markdown() -> None:
+    lines = report.table(["what", "ms"], [["a", "1"], ["longer", "12.5"]]).splitlines()
+    assert lines == ["| what   |   ms |", "|--------|-----:|", "| a      |    1 |", "| longer | 12.5 |"]
+
+
+def test_the_formula_is_the_documented_one() -> None:
+    """BERT-base on 2 ranks: 4 + 4 + 4 + 2 B an element."""
+    elements = sum(torch.Size(shape).numel() for shape in shapes.named("bert-base").values())
+    assert memory.formula(elements, 2, staging=7) == 14 * elements + 7
