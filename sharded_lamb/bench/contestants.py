@@ -186,7 +186,7 @@ PEERS = {
         Kind("zero-timm", "DDP + ZeroRedundancyOptimizer(timm)", _zero(views=False), needs=("ranks", "timm")),
         Kind(
             "zero-views-timm",
-            "the same, parameters_as_bucket_view",
+            "DDP + ZeroRedundancyOptimizer(timm), bucket views",
             _zero(views=True),
             needs=("ranks", "timm"),
         ),

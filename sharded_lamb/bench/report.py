@@ -130,7 +130,8 @@ def _draw(panels: Sequence[Panel], path: Path) -> None:
         spread = [[max(v - low, 0), max(high - v, 0)] for v, low, high in panel.bars.values()]
         colors = ["tab:orange" if label in panel.ours else "tab:blue" for label in labels]
         axis.barh(labels, values, color=colors, xerr=list(zip(*spread, strict=True)), capsize=3)
-        axis.bar_label(axis.containers[-1], fmt="%.3g", padding=6)
+        written = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values]
+        axis.bar_label(axis.containers[-1], written, padding=6)
         axis.invert_yaxis()
         axis.margins(x=0.12)
         axis.set(title=panel.title, xlabel=panel.unit)
