@@ -27,7 +27,7 @@ class Workload:
     ) -> None:
         self.shapes = [tuple(shape) for shape in shapes.values()]
         self.device = device
-        self.weights = _pool(seed, device) * 0.02
+        self.weights = _pool(seed, device)  # large enough for decay to be seen in two steps
         self.gradients = _pool(seed + 1 + rank, device) * 0.01
 
     @property

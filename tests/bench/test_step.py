@@ -69,12 +69,16 @@ def oracle_after_two_steps(world_size: int) -> list[np.ndarray]:
     return [np.asarray(oracle.params[str(i)]) for i in range(count)]
 
 
-def error(found: Sequence[Tensor], expected: Sequence[np.ndarray]) -> float:
-    """The largest over parameters, relative and norm-wise."""
-    return max(
-        float(np.linalg.norm(a.double().numpy() - b) / max(np.linalg.norm(b), 1e-30))
-        for a, b in zip(found, expected, strict=True)
-    )
+def error(found: Sequence[Tensor], expected: Sequence[np.ndarray], load: Workload) -> float:
+    """The largest over parameters, norm-wise, in steps: LAMB's are of length lr ‖w‖.
+
+    A step is a thousandth of the weights, so 1e-3 here is 1e-6 of them, and decay and bias corrections show.
+    """
+    errors = []
+    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+        step_length = LAMB["lr"] * np.linalg.norm(load.weight(index).double().numpy())
+        errors.append(float(np.linalg.norm(a.double().numpy() - b) / max(step_length, 1e-30)))
+    return max(errors)
 
 
 @NEEDS_TIMM
@@ -82,31 +86,32 @@ def error(found: Sequence[Tensor], expected: Sequence[np.ndarray]) -> float:
 def test_all_that_claim_to_be_lamb_end_with_the_same_weights(world_size: int) -> None:
     """DeepSpeed's take no scalars and no empty tensors, and the one with timm is not LAMB: it is below."""
     expected = oracle_after_two_steps(world_size)
+    load = Workload(shapes.named("tiny"), 0, CPU)
     everyone = run_ranks(world_size, weights_after_two_steps, world_size, FAST)
     for found in everyone:
         assert set(found) >= {"ours-1", "ours-2", "allreduce-lamb", "allreduce-timm", "adamw"}
         assert ("zero-views-timm" in found) == (world_size > 1)
         for name, weights in found.items():
             exact = name.startswith("ours") or PEERS[name].exact
-            assert (error(weights, expected) < 1e-5) is exact, name
+            assert (error(weights, expected, load) < 1e-3) is exact, name
 
 
 def test_two_steps_are_seen() -> None:
     """What the comparison above would say of a contestant that does not move, or steps once: the tolerance is tight."""
     setting = Setting(Workload(shapes.named("tiny"), 0, CPU), 1)
     expected = oracle_after_two_steps(1)
-    assert error(trained(OURS[2], setting, steps=1), expected) > 1e-4
-    assert error(trained(contestants.BARE, setting), expected) > 1e-4
+    assert error(trained(OURS[2], setting, steps=1), expected, setting.workload) > 0.1
+    assert error(trained(contestants.BARE, setting), expected, setting.workload) > 1
 
 
-def test_the_compiled_one_is_lamb(tmp_path: Path) -> None:
+def test_the_compiled_one_is_lamb() -> None:
     small = {"w": (31, 37), "b": (257,)}
     setting = Setting(Workload(small, 0, CPU), 1)
     kind = PEERS["compiled"]
     if reason := kind.missing(1, list(small.values())):
         pytest.skip(reason)
     expected = [w.double().numpy() for w in trained(OURS[2], setting)]
-    assert error(trained(kind, setting), expected) < 1e-5
+    assert error(trained(kind, setting), expected, setting.workload) < 1e-3
 
 
 def engines(rank: int) -> dict[str, list[Tensor]]:
@@ -126,21 +131,28 @@ def engines(rank: int) -> dict[str, list[Tensor]]:
 @pytest.mark.slow
 def test_deepspeed_is_lamb_with_the_plugin_and_not_with_timm() -> None:
     pytest.importorskip("deepspeed")
+    load = Workload(shapes.bert(1, 32, 128), 0, CPU)
     for found in run_ranks(2, engines):
         expected = [w.double().numpy() for w in found["ours-2"]]
-        assert error(found["deepspeed2-ours"], expected) < 1e-5
-        assert error(found["deepspeed1-timm"], expected) > 1e-4  # a ratio for each flat partition
+        assert error(found["deepspeed2-ours"], expected, load) < 1e-3
+        assert error(found["deepspeed1-timm"], expected, load) > 0.05  # a ratio for each flat partition
 
 
-def measured(rank: int, folder: str, alive: str) -> dict[str, Any]:
-    chosen = arguments(json=Path(folder, "step.json"), png=Path(folder, "step.png"), alive=alive)
+def measured(rank: int, folder: str, alive: str, names: Sequence[str]) -> dict[str, Any]:
+    chosen = arguments(
+        peers=",".join(names), json=Path(folder, "step.json"), png=Path(folder, "step.png"), alive=alive
+    )
     return step.measure(chosen, CPU)
 
 
 @NEEDS_TIMM
-@pytest.mark.parametrize(("world_size", "alive"), [(1, "one"), (2, "all"), (2, "one")])
-def test_the_json_holds_what_was_promised(world_size: int, alive: str, tmp_path: Path) -> None:
-    run_ranks(world_size, measured, str(tmp_path), alive)
+@pytest.mark.parametrize(
+    ("world_size", "alive", "names"), [(1, "one", FAST), (2, "all", FAST), (2, "one", ["zero-timm"])]
+)
+def test_the_json_holds_what_was_promised(
+    world_size: int, alive: str, names: Sequence[str], tmp_path: Path
+) -> None:
+    run_ranks(world_size, measured, str(tmp_path), alive, names)
     found = json.loads((tmp_path / "step.json").read_text())
     assert found["machine"].keys() >= {"cpu", "cores", "memory_gib", "threads", "device"}
     assert found["versions"].keys() >= {"python", "torch"}
@@ -153,7 +165,8 @@ def test_the_json_holds_what_was_promised(world_size: int, alive: str, tmp_path:
     assert found["reference"] == "ours-2"
     assert found["shapes"] == {"name": "tiny", "tensors": 36, "elements": 37_304}
     assert set(found["skipped"]) == ({"zero-timm", "zero-views-timm"} if world_size == 1 else set())
-    assert set(found["rounds_ms"]) == set(found["summary"]) == set(found["titles"])
+    there = {"bare", "ours-1", "ours-2", *names} - set(found["skipped"])
+    assert set(found["rounds_ms"]) == set(found["summary"]) == set(found["titles"]) == there
     for turns in found["rounds_ms"].values():
         assert [len(turn) for turn in turns] == [2, 2, 2]
         assert min(min(turn) for turn in turns) > 0
