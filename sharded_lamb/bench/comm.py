@@ -11,9 +11,10 @@ import torch.distributed as dist
 from sharded_lamb import kernels
 from sharded_lamb.bench import report
 from sharded_lamb.bench.timing import Clock, Spread, Turns, by_round, quotients, take_turns, world
+from sharded_lamb.buckets import FlatBucket, Precision
 from sharded_lamb.collectives import Collectives, Topology
-from sharded_lamb.kernels import FlatShard
-from sharded_lamb.layout import BLOCK, round_up
+from sharded_lamb.layout import plan_buckets
+from sharded_lamb.staging import Staging
 
 ALL_REDUCE = "all_reduce"
 
@@ -40,7 +41,9 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     turns = {}
     for size in sizes:
         report.progress(f"{size:g} MB")
-        turns[f"{size:g}"] = take_turns(_actions(collectives, size, device), clock, rounds=chosen.rounds)
+        turns[f"{size:g}"] = take_turns(
+            Exchanges(collectives, size, device).actions(), clock, rounds=chosen.rounds
+        )
     content = {
         **report.about(device),
         "benchmark": "comm",
@@ -63,48 +66,58 @@ def _sizes(text: str) -> list[float]:
     return sizes
 
 
-def _actions(collectives: Collectives, size_mb: float, device: torch.device) -> dict[str, Callable[[], None]]:
-    """Everything that is timed on a bucket of ``size_mb`` MB of fp32, by name."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    numel = round_up(max(int(size_mb * 1e6 / 4), 1), BLOCK * world_size)
-    part = numel // world_size
-    full = torch.zeros(numel, device=device)
-    received = torch.empty(collectives.received_numel(numel), device=device)
-    shard = torch.zeros(part, device=device)
-    sent, arrived = torch.zeros(numel - part, device=device), torch.empty(numel - part, device=device)
-    reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+class Exchanges:
+    """Everything that is timed on one bucket of fp32, and its memory."""
 
-    kernel, sums = kernels.choose("auto", device), torch.zeros(1, dtype=torch.float64, device=device)
-    owners = torch.zeros(part // BLOCK, dtype=torch.int64, device=device)
-    target = FlatShard(shard, None, shard, shard, shard, owners)
+    def __init__(self, collectives: Collectives, size_mb: float, device: torch.device) -> None:
+        self.collectives, self.world_size = collectives, collectives.world_size
+        (plan,) = plan_buckets([max(int(size_mb * 1e6 / 4), 1)], [0], [4], 1, self.world_size)
+        precision = Precision.of(torch.float32, torch.float32, torch.float32, None)
+        param = torch.zeros(plan.numels[0], device=device)
+        self.bucket = FlatBucket(plan, [param], precision, collectives.topology.shard_rank, device)
+        self.grad = torch.zeros_like(param)  # what ours reduce
+        self.full = torch.zeros(plan.numel, device=device)  # what torch's do
+        self.shard = torch.zeros(plan.shard_numel, device=device)
+        self.kernel, self.staging = kernels.choose("auto", device), Staging([self.bucket], collectives)
+        self.sums = torch.zeros(1, dtype=torch.float64, device=device)
+        self.sent = torch.zeros(plan.numel - plan.shard_numel, device=device)
+        self.arrived = torch.empty_like(self.sent)
 
-    def ours_reduce_scatter() -> None:
-        collectives.reduce_scatter(full, received).wait()
-        parts = collectives.parts_of_sum(full, received, torch.float32)
-        kernel.average(target, parts, world_size, sums, add=False)
+    def actions(self) -> dict[str, Callable[[], object]]:
+        return {
+            ALL_REDUCE: lambda: dist.all_reduce(self.full),
+            "ours: reduce-scatter": self.our_reduce_scatter,
+            "reduce_scatter_tensor": self.their_reduce_scatter,
+            "ours: all-gather": lambda: self.collectives.all_gather(self.bucket.flat).wait(),
+            "all_gather_into_tensor": self.their_all_gather,
+            PAIR: self.point_to_point,
+        }
 
-    def their_reduce_scatter() -> None:
-        reduce_scatter(shard, full)
-        shard.div_(world_size)
+    def our_reduce_scatter(self) -> None:
+        """As stage 2 does it, into the bucket's gradient shard."""
+        route = self.staging.route(0, self.bucket)
+        route.start([self.grad]).wait()
+        parts = self.collectives.parts_of_sum(route.full, route.received, torch.float32)
+        self.kernel.average(self.bucket.shard, parts, self.world_size, self.sums, add=False)
 
-    def pair() -> None:
+    def their_reduce_scatter(self) -> None:
+        reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        reduce_scatter(self.shard, self.full)
+        self.shard.div_(self.world_size)
+
+    def their_all_gather(self) -> None:
+        all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        all_gather(self.full, self.shard)
+
+    def point_to_point(self) -> None:
+        rank, world_size = dist.get_rank(), self.world_size
         works = [
-            dist.irecv(arrived, (rank - 1) % world_size),
-            dist.isend(sent, (rank + 1) % world_size),
+            dist.irecv(self.arrived, (rank - 1) % world_size),
+            dist.isend(self.sent, (rank + 1) % world_size),
         ]
         for work in works:
             assert work is not None
             work.wait()
-
-    return {
-        ALL_REDUCE: lambda: dist.all_reduce(full),
-        "ours: reduce-scatter": ours_reduce_scatter,
-        "reduce_scatter_tensor": their_reduce_scatter,
-        "ours: all-gather": lambda: collectives.all_gather(full).wait(),
-        "all_gather_into_tensor": lambda: all_gather(full, shard),
-        PAIR: pair,
-    }
 
 
 def summarize(turns: Mapping[str, Turns], size_mb: float, world_size: int) -> dict[str, dict[str, Any]]:

@@ -100,38 +100,32 @@ def test_comm(tmp_path: Path) -> None:
 
 
 def exchanged(rank: int) -> dict[str, list[float]]:
-    """What every action of `comm` leaves, from buckets filled with the rank's number + 1."""
+    """What every action of `comm` leaves, from memory filled with the rank's number + 1."""
     from sharded_lamb.collectives import Collectives, Topology
 
-    tensors: dict[str, list[float]] = {}
-    original = torch.zeros
-    made: list[torch.Tensor] = []
-
-    def zeros(*size: int, **keywords: Any) -> torch.Tensor:
-        made.append(original(*size, **keywords))
-        return made[-1].fill_(rank + 1) if made[-1].is_floating_point() else made[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "zeros", zeros)
-        actions = comm._actions(Collectives(Topology.of(None, None), CPU), 0.01, CPU)
-    full, shard = made[:2]
-    actions["ours: reduce-scatter"]()
-    tensors["ours: reduce-scatter"] = shard.unique().tolist()
-    shard.fill_(rank + 1)
-    actions["reduce_scatter_tensor"]()
-    tensors["reduce_scatter_tensor"] = shard.unique().tolist()
-    shard.fill_(rank + 1)
-    actions["all_gather_into_tensor"]()
-    tensors["all_gather_into_tensor"] = full.unique().tolist()
-    full.fill_(rank + 1)
-    actions["ours: all-gather"]()
-    tensors["ours: all-gather"] = full.unique().tolist()
-    return tensors
+    made = comm.Exchanges(Collectives(Topology.of(None, None), CPU), 0.8, CPU)
+    places = {
+        "ours: reduce-scatter": made.bucket.shard.grad[:300],
+        "reduce_scatter_tensor": made.shard,
+        "ours: all-gather": made.bucket.flat,
+        "all_gather_into_tensor": made.full,
+        "all_reduce": made.full,
+        "point to point": made.arrived,
+    }
+    found = {}
+    for name, action in made.actions().items():
+        for filled in (made.bucket.flat, made.grad, made.full, made.shard, made.sent):
+            filled.fill_(rank + 1)
+        action()
+        found[name] = places[name].unique().tolist()
+    return found
 
 
 def test_comm_moves_what_it_says() -> None:
-    for found in run_ranks(2, exchanged):
+    for rank, found in enumerate(run_ranks(2, exchanged)):
         assert found == {
+            "all_reduce": [3.0],
+            "point to point": [2.0 - rank],
             "ours: reduce-scatter": [1.5],
             "reduce_scatter_tensor": [1.5],
             "all_gather_into_tensor": [1.0, 2.0],
