@@ -97,8 +97,16 @@ class Exchanges:
         """As stage 2 does it, into the bucket's gradient shard."""
         route = self.staging.route(0, self.bucket)
         route.start([self.grad]).wait()
-        parts = self.collectives.parts_of_sum(route.full, route.received, torch.float32)
-        self.kernel.average(self.bucket.shard, parts, self.world_size, self.sums, add=False)
+        parts, own = self.collectives.parts_of_sum(route.full, route.received), route.own([self.grad])
+        self.kernel.average(
+            self.bucket.shard,
+            self.bucket.segments,
+            parts,
+            self.world_size,
+            self.sums,
+            add=False,
+            own=own,
+        )
 
     def their_reduce_scatter(self) -> None:
         reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
