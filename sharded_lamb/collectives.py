@@ -224,7 +224,8 @@ class Collectives:
         """The size of ``received`` for `reduce_scatter` of ``full_numel`` elements."""
         if self._shard is None:
             return 0
-        return full_numel if self.by_hand else full_numel // self.shard_count
+        mine = full_numel // self.shard_count
+        return full_numel - mine if self.by_hand else mine
 
     @property
     def has_replicas(self) -> bool:
@@ -233,13 +234,13 @@ class Collectives:
     def parts_of_sum(self, full: Tensor, received: Tensor) -> Tensor:
         """[k, n] in the wire's dtype: what is to be summed, in order, to the sum over the ranks of the shard group.
 
-        One part from every rank where sums are taken here; this rank's own row is then not written.
+        Where sums are taken here, a part from every other rank of it; this rank's own lies elsewhere.
         """
         if self._shard is None:
             return full.view(1, -1)
-        return received.view(self.shard_count if self.by_hand else 1, -1)
+        return received.view(self.shard_count - 1 if self.by_hand else 1, -1)
 
-    def summed_over_replicas(self, parts: Tensor, dtype: torch.dtype) -> Tensor:
+    def summed_over_replicas(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """[1, n] in ``dtype``: the sum of parts, in order, and over replicas."""
         assert self._replica is not None
         total = parts[0].to(dtype, copy=True)

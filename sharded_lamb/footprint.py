@@ -55,13 +55,13 @@ def small_sends(parameters: int, *, agreements: int) -> list[int]:
 def staging_bytes(buckets: Sequence[tuple[Bucket, Widths]], *, in_flight: int, sums_here: bool) -> int:
     """Memory of the exchanges of stage 2 that may be under way at once, each as large as any bucket needs.
 
-    ``sums_here``: whole buckets are received and summed here (gloo), not shards.
+    ``sums_here``: the other ranks' parts of this rank's shard are received and summed here (gloo), not their sum.
     """
     if not buckets:
         return 0
     sent = max(bucket.numel * widths.wire for bucket, widths in buckets)
     ranks = buckets[0][0].world_size
-    received = 0 if ranks == 1 else sent if sums_here else sent // ranks
+    received = 0 if ranks == 1 else sent // ranks * (ranks - 1 if sums_here else 1)
     return min(in_flight, len(buckets)) * (sent + received)
 
 

@@ -27,7 +27,7 @@ from sharded_lamb.buckets import FlatBucket
 from sharded_lamb.collectives import Collectives, Pending
 from sharded_lamb.facts import GradientFacts, Replicas, agree, check_gradient
 from sharded_lamb.kernels import Kernel
-from sharded_lamb.kernels.incoming import fill
+from sharded_lamb.kernels.incoming import rows_with_own
 from sharded_lamb.staging import Staging
 
 IN_FLIGHT = 3
@@ -248,7 +248,7 @@ class BackwardReducer:
         bucket = self.buckets[index]
         if len(self._exchanges) == IN_FLIGHT:
             self._finish_oldest()
-        staging = self._staging.pop() if self._staging else Staging(self.buckets, self.collectives)
+        staging = self._take_staging(index)
         grads: list[Tensor | None] = []
         for param, p in zip(bucket.plan.params, bucket.params, strict=True):
             grad = p.grad
@@ -270,9 +270,8 @@ class BackwardReducer:
         own = route.own(exchange.grads)
         parts = self.collectives.parts_of_sum(route.full, route.received)
         if self.collectives.has_replicas:
-            if own is not None:
-                fill(parts[own.row].zero_(), bucket.segments, own.grads)
-            parts, own = self.collectives.summed_over_replicas(parts, shard.compute), None
+            rows = rows_with_own(parts, bucket.segments, own)
+            parts, own = self.collectives.summed_over_replicas(rows, shard.compute), None
         self.kernel.average(
             shard,
             bucket.segments,
@@ -283,6 +282,13 @@ class BackwardReducer:
             own=own,
         )
         self._staging.append(exchange.staging)
+
+    def _take_staging(self, index: int) -> Staging:
+        """The one that this bucket went through before, if it is free: pages of it are those that it needs."""
+        if not self._staging:
+            return Staging(self.buckets, self.collectives)
+        known = [place for place, staging in enumerate(self._staging) if staging.knows(index)]
+        return self._staging.pop(known[0] if known else 0)
 
     def flush(self) -> GradientFacts:
         """Reduce what has not been, on every rank alike, and agree on the facts (small all-reduce a).

@@ -55,6 +55,10 @@ class Staging:
     def nbytes(self) -> int:
         return self.sent.nbytes + self.received.nbytes
 
+    def knows(self, index: int) -> bool:
+        """Whether the bucket with number ``index`` has gone through it."""
+        return index in self._routes
+
     def route(self, index: int, bucket: FlatBucket) -> Route:
         """Of the bucket with number ``index``; its views are made once."""
         if index not in self._routes:
@@ -131,7 +135,7 @@ class ByHand:
         mine = bucket.plan.runs(here, self._alone)
         for distance in range(1, ranks):  # peers at the same distance at the same time
             source, target = (here - distance) % ranks, (here + distance) % ranks
-            row = received.view(ranks, -1)[source]
+            row = received.view(ranks - 1, -1)[source - (source > here)]
             self._plan.incoming += [(source, row[run.start : run.stop]) for run in mine]
             self._send(target, full[target * numel : (target + 1) * numel])
 

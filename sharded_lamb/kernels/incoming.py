@@ -28,10 +28,9 @@ class StockIncoming:
         own: OwnPart | None = None,
     ) -> None:
         """grad ← Σ parts / divisor, or grad + that; then Σg²."""
-        if own is not None:
-            fill(parts[own.row].zero_(), segments, own.grads)
-        total = parts[0].to(shard.compute, copy=True)
-        for part in parts[1:]:
+        first, *others = rows_with_own(parts, segments, own)
+        total = first.to(shard.compute, copy=True)
+        for part in others:
             total += part
         if divisor != 1:
             total /= divisor
@@ -47,6 +46,16 @@ class StockIncoming:
         """grad ← segments of ``grads``; then Σg²."""
         fill(shard.grad, segments, grads)
         self.square_sums([shard], sums)
+
+
+def rows_with_own(parts: Tensor, segments: Sequence[Segment], own: OwnPart | None) -> list[Tensor]:
+    """All rows in their order, this rank's own as a copy in the parts' dtype."""
+    rows = list(parts)
+    if own is not None:
+        row = parts.new_zeros(parts.shape[1])
+        fill(row, segments, own.grads)
+        rows.insert(own.row, row)
+    return rows
 
 
 def fill(flat: Tensor, segments: Sequence[Segment], grads: Sequence[Tensor | None]) -> None:

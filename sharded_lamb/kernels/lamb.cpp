@@ -378,10 +378,15 @@ struct Slice {
   int64_t owner(int64_t) const { return param; }
 };
 
-// What k ranks handed over: rows of one dtype, of which one may lie in the slices instead.
+// What ranks handed over: rows of one dtype, and between them in place `own_row`, unless that is -1, the slices.
 struct Parts {
   const char *rows;
-  int64_t count, dtype, numel, own_row;  // own_row: -1 where all are rows
+  int64_t rows_count, dtype, numel, own_row;
+
+  int64_t count() const { return rows_count + (own_row >= 0); }
+  const char *row(int64_t place) const {
+    return rows + (place - (own_row >= 0 && place > own_row)) * numel * size_of(dtype);
+  }
 };
 
 // grad ← (Σ parts) / divisor, or grad + that, in rank order; Σ of the new squares by parameter.
@@ -392,10 +397,10 @@ void average(T *grad, const Slice *slices, int64_t count, Parts parts, T divisor
     T total[BLOCK], copy[BLOCK];
     const int64_t first = block * BLOCK, left = slice.numel - first;
     const int n = left < BLOCK ? int(left) : BLOCK;
-    for (int64_t row = 0; row < parts.count; row++) {
+    for (int64_t row = 0; row < parts.count(); row++) {
       const bool own = row == parts.own_row;
       const int64_t dtype = own ? slice.dtype : parts.dtype;
-      const char *from = own ? slice.from : parts.rows + (row * parts.numel + slice.start) * size_of(dtype);
+      const char *from = own ? slice.from : parts.row(row) + slice.start * size_of(dtype);
       if (row == 0 && from) {
         load(dtype, from + first * size_of(dtype), n, total);
       } else if (row == 0) {

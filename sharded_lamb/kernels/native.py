@@ -157,7 +157,7 @@ class CppKernel:
         self, shard: FlatShard, segments: Sequence[Segment], grads: Sequence[Tensor | None], sums: Tensor
     ) -> None:
         """grad ← segments of ``grads``, and Σg², in one sweep."""
-        self._average(shard, self._slices(segments, grads), (0, 1, 0, 0, 0), 1, False, sums)
+        self._average(shard, self._slices(segments, grads), (0, 0, 0, 0, 0), 1, False, sums)
 
     def _average(
         self, shard: FlatShard, slices: Table, parts: tuple[int, ...], divisor: int, add: bool, sums: Tensor

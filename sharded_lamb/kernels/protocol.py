@@ -34,7 +34,7 @@ class Kernel(Protocol):
         Args:
             segments: what lies in the shard, the same object from step to step.
             parts: [k, n] any floating-point dtype, summed in their order in the compute dtype.
-            own: what to read instead of one of them.
+            own: one more of them, which lies elsewhere.
         """
 
     def collect(

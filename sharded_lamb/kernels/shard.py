@@ -30,7 +30,7 @@ class FlatShard:
 
 @dataclass(frozen=True, slots=True)
 class OwnPart:
-    """This rank's own gradients where they lie, in the place of row ``row`` of what ranks handed over."""
+    """This rank's own gradients where they lie: summed after the first ``row`` rows of what others handed over."""
 
     row: int
     grads: Sequence[Tensor | None]  # one a segment, without gaps in memory; None stands for zeros
