@@ -1,0 +1,307 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, no-redef"
+# ruff: noqa: SIM300 (to ruff, capitals are constants, which ought to stand on the right)
+"""What runs on the device: `sharded_lamb.rule` for tiles of blocks, in Triton. Importing it imports Triton.
+
+A program takes TILE blocks of one run as a [TILE, BLOCK] tensor of the compute dtype. Every arithmetic step is one
+correctly rounded IEEE operation, as in the rule: with ``div_rn`` and ``sqrt_rn``, and launched without fusion
+(``enable_fp_fusion=False``). Memory is named by its column in the table of runs (`triton_runs.ROW`) and its dtype.
+
+Arguments are without types here because Triton gives annotations of its own a meaning.
+"""
+
+import triton
+import triton.language as tl
+
+from sharded_lamb import layout
+from sharded_lamb.kernels.triton_runs import ALIGNMENT, ROW
+from sharded_lamb.rule import COLUMNS
+
+BLOCK = tl.constexpr(layout.BLOCK)
+TILE = tl.constexpr(8)
+HALVINGS = tl.constexpr(layout.BLOCK.bit_length() - 1)
+HALVES = tl.constexpr((8, *([2] * (layout.BLOCK.bit_length() - 1))))
+LANES = tl.constexpr(256)
+LANE_HALVINGS = tl.constexpr(8)
+LANE_HALVES = tl.constexpr((2,) * 8)
+DEPTH = tl.constexpr(32)
+VECTOR = tl.constexpr(ALIGNMENT)
+
+ROW_LENGTH = tl.constexpr(len(ROW))
+WEIGHT_AT = tl.constexpr(ROW.index("weight"))
+MODEL_AT = tl.constexpr(ROW.index("model"))
+GRAD_AT = tl.constexpr(ROW.index("grad"))
+EXP_AVG_AT = tl.constexpr(ROW.index("exp_avg"))
+EXP_AVG_SQ_AT = tl.constexpr(ROW.index("exp_avg_sq"))
+NUMEL_AT = tl.constexpr(ROW.index("numel"))
+FIRST_TILE_AT = tl.constexpr(ROW.index("first_tile"))
+FIRST_BLOCK_AT = tl.constexpr(ROW.index("first_block"))
+
+TABLE_COLUMNS = tl.constexpr(len(COLUMNS))
+GRAD_SCALE = tl.constexpr(COLUMNS.index("grad_scale"))
+L2 = tl.constexpr(COLUMNS.index("l2"))
+BETA1 = tl.constexpr(COLUMNS.index("beta1"))
+C1 = tl.constexpr(COLUMNS.index("c1"))
+BETA2 = tl.constexpr(COLUMNS.index("beta2"))
+C2 = tl.constexpr(COLUMNS.index("c2"))
+UNBIAS1 = tl.constexpr(COLUMNS.index("unbias1"))
+UNBIAS2 = tl.constexpr(COLUMNS.index("unbias2"))
+EPS_INSIDE = tl.constexpr(COLUMNS.index("eps_inside"))
+EPS_OUTSIDE = tl.constexpr(COLUMNS.index("eps_outside"))
+DECAY = tl.constexpr(COLUMNS.index("decay"))
+
+
+# -- where a program's tile lies -----------------------------------------------------------------------
+
+
+@triton.jit
+def _tile(runs, tile_run, ALIGNED: tl.constexpr):
+    """(row of the run, the tile's first element in it, the tile's first block in the call, elements from there on)."""
+    tile = tl.program_id(0)
+    row = runs + tl.load(tile_run + tile) * ROW_LENGTH
+    first = (tile - tl.load(row + FIRST_TILE_AT)) * TILE
+    start = first * BLOCK
+    left = tl.minimum(tl.load(row + NUMEL_AT) - start, TILE * BLOCK).to(tl.int32)
+    if ALIGNED:
+        left = tl.multiple_of(left, VECTOR)
+    return row, start, tl.load(row + FIRST_BLOCK_AT) + first, left
+
+
+@triton.jit
+def _places(left):
+    """(places of a tile's elements [TILE, BLOCK], which of them the run has, which blocks it has [TILE])."""
+    blocks = tl.arange(0, TILE)
+    places = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return places, places < left, blocks * BLOCK < left
+
+
+@triton.jit
+def _memory(row, COLUMN: tl.constexpr, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address of a tile's first element. bfloat16 is read and written as its bits: see `_rounded`."""
+    address = tl.load(row + COLUMN)
+    if DTYPE == tl.bfloat16:
+        memory = address.to(tl.pointer_type(tl.uint16)) + start
+    else:
+        memory = address.to(tl.pointer_type(DTYPE)) + start
+    if ALIGNED:
+        memory = tl.multiple_of(memory, VECTOR)
+    return memory
+
+
+@triton.jit
+def _widened(kept, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
+    """What memory of DTYPE holds, in the compute dtype; exact but for float64 that is computed in float32."""
+    if DTYPE == tl.bfloat16:
+        value = (kept.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        value = kept
+    return value.to(COMPUTE)
+
+
+@triton.jit
+def _rounded(value, DTYPE: tl.constexpr):
+    """``value`` as memory of DTYPE keeps it, to nearest even; 16-bit dtypes by way of float32, as torch does.
+
+    bfloat16 by integers: Triton's interpreter cuts the lower bits off.
+    """
+    if DTYPE == tl.bfloat16:
+        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        kept = tl.where(value != value, 0x7FC0, nearest).to(tl.uint16)  # a nan's bits would carry over
+    elif DTYPE == tl.float16:
+        kept = value.to(tl.float32).to(tl.float16)
+    else:
+        kept = value.to(DTYPE)
+    return kept
+
+
+@triton.jit
+def _coefficient(table, params, COLUMN: tl.constexpr):
+    """[TILE, 1]: each block's coefficient."""
+    return tl.load(table + params * TABLE_COLUMNS + COLUMN)[:, None]
+
+
+# -- the rule ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _divided(x, y, COMPUTE: tl.constexpr):
+    if COMPUTE == tl.float32:
+        quotient = tl.math.div_rn(x, y)
+    else:
+        quotient = x / y
+    return quotient
+
+
+@triton.jit
+def _root(x, COMPUTE: tl.constexpr):
+    if COMPUTE == tl.float32:
+        root = tl.math.sqrt_rn(x)
+    else:
+        root = tl.math.sqrt(x)
+    return root
+
+
+@triton.jit
+def _direction(m, v, w, table, params, COMPUTE: tl.constexpr):
+    """`sharded_lamb.rule.direction`."""
+    inside = v * _coefficient(table, params, UNBIAS2) + _coefficient(table, params, EPS_INSIDE)
+    denominator = _root(inside, COMPUTE) + _coefficient(table, params, EPS_OUTSIDE)
+    step = _divided(m * _coefficient(table, params, UNBIAS1), denominator, COMPUTE)
+    return step + w * _coefficient(table, params, DECAY)
+
+
+@triton.jit
+def _square_sums(x):
+    """[TILE, BLOCK] → [TILE], Σx² by halving: each sum is of two, so that its order is no compiler's choice."""
+    total = tl.reshape(x * x, HALVES)
+    for _ in tl.static_range(HALVINGS):
+        total = tl.sum(total, axis=1)
+    return total
+
+
+# -- the launches --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def square_sums(
+    runs, tile_run, block_slot, sums, GRAD: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Σg² of each block → ``sums`` at its slot."""
+    row, start, block, left = _tile(runs, tile_run, ALIGNED)
+    places, mask, blocks = _places(left)
+    grad = tl.load(_memory(row, GRAD_AT, start, GRAD, ALIGNED) + places, mask=mask, other=0)
+    slots = tl.load(block_slot + block + tl.arange(0, TILE), mask=blocks, other=0)
+    tl.store(sums + slots, _square_sums(_widened(grad, GRAD, COMPUTE)), mask=blocks)
+
+
+@triton.jit
+def _adopted(
+    memory,
+    kept,
+    model,
+    places,
+    mask,
+    WEIGHT: tl.constexpr,
+    MODEL: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """The masters, of which those that the model's weights differ from are replaced, in memory too."""
+    if MODEL == tl.float64:
+        WIDE: tl.constexpr = tl.float64
+    else:
+        WIDE: tl.constexpr = COMPUTE
+    written = _widened(tl.load(model + places, mask=mask, other=0), MODEL, WIDE)
+    known = _widened(_rounded(_widened(kept, WEIGHT, WIDE), MODEL), MODEL, WIDE) == written
+    adopted = _rounded(written, WEIGHT)
+    tl.store(memory + places, adopted, mask=mask & (known == 0))
+    return tl.where(known, kept, adopted)
+
+
+@triton.jit
+def moments_and_norms(
+    runs,
+    tile_run,
+    block_param,
+    block_slot,
+    table,
+    weight_sums,
+    update_sums,
+    WEIGHT: tl.constexpr,
+    MODEL: tl.constexpr,
+    GRAD: tl.constexpr,
+    EXP_AVG: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Pass 1: m, v ← g; Σw² and Σu² of each block → the sums at its slot."""
+    row, start, block, left = _tile(runs, tile_run, ALIGNED)
+    places, mask, blocks = _places(left)
+    params = tl.load(block_param + block + tl.arange(0, TILE), mask=blocks, other=0)
+
+    weight = _memory(row, WEIGHT_AT, start, WEIGHT, ALIGNED)
+    grad = _memory(row, GRAD_AT, start, GRAD, ALIGNED)
+    exp_avg = _memory(row, EXP_AVG_AT, start, EXP_AVG, ALIGNED)
+    exp_avg_sq = _memory(row, EXP_AVG_SQ_AT, start, EXP_AVG_SQ, ALIGNED)
+    kept = tl.load(weight + places, mask=mask, other=0)
+    g = _widened(tl.load(grad + places, mask=mask, other=0), GRAD, COMPUTE)
+    m = _widened(tl.load(exp_avg + places, mask=mask, other=0), EXP_AVG, COMPUTE)
+    v = _widened(tl.load(exp_avg_sq + places, mask=mask, other=0), EXP_AVG_SQ, COMPUTE)
+    if MODEL is not None:
+        model = _memory(row, MODEL_AT, start, MODEL, ALIGNED)
+        kept = _adopted(weight, kept, model, places, mask, WEIGHT, MODEL, COMPUTE)
+    w = _widened(kept, WEIGHT, COMPUTE)
+
+    scale = _coefficient(table, params, GRAD_SCALE)
+    g = tl.where(scale == 0, tl.zeros_like(g), g)  # 0 x nan would be nan
+    g = g * scale + w * _coefficient(table, params, L2)
+    m = m * _coefficient(table, params, BETA1) + g * _coefficient(table, params, C1)
+    v = v * _coefficient(table, params, BETA2) + g * g * _coefficient(table, params, C2)
+    kept_m, kept_v = _rounded(m, EXP_AVG), _rounded(v, EXP_AVG_SQ)
+    tl.store(exp_avg + places, kept_m, mask=mask)
+    tl.store(exp_avg_sq + places, kept_v, mask=mask)
+
+    m, v = _widened(kept_m, EXP_AVG, COMPUTE), _widened(kept_v, EXP_AVG_SQ, COMPUTE)
+    u = _direction(m, v, w, table, params, COMPUTE)
+    slots = tl.load(block_slot + block + tl.arange(0, TILE), mask=blocks, other=0)
+    tl.store(weight_sums + slots, _square_sums(w), mask=blocks)
+    tl.store(update_sums + slots, _square_sums(u), mask=blocks)
+
+
+@triton.jit
+def apply(
+    runs,
+    tile_run,
+    block_param,
+    table,
+    step_sizes,
+    WEIGHT: tl.constexpr,
+    MODEL: tl.constexpr,
+    EXP_AVG: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Pass 2: u from m and v; w ← w - step_size u; the model's copy of it."""
+    row, start, block, left = _tile(runs, tile_run, ALIGNED)
+    places, mask, blocks = _places(left)
+    params = tl.load(block_param + block + tl.arange(0, TILE), mask=blocks, other=0)
+
+    weight = _memory(row, WEIGHT_AT, start, WEIGHT, ALIGNED)
+    exp_avg = _memory(row, EXP_AVG_AT, start, EXP_AVG, ALIGNED)
+    exp_avg_sq = _memory(row, EXP_AVG_SQ_AT, start, EXP_AVG_SQ, ALIGNED)
+    w = _widened(tl.load(weight + places, mask=mask, other=0), WEIGHT, COMPUTE)
+    m = _widened(tl.load(exp_avg + places, mask=mask, other=0), EXP_AVG, COMPUTE)
+    v = _widened(tl.load(exp_avg_sq + places, mask=mask, other=0), EXP_AVG_SQ, COMPUTE)
+
+    u = _direction(m, v, w, table, params, COMPUTE)
+    w = w - u * tl.load(step_sizes + params)[:, None]
+    tl.store(weight + places, _rounded(w, WEIGHT), mask=mask)
+    if MODEL is not None:
+        model = _memory(row, MODEL_AT, start, MODEL, ALIGNED)
+        tl.store(model + places, _rounded(w, MODEL), mask=mask)
+
+
+@triton.jit(do_not_specialize=["params", "slots"])
+def add_by_parameter(block_sums, first_slots, sums, params, slots):
+    """Adds each parameter's block sums to ``sums`` [planes, params] fp64; grid (params, planes).
+
+    One order, whatever the grid: a lane adds DEPTH blocks that lie side by side, one by one, and goes on LANES x DEPTH
+    blocks further; then lanes by halving. The first lane begins with what ``sums`` holds, so that up to DEPTH blocks
+    are added one by one in the order of the call.
+    """
+    param, plane = tl.program_id(0), tl.program_id(1)
+    low, high = tl.load(first_slots + param), tl.load(first_slots + param + 1)
+    lane = tl.arange(0, LANES)
+    place = sums + plane * params + param
+    before = tl.load(place)
+    total = tl.where(lane == 0, before, tl.zeros_like(before))
+    source = block_sums + plane.to(tl.int64) * slots
+    for first in range(low, high, LANES * DEPTH):
+        for i in range(0, tl.minimum(high - first, DEPTH)):
+            slot = first + lane * DEPTH + i
+            total += tl.load(source + slot, mask=slot < high, other=0).to(tl.float64)
+    total = tl.reshape(total, LANE_HALVES)
+    for _ in tl.static_range(LANE_HALVINGS):
+        total = tl.sum(total, axis=0)
+    tl.store(place, total)

@@ -1,0 +1,499 @@
+"""Memory for the two passes in every form, and the Triton backend against the reference on it.
+
+Not collected by itself: `test_triton_kernels.py` runs it under Triton's interpreter, in a process of its own (what is
+interpreted is decided when Triton is imported), and its GPU tests use the cases.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sharded_lamb import ShardedLamb, rule
+from sharded_lamb.kernels import (
+    FlatShard,
+    Kernel,
+    PieceShard,
+    ReferenceKernel,
+    Shard,
+    triton_kernel,
+    triton_runs,
+)
+from sharded_lamb.kernels.triton_kernel import TritonKernel
+from sharded_lamb.layout import BLOCK, round_up
+from sharded_lamb.rule import COLUMNS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _interpreted() -> Iterator[None]:
+    """Triton's interpreter, at a fifth of its time, and a reference of which every operation is IEEE's."""
+    from triton.runtime import interpreter
+
+    patched: set[Any] = set()
+    patch_lang, root = interpreter._patch_lang, rule.root
+
+    def patch_once(function: Any) -> Any:
+        """For a function that a kernel calls, which the interpreter patches anew at every call and never restores."""
+        if function not in patched:
+            patched.add(function)
+            patch_lang(function)
+
+    def call(self: Any, *arguments: Any, **named: Any) -> Any:
+        patch_once(self.fn)
+        return self.rewrite()(*arguments, **named)
+
+    def correct_root(x: Tensor) -> Tensor:
+        """MKL's, of which torch's fp64 root is made on CPUs, is an ulp off in 0.6 % of values."""
+        return torch.from_numpy(np.sqrt(x.numpy())) if x.dtype == torch.float64 else root(x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        patch.setattr(rule, "root", correct_root)
+        yield
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KINDS = ("weight", "model", "grad", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Form:
+    """One shard to be made. ``gap``: elements between pieces, so that they lie at odd addresses; flat has none."""
+
+    flat: bool
+    lengths: tuple[int, ...]
+    weight: torch.dtype
+    model: torch.dtype | None
+    grad: torch.dtype
+    exp_avg: torch.dtype
+    exp_avg_sq: torch.dtype
+    gap: int = 0
+    written: int = 0  # elements of each piece that somebody wrote into the model
+
+    @property
+    def compute(self) -> torch.dtype:
+        return torch.promote_types(self.weight, torch.float32)
+
+
+def made(form: Form, first_param: int, seed: int, bad: bool, device: str = "cpu") -> Shard:
+    """Parameters count from ``first_param``, one a piece. ``bad``: nan gradients in the pieces of every other one."""
+    generator = torch.Generator().manual_seed(seed)
+    dtypes = {kind: getattr(form, kind) for kind in KINDS}
+    if form.flat:
+        dtypes["grad"] = form.compute
+    places, at = [], form.gap
+    for length in form.lengths:
+        places.append(slice(at, at + length))
+        at += round_up(length, BLOCK) if form.flat else length + form.gap
+    memory: dict[str, Tensor] = {}
+    for kind, dtype in dtypes.items():
+        if dtype is None:
+            continue
+        memory[kind] = torch.zeros(at, dtype=dtype)
+        for place in places:
+            value = torch.randn(place.stop - place.start, generator=generator)
+            memory[kind][place] = (value.abs() if kind == "exp_avg_sq" else value).to(dtype)
+    for index, place in enumerate(places):
+        if "model" in memory:
+            memory["model"][place] = memory["weight"][place].to(memory["model"].dtype)
+            memory["model"][place][: form.written] += 1
+        if bad and index % 2:
+            memory["grad"][place] = torch.nan
+    memory = {kind: x.to(device) for kind, x in memory.items()}
+    if not form.flat:
+        pieces = {kind: [x[place] for place in places] for kind, x in memory.items()}
+        return PieceShard(tuple(range(first_param, first_param + len(places))), **pieces)
+    blocks = torch.tensor([round_up(length, BLOCK) // BLOCK for length in form.lengths])
+    owners = torch.arange(first_param, first_param + len(places)).repeat_interleave(blocks)
+    return FlatShard(**{"model": None, **memory}, block_param=owners.to(device))
+
+
+def table_of(count: int, dtype: torch.dtype, bad: bool, device: str = "cpu") -> Tensor:
+    rows = (
+        torch.rand(count, len(COLUMNS), generator=torch.Generator().manual_seed(count)).double() * 0.5 + 0.25
+    )
+    if bad:
+        rows[1::2, COLUMNS.index("grad_scale")] = 0
+    return rule.table(rule.Coefficients(*rows.unbind(1)), dtype).to(device)
+
+
+def contents(shard: Shard) -> dict[str, Tensor]:
+    found = {kind: getattr(shard, kind) for kind in KINDS if getattr(shard, kind) is not None}
+    return {
+        kind: x.cpu() if isinstance(x, Tensor) else torch.cat([piece.cpu() for piece in x])
+        for kind, x in found.items()
+        if isinstance(x, Tensor) or len(x)
+    }
+
+
+def stepped(
+    kernel: Kernel, forms: Sequence[Form], seed: int, bad: bool, device: str = "cpu", steps: int = 2
+) -> list[Tensor]:
+    """Everything that some steps of both passes and the sums leave behind."""
+    shards, count = [], 0
+    for i, form in enumerate(forms):
+        shards.append(made(form, count, seed + i, bad, device))
+        count += len(form.lengths)
+    compute = forms[0].compute
+    table = table_of(count, compute, bad, device)
+    sizes = torch.linspace(0.1, 0.9, count, dtype=compute, device=device)
+    left: list[Tensor] = []
+    for _ in range(steps):
+        square_sums = torch.full((count,), 3.0, dtype=torch.float64, device=device)
+        if not bad:
+            kernel.square_sums(shards, square_sums)
+        sums = torch.zeros(2, count, dtype=torch.float64, device=device)
+        kernel.moments_and_norms(shards, table, sums)
+        kernel.apply(shards, table, sizes)
+        left += [
+            square_sums.cpu(),
+            sums.cpu(),
+            *(x.clone() for shard in shards for x in contents(shard).values()),
+        ]
+    return left
+
+
+def assert_same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    assert len(ours) == len(theirs)
+    for i, (x, y) in enumerate(zip(ours, theirs, strict=True)):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y) or torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)), (
+            f"result {i}: {(x != y).sum()} of {x.numel()} differ"
+        )
+
+
+LENGTHS = st.lists(st.sampled_from([0, 1, 255, 256, 257, 700, 5000]), min_size=1, max_size=4).map(tuple)
+
+
+@st.composite
+def form_lists(draw: st.DrawFn) -> list[Form]:
+    """One to three shards of one compute dtype."""
+    wide = draw(st.booleans())
+    weights = [dtype for dtype in FLOATS if (dtype == torch.float64) == wide]
+    forms = []
+    for _ in range(draw(st.integers(1, 3))):
+        weight, grad, exp_avg, exp_avg_sq = (
+            draw(st.sampled_from(x)) for x in (weights, FLOATS, FLOATS, FLOATS)
+        )
+        model = draw(st.sampled_from([None, *(dtype for dtype in FLOATS[:3] if dtype != weight)]))
+        flat, gap, written = (
+            draw(st.booleans()),
+            draw(st.sampled_from([0, 3])),
+            draw(st.sampled_from([0, 1, 300])),
+        )
+        lengths = draw(LENGTHS)
+        gap = 0 if flat else gap
+        forms.append(Form(flat, lengths, weight, model, grad, exp_avg, exp_avg_sq, gap, written))
+    return forms
+
+
+@settings(max_examples=15)
+@given(form_lists(), st.integers(0, 99), st.booleans())
+def test_bits_are_the_references(forms: list[Form], seed: int, bad: bool) -> None:
+    """Any dtypes, lengths and forms side by side; nan gradients under a scale of 0; weights written from outside."""
+    assert_same(stepped(TritonKernel(), forms, seed, bad), stepped(ReferenceKernel(), forms, seed, bad))
+
+
+PLACES = [(weight, model) for weight in FLOATS for model in (None, *FLOATS[:3]) if weight != model]
+COMBINATIONS = [(*place, FLOATS[i % 4], FLOATS[(i + i // 4) % 4]) for i, place in enumerate(PLACES)]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_every_dtype_in_every_place(flat: bool) -> None:
+    """All at once: as many forms of memory in one call as the dtypes make, for each compute dtype."""
+    for compute in (torch.float32, torch.float64):
+        forms = [
+            Form(flat, (257,), weight, model, grad, state, state, 0 if flat else 1, 2)
+            for weight, model, grad, state in COMBINATIONS
+            if torch.promote_types(weight, torch.float32) == compute
+        ]
+        ours, theirs = (
+            stepped(kernel, forms, 5, False, steps=1) for kernel in (TritonKernel(), ReferenceKernel())
+        )
+        assert_same(ours, theirs)
+
+
+F32 = (torch.float32, None, torch.float32, torch.float32, torch.float32)
+
+
+def special(values: Sequence[float], dtype: torch.dtype) -> Form:
+    return Form(False, (len(values),), torch.float32, dtype, torch.float32, dtype, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_at_the_edges(dtype: torch.dtype) -> None:
+    """Ties to even, overflow, subnormal numbers, infinities and nan, as torch rounds them."""
+    one = torch.finfo(dtype).eps
+    small, big = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+    values = [
+        1 + one / 2,
+        1 + 1.5 * one,
+        1 + one / 2 * 1.001,
+        -1 - one / 2,
+        small / 3,
+        small * 0.999,
+        1e-45,
+        0.0,
+        -0.0,
+    ]
+    values += [big, big * (1 + one / 4), 3.4e38, -3.4e38, math.inf, -math.inf, math.nan, 2 - one / 8]
+    results = []
+    for kernel in (ReferenceKernel(), TritonKernel()):
+        shard = made(special(values, dtype), 0, 0, False)
+        assert isinstance(shard, PieceShard)
+        assert shard.model is not None
+        shard.weight[0].copy_(torch.tensor(values))
+        shard.model[0].copy_(torch.tensor(values).to(dtype))
+        kernel.apply([shard], table_of(1, torch.float32, False), torch.zeros(1))
+        results.append([*contents(shard).values()])
+    assert_same(results[1], results[0])
+    assert results[1][0].isnan().sum() == 3, "0 x inf and nan"
+
+
+def test_adoption_at_the_edges() -> None:
+    """A nan in the model wins; -0 is the master's 0; an infinity that the master rounds to is no writing."""
+    masters = torch.tensor([1.0, 0.0, 1e5, 2.0, 1.00001])
+    written = torch.tensor([math.nan, -0.0, math.inf, 3.0, 1.0], dtype=torch.float16)
+    results = []
+    for kernel in (ReferenceKernel(), TritonKernel()):
+        shard = made(special(masters.tolist(), torch.float16), 0, 0, False)
+        assert isinstance(shard, PieceShard)
+        assert shard.model is not None
+        shard.weight[0].copy_(masters)
+        shard.model[0].copy_(written)
+        sums = torch.zeros(2, 1, dtype=torch.float64)
+        kernel.moments_and_norms([shard], table_of(1, torch.float32, False), sums)
+        results.append([shard.weight[0]])
+    assert_same(results[1], results[0])
+    assert results[1][0].isnan().tolist() == [True, False, False, False, False]
+    assert results[1][0][1:].tolist() == [0.0, 1e5, 3.0, masters[4].item()]
+
+
+def test_what_lies_between_pieces_is_left_alone() -> None:
+    shard = made(Form(False, (300, 1, 2049), *F32, gap=3), 0, 0, False)
+    base = shard.weight[0]._base
+    assert base is not None
+    between = torch.ones(len(base), dtype=torch.bool)
+    for at, length in ((3, 300), (306, 1), (310, 2049)):
+        between[at : at + length] = False
+    base[between] = 7.0
+    kernel, table = TritonKernel(), table_of(3, torch.float32, False)
+    kernel.moments_and_norms([shard], table, torch.zeros(2, 3, dtype=torch.float64))
+    kernel.apply([shard], table, torch.ones(3))
+    assert (base[between] == 7.0).all()
+    assert not (base[~between] == 7.0).any()
+
+
+def test_nothing_to_do() -> None:
+    """No pieces, and pieces without elements; parameters that no shard of the call holds keep their sums."""
+    nothing = PieceShard((), [], [], [], [])
+    empty = made(Form(False, (0, 0), *F32), 0, 0, False)
+    kernel, table = TritonKernel(), table_of(3, torch.float32, False)
+    sums = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], dtype=torch.float64)
+    held = made(Form(False, (5,), *F32), 1, 0, False)
+    for shards in ([nothing], [empty], [nothing, empty]):
+        before = sums.clone()
+        kernel.square_sums(shards, sums[0])
+        kernel.moments_and_norms(shards, table, sums)
+        kernel.apply(shards, table, torch.ones(3))
+        assert torch.equal(sums, before)
+    kernel.square_sums([nothing, empty, held], sums[0])
+    assert sums[:, [0, 2]].tolist() == [[1.0, 3.0], [4.0, 6.0]]
+    assert sums[0, 1] > 2
+
+
+def test_a_parameter_in_several_shards_is_added_up_in_the_order_of_the_call() -> None:
+    """The first sum is so large that another order would be rounded otherwise."""
+    results = []
+    for kernel in (ReferenceKernel(), TritonKernel()):
+        shards = [made(Form(flat, (600,), *F32), 0, 9, False) for flat in (False, True, False)]
+        shards[1].grad.mul_(1e-9)  # type: ignore[union-attr]
+        sums = torch.full((1,), 1e17, dtype=torch.float64)
+        kernel.square_sums(shards, sums)
+        kernel.square_sums(shards[1:], sums)
+        results.append([sums])
+    assert_same(results[1], results[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_blocks_of_a_parameter_are_added_exactly_enough_and_always_alike(dtype: torch.dtype) -> None:
+    counts = [0, 1, 32, 33, 20_000, 8192, 0]
+    first = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+    generator = torch.Generator().manual_seed(1)
+    blocks = torch.rand(2, sum(counts), generator=generator, dtype=torch.float64).exp().to(dtype)
+    kernel, results = TritonKernel(), []
+    for _ in range(2):
+        sums = torch.full((2, len(counts)), 0.5, dtype=torch.float64)
+        triton_kernel.launch(
+            kernel._device.add_by_parameter,
+            (len(counts), 2),
+            blocks,
+            first,
+            sums,
+            len(counts),
+            blocks.shape[1],
+        )
+        results.append(sums)
+    assert torch.equal(results[0], results[1])
+    for plane in range(2):
+        for param in range(len(counts)):
+            exact = math.fsum([0.5, *blocks[plane, first[param] : first[param + 1]].tolist()])
+            assert results[0][plane, param].item() == pytest.approx(exact, rel=1e-14)
+
+
+# -- launches and tables -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that were launched."""
+    seen: list[str] = []
+    real = triton_kernel.launch
+
+    def counted(kernel: Any, *arguments: Any, **constants: Any) -> None:
+        seen.append(kernel.__name__)
+        real(kernel, *arguments, **constants)
+
+    monkeypatch.setattr(triton_kernel, "launch", counted)
+    return seen
+
+
+def both_passes(kernel: Kernel, shards: Sequence[Shard], count: int) -> None:
+    table = table_of(count, torch.float32, False)
+    kernel.square_sums(shards, torch.zeros(count, dtype=torch.float64))
+    kernel.moments_and_norms(shards, table, torch.zeros(2, count, dtype=torch.float64))
+    kernel.apply(shards, table, torch.ones(count))
+
+
+def test_launches_do_not_grow_with_shards_pieces_and_parameters(launches: list[str]) -> None:
+    expected = ["square_sums", "add_by_parameter", "moments_and_norms", "add_by_parameter", "apply"]
+    for pieces, flats in ((1, 0), (40, 0), (0, 1), (0, 12), (9, 9)):
+        forms = [Form(True, (256,), *F32)] * flats + ([Form(False, (16,) * pieces, *F32)] if pieces else [])
+        shards = [made(form, 0, i, False) for i, form in enumerate(forms)]
+        launches.clear()
+        both_passes(TritonKernel(), shards, max(pieces, 1))
+        assert launches == expected, (pieces, flats)
+
+
+def test_launches_are_counted_by_forms_of_memory(launches: list[str]) -> None:
+    """Another dtype is one more launch a pass, and so are pieces at odd addresses or of odd lengths."""
+    bf16 = replace(Form(False, (256, 512), *F32), model=torch.bfloat16)
+    odd = Form(False, (16,) * 6 + (7,), *F32)
+    both_passes(
+        TritonKernel(), [made(form, 0, 0, False) for form in (Form(True, (256,), *F32), bf16, odd)], 8
+    )
+    assert launches.count("apply") == launches.count("moments_and_norms") == 3
+    assert launches.count("add_by_parameter") == 2
+
+
+@contextmanager
+def copies_to_the_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.dtype]]:
+    seen: list[torch.dtype] = []
+    real = triton_runs._on_device
+
+    def counted(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        seen.append(dtype)
+        return real(values, dtype, device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_runs, "_on_device", counted)
+        yield seen
+
+
+def test_memory_that_stays_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = TritonKernel()
+    shards = [made(Form(True, (700,), *F32), 0, 0, False), made(Form(False, (3, 300), *F32), 1, 0, False)]
+    both_passes(kernel, shards, 3)
+    scratch = [table.block_sums.data_ptr() for table in kernel._tables._tables.values()]
+    with copies_to_the_device(monkeypatch) as seen:
+        both_passes(kernel, shards, 3)
+        again = [replace(shards[0]), replace(shards[1])]  # new shards over the same memory
+        both_passes(kernel, again, 3)
+        assert seen == []
+        moved = replace(again[1], grad=[grad.clone() for grad in again[1].grad])  # type: ignore[call-arg]
+        both_passes(kernel, [again[0], moved], 3)
+        assert seen == [torch.int64], "new gradients: the addresses and nothing else"
+        both_passes(kernel, shards, 3)
+        both_passes(kernel, [again[0], moved], 3)
+        assert seen == [torch.int64], "gradients that take turns are both known"
+    assert scratch == [table.block_sums.data_ptr() for table in kernel._tables._tables.values()]
+
+
+def test_new_memory_is_seen() -> None:
+    """The same shapes elsewhere, and other parameters on the same blocks."""
+    kernel, form = TritonKernel(), Form(True, (700, 30), *F32)
+    for seed in range(2 * triton_runs.KEPT_PLACES):
+        results = []
+        for used in (kernel, ReferenceKernel()):
+            shard = made(form, 0, seed, False)
+            if seed % 2:
+                assert isinstance(shard, FlatShard)
+                shard = replace(shard, block_param=shard.block_param.flip(0))
+            sums = torch.zeros(2, dtype=torch.float64)
+            used.square_sums([shard], sums)
+            results.append([sums])
+        assert_same(results[0], results[1])
+
+
+def test_tables_are_forgotten_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_runs, "KEPT_TABLES", 3)
+    kernel = TritonKernel()
+    for length in range(1, 9):
+        shard = made(Form(False, (length,), *F32), 0, 0, False)
+        kernel.apply([shard], table_of(1, torch.float32, False), torch.ones(1))
+    assert len(kernel._tables._tables) == 3
+
+
+def test_a_table_is_not_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, form = TritonKernel(), Form(False, (5,), *F32)
+    known, unknown = (made(form, 0, seed, False) for seed in range(2))
+    other = made(replace(form, lengths=(6,)), 0, 0, False)
+    both_passes(kernel, [known], 1)
+    monkeypatch.setattr(triton_runs, "_is_capturing", lambda device: True)
+    both_passes(kernel, [known], 1)
+    assert len(kernel._tables._captured) == 3
+    for shard in (unknown, other):
+        with pytest.raises(RuntimeError, match="set_to_none=False"):
+            both_passes(kernel, [shard], 1)
+
+
+# -- the optimizer -------------------------------------------------------------------------------------
+
+
+def trained(kernel: Kernel | None, dtype: torch.dtype, device: str = "cpu", **options: Any) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(19, 31), nn.LayerNorm(31), nn.Linear(31, 1)).to(device, dtype)
+    optimizer = ShardedLamb(model.named_parameters(), lr=0.05, weight_decay=0.1, bucket_mb=0.001, **options)
+    if kernel is not None:
+        optimizer._kernel = kernel
+    for step in range(3):
+        optimizer.zero_grad()
+        for i, p in enumerate(model.parameters()):
+            generator = torch.Generator().manual_seed(10 * step + i)
+            grad = torch.randn(p.shape, generator=generator)
+            if step == 1 and i == 0:
+                grad[0, 0] = torch.nan  # a step that is left out
+            p.grad = grad.to(device, dtype)
+        with torch.no_grad():
+            model[2].bias.add_(1)  # written from outside
+        optimizer.step()
+    assert optimizer.skipped_steps == 1
+    state = optimizer.full_state_dict()["state"]
+    moments = [value for row in state.values() for value in row.values() if isinstance(value, Tensor)]
+    ratios = torch.tensor(list(optimizer.trust_ratios().values()), dtype=torch.float64)
+    return [*(p.detach().cpu() for p in model.parameters()), *moments, ratios]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_has_the_bits_of_the_reference(dtype: torch.dtype) -> None:
+    for options in ({}, {"stage": 2, "max_grad_norm": 1.0, "state_dtype": torch.bfloat16}):
+        ours, theirs = trained(TritonKernel(), dtype, **options), trained(None, dtype, **options)
+        assert_same(ours, theirs)
