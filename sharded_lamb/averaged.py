@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sharded_lamb.buckets import FlatBucket
 from sharded_lamb.collectives import Collectives
-from sharded_lamb.engine import gradient_square_sums
+from sharded_lamb.engine import collect_gradients, gradient_square_sums
 from sharded_lamb.facts import (
     GradientFacts,
     Replicas,
@@ -118,8 +118,7 @@ class AveragedGradients:
         check_gradients(self.names, grads)
         self.pieces.take_gradients(self.names, self.collectives.traffic)
         sums = gradient_square_sums(self.kernel, self.pieces.shards, len(grads), self.params[0].device)
-        for bucket in self.buckets:
-            bucket.take_own_gradients(grads, self.kernel, sums)
+        collect_gradients(self.kernel, [bucket.own_gradients(grads) for bucket in self.buckets], sums)
         return sums
 
     def _agree(

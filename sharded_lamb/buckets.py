@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.footprint import Widths
-from sharded_lamb.kernels import FlatShard, Kernel
+from sharded_lamb.kernels import FlatShard
+from sharded_lamb.kernels.incoming import Taking
 from sharded_lamb.layout import BLOCK, Bucket, Segment
 
 
@@ -145,20 +146,15 @@ class FlatBucket:
         offset = flat.storage_offset() + self.plan.offsets[position]
         return flat.as_strided(self.params[position].shape, self.strides[position], offset)
 
-    def take_own_gradients(self, grads: Sequence[Tensor | None], kernel: Kernel, sums: Tensor) -> None:
-        """This rank's slices of whole gradients into the gradient shard; Σg² added to ``sums``.
-
-        Args:
-            grads: [P] of all parameters; 0 where there is none.
-            sums: [P] fp64.
-        """
+    def own_gradients(self, grads: Sequence[Tensor | None]) -> Taking:
+        """Whole gradients of which this rank's slices go into the gradient shard. ``grads``: [P] of all parameters."""
         mine = [grads[segment.param] for segment in self.segments]
         if not (self._contiguous and all(grad is not None and grad.is_contiguous() for grad in mine)):
             mine = [
                 grad if grad is None or grad.stride() == strides else flattened(grad, strides)
                 for grad, strides in zip(mine, self._sliced, strict=True)
             ]
-        kernel.collect(self.shard, self.segments, mine, sums)
+        return self.shard, self.segments, mine
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes of this bucket on this rank, by what they are for."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sharded_lamb import rule
 from sharded_lamb.kernels import Kernel, Shard
+from sharded_lamb.kernels.incoming import Taking, fill_together
 from sharded_lamb.rule import ParameterOptions
 
 
@@ -18,6 +19,26 @@ def gradient_square_sums(
     for alike in _by_compute(shards).values():
         kernel.square_sums(alike, sums)
     return sums
+
+
+def collect_gradients(kernel: Kernel, takings: Sequence[Taking], sums: Tensor) -> None:
+    """Whole gradients' segments into flat shards, and Σg² of them added to ``sums`` [P] fp64.
+
+    On a CPU shard by shard, each in one sweep; on a GPU, where a call is a launch, all at once.
+    """
+    shards = [shard for shard, _, _ in takings]
+    if _one_by_one(shards):
+        for shard, segments, grads in takings:
+            kernel.collect(shard, segments, grads, sums)
+        return
+    fill_together([(shard.grad, segments, grads) for shard, segments, grads in takings])
+    for alike in _by_compute(shards).values():
+        kernel.square_sums(alike, sums)
+
+
+def _one_by_one(shards: Sequence[Shard]) -> bool:
+    """Whether all shards are a CPU's, where a call costs nothing and one shard's memory stays in the cache."""
+    return all(shard.device.type == "cpu" for shard in shards)
 
 
 def _by_compute(shards: Sequence[Shard]) -> dict[torch.dtype, list[Shard]]:
@@ -33,7 +54,7 @@ def _applied_together(shards: Sequence[Shard]) -> Iterator[list[int]]:
     On a GPU a call is a launch: an eighth of the shards, so that a step is a handful of launches. The last come first:
     buckets are filled from a model's end, and the next forward begins at its beginning.
     """
-    size = 1 if all(shard.device.type == "cpu" for shard in shards) else -(-len(shards) // 8)
+    size = 1 if _one_by_one(shards) else -(-len(shards) // 8)
     together: list[int] = []
     for index in reversed(range(len(shards))):
         if len(together) == size or (together and shards[index].compute != shards[together[0]].compute):

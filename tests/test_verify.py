@@ -17,7 +17,7 @@ from sharded_lamb import shapes
 from sharded_lamb.__main__ import main
 from sharded_lamb.buckets import FlatBucket
 from sharded_lamb.collectives import Collectives
-from sharded_lamb.kernels import Kernel
+from sharded_lamb.kernels.incoming import Taking
 from sharded_lamb.kernels.native import CppKernel
 from sharded_lamb.layout import Bucket, Segment
 from sharded_lamb.verify import Reference, Report, verify
@@ -96,13 +96,13 @@ def with_summed_gradients(rank: int, stage: int) -> Verdict:
 
 def with_own_gradients_in_stage_1(rank: int, stage: int) -> Verdict:
     """Stage 1 takes what is this rank's alone, and the check of the first steps does not look."""
-    original = FlatBucket.take_own_gradients
+    original = FlatBucket.own_gradients
 
-    def own(self: FlatBucket, grads: Sequence[Tensor | None], kernel: Kernel, sums: Tensor) -> None:
-        original(self, grads, kernel, sums)
-        self.shard.grad.mul_(1 + rank)
+    def own(self: FlatBucket, grads: Sequence[Tensor | None]) -> Taking:
+        shard, segments, mine = original(self, grads)
+        return shard, segments, [None if grad is None else grad * (1 + rank) for grad in mine]
 
-    with mock.patch.object(FlatBucket, "take_own_gradients", own):
+    with mock.patch.object(FlatBucket, "own_gradients", own):
         return verify_here(rank, 1, "float32")
 
 

@@ -8,6 +8,9 @@ from torch import Tensor
 from sharded_lamb.kernels.shard import FlatShard, OwnPart, Shard
 from sharded_lamb.layout import Segment
 
+Taking = tuple[FlatShard, Sequence[Segment], Sequence[Tensor | None]]
+"""What `Kernel.collect` takes: where to, and segments of which gradients."""
+
 
 class StockIncoming:
     """`Kernel.average` and `Kernel.collect` for backends that have none of their own."""
@@ -60,14 +63,22 @@ def rows_with_own(parts: Tensor, segments: Sequence[Segment], own: OwnPart | Non
 
 def fill(flat: Tensor, segments: Sequence[Segment], grads: Sequence[Tensor | None]) -> None:
     """Segments of ``grads`` to where they lie in a shard's flat memory; zeros where there is none."""
-    places, found = [], []
-    for segment, grad in zip(segments, grads, strict=True):
-        place = flat[segment.shard_start : segment.shard_start + segment.length]
-        if grad is None:
-            place.zero_()
-        else:
-            run = grad.as_strided((grad.numel(),), (1,))
-            places.append(place)
-            found.append(run[segment.start : segment.start + segment.length])
+    fill_together([(flat, segments, grads)])
+
+
+def fill_together(fillings: Sequence[tuple[Tensor, Sequence[Segment], Sequence[Tensor | None]]]) -> None:
+    """As `fill`, of many: all in a few launches on a GPU."""
+    places, found, empty = [], [], []
+    for flat, segments, grads in fillings:
+        for segment, grad in zip(segments, grads, strict=True):
+            place = flat[segment.shard_start : segment.shard_start + segment.length]
+            if grad is None:
+                empty.append(place)
+            else:
+                run = grad.as_strided((grad.numel(),), (1,))
+                places.append(place)
+                found.append(run[segment.start : segment.start + segment.length])
+    if empty:
+        torch._foreach_zero_(empty)
     if places:
         torch._foreach_copy_(places, found)
