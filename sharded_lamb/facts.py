@@ -11,6 +11,7 @@ Slots of the fp64 vector, for P parameters and W ranks::
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -88,13 +89,11 @@ def agree(
     topology, count, world = collectives.topology, len(present), collectives.world_size
     device = square_sums.device
     slots = 0 if totals is None else totals.numel() * world
-    vector = torch.zeros(3 * count + 1 + slots, dtype=torch.float64)
-    # By numpy: torch.tensor takes ten times as long for a list.
-    vector[count : 2 * count] = torch.from_numpy(np.array(present, dtype=np.float64))
-    if any(left_over):
-        vector[2 * count : 3 * count] = torch.from_numpy(np.array(left_over, dtype=np.float64))
-    vector = vector.to(device, non_blocking=True)
+    vector = torch.zeros(3 * count + 1 + slots, dtype=torch.float64, device=device)
     vector[:count] = square_sums
+    vector[count : 2 * count] = _flags(present, device)
+    if any(left_over):
+        vector[2 * count : 3 * count] = _flags(left_over, device)
     if found_inf is not None:
         vector[3 * count] = found_inf.to(device).reshape(())
     if totals is not None:
@@ -111,12 +110,27 @@ def agree(
     )
 
 
+def _flags(given: Sequence[bool], device: torch.device) -> Tensor:
+    """[P] fp64, not to be written."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.array(given, dtype=np.float64))  # torch.tensor takes ten times as long
+    return _flags_on_device(tuple(given), device)
+
+
+@lru_cache(maxsize=16)
+def _flags_on_device(given: tuple[bool, ...], device: torch.device) -> Tensor:
+    """Kept: steps hand over the same flags, and a copy from the host can't be part of a CUDA graph."""
+    return torch.tensor(given, dtype=torch.float64, pin_memory=device.type == "cuda").to(
+        device, non_blocking=True
+    )
+
+
 def not_agreed(square_sums: Tensor, present: Sequence[bool]) -> GradientFacts:
     """This rank's facts where no decision waits for the others': nothing clips, nothing is left out."""
     no = torch.zeros(len(present), dtype=torch.bool, device=square_sums.device)
     return GradientFacts(
         square_sums=square_sums,
-        present=torch.tensor(present, dtype=torch.float64).to(square_sums.device, non_blocking=True),
+        present=_flags(present, square_sums.device),
         left_over=torch.zeros_like(square_sums),
         bad=no,
         found_inf=torch.zeros((), dtype=torch.bool, device=square_sums.device),
@@ -219,7 +233,10 @@ def _unlike(found: str, kind: str) -> str:
 
 
 class SkipCounter:
-    """Steps left out, counted on the device; the host reads them one step late, so that no step waits."""
+    """Steps left out, counted on the device; the host reads them one step late, so that no step waits.
+
+    A CUDA graph that is replayed counts them too, and nothing reads them but `total`.
+    """
 
     def __init__(self, device: torch.device, limit: int) -> None:
         self.limit = limit
@@ -241,7 +258,7 @@ class SkipCounter:
         self._counts[1] = (self._counts[1] + 1) * skipped
         self._counts[2] = torch.where(skip, bad.to(torch.int64).argmax(), self._counts[2])
         self._seen.copy_(self._counts, non_blocking=True)
-        if self._arrived is not None:
+        if self._arrived is not None and not torch.cuda.is_current_stream_capturing():
             self._arrived.record()
 
     def reset(self) -> None:
@@ -252,6 +269,8 @@ class SkipCounter:
     def check(self, names: Sequence[str]) -> None:
         """Raises RuntimeError, on every rank alike, after ``limit`` skipped steps in a row."""
         if self._arrived is not None:
+            if torch.cuda.is_current_stream_capturing():
+                return
             self._arrived.synchronize()  # of the step before: long done
         total, in_a_row, first = self._seen.tolist()
         if in_a_row >= self.limit:

@@ -88,7 +88,8 @@ class OptionTable:
 
     def _on_device(self, values: Sequence[Any]) -> Tensor:
         """Without waiting for the device, as a plain copy to it would."""
-        return torch.tensor(values, dtype=torch.float64).to(self._device, non_blocking=True)
+        host = torch.tensor(values, dtype=torch.float64, pin_memory=self._device.type == "cuda")
+        return host.to(self._device, non_blocking=True)
 
     def _assemble(self, rows: Sequence[tuple[float, ...]]) -> ParameterOptions:
         table = self._on_device(rows)[self._group_of]
