@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sharded_lamb import ShardedLamb, rule
+from sharded_lamb import ShardedLamb, engine, kernels, rule
 from sharded_lamb.kernels import (
     FlatShard,
     Kernel,
@@ -468,12 +469,15 @@ def test_a_table_is_not_made_while_a_graph_is_captured(monkeypatch: pytest.Monke
 # -- the optimizer -------------------------------------------------------------------------------------
 
 
-def trained(kernel: Kernel | None, dtype: torch.dtype, device: str = "cpu", **options: Any) -> list[Tensor]:
+def optimizer_with(kernel: Kernel, model: nn.Module, **options: Any) -> ShardedLamb:
+    with mock.patch.object(kernels, "choose", return_value=kernel):
+        return ShardedLamb(model.named_parameters(), **options)
+
+
+def trained(kernel: Kernel, dtype: torch.dtype, device: str = "cpu", **options: Any) -> list[Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(19, 31), nn.LayerNorm(31), nn.Linear(31, 1)).to(device, dtype)
-    optimizer = ShardedLamb(model.named_parameters(), lr=0.05, weight_decay=0.1, bucket_mb=0.001, **options)
-    if kernel is not None:
-        optimizer._kernel = kernel
+    optimizer = optimizer_with(kernel, model, lr=0.05, weight_decay=0.1, bucket_mb=0.001, **options)
     for step in range(3):
         optimizer.zero_grad()
         for i, p in enumerate(model.parameters()):
@@ -492,8 +496,29 @@ def trained(kernel: Kernel | None, dtype: torch.dtype, device: str = "cpu", **op
     return [*(p.detach().cpu() for p in model.parameters()), *moments, ratios]
 
 
+def test_a_step_over_42_buckets_is_at_most_12_launches(
+    launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where shards are taken together; a parameter without a gradient, one clipping norm."""
+    monkeypatch.setattr(engine, "_one_by_one", lambda shards: False)
+    results = []
+    for kernel in (TritonKernel(), ReferenceKernel()):
+        torch.manual_seed(0)
+        model = nn.ParameterList([nn.Parameter(torch.randn(3 + i)) for i in range(42)])
+        optimizer = optimizer_with(kernel, model, max_grad_norm=1.0, bucket_mb=1e-6)
+        assert len(optimizer._holdings.buckets) == 42
+        for step in range(2):
+            for i, p in enumerate(model):
+                p.grad = None if step == 1 and i == 5 else torch.randn(p.shape)
+            launches.clear()
+            optimizer.step()
+            assert len(launches) <= (12 if isinstance(kernel, TritonKernel) else 0), launches
+        results.append([p.detach() for p in model])
+    assert_same(results[0], results[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_has_the_bits_of_the_reference(dtype: torch.dtype) -> None:
     for options in ({}, {"stage": 2, "max_grad_norm": 1.0, "state_dtype": torch.bfloat16}):
-        ours, theirs = trained(TritonKernel(), dtype, **options), trained(None, dtype, **options)
+        ours, theirs = (trained(kernel, dtype, **options) for kernel in (TritonKernel(), ReferenceKernel()))
         assert_same(ours, theirs)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sharded_lamb.kernels.incoming import StockIncoming
 from sharded_lamb.kernels.shard import Shard
 from sharded_lamb.kernels.triton_runs import Table, Tables
 
@@ -55,7 +56,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **const
     kernel[grid](*arguments, **constants, num_warps=WARPS, enable_fp_fusion=False)
 
 
-class TritonKernel:
+class TritonKernel(StockIncoming):
     """A `sharded_lamb.kernels.Kernel` on CUDA memory (on a CPU's under TRITON_INTERPRET=1).
 
     Raises:
