@@ -62,6 +62,7 @@ def _interpreted() -> Iterator[None]:
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+F32 = (torch.float32, None, torch.float32, torch.float32, torch.float32)
 KINDS = ("weight", "model", "grad", "exp_avg", "exp_avg_sq")
 
 
@@ -203,6 +204,15 @@ def test_bits_are_the_references(forms: list[Form], seed: int, bad: bool) -> Non
     assert_same(stepped(TritonKernel(), forms, seed, bad), stepped(ReferenceKernel(), forms, seed, bad))
 
 
+def test_what_must_not_be_used_is_not() -> None:
+    """nan gradients whose scale is 0, in both forms of memory."""
+    forms = [Form(flat, (256, 700, 3), torch.float32, None, torch.float32, *F32[3:]) for flat in (False, True)]
+    ours, theirs = (stepped(kernel, forms, 2, True, steps=1) for kernel in (TritonKernel(), ReferenceKernel()))
+    assert_same(ours, theirs)
+    sums = ours[1]
+    assert sums.isfinite().all()
+
+
 PLACES = [(weight, model) for weight in FLOATS for model in (None, *FLOATS[:3]) if weight != model]
 COMBINATIONS = [(*place, FLOATS[i % 4], FLOATS[(i + i // 4) % 4]) for i, place in enumerate(PLACES)]
 
@@ -220,9 +230,6 @@ def test_every_dtype_in_every_place(flat: bool) -> None:
             stepped(kernel, forms, 5, False, steps=1) for kernel in (TritonKernel(), ReferenceKernel())
         )
         assert_same(ours, theirs)
-
-
-F32 = (torch.float32, None, torch.float32, torch.float32, torch.float32)
 
 
 def special(values: Sequence[float], dtype: torch.dtype) -> Form:
