@@ -16,7 +16,7 @@ from sharded_lamb import ShardedLamb
 from sharded_lamb.engine import _applied_together
 from sharded_lamb.kernels import FlatShard, ReferenceKernel, triton_kernel
 from sharded_lamb.kernels.triton_kernel import TritonKernel, usable
-from tests import triton_cases
+from tests.kernel_memory import Form, assert_same, optimizer_with, stepped, trained
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def test_pass_2_is_at_most_8_calls_on_a_device() -> None:
     for count in (1, 7, 8, 9, 42, 1000):
         calls = list(_applied_together([shard] * count))
         assert len(calls) <= 8
-        assert [index for call in calls for index in call] == list(range(count))
+        assert sorted(index for call in calls for index in call) == list(range(count))
 
 
 # -- what is compiled for a GPU, which needs none ------------------------------------------------------
@@ -162,7 +162,7 @@ def no_waiting() -> Iterator[None]:
 @pytest.mark.gpu
 def test_bits_on_a_device_are_the_references_on_a_cpu() -> None:
     forms = [
-        triton_cases.Form(flat, (257, 5000, 0, 1), weight, model, torch.float16, state, torch.float32, gap, 3)
+        Form(flat, (257, 5000, 0, 1), weight, model, torch.float16, state, torch.float32, gap, 3)
         for flat, gap in ((True, 0), (False, 3))
         for weight, model, state in (
             (torch.float32, None, torch.float32),
@@ -171,8 +171,8 @@ def test_bits_on_a_device_are_the_references_on_a_cpu() -> None:
         )
     ]
     for bad in (False, True):
-        ours = triton_cases.stepped(TritonKernel(), forms, 1, bad, "cuda")
-        triton_cases.assert_same(ours, triton_cases.stepped(ReferenceKernel(), forms, 1, bad))
+        ours = stepped(TritonKernel(), forms, 1, bad, "cuda")
+        assert_same(ours, stepped(ReferenceKernel(), forms, 1, bad))
 
 
 @gpu
@@ -181,8 +181,8 @@ def test_bits_on_a_device_are_the_references_on_a_cpu() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_on_a_device_has_the_references_bits(dtype: torch.dtype) -> None:
     """But for fp64 transcendentals of the bias correction, which are a library's: to fp32's last bits."""
-    ours = triton_cases.trained(TritonKernel(), dtype, "cuda")
-    for x, y in zip(ours, triton_cases.trained(ReferenceKernel(), dtype), strict=True):
+    ours = trained(TritonKernel(), dtype, "cuda")
+    for x, y in zip(ours, trained(ReferenceKernel(), dtype), strict=True):
         torch.testing.assert_close(x.cpu(), y.cpu())
 
 
@@ -191,7 +191,7 @@ def _optimizer_on_a_device() -> tuple[torch.nn.Module, ShardedLamb]:
     model = torch.nn.Sequential(torch.nn.Linear(190, 310), torch.nn.LayerNorm(310)).cuda().bfloat16()
     lr = torch.tensor(0.01, device="cuda")
     options = {"lr": lr, "max_grad_norm": 1.0, "bucket_mb": 0.01}
-    optimizer = triton_cases.optimizer_with(TritonKernel(), model, **options)
+    optimizer = optimizer_with(TritonKernel(), model, **options)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()  # logs, and reads the device for it
