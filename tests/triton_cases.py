@@ -1,72 +1,21 @@
-"""The Triton backend against the reference, under Triton's interpreter.
+"""The bits of the Triton backend are the reference's, under Triton's interpreter.
 
 Not collected by itself: `test_triton_kernels.py` runs it in a process of its own, since what is interpreted is decided
 when Triton is imported.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
-from sharded_lamb import engine, rule
-from sharded_lamb.kernels import (
-    FlatShard,
-    PieceShard,
-    ReferenceKernel,
-    triton_kernel,
-    triton_runs,
-)
+from sharded_lamb.kernels import FlatShard, PieceShard, ReferenceKernel, triton_kernel
 from sharded_lamb.kernels.triton_kernel import TritonKernel
-from tests.kernel_memory import (
-    F32,
-    FLOATS,
-    Form,
-    assert_same,
-    both_passes,
-    contents,
-    made,
-    optimizer_with,
-    stepped,
-    table_of,
-    trained,
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _interpreted() -> Iterator[None]:
-    """Triton's interpreter, at a fifth of its time, and a reference of which every operation is IEEE's."""
-    from triton.runtime import interpreter
-
-    patched: set[Any] = set()
-    patch_lang, root = interpreter._patch_lang, rule.root
-
-    def patch_once(function: Any) -> Any:
-        """For a function that a kernel calls, which the interpreter patches anew at every call and never restores."""
-        if function not in patched:
-            patched.add(function)
-            patch_lang(function)
-
-    def call(self: Any, *arguments: Any, **named: Any) -> Any:
-        patch_once(self.fn)
-        return self.rewrite()(*arguments, **named)
-
-    def correct_root(x: Tensor) -> Tensor:
-        """MKL's, of which torch's fp64 root is made on CPUs, is an ulp off in 0.6 % of values."""
-        return torch.from_numpy(np.sqrt(x.numpy())) if x.dtype == torch.float64 else root(x)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
-        patch.setattr(rule, "root", correct_root)
-        yield
-
+from tests.kernel_memory import F32, FLOATS, Form, assert_same, contents, made, stepped, table_of, trained
+from tests.triton_interpreter import interpreted  # noqa: F401 (every test uses it)
 
 LENGTHS = st.lists(st.sampled_from([0, 1, 255, 256, 257, 700, 5000]), min_size=1, max_size=4).map(tuple)
 
@@ -217,6 +166,24 @@ def test_nothing_to_do() -> None:
     assert sums[0, 1] > 2
 
 
+@settings(max_examples=8)
+@given(LENGTHS, st.sampled_from(FLOATS), st.sampled_from([torch.float32, torch.float64]), st.booleans())
+def test_average_has_the_bits_of_stock_operations(
+    lengths: tuple[int, ...], wire: torch.dtype, weight: torch.dtype, add: bool
+) -> None:
+    """Divided by 3 of whatever number of parts."""
+    form, ranks = Form(True, (*lengths, 5), weight, None, *F32[2:]), len(lengths)
+    results = []
+    for kernel in (TritonKernel(), ReferenceKernel()):
+        shard = made(form, 0, 1, False)
+        assert isinstance(shard, FlatShard)
+        parts = torch.randn(ranks, len(shard.grad), generator=torch.Generator().manual_seed(2)).to(wire)
+        sums = torch.full((len(lengths) + 1,), 0.5, dtype=torch.float64)
+        kernel.average(shard, parts, 3, sums, add=add)
+        results.append([shard.grad, sums])
+    assert_same(results[0], results[1])
+
+
 def test_a_parameter_in_several_shards_is_added_up_in_the_order_of_the_call() -> None:
     """The first sum is so large that another order would be rounded otherwise."""
     results = []
@@ -254,140 +221,6 @@ def test_many_blocks_of_a_parameter_are_added_exactly_enough_and_always_alike(dt
         for param in range(len(counts)):
             exact = math.fsum([0.5, *blocks[plane, first[param] : first[param + 1]].tolist()])
             assert results[0][plane, param].item() == pytest.approx(exact, rel=1e-14)
-
-
-# -- launches and tables -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels that were launched."""
-    seen: list[str] = []
-    real = triton_kernel.launch
-
-    def counted(kernel: Any, *arguments: Any, **constants: Any) -> None:
-        seen.append(kernel.__name__)
-        real(kernel, *arguments, **constants)
-
-    monkeypatch.setattr(triton_kernel, "launch", counted)
-    return seen
-
-
-def test_launches_do_not_grow_with_shards_pieces_and_parameters(launches: list[str]) -> None:
-    expected = ["square_sums", "add_by_parameter", "moments_and_norms", "add_by_parameter", "apply"]
-    for pieces, flats in ((1, 0), (40, 0), (0, 1), (0, 12), (9, 9)):
-        forms = [Form(True, (256,), *F32)] * flats + ([Form(False, (16,) * pieces, *F32)] if pieces else [])
-        shards = [made(form, 0, i, False) for i, form in enumerate(forms)]
-        launches.clear()
-        both_passes(TritonKernel(), shards, max(pieces, 1))
-        assert launches == expected, (pieces, flats)
-
-
-def test_launches_are_counted_by_forms_of_memory(launches: list[str]) -> None:
-    """Another dtype is one more launch a pass, and so are pieces at odd addresses or of odd lengths."""
-    bf16 = replace(Form(False, (256, 512), *F32), model=torch.bfloat16)
-    odd = Form(False, (16,) * 6 + (7,), *F32)
-    both_passes(
-        TritonKernel(), [made(form, 0, 0, False) for form in (Form(True, (256,), *F32), bf16, odd)], 8
-    )
-    assert launches.count("apply") == launches.count("moments_and_norms") == 3
-    assert launches.count("add_by_parameter") == 2
-
-
-@pytest.fixture
-def copies(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    """What was copied to the device to describe memory."""
-    seen: list[torch.dtype] = []
-    real = triton_runs._on_device
-
-    def counted(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-        seen.append(dtype)
-        return real(values, dtype, device)
-
-    monkeypatch.setattr(triton_runs, "_on_device", counted)
-    return seen
-
-
-def test_memory_that_stays_is_told_once(copies: list[torch.dtype]) -> None:
-    kernel = TritonKernel()
-    shards = [made(Form(True, (700,), *F32), 0, 0, False), made(Form(False, (3, 300), *F32), 1, 0, False)]
-    both_passes(kernel, shards, 3)
-    scratch = [table.block_sums.data_ptr() for table in kernel._tables._tables.values()]
-    copies.clear()
-    both_passes(kernel, shards, 3)
-    again = [replace(shards[0]), replace(shards[1])]  # new shards over the same memory
-    both_passes(kernel, again, 3)
-    assert copies == []
-    moved = replace(again[1], grad=[grad.clone() for grad in again[1].grad])  # type: ignore[call-arg]
-    both_passes(kernel, [again[0], moved], 3)
-    assert copies == [torch.int64], "new gradients: the addresses and nothing else"
-    both_passes(kernel, shards, 3)
-    both_passes(kernel, [again[0], moved], 3)
-    assert copies == [torch.int64], "gradients that take turns are both known"
-    assert scratch == [table.block_sums.data_ptr() for table in kernel._tables._tables.values()]
-
-
-def test_new_memory_is_seen() -> None:
-    """The same shapes elsewhere, and other parameters on the same blocks."""
-    kernel, form = TritonKernel(), Form(True, (700, 30), *F32)
-    for seed in range(2 * triton_runs.KEPT_PLACES):
-        results = []
-        for used in (kernel, ReferenceKernel()):
-            shard = made(form, 0, seed, False)
-            if seed % 2:
-                assert isinstance(shard, FlatShard)
-                shard = replace(shard, block_param=shard.block_param.flip(0))
-            sums = torch.zeros(2, dtype=torch.float64)
-            used.square_sums([shard], sums)
-            results.append([sums])
-        assert_same(results[0], results[1])
-
-
-def test_tables_are_forgotten_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_runs, "KEPT_TABLES", 3)
-    kernel = TritonKernel()
-    for length in range(1, 9):
-        shard = made(Form(False, (length,), *F32), 0, 0, False)
-        kernel.apply([shard], table_of(1, torch.float32, False), torch.ones(1))
-    assert len(kernel._tables._tables) == 3
-
-
-def test_a_table_is_not_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel, form = TritonKernel(), Form(False, (5,), *F32)
-    known, unknown = (made(form, 0, seed, False) for seed in range(2))
-    other = made(replace(form, lengths=(6,)), 0, 0, False)
-    both_passes(kernel, [known], 1)
-    monkeypatch.setattr(triton_runs, "_is_capturing", lambda device: True)
-    both_passes(kernel, [known], 1)
-    assert len(kernel._tables._captured) == 3
-    for shard in (unknown, other):
-        with pytest.raises(RuntimeError, match="set_to_none=False"):
-            both_passes(kernel, [shard], 1)
-    assert len(kernel._tables._tables) == 1
-
-
-# -- the optimizer -------------------------------------------------------------------------------------
-
-
-def test_a_step_over_42_buckets_is_at_most_12_launches(
-    launches: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a GPU, where shards are taken together; a parameter without a gradient, one clipping norm."""
-    monkeypatch.setattr(engine, "_one_by_one", lambda shards: False)
-    results = []
-    for kernel in (TritonKernel(), ReferenceKernel()):
-        torch.manual_seed(0)
-        model = nn.ParameterList([nn.Parameter(torch.randn(3 + i)) for i in range(42)])
-        optimizer = optimizer_with(kernel, model, max_grad_norm=1.0, bucket_mb=1e-6)
-        assert len(optimizer._holdings.buckets) == 42
-        for step in range(2):
-            for i, p in enumerate(model):
-                p.grad = None if step == 1 and i == 5 else torch.randn(p.shape)
-            launches.clear()
-            optimizer.step()
-            assert len(launches) <= (12 if isinstance(kernel, TritonKernel) else 0), launches
-        results.append([p.detach() for p in model])
-    assert_same(results[0], results[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -174,6 +174,42 @@ def square_sums(
     tl.store(sums + slots, _square_sums(_widened(grad, GRAD, COMPUTE)), mask=blocks)
 
 
+@triton.jit(do_not_specialize=["count", "numel", "divisor"])
+def average(
+    runs,
+    tile_run,
+    parts,
+    block_slot,
+    sums,
+    count,
+    numel,
+    divisor,
+    WIRE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """grad ← Σ parts / divisor (+ grad), Σg² of each block → ``sums`` at its slot.
+
+    ``parts``: [count, numel], bfloat16 as int16; ``numel``: of the shard, whole blocks. ``grad`` has the compute dtype.
+    """
+    row, start, block, left = _tile(runs, tile_run, ALIGNED)
+    places, mask, blocks = _places(left)
+    part = parts + start
+    numel = tl.multiple_of(numel, BLOCK)
+    total = _widened(tl.load(part + places, mask=mask, other=0), WIRE, COMPUTE)
+    for _ in range(1, count):
+        part += numel
+        total += _widened(tl.load(part + places, mask=mask, other=0), WIRE, COMPUTE)
+    total = _divided(total, tl.full((1, 1), 0, COMPUTE) + divisor.to(COMPUTE), COMPUTE)
+    grad = _memory(row, GRAD_AT, start, COMPUTE, ALIGNED)
+    if ADD:
+        total = tl.load(grad + places, mask=mask, other=0) + total
+    tl.store(grad + places, total, mask=mask)
+    slots = tl.load(block_slot + block + tl.arange(0, TILE), mask=blocks, other=0)
+    tl.store(sums + slots, _square_sums(total), mask=blocks)
+
+
 @triton.jit
 def _adopted(
     memory,

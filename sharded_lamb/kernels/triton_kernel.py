@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.kernels.incoming import StockIncoming
-from sharded_lamb.kernels.shard import Shard
+from sharded_lamb.kernels.shard import FlatShard, Shard
 from sharded_lamb.kernels.triton_runs import Table, Tables
 
 if TYPE_CHECKING:
@@ -70,6 +70,23 @@ class TritonKernel(StockIncoming):
 
         self._device: ModuleType = triton_device
         self._tables = Tables(triton_device.TILE.value)
+
+    def average(self, shard: FlatShard, parts: Tensor, divisor: int, sums: Tensor, *, add: bool) -> None:
+        """grad ← Σ parts / divisor, or grad + that, and Σg², in one sweep."""
+        assert parts.is_contiguous()
+        assert parts.shape[1:] == shard.grad.shape
+        found = self._tables.of([shard], len(sums))
+        if found is None:
+            return
+        table, rows = found
+        slot, _ = table.slots
+        constants = {"WIRE": self._dtype(parts.dtype), "COMPUTE": self._dtype(table.compute), "ADD": add}
+        bits = parts.view(torch.int16) if parts.dtype == torch.bfloat16 else parts
+        (run,) = table.launches
+        arguments = rows, run.tile_run, bits, slot, table.block_sums, len(parts), parts.shape[1], divisor
+        with _on(table.device):
+            launch(self._device.average, (run.tiles,), *arguments, **constants, ALIGNED=run.form.aligned)
+            self._add_up(table, sums.unsqueeze(0))
 
     def square_sums(self, shards: Sequence[Shard], sums: Tensor) -> None:
         """Σg² per parameter, added to ``sums`` [P] fp64."""
