@@ -8,11 +8,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from sharded_lamb import ShardedLamb
+from sharded_lamb import ShardedLamb, facts
 from sharded_lamb.engine import _applied_together
 from sharded_lamb.kernels import FlatShard, ReferenceKernel, triton_kernel
 from sharded_lamb.kernels.triton_kernel import TritonKernel, usable
@@ -79,6 +80,36 @@ def test_pass_2_is_at_most_8_calls_on_a_device() -> None:
         calls = list(_applied_together([shard] * count))
         assert len(calls) <= 8
         assert sorted(index for call in calls for index in call) == list(range(count))
+
+
+def test_a_device_is_told_once_who_has_gradients() -> None:
+    meta = torch.device("meta")
+    known = facts._flags([True, False], meta)
+    assert known.device == meta
+    assert facts._flags([True, False], meta) is known
+    assert facts._flags([True, True], meta) is not known
+    there = facts._flags_on_device((True, False), CPU)
+    assert torch.equal(there, facts._flags([True, False], CPU))
+    assert there.dtype == torch.float64
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_no_event_is_waited_for_while_a_graph_is_captured(
+    capturing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skips, event = facts.SkipCounter(CPU, limit=1), mock.Mock()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    skips._arrived = event
+    skips.check(["a"])
+    skips.record(torch.tensor(True), torch.tensor([True]))
+    assert event.synchronize.called is not capturing
+    assert event.record.called is not capturing
+    assert skips.total == 1
+    if capturing:
+        skips.check(["a"])
+    else:
+        with pytest.raises(RuntimeError, match="non-finite gradients"):
+            skips.check(["a"])
 
 
 # -- what is compiled for a GPU, which needs none ------------------------------------------------------
