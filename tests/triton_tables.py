@@ -1,5 +1,6 @@
 """What the Triton backend launches, and what it tells the device, under the interpreter: see `triton_cases.py`."""
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -50,20 +51,20 @@ def test_launches_are_counted_by_forms_of_memory(launches: list[str]) -> None:
 
 
 @pytest.fixture
-def copies(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    """What was copied to the device to describe memory."""
-    seen: list[torch.dtype] = []
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of what was copied to the device to describe memory."""
+    seen: list[tuple[int, ...]] = []
     real = triton_runs._on_device
 
-    def counted(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-        seen.append(dtype)
-        return real(values, dtype, device)
+    def counted(values: Any, device: torch.device) -> Tensor:
+        seen.append(values.shape)
+        return real(values, device)
 
     monkeypatch.setattr(triton_runs, "_on_device", counted)
     return seen
 
 
-def test_memory_that_stays_is_told_once(copies: list[torch.dtype]) -> None:
+def test_memory_that_stays_is_told_once(copies: list[tuple[int, ...]]) -> None:
     kernel = TritonKernel()
     shards = [made(Form(True, (700,), *F32), 0, 0, False), made(Form(False, (3, 300), *F32), 1, 0, False)]
     both_passes(kernel, shards, 3)
@@ -75,11 +76,23 @@ def test_memory_that_stays_is_told_once(copies: list[torch.dtype]) -> None:
     assert copies == []
     moved = replace(again[1], grad=[grad.clone() for grad in again[1].grad])  # type: ignore[call-arg]
     both_passes(kernel, [again[0], moved], 3)
-    assert copies == [torch.int64], "new gradients: the addresses and nothing else"
+    assert copies == [(3, 8)], "new gradients: the addresses and nothing else"
     both_passes(kernel, shards, 3)
     both_passes(kernel, [again[0], moved], 3)
-    assert copies == [torch.int64], "gradients that take turns are both known"
+    assert copies == [(3, 8)], "gradients that take turns are both known"
     assert scratch == [table.block_sums.data_ptr() for table in kernel._tables._tables.values()]
+
+
+def test_no_memory_is_kept_alive() -> None:
+    """Of gradients, above all; what was read off a shard goes with it."""
+    kernel = TritonKernel()
+    shard = made(Form(False, (3, 300), *F32), 0, 0, False)
+    both_passes(kernel, [shard], 2)
+    held = [weakref.ref(shard), weakref.ref(shard.grad[0]), weakref.ref(shard.weight[1])]
+    assert len(kernel._tables._memories) == 1
+    del shard
+    assert [ref() for ref in held] == [None] * 3
+    assert not kernel._tables._memories
 
 
 def test_new_memory_is_seen() -> None:

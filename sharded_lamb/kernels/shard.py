@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class FlatShard:
     """The memory that one rank updates in one bucket; flat tensors of one length, whole blocks."""
 
@@ -36,7 +36,7 @@ class OwnPart:
     grads: Sequence[Tensor | None]  # one a segment, without gaps in memory; None stands for zeros
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class PieceShard:
     """Pieces of memory on one device: DTensors' local parts, another framework's partitions, or whole tensors.
 

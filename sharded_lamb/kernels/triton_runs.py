@@ -5,17 +5,19 @@ in their dtypes and in whether they are aligned share a launch, whatever shards 
 tensors; nothing here knows Triton.
 """
 
+import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sharded_lamb.kernels.shard import PieceShard, Shard
+from sharded_lamb.kernels.shard import FlatShard, PieceShard, Shard
 from sharded_lamb.layout import BLOCK
 
 ROW = ("weight", "model", "grad", "exp_avg", "exp_avg_sq", "numel", "first_tile", "first_block")
@@ -26,6 +28,8 @@ ALIGNMENT = 16
 
 KEPT_TABLES, KEPT_PLACES = 64, 4
 """Calls whose tables are kept, and places of their memory: gradients often take turns between a few."""
+
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,54 +44,55 @@ class Form:
     aligned: bool
 
 
-Owner = int | Tensor
-"""The parameter of a run; or [blocks] int64, that of each of its blocks."""
+class Memory:
+    """The runs of one shard that have elements, read off once. ``structure`` and ``where`` are keys: bytes, whose hash
+    Python computes once."""
 
-Addresses = tuple[int, int, int, int, int]
+    def __init__(self, shard: Shard) -> None:
+        columns = _columns(shard)
+        self.block_param = shard.block_param if isinstance(shard, FlatShard) else None
+        numels = np.array(list(map(_NUMEL, columns[0])), dtype=np.int64)
+        held = numels > 0
+        self.numels = numels[held]
+        pointers = [np.array(list(map(_POINTER, column)), dtype=np.int64) for column in columns if column]
+        if not columns[1]:
+            pointers.insert(1, np.zeros_like(numels))
+        self.addresses: Integers = (
+            np.stack(pointers, axis=1)[held] if len(numels) else np.zeros((0, 5), np.int64)
+        )
+        params = shard.params if isinstance(shard, PieceShard) else (0,)
+        self.params = np.array(params, dtype=np.int64)[held]
+        odd = np.bitwise_or.reduce(self.addresses, axis=1) | self.numels
+        self.aligned = odd % ALIGNMENT == 0
+        dtypes = tuple(column[0].dtype if column else None for column in columns)
+        self.forms = [_form(dtypes, aligned) for aligned in (False, True)] if len(self.numels) else []
+        # A flat shard's owners are told by their tensor, which lives as long as this.
+        about = repr((dtypes, len(self.numels), None if self.block_param is None else id(self.block_param)))
+        parts = about.encode(), self.numels.tobytes(), self.params.tobytes(), self.aligned.tobytes()
+        self.structure, self.where = b"".join(parts), self.addresses.tobytes()
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    form: Form
-    numel: int
-    owner: Owner
-    addresses: Addresses
-
-    @property
-    def structure(self) -> tuple[Any, ...]:
-        """All but the addresses. A flat shard's owners are told by their tensor, which a table keeps alive."""
-        return self.form, self.numel, id(self.owner) if isinstance(self.owner, Tensor) else self.owner
+def _form(dtypes: Sequence[torch.dtype | None], aligned: bool) -> Form:
+    weight, model, grad, exp_avg, exp_avg_sq = dtypes
+    assert weight is not None
+    assert grad is not None
+    assert exp_avg is not None
+    assert exp_avg_sq is not None
+    return Form(weight, model, grad, exp_avg, exp_avg_sq, aligned)
 
 
-def _runs(shard: Shard) -> Iterator[_Run]:
-    """Those that have elements."""
-    weights, models, grads, ms, vs, owners = _columns(shard)
-    if not owners:
-        return
-    model_dtype = models[0].dtype if models else None
-    plain, aligned = (
-        Form(weights[0].dtype, model_dtype, grads[0].dtype, ms[0].dtype, vs[0].dtype, aligned)
-        for aligned in (False, True)
-    )
-    for i, owner in enumerate(owners):
-        numel = weights[i].numel()
-        if numel == 0:
-            continue
-        model = models[i].data_ptr() if models else 0
-        addresses = weights[i].data_ptr(), model, grads[i].data_ptr(), ms[i].data_ptr(), vs[i].data_ptr()
-        bits = numel | addresses[0] | model | addresses[2] | addresses[3] | addresses[4]
-        yield _Run(plain if bits % ALIGNMENT else aligned, numel, owner, addresses)
-
+_NUMEL: Any = Tensor.numel
+_POINTER: Any = Tensor.data_ptr
 
 Column = Sequence[Tensor]
 
 
-def _columns(shard: Shard) -> tuple[Column, Column, Column, Column, Column, Sequence[Owner]]:
-    """(weights, models, gradients, moments, moments of squares, owners) of a shard's runs; models may be none."""
+def _columns(shard: Shard) -> tuple[Column, Column, Column, Column, Column]:
+    """Weights, models, gradients, moments, moments of squares of a shard's runs; models may be none."""
     if isinstance(shard, PieceShard):
-        return shard.weight, shard.model or (), shard.grad, shard.exp_avg, shard.exp_avg_sq, shard.params
+        return shard.weight, shard.model or (), shard.grad, shard.exp_avg, shard.exp_avg_sq
     model = () if shard.model is None else (shard.model,)
-    return (shard.weight,), model, (shard.grad,), (shard.exp_avg,), (shard.exp_avg_sq,), (shard.block_param,)
+    return (shard.weight,), model, (shard.grad,), (shard.exp_avg,), (shard.exp_avg_sq,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,43 +113,52 @@ class Table:
     """
 
     def __init__(
-        self, runs: Sequence[_Run], params: int, compute: torch.dtype, device: torch.device, tile_blocks: int
+        self,
+        memories: Sequence[Memory],
+        params: int,
+        compute: torch.dtype,
+        device: torch.device,
+        tile_blocks: int,
     ) -> None:
         self.params, self.compute, self.device = params, compute, device
-        self.owners = [run.owner for run in runs]
-        blocks = [-(-run.numel // BLOCK) for run in runs]
-        self.blocks = sum(blocks)
-        forms = list(dict.fromkeys(run.form for run in runs))
-        self.order = sorted(range(len(runs)), key=lambda run: forms.index(runs[run].form))
-        first_block = list(accumulate(blocks, initial=0))
-        first_tile = [0] * len(runs)
+        self.owners = [memory.block_param for memory in memories]
+        numels = np.concatenate([memory.numels for memory in memories])
+        blocks = -(-numels // BLOCK)
+        self.blocks = int(blocks.sum())
+        first_block = np.cumsum(blocks) - blocks
+        forms = list(dict.fromkeys(form for memory in memories for form in memory.forms))
+        form_of = np.concatenate([_form_of(memory, forms) for memory in memories])
+        self._order = np.argsort(form_of, kind="stable")
+        tiles = -(-blocks // tile_blocks)
+        first_tile = np.zeros_like(tiles)
         self.launches: list[Launch] = []
         low = 0
-        for form in forms:
-            mine = [run for run in self.order if runs[run].form == form]
-            tiles = [-(-blocks[run] // tile_blocks) for run in mine]
-            for run, first in zip(mine, accumulate(tiles, initial=0), strict=False):
-                first_tile[run] = first
-            tile_run = self._spread(range(len(mine)), tiles)
-            self.launches.append(Launch(form, low, low + len(mine), sum(tiles), tile_run))
-            low += len(mine)
-        self._shapes = [(runs[run].numel, first_tile[run], first_block[run]) for run in range(len(runs))]
-        self.block_param = self._block_param(blocks, first_block)
-        self._rows: OrderedDict[tuple[Addresses, ...], Tensor] = OrderedDict()
+        for number, form in enumerate(forms):
+            mine = np.flatnonzero(form_of == number)
+            if len(mine):
+                first_tile[mine] = np.cumsum(tiles[mine]) - tiles[mine]
+                tile_run = self._spread(np.arange(len(mine)), tiles[mine])
+                self.launches.append(Launch(form, low, low + len(mine), int(tiles[mine].sum()), tile_run))
+                low += len(mine)
+        self._shapes = np.stack([numels, first_tile, first_block], axis=1)
+        self.block_param = self._block_param(memories, blocks)
+        self._rows: OrderedDict[tuple[bytes, ...], Tensor] = OrderedDict()
 
-    def _spread(self, values: Sequence[int], counts: Sequence[int]) -> Tensor:
+    def _spread(self, values: Integers, counts: Integers) -> Tensor:
         """values[i] counts[i] times, int32."""
-        total = sum(counts)
-        repeats = _on_device(counts, torch.int64, self.device)
-        return _on_device(values, torch.int32, self.device).repeat_interleave(repeats, output_size=total)
+        repeats = _on_device(counts, self.device)
+        spread = _on_device(values, self.device).repeat_interleave(repeats, output_size=int(counts.sum()))
+        return spread.to(torch.int32)
 
-    def _block_param(self, blocks: Sequence[int], first_block: Sequence[int]) -> Tensor:
+    def _block_param(self, memories: Sequence[Memory], blocks: Integers) -> Tensor:
         """[blocks] int32, the parameter of each block of the call."""
-        params = [0 if isinstance(owner, Tensor) else owner for owner in self.owners]
-        block_param = self._spread(params, blocks)
-        for owner, first, count in zip(self.owners, first_block, blocks, strict=False):
-            if isinstance(owner, Tensor):
-                block_param[first : first + count] = owner
+        block_param = self._spread(np.concatenate([memory.params for memory in memories]), blocks)
+        first = 0
+        for memory in memories:
+            count = int((-(-memory.numels // BLOCK)).sum())
+            if memory.block_param is not None:
+                block_param[first : first + count] = memory.block_param
+            first += count
         return block_param
 
     @cached_property
@@ -163,23 +177,31 @@ class Table:
         padded = -(-self.blocks // ALIGNMENT) * ALIGNMENT
         return torch.empty(2, padded, dtype=self.compute, device=self.device)
 
-    def rows(self, addresses: tuple[Addresses, ...]) -> Tensor:
+    def rows(self, memories: Sequence[Memory]) -> Tensor:
         """[runs, 8] int64, see `ROW`; copied to the device where the memory was not there in a call before."""
-        if addresses in self._rows:
-            self._rows.move_to_end(addresses)
-            return self._rows[addresses]
+        where = tuple(memory.where for memory in memories)
+        if where in self._rows:
+            self._rows.move_to_end(where)
+            return self._rows[where]
         refuse_in_capture(self.device)
-        host = [(*addresses[run], *self._shapes[run]) for run in self.order]
-        self._rows[addresses] = rows = _on_device(host, torch.int64, self.device)
+        addresses = np.concatenate([memory.addresses for memory in memories])
+        host = np.concatenate([addresses, self._shapes], axis=1)[self._order]
+        self._rows[where] = rows = _on_device(host, self.device)
         if len(self._rows) > KEPT_PLACES:
             self._rows.popitem(last=False)
         return rows
 
 
-def _on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _form_of(memory: Memory, forms: Sequence[Form]) -> Integers:
+    """[runs] place of each run's form in ``forms``."""
+    plain, aligned = (forms.index(form) for form in memory.forms) if memory.forms else (0, 0)
+    return np.where(memory.aligned, aligned, plain)
+
+
+def _on_device(values: Integers, device: torch.device) -> Tensor:
     """From pinned memory, so that the host does not wait."""
-    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
+    host = torch.from_numpy(values)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def _is_capturing(device: torch.device) -> bool:
@@ -204,6 +226,7 @@ class Tables:
 
     def __init__(self, tile_blocks: int) -> None:
         self.tile_blocks = tile_blocks
+        self._memories: dict[int, tuple[weakref.ref[Shard], Memory]] = {}  # by id
         self._tables: OrderedDict[tuple[Any, ...], Table] = OrderedDict()
         self._captured: list[tuple[Table, Tensor]] = []
 
@@ -213,20 +236,28 @@ class Tables:
         Raises:
             RuntimeError: it must be made, and a CUDA graph is being captured.
         """
-        found = [(shard, list(_runs(shard))) for shard in shards]
-        runs = [run for _, held in found for run in held]
-        if not runs:
+        memories = [self._memory(shard) for shard in shards]
+        held = [shard for shard, memory in zip(shards, memories, strict=True) if len(memory.numels)]
+        if not held:
             return None
-        compute, device = next((shard.compute, shard.device) for shard, held in found if held)
-        key = params, compute, device, tuple(run.structure for run in runs)
+        compute, device = held[0].compute, held[0].device
+        key = params, compute, device, tuple(memory.structure for memory in memories)
         if key not in self._tables:
             refuse_in_capture(device)
-            self._tables[key] = Table(runs, params, compute, device, self.tile_blocks)
+            self._tables[key] = Table(memories, params, compute, device, self.tile_blocks)
             if len(self._tables) > KEPT_TABLES:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(key)
         table = self._tables[key]
-        rows = table.rows(tuple(run.addresses for run in runs))
+        rows = table.rows(memories)
         if _is_capturing(device):
             self._captured.append((table, rows))
         return table, rows
+
+    def _memory(self, shard: Shard) -> Memory:
+        known = self._memories.get(id(shard))
+        if known is not None and known[0]() is shard:
+            return known[1]
+        memories, key, memory = self._memories, id(shard), Memory(shard)
+        memories[key] = weakref.ref(shard, lambda _: memories.pop(key, None)), memory
+        return memory
