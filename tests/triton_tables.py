@@ -111,6 +111,22 @@ def test_new_memory_is_seen() -> None:
         assert_same(results[0], results[1])
 
 
+def test_pieces_that_differ_in_parameters_or_alignment_only_are_told_apart() -> None:
+    kernel, sums = TritonKernel(), []
+    shard = made(Form(False, (16, 32), *F32), 0, 0, False)
+    for params in ((0, 1), (1, 0), (1, 1)):
+        sums.append(torch.zeros(2, dtype=torch.float64))
+        kernel.square_sums([replace(shard, params=params)], sums[-1])  # type: ignore[call-arg]
+    assert sums[0].tolist() == sums[1].flip(0).tolist()
+    assert sums[2].tolist() == [0, sums[0].sum()]
+    forms = []
+    for gap in (0, 1):
+        found = kernel._tables.of([made(Form(False, (16, 32), *F32, gap=gap), 0, 0, False)], 2)
+        assert found is not None
+        forms.append([run.form.aligned for run in found[0].launches])
+    assert forms == [[True], [False]]
+
+
 def test_tables_are_forgotten_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_runs, "KEPT_TABLES", 3)
     kernel = TritonKernel()
