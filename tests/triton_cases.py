@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharded_lamb.kernels import FlatShard, PieceShard, ReferenceKernel, triton_kernel
+from sharded_lamb.kernels.shard import OwnPart
 from sharded_lamb.kernels.triton_kernel import TritonKernel
+from sharded_lamb.layout import BLOCK, Segment
 from tests.kernel_memory import F32, FLOATS, Form, assert_same, contents, made, stepped, table_of, trained
 from tests.triton_interpreter import interpreted  # noqa: F401 (every test uses it)
 
@@ -171,7 +173,7 @@ def test_nothing_to_do() -> None:
 def test_average_has_the_bits_of_stock_operations(
     lengths: tuple[int, ...], wire: torch.dtype, weight: torch.dtype, add: bool
 ) -> None:
-    """Divided by 3 of whatever number of parts."""
+    """Divided by 3 of whatever number of parts, of which one lies elsewhere."""
     form, ranks = Form(True, (*lengths, 5), weight, None, *F32[2:]), len(lengths)
     results = []
     for kernel in (TritonKernel(), ReferenceKernel()):
@@ -179,7 +181,9 @@ def test_average_has_the_bits_of_stock_operations(
         assert isinstance(shard, FlatShard)
         parts = torch.randn(ranks, len(shard.grad), generator=torch.Generator().manual_seed(2)).to(wire)
         sums = torch.full((len(lengths) + 1,), 0.5, dtype=torch.float64)
-        kernel.average(shard, parts, 3, sums, add=add)
+        segments = [Segment(len(lengths), 0, 5, len(shard.grad) - BLOCK)]
+        own = OwnPart(1, [torch.full((5,), 2.5)]) if ranks > 1 else None
+        kernel.average(shard, segments, parts, 3, sums, add=add, own=own)
         results.append([shard.grad, sums])
     assert_same(results[0], results[1])
 

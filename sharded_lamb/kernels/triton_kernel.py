@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sharded_lamb.kernels.incoming import StockIncoming
-from sharded_lamb.kernels.shard import FlatShard, Shard
+from sharded_lamb.kernels.incoming import StockIncoming, fill
+from sharded_lamb.kernels.shard import FlatShard, OwnPart, Shard
 from sharded_lamb.kernels.triton_runs import Table, Tables
+from sharded_lamb.layout import Segment
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -71,8 +72,20 @@ class TritonKernel(StockIncoming):
         self._device: ModuleType = triton_device
         self._tables = Tables(triton_device.TILE.value)
 
-    def average(self, shard: FlatShard, parts: Tensor, divisor: int, sums: Tensor, *, add: bool) -> None:
+    def average(
+        self,
+        shard: FlatShard,
+        segments: Sequence[Segment],
+        parts: Tensor,
+        divisor: int,
+        sums: Tensor,
+        *,
+        add: bool,
+        own: OwnPart | None = None,
+    ) -> None:
         """grad ← Σ parts / divisor, or grad + that, and Σg², in one sweep."""
+        if own is not None:
+            fill(parts[own.row].zero_(), segments, own.grads)
         assert parts.is_contiguous()
         assert parts.shape[1:] == shard.grad.shape
         found = self._tables.of([shard], len(sums))
