@@ -1,12 +1,13 @@
 """The Triton backend: each pass one launch over all shards of a call, and one that adds blocks up by parameter.
 
 Launches a call: one for every form of memory (`triton_runs.Form`: dtypes, and aligned or not), whatever the number of
-shards, pieces and parameters; for sums one more. Bits are those of `reference` on a device as well, but for the last
-ones of fp64 sums over more than `triton_device.DEPTH` blocks of a parameter, whose order is another fixed one (norms
-are rounded to fp32 before use).
+shards, pieces and parameters; for sums one more. Every arithmetic step is one IEEE operation, so bits are those of
+`reference`, but for the last ones of fp64 sums over more than `triton_device.DEPTH` blocks of a parameter, whose order
+is another fixed one (norms are rounded to fp32 before use).
 
-Nothing waits for the device, and what the host must tell it (addresses) is copied once and kept. **CUDA graphs**: a
-step may be captured after one on the same memory (weights, gradients, state); otherwise it is an error.
+Nothing waits for the device, and what the host must tell it (addresses) is copied once and kept. A step can be captured
+as a **CUDA graph** after a step on the same memory: weights, gradients (``zero_grad(set_to_none=False)``) and state
+stay where they are, and the learning rate, if it changes, is a tensor on the device. Otherwise capturing is an error.
 
 Importing this module does not import Triton; making a `TritonKernel` does.
 """
