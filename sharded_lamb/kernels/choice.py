@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from sharded_lamb.kernels import native
+from sharded_lamb.kernels import native, triton_kernel
 from sharded_lamb.kernels.compiling import CompileError
 from sharded_lamb.kernels.protocol import Kernel
 from sharded_lamb.kernels.reference import ReferenceKernel
@@ -39,6 +39,8 @@ def load(name: str, device: torch.device = CPU) -> Kernel:
         raise RuntimeError(f"kernel {name!r} cannot run on {device}: {reason}")
     if name == "cpp":
         return native.CppKernel()
+    if name == "triton":
+        return triton_kernel.TritonKernel()
     return ReferenceKernel()
 
 
@@ -63,7 +65,7 @@ def why_not(name: str, device: torch.device) -> str | None:
         return None
     if name == "cpp":
         return _why_no_cpp() if device.type == "cpu" else "it is for CPUs"
-    return "it is not there"
+    return triton_kernel.usable(device)
 
 
 @lru_cache(maxsize=1)

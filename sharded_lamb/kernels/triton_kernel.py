@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sharded_lamb.kernels.incoming import StockIncoming, fill
+from sharded_lamb.kernels.incoming import StockIncoming, rows_with_own
 from sharded_lamb.kernels.shard import FlatShard, OwnPart, Shard
 from sharded_lamb.kernels.triton_runs import Table, Tables
 from sharded_lamb.layout import Segment
@@ -86,7 +86,7 @@ class TritonKernel(StockIncoming):
     ) -> None:
         """grad ← Σ parts / divisor, or grad + that, and Σg², in one sweep."""
         if own is not None:
-            fill(parts[own.row].zero_(), segments, own.grads)
+            parts = torch.stack(rows_with_own(parts, segments, own))
         assert parts.is_contiguous()
         assert parts.shape[1:] == shard.grad.shape
         found = self._tables.of([shard], len(sums))
