@@ -14,6 +14,7 @@ from sharded_lamb.footprint import Widths
 from sharded_lamb.kernels import FlatShard
 from sharded_lamb.kernels.incoming import Taking
 from sharded_lamb.layout import BLOCK, Bucket, Segment
+from sharded_lamb.memory import zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class FlatBucket:
         places = [position[segment.param] for segment in self.segments]
         self._sliced = [self.strides[place] for place in places]  # of the parameter of each segment
         self._contiguous = all(self.params[place].is_contiguous() for place in places)
-        self.flat = torch.zeros(plan.numel, dtype=precision.model, device=device)
+        self.flat = zeros(plan.numel, precision.model, device, lane=0)
         self.low, self.high = plan.shard_range(shard_rank)
         for p, offset, strides in zip(params, plan.offsets, self.strides, strict=True):
             view = self.flat.as_strided(p.shape, strides, offset)
@@ -105,11 +106,11 @@ class FlatBucket:
             first = segment.shard_start // BLOCK
             block_param[first : -(-(segment.shard_start + segment.length) // BLOCK)] = segment.param
         return FlatShard(
-            weight=mine.to(precision.master) if apart else mine,
+            weight=zeros(numel, precision.master, device, lane=4).copy_(mine) if apart else mine,
             model=mine if apart else None,
-            grad=torch.zeros(numel, dtype=precision.compute, device=device),
-            exp_avg=torch.zeros(numel, dtype=precision.state, device=device),
-            exp_avg_sq=torch.zeros(numel, dtype=precision.state, device=device),
+            grad=zeros(numel, precision.compute, device, lane=1),
+            exp_avg=zeros(numel, precision.state, device, lane=2),
+            exp_avg_sq=zeros(numel, precision.state, device, lane=3),
             block_param=block_param.to(device),
         )
 

@@ -21,7 +21,7 @@ FLOORS = (
     {"names", "shapes"},
     {"hyperparams"},
     {"rule", "layout"},
-    {"options", "kernels", "footprint"},
+    {"options", "kernels", "footprint", "memory"},
     {"engine", "collectives"},
     {"agreement", "facts", "buckets", "placements"},
     {"pieces", "slices", "staging"},
