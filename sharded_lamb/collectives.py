@@ -9,7 +9,7 @@ place, and sums are taken here, in fp32 and in rank order.
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+
+from sharded_lamb.timeline import COMPUTE, Flight, Laps, Timeline
 
 
 @dataclass(frozen=True)
@@ -106,27 +108,51 @@ class Topology:
 
 @dataclass
 class Traffic:
-    """What was sent since construction: calls by name, and bytes that this rank handed to others."""
+    """What was sent since construction: calls by name, and bytes that this rank handed to others.
+
+    ``timeline``: where it is noted when, and what was computed meanwhile; None: nowhere.
+    """
 
     calls: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
+    timeline: Timeline | None = field(default=None, repr=False, compare=False)
 
     def add(self, name: str, sent: int) -> None:
         self.calls[name] += 1
         self.bytes[name] += sent
 
+    def blocking(self, name: str, sent: int) -> AbstractContextManager[None]:
+        """Around a collective that returns when it is done."""
+        self.add(name, sent)
+        return nullcontext() if self.timeline is None else self.timeline.blocking(name, sent)
+
+    def launched(self, name: str, sent: int) -> Flight | None:
+        """Before a collective that is waited for later."""
+        self.add(name, sent)
+        return None if self.timeline is None else self.timeline.launched(name, sent)
+
+    def computing(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.timeline is None else self.timeline.span(name, COMPUTE)
+
+    def laps(self) -> Laps:
+        return Laps(self.timeline)
+
 
 class Pending:
     """A collective in flight: `wait` returns once its result may be used on this rank's stream."""
 
-    def __init__(self, works: Sequence["dist.Work | None"], keeps: object = None) -> None:
+    def __init__(
+        self, works: Sequence["dist.Work | None"], flight: Flight | None = None, *, keeps: object = None
+    ) -> None:
         self._works = [work for work in works if work is not None]
+        self._flight = flight
         self._keeps = keeps  # memory that is sent from
 
     def wait(self) -> None:
-        for work in self._works:
-            work.wait()
-        self._works, self._keeps = [], None
+        with nullcontext() if self._flight is None else self._flight.landing():
+            for work in self._works:
+                work.wait()
+        self._works, self._flight, self._keeps = [], None, None
 
 
 class Collectives:
@@ -176,22 +202,19 @@ class Collectives:
     def all_reduce_small(self, vector: Tensor) -> None:
         """Sum a packed vector over everyone, in place."""
         if self.everyone is not None:
-            self.traffic.add("all_reduce_small", vector.nbytes)
-            with self._on_wire(vector) as wire:
+            with self.traffic.blocking("all_reduce_small", vector.nbytes), self._on_wire(vector) as wire:
                 dist.all_reduce(wire, group=self.everyone)
 
     def sum_to_first(self, tensor: Tensor) -> None:
         """Sum over everyone into the first rank's tensor; what the others' hold afterwards is undefined."""
         if self.everyone is not None:
-            self.traffic.add("sum_to_first", tensor.nbytes)
-            with self._on_wire(tensor) as wire:
+            with self.traffic.blocking("sum_to_first", tensor.nbytes), self._on_wire(tensor) as wire:
                 dist.reduce(wire, self.topology.everyone[0], group=self.everyone)
 
     def broadcast(self, tensor: Tensor) -> None:
         """From the first rank of everyone, in place."""
         if self.everyone is not None:
-            self.traffic.add("broadcast", tensor.nbytes)
-            with self._on_wire(tensor) as wire:
+            with self.traffic.blocking("broadcast", tensor.nbytes), self._on_wire(tensor) as wire:
                 dist.broadcast(wire, self.topology.everyone[0], group=self.everyone)
 
     def reduce_scatter(self, full: Tensor, received: Tensor) -> Pending:
@@ -204,8 +227,8 @@ class Collectives:
         if self._shard is None:
             return Pending([])
         others = full.nbytes // self.shard_count * (self.shard_count - 1)
-        self.traffic.add("reduce_scatter", others)
-        return Pending([_reduce_scatter(received, full, self._shard)])
+        flight = self.traffic.launched("reduce_scatter", others)
+        return Pending([_reduce_scatter(received, full, self._shard)], flight)
 
     def exchange(
         self, outgoing: Sequence[tuple[int, Tensor]], incoming: Sequence[tuple[int, Tensor]]
@@ -215,10 +238,10 @@ class Collectives:
         Args:
             outgoing, incoming: (rank in the group, contiguous tensor).
         """
-        self.traffic.add("reduce_scatter", sum(tensor.nbytes for _, tensor in outgoing))
+        flight = self.traffic.launched("reduce_scatter", sum(tensor.nbytes for _, tensor in outgoing))
         works = [dist.irecv(place, group=self._shard, group_src=source) for source, place in incoming]
         works += [dist.isend(tensor, group=self._shard, group_dst=target) for target, tensor in outgoing]
-        return Pending(works, keeps=outgoing)
+        return Pending(works, flight, keeps=outgoing)
 
     def received_numel(self, full_numel: int) -> int:
         """The size of ``received`` for `reduce_scatter` of ``full_numel`` elements."""
@@ -246,8 +269,8 @@ class Collectives:
         total = parts[0].to(dtype, copy=True)
         for part in parts[1:]:
             total += part
-        self.traffic.add("all_reduce_replicas", total.nbytes)
-        dist.all_reduce(total, group=self._replica)
+        with self.traffic.blocking("all_reduce_replicas", total.nbytes):
+            dist.all_reduce(total, group=self._replica)
         return total.view(1, -1)
 
     def all_gather(self, flat: Tensor) -> Pending:
@@ -255,10 +278,10 @@ class Collectives:
         if self._shard is None:
             return Pending([])
         size, rank = flat.numel() // self.shard_count, self.topology.shard_rank
-        self.traffic.add("all_gather", size * flat.element_size() * (self.shard_count - 1))
+        flight = self.traffic.launched("all_gather", size * flat.element_size() * (self.shard_count - 1))
         if not self.by_hand:
             work = _all_gather(flat, flat[rank * size : (rank + 1) * size], self._shard)
-            return Pending([work])
+            return Pending([work], flight)
         mine = flat[rank * size : (rank + 1) * size]
         works: list[dist.Work | None] = []
         # Peers at the same distance at the same time, so that no rank is everyone's first.
@@ -267,7 +290,7 @@ class Collectives:
             place = flat[source * size : (source + 1) * size]
             works.append(dist.irecv(place, group=self._shard, group_src=source))
             works.append(dist.isend(mine, group=self._shard, group_dst=target))
-        return Pending(works)
+        return Pending(works, flight)
 
     def gather_to_first(self, shard: Tensor) -> list[Tensor] | None:
         """All shards of a bucket on the CPU of the first rank of everyone; None on the others."""

@@ -206,8 +206,8 @@ def _all_reduce_packed(
     found: list[Tensor], members: Sequence[int], mesh: DeviceMesh, axis: int, op: str, traffic: Traffic
 ) -> None:
     packed = torch.cat([found[i].reshape(-1) for i in members])
-    traffic.add("all_reduce_partial", packed.nbytes)
-    dist.all_reduce(packed, group=mesh.get_group(axis))
+    with traffic.blocking("all_reduce_partial", packed.nbytes):
+        dist.all_reduce(packed, group=mesh.get_group(axis))
     if op == "avg":
         packed /= mesh.size(axis)
     parts = torch.split(packed, [found[i].numel() for i in members])

@@ -272,15 +272,16 @@ class BackwardReducer:
         if self.collectives.has_replicas:
             rows = rows_with_own(parts, bucket.segments, own)
             parts, own = self.collectives.summed_over_replicas(rows, shard.compute), None
-        self.kernel.average(
-            shard,
-            bucket.segments,
-            parts,
-            self.collectives.world_size,
-            self._square_sums,
-            add=not self._fresh,
-            own=own,
-        )
+        with self.collectives.traffic.computing("average"):
+            self.kernel.average(
+                shard,
+                bucket.segments,
+                parts,
+                self.collectives.world_size,
+                self._square_sums,
+                add=not self._fresh,
+                own=own,
+            )
         self._staging.append(exchange.staging)
 
     def _take_staging(self, index: int) -> Staging:

@@ -36,6 +36,7 @@ from sharded_lamb.mixed import MixedGradients
 from sharded_lamb.placements import materialized, root_ranks
 from sharded_lamb.reduction import BackwardReducer
 from sharded_lamb.saving import SavingOptimizer
+from sharded_lamb.timeline import Timeline
 
 logger = logging.getLogger("sharded_lamb")
 
@@ -264,6 +265,7 @@ class ShardedLamb(SavingOptimizer):
             if index < len(held.buckets):
                 gathers[index] = collectives.all_gather(held.buckets[index].flat)
 
+        laps = collectives.traffic.laps()
         ratios = lamb_step(
             self._kernel,
             held.shards(),
@@ -272,8 +274,8 @@ class ShardedLamb(SavingOptimizer):
             step=step,
             active=moved,
             grad_scale=torch.where(skip, torch.zeros_like(clip), inverse * clip),
-            sum_over_ranks=sum_over_ranks,
-            written=gather,
+            sum_over_ranks=laps.before("pass 1", sum_over_ranks),
+            written=laps.before("pass 2", gather),
         )
         held.step.copy_(step)
         self._gathers.take(gathers, lambda index: held.buckets[index].params)
@@ -411,6 +413,16 @@ class ShardedLamb(SavingOptimizer):
     def traffic(self) -> Traffic:
         """Collectives and bytes that this rank sent, by name, since construction."""
         return self._collectives.traffic
+
+    @contextmanager
+    def record(self, timeline: Timeline) -> Iterator[None]:
+        """Note on ``timeline`` when what is sent, waited for and computed inside. This rank's alone: not collective."""
+        traffic = self._collectives.traffic
+        before, traffic.timeline = traffic.timeline, timeline
+        try:
+            yield
+        finally:
+            traffic.timeline = before
 
     def expected_bytes(self) -> dict[str, int]:
         """Bytes that a step sends by its formula, by the names of `traffic`.

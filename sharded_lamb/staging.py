@@ -87,9 +87,10 @@ class InOnePiece:
     def start(self, grads: Sequence[Tensor | None]) -> Pending:
         """See `Route`."""
         missing = [place for place, grad in zip(self._places, grads, strict=True) if grad is None]
-        _zero([*self._gaps, *missing])
         given = [(place, grad) for place, grad in zip(self._places, grads, strict=True) if grad is not None]
-        _copy(given)
+        with self._collectives.traffic.computing("copy gradients"):
+            _zero([*self._gaps, *missing])
+            _copy(given)
         return self._collectives.reduce_scatter(self.full, self.received)
 
 
@@ -194,8 +195,9 @@ class ByHand:
                 else:
                     copies.append((sent, lies))
             outgoing.append((message.peer, sent))
-        _zero(zeros)
-        _copy(copies)
+        with self._collectives.traffic.computing("copy gradients"):
+            _zero(zeros)
+            _copy(copies)
         return self._collectives.exchange(outgoing, self._plan.incoming)
 
 
