@@ -1,0 +1,232 @@
+"""Several hosts on one machine, joined by links of a given rate: network namespaces and ``tc tbf``. Linux, as root.
+
+    with network(2, rate=1e9) as hosts:
+        run_together([Task(host, ["hostname"], {}) for host in hosts], timeout=60)
+
+Every host has one interface, "wire", to a bridge in a namespace of its own; each end of the link is limited, so that a
+host sends and receives at ``rate`` at once, as with a network card. Nothing is made in the machine's own namespace, and
+the new ones have no names: each lives as long as a process that waits in it, which ends with this one even if that is
+killed. Processes on "hosts" share files, memory, cores and clock.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+INTERFACE = "wire"
+MAX_HOSTS = 200
+"""Addresses are 10.111.0.1 … on one /24."""
+
+_END_TIMEOUT = 5.0
+_BURST_SECONDS = 1e-3
+_SMALLEST_BURST = 2 * 65536
+"""Bytes: a segment that the kernel has put together is up to 64 KiB, and one larger than the burst is cut up again."""
+_QUEUE = "50ms"
+
+
+class NetworkError(RuntimeError):
+    """Such a network cannot be made here; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """A network namespace. ``holder``: the process that keeps it; ``address``: on its interface "wire"."""
+
+    index: int
+    holder: int
+    address: str
+
+    def command(self, command: Sequence[str]) -> list[str]:
+        """``command`` on this host; it is killed when whoever started it ends."""
+        return ["setpriv", "--pdeathsig", "KILL", *_inside(self.holder), *command]
+
+    def links(self) -> list[dict[str, Any]]:
+        """Counters of the limit on what it sends, as ``tc -s -j`` gives them: bytes, packets, overlimits, drops."""
+        text = _run([*_inside(self.holder), "tc", "-s", "-j", "qdisc", "show", "dev", INTERFACE])
+        found: list[dict[str, Any]] = json.loads(text)
+        return found
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process runs where. ``environment`` is added to this process's own."""
+
+    host: Host
+    command: Sequence[str]
+    environment: Mapping[str, str]
+
+
+def one_rank_a_host(hosts: Sequence[Host], command: Sequence[str], *, port: int = 29500) -> list[Task]:
+    """``command`` on every host as one rank of a process group, with the environment that torchrun would set.
+
+    torchrun itself: ``Task(host, ["torchrun", "--nnodes", …, "--master-addr", hosts[0].address, …], sockets())``.
+    """
+    ranks = {"WORLD_SIZE": str(len(hosts)), "MASTER_ADDR": hosts[0].address, "MASTER_PORT": str(port)}
+    return [
+        Task(host, command, {**sockets(), **ranks, "RANK": str(host.index), "LOCAL_RANK": "0"})
+        for host in hosts
+    ]
+
+
+def sockets() -> dict[str, str]:
+    """The environment that puts gloo and NCCL on the limited link."""
+    return {"GLOO_SOCKET_IFNAME": INTERFACE, "NCCL_SOCKET_IFNAME": INTERFACE, "TP_SOCKET_IFNAME": INTERFACE}
+
+
+@contextmanager
+def network(count: int, *, rate: float) -> Iterator[list[Host]]:
+    """``count`` hosts, each linked at ``rate`` bits a second. At the end all is gone, processes on them included.
+
+    Raises:
+        ValueError: a wrong ``count`` or ``rate``.
+        NetworkError: it cannot be made on this machine, and why.
+    """
+    if not 1 <= count <= MAX_HOSTS:
+        raise ValueError(f"count must be 1 to {MAX_HOSTS} hosts, got {count!r}")
+    if not rate >= 1e5:
+        raise ValueError(f"rate must be >= 1e5 bits a second (1e9 is 1 Gbit/s), got {rate!r}")
+    check_possible()
+    holders: list[subprocess.Popen[bytes]] = []
+    try:
+        switch = _new_namespace(holders)
+        _run([*_inside(switch), "ip", "link", "add", "bridge", "type", "bridge"])
+        _run([*_inside(switch), "ip", "link", "set", "bridge", "up"])
+        hosts = [Host(index, _new_namespace(holders), f"10.111.0.{index + 1}") for index in range(count)]
+        for host in hosts:
+            _link(switch, host, rate)
+        yield hosts
+    finally:
+        _remove(holders)
+
+
+def check_possible() -> None:
+    """Raises NetworkError with what to do, where `network` cannot work."""
+    if sys.platform != "linux":
+        raise NetworkError(f"network namespaces are Linux's, and this is {sys.platform}")
+    packages = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
+    for tool, package in {**packages, "setpriv": "util-linux"}.items():
+        if shutil.which(tool) is None:
+            raise NetworkError(f"{tool!r} is not installed: apt-get install {package}")
+    if os.geteuid() != 0:
+        raise NetworkError(
+            "network namespaces need root: run this with sudo, or in a container with --privileged"
+        )
+
+
+def _inside(holder: int) -> list[str]:
+    return ["nsenter", "--net", "--target", str(holder), "--"]
+
+
+def _new_namespace(holders: list[subprocess.Popen[bytes]]) -> int:
+    """A process in a namespace of its own, which waits for the end of its input: of this process."""
+    command = ["unshare", "--net", "cat"]
+    holder = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    holders.append(holder)
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    assert holder.stderr is not None
+    with contextlib.suppress(BrokenPipeError):  # it failed: its answer is empty
+        holder.stdin.write(b"\n")
+        holder.stdin.flush()
+    if holder.stdout.readline() != b"\n":  # once it answers, it is there
+        problem = holder.stderr.read().decode().strip()
+        raise NetworkError(
+            f"a network namespace cannot be made: {problem} (in a container: it needs --privileged, or "
+            f"--cap-add SYS_ADMIN --cap-add NET_ADMIN)"
+        )
+    _run([*_inside(holder.pid), "ip", "link", "set", "lo", "up"])
+    return holder.pid
+
+
+def _link(switch: int, host: Host, rate: float) -> None:
+    """A pair of interfaces between host and bridge, limited at both ends."""
+    port = f"port{host.index}"
+    ends = ["ip", "link", "add", port, "type", "veth", "peer", "name", INTERFACE, "netns", str(host.holder)]
+    _run([*_inside(switch), *ends])
+    _run([*_inside(switch), "ip", "link", "set", port, "master", "bridge", "up"])
+    _run([*_inside(host.holder), "ip", "address", "add", f"{host.address}/24", "dev", INTERFACE])
+    _run([*_inside(host.holder), "ip", "link", "set", INTERFACE, "up"])
+    burst = max(_SMALLEST_BURST, int(rate / 8 * _BURST_SECONDS))
+    limit = ["root", "tbf", "rate", f"{rate:.0f}bit", "burst", str(burst), "latency", _QUEUE]
+    for holder, device in ((switch, port), (host.holder, INTERFACE)):
+        _run([*_inside(holder), "tc", "qdisc", "add", "dev", device, *limit])
+
+
+def _run(command: Sequence[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    if done.returncode != 0:
+        raise NetworkError(f"{' '.join(command)!r} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _remove(holders: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Kill what runs in the namespaces; with their last process they and their interfaces are gone."""
+    spaces = {space for holder in holders if (space := _namespace(holder.pid)) is not None}
+    spaces.discard(_namespace(os.getpid()))  # of a holder that did not get one
+    for process in Path("/proc").glob("[0-9]*"):
+        if _namespace(int(process.name)) in spaces:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(process.name), signal.SIGKILL)
+    for holder in holders:
+        holder.kill()
+        holder.communicate()
+
+
+def _namespace(process: int) -> str | None:
+    """None where the process is gone."""
+    try:
+        return os.readlink(f"/proc/{process}/ns/net")
+    except OSError:
+        return None
+
+
+def run_together(tasks: Sequence[Task], *, timeout: float) -> list[int]:
+    """Run all at once and wait for all; their output goes where this process's goes.
+
+    The first that fails ends the others.
+
+    Returns:
+        exit codes by task: of a failed run, that of the ones which were ended is negative.
+
+    Raises:
+        TimeoutError: some were still running after ``timeout`` seconds; they are killed.
+    """
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for task in tasks:
+            environment = {**os.environ, **task.environment}
+            command = task.host.command(task.command)
+            started.append(subprocess.Popen(command, env=environment, start_new_session=True))
+        until = time.monotonic() + timeout
+        while None in (codes := [process.poll() for process in started]) and not any(codes):
+            if time.monotonic() > until:
+                late = [index for index, code in enumerate(codes) if code is None]
+                raise TimeoutError(f"tasks {late} were still running after {timeout:g} s")
+            time.sleep(0.05)
+    finally:
+        for process in started:
+            _end(process)
+    return [process.returncode for process in started]
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Its session: asked first, so that a launcher can end its workers."""
+    for way in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, way)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_END_TIMEOUT)

@@ -1,0 +1,182 @@
+"""What of the wire is hidden behind computation, on a slow network: two hosts on one machine, their link limited.
+
+    OMP_NUM_THREADS=1 python -m sharded_lamb.bench.overlap --rate 1e9
+
+Stage 2 trains a small BERT on hosts of `sharded_lamb.bench.namespaces` under three configurations, in turn: gradients
+exchanged after backward (``overlap=False``), behind it, and parameters gathered behind the next forward as well
+(``overlap_forward``). They send the same bytes and end at the same weights, bit for bit, which is checked. Needs root.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import json
+import operator
+import os
+import platform
+import shlex
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sharded_lamb.bench.namespaces import NetworkError, network, one_rank_a_host, run_together
+from sharded_lamb.bench.overlapped import CONFIGURATIONS, Work, compare
+
+TIMEOUT = 1800.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of this benchmark."""
+    parser.add_argument("--hosts", type=int, default=2, help="one rank on each")
+    parser.add_argument("--rate", type=float, default=1e9, help="of a host's link, bits a second each way")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=256, help="a multiple of 64")
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--batch", type=int, default=8, help="sequences a rank")
+    parser.add_argument("--sequence", type=int, default=64, help="tokens of a sequence")
+    parser.add_argument("--bucket-mb", type=float, default=2)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of every configuration")
+    parser.add_argument("--iterations", type=int, default=4, help="of a turn")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all measurements there")
+    parser.add_argument("--png", type=Path, metavar="PATH", help="draw one iteration of each there")
+    parser.add_argument("--traces", type=Path, metavar="FOLDER", help="Chrome traces of the same, all ranks")
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Prints the table. Returns 0, or 1 where the weights differ or a rank failed.
+
+    Raises:
+        ValueError: a wrong argument.
+        NetworkError: no such network can be made here.
+    """
+    work = _work(chosen)
+    with tempfile.TemporaryDirectory(prefix="sharded-lamb-overlap-") as name:
+        folder = Path(name)
+        command = [sys.executable, "-m", __spec__.name, "--rank-writes-to", name, *_spelled(work)]
+        with network(chosen.hosts, rate=chosen.rate) as hosts:
+            codes = run_together(one_rank_a_host(hosts, command), timeout=TIMEOUT)
+        if any(codes):
+            print(f"ranks ended with exit codes {codes}", file=sys.stderr)
+            return 1
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+        _publish(chosen, work, result, folder)
+    return 0 if result["same_weights"] else 1
+
+
+def _work(chosen: argparse.Namespace) -> Work:
+    return Work(**{field.name: getattr(chosen, field.name) for field in dataclasses.fields(Work)})
+
+
+def _spelled(work: Work) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(work).items()]
+
+
+# -- what is shown ------------------------------------------------------------------------------------
+
+
+def _publish(chosen: argparse.Namespace, work: Work, result: Mapping[str, Any], folder: Path) -> None:
+    summary = summarize(result["rounds"], chosen.rate)
+    print(
+        f"{result['parameters'] / 1e6:.1f} M parameters, {chosen.hosts} hosts, {chosen.rate / 1e9:g} Gbit/s\n"
+    )
+    print(table(summary))
+    print(f"\nfinal weights of the three are {'bit-equal' if result['same_weights'] else 'NOT EQUAL'}")
+    if chosen.json is not None:
+        content = {**_about(), "rate": chosen.rate, "hosts": chosen.hosts, **dataclasses.asdict(work)}
+        chosen.json.write_text(json.dumps({**content, "summary": summary, **result}, indent=1) + "\n")
+    if chosen.png is not None:
+        chosen.png.write_bytes((folder / "overlap.png").read_bytes())
+    if chosen.traces is not None:
+        chosen.traces.mkdir(parents=True, exist_ok=True)
+        for trace in folder.glob("*.trace.json"):
+            (chosen.traces / trace.name).write_text(trace.read_text())
+
+
+def _about() -> dict[str, Any]:
+    return {
+        "command": shlex.join(["python", "-m", __spec__.name, *sys.argv[1:]]),
+        "date": str(datetime.date.today()),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "torch": torch.__version__,
+    }
+
+
+def summarize(rounds: Sequence[Mapping[str, Any]], rate: float) -> dict[str, dict[str, Any]]:
+    """Of each configuration on the first rank: medians over rounds; ``…_ratio``: of each round's ratios to no overlap."""
+
+    def values(*path: str) -> list[float]:
+        return [functools.reduce(operator.getitem, path, each) for each in rounds]
+
+    def median(*path: str) -> float:
+        return statistics.median(values(*path))
+
+    def ratio(name: str, *path: str) -> float:
+        pairs = zip(values(name, *path), values("none", *path), strict=True)
+        return statistics.median(value / without for value, without in pairs)
+
+    found: dict[str, dict[str, Any]] = {}
+    for name in CONFIGURATIONS:
+        collectives: dict[str, dict[str, float]] = {}
+        for kind in rounds[0][name]["collectives"]:
+            path = (name, "collectives", kind)
+            parts = {part: median(*path, part) for part in ("calls", "bytes", "wire", "exposed", "hidden")}
+            collectives[kind] = {
+                **parts,
+                "bytes_over_rate": 8 * parts["bytes"] / rate,
+                "exposed_ratio": ratio(*path, "exposed"),
+            }
+        parts = {part: median(name, part) for part in ("iteration", "forward", "backward", "step")}
+        found[name] = {**parts, "iteration_ratio": ratio(name, "iteration"), "collectives": collectives}
+    return found
+
+
+def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
+    """Two Markdown tables, in milliseconds an iteration."""
+    head = ["iteration", "forward", "backward", "step"]
+    lines = [f"| ms | {' | '.join(head)} | of no overlap |", "|---|" + "---:|" * 5]
+    for name, row in summary.items():
+        cells = " | ".join(f"{1e3 * row[part]:.0f}" for part in head)
+        lines.append(f"| {CONFIGURATIONS[name]} | {cells} | {row['iteration_ratio']:.2f} |")
+    lines += [
+        "",
+        "| ms | bytes / rate | in flight | exposed | of no overlap | hidden |",
+        "|---|" + "---:|" * 5,
+    ]
+    for name, row in summary.items():
+        for kind, found in row["collectives"].items():
+            parts = ("bytes_over_rate", "wire", "exposed")
+            cells = " | ".join(f"{1e3 * found[part]:.1f}" for part in parts)
+            lines.append(
+                f"| {kind}: {CONFIGURATIONS[name]} | {cells} | {found['exposed_ratio']:.2f} | {found['hidden']:.0%} |"
+            )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 failed, 2 wrong usage or no such network here."""
+    parser = argparse.ArgumentParser(
+        prog="sharded_lamb.bench.overlap", description=__doc__.partition("\n")[0]
+    )
+    add_arguments(parser)
+    parser.add_argument("--rank-writes-to", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    try:
+        if chosen.rank_writes_to is not None:
+            compare(_work(chosen), chosen.rank_writes_to)
+            return 0
+        return run(chosen)
+    except (ValueError, OSError, NetworkError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
