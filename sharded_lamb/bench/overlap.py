@@ -10,9 +10,7 @@ exchanged after backward (``overlap=False``), behind it, and parameters gathered
 import argparse
 import dataclasses
 import datetime
-import functools
 import json
-import operator
 import os
 import platform
 import shlex
@@ -110,10 +108,13 @@ def _about() -> dict[str, Any]:
 
 
 def summarize(rounds: Sequence[Mapping[str, Any]], rate: float) -> dict[str, dict[str, Any]]:
-    """Of each configuration on the first rank: medians over rounds; ``…_ratio``: of each round's ratios to no overlap."""
+    """Of each configuration on the first rank: medians over rounds; ``…_ratio``: of each round's ratios to none."""
 
     def values(*path: str) -> list[float]:
-        return [functools.reduce(operator.getitem, path, each) for each in rounds]
+        found: list[Any] = list(rounds)
+        for key in path:
+            found = [each[key] for each in found]
+        return found
 
     def median(*path: str) -> float:
         return statistics.median(values(*path))
@@ -122,7 +123,7 @@ def summarize(rounds: Sequence[Mapping[str, Any]], rate: float) -> dict[str, dic
         pairs = zip(values(name, *path), values("none", *path), strict=True)
         return statistics.median(value / without for value, without in pairs)
 
-    found: dict[str, dict[str, Any]] = {}
+    summary: dict[str, dict[str, Any]] = {}
     for name in CONFIGURATIONS:
         collectives: dict[str, dict[str, float]] = {}
         for kind in rounds[0][name]["collectives"]:
@@ -134,8 +135,8 @@ def summarize(rounds: Sequence[Mapping[str, Any]], rate: float) -> dict[str, dic
                 "exposed_ratio": ratio(*path, "exposed"),
             }
         parts = {part: median(name, part) for part in ("iteration", "forward", "backward", "step")}
-        found[name] = {**parts, "iteration_ratio": ratio(name, "iteration"), "collectives": collectives}
-    return found
+        summary[name] = {**parts, "iteration_ratio": ratio(name, "iteration"), "collectives": collectives}
+    return summary
 
 
 def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
