@@ -28,6 +28,8 @@ MAX_HOSTS = 200
 """Addresses are 10.111.0.1 … on one /24."""
 
 _END_TIMEOUT = 5.0
+_SWEEPS = 20
+"""What forks while it is looked for is seen by the next sweep."""
 _BURST_SECONDS = 1e-3
 _SMALLEST_BURST = 2 * 65536
 """Bytes: a segment that the kernel has put together is up to 64 KiB, and one larger than the burst is cut up again."""
@@ -175,10 +177,14 @@ def _remove(holders: Sequence[subprocess.Popen[bytes]]) -> None:
     """Kill what runs in the namespaces; with their last process they and their interfaces are gone."""
     spaces = {space for holder in holders if (space := _namespace(holder.pid)) is not None}
     spaces.discard(_namespace(os.getpid()))  # of a holder that did not get one
-    for process in Path("/proc").glob("[0-9]*"):
-        if _namespace(int(process.name)) in spaces:
+    for _ in range(_SWEEPS):
+        inside = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+        inside = [process for process in inside if _namespace(process) in spaces]
+        for process in inside:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(process.name), signal.SIGKILL)
+                os.kill(process, signal.SIGKILL)
+        if not inside:
+            break
     for holder in holders:
         holder.kill()
         holder.communicate()
