@@ -43,6 +43,7 @@ def test_ratios_are_taken_within_a_round() -> None:
     [
         (["--hidden", "100"], "--hidden must be a multiple of 64"),
         (["--rounds", "0"], "--rounds must be >= 1, got 0"),
+        (["--hosts", "1"], "--hosts must be >= 2, got 1"),
         (["--rate", "1"], "rate must be >= 1e5"),
     ],
 )

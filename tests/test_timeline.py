@@ -1,6 +1,7 @@
 """Timelines: sums and traces of spans made by hand, and what a step of two ranks leaves on one."""
 
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from sharded_lamb import ShardedLamb
+from sharded_lamb.collectives import Collectives, Topology
 from sharded_lamb.timeline import Flight, Laps, Span, Timeline, covered, draw
 from tests.harness import run_ranks
 
@@ -298,6 +300,30 @@ def test_gathers_behind_the_next_forward_land_in_it() -> None:
         passed = sorted(s.end for s in found.spans if s.name == "pass 2")[found.buckets - 1]
         between = [1 for start, end in gathers if passed <= start and end <= second]
         assert len(between) == found.buckets
+
+
+def _exchange(rank: int) -> list[Span]:
+    """Rank 1 comes late, and both wait when all is there."""
+    collectives, timeline = Collectives(Topology.of(None, None), torch.device("cpu")), Timeline(rank)
+    collectives.traffic.timeline = timeline
+    sent = torch.ones(1000)
+    time.sleep(0.2 * rank)
+    pending = collectives.reduce_scatter(sent, torch.empty_like(sent))
+    for _ in range(1000):
+        if pending._flight is not None and pending._flight.arrived is not None:
+            break
+        time.sleep(0.01)
+    pending.wait()
+    return timeline.spans
+
+
+def test_an_exchange_is_over_when_the_last_rank_has_come_and_before_the_wait() -> None:
+    """Ranks of one machine share a clock."""
+    found = run_ranks(2, _exchange)
+    last = max(flight.start for _, flight in found)
+    for wait, flight in found:
+        assert (wait.lane, flight.lane) == ("exposed", "wire")
+        assert last <= flight.end <= wait.start
 
 
 def test_one_rank_sends_nothing_and_computes() -> None:

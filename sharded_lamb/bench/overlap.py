@@ -10,6 +10,7 @@ exchanged after backward (``overlap=False``), behind it, and parameters gathered
 import argparse
 import dataclasses
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -51,10 +52,15 @@ def run(chosen: argparse.Namespace) -> int:
     """Prints the table. Returns 0, or 1 where the weights differ or a rank failed.
 
     Raises:
-        ValueError: a wrong argument.
+        ValueError: a wrong argument, or a package that is not installed.
         NetworkError: no such network can be made here.
     """
     work = _work(chosen)
+    if chosen.hosts < 2:
+        raise ValueError(f"--hosts must be >= 2, got {chosen.hosts}: one alone sends nothing")
+    for module, wanted in (("transformers", True), ("matplotlib", chosen.png is not None)):
+        if wanted and importlib.util.find_spec(module) is None:
+            raise ValueError(f"{module} is needed and not installed: pip install {module}")
     with tempfile.TemporaryDirectory(prefix="sharded-lamb-overlap-") as name:
         folder = Path(name)
         command = [sys.executable, "-m", __spec__.name, "--rank-writes-to", name, *_spelled(work)]

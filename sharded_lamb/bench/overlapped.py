@@ -1,5 +1,6 @@
 """One rank of `sharded_lamb.bench.overlap`: the same training under each configuration, in turn, each on a timeline."""
 
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -169,7 +170,8 @@ def _write(
         Timeline.merge(parts, folder / f"{name}.trace.json")
         for part in parts:
             part.unlink()
-    draw({CONFIGURATIONS[name]: timeline for name, timeline in timelines.items()}, folder / "overlap.png")
+    if importlib.util.find_spec("matplotlib") is not None:
+        draw({CONFIGURATIONS[name]: timeline for name, timeline in timelines.items()}, folder / "overlap.png")
     numel = sum(p.numel() for p in trainee.model.parameters())
     content = {"rounds": rounds, "same_weights": same, "parameters": numel}
     (folder / "result.json").write_text(json.dumps(content))
