@@ -91,8 +91,8 @@ class Timeline:
         least one was in flight; ``exposed``: seconds that the host was blocked for them; ``hidden``: the part of
         ``wire`` that it was not (None where nothing was in flight). ``seconds``: {lane: {name: sum}} of other lanes.
 
-        A kind whose arrival the backend does not tell (gloo's send and receive) counts as in flight until it was waited
-        for, which may be after it arrived: compare with bytes over the link's rate.
+        No backend tells when a collective arrived, so it counts as in flight until its wait is over: ``wire`` and
+        ``hidden`` are upper bounds. What the link needs at least is bytes over its rate.
         """
         kinds = dict.fromkeys(span.name for span in self._of(WIRE))
         collectives = {kind: self._collective(kind) for kind in kinds}
@@ -176,12 +176,6 @@ class Flight:
     name: str
     bytes: int
     start: float
-    arrived: float | None = None
-
-    def arrive(self, *_: object) -> None:
-        """It is complete, whether somebody waits or not; any thread."""
-        if self.arrived is None:
-            self.arrived = self.timeline.clock()
 
     @contextmanager
     def landing(self) -> Iterator[None]:
@@ -191,9 +185,8 @@ class Flight:
         with record_function(self.name):
             yield
         end = timeline.clock()
-        arrived = end if self.arrived is None else min(self.arrived, end)
         timeline.spans.append(Span(self.name, EXPOSED, begin, end, self.bytes))
-        timeline.spans.append(Span(self.name, WIRE, self.start, arrived, self.bytes))
+        timeline.spans.append(Span(self.name, WIRE, self.start, end, self.bytes))
 
 
 class Laps:

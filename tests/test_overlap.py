@@ -35,7 +35,9 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert (gather["calls"], gather["bytes"]) == (3, 1_000_000)
     text = table(found)
     assert "| and parameters behind the next forward | 200 | 10 | 20 | 30 | 0.50 |" in text
-    assert "| all_gather: no overlap | 8.0 | 50.0 | 40.0 | 1.00 | 20% |" in text
+    assert "| all_gather: no overlap | 8.0 | 50.0 | 40.0 | 1.00 | 0% |" in text
+    assert gather["hidden"] == 0
+    assert summarize(rounds, rate=1e8)["both"]["collectives"]["all_gather"]["hidden"] == pytest.approx(0.875)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Timelines: sums and traces of spans made by hand, and what a step of two ranks leaves on one."""
 
 import json
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +10,7 @@ import torch
 from torch import nn
 
 from sharded_lamb import ShardedLamb
-from sharded_lamb.collectives import Collectives, Topology
-from sharded_lamb.timeline import Flight, Laps, Span, Timeline, covered, draw
+from sharded_lamb.timeline import Laps, Span, Timeline, covered, draw
 from tests.harness import run_ranks
 
 
@@ -75,25 +73,6 @@ def test_of_nothing_nothing_is_hidden() -> None:
 )
 def test_seconds_that_any_span_covers(spans: list[tuple[float, float]], seconds: float) -> None:
     assert covered([Span("x", "wire", start, end) for start, end in spans]) == seconds
-
-
-def test_what_arrived_before_it_was_waited_for_leaves_the_wire_then(clock: Clock) -> None:
-    timeline = Timeline(clock=clock)
-    flight = timeline.launched("scatter", 1)
-    clock.now = 3
-    flight.arrive("a future")
-    clock.now = 5
-    with flight.landing():
-        clock.now = 5.25
-    assert timeline.spans == [Span("scatter", "exposed", 5, 5.25, 1), Span("scatter", "wire", 0, 3, 1)]
-
-
-def test_an_arrival_that_is_told_late_does_not_outlast_the_wait(clock: Clock) -> None:
-    flight = Flight(Timeline(clock=clock), "scatter", 1, start=0)
-    with flight.landing():
-        clock.now = 2
-        flight.arrived = 9
-    assert flight.timeline.spans[-1].end == 2
 
 
 def test_what_raises_is_on_it_too(clock: Clock) -> None:
@@ -300,30 +279,6 @@ def test_gathers_behind_the_next_forward_land_in_it() -> None:
         passed = sorted(s.end for s in found.spans if s.name == "pass 2")[found.buckets - 1]
         between = [1 for start, end in gathers if passed <= start and end <= second]
         assert len(between) == found.buckets
-
-
-def _exchange(rank: int) -> list[Span]:
-    """Rank 1 comes late, and both wait when all is there."""
-    collectives, timeline = Collectives(Topology.of(None, None), torch.device("cpu")), Timeline(rank)
-    collectives.traffic.timeline = timeline
-    sent = torch.ones(1000)
-    time.sleep(0.2 * rank)
-    pending = collectives.reduce_scatter(sent, torch.empty_like(sent))
-    for _ in range(1000):
-        if pending._flight is not None and pending._flight.arrived is not None:
-            break
-        time.sleep(0.01)
-    pending.wait()
-    return timeline.spans
-
-
-def test_an_exchange_is_over_when_the_last_rank_has_come_and_before_the_wait() -> None:
-    """Ranks of one machine share a clock."""
-    found = run_ranks(2, _exchange)
-    last = max(flight.start for _, flight in found)
-    for wait, flight in found:
-        assert (wait.lane, flight.lane) == ("exposed", "wire")
-        assert last <= flight.end <= wait.start
 
 
 def test_one_rank_sends_nothing_and_computes() -> None:

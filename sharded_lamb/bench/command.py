@@ -5,18 +5,20 @@ import importlib
 
 import torch
 
+from sharded_lamb.bench import overlap
 from sharded_lamb.bench.report import add_output_arguments
 
 _HELP = {
     "step": "a whole iteration, from each rank's gradients to updated weights everywhere, of ours and of others",
     "kernels": "the two passes of every kernel on one rank, against what memory can do",
     "comm": "our exchanges against torch's collectives, by bucket size",
+    "overlap": "what a slow link between two hosts (network namespaces) hides and exposes; not under torchrun",
     "memory": "peak memory of every contestant, each in processes of its own, against the formula",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The four benchmarks as subcommands of ``parser``."""
+    """The benchmarks as subcommands of ``parser``."""
     parser.description = (
         "Prints a table, and writes JSON and a picture where asked. Run under torchrun for several ranks, e.g. "
         "OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m sharded_lamb bench step."
@@ -66,13 +68,21 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=3)
 
 
-_ARGUMENTS = {"step": _add_step, "kernels": _add_kernels, "comm": _add_comm, "memory": _add_memory}
+_ARGUMENTS = {
+    "step": _add_step,
+    "kernels": _add_kernels,
+    "comm": _add_comm,
+    "overlap": overlap.add_arguments,
+    "memory": _add_memory,
+}
 
 
 def run(chosen: argparse.Namespace, device: torch.device) -> int:
-    """Returns 0. Raises ValueError for wrong arguments."""
+    """Returns 0, or 1 where a check failed. Raises ValueError for wrong arguments."""
     for name in ("rounds", "iterations", "steps"):
         if getattr(chosen, name, 1) < 1:
             raise ValueError(f"--{name} must be >= 1, got {getattr(chosen, name)}")
+    if chosen.benchmark == "overlap":
+        return overlap.run(chosen)
     importlib.import_module(f"sharded_lamb.bench.{chosen.benchmark}").measure(chosen, device)
     return 0

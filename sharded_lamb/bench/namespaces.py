@@ -36,7 +36,7 @@ _SMALLEST_BURST = 2 * 65536
 _QUEUE = "50ms"
 
 
-class NetworkError(RuntimeError):
+class NetworkError(OSError):
     """Such a network cannot be made here; the message says what is missing."""
 
 

@@ -1,6 +1,6 @@
 """What of the wire is hidden behind computation, on a slow network: two hosts on one machine, their link limited.
 
-    OMP_NUM_THREADS=1 python -m sharded_lamb.bench.overlap --rate 1e9
+    OMP_NUM_THREADS=1 sharded-lamb bench overlap --rate 1e9
 
 Stage 2 trains a small BERT on hosts of `sharded_lamb.bench.namespaces` under three configurations, in turn: gradients
 exchanged after backward (``overlap=False``), behind it, and parameters gathered behind the next forward as well
@@ -9,11 +9,8 @@ exchanged after backward (``overlap=False``), behind it, and parameters gathered
 
 import argparse
 import dataclasses
-import datetime
 import importlib.util
 import json
-import os
-import platform
 import shlex
 import statistics
 import sys
@@ -24,14 +21,15 @@ from typing import Any
 
 import torch
 
-from sharded_lamb.bench.namespaces import NetworkError, network, one_rank_a_host, run_together
+from sharded_lamb.bench.namespaces import network, one_rank_a_host, run_together
 from sharded_lamb.bench.overlapped import CONFIGURATIONS, Work, compare
+from sharded_lamb.bench.report import about, add_output_arguments
 
 TIMEOUT = 1800.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of this benchmark."""
+    """Of this benchmark, but for those of its output."""
     parser.add_argument("--hosts", type=int, default=2, help="one rank on each")
     parser.add_argument("--rate", type=float, default=1e9, help="of a host's link, bits a second each way")
     parser.add_argument("--layers", type=int, default=4)
@@ -43,8 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of every configuration")
     parser.add_argument("--iterations", type=int, default=4, help="of a turn")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write all measurements there")
-    parser.add_argument("--png", type=Path, metavar="PATH", help="draw one iteration of each there")
     parser.add_argument("--traces", type=Path, metavar="FOLDER", help="Chrome traces of the same, all ranks")
 
 
@@ -63,7 +59,14 @@ def run(chosen: argparse.Namespace) -> int:
             raise ValueError(f"{module} is needed and not installed: pip install {module}")
     with tempfile.TemporaryDirectory(prefix="sharded-lamb-overlap-") as name:
         folder = Path(name)
-        command = [sys.executable, "-m", __spec__.name, "--rank-writes-to", name, *_spelled(work)]
+        command = [
+            sys.executable,
+            "-m",
+            "sharded_lamb.bench.overlap",
+            "--rank-writes-to",
+            name,
+            *_spelled(work),
+        ]
         with network(chosen.hosts, rate=chosen.rate) as hosts:
             codes = run_together(one_rank_a_host(hosts, command), timeout=TIMEOUT)
         if any(codes):
@@ -93,8 +96,17 @@ def _publish(chosen: argparse.Namespace, work: Work, result: Mapping[str, Any], 
     print(table(summary))
     print(f"\nfinal weights of the three are {'bit-equal' if result['same_weights'] else 'NOT EQUAL'}")
     if chosen.json is not None:
-        content = {**_about(), "rate": chosen.rate, "hosts": chosen.hosts, **dataclasses.asdict(work)}
-        chosen.json.write_text(json.dumps({**content, "summary": summary, **result}, indent=1) + "\n")
+        content = {
+            **about(torch.device("cpu")),
+            "command": _command(),
+            "backend": "gloo",
+            "ranks": chosen.hosts,
+            "rate": chosen.rate,
+            **dataclasses.asdict(work),
+            "summary": summary,
+            **result,
+        }
+        chosen.json.write_text(json.dumps(content, indent=1) + "\n")
     if chosen.png is not None:
         chosen.png.write_bytes((folder / "overlap.png").read_bytes())
     if chosen.traces is not None:
@@ -103,18 +115,18 @@ def _publish(chosen: argparse.Namespace, work: Work, result: Mapping[str, Any], 
             (chosen.traces / trace.name).write_text(trace.read_text())
 
 
-def _about() -> dict[str, Any]:
-    return {
-        "command": shlex.join(["python", "-m", __spec__.name, *sys.argv[1:]]),
-        "date": str(datetime.date.today()),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-        "torch": torch.__version__,
-    }
+def _command() -> str:
+    by_itself = Path(sys.argv[0]).stem == "overlap"
+    return shlex.join(
+        [*(["python", "-m", "sharded_lamb.bench.overlap"] if by_itself else ["sharded-lamb"]), *sys.argv[1:]]
+    )
 
 
 def summarize(rounds: Sequence[Mapping[str, Any]], rate: float) -> dict[str, dict[str, Any]]:
-    """Of each configuration on the first rank: medians over rounds; ``…_ratio``: of each round's ratios to none."""
+    """Of each configuration on the first rank: medians over rounds; ``…_ratio``: of each round's ratios to none.
+
+    ``hidden``: of the seconds that the link needs at least (bytes over rate), the part that the host was not blocked.
+    """
 
     def values(*path: str) -> list[float]:
         found: list[Any] = list(rounds)
@@ -134,10 +146,11 @@ def summarize(rounds: Sequence[Mapping[str, Any]], rate: float) -> dict[str, dic
         collectives: dict[str, dict[str, float]] = {}
         for kind in rounds[0][name]["collectives"]:
             path = (name, "collectives", kind)
-            parts = {part: median(*path, part) for part in ("calls", "bytes", "wire", "exposed", "hidden")}
+            parts = {part: median(*path, part) for part in ("calls", "bytes", "wire", "exposed")}
             collectives[kind] = {
                 **parts,
-                "bytes_over_rate": 8 * parts["bytes"] / rate,
+                "bytes_over_rate": (least := 8 * parts["bytes"] / rate),
+                "hidden": max(0.0, 1 - parts["exposed"] / least),
                 "exposed_ratio": ratio(*path, "exposed"),
             }
         parts = {part: median(name, part) for part in ("iteration", "forward", "backward", "step")}
@@ -173,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="sharded_lamb.bench.overlap", description=__doc__.partition("\n")[0]
     )
     add_arguments(parser)
+    add_output_arguments(parser)
     parser.add_argument("--rank-writes-to", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     try:
@@ -180,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             compare(_work(chosen), chosen.rank_writes_to)
             return 0
         return run(chosen)
-    except (ValueError, OSError, NetworkError) as error:
+    except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
 
