@@ -22,6 +22,9 @@ CONFIGURATIONS = {
 }
 """Name in files: title."""
 
+TRACED = 5
+"""Iterations from which one is drawn; the one before them fills the wire."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -121,17 +124,23 @@ class Trainee:
             },
         }
 
-    def one_iteration(self) -> Timeline:
-        """What overlaps the second of three, with the gathers of the step before it."""
+    def typical_iteration(self) -> Timeline:
+        """What overlaps one iteration, with the gathers of the step before it: that of median length, on all ranks."""
         timeline = Timeline(dist.get_rank())
         dist.barrier()
         edges = []
         with self.optimizer.record(timeline):
-            for _ in range(3):
+            for _ in range(1 + TRACED):
                 edges.append(timeline.clock())
                 self.iterate(timeline)
             self.optimizer.synchronize()
-        low, high = edges[1:]
+        edges.append(timeline.clock())
+        lengths = torch.tensor(edges[2:], dtype=torch.float64) - torch.tensor(
+            edges[1:-1], dtype=torch.float64
+        )
+        dist.all_reduce(lengths, dist.ReduceOp.MAX)
+        index = 1 + int(lengths.argsort()[TRACED // 2])
+        low, high = edges[index], edges[index + 1]
         timeline.spans = [span for span in timeline.spans if span.end > low and span.start < high]
         return timeline
 
@@ -149,7 +158,7 @@ def compare(work: Work, folder: Path) -> None:
     for index in range(work.rounds):
         order = list(trainees)[index % len(trainees) :] + list(trainees)[: index % len(trainees)]
         rounds.append({name: trainees[name].block() for name in order})
-    timelines = {name: trainee.one_iteration() for name, trainee in trainees.items()}
+    timelines = {name: trainee.typical_iteration() for name, trainee in trainees.items()}
     same = _same([list(trainee.model.parameters()) for trainee in trainees.values()])
     for name, timeline in timelines.items():
         timeline.save(folder / f"{name}.rank{dist.get_rank()}.json")
