@@ -131,12 +131,15 @@ def test_nothing_stays_when_the_body_raises() -> None:
     def body() -> None:
         with network(2, rate=RATE) as made:
             spaces.update(_space(host.holder) for host in made)
-            left.append(subprocess.Popen(made[0].command(["sleep", "60"])))
+            command = made[0].command(["sh", "-c", "echo; exec sleep 60"])
+            left.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+            assert left[0].stdout.read(1) == b"\n"  # it is on the host
             raise KeyError
 
     with pytest.raises(KeyError):
         body()
-    assert left[0].wait(timeout=10) == -signal.SIGKILL
+    with left[0]:
+        assert left[0].wait(timeout=10) == -signal.SIGKILL
     assert len(spaces) == 2
     assert _processes_in(spaces) == []
     assert os.listdir("/sys/class/net") == links
