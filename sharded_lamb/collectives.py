@@ -283,13 +283,15 @@ class Collectives:
             work = _all_gather(flat, flat[rank * size : (rank + 1) * size], self._shard)
             return Pending([work], flight)
         mine = flat[rank * size : (rank + 1) * size]
+        # Receives first: a "ready to receive" queued behind data makes two ranks take turns (0.8 of the time at 3 ranks,
+        # 0.5 at 2). Peers at the same distance at the same time, so that no rank is everyone's first.
         works: list[dist.Work | None] = []
-        # Peers at the same distance at the same time, so that no rank is everyone's first.
         for distance in range(1, self.shard_count):
-            source, target = (rank - distance) % self.shard_count, (rank + distance) % self.shard_count
+            source = (rank - distance) % self.shard_count
             place = flat[source * size : (source + 1) * size]
             works.append(dist.irecv(place, group=self._shard, group_src=source))
-            works.append(dist.isend(mine, group=self._shard, group_dst=target))
+        for distance in range(1, self.shard_count):
+            works.append(dist.isend(mine, group=self._shard, group_dst=(rank + distance) % self.shard_count))
         return Pending(works, flight)
 
     def gather_to_first(self, shard: Tensor) -> list[Tensor] | None:
