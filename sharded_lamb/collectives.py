@@ -283,8 +283,8 @@ class Collectives:
             work = _all_gather(flat, flat[rank * size : (rank + 1) * size], self._shard)
             return Pending([work], flight)
         mine = flat[rank * size : (rank + 1) * size]
-        # Receives first: a "ready to receive" queued behind data makes two ranks take turns (0.8 of the time at 3 ranks,
-        # 0.5 at 2). Peers at the same distance at the same time, so that no rank is everyone's first.
+        # Receives first: a "ready to receive" behind data makes two ranks take turns (half as fast). Peers at the
+        # same distance at the same time, so that no rank is everyone's first.
         works: list[dist.Work | None] = []
         for distance in range(1, self.shard_count):
             source = (rank - distance) % self.shard_count
