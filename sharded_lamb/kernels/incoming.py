@@ -12,6 +12,12 @@ Taking = tuple[FlatShard, Sequence[Segment], Sequence[Tensor | None]]
 """What `Kernel.collect` takes: where to, and segments of which gradients."""
 
 
+def taken(segment: Segment, grad: Tensor) -> Tensor:
+    """[segment.length] its part of a gradient without gaps in memory, in memory's order."""
+    run = grad.as_strided((grad.numel(),), (1,))
+    return run[segment.start : segment.start + segment.length]
+
+
 class StockIncoming:
     """`Kernel.average` and `Kernel.collect` for backends that have none of their own."""
 
@@ -75,9 +81,8 @@ def fill_together(fillings: Sequence[tuple[Tensor, Sequence[Segment], Sequence[T
             if grad is None:
                 empty.append(place)
             else:
-                run = grad.as_strided((grad.numel(),), (1,))
                 places.append(place)
-                found.append(run[segment.start : segment.start + segment.length])
+                found.append(taken(segment, grad))
     if empty:
         torch._foreach_zero_(empty)
     if places:

@@ -40,6 +40,11 @@ def add_by_parameter(sums: Tensor, block_param: Tensor, block_sums: Tensor) -> N
     sums.index_add_(0, block_param, block_sums.to(torch.float64))
 
 
+def adopted(weight: Tensor, written: Tensor) -> Tensor:
+    """The master, and what the model holds where that is no longer what the master rounds to: someone wrote it."""
+    return torch.where(weight.to(written.dtype) == written, weight, written.to(weight.dtype))
+
+
 def _chunk_blocks(device: torch.device, blocks: int) -> int:
     # On a GPU a chunk is bounded by memory for temporaries, not by cache: 4 M elements, a few launches.
     return CHUNK_BLOCKS if device.type == "cpu" else min(blocks, 1 << 14)
@@ -72,12 +77,9 @@ class _Chunk:
         raise NotImplementedError
 
     def adopt_written_weights(self) -> None:
-        """Where the model's weight is no longer what its master rounds to, someone wrote it: it wins."""
+        """Weights that were written from outside win over their masters."""
         if self.has_model:
-            weight, written = self.kept("weight"), self.kept("model")
-            self.store(
-                "weight", torch.where(weight.to(written.dtype) == written, weight, written.to(weight.dtype))
-            )
+            self.store("weight", adopted(self.kept("weight"), self.kept("model")))
 
     def store_model(self, weight: Tensor) -> None:
         """Writes the model's copy of the weights, where there is one."""
