@@ -159,9 +159,10 @@ def test_max_consecutive_skips() -> None:
 
 @pytest.mark.parametrize("name", kernels.available())
 def test_kernel_says_what_computes(name: str) -> None:
-    """All have the same bits: what shows is the name."""
+    """All have the same bits, "fused" but for rounding: what shows is the name."""
     params, plain = params_with(kernel=name), params_with(kernel="torch")
-    assert all(torch.equal(params[key], plain[key]) for key in SHAPES)
+    near = 6e-6 if name == "fused" else 0
+    assert all(torch.allclose(params[key], plain[key], rtol=near, atol=near) for key in SHAPES)
     assert run_ranks(2, _kernel, name) == [name, name]
 
 

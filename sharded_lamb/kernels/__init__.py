@@ -8,7 +8,8 @@ A backend is two functions over memory that know neither parameters' shapes nor 
 and the sum of squares that clipping and the search for non-finite gradients need before them. The memory is one flat
 run of whole blocks (our own buckets: `FlatShard`) or pieces that lie anywhere (what another framework partitioned:
 `PieceShard`). `reference` ("torch") is the pure backend, the rule on chunks that fit the cache; `native` ("cpp") is C++
-with the same bits; `choice` takes the fastest that works.
+with the same bits; `fused` is what runs on CPUs without a compiler, the same to rounding; `choice` takes the fastest
+that works.
 """
 
 from sharded_lamb.kernels.choice import NAMES, available, choose, load

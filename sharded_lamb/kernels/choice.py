@@ -8,6 +8,7 @@ import torch
 
 from sharded_lamb.kernels import native, triton_kernel
 from sharded_lamb.kernels.compiling import CompileError
+from sharded_lamb.kernels.fused import FusedKernel
 from sharded_lamb.kernels.protocol import Kernel
 from sharded_lamb.kernels.reference import ReferenceKernel
 
@@ -16,7 +17,7 @@ logger = logging.getLogger("sharded_lamb")
 ENVIRONMENT = "SHARDED_LAMB_KERNEL"
 """Environment variable: the backend where a program asks for none."""
 
-NAMES = ("auto", "torch", "cpp", "triton")
+NAMES = ("auto", "torch", "fused", "cpp", "triton")
 CPU = torch.device("cpu")
 
 
@@ -41,6 +42,8 @@ def load(name: str, device: torch.device = CPU) -> Kernel:
         return native.CppKernel()
     if name == "triton":
         return triton_kernel.TritonKernel()
+    if name == "fused":
+        return FusedKernel()
     return ReferenceKernel()
 
 
@@ -56,7 +59,7 @@ def choose(name: str, device: torch.device) -> Kernel:
     if reason is None:
         return load(best, device)
     _warn(f"the {best} kernel cannot run on {device.type}, and stock torch operations are slower: {reason}")
-    return load("torch", device)
+    return load("torch" if why_not("fused", device) else "fused", device)
 
 
 def why_not(name: str, device: torch.device) -> str | None:
@@ -65,6 +68,8 @@ def why_not(name: str, device: torch.device) -> str | None:
         return None
     if name == "cpp":
         return _why_no_cpp() if device.type == "cpu" else "it is for CPUs"
+    if name == "fused":
+        return None if device.type == "cpu" else "it is for CPUs"
     return triton_kernel.usable(device)
 
 
