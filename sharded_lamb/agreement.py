@@ -103,7 +103,8 @@ class _Talk:
         a, b = f"rank {self.everyone[0]}", f"rank {self.everyone[self.rank]}"
         for (what, value), (own_what, own_value) in zip(first, mine, strict=False):
             if (what, value) != (own_what, own_value):
-                return f"  {what}: {a} has {value!r}, {b} has {own_what}: {own_value!r}"
+                remedy = _kernel_remedy({value: a, own_value: b}) if what == own_what == "kernel" else ""
+                return f"  {what}: {a} has {value!r}, {b} has {own_what}: {own_value!r}{remedy}"
         longer, rest = (a, first[len(mine) :]) if len(first) > len(mine) else (b, mine[len(first) :])
         return (
             f"  only {longer} has {rest[0][0]}: {rest[0][1]!r} ({a}: {len(first)} entries, {b}: {len(mine)})"
@@ -134,6 +135,17 @@ class _Talk:
         else:
             return set()
         return {key for key in keys if not self.store.check([key])}
+
+
+def _kernel_remedy(found: Mapping[str, str]) -> str:
+    """``found``: kernel → the rank that has it. Where kernels choose themselves, a host without a compiler is why."""
+    slower = next((name for name in ("torch", "fused") if name in found), None)
+    if slower is None:
+        return ". Choose one that every rank has by kernel=… or SHARDED_LAMB_KERNEL"
+    compiler = (
+        f"Install a C++ compiler on the host of {found[slower]}, or choose" if "cpp" in found else "Choose"
+    )
+    return f". {compiler} kernel={slower!r} or SHARDED_LAMB_KERNEL={slower} on every rank"
 
 
 @contextmanager

@@ -95,6 +95,13 @@ def other_frozen(last: bool) -> ShardedLamb:
     return ShardedLamb(pairs)
 
 
+def other_kernel(last: bool) -> ShardedLamb:
+    """As on a host without a compiler, where "auto" is another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHARDED_LAMB_KERNEL", "fused" if last else "cpp")
+        return ShardedLamb(two_layers())
+
+
 DISAGREEMENTS = {
     other_shape: ("parameter 0", "[4, 3]", "[3, 4]"),
     other_order: ("parameter 0", "'a'", "'b'"),
@@ -107,6 +114,14 @@ DISAGREEMENTS = {
     other_clip: ("max_grad_norm", "None", "1.0"),
     other_buckets: ("settings", "bucket_mb"),
     other_frozen: ("parameter 1", "'b'"),
+    other_kernel: (
+        "kernel",
+        "'cpp'",
+        "'fused'",
+        "compiler on the host of rank 1",
+        "kernel='fused'",
+        "SHARDED_LAMB_KERNEL=fused",
+    ),
 }
 
 
