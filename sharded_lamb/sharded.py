@@ -81,8 +81,9 @@ class ShardedLamb(SavingOptimizer):
         skip_nonfinite: a non-finite gradient on any rank leaves the step out on every rank: nothing moves. (Stage 1:
             a non-finite averaged gradient; each rank looks at its own slices of it.)
         max_consecutive_skips: after as many in a row, an error on every rank.
-        kernel: what computes: "cpp" (CPU, compiled on first use), "triton" (GPU), "torch" (stock operations, anywhere),
-            or "auto": the fastest that works, or what the environment variable SHARDED_LAMB_KERNEL names. One for all.
+        kernel: what computes: "cpp" (CPU, compiled on first use), "fused" (CPU, no compiler; equal but for rounding),
+            "triton" (GPU), "torch" (stock operations, anywhere), or "auto": the fastest that works, or what the
+            environment variable SHARDED_LAMB_KERNEL names. The same on all ranks.
 
     Raises:
         ValueError, TypeError: a wrong option or parameter; ranks that disagree on names, shapes, dtypes or options
