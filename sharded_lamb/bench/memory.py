@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # noqa: F401  # every optimizer of torch imports it when it is made: part of the baseline
+import torch._dynamo  # every optimizer of torch imports it when it is made: part of the baseline
 import torch.distributed as dist
 
 from sharded_lamb import shapes
