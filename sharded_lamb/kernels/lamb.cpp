@@ -189,6 +189,28 @@ struct View {
   }
 };
 
+// Writes a block past the cache, which then need not read what is overwritten; whether it could.
+template <typename T>
+INLINE bool stream(const T *from, T *to) {
+#if defined(__AVX512F__)
+  if (reinterpret_cast<uintptr_t>(to) % 64) return false;
+  const char *source = (const char *)from;
+  char *target = (char *)to;
+  for (size_t i = 0; i < BLOCK * sizeof(T); i += 64)
+    _mm512_stream_si512((__m512i *)(target + i), _mm512_loadu_si512(source + i));
+  return true;
+#else
+  return false;
+#endif
+}
+
+// Streamed writes are seen by other threads only after this.
+INLINE void streamed() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 // -- a block ------------------------------------------------------------------------------------------
 
 template <typename T>
@@ -312,6 +334,7 @@ void for_each_block(const Piece *runs, int64_t count, int64_t thread, int64_t th
     for (int64_t block = number - runs[i].first_block; block < blocks && number < end; block++, number++)
       visit(runs[i], block, number);
   }
+  streamed();
 }
 
 // Runs `block_sums(run, block, number, T *sums)` on all blocks and adds its K sums of each to sums[k][parameter], in fp64
@@ -417,7 +440,7 @@ void average(T *grad, const Slice *slices, int64_t count, Parts parts, T divisor
     T *to = grad + slice.start + first;
     if (add)
       for (int i = 0; i < n; i++) total[i] = to[i] + total[i];
-    std::memcpy(to, total, n * sizeof(T));
+    if (add || n < BLOCK || !stream(total, to)) std::memcpy(to, total, n * sizeof(T));
     found[0] = square_sum(total);
   });
 }
