@@ -51,7 +51,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--shapes",
         default="tiny",
-        help="tiny, bert-base, bert-large, many-small, or a JSON file {name: shape}",
+        help="tiny, bert-base, bert-large, many-small, many-tiny, or a JSON file {name: shape}",
     )
     what.add_argument(
         "--model", help="module:function that returns a torch.nn.Module, e.g. mypackage.models:build"

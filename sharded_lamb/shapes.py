@@ -65,6 +65,7 @@ def named(name: str) -> Shapes:
         "tiny": _tiny,
         "bert-base": lambda: bert(layers=12, width=768),
         "bert-large": lambda: bert(layers=24, width=1024),
+        "many-tiny": lambda: {f"tiny.{index}": (200,) for index in range(10_000)},
         "many-small": lambda: {f"small.{index}": (1000,) for index in range(10_000)},
     }
     if name not in makers:

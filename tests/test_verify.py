@@ -183,11 +183,11 @@ def test_the_reference_is_what_the_paper_says() -> None:
     assert reference.w[0].item() == pytest.approx(1.8, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["tiny", "bert-base", "bert-large", "many-small"])
+@pytest.mark.parametrize("name", ["tiny", "bert-base", "bert-large", "many-small", "many-tiny"])
 def test_shapes_are_the_published_ones(name: str) -> None:
     elements = sum(torch.Size(shape).numel() for shape in shapes.named(name).values())
-    counts = {"tiny": 36, "bert-base": 206, "bert-large": 398, "many-small": 10_000}
-    published = {"bert-base": 110.1e6, "bert-large": 336.2e6, "many-small": 10e6}
+    counts = {"tiny": 36, "bert-base": 206, "bert-large": 398, "many-small": 10_000, "many-tiny": 10_000}
+    published = {"bert-base": 110.1e6, "bert-large": 336.2e6, "many-small": 10e6, "many-tiny": 2e6}
     assert len(shapes.named(name)) == counts[name]
     assert elements == pytest.approx(published.get(name, elements), rel=1e-3)
 

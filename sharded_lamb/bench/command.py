@@ -35,7 +35,7 @@ def _add_contestants(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes",
         default="bert-base",
-        help="tiny, bert-base, bert-large, many-small, or a JSON file {name: shape}",
+        help="tiny, bert-base, bert-large, many-small, many-tiny, or a JSON file {name: shape}",
     )
     parser.add_argument("--peers", help="names with commas; default: all that can take part here")
     parser.add_argument("--stage", choices=("1", "2", "both"), default="both", help="of ours")
@@ -52,7 +52,9 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_kernels(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", default="bert-base,many-small", help="names or JSON files, with commas")
+    parser.add_argument(
+        "--shapes", default="bert-base,many-small,many-tiny", help="names or JSON files, with commas"
+    )
     parser.add_argument("--backends", help="names with commas; default: all there are here")
     parser.add_argument("--threads", default="1", help="numbers with commas (CPU)")
     parser.add_argument("--rounds", type=int, default=9)

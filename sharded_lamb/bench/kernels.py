@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from sharded_lamb import ShardedLamb, kernels, rule, shapes
+from sharded_lamb.averaged import AveragedGradients
 from sharded_lamb.bench import report
 from sharded_lamb.bench.contestants import LAMB
 from sharded_lamb.bench.timing import Clock, Spread, Turns, by_round, quotients, take_turns, world
 from sharded_lamb.bench.workload import Workload
 from sharded_lamb.kernels import FlatShard, Kernel
 
-SCALE, ADAMW, STEP = "in-place scale", "fused AdamW", "ShardedLamb.step()"
+SCALE, ADAMW, STEP = "in-place scale", "fused AdamW", "ShardedLamb.step(), "  # and the kernel's name
 
 BYTES = {SCALE: 8, ADAMW: 28}
 """Bytes an fp32 element that must travel. Scale: one read, one written. AdamW: w, g, m, v read, w, m, v written."""
@@ -111,9 +112,20 @@ def _actions(
     adamw = torch.optim.AdamW(others, lr=1e-3, fused=True)
     scaled = torch.ones(_SCALED[device.type], device=device)
     actions: dict[str, Callable[[], None]] = {SCALE: lambda: _discard(scaled.mul_(1.0001))}
-    for kernel in loaded:
-        actions[kernel.name] = _two_passes(optimizer, kernel)
-    return {**actions, ADAMW: lambda: _discard(adamw.step()), STEP: lambda: _discard(optimizer.step())}
+    actions |= {kernel.name: _two_passes(optimizer, kernel) for kernel in loaded}
+    actions[ADAMW] = lambda: _discard(adamw.step())
+    return {**actions, **{STEP + kernel.name: _step(optimizer, kernel) for kernel in loaded}}
+
+
+def _step(optimizer: ShardedLamb, kernel: Kernel) -> Callable[[], None]:
+    gradients = optimizer._gradients
+    assert isinstance(gradients, AveragedGradients)
+
+    def run() -> None:
+        optimizer._kernel = gradients.kernel = kernel
+        optimizer.step()
+
+    return run
 
 
 def _discard(_: object) -> None:
@@ -156,7 +168,7 @@ def summarize(
         else:
             row["us_per_tensor"] = asdict(Spread.of([ms * 1e3 / size["tensors"] for ms in times]))
             row["to_adamw"] = asdict(Spread.of(quotients(times, rounds[ADAMW])))
-        if name not in (SCALE, STEP):
+        if name != SCALE and not name.startswith(STEP):
             moved = elements * BYTES.get(name, LAMB_BYTES)
             percents = [100 * a for a in quotients([moved * ms for ms in least], times)]
             row["roofline_percent"] = asdict(Spread.of(percents))

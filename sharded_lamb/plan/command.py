@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--config", help="path of a Hugging Face config.json")
     what.add_argument(
-        "--shapes", help="tiny, bert-base, bert-large (default), many-small, or a JSON file {name: shape}"
+        "--shapes",
+        help="tiny, bert-base, bert-large (default), many-small, many-tiny, or a JSON file {name: shape}",
     )
     ranks = parser.add_argument_group("ranks")
     ranks.add_argument(
