@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sharded_lamb.buckets import FlatBucket
 from sharded_lamb.collectives import Collectives, Pending
 from sharded_lamb.facts import GradientFacts, Replicas, agree, check_gradient
-from sharded_lamb.kernels import Kernel
+from sharded_lamb.kernels import Kernel, Received
 from sharded_lamb.kernels.incoming import rows_with_own
 from sharded_lamb.staging import Staging
 
@@ -274,15 +274,8 @@ class BackwardReducer:
             rows = rows_with_own(parts, bucket.segments, own)
             parts, own = self.collectives.summed_over_replicas(rows, shard.compute), None
         with self.collectives.traffic.computing("average"):
-            self.kernel.average(
-                shard,
-                bucket.segments,
-                parts,
-                self.collectives.world_size,
-                self._square_sums,
-                add=not self._fresh,
-                own=own,
-            )
+            received = Received(parts, self.collectives.world_size, own)
+            self.kernel.average(shard, bucket.segments, received, self._square_sums, add=not self._fresh)
         self._staging.append(exchange.staging)
 
     def _take_staging(self, index: int) -> Staging:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sharded_lamb import kernels, rule
-from sharded_lamb.kernels import FlatShard, Kernel, OwnPart, PieceShard, ReferenceKernel, Shard
+from sharded_lamb.kernels import FlatShard, Kernel, OwnPart, PieceShard, Received, ReferenceKernel, Shard
 from sharded_lamb.layout import BLOCK, Segment, round_up
 from sharded_lamb.rule import COLUMNS
 
@@ -250,7 +250,7 @@ def test_average_is_the_sum_in_rank_order_over_the_divisor(
         own = OwnPart(row, [None, *mine[1:]])
         parts = torch.cat([parts[:row], parts[row + 1 :]])
     sums = torch.full((len(lengths),), 0.5, dtype=F64)
-    kernels.load(name).average(shard, segments, parts, ranks, sums, add=add, own=own)
+    kernels.load(name).average(shard, segments, Received(parts, ranks, own), sums, add=add)
     assert torch.equal(shard.grad, expected)
     squares = torch.zeros(len(lengths), dtype=F64)
     ReferenceKernel().square_sums([shard], squares)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -87,8 +88,8 @@ def with_summed_gradients(rank: int, stage: int) -> Verdict:
     original = CppKernel.average
 
     def summed(self: CppKernel, *arguments: Any, **named: Any) -> None:
-        shard, segments, parts, _, *rest = arguments
-        original(self, shard, segments, parts, 1, *rest, **named)
+        shard, segments, received, *rest = arguments
+        original(self, shard, segments, replace(received, divisor=1), *rest, **named)
 
     with mock.patch.object(CppKernel, "average", summed):
         return verify_here(rank, 2, "float32")

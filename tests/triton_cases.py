@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharded_lamb.kernels import FlatShard, PieceShard, ReferenceKernel, triton_kernel
-from sharded_lamb.kernels.shard import OwnPart
+from sharded_lamb.kernels.shard import OwnPart, Received
 from sharded_lamb.kernels.triton_kernel import TritonKernel
 from sharded_lamb.layout import BLOCK, Segment
 from tests.kernel_memory import F32, FLOATS, Form, assert_same, contents, made, stepped, table_of, trained
@@ -183,7 +183,7 @@ def test_average_has_the_bits_of_stock_operations(
         sums = torch.full((len(lengths) + 1,), 0.5, dtype=torch.float64)
         segments = [Segment(len(lengths), 0, 5, len(shard.grad) - BLOCK)]
         own = OwnPart(1, [torch.full((5,), 2.5)]) if ranks > 1 else None
-        kernel.average(shard, segments, parts, 3, sums, add=add, own=own)
+        kernel.average(shard, segments, Received(parts, 3, own), sums, add=add)
         results.append([shard.grad, sums])
     assert_same(results[0], results[1])
 

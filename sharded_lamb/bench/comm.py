@@ -98,15 +98,8 @@ class Exchanges:
         route = self.staging.route(0, self.bucket)
         route.start([self.grad]).wait()
         parts, own = self.collectives.parts_of_sum(route.full, route.received), route.own([self.grad])
-        self.kernel.average(
-            self.bucket.shard,
-            self.bucket.segments,
-            parts,
-            self.world_size,
-            self.sums,
-            add=False,
-            own=own,
-        )
+        received = kernels.Received(parts, self.world_size, own)
+        self.kernel.average(self.bucket.shard, self.bucket.segments, received, self.sums, add=False)
 
     def their_reduce_scatter(self) -> None:
         reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

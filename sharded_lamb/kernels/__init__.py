@@ -15,7 +15,7 @@ that works.
 from sharded_lamb.kernels.choice import NAMES, available, choose, load
 from sharded_lamb.kernels.protocol import Kernel
 from sharded_lamb.kernels.reference import ReferenceKernel
-from sharded_lamb.kernels.shard import FlatShard, OwnPart, PieceShard, Shard
+from sharded_lamb.kernels.shard import FlatShard, OwnPart, PieceShard, Received, Shard
 
 __all__ = [
     "NAMES",
@@ -23,6 +23,7 @@ __all__ = [
     "Kernel",
     "OwnPart",
     "PieceShard",
+    "Received",
     "ReferenceKernel",
     "Shard",
     "available",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sharded_lamb.kernels.shard import FlatShard, OwnPart, Shard
+from sharded_lamb.kernels.shard import FlatShard, OwnPart, Received, Shard
 from sharded_lamb.layout import Segment
 
 Taking = tuple[FlatShard, Sequence[Segment], Sequence[Tensor | None]]
@@ -26,23 +26,15 @@ class StockIncoming:
         raise NotImplementedError
 
     def average(
-        self,
-        shard: FlatShard,
-        segments: Sequence[Segment],
-        parts: Tensor,
-        divisor: int,
-        sums: Tensor,
-        *,
-        add: bool,
-        own: OwnPart | None = None,
+        self, shard: FlatShard, segments: Sequence[Segment], received: Received, sums: Tensor, *, add: bool
     ) -> None:
-        """grad ← Σ parts / divisor, or grad + that; then Σg²."""
-        first, *others = rows_with_own(parts, segments, own)
+        """grad ← the average, or grad + that; then Σg²."""
+        first, *others = rows_with_own(received.parts, segments, received.own)
         total = first.to(shard.compute, copy=True)
         for part in others:
             total += part
-        if divisor != 1:
-            total /= divisor
+        if received.divisor != 1:
+            total /= received.divisor
         if add:
             shard.grad.add_(total)
         else:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.kernels import compiling
-from sharded_lamb.kernels.shard import FlatShard, OwnPart, PieceShard, Shard
+from sharded_lamb.kernels.shard import FlatShard, PieceShard, Received, Shard
 from sharded_lamb.layout import BLOCK, Segment
 from sharded_lamb.rule import COLUMNS
 
@@ -136,22 +136,15 @@ class CppKernel:
         )
 
     def average(
-        self,
-        shard: FlatShard,
-        segments: Sequence[Segment],
-        parts: Tensor,
-        divisor: int,
-        sums: Tensor,
-        *,
-        add: bool,
-        own: OwnPart | None = None,
+        self, shard: FlatShard, segments: Sequence[Segment], received: Received, sums: Tensor, *, add: bool
     ) -> None:
-        """grad ← Σ parts / divisor, or grad + that, and Σg², in one sweep."""
+        """grad ← the average, or grad + that, and Σg², in one sweep."""
+        parts, own = received.parts, received.own
         assert parts.is_contiguous()
         assert parts.shape[1:] == shard.grad.shape
         rows = parts.data_ptr(), len(parts), DTYPES[parts.dtype], shard.grad.numel()
         slices = self._slices(segments, [] if own is None else own.grads)
-        self._average(shard, slices, (*rows, -1 if own is None else own.row), divisor, add, sums)
+        self._average(shard, slices, (*rows, -1 if own is None else own.row), received.divisor, add, sums)
 
     def collect(
         self, shard: FlatShard, segments: Sequence[Segment], grads: Sequence[Tensor | None], sums: Tensor

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sharded_lamb.kernels.shard import FlatShard, OwnPart, Shard
+from sharded_lamb.kernels.shard import FlatShard, Received, Shard
 from sharded_lamb.layout import Segment
 
 
@@ -19,22 +19,12 @@ class Kernel(Protocol):
     name: str
 
     def average(
-        self,
-        shard: FlatShard,
-        segments: Sequence[Segment],
-        parts: Tensor,
-        divisor: int,
-        sums: Tensor,
-        *,
-        add: bool,
-        own: OwnPart | None = None,
+        self, shard: FlatShard, segments: Sequence[Segment], received: Received, sums: Tensor, *, add: bool
     ) -> None:
-        """grad ← Σ parts / divisor, or with ``add`` grad + that; Σg² per parameter added to ``sums`` [P] fp64.
+        """grad ← the average, or with ``add`` grad + that; Σg² per parameter added to ``sums`` [P] fp64.
 
-        Args:
-            segments: what lies in the shard, the same object from step to step.
-            parts: [k, n] any floating-point dtype, summed in their order in the compute dtype.
-            own: one more of them, which lies elsewhere.
+        Parts are summed in their order in the compute dtype. ``segments``: what lies in the shard, the same object from
+        step to step.
         """
 
     def collect(

@@ -36,6 +36,15 @@ class OwnPart:
     grads: Sequence[Tensor | None]  # one a segment, without gaps in memory; None stands for zeros
 
 
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What is averaged to a shard's gradient: the sum of all parts, in order, over ``divisor``."""
+
+    parts: Tensor  # [k, n] any floating-point dtype
+    divisor: int
+    own: OwnPart | None = None  # one part more, which lies elsewhere
+
+
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class PieceShard:
     """Pieces of memory on one device: DTensors' local parts, another framework's partitions, or whole tensors.

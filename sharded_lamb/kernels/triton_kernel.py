@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.kernels.incoming import StockIncoming, rows_with_own
-from sharded_lamb.kernels.shard import FlatShard, OwnPart, Shard
+from sharded_lamb.kernels.shard import FlatShard, Received, Shard
 from sharded_lamb.kernels.triton_runs import Table, Tables
 from sharded_lamb.layout import Segment
 
@@ -74,19 +74,12 @@ class TritonKernel(StockIncoming):
         self._tables = Tables(triton_device.TILE.value)
 
     def average(
-        self,
-        shard: FlatShard,
-        segments: Sequence[Segment],
-        parts: Tensor,
-        divisor: int,
-        sums: Tensor,
-        *,
-        add: bool,
-        own: OwnPart | None = None,
+        self, shard: FlatShard, segments: Sequence[Segment], received: Received, sums: Tensor, *, add: bool
     ) -> None:
-        """grad ← Σ parts / divisor, or grad + that, and Σg², in one sweep."""
-        if own is not None:
-            parts = torch.stack(rows_with_own(parts, segments, own))
+        """grad ← the average, or grad + that, and Σg², in one sweep."""
+        parts, divisor = received.parts, received.divisor
+        if received.own is not None:
+            parts = torch.stack(rows_with_own(parts, segments, received.own))
         assert parts.is_contiguous()
         assert parts.shape[1:] == shard.grad.shape
         found = self._tables.of([shard], len(sums))
