@@ -149,13 +149,16 @@ class FlatBucket:
 
     def own_gradients(self, grads: Sequence[Tensor | None]) -> Taking:
         """Whole gradients of which this rank's slices go into the gradient shard. ``grads``: [P] of all parameters."""
-        mine = [grads[segment.param] for segment in self.segments]
+        return self.shard, self.segments, self.in_memory_order([grads[s.param] for s in self.segments])
+
+    def in_memory_order(self, mine: list[Tensor | None]) -> list[Tensor | None]:
+        """Gradients, one a segment, whose elements lie as their parameters' do; a copy only of one that does not."""
         if not (self._contiguous and all(grad is not None and grad.is_contiguous() for grad in mine)):
             mine = [
                 grad if grad is None or grad.stride() == strides else flattened(grad, strides)
                 for grad, strides in zip(mine, self._sliced, strict=True)
             ]
-        return self.shard, self.segments, mine
+        return mine
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes of this bucket on this rank, by what they are for."""

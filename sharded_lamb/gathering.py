@@ -7,6 +7,7 @@ waited for in every step.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,27 +46,30 @@ class ForwardGathers:
         for part in module.modules():
             own = [p for p in part.parameters(recurse=False) if p in found]
             if own:
-                handles.append(part.register_forward_pre_hook(self._before_forward(own)))
+                buckets = sorted({self._bucket_of[p] for p in own})
+                handles.append(part.register_forward_pre_hook(_BeforeForward(self, own, buckets)))
             untyped: Any = part
             handles.append(untyped.register_state_dict_pre_hook(self._before_state))
             handles.append(untyped.register_load_state_dict_pre_hook(self._before_state))
-        return Watch(self, handles)
+        return Watch(self, found, handles)
 
-    def unwatch(self) -> None:
-        """Every gather is waited for in its step again."""
+    def unwatch(self, params: Iterable[Tensor]) -> None:
+        """Gathers of these parameters are waited for in their step again."""
         self.wait()
-        self._bucket_of, self._read, self._may_wait = {}, set(), set()
+        for p in params:
+            self._may_wait.discard(self._bucket_of.pop(p, -1))
 
-    def _before_forward(self, own: Sequence[Tensor]) -> Callable[[nn.Module, Any], None]:
-        buckets = sorted({self._bucket_of[p] for p in own})
+    def read(self, own: Sequence[Tensor], buckets: Sequence[int]) -> None:
+        """A module is about to read its own parameters, which lie in these buckets."""
+        if self._learning:
+            self._read.update(own)
+        if self._pending:
+            self.wait(buckets)
 
-        def hook(_: nn.Module, __: Any) -> None:
-            if self._learning:
-                self._read.update(own)
-            if self._pending:
-                self.wait(buckets)
-
-        return hook
+    def __reduce__(self) -> tuple[type["ForwardGathers"], tuple[()]]:
+        """A copied or pickled model has whole parameters and nothing to wait for."""
+        self.wait()
+        return ForwardGathers, ()
 
     def _before_state(self, *_: Any) -> None:
         self.wait()
@@ -91,15 +95,27 @@ class ForwardGathers:
                 pending.wait()
 
 
+@dataclass(frozen=True)
+class _BeforeForward:
+    """A module's hook; an object, so that models that have it can be pickled."""
+
+    gathers: ForwardGathers
+    own: Sequence[Tensor]
+    buckets: Sequence[int]
+
+    def __call__(self, _: nn.Module, __: Any) -> None:
+        self.gathers.read(self.own, self.buckets)
+
+
 class Watch:
     """What `ShardedLamb.overlap_forward` returns."""
 
-    def __init__(self, gathers: ForwardGathers, handles: list[Any]) -> None:
-        self._gathers, self._handles = gathers, handles
+    def __init__(self, gathers: ForwardGathers, params: Iterable[Tensor], handles: list[Any]) -> None:
+        self._gathers, self._params, self._handles = gathers, list(params), handles
 
     def remove(self) -> None:
         """Wait for what is in flight, and from now on in every step."""
-        self._gathers.unwatch()
+        self._gathers.unwatch(self._params)
         for handle in self._handles:
             handle.remove()
         self._handles = []

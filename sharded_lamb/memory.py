@@ -1,5 +1,6 @@
 """Flat memory for state on CPUs, laid out so that the two passes run at the speed of the memory."""
 
+import contextlib
 import mmap
 
 import torch
@@ -22,5 +23,6 @@ def zeros(numel: int, dtype: torch.dtype, device: torch.device, lane: int) -> Te
     if device.type != "cpu" or nbytes < LEAST_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(numel, dtype=dtype, device=device)
     memory = mmap.mmap(-1, nbytes + lane * LANE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype, count=numel, offset=lane * LANE_BYTES)

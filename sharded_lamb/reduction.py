@@ -261,8 +261,10 @@ class BackwardReducer:
             p.grad = None
             self.present[param] = True
         pending = staging.route(index, bucket).start(grads)
-        self._exchanges.append(_Exchange(index, pending, staging, grads))
+        # In one piece they have been copied already.
+        self._exchanges.append(_Exchange(index, pending, staging, grads if self.collectives.by_hand else []))
 
+    @torch.no_grad()  # as `_launch`
     def _finish_oldest(self) -> None:
         exchange = self._exchanges.popleft()
         exchange.pending.wait()
@@ -271,7 +273,7 @@ class BackwardReducer:
         own = route.own(exchange.grads)
         parts = self.collectives.parts_of_sum(route.full, route.received)
         if self.collectives.has_replicas:
-            rows = rows_with_own(parts, bucket.segments, own)
+            rows = rows_with_own(parts, bucket.segments, own, shard.compute)
             parts, own = self.collectives.summed_over_replicas(rows, shard.compute), None
         with self.collectives.traffic.computing("average"):
             received = Received(parts, self.collectives.world_size, own)

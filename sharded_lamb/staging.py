@@ -164,15 +164,8 @@ class ByHand:
 
     def own(self, grads: Sequence[Tensor | None]) -> OwnPart:
         """This rank's slices where they lie."""
-        places = [self._position[segment.param] for segment in self._bucket.segments]
-        mine = [grads[place] for place in places]
-        if any(grad is not None and not grad.is_contiguous() for grad in mine):
-            strides = self._bucket.strides
-            mine = [
-                None if grad is None else flattened(grad, strides[place])
-                for place, grad in zip(places, mine, strict=True)
-            ]
-        return OwnPart(self._collectives.topology.shard_rank, mine)
+        mine = [grads[self._position[segment.param]] for segment in self._bucket.segments]
+        return OwnPart(self._collectives.topology.shard_rank, self._bucket.in_memory_order(mine))
 
     def start(self, grads: Sequence[Tensor | None]) -> Pending:
         """See `Route`."""

@@ -121,6 +121,35 @@ def test_without_a_folder_to_keep_it_in_it_is_compiled_for_the_process(
     assert blocked.read_bytes() == b""
 
 
+@pytest.mark.parametrize("left", [b"", b"no library"])
+def test_a_library_that_does_not_load_is_made_anew(source: Path, tmp_path: Path, left: bytes) -> None:
+    """A crash may have left less than a whole one, and another system one that needs what is not here."""
+    compiling.load(source)
+    (name,) = libraries(tmp_path)
+    broken = tmp_path / "cache" / name
+    broken.unlink()  # loaded: not to be written into
+    broken.write_bytes(left)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(source)], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == "42"
+    assert len(broken.read_bytes()) > len(left)
+
+
+def test_a_compiler_may_come_with_arguments(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "env c++")
+    assert compiling.load(source).answer() == 42
+
+
+def test_a_full_disk_is_an_error_of_compiling(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **keywords: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compiling.tempfile, "mkstemp", full)
+    with pytest.raises(compiling.CompileError, match="No space left"):
+        compiling.load(source)
+
+
 def test_a_folder_without_permission_to_write(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +238,11 @@ def test_training_goes_on_without_a_compiler_with_one_warning(tmp_path: Path, cx
 
 
 def test_the_kernel_of_the_environment_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(choice.ENVIRONMENT, "")
+    assert choice.choose("auto", choice.CPU).name == "cpp"
+    monkeypatch.setenv(choice.ENVIRONMENT, "fastest")
+    with pytest.raises(ValueError, match=f"{choice.ENVIRONMENT} must name one of .*'fastest'"):
+        choice.choose("auto", choice.CPU)
     monkeypatch.setenv(choice.ENVIRONMENT, "torch")
     assert choice.choose("auto", choice.CPU).name == "torch"
     assert choice.choose("cpp", choice.CPU).name == "cpp"

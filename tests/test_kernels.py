@@ -239,16 +239,19 @@ def test_average_is_the_sum_in_rank_order_over_the_divisor(
         place.copy_(torch.randn(place.shape, generator=generator))
         if lies_apart and segment.param == 0:
             place[row] = 0
-    expected = parts[0].to(shard.compute)
-    for part in parts[1:]:
-        expected = expected + part.to(shard.compute)
-    expected = expected / ranks
-    expected = shard.grad + expected if add else expected
-    own = None
+    rows, own = list(parts.to(shard.compute)), None
     if lies_apart:
-        mine = [parts[row, s.shard_start : s.shard_start + s.length].clone() for s in segments]
+        mine = [parts[row, s.shard_start : s.shard_start + s.length].to(shard.compute) for s in segments]
+        mine = [value + 1e-3 for value in mine]  # not what the wire could carry
         own = OwnPart(row, [None, *mine[1:]])
         parts = torch.cat([parts[:row], parts[row + 1 :]])
+        for segment, value in zip(segments[1:], mine[1:], strict=True):
+            rows[row][segment.shard_start : segment.shard_start + segment.length] = value
+    expected = rows[0]
+    for other in rows[1:]:
+        expected = expected + other
+    expected = expected / ranks
+    expected = shard.grad + expected if add else expected
     sums = torch.full((len(lengths),), 0.5, dtype=F64)
     kernels.load(name).average(shard, segments, Received(parts, ranks, own), sums, add=add)
     assert torch.equal(shard.grad, expected)

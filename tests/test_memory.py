@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import mmap
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,14 @@ def test_torch_treats_it_as_its_own() -> None:
     assert parameter.grad is not None
     parameter.share_memory_()
     assert parameter[0, 7] == 5.0
+
+
+def test_a_kernel_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Python was built with knows the word; what it runs on refuses it."""
+
+    class Refusing(mmap.mmap):
+        def madvise(self, *arguments: int) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(memory.mmap, "mmap", Refusing)
+    assert not memory.zeros(1 << 20, torch.float32, CPU, lane=1).any()

@@ -3,6 +3,8 @@
 Here a gather starts only when somebody waits for it, so that what nobody waits for is stale for certain.
 """
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -197,3 +199,52 @@ def outlived(rank: int) -> bool:
     parts = [torch.empty_like(model[1].weight) for _ in range(2)]
     torch.distributed.all_gather(parts, model[1].weight.detach().contiguous())
     return torch.equal(parts[0], parts[1])
+
+
+def copied(rank: int) -> list[bool]:
+    """Copies of a model whose gathers are in flight: alike, and whole on every rank."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    opt = ShardedLamb(model.named_parameters(), lr=0.1, stage=2, bucket_mb=SMALL)
+    opt.overlap_forward(model)
+    alike = []
+    with lazy_gathers():
+        for how in (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))):
+            model(torch.ones(1, 64)).sum().backward()
+            opt.step()
+            assert opt._gathers._pending
+            other = how(model)
+            alike.append(torch.equal(other(torch.ones(1, 64)), model(torch.ones(1, 64))))
+            opt.zero_grad()
+    parts = [torch.empty_like(other[1].weight) for _ in range(2)]
+    torch.distributed.all_gather(parts, other[1].weight.detach().contiguous())
+    return [*alike, torch.equal(parts[0], parts[1])]
+
+
+def test_a_copy_of_the_model_has_whole_parameters() -> None:
+    assert run_ranks(2, copied) == [[True] * 3] * 2
+
+
+def two_models(rank: int) -> list[int]:
+    """In flight after a step: both watched, then one, then none."""
+    torch.manual_seed(0)
+    models = [nn.Linear(64, 64), nn.Linear(64, 64)]
+    named = [(f"{i}.{name}", p) for i, m in enumerate(models) for name, p in m.named_parameters()]
+    opt = ShardedLamb(named, lr=0.1, stage=2, bucket_mb=SMALL)
+    watches = [opt.overlap_forward(model) for model in models]
+    found = []
+    with lazy_gathers():
+        for watch in (None, *watches):
+            if watch is not None:
+                watch.remove()
+            for model in models:
+                model(torch.ones(1, 64)).sum().backward()
+            opt.step()
+            found.append(len(opt._gathers._pending))
+            opt.zero_grad()
+    return found
+
+
+def test_each_model_is_watched_by_itself() -> None:
+    for both, one, none in run_ranks(2, two_models):
+        assert both > one > none == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sharded_lamb import ShardedLamb
+from sharded_lamb import ShardedLamb, kernels
 from tests.harness import run_ranks
 from tests.sharded_cases import (
     Case,
@@ -151,10 +151,10 @@ def test_buckets_and_overlap_do_not_show(settings: dict[str, Any]) -> None:
     assert_same_bits(run_ranks(3, run, changed, 3)[0].params, plain)
 
 
-def second_order(rank: int) -> tuple[bool, bool]:
+def second_order(rank: int, kernel: str) -> tuple[bool, bool]:
     """Gradients that require gradients: (the weight moved, what the optimizer keeps holds their graph)."""
     p = torch.nn.Parameter(torch.ones(5))
-    opt = ShardedLamb([("p", p)], stage=2)
+    opt = ShardedLamb([("p", p)], stage=2, kernel=kernel)
     (p**3).sum().backward(create_graph=True)
     holds_graph = opt._holdings.buckets[0].shard.grad.requires_grad
     opt.step()
@@ -162,5 +162,6 @@ def second_order(rank: int) -> tuple[bool, bool]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_create_graph_is_no_harm(world_size: int) -> None:
-    assert run_ranks(world_size, second_order) == [(True, False)] * world_size
+@pytest.mark.parametrize("kernel", kernels.available())
+def test_create_graph_is_no_harm(kernel: str, world_size: int) -> None:
+    assert run_ranks(world_size, second_order, kernel) == [(True, False)] * world_size

@@ -179,6 +179,8 @@ class DeepSpeedLamb(LambOptimizer):
             world = Topology.of(None, None)
             with told_to_all(world):
                 held = find_partitions(self, self._rows, self._groups)
+                for device in {partition.tensor.device for partition in held.partitions}:
+                    self._kernel_on(device)
             check_agreement(world, self._description(held))
             here = (world.global_rank,)
             device = calling.accelerator_device()
@@ -199,6 +201,7 @@ class DeepSpeedLamb(LambOptimizer):
             (f"parameter {i}", [name, list(getattr(p, "ds_shape", p.shape)), str(p.dtype)])
             for i, (name, p, _) in enumerate(self._rows)
         ]
+        described.append(("kernel", self._kernel_names()))
         return [*described, ("tensors of a step", [list(x.params) for x in held.partitions])]
 
     def _is_probe(self, held: OptimizerPartitions) -> bool:
@@ -257,6 +260,9 @@ class DeepSpeedLamb(LambOptimizer):
         )
         stepped.write_steps(counts, self.state)
         self._record(stepped, ratios, moved)
+
+    def _kernel_names(self) -> str:
+        return " and ".join(sorted({kernel.name for kernel in self._kernels.values()}))
 
     def _kernel_on(self, device: torch.device) -> Kernel:
         if device not in self._kernels:
@@ -390,8 +396,7 @@ class DeepSpeedLamb(LambOptimizer):
 
     def _summary(self, held: OptimizerPartitions, ranks: int) -> str:
         tensors = sum(len(partition.params) for partition in held.partitions)
-        kernel = " and ".join(sorted({kernel.name for kernel in self._kernels.values()}))
         return (
             f"ShardedLamb in DeepSpeed ({held.kind}): {ranks} ranks, {tensors} tensors in {len(held.partitions)} "
-            f"partitions, kernel {kernel}, variant {self.defaults['variant']}"
+            f"partitions, kernel {self._kernel_names()}, variant {self.defaults['variant']}"
         )

@@ -1,14 +1,14 @@
 """The two passes over a rank's memory, and what every backend of them implements.
 
-A backend is two functions over memory that know neither parameters' shapes nor ranks::
+A backend is functions over memory that know neither parameters' shapes nor ranks, first of all::
 
     pass 1   moments_and_norms   m, v ← g;  Σw², Σu² per parameter     (writes m and v, nothing else)
     pass 2   apply               u again from m and v;  w ← w - step_size[parameter] u;  model dtype written
 
-and the sum of squares that clipping and the search for non-finite gradients need before them. The memory is one flat
-run of whole blocks (our own buckets: `FlatShard`) or pieces that lie anywhere (what another framework partitioned:
-`PieceShard`). `reference` ("torch") is the pure backend, the rule on chunks that fit the cache; `native` ("cpp") is C++
-with the same bits; `fused` is what runs on CPUs without a compiler, the same to rounding; `choice` takes the fastest
+then how gradients come into flat memory, and the sum of squares that clipping and the search for non-finite ones need.
+The memory is one flat run of whole blocks (our own buckets: `FlatShard`) or pieces that lie anywhere (what another
+framework partitioned: `PieceShard`). `reference` ("torch") is the pure backend, the rule on chunks that fit the cache;
+`native` ("cpp") and `triton_kernel` have the same bits, `fused` is equal but for rounding; `choice` takes the fastest
 that works.
 """
 

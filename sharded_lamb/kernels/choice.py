@@ -51,7 +51,9 @@ def choose(name: str, device: torch.device) -> Kernel:
     """As `load`; "auto" is what ``SHARDED_LAMB_KERNEL`` names, else the fastest that works, with a warning if it is not
     the one that should."""
     if name == "auto":
-        name = os.environ.get(ENVIRONMENT, "auto")
+        name = os.environ.get(ENVIRONMENT) or "auto"
+        if name not in NAMES:
+            raise ValueError(f"{ENVIRONMENT} must name one of {NAMES}, got {name!r}")
     if name != "auto":
         return load(name, device)
     best = "cpp" if device.type == "cpu" else "triton"

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -46,40 +47,52 @@ def load(source: Path) -> ctypes.CDLL:
     Raises:
         CompileError: no compiler, or a failed build.
     """
+    try:
+        return _load(source)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CompileError(str(error)) from error
+
+
+def _load(source: Path) -> ctypes.CDLL:
     compiler = _compiler()
     name = f"{source.stem}-{_key(source, compiler)}.so"
     folder = _folder()
     if folder is None:
         return _load_private(source, compiler)
     path = folder / name
-    if not path.exists():
+    if not _usable(path):
         with _locked(folder / f"{name}.lock"):
-            if not path.exists():  # another process may have made it meanwhile
+            if not _usable(path):  # another process may have made it meanwhile
                 built = _build(source, compiler, folder)
                 built.chmod(0o755)
                 os.replace(built, path)
     return ctypes.CDLL(str(path))
 
 
-def _load_private(source: Path, compiler: str) -> ctypes.CDLL:
+def _usable(path: Path) -> bool:
+    """Whether there is a library that loads: a crash may have left less, or another system more than this one knows."""
+    return path.exists() and not _loads(str(path))
+
+
+def _load_private(source: Path, compiler: list[str]) -> ctypes.CDLL:
     """Without a folder to keep it in: compiled for this process alone."""
     with tempfile.TemporaryDirectory(prefix="sharded_lamb-") as folder:
         return ctypes.CDLL(str(_build(source, compiler, Path(folder))))
 
 
-def _compiler() -> str:
+def _compiler() -> list[str]:
     named = os.environ.get("CXX")
     for candidate in [named] if named else ["c++", "g++", "clang++"]:
-        found = shutil.which(candidate)
-        if found:
-            return found
+        command = shlex.split(candidate)  # CXX may be "ccache g++"
+        if command and shutil.which(command[0]):
+            return command
     looked = f"CXX={named}" if named else "c++, g++, clang++"
     raise CompileError(f"no C++ compiler was found ({looked}): install one, e.g. apt-get install g++")
 
 
-def _key(source: Path, compiler: str) -> str:
+def _key(source: Path, compiler: list[str]) -> str:
     """What the library depends on: source, flags, compiler and, since it is compiled for it, the processor."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=TIMEOUT_S, check=False)
+    version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=TIMEOUT_S, check=False)
     parts = [source.read_bytes(), repr((BASE, ATTEMPTS)).encode(), version.stdout, _processor().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
@@ -114,7 +127,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _build(source: Path, compiler: str, folder: Path) -> Path:
+def _build(source: Path, compiler: list[str], folder: Path) -> Path:
     """A library with a name of its own in ``folder``, made with the first flags that work."""
     said = ""
     for compile_flags, link_flags in ATTEMPTS:
@@ -122,9 +135,9 @@ def _build(source: Path, compiler: str, folder: Path) -> Path:
         os.close(handle)
         object_file = f"{name}.o"
         try:
-            said = _run([compiler, *BASE, *compile_flags, "-c", str(source), "-o", object_file])
+            said = _run([*compiler, *BASE, *compile_flags, "-c", str(source), "-o", object_file])
             # Symbols that nobody has must show now, not at the first call.
-            said = said or _run([compiler, "-shared", "-Wl,-z,now", *link_flags, object_file, "-o", name])
+            said = said or _run([*compiler, "-shared", "-Wl,-z,now", *link_flags, object_file, "-o", name])
             said = said or _loads(name)
             if not said:
                 return Path(name)
@@ -132,7 +145,7 @@ def _build(source: Path, compiler: str, folder: Path) -> Path:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(object_file)
-    raise CompileError(f"{compiler} failed: {said}")
+    raise CompileError(f"{shlex.join(compiler)} failed: {said}")
 
 
 def _run(command: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ class StockIncoming:
         self, shard: FlatShard, segments: Sequence[Segment], received: Received, sums: Tensor, *, add: bool
     ) -> None:
         """grad ← the average, or grad + that; then Σg²."""
-        first, *others = rows_with_own(received.parts, segments, received.own)
+        first, *others = rows_with_own(received.parts, segments, received.own, shard.compute)
         total = first.to(shard.compute, copy=True)
         for part in others:
             total += part
@@ -49,11 +49,13 @@ class StockIncoming:
         self.square_sums([shard], sums)
 
 
-def rows_with_own(parts: Tensor, segments: Sequence[Segment], own: OwnPart | None) -> list[Tensor]:
-    """All rows in their order, this rank's own as a copy in the parts' dtype."""
+def rows_with_own(
+    parts: Tensor, segments: Sequence[Segment], own: OwnPart | None, dtype: torch.dtype
+) -> list[Tensor]:
+    """All rows in their order; this rank's own, which did not travel, as a copy in ``dtype``."""
     rows = list(parts)
     if own is not None:
-        row = parts.new_zeros(parts.shape[1])
+        row = torch.zeros(parts.shape[1], dtype=dtype, device=parts.device)
         fill(row, segments, own.grads)
         rows.insert(own.row, row)
     return rows

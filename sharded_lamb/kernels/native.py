@@ -60,7 +60,7 @@ Table = npt.NDArray[np.int64]
 
 
 def _runs(shards: Sequence[Shard]) -> Table:
-    """[runs, RUN]: where everything lies."""
+    """[runs, RUN]: where everything lies. Both moments have one dtype."""
     rows: list[tuple[int, ...]] = []
     first_block = 0
     for shard in shards:
@@ -71,6 +71,7 @@ def _runs(shards: Sequence[Shard]) -> Table:
 
 
 def _flat_run(shard: FlatShard) -> tuple[int, ...]:
+    assert shard.exp_avg.dtype == shard.exp_avg_sq.dtype
     model = shard.model
     return (
         shard.weight.data_ptr(),
@@ -89,6 +90,7 @@ def _flat_run(shard: FlatShard) -> tuple[int, ...]:
 
 
 def _piece_runs(shard: PieceShard) -> list[tuple[int, ...]]:
+    assert shard.exp_avg[0].dtype == shard.exp_avg_sq[0].dtype
     models = shard.model
     dtypes = (
         DTYPES[shard.weight[0].dtype],

@@ -79,7 +79,8 @@ class TritonKernel(StockIncoming):
         """grad ← the average, or grad + that, and Σg², in one sweep."""
         parts, divisor = received.parts, received.divisor
         if received.own is not None:
-            parts = torch.stack(rows_with_own(parts, segments, received.own))
+            every = rows_with_own(parts, segments, received.own, shard.compute)
+            parts = torch.stack([row.to(shard.compute) for row in every])
         assert parts.is_contiguous()
         assert parts.shape[1:] == shard.grad.shape
         found = self._tables.of([shard], len(sums))
