@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from sharded_lamb import kernels
 from sharded_lamb.bench import report
@@ -19,6 +20,9 @@ from sharded_lamb.staging import Staging
 ALL_REDUCE = "all_reduce"
 
 PAIR = "point to point"
+
+SMALLEST = 8
+"""Bytes of the message whose time is the latency."""
 
 COUNTED = (
     "MB/s: bytes of the bucket over the time of the slowest rank. A reduce-scatter is counted until the averaged fp32 "
@@ -44,13 +48,19 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         turns[f"{size:g}"] = take_turns(
             Exchanges(collectives, size, device).actions(), clock, rounds=chosen.rounds
         )
+    report.progress(f"{SMALLEST} B")
+    smallest = take_turns({PAIR: _smallest(device)}, clock, rounds=chosen.rounds)[PAIR]
+    summary = {size: summarize(of_size, float(size), world_size) for size, of_size in turns.items()}
     content = {
         **report.about(device),
         "benchmark": "comm",
         "counted": COUNTED,
         "reference": ALL_REDUCE,
-        "summary": {size: summarize(of_size, float(size), world_size) for size, of_size in turns.items()},
+        "wire_bytes_per_second": wire_bytes_per_second(summary),
+        "latency_seconds": Spread.of(by_round(smallest)).median / 1e3,
+        "summary": summary,
         "rounds_ms": turns,
+        "smallest_rounds_ms": smallest,
     }
     report.publish(chosen, _text(content), content, _panels(content))
     return content
@@ -111,14 +121,31 @@ class Exchanges:
         all_gather(self.full, self.shard)
 
     def point_to_point(self) -> None:
-        rank, world_size = dist.get_rank(), self.world_size
-        works = [
-            dist.irecv(self.arrived, (rank - 1) % world_size),
-            dist.isend(self.sent, (rank + 1) % world_size),
-        ]
-        for work in works:
-            assert work is not None
-            work.wait()
+        _pass_on(self.sent, self.arrived)
+
+
+def _pass_on(sent: Tensor, arrived: Tensor) -> None:
+    """To the next rank, and from the one before, at once. Collective."""
+    rank, world_size = world()
+    works = [
+        dist.irecv(arrived, (rank - 1) % world_size),
+        dist.isend(sent, (rank + 1) % world_size),
+    ]
+    for work in works:
+        assert work is not None
+        work.wait()
+
+
+def _smallest(device: torch.device) -> Callable[[], None]:
+    sent = torch.zeros(SMALLEST, dtype=torch.uint8, device=device)
+    arrived = torch.empty_like(sent)
+    return lambda: _pass_on(sent, arrived)
+
+
+def wire_bytes_per_second(summary: Mapping[str, Mapping[str, Any]]) -> float:
+    """What a rank sends one way while it receives as much: point to point, at the largest size."""
+    largest = max(summary, key=float)
+    return float(summary[largest][PAIR]["mb_per_s"]["median"]) * 1e6
 
 
 def summarize(turns: Mapping[str, Turns], size_mb: float, world_size: int) -> dict[str, dict[str, Any]]:

@@ -57,16 +57,19 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             report.progress(f"{name}, {count} threads")
             with _threads_set(count):
                 turns[f"{name}, {count} threads"] = take_turns(actions, Clock(device), rounds=chosen.rounds)
+    summary = {key: summarize(of, sizes[key.rpartition(", ")[0]], device) for key, of in turns.items()}
+    automatic = kernels.choose("auto", device).name
     content = {
         **report.about(device),
         "benchmark": "kernels",
         "counted": COUNTED,
         "backends": names,
-        "kernel": kernels.choose("auto", device).name,
+        "kernel": automatic,
         "shapes": sizes,
         "scaled_elements": _SCALED[device.type],
         "reference": SCALE,
-        "summary": {key: summarize(of, sizes[key.rpartition(", ")[0]], device) for key, of in turns.items()},
+        **kernel_speed(summary, sizes, automatic),
+        "summary": summary,
         "rounds_ms": turns,
     }
     report.publish(chosen, _text(content), content, _panels(content))
@@ -174,6 +177,21 @@ def summarize(
             row["roofline_percent"] = asdict(Spread.of(percents))
         found[name] = row
     return found
+
+
+def kernel_speed(
+    summary: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, Mapping[str, int]], kernel: str
+) -> dict[str, float]:
+    """``kernel_bytes_per_second`` of ``kernel`` on the list with most elements, with the first number of threads.
+
+    Empty where it was not measured.
+    """
+    largest = max(sizes, key=lambda name: sizes[name]["elements"])
+    rows = next(rows for key, rows in summary.items() if key.rpartition(", ")[0] == largest)
+    if kernel not in rows:
+        return {}
+    seconds = float(rows[kernel]["ms"]["median"]) / 1e3
+    return {"kernel_bytes_per_second": sizes[largest]["elements"] * LAMB_BYTES / seconds}
 
 
 def _text(content: Mapping[str, Any]) -> str:

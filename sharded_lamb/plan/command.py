@@ -79,7 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_time_arguments(group: Any) -> None:
     group.add_argument("--preset", choices=sorted(PRESETS), default="h100-nvlink-ib")
-    group.add_argument("--calibrate", help="JSON of sharded-lamb bench, read over the preset")
+    group.add_argument(
+        "--calibrate",
+        nargs="+",
+        action="extend",
+        metavar="JSON",
+        help="of sharded-lamb bench kernels and bench comm, read over the preset",
+    )
     group.add_argument("--update-gb-s", type=float, help="memory bandwidth of the two passes, GB/s")
     group.add_argument("--intra-gb-s", type=float, help="what a rank sends inside a node, GB/s")
     group.add_argument("--inter-gb-s", type=float, help="what a rank sends to other nodes, GB/s")

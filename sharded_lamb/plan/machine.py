@@ -52,27 +52,20 @@ PRESETS = {
 }
 
 CALIBRATED = ("kernel_bytes_per_second", "wire_bytes_per_second", "latency_seconds")
-"""Top-level keys that `sharded-lamb bench` writes, each optional."""
+"""Top-level keys of what `sharded-lamb bench kernels` (the first) and `bench comm` write."""
 
 
-def calibrated(machine: Machine, path: str) -> Machine:
-    """``machine`` with what the JSON file says was measured; wire speed and latency go for both levels.
+def calibrated(machine: Machine, paths: Sequence[str]) -> Machine:
+    """``machine`` with what the JSON files say was measured; wire speed and latency go for both levels.
+
+    Where two files have the same key, the later one counts.
 
     Raises:
-        ValueError: none of `CALIBRATED` is in it, or one is no positive number. OSError: it cannot be read.
+        ValueError: a file has none of `CALIBRATED`, or one is no positive number. OSError: it cannot be read.
     """
-    try:
-        found: Any = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"--calibrate {path} is not JSON: {error}") from None
-    read = {key: found[key] for key in CALIBRATED if key in found} if isinstance(found, dict) else {}
-    if not read:
-        raise ValueError(
-            f"--calibrate {path} has none of {', '.join(CALIBRATED)}: write it with sharded-lamb bench"
-        )
-    for key, value in read.items():
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise ValueError(f"--calibrate {path}: {key} must be a number > 0, got {value!r}")
+    read: dict[str, float] = {}
+    for path in paths:
+        read |= _read(path)
     wire, latency = read.get("wire_bytes_per_second"), read.get("latency_seconds")
     return replace(
         machine,
@@ -82,6 +75,22 @@ def calibrated(machine: Machine, path: str) -> Machine:
         intra_latency=latency or machine.intra_latency,
         inter_latency=latency or machine.inter_latency,
     )
+
+
+def _read(path: str) -> dict[str, float]:
+    try:
+        found: Any = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"--calibrate {path} is not JSON: {error}") from None
+    read = {key: found[key] for key in CALIBRATED if key in found} if isinstance(found, dict) else {}
+    if not read:
+        raise ValueError(
+            f"--calibrate {path} has none of {', '.join(CALIBRATED)}: write it with sharded-lamb bench kernels or comm"
+        )
+    for key, value in read.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise ValueError(f"--calibrate {path}: {key} must be a number > 0, got {value!r}")
+    return read
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,35 @@ def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "µs a tensor" in capsys.readouterr().out
 
 
+def test_plan_takes_what_kernels_and_comm_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speeds from the recorded rounds, of the list with most elements, the first threads and the largest size."""
+    monkeypatch.setattr(kernels, "_SCALED", {"cpu": 1 << 16})
+    (tmp_path / "small.json").write_text(json.dumps({"w": [7, 11]}))
+    lists = f"{tmp_path}/small.json,tiny"
+    given = ["--shapes", lists, "--threads", "2,1", "--rounds", "3", "--device", "cpu"]
+    assert main(["bench", "kernels", *given, "--json", f"{tmp_path}/kernels.json"]) == 0
+    run_ranks(2, compared, str(tmp_path))
+    measured = [str(tmp_path / name) for name in ("kernels.json", "comm.json")]
+    plan = ["plan", "--world-sizes", "2", "--json", f"{tmp_path}/plan.json", "--calibrate", *measured]
+    assert main(plan) == 0
+    machine = json.loads((tmp_path / "plan.json").read_text())["machine"]
+    updates, exchanges = (json.loads(Path(path).read_text()) for path in measured)
+    passes = recorded(updates["rounds_ms"]["tiny, 2 threads"])[updates["kernel"]]
+    assert machine["update_bytes_per_second"] == pytest.approx(40 * 37_304 / np.median(passes) * 1e3)
+    pairs = recorded(exchanges["rounds_ms"]["0.3"])["point to point"]
+    wire = pytest.approx(np.median(0.3e6 / 2 / pairs) * 1e3)
+    assert machine["intra_bytes_per_second"] == machine["inter_bytes_per_second"] == wire
+    latency = pytest.approx(np.median(exchanges["smallest_rounds_ms"]) / 1e3)
+    assert machine["intra_latency"] == machine["inter_latency"] == latency
+
+
+def test_a_kernel_that_was_not_measured_has_no_speed() -> None:
+    summary = {"tiny, 1 threads": {"torch": {"ms": {"median": 2.0}}}}
+    sizes = {"tiny": {"tensors": 1, "elements": 100}}
+    assert kernels.kernel_speed(summary, sizes, "cpp") == {}
+    assert kernels.kernel_speed(summary, sizes, "torch") == {"kernel_bytes_per_second": 2e6}
+
+
 def test_threads_are_set_and_set_back() -> None:
     before = torch.get_num_threads()
     with kernels._threads_set(before + 1):

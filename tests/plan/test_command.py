@@ -115,7 +115,7 @@ def test_calibration_goes_over_the_preset_and_options_over_it(tmp_path: Path) ->
     measured.write_text(
         json.dumps({"rows": [], "kernel_bytes_per_second": 5e9, "wire_bytes_per_second": 2e9})
     )
-    found = calibrated(preset, str(measured))
+    found = calibrated(preset, [str(measured)])
     assert (found.update_bytes_per_second, found.intra_bytes_per_second, found.inter_bytes_per_second) == (
         5e9,
         2e9,
@@ -123,7 +123,7 @@ def test_calibration_goes_over_the_preset_and_options_over_it(tmp_path: Path) ->
     )
     assert (found.intra_latency, found.ranks_per_node) == (preset.intra_latency, 8)
     measured.write_text(json.dumps({"latency_seconds": 1e-3}))
-    found = calibrated(preset, str(measured))
+    found = calibrated(preset, [str(measured)])
     assert (found.intra_latency, found.inter_latency) == (1e-3, 1e-3)
     assert found.update_bytes_per_second == preset.update_bytes_per_second
     out = tmp_path / "plan.json"
