@@ -124,6 +124,19 @@ def test_a_rank_on_every_host_knows_where_the_first_is(hosts: list[Host]) -> Non
     assert run_together(wanted, timeout=20) == [0, 0]
 
 
+def test_ranks_do_not_take_the_launcher_for_theirs(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With TORCHELASTIC_USE_AGENT_STORE a first rank waits for a store that nobody has."""
+    monkeypatch.setattr(Host, "command", lambda self, command: list(command))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("OF_THE_USER", "kept")
+    assert run_together([Task(Host(0, 0, "127.0.0.1"), ["env"], {"OF_THE_TASK": "set"})], timeout=20) == [0]
+    found = capfd.readouterr().out
+    assert "TORCHELASTIC" not in found
+    assert {"OF_THE_USER=kept", "OF_THE_TASK=set"} <= set(found.splitlines())
+
+
 def test_nothing_stays_when_the_body_raises() -> None:
     _need_networks()
     links, spaces, left = os.listdir("/sys/class/net"), set(), []

@@ -1,6 +1,8 @@
 """The benchmark of overlap: its sums on rounds made by hand, and all of it once, in small."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,16 @@ def test_wrong_arguments_are_refused(
 ) -> None:
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sharded_lamb.bench.overlap", "sharded_lamb bench overlap"])
+def test_under_torchrun_it_is_refused(command: str) -> None:
+    """By every rank, at once: hosts within ranks would each wait for the others' ranks."""
+    module, *words = command.split()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    done = subprocess.run([*launch, module, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "run it without torchrun (WORLD_SIZE is 2)" in done.stderr
 
 
 def test_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,7 @@ class Host:
 
 @dataclass(frozen=True)
 class Task:
-    """What one process runs where. ``environment`` is added to this process's own."""
+    """What one process runs where. ``environment`` is added to this process's own without torchrun's part."""
 
     host: Host
     command: Sequence[str]
@@ -212,7 +212,7 @@ def run_together(tasks: Sequence[Task], *, timeout: float) -> list[int]:
     started: list[subprocess.Popen[bytes]] = []
     try:
         for task in tasks:
-            environment = {**os.environ, **task.environment}
+            environment = {**_without_launcher(), **task.environment}
             command = task.host.command(task.command)
             started.append(subprocess.Popen(command, env=environment, start_new_session=True))
         until = time.monotonic() + timeout
@@ -225,6 +225,11 @@ def run_together(tasks: Sequence[Task], *, timeout: float) -> list[int]:
         for process in started:
             _end(process)
     return [process.returncode for process in started]
+
+
+def _without_launcher() -> dict[str, str]:
+    """This process's environment, but for torchrun's own part: with it ranks look for a store that torchrun keeps."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -48,9 +49,13 @@ def run(chosen: argparse.Namespace) -> int:
     """Prints the table. Returns 0, or 1 where the weights differ or a rank failed.
 
     Raises:
-        ValueError: a wrong argument, or a package that is not installed.
+        ValueError: under torchrun, a wrong argument, or a package that is not installed.
         NetworkError: no such network can be made here.
     """
+    if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(
+            f"overlap starts its own ranks, a host each: run it without torchrun (WORLD_SIZE is {ranks})"
+        )
     work = _work(chosen)
     if chosen.hosts < 2:
         raise ValueError(f"--hosts must be >= 2, got {chosen.hosts}: one alone sends nothing")
