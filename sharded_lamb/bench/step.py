@@ -8,10 +8,11 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from sharded_lamb import shapes
 from sharded_lamb.bench import report
-from sharded_lamb.bench.contestants import BARE, Contestant, Kind, Setting, choose
+from sharded_lamb.bench.contestants import BARE, PEERS, Contestant, Kind, Setting, choose
 from sharded_lamb.bench.timing import Clock, Spread, Turns, by_round, quotients, world
 from sharded_lamb.bench.workload import Workload
 
@@ -40,7 +41,10 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     setting = Setting(Workload(parameters, rank, device), world_size, chosen.bucket_mb)
     kinds = [BARE, *kinds]
     keep = chosen.alive == "all" or (chosen.alive == "auto" and _fit(len(kinds), setting))
-    turns, kernel = _take_turns(kinds, setting, keep=keep, rounds=chosen.rounds, iterations=chosen.iterations)
+    turns, kernel, failed = _take_turns(
+        kinds, setting, keep=keep, rounds=chosen.rounds, iterations=chosen.iterations
+    )
+    kinds = [kind for kind in kinds if kind.name not in failed]
     reference = kinds[1].name
     summary = summarize(turns, reference)
     content = {
@@ -55,7 +59,7 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "titles": {kind.name: kind.titled(world_size) for kind in kinds},
         "summary": summary,
         "rounds_ms": turns,
-        "skipped": skipped,
+        "skipped": {**skipped, **failed},
     }
     report.publish(chosen, _text(content, kinds), content, _panels(content, kinds))
     return content
@@ -72,16 +76,26 @@ def _fit(count: int, setting: Setting) -> bool:
 
 def _take_turns(
     kinds: Sequence[Kind], setting: Setting, *, keep: bool, rounds: int, iterations: int
-) -> tuple[dict[str, Turns], str | None]:
-    """All contestants' turns, and the name of our kernel. Those that are not kept are made anew for each turn."""
+) -> tuple[dict[str, Turns], str | None, dict[str, str]]:
+    """All contestants' turns, the name of our kernel, and why others could not be made, by name. Collective.
+
+    Those that are not kept are made anew for each turn.
+    """
     clock = Clock(setting.workload.device)
     turns: dict[str, Turns] = {kind.name: [] for kind in kinds}
     alive: dict[str, Contestant] = {}
+    failed: dict[str, str] = {}
     kernel = None
     for number in range(rounds):
         for kind in kinds:
+            if kind.name in failed:
+                continue
             report.progress(f"round {number + 1} of {rounds}: {kind.name}")
             contestant = alive.get(kind.name) or _warm(kind, setting)
+            if isinstance(contestant, str):
+                failed[kind.name] = contestant
+                del turns[kind.name]
+                continue
             turns[kind.name].append(clock.milliseconds(contestant.iterate, iterations))
             kernel = contestant.kernel or kernel
             if keep:
@@ -92,14 +106,36 @@ def _take_turns(
                 gc.collect()
     for contestant in alive.values():
         contestant.close()
-    return turns, kernel
+    return turns, kernel, failed
 
 
-def _warm(kind: Kind, setting: Setting) -> Contestant:
-    contestant = kind.build(setting)
-    for _ in range(WARM_UP):
+def _warm(kind: Kind, setting: Setting) -> Contestant | str:
+    """A contestant after its first iterations, or why a peer cannot be made, the same on every rank. Collective."""
+    contestant, reason = None, None
+    try:
+        contestant = kind.build(setting)
+        if (
+            setting.world_size == 1
+        ):  # torch.compile compiles here; of several ranks, others may wait for this one's part
+            contestant.iterate()
+    except Exception as error:
+        if kind.name not in PEERS:
+            raise
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    reasons = _everyones(reason)
+    if contestant is None or any(reasons):
+        return next(reason for reason in reasons if reason)
+    for _ in range(WARM_UP - (setting.world_size == 1)):
         contestant.iterate()
     return contestant
+
+
+def _everyones(reason: str | None) -> list[str | None]:
+    """Each rank's. Collective."""
+    found: list[str | None] = [reason] * world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(found, reason)
+    return found
 
 
 def summarize(turns: Mapping[str, Turns], reference: str) -> dict[str, dict[str, Any]]:

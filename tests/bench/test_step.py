@@ -2,14 +2,17 @@
 
 import argparse
 import json
+import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sharded_lamb import shapes
@@ -252,6 +255,50 @@ def test_what_cannot_take_part_is_left_out_with_the_reason(monkeypatch: pytest.M
     assert "timm, which is not installed" in missing["zero-timm"]
     assert "one rank only" in missing["compiled"]
     assert "neither scalars" in choose(None, "2", 2, [()])[1]["deepspeed2-ours"]
+
+
+def broken(setting: Setting) -> contestants.Contestant:
+    made = PEERS["adamw"].build(setting)  # which every rank takes part in
+    if dist.get_rank():
+        raise RuntimeError("no compiler\nand more of it")
+    return made
+
+
+def with_a_broken_one(rank: int, folder: str, alive: str) -> dict[str, Any]:
+    kind = Kind("allreduce-lamb", "broken", broken)
+    with mock.patch.dict(PEERS, {kind.name: kind}):
+        return measured(rank, folder, alive, ["allreduce-lamb", "adamw"])
+
+
+@pytest.mark.parametrize("alive", ["all", "one"])
+def test_a_peer_that_fails_on_one_rank_is_left_out_on_all(alive: str, tmp_path: Path) -> None:
+    for found in run_ranks(2, with_a_broken_one, str(tmp_path), alive):
+        assert found["skipped"] == {"allreduce-lamb": "RuntimeError: no compiler"}
+        assert set(found["summary"]) == set(found["rounds_ms"]) == {"bare", "ours-1", "ours-2", "adamw"}
+        assert [len(turns) for turns in found["rounds_ms"].values()] == [3] * 4
+
+
+def test_a_compiler_that_does_not_work_costs_its_peer_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError("c++ cannot run")
+
+    monkeypatch.setattr(peers.CompiledLamb, "step", fails)  # where torch.compile compiles
+    monkeypatch.setattr(shutil, "which", lambda name: "/bin/false")
+    given = ["--shapes", "tiny", "--peers", "compiled,adamw", "--rounds", "1", "--device", "cpu"]
+    assert main(["bench", "step", *given]) == 0
+    assert "without compiled: OSError: c++ cannot run" in (shown := capsys.readouterr().out)
+    assert "fused AdamW" in shown
+
+
+def test_ours_must_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Any, closure: None = None) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(contestants.ShardedLamb, "step", fails)
+    with pytest.raises(RuntimeError, match="broken"):
+        step.measure(arguments(peers="adamw"), CPU)
 
 
 def test_without_matplotlib_there_is_a_message(
