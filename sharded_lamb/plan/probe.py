@@ -8,30 +8,33 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sharded_lamb import kernels, rule
 from sharded_lamb.collectives import Collectives, Topology
 from sharded_lamb.footprint import update_bytes
-from sharded_lamb.lamb import Lamb
+from sharded_lamb.kernels import FlatShard
+from sharded_lamb.layout import BLOCK
 from sharded_lamb.plan.machine import Machine
 from sharded_lamb.plan.sharding import Choices
 
-_NUMEL = 1 << 21
+_UPDATED = 1 << 23
+"""Elements: their 128 MiB fit into no cache."""
+
+_SENT = 1 << 21
 _ROUNDS = 5
 
 
 def probed(device: torch.device) -> Machine:
     """Speeds of the default group's ranks while all are busy, each the slowest rank's. Collective.
 
-    The update by `Lamb` on 8 MiB of fp32, the wire by all-gathers of 8 MiB and of next to nothing.
+    The update by the two passes of the kernel that optimizers choose, over one shard in fp32; the wire by all-gathers
+    of 8 MiB and of next to nothing.
     """
     world = dist.get_world_size()
-    p = torch.nn.Parameter(torch.ones(_NUMEL, device=device))
-    p.grad = torch.ones_like(p)
-    lamb = Lamb([p])
     collectives = Collectives(Topology.of(None, None), device)
-    large = torch.zeros(_NUMEL // world * world, device=device)
+    large = torch.zeros(_SENT // world * world, device=device)
     small = torch.zeros(world, device=device)
     seconds = [
-        _median(lamb.step, device),
+        _median(_two_passes(device), device),
         _median(lambda: collectives.all_gather(small).wait(), device),
         _median(lambda: collectives.all_gather(large).wait(), device),
     ]
@@ -40,8 +43,40 @@ def probed(device: torch.device) -> Machine:
     update, latency, gather = slowest.tolist()
     others = max(world - 1, 1)
     bandwidth = large.nbytes * others / world / max(gather - latency, 1e-9)
-    moved = update_bytes(_NUMEL, Choices().precision.widths)
+    moved = update_bytes(_UPDATED, Choices().precision.widths)
     return Machine(moved / update, bandwidth, bandwidth, latency / others, latency / others, world)
+
+
+def _two_passes(device: torch.device) -> Callable[[], None]:
+    """Pass 1 and pass 2 over the whole of one parameter."""
+    weight = torch.ones(_UPDATED, device=device)
+    grad, exp_avg, exp_avg_sq = (torch.full_like(weight, value) for value in (1e-2, 0.0, 0.0))
+    owners = torch.zeros(_UPDATED // BLOCK, dtype=torch.int64, device=device)
+    shards = [FlatShard(weight, None, grad, exp_avg, exp_avg_sq, owners)]
+    values = rule.Coefficients(
+        grad_scale=1.0,
+        l2=0.0,
+        beta1=0.9,
+        c1=0.1,
+        beta2=0.999,
+        c2=0.001,
+        unbias1=1.0,
+        unbias2=1.0,
+        eps_inside=0.0,
+        eps_outside=1e-6,
+        decay=0.01,
+    )
+    table = torch.tensor([[getattr(values, name) for name in rule.COLUMNS]], device=device)
+    sizes = torch.full((1,), 1e-4, device=device)
+    kernel = kernels.choose("auto", device)
+
+    @torch.no_grad()
+    def run() -> None:
+        sums = torch.zeros(2, 1, dtype=torch.float64, device=device)
+        kernel.moments_and_norms(shards, table, sums)
+        kernel.apply(shards, table, sizes)
+
+    return run
 
 
 def _median(work: Callable[[], Any], device: torch.device) -> float:

@@ -15,10 +15,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharded_lamb import ShardedLamb
+from sharded_lamb.kernels import ReferenceKernel
 from sharded_lamb.plan import costs as plan_costs
+from sharded_lamb.plan import probe
 from sharded_lamb.plan.check import Weights, _mesh, check, compare, measure
 from sharded_lamb.plan.costs import costs, trainable
-from sharded_lamb.plan.machine import PRESETS
+from sharded_lamb.plan.machine import PRESETS, Machine
 from sharded_lamb.plan.sharding import Choices, Sharding
 from tests.harness import run_ranks
 from tests.plan.cases import CHOICES, UGLY
@@ -177,6 +179,37 @@ def checked(rank: int, planted: tuple[str, Callable[..., Any]] | None) -> int:
 )
 def test_check_passes_and_fails(planted: tuple[str, Callable[..., Any]] | None, code: int) -> None:
     assert run_ranks(2, checked, planted) == [code] * 2
+
+
+def probed_by_hand(rank: int) -> tuple[Any, ...]:
+    """What the probe times, each said to take so long; and what the chosen kernel was called with."""
+    kernel = mock.MagicMock(wraps=ReferenceKernel())
+    seconds = iter([0.5, 0.125, 0.375])
+
+    def timed(work: Callable[[], Any], device: torch.device) -> float:
+        work()
+        return next(seconds)
+
+    with (
+        mock.patch.object(probe, "_median", timed),
+        mock.patch.object(probe.kernels, "choose", return_value=kernel) as choose,
+    ):
+        machine = probe.probed(CPU)
+    (((first,), _, sums), _), (((second,), _, _), _) = (
+        kernel.moments_and_norms.call_args,
+        kernel.apply.call_args,
+    )
+    assert first is second
+    return machine, choose.call_args.args, first.weight.numel(), sums[0].item(), first.weight[-1].item()
+
+
+def test_the_probe_times_the_kernel_that_optimizers_choose() -> None:
+    for machine, chosen, numel, squares, last in run_ranks(2, probed_by_hand):
+        assert chosen == ("auto", CPU)
+        assert numel >= 1 << 22
+        assert squares == numel  # of weights that are 1
+        assert 0.99 < last < 1  # pass 2 wrote the end of it
+        assert machine == Machine(40 * numel / 0.5, 2**22 / 0.25, 2**22 / 0.25, 0.125, 0.125, 2)
 
 
 def one_rank_differs(rank: int) -> int:
