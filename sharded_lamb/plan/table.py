@@ -14,7 +14,8 @@ _COLUMNS = (
 
 NOTES = (
     "MiB a rank without activations: weights, .grad after backward, masters, moments, gradient shard, staging; in all.",
-    "MiB sent: by a rank a step, DistributedDataParallel's (stage 1) or fully_shard's (stage 3) included.",
+    "MiB sent: by a rank a step, DistributedDataParallel's (stage 1) or fully_shard's (stage 3) included; of an",
+    "all-reduce over n ranks 2 (n - 1) / n of its buffer, as in a ring.",
     "large, small: the optimizer's own collectives. Milliseconds: the two passes, communication, what of it neither",
     "forward nor backward hides, and the update and that together.",
     "Stage 3 shows the first rank, which has the most; fully_shard's groups are taken to be as large as a bucket.",
@@ -30,11 +31,22 @@ class Row:
 
     @property
     def sent(self) -> int:
-        """Bytes a step that leave a rank."""
-        return sum(self.costs.wire.values()) + sum(map(sum, self.costs.around.values()))
+        """Bytes a step that leave a rank. `Costs` count an all-reduce's buffer, of which a ring sends 2 (n - 1) / n."""
+        sharding = self.costs.sharding
+        ranks = {
+            "all_reduce_small": sharding.world_size,
+            "all_reduce_replicas": sharding.replicate,
+            "ddp_all_reduce": sharding.world_size,
+            "fsdp_all_reduce": sharding.replicate,
+        }
+        handed = {**self.costs.wire, **{name: sum(sends) for name, sends in self.costs.around.items()}}
+        return sum(
+            2 * size * (ranks[name] - 1) // ranks[name] if name in ranks else size
+            for name, size in handed.items()
+        )
 
     def as_json(self) -> dict[str, Any]:
-        """Bytes, calls and seconds by kind."""
+        """Bytes, calls and seconds by kind; ``wire_bytes`` have an all-reduce's buffer once."""
         costs = self.costs
         return {
             "stage": costs.sharding.stage,
@@ -42,6 +54,7 @@ class Row:
             "mesh": [costs.sharding.replicate, costs.sharding.shard],
             "memory_bytes": dict(costs.memory),
             "memory_bytes_in_all": costs.total_memory,
+            "sent_bytes": self.sent,
             "wire_bytes": costs.wire,
             "calls": costs.calls,
             "wire_bytes_around": {name: sum(sends) for name, sends in costs.around.items()},

@@ -109,6 +109,23 @@ def test_options_reach_the_prediction(tmp_path: Path) -> None:
     assert hidden["seconds"]["exposed"] < late["seconds"]["exposed"]
 
 
+def test_what_a_rank_sends_of_an_all_reduce_is_a_ring_s(tmp_path: Path) -> None:
+    """4,096 elements, 16 KiB: gathered and scattered over 4 ranks 12 KiB leave each; a shard has 4 KiB, facts 48 B."""
+    sizes, out = tmp_path / "sizes.json", tmp_path / "plan.json"
+    sizes.write_text(json.dumps({"w": [4096]}))
+
+    def sent(stage: int, world: int) -> int:
+        where = ["--stages", str(stage), "--world-sizes", str(world), "--shard", "4", "--json", str(out)]
+        assert main(["plan", "--shapes", str(sizes), *where]) == 0
+        (found,) = rows_of(out)
+        return int(found["sent_bytes"])
+
+    assert sent(1, 4) == 12_288 + 2 * 16_384 * 3 // 4 + 2 * 48 * 3 // 4
+    assert sent(2, 4) == 2 * 12_288 + 2 * 48 * 3 // 4
+    assert sent(2, 12) == 2 * 12_288 + 2 * 4_096 * 2 // 3 + 2 * 48 * 11 // 12
+    assert sent(3, 12) == 3 * 12_288 + 2 * 4_096 * 2 // 3 + 2 * 48 * 11 // 12
+
+
 def test_calibration_goes_over_the_preset_and_options_over_it(tmp_path: Path) -> None:
     measured = tmp_path / "bench.json"
     preset = PRESETS["h100-nvlink-ib"]
