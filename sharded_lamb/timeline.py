@@ -10,7 +10,7 @@
 
 Times are the host's. On a CPU they are what happened. On CUDA they are those of launches (a wait returns once the
 stream will wait), so neither wire nor exposed time can be read from them there: run ``torch.profiler``, in whose trace
-waits, computations and marks appear under the same names.
+waits, marks, "copy gradients" and "average" appear under the same names, and passes 1 and 2 as their kernels.
 """
 
 import json

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from sharded_lamb import ShardedLamb
 from sharded_lamb.timeline import Laps, Span, Timeline, covered, draw
@@ -279,6 +280,23 @@ def test_gathers_behind_the_next_forward_land_in_it() -> None:
         passed = sorted(s.end for s in found.spans if s.name == "pass 2")[found.buckets - 1]
         between = [1 for start, end in gathers if passed <= start and end <= second]
         assert len(between) == found.buckets
+
+
+def _profiled(rank: int) -> set[str]:
+    model = _model()
+    opt, timeline = ShardedLamb(model.named_parameters(), stage=2), Timeline()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, opt.record(timeline):
+        with timeline.span("forward"):
+            loss = model(torch.ones(2, 40)).square().mean()
+        loss.backward()
+        opt.step()
+    return {event.key for event in profiler.key_averages()} & {span.name for span in timeline.spans}
+
+
+def test_the_profiler_has_the_names_that_are_said_to_be_there() -> None:
+    waits = {"all_reduce_small", "reduce_scatter", "all_gather"}
+    for names in run_ranks(2, _profiled):
+        assert names == {"forward", "copy gradients", "average", *waits}
 
 
 def test_one_rank_sends_nothing_and_computes() -> None:
