@@ -40,7 +40,9 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     kinds, skipped = choose(chosen.peers, chosen.stage, world_size, list(parameters.values()))
     setting = Setting(Workload(parameters, rank, device), world_size, chosen.bucket_mb)
     kinds = [BARE, *kinds]
-    keep = chosen.alive == "all" or (chosen.alive == "auto" and _fit(len(kinds), setting))
+    keep = chosen.alive == "all" or (
+        chosen.alive == "auto" and _everywhere(_fit(len(kinds), setting), device)
+    )
     turns, kernel, failed = _take_turns(
         kinds, setting, keep=keep, rounds=chosen.rounds, iterations=chosen.iterations
     )
@@ -72,6 +74,14 @@ def _fit(count: int, setting: Setting) -> bool:
         return count * each < 0.7 * torch.cuda.mem_get_info()[0]
     here = int(os.environ.get("LOCAL_WORLD_SIZE", setting.world_size))
     return count * each * here < 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _everywhere(here: bool, device: torch.device) -> bool:
+    """Whether it is so on all ranks, which must do the same. Collective."""
+    found = torch.tensor(int(here), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+    return bool(found.item())
 
 
 def _take_turns(
@@ -139,7 +149,10 @@ def _everyones(reason: str | None) -> list[str | None]:
 
 
 def summarize(turns: Mapping[str, Turns], reference: str) -> dict[str, dict[str, Any]]:
-    """For everyone: spreads of the iteration, of the net time, and of both over the reference's, by round."""
+    """For everyone: spreads of the iteration, of the net time, and of both over the reference's, by round.
+
+    ``net_ratio`` is None where a round's net time, or the reference's, is not > 0: noise was more than the update.
+    """
     rounds = {name: by_round(of_one) for name, of_one in turns.items()}
     bare = rounds[BARE.name]
     net = {name: [a - b for a, b in zip(times, bare, strict=True)] for name, times in rounds.items()}
@@ -149,7 +162,9 @@ def summarize(turns: Mapping[str, Turns], reference: str) -> dict[str, dict[str,
             "iteration_ms": asdict(Spread.of(rounds[name])),
             "net_ms": asdict(Spread.of(net[name])),
             "iteration_ratio": asdict(Spread.of(quotients(rounds[name], rounds[reference]))),
-            "net_ratio": asdict(Spread.of(quotients(net[name], net[reference]))),
+            "net_ratio": asdict(Spread.of(quotients(net[name], net[reference])))
+            if min(*net[name], *net[reference]) > 0
+            else None,
         }
     return found
 
@@ -165,11 +180,7 @@ def _text(content: Mapping[str, Any], kinds: Sequence[Kind]) -> str:
                 f"{whole['median']:.0f}",
                 f"{whole['low']:.0f}-{whole['high']:.0f}",
                 f"{row['iteration_ratio']['median']:.2f}x",
-                *(
-                    [f"{net['median']:.0f}", f"{row['net_ratio']['median']:.2f}x"]
-                    if kind != BARE
-                    else ["", ""]
-                ),
+                *(["", ""] if kind == BARE else _net(net["median"], row["net_ratio"])),
             ]
         )
     about = content["shapes"]
@@ -190,6 +201,11 @@ def _text(content: Mapping[str, Any], kinds: Sequence[Kind]) -> str:
         *(f"without {name}: {reason}" for name, reason in content["skipped"].items()),
     ]
     return "\n".join(lines)
+
+
+def _net(milliseconds: float, ratio: Mapping[str, float] | None) -> list[str]:
+    """A dash for what noise swallowed."""
+    return [f"{milliseconds:.0f}" if milliseconds > 0 else "—", f"{ratio['median']:.2f}x" if ratio else "—"]
 
 
 def _panels(content: Mapping[str, Any], kinds: Sequence[Kind]) -> list[report.Panel]:

@@ -190,6 +190,9 @@ def check_summary(found: Mapping[str, Any]) -> None:
             ("iteration_ratio", times[name] / times["ours-2"]),
             ("net_ratio", net / ours),
         ):
+            if key == "net_ratio" and min(*net, *ours) <= 0:
+                assert row[key] is None
+                continue
             low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
             assert row[key] == pytest.approx({"median": median, "low": low, "high": high}, rel=1e-9), (
                 name,
@@ -205,6 +208,27 @@ def test_ratios_are_of_the_same_round() -> None:
     assert row["net_ratio"]["median"] == 4.0
     assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
     assert Spread.of([1, 2, 3, 4, 9]).median == statistics.median([1, 2, 3, 4, 9])
+
+
+def test_a_net_time_that_is_none_has_no_ratio() -> None:
+    """In one round "fast" took less than the bare backward; to a reference that did nobody has a ratio."""
+    turns = {"bare": [[2.0], [2.0]], "ours-2": [[4.0], [3.0]], "fast": [[1.0], [2.5]], "slow": [[6.0], [5.0]]}
+    found = step.summarize(turns, "ours-2")
+    assert (found["fast"]["net_ratio"], found["slow"]["net_ratio"]["median"]) == (None, 2.5)
+    assert found["fast"]["iteration_ratio"]["median"] == pytest.approx((1 / 4 + 2.5 / 3) / 2)
+    assert {row["net_ratio"] is None for row in step.summarize(turns, "fast").values()} == {True}
+    assert step.summarize({**turns, "fast": [[2.0], [2.0]]}, "fast")["slow"]["net_ratio"] is None
+    assert step._net(-0.25, None) == step._net(0.0, None) == ["—", "—"]
+    assert step._net(3.0, {"median": 2.5}) == ["3", "2.50x"]
+
+
+def with_room_on_the_first(rank: int, folder: str) -> str:
+    with mock.patch.object(step, "_fit", return_value=dist.get_rank() == 0):
+        return str(measured(rank, folder, "auto", ["adamw"])["alive"])
+
+
+def test_all_stay_alive_only_where_every_rank_has_room(tmp_path: Path) -> None:
+    assert run_ranks(2, with_room_on_the_first, str(tmp_path)) == ["one", "one"]
 
 
 def test_backward_gives_what_the_workload_says() -> None:
