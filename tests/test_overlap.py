@@ -10,7 +10,9 @@ import pytest
 
 from sharded_lamb.bench.namespaces import NetworkError, network
 from sharded_lamb.bench.overlap import main, summarize, table
-from sharded_lamb.bench.overlapped import CONFIGURATIONS
+from sharded_lamb.bench.overlapped import CONFIGURATIONS, Trainee, Work
+from sharded_lamb.timeline import Span, Timeline
+from tests.harness import run_ranks
 
 
 def _block(iteration: float, exposed: float) -> dict[str, Any]:
@@ -66,6 +68,44 @@ def test_under_torchrun_it_is_refused(command: str) -> None:
     done = subprocess.run([*launch, module, *words], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert "run it without torchrun (WORLD_SIZE is 2)" in done.stderr
+
+
+def _order(rank: int, name: str) -> tuple[int, int, int, int]:
+    """Of the last of three iterations: exchanges, those launched before the last gradient was there; gathers of the
+    step before it, those that were waited for in its forward."""
+    small = {"layers": 1, "hidden": 64, "vocabulary": 64, "batch": 1, "sequence": 8, "bucket_mb": 0.05}
+    trainee = Trainee(name, Work(**small, rounds=1, iterations=1, seed=0))
+    timeline, gradients = Timeline(), [0.0]
+    for p in trainee.model.parameters():
+        p.register_post_accumulate_grad_hook(lambda _: gradients.append(timeline.clock()))
+    with trainee.optimizer.record(timeline):
+        for _ in range(3):
+            trainee.iterate(timeline)
+        trainee.optimizer.synchronize()
+
+    def of(kind: str, lane: str) -> list[Span]:
+        return [span for span in timeline.spans if (span.name, span.lane) == (kind, lane)]
+
+    forward, backward = of("forward", "marks")[-1], of("backward", "marks")[-1]
+    launched = [span.start for span in of("reduce_scatter", "wire") if span.start > backward.start]
+    gathers = [span for span in of("all_gather", "exposed") if span.end < backward.start]
+    waited = [span for span in gathers if forward.start <= span.start and span.end <= forward.end]
+    early = [start for start in launched if start < gradients[-1]]
+    return len(launched), len(early), len(gathers) // 2, len(waited)
+
+
+def test_configurations_overlap_what_they_say() -> None:
+    pytest.importorskip("transformers")
+    for buckets, early, gathers, waited in run_ranks(2, _order, "none"):
+        assert buckets == gathers > 2
+        assert (early, waited) == (0, 0)
+    for buckets, early, gathers, waited in run_ranks(2, _order, "backward"):
+        assert buckets == gathers
+        assert early > 0
+        assert waited == 0
+    for buckets, early, gathers, waited in run_ranks(2, _order, "both"):
+        assert buckets == gathers == waited
+        assert early > 0
 
 
 def test_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
