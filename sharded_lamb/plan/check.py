@@ -245,4 +245,5 @@ def _tensors(roots: Sequence[Any]) -> Iterator[Tensor]:
 
 def _slots(kind: type[Any]) -> Sequence[str]:
     names: str | Sequence[str] = kind.__dict__.get("__slots__", ())
-    return (names,) if isinstance(names, str) else names
+    # Python 3.11.2 raises TypeError where a dataclass's own "__weakref__" is asked for.
+    return [name for name in ((names,) if isinstance(names, str) else names) if name != "__weakref__"]
