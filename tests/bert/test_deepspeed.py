@@ -128,11 +128,12 @@ def test_a_run_is_the_same_under_zero_1_2_and_3(tree: dict[str, Any], tmp_path: 
 
 
 def test_ratios_of_partitions_would_show(tree: dict[str, Any], tmp_path: Path) -> None:
-    rows, weights = trained(tree, tmp_path / "ours", ours(*SHARP))
+    longer = [*SHARP, "phases.0.steps=20"]  # what is wrong adds up
+    rows, weights = trained(tree, tmp_path / "ours", ours(*longer))
     for stage in (2, 3):
-        wrong, ends = trained(tree, tmp_path / f"naive{stage}", theirs(stage, *SHARP), naive=True)
+        wrong, ends = trained(tree, tmp_path / f"naive{stage}", theirs(stage, *longer), naive=True)
         worst = max(abs(a - b) / b for a, b in zip(losses(wrong), losses(rows), strict=True))
-        assert worst > 20 * SAME  # 46 to 60 times: the corpus is the prose of the Python that runs this
+        assert worst > 50 * SAME
         assert distance(weights, ends) > 1000 * SAME
 
 
