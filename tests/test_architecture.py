@@ -18,7 +18,7 @@ PACKAGE = "sharded_lamb"
 
 # From the ground up; units on one floor do not know each other. A package counts as one unit.
 FLOORS = (
-    {"names", "shapes", "timeline"},
+    {"names", "shapes", "timeline", "faults"},
     {"hyperparams"},
     {"rule", "layout"},
     {"options", "kernels", "footprint", "memory"},
@@ -50,7 +50,7 @@ WITHOUT_PROCESS_GROUPS = {
     "engine",
     "footprint",
 }
-WITHOUT_TORCH = {"hyperparams", "names", "layout", "footprint"}
+WITHOUT_TORCH = {"hyperparams", "names", "layout", "footprint", "faults"}
 
 TOP_LEVEL = {
     "pyproject.toml",
