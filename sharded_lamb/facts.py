@@ -261,6 +261,11 @@ class SkipCounter:
         if self._arrived is not None and not torch.cuda.is_current_stream_capturing():
             self._arrived.record()
 
+    def set_total(self, total: int) -> None:
+        """As a checkpoint has it."""
+        self._counts[0] = total
+        self._seen[0] = total
+
     def reset(self) -> None:
         """Other weights and state were loaded: skips in a row start again."""
         self._counts[1] = 0

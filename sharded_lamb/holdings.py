@@ -331,14 +331,18 @@ class Holdings:
             sent["all_reduce_small"] = sum(small_sends(len(self.params), agreements=agreements))
         return sent
 
+    @property
+    def stages(self) -> str:
+        """ "1", "2" or "3"; "2 and 3" of plain parameters beside DTensors."""
+        stages = [str(self.settings.stage)] if self.buckets else []
+        return " and ".join([*stages, *(["3"] if self.cuts else [])])
+
     def summary(self, table: OptionTable, kernel: str, variant: str) -> str:
         """One line: stage, ranks, tensors, how many without decay and without ratio, state, kernel, variant."""
         options, held = table.options(), self.bytes_by_kind()
         plain, fixed = int((options.decay + options.l2 == 0).sum()), int((~options.adapts).sum())
-        stages = [str(self.settings.stage)] if self.buckets else []
-        stage = " and ".join([*stages, *(["3"] if self.cuts else [])])
         return (
-            f"ShardedLamb stage {stage}: {len(self.topology.everyone)} ranks, {len(self.params)} tensors "
+            f"ShardedLamb stage {self.stages}: {len(self.topology.everyone)} ranks, {len(self.params)} tensors "
             f"({plain} without decay, {fixed} without ratio), {held['moments'] + held['masters']:,} bytes of state "
             f"a rank, kernel {kernel}, variant {variant}"
         )

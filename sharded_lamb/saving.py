@@ -25,6 +25,10 @@ class SavingOptimizer(LambOptimizer):
     _skips: SkipCounter
     _table: OptionTable
 
+    def synchronize(self) -> None:
+        """Wait until every parameter is gathered."""
+        raise NotImplementedError
+
     def _show_state(self) -> None:
         """``self.state`` of all parameters, over the memory of now."""
         held = self._holdings
@@ -117,6 +121,25 @@ class SavingOptimizer(LambOptimizer):
             dist.broadcast_object_list(groups, held.topology.everyone[0], group=self._collectives.everyone)
         state.scatter_full(self._collectives, held.buckets, held.pieces, held.step, states if first else None)
         self._load_groups(groups[0])
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Global ranks that hold a part of the state."""
+        return self._holdings.topology.everyone
+
+    @property
+    def stages(self) -> str:
+        """ "1", "2" or "3", or two of them: see ``stage``."""
+        return self._holdings.stages
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out for non-finite gradients, since construction or as a checkpoint said. Reads the device."""
+        return self._skips.total
+
+    @skipped_steps.setter
+    def skipped_steps(self, total: int) -> None:
+        self._skips.set_total(total)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._collectives.world_size > 1:

@@ -406,11 +406,6 @@ class ShardedLamb(SavingOptimizer):
         return None if self._last is None else float(self._last.grad_norm.item())
 
     @property
-    def skipped_steps(self) -> int:
-        """Steps left out for non-finite gradients since construction. Reads the device."""
-        return self._skips.total
-
-    @property
     def traffic(self) -> Traffic:
         """Collectives and bytes that this rank sent, by name, since construction."""
         return self._collectives.traffic

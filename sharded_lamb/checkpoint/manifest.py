@@ -1,0 +1,240 @@
+"""What a checkpoint folder says of itself.
+
+::
+
+    step-00000200/manifest.json              tensors and where their parts lie; options; what was passed as extra
+                  shard-00000.safetensors    what rank 0 wrote, and so on
+                  SHA256SUMS                 of all of them, written last: `sha256sum -c SHA256SUMS` checks it
+
+No pickle anywhere: a checkpoint from an untrusted place can be wrong, and cannot run anything.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sharded_lamb.checkpoint import tensorfile
+from sharded_lamb.checkpoint.errors import CheckpointError
+from sharded_lamb.checkpoint.tensorfile import Place
+
+FORMAT = "sharded_lamb.checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+SUMS = "SHA256SUMS"
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in tensorfile.CODES}
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A box of a tensor, and where its elements lie, row-major."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """A tensor as a checkpoint holds it: boxes that cover it once."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """``tensors``: ``model.NAME``, ``optimizer.NAME.KIND`` and ``extra.…``, names as the bare model has them."""
+
+    tensors: Mapping[str, SavedTensor]
+    written_by: Mapping[str, Any]  # versions, ranks, optimizer
+    aliases: Mapping[str, str]  # of parameters with two names: the other → the first
+    groups: tuple[Mapping[str, Any], ...]  # {"names": [...], "options": {...}}; JSON
+    optimizer: Mapping[str, Any]  # optimizer-wide options and counts; JSON
+    extra: Any  # JSON; see `plain`
+    files: Mapping[str, int]  # → bytes
+
+    @property
+    def model_names(self) -> list[str]:
+        return [name.removeprefix("model.") for name in self.tensors if name.startswith("model.")]
+
+    def kinds(self) -> dict[str, dict[str, SavedTensor]]:
+        """{parameter: {kind of state: tensor}}."""
+        found: dict[str, dict[str, SavedTensor]] = {}
+        for name, tensor in self.tensors.items():
+            if name.startswith("optimizer."):
+                parameter, kind = name.removeprefix("optimizer.").rsplit(".", 1)
+                found.setdefault(parameter, {})[kind] = tensor
+        return found
+
+    def text(self) -> str:
+        """As JSON."""
+        tensors = {
+            name: {
+                "shape": tensor.shape,
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "chunks": [
+                    {
+                        "at": chunk.offsets,
+                        "shape": chunk.sizes,
+                        "file": chunk.place.file,
+                        "bytes": [chunk.place.begin, chunk.place.end],
+                    }
+                    for chunk in tensor.chunks
+                ],
+            }
+            for name, tensor in self.tensors.items()
+        }
+        whole = {
+            "format": FORMAT,
+            "version": VERSION,
+            "written_by": self.written_by,
+            "files": self.files,
+            "groups": self.groups,
+            "optimizer": self.optimizer,
+            "extra": self.extra,
+            "aliases": self.aliases,
+            "tensors": tensors,
+        }
+        return json.dumps(whole, indent=1)
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """The manifest, its hash verified.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of a newer format.
+    """
+    folder = Path(folder)
+    _check_hash(folder, MANIFEST, read_sums(folder))
+    try:
+        whole = json.loads((folder / MANIFEST).read_text())
+        if whole["format"] != FORMAT:
+            raise CheckpointError(f"{folder} holds {whole['format']!r} and not {FORMAT!r}")
+        if whole["version"] > VERSION:
+            raise CheckpointError(
+                f"{folder} has format version {whole['version']}, written by sharded_lamb "
+                f"{whole['written_by'].get('sharded_lamb')}, and this one reads up to version {VERSION}: upgrade "
+                f"sharded_lamb"
+            )
+        return _parsed(whole)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{folder / MANIFEST} is not a manifest: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _parsed(whole: dict[str, Any]) -> Manifest:
+    tensors = {
+        name: SavedTensor(
+            tuple(entry["shape"]),
+            _DTYPES[entry["dtype"]],
+            tuple(
+                Chunk(tuple(c["at"]), tuple(c["shape"]), Place(_plain_name(c["file"]), *c["bytes"]))
+                for c in entry["chunks"]
+            ),
+        )
+        for name, entry in whole["tensors"].items()
+    }
+    return Manifest(
+        tensors,
+        whole["written_by"],
+        whole["aliases"],
+        tuple(whole["groups"]),
+        whole["optimizer"],
+        whole["extra"],
+        {_plain_name(name): int(size) for name, size in whole["files"].items()},
+    )
+
+
+def _plain_name(name: str) -> str:
+    """Of a file in the folder itself: a checkpoint must not name files elsewhere."""
+    if name != Path(name).name or name in ("", ".", ".."):
+        raise CheckpointError(f"a checkpoint names the file {name!r}, which is not in its own folder")
+    return name
+
+
+def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """`SHA256SUMS`, synced."""
+    with (folder / SUMS).open("wb") as file:
+        file.write("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
+        tensorfile.sync_file(file)
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """{file: sha256}. Raises CheckpointError."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not there: name a checkpoint folder, such as RUN/step-00001000")
+    try:
+        lines = (folder / SUMS).read_bytes().decode("ascii").splitlines()
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} has no {SUMS}: it was not written to the end, or is no checkpoint of sharded_lamb"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / SUMS} cannot be read: {error}") from error
+    sums = {}
+    for line in lines:
+        digest, separator, name = line.partition("  ")
+        if not separator or len(digest) != 64:
+            raise CheckpointError(f"{folder / SUMS} is damaged: {line!r} is not a hash and a name")
+        sums[_plain_name(name)] = digest
+    return sums
+
+
+def _check_hash(folder: Path, name: str, sums: Mapping[str, str]) -> None:
+    if name not in sums:
+        raise CheckpointError(f"{folder / SUMS} is damaged: it does not list {name}")
+    try:
+        found = tensorfile.sha256(folder / name)
+    except OSError as error:
+        raise CheckpointError(f"{folder / name} cannot be read: {error.strerror}") from error
+    if found != sums[name]:
+        raise CheckpointError(
+            f"{folder / name} does not have the hash it was written with: it is damaged, or was changed since"
+        )
+
+
+def check_files(
+    folder: Path, manifest: Manifest, *, part: int = 0, parts: int = 1, hashes: bool = True
+) -> None:
+    """Verify the sizes of all files, and the hashes of every ``parts``-th from ``part`` on.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, truncated or damaged.
+    """
+    sums = read_sums(folder)
+    for number, (name, size) in enumerate(sorted(manifest.files.items())):
+        try:
+            found = (folder / name).stat().st_size
+        except OSError as error:
+            raise CheckpointError(f"{folder / name} is missing: {error.strerror}") from error
+        if found != size:
+            raise CheckpointError(
+                f"{folder / name} has {found:,} bytes and was written with {size:,}: it is "
+                + ("truncated" if found < size else "damaged")
+            )
+        if hashes and number % parts == part:
+            _check_hash(folder, name, sums)
+
+
+def problem_with(folder: str | os.PathLike[str], *, hashes: bool = True) -> str | None:
+    """Why a checkpoint cannot be used, or None. Without ``hashes`` only the manifest's, and files' sizes, are looked
+    at."""
+    try:
+        check_files(Path(folder), read_manifest(folder), hashes=hashes)
+    except CheckpointError as error:
+        return str(error)
+    return None

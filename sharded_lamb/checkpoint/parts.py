@@ -1,0 +1,163 @@
+"""A model's and an optimizer's tensors by the names that a checkpoint calls them, and what goes where on loading."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharded_lamb.base import LambOptimizer
+from sharded_lamb.checkpoint.manifest import Manifest, SavedTensor
+from sharded_lamb.lamb import Lamb
+from sharded_lamb.names import normalize
+from sharded_lamb.saving import SavingOptimizer
+
+KINDS = ("exp_avg", "exp_avg_sq")
+"""State that every parameter with state has, beside its ``step``; ``master`` where the weight is not the master."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """What a model's state dict holds."""
+
+    tensors: dict[str, Tensor]  # by the first of their names, in the state dict's order; live memory
+    aliases: dict[str, str]  # other names of the same parameter → the first
+    plain: dict[str, Any]  # what is no tensor (``_extra_state``)
+    names: dict[Tensor, str]  # of parameters
+
+    @staticmethod
+    def of(model: nn.Module) -> "ModelParts":
+        """Raises ValueError for two tensors of one name."""
+        tensors: dict[str, Tensor] = {}
+        aliases: dict[str, str] = {}
+        plain: dict[str, Any] = {}
+        first: dict[int, str] = {}
+        for raw, value in model.state_dict(keep_vars=True).items():
+            name = normalize(raw)
+            if not isinstance(value, Tensor):
+                plain[name] = value
+            elif id(value) in first and isinstance(value, nn.Parameter):
+                aliases[name] = first[id(value)]
+            elif name in tensors:
+                raise ValueError(
+                    f"the model has two tensors called {name!r}, as {raw!r} is without what wrappers add"
+                )
+            else:
+                first[id(value)] = name
+                tensors[name] = value
+        names: dict[Tensor, str] = {p: normalize(name) for name, p in model.named_parameters()}
+        names |= {value: name for name, value in tensors.items() if isinstance(value, nn.Parameter)}
+        return ModelParts({name: value.detach() for name, value in tensors.items()}, aliases, plain, names)
+
+
+def checked_optimizer(optimizer: Any) -> Lamb | SavingOptimizer:
+    """Raises TypeError for an optimizer whose state this package does not know."""
+    if isinstance(optimizer, Lamb | SavingOptimizer):
+        return optimizer
+    if type(optimizer).__module__.startswith(("sharded_lamb.deepspeed", "deepspeed")):
+        raise TypeError(
+            f"a {type(optimizer).__name__} steps DeepSpeed's partitions: save them with engine.save_checkpoint(), "
+            f"which "
+            f"`sharded-lamb convert` reads"
+        )
+    raise TypeError(
+        f"checkpoints hold the state of Lamb and ShardedLamb, got {type(optimizer).__name__}: use "
+        f"torch.distributed.checkpoint for other optimizers"
+    )
+
+
+def names_of_groups(optimizer: LambOptimizer, model: ModelParts) -> list[list[str]]:
+    """The model's names of the parameters of each group. Raises ValueError for a parameter that is not the model's."""
+    found: list[list[str]] = []
+    for number, group in enumerate(optimizer.param_groups):
+        for place, p in enumerate(group["params"]):
+            if p not in model.names:
+                raise ValueError(
+                    f"parameter {place} of group {number} is not one of the model's: pass the model that the optimizer "
+                    f"optimizes, as it was when the optimizer was made (fully_shard and prepare put new parameters in "
+                    f"the place of old ones)"
+                )
+        found.append([model.names[p] for p in group["params"]])
+    return found
+
+
+def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's options, a learning rate in a tensor as a number."""
+    options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    if isinstance(options["lr"], Tensor):
+        options["lr"] = options["lr"].item()
+    return options
+
+
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """``target`` is filled from the checkpoint's tensor ``source``, in its own dtype."""
+
+    source: str
+    target: Tensor
+
+
+def check_same_model(found: Manifest, model: ModelParts, where: str) -> None:
+    """Raises ValueError, naming what differs, where the checkpoint is of another model."""
+    theirs, ours = set(found.model_names) | set(found.aliases), set(model.tensors) | set(model.aliases)
+    if theirs != ours:
+        raise ValueError(
+            f"{where} is of another model:"
+            + _listed(" it lacks", sorted(ours - theirs))
+            + _listed(" it has what this model lacks:", sorted(theirs - ours))
+        )
+    for name, tensor in model.tensors.items():
+        saved = found.tensors["model." + found.aliases.get(name, name)]
+        if saved.shape != tuple(tensor.shape):
+            raise ValueError(
+                f"{where} is of another model: {name} has shape {saved.shape} there and {tuple(tensor.shape)} here"
+            )
+
+
+def _listed(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{what} {', '.join(names[:5])}{more}."
+
+
+def weight_fillings(found: Manifest, model: ModelParts) -> Iterator[Filling]:
+    """The model's tensors. Where the dtype differs and the checkpoint has a master, that is what is rounded."""
+    for name, tensor in model.tensors.items():
+        saved_name = found.aliases.get(name, name)
+        source, master = f"model.{saved_name}", f"optimizer.{saved_name}.master"
+        if tensor.dtype != found.tensors[source].dtype and master in found.tensors:
+            source = master
+        yield Filling(source, tensor)
+
+
+def state_fillings(
+    found: Manifest, name: str, saved: Mapping[str, SavedTensor], state: Mapping[str, Tensor], where: str
+) -> Iterator[Filling]:
+    """One parameter's state. A master that was not saved is the saved weight itself."""
+    missing = [kind for kind in ("step", *KINDS) if kind not in saved]
+    if missing:
+        raise ValueError(f"{where} has no {missing[0]} of {name}: it was not made by Lamb or ShardedLamb")
+    for kind, target in state.items():
+        if kind == "master" and kind not in saved:
+            yield Filling(f"model.{name}", target)
+        elif kind in ("step", "master", *KINDS):
+            yield Filling(f"optimizer.{name}.{kind}", target)
+
+
+def rounds(fillings: Iterable[Filling]) -> list[dict[str, Tensor]]:
+    """State dicts to load one after the other: in each, a source fills one target."""
+    made: list[dict[str, Tensor]] = []
+    for filling in fillings:
+        free = next((one for one in made if filling.source not in one), None)
+        if free is None:
+            made.append(free := {})
+        free[filling.source] = filling.target
+    return made
+
+
+def steps_taken(states: Mapping[Any, Mapping[str, Any]]) -> int:
+    """Of the parameter that took most. Reads the device."""
+    steps = [torch.as_tensor(state["step"]).reshape(()) for state in states.values()]
+    return int(torch.stack(steps).max()) if steps else 0

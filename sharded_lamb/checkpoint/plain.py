@@ -1,0 +1,83 @@
+"""Plain data as JSON, bit for bit: dicts, lists, tuples, strings, numbers, None, small things only. Tensors go to
+files.
+
+What JSON cannot tell apart is tagged: ``{"__tuple__": [...]}``, ``{"__items__": [[key, value], ...]}`` for keys that
+are not strings, ``{"__tensor__": name}`` for a tensor among the checkpoint's.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TAGS = ("__tuple__", "__items__", "__tensor__", "__float__", "__dtype__")
+
+
+def encoded(value: Any, path: str, keep: Callable[[str, Tensor], str]) -> Any:
+    """``value`` as JSON can hold it.
+
+    Args:
+        path: what error messages call it.
+        keep: takes a tensor under a suggested name, and returns the name that it is kept under.
+
+    Raises:
+        TypeError: something is neither plain data nor a tensor.
+    """
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Tensor):
+        return {"__tensor__": keep(path, value)}
+    if isinstance(value, torch.dtype):
+        return {"__dtype__": str(value).removeprefix("torch.")}
+    if type(value) is int:
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {"__float__": repr(float(value))}
+    if isinstance(value, list):
+        return [encoded(entry, f"{path}.{i}", keep) for i, entry in enumerate(value)]
+    if isinstance(value, tuple):
+        return {"__tuple__": [encoded(entry, f"{path}.{i}", keep) for i, entry in enumerate(value)]}
+    if isinstance(value, Mapping):
+        pairs = [(key, encoded(entry, f"{path}.{key}", keep)) for key, entry in value.items()]
+        if all(isinstance(key, str) and key not in _TAGS for key, _ in pairs):
+            return dict(pairs)
+        return {"__items__": [[encoded(key, f"{path} (a key)", keep), entry] for key, entry in pairs]}
+    raise TypeError(
+        f"{path} is {type(value).__name__}, and a checkpoint holds plain data (None, bool, int, float, str, list, "
+        f"tuple, "
+        f"dict), tensors, and objects with state_dict() and load_state_dict(): convert it, or leave it out"
+    )
+
+
+def decoded(value: Any, tensor: Callable[[str], Any]) -> Any:
+    """The reverse of `encoded`; ``tensor`` gives the tensor of a name."""
+    if isinstance(value, list):
+        return [decoded(entry, tensor) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1:
+        ((tag, content),) = value.items()
+        if tag == "__tuple__":
+            return tuple(decoded(entry, tensor) for entry in content)
+        if tag == "__items__":
+            return {decoded(key, tensor): decoded(entry, tensor) for key, entry in content}
+        if tag == "__tensor__":
+            return tensor(content)
+        if tag == "__float__":
+            return float(content)
+        if tag == "__dtype__":
+            return getattr(torch, content)
+    return {key: decoded(entry, tensor) for key, entry in value.items()}
+
+
+def tensor_names(value: Any) -> list[str]:
+    """Of the tensors that encoded data refers to."""
+    if isinstance(value, list):
+        return [name for entry in value for name in tensor_names(entry)]
+    if not isinstance(value, dict):
+        return []
+    if set(value) == {"__tensor__"}:
+        return [value["__tensor__"]]
+    return [name for entry in value.values() for name in tensor_names(entry)]

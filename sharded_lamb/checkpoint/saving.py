@@ -1,0 +1,246 @@
+"""`save` and `async_save`."""
+
+import logging
+import os
+import platform
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.tensor import DTensor
+
+from sharded_lamb.checkpoint import parts, plain
+from sharded_lamb.checkpoint.ranks import Ranks, unwrapped
+from sharded_lamb.checkpoint.storage import About, Writer
+from sharded_lamb.saving import SavingOptimizer
+
+logger = logging.getLogger("sharded_lamb")
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What is saved. ``tensors`` are live memory: this rank's parts."""
+
+    tensors: dict[str, Tensor]
+    about: About
+    ranks: Ranks
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Any = None,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    written: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a checkpoint that any number of ranks in any stage can `load`. Collective; every rank writes its parts.
+
+    Args:
+        path: the checkpoint's folder, on storage that all ranks see; replaced, once the new one is whole, if it is
+            there.
+        model: its parameters and buffers. Names are as the bare model has them, whatever wraps it.
+        optimizer: `Lamb` or `ShardedLamb`: moments, masters, step counts, options of groups, ``max_grad_norm``,
+            ``skipped_steps``; None: weights only.
+        extra: {name: plain data, tensors, or an object with ``state_dict`` and ``load_state_dict`` such as a
+            scheduler or GradScaler}, of the first rank. (DTensors are of all ranks.)
+        written: called on the first rank once the checkpoint is whole and in its place.
+
+    It is written aside, synced and renamed when whole; until then a checkpoint of that name stays as it was.
+
+    Collectives: gathers and scatters of plans, on a gloo group of its own; no tensor is sent.
+
+    Raises:
+        OSError: it could not be written (a full disk, a folder that other ranks do not see), on every rank.
+        TypeError, ValueError: something in ``extra`` or the model cannot be saved, on every rank.
+    """
+    snapshot = _snapshot(model, optimizer, extra)
+    writer = Writer(path, snapshot.about, written)
+    try:
+        with _quiet():
+            dcp_save(
+                snapshot.tensors,
+                storage_writer=writer,
+                planner=_planner(),
+                process_group=snapshot.ranks.group,
+                no_dist=snapshot.ranks.group is None,
+            )
+    except CheckpointException as error:
+        _explain(error, writer, snapshot.ranks)
+
+
+class Saving:
+    """A checkpoint that is being written. `result` must be called, or nobody learns that it could not be written."""
+
+    def __init__(self, future: "Future[Any]", writer: Writer, ranks: Ranks) -> None:
+        self._future, self._writer, self._ranks = future, writer, ranks
+
+    def done(self) -> bool:
+        """Whether `result` would not wait. Ranks may differ for a moment."""
+        return self._future.done()
+
+    def result(self) -> Path:
+        """The folder, once it is whole. Raises what `save` raises."""
+        try:
+            self._future.result()
+        except CheckpointException as error:
+            _explain(error, self._writer, self._ranks)
+        finally:
+            self._ranks.behind.clear()
+        return self._writer.target
+
+
+def async_save(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Any = None,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    written: Callable[[Path], None] | None = None,
+) -> Saving:
+    """As `save`, behind training: returns when this rank's parts are copied to CPU memory. Collective.
+
+    One at a time: wait for its `Saving.result` before the next.
+    """
+    snapshot = _snapshot(model, optimizer, extra)
+    writer = Writer(path, snapshot.about, written)
+    snapshot.ranks.behind.append(f"checkpoint {writer.target}")
+    with _quiet():
+        future = dcp_async_save(
+            snapshot.tensors,
+            storage_writer=writer,
+            planner=_planner(),
+            process_group=snapshot.ranks.group,
+            no_dist=snapshot.ranks.group is None,
+        )
+    assert isinstance(future, Future)
+    return Saving(future, writer, snapshot.ranks)
+
+
+def _planner() -> DefaultSavePlanner:
+    return DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+
+class _quiet(warnings.catch_warnings):
+    """Without torch's remarks on saving from one process, which is meant."""
+
+    def __enter__(self) -> Any:
+        entered = super().__enter__()
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        return entered
+
+
+def _explain(error: CheckpointException, writer: Writer, ranks: Ranks) -> None:
+    """Raises what `save` raises."""
+    if ranks.rank == 0:
+        writer.abandon()
+    failures = {
+        rank: OSError(
+            found.errno,
+            f"checkpoint {writer.target} could not be written: {found.strerror or found}; those before it are "
+            f"untouched",
+        )
+        if isinstance(found, OSError)
+        else found
+        for rank, found in unwrapped(error).items()
+    }
+    ranks.raise_together(failures)
+
+
+def _snapshot(model: nn.Module, optimizer: Any, extra: Mapping[str, Any] | None) -> _Snapshot:
+    known = None if optimizer is None else parts.checked_optimizer(optimizer)
+    everyone = known.ranks if isinstance(known, SavingOptimizer) else None
+    ranks = Ranks.of(model if optimizer is None else optimizer, everyone)
+    ranks.check_free()
+    return ranks.each(lambda: _collected(ranks, model, known, extra or {}))
+
+
+def _collected(ranks: Ranks, model: nn.Module, optimizer: Any, extra: Mapping[str, Any]) -> _Snapshot:
+    if isinstance(optimizer, SavingOptimizer):
+        optimizer.synchronize()
+    found = parts.ModelParts.of(model)
+    tensors = {f"model.{name}": tensor for name, tensor in found.tensors.items()}
+    groups: list[dict[str, Any]] = []
+    wide: dict[str, Any] = {}
+    kept = Kept(ranks.rank == 0)
+    if optimizer is not None:
+        names = parts.names_of_groups(optimizer, found)
+        packed = optimizer.state_dict()
+        flat = [name for group in names for name in group]
+        for place, state in packed["state"].items():
+            tensors |= {
+                f"optimizer.{flat[place]}.{kind}": torch.as_tensor(value)
+                for kind, value in state.items()
+                if kind in ("step", "master", *parts.KINDS)
+            }
+        for number, (group, held) in enumerate(zip(optimizer.param_groups, names, strict=True)):
+            options = plain.encoded(parts.options_of(group), f"options of group {number}", kept)
+            groups.append({"names": held, "options": options})
+        wide = {
+            "max_grad_norm": optimizer.max_grad_norm,
+            "skipped_steps": getattr(optimizer, "skipped_steps", 0),
+            "step": parts.steps_taken(packed["state"]),
+        }
+    states = {name: _state_of(value) for name, value in extra.items()}
+    encoded = plain.encoded(states, "extra", kept)
+    if found.plain:
+        wide["model"] = plain.encoded(found.plain, "model", kept)
+    stage = optimizer.stages if isinstance(optimizer, SavingOptimizer) else None
+    about = About(
+        written_by(ranks.size, type(optimizer).__name__ if optimizer else None, stage),
+        found.aliases,
+        tuple(groups),
+        wide,
+        encoded,
+    )
+    return _Snapshot({**tensors, **kept.tensors}, about, ranks)
+
+
+def _state_of(value: Any) -> Any:
+    if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
+        return value.state_dict()
+    return value
+
+
+class Kept:
+    """Tensors among plain data: the first rank writes plain ones, all ranks their parts of DTensors."""
+
+    def __init__(self, is_first: bool) -> None:
+        self.is_first = is_first
+        self.tensors: dict[str, Tensor] = {}
+        self._names: set[str] = set()
+
+    def __call__(self, path: str, tensor: Tensor) -> str:
+        name, number = path if path.startswith("extra") else f"extra.{path}", 2
+        while name in self._names:
+            name, number = f"{path}#{number}", number + 1
+        self._names.add(name)
+        if self.is_first or isinstance(tensor, DTensor):
+            self.tensors[name] = tensor.detach()
+        return name
+
+
+def written_by(ranks: int, optimizer: str | None, stage: str | None) -> dict[str, Any]:
+    """What a checkpoint says of its writer."""
+    try:
+        own = version("sharded-lamb")
+    except PackageNotFoundError:  # run from a source tree
+        own = "unknown"
+    return {
+        "sharded_lamb": own,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "ranks": ranks,
+        "optimizer": optimizer,
+        "stage": stage,
+    }

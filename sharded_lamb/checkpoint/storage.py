@@ -1,0 +1,306 @@
+"""How torch.distributed.checkpoint writes and reads our folders: a storage writer and reader without pickle.
+
+Both also work with `torch.distributed.checkpoint.save` and ``load`` directly, for state dicts of tensors::
+
+    dcp.save(state, storage_writer=Writer("folder"))
+    dcp.load(state, storage_reader=Reader("folder"))
+"""
+
+import os
+import shutil
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from sharded_lamb import faults
+from sharded_lamb.checkpoint import manifest, tensorfile
+from sharded_lamb.checkpoint.errors import CheckpointError
+from sharded_lamb.checkpoint.manifest import Chunk, Manifest, SavedTensor, read_manifest
+from sharded_lamb.checkpoint.tensorfile import Item, Place, Written
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a manifest says beside tensors; `Manifest` has the fields' meanings."""
+
+    written_by: Mapping[str, Any] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    groups: tuple[Mapping[str, Any], ...] = ()
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    extra: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Where one item of a plan went."""
+
+    place: Place
+    file: Written
+
+
+def aside(target: Path) -> Path:
+    """Where a checkpoint is written until it is whole."""
+    return target.with_name(f".{target.name}.part")
+
+
+def replaced(target: Path) -> Path:
+    """Where a checkpoint waits that another of the same name replaces."""
+    return target.with_name(f".{target.name}.old")
+
+
+class Writer(StorageWriter):
+    """Writes a checkpoint aside, a file a rank, and renames it when it is whole.
+
+    Args:
+        path: the checkpoint's folder, on storage that all ranks see. One that is there is replaced, when the new one is
+            whole.
+        about: what the manifest says beside tensors; of the first rank.
+        written: called on the first rank with the folder once it is whole and in its place.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        about: About | None = None,
+        written: Callable[[Path], None] | None = None,
+    ) -> None:
+        self.target, self.about, self.written = Path(path).absolute(), about or About(), written
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        if checkpoint_id is not None:
+            self.target = Path(checkpoint_id).absolute()
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing is made before all ranks have planned."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        for item in plan.items:
+            if item.type == WriteItemType.BYTE_IO:
+                raise TypeError(
+                    f"{item.index.fqn} is not a tensor, and would be pickled: checkpoints hold tensors, and plain "
+                    f"data in "
+                    f"sharded_lamb.checkpoint.save(extra=)"
+                )
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        part = aside(self.target)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        return [replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        stored: list[WriteResult] = []
+        if plan.items:
+            path = aside(self.target) / f"shard-{plan.storage_data:05d}.safetensors"
+            if not path.parent.is_dir():
+                raise OSError(
+                    f"{path.parent}, which the first rank has made, is not there on host {socket.gethostname()}: "
+                    f"checkpoints need a folder that all ranks see"
+                )
+            faults.point("checkpoint-write")
+            items = [_item(write, planner) for write in plan.items]
+            file, places = tensorfile.write(path, items)
+            stored = [
+                WriteResult(write.index, item.bytes, _Stored(place, file))
+                for write, item, place in zip(plan.items, items, places, strict=True)
+            ]
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(stored)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        stored = {result.index: result.storage_data for rank in results for result in rank}
+        files = {one.file.file: one.file for one in stored.values()}
+        part = aside(self.target)
+        for file in files.values():
+            found = (part / file.file).stat().st_size
+            if found != file.bytes:
+                raise OSError(
+                    f"{part / file.file} has {found:,} bytes where a rank wrote {file.bytes:,}: checkpoints need a "
+                    f"folder "
+                    f"that all ranks see"
+                )
+        tensors = {
+            name: _saved_tensor(name, entry, stored)
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        about = self.about
+        text = Manifest(
+            tensors,
+            about.written_by,
+            about.aliases,
+            about.groups,
+            about.optimizer,
+            about.extra,
+            {name: file.bytes for name, file in files.items()},
+        ).text()
+        faults.point("checkpoint-manifest")
+        with (part / manifest.MANIFEST).open("wb") as out:
+            out.write(text.encode())
+            tensorfile.sync_file(out)
+        sums = {name: file.sha256 for name, file in files.items()}
+        manifest.write_sums(part, {**sums, manifest.MANIFEST: tensorfile.sha256(part / manifest.MANIFEST)})
+        tensorfile.sync_folder(part)
+        faults.point("checkpoint-rename")
+        put_in_place(part, self.target)
+        if self.written is not None:
+            self.written(self.target)
+
+    def abandon(self) -> None:
+        """Remove what a failed save left; on the first rank."""
+        shutil.rmtree(aside(self.target), ignore_errors=True)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return isinstance(checkpoint_id, str | os.PathLike)
+
+
+def _item(write: WriteItem, planner: SavePlanner) -> Item:
+    data = write.tensor_data
+    assert data is not None
+    sizes, offsets, whole = tuple(data.chunk.sizes), tuple(data.chunk.offsets), tuple(data.size)
+    at = "" if sizes == whole else "@" + ",".join(map(str, offsets))
+
+    def tensor() -> torch.Tensor:
+        found = planner.resolve_data(write)
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    return Item(write.index.fqn + at, sizes, data.properties.dtype, tensor)
+
+
+def _saved_tensor(
+    name: str, entry: TensorStorageMetadata, stored: Mapping[MetadataIndex, _Stored]
+) -> SavedTensor:
+    chunks = [
+        Chunk(tuple(chunk.offsets), tuple(chunk.sizes), stored[MetadataIndex(name, chunk.offsets)].place)
+        for chunk in entry.chunks
+    ]
+    return SavedTensor(tuple(entry.size), entry.properties.dtype, tuple(chunks))
+
+
+def put_in_place(part: Path, target: Path) -> None:
+    """Rename a whole checkpoint to its name. A crash between leaves the old one where `recover` finds it."""
+    old = replaced(target)
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    part.rename(target)
+    tensorfile.sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(root: Path) -> None:
+    """Undo what a crash in the middle of `put_in_place` left in a folder of checkpoints."""
+    for old in root.glob(".*.old"):
+        target = root / old.name.removeprefix(".").removesuffix(".old")
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(target)
+
+
+class Reader(StorageReader):
+    """Reads what `Writer` wrote, each rank the rows that it needs. Hashes: `manifest.check_files`."""
+
+    def __init__(self, path: str | os.PathLike[str], found: Manifest | None = None) -> None:
+        self.folder, self._manifest = Path(path), found
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        if checkpoint_id is not None:
+            self.folder, self._manifest = Path(checkpoint_id), None
+
+    @property
+    def manifest(self) -> Manifest:
+        if self._manifest is None:
+            self._manifest = read_manifest(self.folder)
+        return self._manifest
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        entries: dict[str, Any] = {}
+        saved: dict[MetadataIndex, Chunk] = {}
+        for name, tensor in self.manifest.tensors.items():
+            chunks = [
+                ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
+                for chunk in tensor.chunks
+            ]
+            properties = TensorProperties(dtype=tensor.dtype)
+            entries[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
+            for chunk in tensor.chunks:
+                saved[MetadataIndex(name, chunk.offsets)] = chunk
+        return Metadata(entries, storage_data=saved)
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        self._metadata = metadata
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in sorted(plan.items, key=self._order):
+            if item.type == LoadItemType.BYTE_IO:
+                raise TypeError(f"{item.dest_index.fqn} is not a tensor in {self.folder}")
+            self._read(item, planner)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _order(self, item: ReadItem) -> tuple[str, int]:
+        chunk: Chunk = self._metadata.storage_data[item.storage_index]
+        return chunk.place.file, chunk.place.begin
+
+    def _read(self, item: ReadItem, planner: LoadPlanner) -> None:
+        index = item.storage_index
+        entry = self._metadata.state_dict_metadata[index.fqn]
+        assert isinstance(entry, TensorStorageMetadata)
+        chunk: Chunk = self._metadata.storage_data[index]
+        box = tensorfile.read(
+            self.folder,
+            chunk.place,
+            entry.properties.dtype,
+            chunk.sizes,
+            item.storage_offsets,
+            item.lengths,
+        )
+        target = planner.resolve_tensor(item).detach()
+        if target.shape != box.shape:
+            raise CheckpointError(
+                f"{self.folder}: the part of {index.fqn} that was read has shape {tuple(box.shape)} where "
+                f"{tuple(target.shape)} was expected"
+            )
+        target.copy_(box)
+        planner.commit_tensor(item, target)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return isinstance(checkpoint_id, str | os.PathLike)

@@ -1,0 +1,112 @@
+"""Models over ranks in every layout, steps on the same averaged gradients, and what they hold, whole."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from sharded_lamb import ShardedLamb, checkpoint
+from tests import fsdp_models as models
+from tests import training
+
+OPTIONS: dict[str, Any] = {"lr": 0.02, "max_grad_norm": 5.0}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model over ranks. ``stage`` 0: DTensors, on a mesh of ``axes``."""
+
+    world: int
+    stage: int = 0
+    axes: tuple[str, ...] = ("dp",)
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        how = f"stage{self.stage}" if self.stage else "fsdp"
+        mesh = "" if self.axes == ("dp",) else "-" + "x".join(self.axes)
+        return f"{self.world}-{how}{mesh}-{str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def arithmetic(self) -> str:
+        """Layouts with the same have the same bits: blocks of flat buckets are cut alike at any number of ranks.
+
+        An average of three equal gradients in stage 2 is not exactly that gradient.
+        """
+        if self.stage == 2 and self.world == 3:
+            return "flat, thirds"
+        return "flat" if self.stage else f"{self.world} {self.axes}"
+
+
+def build(layout: Layout) -> tuple[nn.Module, ShardedLamb]:
+    """Parameters in two groups."""
+    if layout.stage:
+        model: nn.Module = models.block().to(layout.dtype)
+        options: dict[str, Any] = {"stage": layout.stage, "bucket_mb": 0.0005}
+        if len(layout.axes) > 1:
+            options["mesh"] = models.named_mesh(replicate=2, shard=layout.world // 2)
+    else:
+        options = {}
+        first, rest = (layout.world, 1) if len(layout.axes) == 1 else (2, layout.world // 2)
+        mesh = models.named_mesh(**dict(zip(layout.axes, (first, rest), strict=False)))
+        if layout.axes == ("tp",):
+            model = models.parallel_block(mesh, None, "tp")
+        elif "tp" in layout.axes:
+            model = models.parallel_block(mesh, "dp", "tp")
+        else:
+            model = models.parallel_block(mesh, layout.axes if len(layout.axes) > 1 else "dp", None)
+        model = model.to(layout.dtype)
+    return model, ShardedLamb(groups(model), **OPTIONS, **options)
+
+
+def groups(model: nn.Module) -> list[dict[str, Any]]:
+    named = list(model.named_parameters())
+    return [
+        {"params": [(n, p) for n, p in named if p.ndim > 1]},
+        {"params": [(n, p) for n, p in named if p.ndim <= 1], "weight_decay": 0.0, "lr": 0.03},
+    ]
+
+
+def steps(model: nn.Module, opt: Any, which: range) -> None:
+    """The same averaged gradients in every layout."""
+    for step in which:
+        for name, p in model.named_parameters():
+            g = training.draw(tuple(p.shape), "checkpoint", name, step).to(p.dtype)
+            if isinstance(p, DTensor):
+                g = distribute_tensor(g, p.device_mesh, p.placements, src_data_rank=None)
+            p.grad = g
+        opt.step()
+        opt.zero_grad()
+
+
+Whole = tuple[dict[str, Tensor], dict[str, Any] | None]
+
+
+def whole(model: nn.Module, opt: Any) -> Whole:
+    """Weights, and on the first rank the optimizer's state by parameter, through bytes."""
+    full = opt.full_state_dict()
+    return models.whole_weights(model), None if full is None else training.through_bytes(full["state"])
+
+
+def saved(rank: int, layout: Layout, folder: Path) -> tuple[Whole, Whole]:
+    """What was saved after 5 steps, and where 5 more lead."""
+    model, opt = build(layout)
+    steps(model, opt, range(5))
+    checkpoint.save(folder, model, opt)
+    there = whole(model, opt)
+    steps(model, opt, range(5, 10))
+    return there, whole(model, opt)
+
+
+def resumed(rank: int, layout: Layout, folder: Path) -> tuple[Whole, Whole]:
+    """What was loaded, and where 5 more steps lead."""
+    model, opt = build(layout)
+    steps(model, opt, range(97, 99))  # what is loaded must replace what is there
+    for group in opt.param_groups:
+        group["lr"] = 7.0
+    checkpoint.load(folder, model, opt)
+    there = whole(model, opt)
+    steps(model, opt, range(5, 10))
+    return there, whole(model, opt)
