@@ -15,10 +15,12 @@ from torch.distributed.tensor import DTensor
 
 from sharded_lamb.base import LambOptimizer
 from sharded_lamb.checkpoint import manifest, parts, plain
+from sharded_lamb.checkpoint.errors import CheckpointError
 from sharded_lamb.checkpoint.manifest import Manifest, read_manifest
 from sharded_lamb.checkpoint.parts import Filling
 from sharded_lamb.checkpoint.ranks import Ranks, unwrapped
 from sharded_lamb.checkpoint.storage import Reader
+from sharded_lamb.hyperparams import check_max_grad_norm, validate_group
 from sharded_lamb.saving import SavingOptimizer
 
 
@@ -100,17 +102,18 @@ class _Loading:
         self.packed: dict[str, Any] = {}
         self.zeros: list[Tensor] = []
         self._check_extra()
+        wanted = [found.extra, found.optimizer, [group["options"] for group in found.groups]]
+        self.tensors = {
+            name: _room(found, name, _template(extra, name)) for name in plain.tensor_names(wanted)
+        }
         if optimizer is not None:
             self._plan_optimizer(optimizer, held)
-        self.tensors = {
-            name: _room(found, name, _template(extra, name))
-            for name in plain.tensor_names([found.extra, found.optimizer.get("model")])
-        }
         self.fillings += [Filling(name, tensor) for name, tensor in self.tensors.items()]
 
     def _plan_optimizer(self, optimizer: LambOptimizer, held: parts.ModelParts) -> None:
         names = parts.names_of_groups(optimizer, held)
         self._check_groups(names)
+        self._check_options(optimizer)
         self.packed = optimizer.state_dict()
         params = [p for group in optimizer.param_groups for p in group["params"]]
         kinds, aliases = self.found.kinds(), self.found.aliases
@@ -133,12 +136,29 @@ class _Loading:
 
     def _check_extra(self) -> None:
         saved = self.found.extra or {}
+        try:
+            plain.decoded([saved, self.found.optimizer], self.found.tensors.get)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{self.where}: what was saved as extra is damaged: {error!r}") from error
         missing = [name for name in self.extra if name not in saved]
         if missing:
             raise ValueError(
                 f"{self.where} has no extra {missing[0]!r}, only {sorted(saved)}: leave it out of extra, and set it "
                 f"up anew"
             )
+
+    def _check_options(self, optimizer: LambOptimizer) -> None:
+        """Raises CheckpointError for options that no optimizer could have been saved with."""
+        wide = self.found.optimizer
+        try:
+            for saved, group in zip(self.found.groups, optimizer.param_groups, strict=True):
+                own = {key: value for key, value in group.items() if key != "params"}
+                validate_group({**own, **plain.decoded(saved["options"], self.tensors.get)})
+            check_max_grad_norm(wide["max_grad_norm"])
+            if wide["skipped_steps"] < 0:
+                raise ValueError(f"skipped_steps is {wide['skipped_steps']}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.where}: its options are damaged: {error!r}") from error
 
     def _check_groups(self, names: list[list[str]]) -> None:
         if not self.found.groups:

@@ -12,7 +12,7 @@ No pickle anywhere: a checkpoint from an untrusted place can be wrong, and canno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 
 from sharded_lamb.checkpoint import tensorfile
 from sharded_lamb.checkpoint.errors import CheckpointError
+from sharded_lamb.checkpoint.plain import tensor_names
 from sharded_lamb.checkpoint.tensorfile import Place
 
 FORMAT = "sharded_lamb.checkpoint"
@@ -137,32 +138,65 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
 
 
 def _parsed(whole: dict[str, Any]) -> Manifest:
-    tensors = {
-        name: SavedTensor(
-            tuple(entry["shape"]),
-            _DTYPES[entry["dtype"]],
-            tuple(
-                Chunk(tuple(c["at"]), tuple(c["shape"]), Place(_plain_name(c["file"]), *c["bytes"]))
-                for c in entry["chunks"]
-            ),
-        )
-        for name, entry in whole["tensors"].items()
-    }
+    files = {_plain_name(name): _natural([size])[0] for name, size in whole["files"].items()}
+    tensors = {name: _saved_tensor(name, entry, files) for name, entry in whole["tensors"].items()}
+    for group in whole["groups"]:
+        if not all(isinstance(name, str) for name in group["names"]) or not isinstance(
+            group["options"], dict
+        ):
+            raise ValueError(f"{group!r} is not a parameter group")
+    for other, first in whole["aliases"].items():
+        if f"model.{first}" not in tensors:
+            raise ValueError(f"{other!r} is another name of {first!r}, which is not there")
+    strangers = [
+        name
+        for name in tensor_names([whole["extra"], whole["optimizer"], whole["groups"]])
+        if name not in tensors
+    ]
+    if strangers:
+        raise ValueError(f"tensor {strangers[0]!r} is not there")
     return Manifest(
         tensors,
-        whole["written_by"],
+        dict(whole["written_by"]),
         whole["aliases"],
         tuple(whole["groups"]),
-        whole["optimizer"],
-        whole["extra"],
-        {_plain_name(name): int(size) for name, size in whole["files"].items()},
+        dict(whole["optimizer"]),
+        None if whole["extra"] is None else dict(whole["extra"]),
+        files,
     )
+
+
+def _saved_tensor(name: str, entry: Mapping[str, Any], files: Mapping[str, int]) -> SavedTensor:
+    """Raises ValueError unless its chunks cover it, and lie in the files."""
+    shape, dtype = _natural(entry["shape"]), _DTYPES[entry["dtype"]]
+    chunks = []
+    for saved in entry["chunks"]:
+        at, sizes, (begin, end) = _natural(saved["at"]), _natural(saved["shape"]), _natural(saved["bytes"])
+        chunk = Chunk(at, sizes, Place(_plain_name(saved["file"]), begin, end))
+        inside = len(at) == len(sizes) == len(shape) and all(
+            low + size <= whole for low, size, whole in zip(at, sizes, shape, strict=True)
+        )
+        if not inside or end - begin != math.prod(sizes) * dtype.itemsize or end > files[chunk.place.file]:
+            raise ValueError(f"a part of {name!r} is not in it, or not in its file: {saved!r}")
+        chunks.append(chunk)
+    covered = sum(math.prod(chunk.sizes) for chunk in chunks)
+    if covered != math.prod(shape) or len({chunk.offsets for chunk in chunks}) != len(chunks):
+        raise ValueError(
+            f"the parts of {name!r} hold {covered} of its {math.prod(shape)} elements, or some twice"
+        )
+    return SavedTensor(shape, dtype, tuple(chunks))
+
+
+def _natural(numbers: Sequence[Any]) -> tuple[int, ...]:
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"{numbers!r} should be integers >= 0")
+    return tuple(numbers)
 
 
 def _plain_name(name: str) -> str:
     """Of a file in the folder itself: a checkpoint must not name files elsewhere."""
     if name != Path(name).name or name in ("", ".", ".."):
-        raise CheckpointError(f"a checkpoint names the file {name!r}, which is not in its own folder")
+        raise ValueError(f"it names the file {name!r}, which is not in its own folder")
     return name
 
 
@@ -190,7 +224,10 @@ def read_sums(folder: Path) -> dict[str, str]:
         digest, separator, name = line.partition("  ")
         if not separator or len(digest) != 64:
             raise CheckpointError(f"{folder / SUMS} is damaged: {line!r} is not a hash and a name")
-        sums[_plain_name(name)] = digest
+        try:
+            sums[_plain_name(name)] = digest
+        except ValueError as error:
+            raise CheckpointError(f"{folder / SUMS} is damaged: {error}") from error
     return sums
 
 

@@ -90,11 +90,11 @@ class Ranks:
         return found
 
     def raise_together(self, failures: dict[int, Exception]) -> None:
-        """Raises one error on every rank: the lowest rank's, with the number of that rank where it is another's."""
+        """Raises one error on every rank: the lowest rank's, with that rank's number where it is not this one's too."""
         rank, error = min(failures.items(), key=lambda item: item[0])
         own = failures.get(self.rank)
-        if rank == self.rank:
-            raise error
+        if own is not None and (rank == self.rank or str(own) == str(error)):
+            raise own
         if isinstance(error, OSError):
             raise OSError(error.errno, f"on rank {rank}: {error.strerror or error}", error.filename) from own
         kinds: tuple[type[Exception], ...] = (CheckpointError, ValueError, TypeError)

@@ -1,0 +1,128 @@
+"""Damaged checkpoints are refused by name or load right. All 500: python -m sharded_lamb.bench.corruptions."""
+
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sharded_lamb import checkpoint
+from sharded_lamb.bench.corruptions import DAMAGES, GOOD, Trial, _made
+from tests.harness import run_ranks
+
+
+def trials(rank: int, folder: Path, seeds: range) -> list[dict[str, Any]]:
+    trial = Trial(folder)
+    return [trial.run(seed) for seed in seeds]
+
+
+def test_a_tenth_of_them_on_two_ranks(tmp_path: Path) -> None:
+    first, second = run_ranks(2, trials, tmp_path, range(50))
+    for one, two in zip(first, second, strict=True):
+        assert one["outcome"] in GOOD, one
+        assert two["outcome"] == one["outcome"], (one, two)
+    assert {row["outcome"] for row in first} == {*GOOD}
+    assert len({row["did"].split()[0] for row in first}) > 4
+
+
+@pytest.mark.parametrize("damage", dict.fromkeys(DAMAGES), ids=lambda damage: damage.__name__)
+def test_every_kind_alone(damage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sharded_lamb.bench.corruptions.DAMAGES", (damage,))
+    trial = Trial(tmp_path)
+    outcomes = {trial.run(seed)["outcome"] for seed in range(3)}
+    assert outcomes <= {*GOOD}
+    assert outcomes == ({"loaded right"} if damage.__name__ == "stranger" else {"refused"})
+
+
+# -- manifests that were changed by somebody who mended the hashes ------------------------------------------------
+
+
+def mend(folder: Path) -> None:
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    names = [line.split("  ")[1] for line in lines]
+    sums = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    (folder / "SHA256SUMS").write_text("".join(sums))
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    found = [path] if path else []
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return found + [place for key, entry in inside for place in places(entry, (*path, key))]
+
+
+STRANGE: list[Any] = [
+    None,
+    -1,
+    0,
+    10**9,
+    2.5,
+    "x",
+    "../../etc/passwd",
+    [],
+    {},
+    True,
+    [1, 2],
+    {"__tensor__": "x"},
+]
+
+
+def rewrite(rng: random.Random, folder: Path) -> str:
+    whole = json.loads((folder / "manifest.json").read_text())
+    place = rng.choice(places(whole))
+    holder = whole
+    for key in place[:-1]:
+        holder = holder[key]
+    if rng.random() < 0.3:
+        del holder[place[-1]]
+        did = f"{place} deleted"
+    else:
+        holder[place[-1]] = value = rng.choice(STRANGE)
+        did = f"{place} = {value!r}"
+    (folder / "manifest.json").write_text(json.dumps(whole))
+    mend(folder)
+    return did
+
+
+def test_rewritten_manifests_say_what_is_wrong_or_load(tmp_path: Path) -> None:
+    refused, unclear = 0, []
+    model, opt = _made()
+    checkpoint.save(tmp_path / "c", model, opt, {"position": {"step": 3, "pair": (1, 2)}})
+    whole = (tmp_path / "c" / "manifest.json").read_bytes()
+    for seed in range(400):
+        (tmp_path / "c" / "manifest.json").write_bytes(whole)
+        did = rewrite(random.Random(seed), tmp_path / "c")
+        model, opt = _made()
+        try:
+            checkpoint.load(tmp_path / "c", model, opt, {"position": {}})
+        except Exception as error:
+            refused += 1
+            if not isinstance(error, ValueError) or str(tmp_path / "c") not in str(error):
+                unclear.append(f"{did}: {type(error).__name__}: {error}")
+    assert not unclear, "\n".join(unclear)
+    assert refused > 200
+
+
+def test_a_format_of_the_future_is_refused_by_its_version(tmp_path: Path) -> None:
+    model, opt = _made()
+    checkpoint.save(tmp_path / "c", model, opt)
+    whole = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    (tmp_path / "c" / "manifest.json").write_text(
+        json.dumps({**whole, "version": 2, "tensors": "in another way"})
+    )
+    mend(tmp_path / "c")
+    with pytest.raises(checkpoint.CheckpointError, match=r"format version 2.*up to version 1: upgrade"):
+        checkpoint.load(tmp_path / "c", model, opt)
+
+
+@pytest.mark.parametrize("name", ["../shard", "/etc/hostname", "a/b", "", ".."])
+def test_files_elsewhere_are_not_read(name: str, tmp_path: Path) -> None:
+    model, opt = _made()
+    checkpoint.save(tmp_path / "c", model, opt)
+    whole = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    whole["tensors"]["model.0.weight"]["chunks"][0]["file"] = name
+    (tmp_path / "c" / "manifest.json").write_text(json.dumps(whole))
+    mend(tmp_path / "c")
+    with pytest.raises(checkpoint.CheckpointError, match="not in its own folder"):
+        checkpoint.load(tmp_path / "c", model, opt)

@@ -1,0 +1,277 @@
+"""What is in a run's folder whenever the power fails: something whole to go on from."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sharded_lamb import ShardedLamb, checkpoint, faults
+from sharded_lamb.checkpoint import CheckpointError, Checkpoints
+from tests import training
+from tests.harness import run_ranks, run_ranks_expecting_errors
+
+POINTS = ("write", "fsync", "manifest", "rename", "latest", "prune")
+
+
+def make() -> tuple[torch.nn.Module, ShardedLamb]:
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
+    return model, ShardedLamb(model.named_parameters(), lr=0.1)
+
+
+def step(model: torch.nn.Module, opt: ShardedLamb, number: int) -> None:
+    for name, p in model.named_parameters():
+        p.grad = training.draw(tuple(p.shape), name, number)
+    opt.step()
+
+
+def run_to(number: int) -> tuple[torch.nn.Module, ShardedLamb]:
+    """A run after its ``number``-th step."""
+    model, opt = make()
+    for i in range(number):
+        step(model, opt, i)
+    return model, opt
+
+
+def assert_is_at(model: torch.nn.Module, number: int) -> None:
+    training.assert_same_bits(dict(model.named_parameters()), dict(run_to(number)[0].named_parameters()))
+
+
+def save_steps(root: Path, last: int, keep: int = 3) -> None:
+    """Steps and a checkpoint after each."""
+    model, opt = make()
+    found = Checkpoints(root, keep=keep)
+    resumed = found.resume(model, opt)
+    for number in range(resumed.step if resumed else 0, last):
+        step(model, opt, number)
+        found.save(number + 1, model, opt, {"position": {"step": number + 1}})
+
+
+def names(root: Path) -> set[str]:
+    return {path.name for path in root.iterdir()}
+
+
+def test_the_newest_are_kept_and_latest_names_the_last(tmp_path: Path) -> None:
+    save_steps(tmp_path, 5, keep=2)
+    assert names(tmp_path) == {"latest", "step-00000004", "step-00000005"}
+    assert (tmp_path / "latest").read_text() == "step-00000005\n"
+    model, opt = make()
+    resumed = Checkpoints(tmp_path).resume(model, opt)
+    assert resumed is not None
+    assert (resumed.step, resumed.path, resumed.skipped) == (5, tmp_path / "step-00000005", ())
+    assert resumed.extra == {"position": {"step": 5}}
+    assert_is_at(model, 5)
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(0, {1, 2, 3, 4}), (1, {4}), (9, {1, 2, 3, 4})])
+def test_how_many_are_kept(keep: int, kept: set[int], tmp_path: Path) -> None:
+    save_steps(tmp_path, 4, keep=keep)
+    assert names(tmp_path) == {"latest", *(f"step-{number:08d}" for number in kept)}
+
+
+def test_keep_is_checked() -> None:
+    with pytest.raises(ValueError, match="keep must be >= 0"):
+        Checkpoints("x", keep=-1)
+
+
+def test_there_may_be_nothing(tmp_path: Path) -> None:
+    model, opt = make()
+    assert Checkpoints(tmp_path / "none").resume(model, opt) is None
+    assert Checkpoints(tmp_path).resume(model, opt) is None
+
+
+def test_a_run_that_went_back_does_not_go_on_from_what_it_gave_up(tmp_path: Path) -> None:
+    """`latest` says 2 although 4 is there: 4 is of a run that was given up, and it is dropped first."""
+    save_steps(tmp_path, 4, keep=0)
+    (tmp_path / "latest").write_text("step-00000002\n")
+    model, opt = make()
+    resumed = Checkpoints(tmp_path).resume(model, opt)
+    assert resumed is not None
+    assert resumed.step == 2
+    step(model, opt, 2)
+    Checkpoints(tmp_path, keep=2).save(3, model, opt)
+    assert names(tmp_path) == {"latest", "step-00000002", "step-00000003"}
+
+
+@pytest.mark.parametrize("text", [None, "", "step-00000099\n", "../../etc\n", "\udcff"])
+def test_without_a_readable_latest_the_newest_is_taken(text: str | None, tmp_path: Path) -> None:
+    save_steps(tmp_path, 3)
+    (tmp_path / "latest").unlink()
+    if text is not None:
+        (tmp_path / "latest").write_bytes(text.encode(errors="surrogateescape"))
+    model, opt = make()
+    resumed = Checkpoints(tmp_path).resume(model, opt)
+    assert resumed is not None
+    assert resumed.step == 3
+
+
+def test_a_broken_one_is_said_and_the_one_before_it_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_steps(tmp_path, 3)
+    (tmp_path / "step-00000003" / "manifest.json").write_text("{}")
+    (tmp_path / "step-00000002" / "shard-00000.safetensors").unlink()
+    model, opt = make()
+    with caplog.at_level("INFO", logger="sharded_lamb"):
+        resumed = Checkpoints(tmp_path).resume(model, opt)
+    assert resumed is not None
+    assert resumed.step == 1
+    assert_is_at(model, 1)
+    assert len(resumed.skipped) == 2
+    assert "step-00000003/manifest.json does not have the hash" in caplog.text
+    assert "step-00000002/shard-00000.safetensors is missing" in caplog.text
+    assert f"going on from {tmp_path / 'step-00000001'}" in caplog.text
+
+
+def test_all_broken_is_an_error_and_not_a_new_start(tmp_path: Path) -> None:
+    save_steps(tmp_path, 2)
+    for number in (1, 2):
+        (tmp_path / f"step-0000000{number}" / "SHA256SUMS").unlink()
+    model, opt = make()
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
+        Checkpoints(tmp_path).resume(model, opt)
+
+
+def test_another_models_checkpoint_is_not_passed_over(tmp_path: Path) -> None:
+    save_steps(tmp_path, 2)
+    model = torch.nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="is of another model"):
+        Checkpoints(tmp_path).resume(model, ShardedLamb(model.named_parameters()))
+
+
+# -- crashes ------------------------------------------------------------------------------------------------------
+
+CHILD = """
+import sys
+from pathlib import Path
+from tests.checkpoint.test_folder import save_steps
+save_steps(Path(sys.argv[1]), int(sys.argv[2]), keep=1)
+"""
+
+
+def child(root: Path, last: int, fault: str = "") -> int:
+    environment = {**os.environ, faults.VARIABLE: fault, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", CHILD, str(root), str(last)], env=environment, timeout=100, check=False
+    ).returncode
+
+
+@pytest.mark.parametrize("where", POINTS)
+def test_killed_anywhere_in_a_save(where: str, tmp_path: Path) -> None:
+    """With keep=1, so that nothing older can save it."""
+    save_steps(tmp_path, 1, keep=1)
+    assert child(tmp_path, 2, f"kill@checkpoint-{where}") == -9
+    model, opt = make()
+    resumed = Checkpoints(tmp_path, keep=1).resume(model, opt)
+    assert resumed is not None
+    assert resumed.step == (2 if where == "prune" else 1)
+    assert resumed.skipped == ()
+    assert_is_at(model, resumed.step)
+    save_steps(tmp_path, 3, keep=1)  # what the crash left is in nobody's way
+    assert names(tmp_path) == {"latest", "step-00000003"}
+    model, opt = make()
+    assert Checkpoints(tmp_path).resume(model, opt) is not None
+    assert_is_at(model, 3)
+
+
+def test_killed_while_one_replaces_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the two renames the old one lies under another name: it is found there."""
+    save_steps(tmp_path, 1, keep=1)
+    model, opt = run_to(1)
+    real = Path.rename
+
+    def only_the_first(self: Path, target: Any) -> Any:
+        if self.name.endswith(".part"):
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", only_the_first)
+    with pytest.raises(RuntimeError, match="KeyboardInterrupt"):
+        checkpoint.save(tmp_path / "step-00000001", model, opt)
+    monkeypatch.undo()
+    assert "step-00000001" not in names(tmp_path)
+    model, opt = make()
+    resumed = Checkpoints(tmp_path).resume(model, opt)
+    assert resumed is not None
+    assert resumed.step == 1
+    assert_is_at(model, 1)
+
+
+# -- full disks, folders that others do not see -------------------------------------------------------------------
+
+
+def save_on_a_full_disk(rank: int, root: Path, fault: str, behind: bool) -> None:
+    model, opt = make()
+    os.environ[faults.VARIABLE] = fault
+    faults.injector.cache_clear()
+    try:
+        found = Checkpoints(root)
+        if behind:
+            found.async_save(2, model, opt)
+            found.wait()
+        else:
+            found.save(2, model, opt)
+    finally:
+        del os.environ[faults.VARIABLE]
+        faults.injector.cache_clear()
+
+
+def saved(rank: int, root: Path) -> None:
+    model, opt = make()
+    Checkpoints(root).save(1, model, opt)
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["save", "async"])
+@pytest.mark.parametrize("fault", ["write:rank=1", "fsync:rank=0", "manifest", "rename", "latest"])
+def test_a_full_disk(fault: str, behind: bool, tmp_path: Path) -> None:
+    run_ranks(2, saved, tmp_path)
+    failed = run_ranks_expecting_errors(2, save_on_a_full_disk, tmp_path, f"full@checkpoint-{fault}", behind)
+    for kind, message in failed.values():
+        assert kind == "OSError"
+        assert "No space left" in message
+        assert "step-00000002 could not be written" in message
+        assert "those before it are untouched" in message
+    assert checkpoint.problem_with(tmp_path / "step-00000001") is None
+    assert (tmp_path / "latest").read_text() == "step-00000001\n"
+    assert not [name for name in names(tmp_path) if name.endswith(".part")]
+
+
+def save_apart(rank: int, root: Path) -> None:
+    model, opt = make()
+    checkpoint.save(root / f"of-rank-{rank}" / "c", model, opt)
+
+
+def test_a_folder_that_is_not_shared_is_named_with_its_host(tmp_path: Path) -> None:
+    for kind, message in run_ranks_expecting_errors(2, save_apart, tmp_path).values():
+        assert kind == "OSError"
+        assert "is not there on host" in message
+        assert "checkpoints need a folder that all ranks see" in message
+
+
+def test_a_read_only_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    model, opt = make()
+    with pytest.raises(OSError, match="could not be written"):
+        checkpoint.save(tmp_path / "file" / "c", model, opt)
+
+
+def resume_on_two(rank: int, root: Path) -> tuple[int, tuple[str, ...]]:
+    model, opt = make()
+    resumed = Checkpoints(root).resume(model, opt)
+    assert resumed is not None
+    assert_is_at(model, resumed.step)
+    return resumed.step, resumed.skipped
+
+
+def test_ranks_fall_back_together(tmp_path: Path) -> None:
+    """The damaged file is the second rank's to verify."""
+    save_steps(tmp_path, 2)
+    shutil.copy(tmp_path / "step-00000002" / "manifest.json", tmp_path / "step-00000002" / "SHA256SUMS")
+    results = run_ranks(2, resume_on_two, tmp_path)
+    assert [step for step, _ in results] == [1, 1]
+    assert all("SHA256SUMS is damaged" in skipped[0] for _, skipped in results)
