@@ -1,38 +1,22 @@
-"""Saving a run so that it continues with the same bits, or on another number of ranks.
+"""Saving a run so that it continues with the same bits, or on another number of ranks, or sharded in another way.
 
-::
-
-    checkpoints/step-00000200/model.safetensors   whole parameters, in the training dtype
-                              optimizer.pt        ShardedLamb.full_state_dict(): whole tensors, no world size in
-                                                  it; masters where the weights are not fp32 themselves
-                              position.json       phase, step, next sample
-                              files.json          sizes and hashes of the three, written last
-
-A checkpoint is written under another name, synced and renamed when whole. Random numbers are keyed by seed,
-step and rank, so the position is their state too; the schedule is a function of the step.
+The format, how it survives crashes, and which one a run goes on from: `sharded_lamb.checkpoint`. Beside weights and
+state it holds the position. Random numbers are keyed by seed, step and rank, so the position is their state too; the
+schedule is a function of the step.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
-import os
-import re
-import shutil
 import signal
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from sharded_lamb.bert.ranks import Ranks
 from sharded_lamb.bert.trainee import Trainee
-
-_FILES = ("model.safetensors", "optimizer.pt", "position.json")
+from sharded_lamb.checkpoint import CheckpointError, Checkpoints
 
 
 @dataclass(frozen=True)
@@ -62,156 +46,65 @@ class StopRequested:
         self.signal = number
 
 
-def save(folder: Path, keep: int, position: Position, trainee: Trainee, ranks: Ranks) -> Path:
+def save(folder: Path, keep: int, position: Position, trainee: Trainee) -> None:
     """Write one checkpoint; every rank must call it.
 
     Raises:
         OSError, ValueError: it could not be written (disk full, say), on every rank. Older checkpoints stay.
     """
-    weights, state = trainee.weights(), trainee.full_state()
-    target = folder / f"step-{position.total_step:08d}"
-
-    def write() -> str:
-        try:
-            assert weights is not None
-            _write(target, position, weights, state)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"checkpoint {target} could not be written: {error.strerror}; "
-                f"the ones before it are untouched. Free space or set run_dir, then start again with "
-                f"--resume auto",
-            ) from error
-        _prune(folder, keep)
-        return str(target)
-
-    return Path(ranks.from_first(write))
-
-
-def _write(target: Path, position: Position, weights: dict[str, Tensor], optimizer_state: Any) -> None:
-    aside = target.with_name(f".{target.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     try:
-        _write_parameters(aside / "model.safetensors", weights)
-        with (aside / "optimizer.pt").open("wb") as out:
-            torch.save(optimizer_state, out)
-        (aside / "position.json").write_text(json.dumps(asdict(position), indent=1))
-        hashes = {name: _hash(aside / name) for name in _FILES}
-        (aside / "files.json").write_text(json.dumps(hashes, indent=1))
-        for name in (*_FILES, "files.json"):
-            _sync(aside / name)
-        _sync(aside)
-        if target.exists():  # left by a run that went on from an older checkpoint
-            shutil.rmtree(target)
-        aside.rename(target)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        trainee.save(Checkpoints(folder, keep=keep), position.total_step, {"position": asdict(position)})
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}. Free space or set run_dir, then start again with --resume auto"
+        ) from error
 
 
-def _write_parameters(path: Path, weights: dict[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(weights, str(path))
-    except SafetensorError as error:  # it wraps the system's error in text
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
-
-
-def _hash(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _prune(folder: Path, keep: int) -> None:
-    if keep:
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
-
-
-def problem_with(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None."""
-    try:
-        expected = json.loads((checkpoint / "files.json").read_text())
-        for name in _FILES:
-            if _hash(checkpoint / name) != expected[name]:
-                return f"{name} does not have the size and hash it was written with"
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def choose(folder: Path, resume: str | None, ranks: Ranks) -> Path | None:
-    """The checkpoint to go on from: `auto` takes the newest whole one, if any.
+def choose(folder: Path, resume: str | None, ranks: Ranks) -> list[Path]:
+    """The checkpoints to go on from, best first: the named one, or with `auto` all there are.
 
     Raises:
-        ValueError: a named one that is broken, or a folder that already holds a run nobody asked to resume.
+        ValueError: a folder that already holds a run nobody asked to resume.
     """
 
-    def pick() -> str | None:
+    def pick() -> list[str]:
         if resume is not None and resume != "auto":
-            return str(_whole(resume, "--resume"))
-        found = sorted(folder.glob("step-*"), reverse=True)
+            return [resume]
+        found = Checkpoints(folder).candidates()
         if found and resume is None:
             raise ValueError(
                 f"{folder.parent} already holds a run: continue it with --resume auto, or set another run_dir"
             )
-        for checkpoint in found:
-            problem = problem_with(checkpoint)
-            if problem is None:
-                return str(checkpoint)
-            print(f"checkpoint {checkpoint} is broken ({problem}); trying the one before it", flush=True)
-        return None
+        return [str(path) for path in found]
 
-    chosen = ranks.from_first(pick)
-    return None if chosen is None else Path(chosen)
+    return [Path(name) for name in ranks.from_first(pick)]
 
 
-def require(checkpoint: str, ranks: Ranks) -> Path:
-    """The named checkpoint. Raises: ValueError on every rank if it is missing or broken."""
-    return ranks.from_first(lambda: _whole(checkpoint, "start_from"))
+def load(found: Sequence[Path], trainee: Trainee, ranks: Ranks) -> Position:
+    """Put weights, state and options back from the first of ``found`` that is whole; every rank must call it.
+
+    Raises:
+        CheckpointError: none is.
+    """
+    for path in found[:-1]:
+        try:
+            return _position(trainee.load(path, options=True), path)
+        except CheckpointError as error:
+            if ranks.is_first:
+                print(f"checkpoint {path} is broken ({error}); trying the one before it", flush=True)
+    return _position(trainee.load(found[-1], options=True), found[-1])
 
 
-def _whole(checkpoint: str, option: str) -> Path:
-    problem = problem_with(Path(checkpoint))
-    if problem:
-        raise ValueError(
-            f"{option} {checkpoint}: {problem}; name a folder such as RUN/checkpoints/step-00001000"
-        )
-    return Path(checkpoint)
+def start_from(path: Path, trainee: Trainee) -> None:
+    """Take on weights and moments; options stay as configured. Every rank must call it. Raises CheckpointError."""
+    trainee.load(path, options=False)
+    trainee.restart_steps()
 
 
-def load(checkpoint: Path, trainee: Trainee, ranks: Ranks) -> Position:
-    """Put weights and optimizer state back; every rank must call it."""
-    from safetensors.torch import load_file
-
-    saved = load_file(str(checkpoint / "model.safetensors"))
-    own = {name for name, _ in trainee.bert.named_parameters()}
-    if saved.keys() != own:
-        raise ValueError(
-            f"{checkpoint}: its parameters are not this model's; they differ in "
-            f"{sorted(saved.keys() ^ own)[:5]}"
-        )
-    state = None
-    if ranks.is_first:
-        state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-    trainee.load(saved, state)
-    return read_position(checkpoint)
-
-
-def read_position(checkpoint: Path) -> Position:
-    return Position(**json.loads((checkpoint / "position.json").read_text()))
+def _position(extra: dict[str, Any], path: Path) -> Position:
+    if "position" not in extra:
+        raise ValueError(f"checkpoint {path} has no position in a run: it was not made by this command")
+    return Position(**extra["position"])
 
 
 def check_position(position: Position, config_digest: str, data_digest: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.ds_config import ds_config
 from sharded_lamb.bert.model import Losses, parameters_to_train
 from sharded_lamb.bert.optim import restart_steps, set_lr
+from sharded_lamb.checkpoint import Checkpoints, Contents, Ranks, read_contents, write_contents
 
 
 class EngineTrainee:
@@ -28,7 +30,7 @@ class EngineTrainee:
 
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists; without a launcher there is one rank
         self.bert, self.losses = losses.module, losses
-        # DeepSpeed's master of an fp32 parameter is the parameter itself: not for checkpoints, which have it already.
+        # DeepSpeed's master of an fp32 parameter is the parameter itself: checkpoints have it already.
         self._trained = [(name, p.dtype == torch.float32) for name, p in parameters_to_train(self.bert)]
         self._linear = torch.nn.functional.linear  # ZeRO 3 puts its own in its place, for the whole process
         self._engine: Any = sharded_lamb.deepspeed.initialize(
@@ -71,20 +73,73 @@ class EngineTrainee:
                     whole[name] = p.detach().cpu().clone().contiguous()
         return whole if first else None
 
-    def full_state(self) -> dict[str, Any] | None:
-        state: dict[str, Any] | None = self._lamb.full_state_dict()
-        if state is not None:
-            for index, (_, is_master) in enumerate(self._trained):
-                if is_master:
-                    del state["state"][index]["master"]
-        return state
+    def save(self, checkpoints: Checkpoints, step: int, extra: dict[str, Any]) -> None:
+        """Whole tensors, written by the first rank: partitions are DeepSpeed's."""
+        weights, full = self.weights(), self._lamb.full_state_dict()
 
-    def load(self, weights: dict[str, Tensor], state: dict[str, Any] | None) -> None:
-        if state is not None:
-            # Masters are how weights reach DeepSpeed; one that was not saved is the weight itself.
-            for index, (name, _) in enumerate(self._trained):
-                state["state"][index].setdefault("master", weights[name].float())
+        def write() -> None:
+            assert weights is not None
+            path = checkpoints.path(step)
+            write_contents(path, self._contents(weights, full, extra))
+            checkpoints.commit(path)
+
+        self._ranks().first(write)
+
+    def _contents(self, weights: dict[str, Tensor], full: dict[str, Any], extra: dict[str, Any]) -> Contents:
+        own = self.bert.state_dict(keep_vars=True)  # under ZeRO 3 of empty parameters
+        first = {id(tensor): name for name, tensor in reversed(own.items())}
+        aliases = {name: first[id(tensor)] for name, tensor in own.items() if first[id(tensor)] != name}
+        states = {}
+        for index, (name, is_master) in enumerate(self._trained):
+            state = dict(full["state"][index])
+            if is_master:
+                del state["master"]
+            states[name] = state
+        names = [name for name, _ in self._trained]
+        groups = [
+            {
+                "names": [names[place] for place in group["params"]],
+                "options": {
+                    key: value for key, value in group.items() if key not in ("params", "param_names")
+                },
+            }
+            for group in full["param_groups"]
+        ]
+        whole = {name: weights.get(name, tensor.cpu()) for name, tensor in own.items() if name not in aliases}
+        wide = {"max_grad_norm": self._lamb.max_grad_norm, "skipped_steps": self._lamb.skipped_steps}
+        return Contents(whole, states, groups, wide, extra, aliases)
+
+    def load(self, path: Path, *, options: bool) -> dict[str, Any]:
+        def read() -> dict[str, Any]:
+            found.append(read_contents(path))
+            return found[0].extra
+
+        found: list[Contents] = []
+        extra: dict[str, Any] = self._ranks().first(read)
+        template = self._lamb.full_state_dict()
+        state = self._ranks().each(lambda: self._state(found[0], template, path, options) if found else None)
         self._lamb.load_full_state_dict(state)
+        return extra
+
+    def _state(self, found: Contents, template: dict[str, Any], path: Path, options: bool) -> dict[str, Any]:
+        """As `DeepSpeedLamb.load_full_state_dict` takes it. Raises ValueError for another model's."""
+        names = [name for name, _ in self._trained]
+        if sorted(name for group in found.groups for name in group["names"]) != sorted(names):
+            odd = sorted({name for group in found.groups for name in group["names"]} ^ {*names})
+            raise ValueError(f"checkpoint {path} is of another model: their parameters differ in {odd[:5]}")
+        # Masters are how weights reach DeepSpeed; one that was not saved is the weight itself.
+        states = {
+            index: {"master": found.weights[name].float(), **found.states[name]}
+            for index, name in enumerate(names)
+        }
+        groups = [dict(group) for group in template["param_groups"]]
+        if options:
+            for group, saved in zip(groups, found.groups, strict=True):
+                group.update(saved["options"])
+        return {"state": states, "param_groups": groups}
+
+    def _ranks(self) -> Ranks:
+        return Ranks.of(self, None)
 
     def close(self) -> None:
         self._engine.destroy()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import distribute_tensor
 
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.model import Losses
 from sharded_lamb.bert.optim import OptimizerTrainee, build_optimizer
+from sharded_lamb.checkpoint import Checkpoints
 
 
 class FsdpTrainee(OptimizerTrainee):
@@ -45,10 +46,10 @@ class FsdpTrainee(OptimizerTrainee):
                 whole[name] = value.cpu().clone().contiguous()
         return whole if first else None
 
-    def load(self, weights: dict[str, Tensor], state: dict[str, Any] | None) -> None:
-        with torch.no_grad():
-            for name, p in self.bert.named_parameters():
-                value = weights[name].to(p.device, p.dtype)
-                # Every rank has the whole: each keeps its part, and nothing is sent.
-                p.copy_(distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None))
-        self._optimizer.load_full_state_dict(state)
+    def save(self, checkpoints: Checkpoints, step: int, extra: dict[str, Any]) -> None:
+        self._root.reshard()
+        super().save(checkpoints, step, extra)
+
+    def load(self, path: Path, *, options: bool) -> dict[str, Any]:
+        self._root.reshard()
+        return super().load(path, options=options)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from sharded_lamb import checkpoint
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.model import Losses, parameters_to_train
+from sharded_lamb.checkpoint import Checkpoints
 
 STAGES: dict[str, Literal[1, 2]] = {"ddp+zero1": 1, "zero2": 2}
 
@@ -37,9 +40,11 @@ class OptimizerTrainee:
     def trust_ratios(self) -> dict[str, float]:
         return {name: float(ratio) for name, ratio in self._optimizer.trust_ratios().items()}
 
-    def full_state(self) -> dict[str, Any] | None:
-        state: dict[str, Any] | None = self._optimizer.full_state_dict()
-        return state
+    def save(self, checkpoints: Checkpoints, step: int, extra: dict[str, Any]) -> None:
+        checkpoints.save(step, self.bert, self._optimizer, extra)
+
+    def load(self, path: Path, *, options: bool) -> dict[str, Any]:
+        return checkpoint.load(path, self.bert, self._optimizer, options=options)
 
     def close(self) -> None:
         pass
@@ -71,12 +76,6 @@ class ShardedTrainee(OptimizerTrainee):
             return None
         # Copies: parameters are views of flat buckets, which would be written whole for each of them.
         return {name: p.detach().cpu().clone().contiguous() for name, p in self.bert.named_parameters()}
-
-    def load(self, weights: dict[str, Tensor], state: dict[str, Any] | None) -> None:
-        with torch.no_grad():
-            for name, p in self.bert.named_parameters():
-                p.copy_(weights[name])
-        self._optimizer.load_full_state_dict(state)
 
 
 def build_optimizer(config: RunConfig, bert: Any, stage: Literal[1, 2]) -> Any:

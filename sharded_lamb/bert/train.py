@@ -82,18 +82,17 @@ def run(config: RunConfig, resume: str | None, ranks: Ranks) -> Outcome:
         job.trainee.close()
 
 
-def _train(job: Job, plans: list[BatchPlan], found: Path | None) -> Outcome:
-    """From the checkpoint `found`, if any, to the end or a request to stop."""
+def _train(job: Job, plans: list[BatchPlan], found: list[Path]) -> Outcome:
+    """From the first whole one of the checkpoints `found`, if any, to the end or a request to stop."""
     config, ranks, run_dir = job.config, job.ranks, job.run_dir
     digest = ",".join(PackedSamples(folder, "train").manifest.digest() for folder in job.folders)
     ranks.agree("prepared data", digest, "data.prepared must be one folder that every node sees")
     position = Position(0, 0, 0, 0, config.digest(), digest, ranks.world_size)
-    if found is not None:
+    if found:
         position = checkpoint.load(found, job.trainee, ranks)
         checkpoint.check_position(position, config.digest(), digest)
     elif config.start_from is not None:
-        checkpoint.load(checkpoint.require(config.start_from, ranks), job.trainee, ranks)
-        job.trainee.restart_steps()
+        checkpoint.start_from(Path(config.start_from), job.trainee)
     ranks.from_first(partial(outputs.begin, run_dir, config, job.tokenizer))
     log = _open_log(job, position) if ranks.is_first else None
     try:
@@ -225,7 +224,7 @@ class _Phase:
     def _save(self, position: Position) -> None:
         job = self.job
         folder, keep = job.run_dir / "checkpoints", job.config.checkpoint.keep
-        checkpoint.save(folder, keep, position, job.trainee, job.ranks)
+        checkpoint.save(folder, keep, position, job.trainee)
         self._last_save = time.monotonic()
 
     def _record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.ds_config import ds_config
 from sharded_lamb.bert.model import Losses
+from sharded_lamb.checkpoint import Checkpoints
 
 
 class Trainee(Protocol):
@@ -43,11 +45,11 @@ class Trainee(Protocol):
     def weights(self) -> dict[str, Tensor] | None:
         """Copies of the whole parameters, in the training dtype, on the first rank's CPU; None elsewhere."""
 
-    def full_state(self) -> dict[str, Any] | None:
-        """As `ShardedLamb.full_state_dict` gives it."""
+    def save(self, checkpoints: Checkpoints, step: int, extra: dict[str, Any]) -> None:
+        """As `Checkpoints.save`: one format, whichever trainee wrote it."""
 
-    def load(self, weights: dict[str, Tensor], state: dict[str, Any] | None) -> None:
-        """Take on what `weights` gave (on every rank) and `full_state` (on the first), here or in another trainee."""
+    def load(self, path: Path, *, options: bool) -> dict[str, Any]:
+        """As `sharded_lamb.checkpoint.load`, what any trainee saved; returns ``extra``."""
 
     def close(self) -> None:
         """Let go of what would outlive this object."""

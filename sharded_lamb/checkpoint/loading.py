@@ -31,6 +31,7 @@ def load(
     extra: Mapping[str, Any] | None = None,
     *,
     verify: bool = True,
+    options: bool = True,
 ) -> dict[str, Any]:
     """Read a checkpoint into a model and an optimizer that were made as those that were saved. Collective.
 
@@ -44,6 +45,8 @@ def load(
         extra: {name: object}: those with ``load_state_dict`` are given what was saved under their name.
         verify: read all files first, divided among the ranks, and compare their hashes: nothing is loaded from a
             checkpoint that is damaged anywhere.
+        options: whether groups' options, ``max_grad_norm`` and ``skipped_steps`` become the saved ones; False: as
+            they are.
 
     Returns:
         What was passed to `save` as ``extra``, objects as what their ``state_dict`` gave; tensors whole, on the CPU.
@@ -62,7 +65,7 @@ def load(
     ranks.each(lambda: manifest.check_files(folder, found, part=ranks.rank, parts=ranks.size, hashes=verify))
     if isinstance(known, SavingOptimizer):
         known.synchronize()
-    loading = ranks.each(lambda: _Loading(folder, found, model, known, extra or {}))
+    loading = ranks.each(lambda: _Loading(folder, found, model, known, extra or {}, options))
     _read(folder, found, ranks, loading.fillings)
     return ranks.each(loading.finish)
 
@@ -93,7 +96,9 @@ class _Loading:
         model: nn.Module,
         optimizer: LambOptimizer | None,
         extra: Mapping[str, Any],
+        options: bool,
     ) -> None:
+        self.options = options
         self.where, self.found, self.optimizer, self.extra = f"checkpoint {folder}", found, optimizer, extra
         self.model = model
         held = parts.ModelParts.of(model)
@@ -181,22 +186,27 @@ class _Loading:
                     f"{len(odd) - 1} more): construct the optimizer with the groups that it was saved with"
                 )
 
+    def _finish_optimizer(self, optimizer: LambOptimizer) -> None:
+        for tensor in self.zeros:
+            tensor.zero_()
+        own_lr = [group["lr"] for group in optimizer.param_groups]
+        if self.options:
+            for group, saved in zip(self.packed["param_groups"], self.found.groups, strict=True):
+                group.update(plain.decoded(saved["options"], self.tensors.__getitem__))
+        optimizer.load_state_dict(self.packed)
+        for group, lr in zip(optimizer.param_groups, own_lr, strict=True):
+            if isinstance(lr, Tensor):  # a scheduler or a graph may hold it
+                group["lr"] = lr.fill_(group["lr"])
+        if self.options:
+            optimizer.max_grad_norm = self.found.optimizer["max_grad_norm"]
+            if isinstance(optimizer, SavingOptimizer):
+                optimizer.skipped_steps = self.found.optimizer["skipped_steps"]
+
     def finish(self) -> dict[str, Any]:
         """Once every tensor is read."""
         optimizer, wide = self.optimizer, self.found.optimizer
-        for tensor in self.zeros:
-            tensor.zero_()
         if optimizer is not None:
-            own_lr = [group["lr"] for group in optimizer.param_groups]
-            for group, saved in zip(self.packed["param_groups"], self.found.groups, strict=True):
-                group.update(plain.decoded(saved["options"], self.tensors.__getitem__))
-            optimizer.load_state_dict(self.packed)
-            for group, lr in zip(optimizer.param_groups, own_lr, strict=True):
-                if isinstance(lr, Tensor):  # a scheduler or a graph may hold it
-                    group["lr"] = lr.fill_(group["lr"])
-            optimizer.max_grad_norm = wide["max_grad_norm"]
-            if isinstance(optimizer, SavingOptimizer):
-                optimizer.skipped_steps = wide["skipped_steps"]
+            self._finish_optimizer(optimizer)
         if "model" in wide:
             rest = plain.decoded(wide["model"], self.tensors.__getitem__)
             self.model.load_state_dict(rest, strict=False)

@@ -17,6 +17,7 @@ from sharded_lamb.bert.dryrun import describe
 from sharded_lamb.bert.ds_config import DECIDED, ds_config
 from sharded_lamb.bert.ranks import Ranks
 from sharded_lamb.bert.train import run
+from sharded_lamb.checkpoint import read_contents
 from tests.bert.test_train import Rows, distance, losses
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
@@ -91,7 +92,7 @@ def trained(
     run_ranks(world, train, tree, str(run_dir), overrides, resume, naive)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     last = max((run_dir / "checkpoints").glob("step-*"))
-    return rows, load_file(str(last / "model.safetensors"))
+    return rows, read_contents(last).weights
 
 
 def assert_alike(found: Rows, expected: Rows, tolerance: float = SAME) -> None:
@@ -215,22 +216,25 @@ def test_a_run_moves_between_ways_of_sharding(tree: dict[str, Any], tmp_path: Pa
 
 
 def _forget_after(run_dir: Path, step: int) -> None:
-    for saved in (run_dir / "checkpoints").iterdir():
+    for saved in (run_dir / "checkpoints").glob("step-*"):
         if int(saved.name.removeprefix("step-")) > step:
             shutil.rmtree(saved)
 
 
 def test_a_checkpoint_has_the_same_parts_however_it_was_made(tree: dict[str, Any], tmp_path: Path) -> None:
     for precision, masters in (("fp32", 0), ("bf16", 26)):
-        states = []
+        found = []
         for way in (ours(), theirs(3)):
             run_dir = tmp_path / precision / way[-1]
             trained(tree, run_dir, [*way, "phases.0.steps=1", f"speed.precision={precision}"])
             newest = max((run_dir / "checkpoints").glob("step-*"))
-            states.append(torch.load(newest / "optimizer.pt", weights_only=True))
-        one, two = ({i: sorted(entry) for i, entry in state["state"].items()} for state in states)
+            found.append(read_contents(newest))
+        one, two = ({name: sorted(state) for name, state in contents.states.items()} for contents in found)
         assert one == two
-        assert sum("master" in entry for entry in states[1]["state"].values()) == masters
+        assert sum("master" in state for state in found[1].states.values()) == masters
+        assert found[0].aliases == found[1].aliases
+        assert found[0].weights.keys() == found[1].weights.keys()
+        assert [group["names"] for group in found[0].groups] == [group["names"] for group in found[1].groups]
 
 
 def test_a_phase_started_from_a_checkpoint_counts_steps_anew(tree: dict[str, Any], tmp_path: Path) -> None:
@@ -239,9 +243,8 @@ def test_a_phase_started_from_a_checkpoint_counts_steps_anew(tree: dict[str, Any
     rows, weights = trained(tree, tmp_path / "ours", ours(f"start_from={start}"))
     again, ends = trained(tree, tmp_path / "theirs", theirs(2, f"start_from={start}"))
     assert_alike(again, rows)
-    newest = tmp_path / "theirs" / "checkpoints" / "step-00000006" / "optimizer.pt"
-    saved = torch.load(newest, weights_only=True)["state"]
-    assert {float(entry["step"]) for entry in saved.values()} == {6.0}
+    saved = read_contents(tmp_path / "theirs" / "checkpoints" / "step-00000006").states
+    assert {float(state["step"]) for state in saved.values()} == {6.0}
     assert distance(weights, ends) < SAME
 
 

@@ -12,6 +12,7 @@ from sharded_lamb.bert.config_io import build_config
 from sharded_lamb.bert.dryrun import describe
 from sharded_lamb.bert.ranks import Ranks
 from sharded_lamb.bert.train import run
+from sharded_lamb.checkpoint import read_contents
 from tests.bert.test_train import Rows, distance, losses
 from tests.harness import run_ranks
 
@@ -33,7 +34,7 @@ def trained(
     run_ranks(world, train, tree, str(run_dir), list(overrides), resume)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     last = max((run_dir / "checkpoints").glob("step-*"))
-    return rows, load_file(str(last / "model.safetensors"))
+    return rows, read_contents(last).weights
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from sharded_lamb.bert import checkpoint
 from sharded_lamb.bert.config_io import build_config
 from sharded_lamb.bert.ranks import Ranks
 from sharded_lamb.bert.train import run
+from sharded_lamb.checkpoint import problem_with, read_contents
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
 Rows = list[dict[str, Any]]
@@ -33,7 +32,7 @@ def trained(
     run_ranks(world, train, tree, str(run_dir), list(overrides), resume)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     last = max((run_dir / "checkpoints").glob("step-*"))
-    return rows, load_file(str(last / "model.safetensors"))
+    return rows, read_contents(last).weights
 
 
 def distance(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
@@ -105,7 +104,7 @@ def test_a_run_resumed_on_1_and_on_3_ranks_goes_on_alike(tree: dict[str, Any], t
 def _cut_off(finished: Path, copy: Path, step: int) -> Path:
     """The run as it stood when `step` was the newest checkpoint and more steps had been logged."""
     shutil.copytree(finished, copy)
-    for saved in (copy / "checkpoints").iterdir():
+    for saved in (copy / "checkpoints").glob("step-*"):
         if int(saved.name.removeprefix("step-")) > step:
             shutil.rmtree(saved)
     rows = (copy / "metrics.jsonl").read_text().splitlines()
@@ -118,17 +117,17 @@ def test_a_broken_checkpoint_is_passed_over_by_name(
 ) -> None:
     rows, whole = trained(1, tree, tmp_path)
     newest = tmp_path / "checkpoints" / "step-00000006"
-    for name in ("optimizer.pt", "model.safetensors"):
+    for name in ("manifest.json", "shard-00000.safetensors"):
         broken = tmp_path / "checkpoints" / "step-00000006" / name
         content = broken.read_bytes()
         broken.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert f"{name} does not have the size and hash" in str(checkpoint.problem_with(newest))
+        assert f"{name} does not have the hash it was written with" in str(problem_with(newest))
         again, weights = trained(1, tree, tmp_path, resume="auto")
         assert losses(again) == losses(rows)
         assert all(torch.equal(weights[key], whole[key]) for key in whole)
-    (newest / "position.json").unlink()
+    (newest / "manifest.json").unlink()
     failed = run_ranks_expecting_errors(2, train, tree, str(tmp_path), [], str(newest))
-    assert all("step-00000006" in message and "position.json" in message for _, message in failed.values())
+    assert all("step-00000006" in message and "manifest.json" in message for _, message in failed.values())
 
 
 def test_a_run_is_not_overwritten_or_continued_as_another(tree: dict[str, Any], tmp_path: Path) -> None:
@@ -136,7 +135,7 @@ def test_a_run_is_not_overwritten_or_continued_as_another(tree: dict[str, Any], 
     for overrides, resume, message in (
         ([], None, "already holds a run: continue it with --resume auto"),
         (["seed=9"], "auto", "the checkpoint's configuration is"),
-        (["model.layers=2"], "auto", "its parameters are not this model's"),
+        (["model.layers=2"], "auto", "is of another model"),
     ):
         failed = run_ranks_expecting_errors(2, train, tree, str(tmp_path), overrides, resume)
         assert all(message in text for _, text in failed.values()), failed
@@ -152,15 +151,17 @@ def test_a_phase_started_from_a_checkpoint_keeps_moments_and_counts_steps_anew(
     second = [
         "phases=[{steps: 4, global_batch: 6, sequence_length: 16, lr: 0.01, warmup_fraction: 0.2}]",
         f"start_from={first}",
+        "optimizer.weight_decay=0.3",
     ]
     again, _ = trained(2, tree, tmp_path / "second", *second)
-    state = torch.load(first / "optimizer.pt", weights_only=True)
-    after = torch.load(
-        max((tmp_path / "second" / "checkpoints").glob("step-*")) / "optimizer.pt", weights_only=True
-    )
-    steps = {float(torch.as_tensor(entry["step"]).max()) for entry in after["state"].values()}
-    assert {float(torch.as_tensor(entry["step"]).max()) for entry in state["state"].values()} == {5.0}
-    assert steps == {4.0}
+    before = read_contents(first)
+    after = read_contents(max((tmp_path / "second" / "checkpoints").glob("step-*")))
+    assert {float(state["step"]) for state in before.states.values()} == {5.0}
+    assert {float(state["step"]) for state in after.states.values()} == {4.0}
+    assert [before.groups[0]["options"]["weight_decay"], after.groups[0]["options"]["weight_decay"]] == [
+        0.01,
+        0.3,
+    ]
     untrained, _ = trained(2, tree, tmp_path / "afresh", second[0])
     assert losses(again)[0] != losses(untrained)[0]
     del rows, whole
@@ -169,6 +170,7 @@ def test_a_phase_started_from_a_checkpoint_keeps_moments_and_counts_steps_anew(
 def test_only_the_newest_checkpoints_are_kept(tree: dict[str, Any], tmp_path: Path) -> None:
     trained(1, tree, tmp_path, "checkpoint.keep=2", "checkpoint.every_steps=1")
     assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [
+        "latest",
         "step-00000005",
         "step-00000006",
     ]
