@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -30,18 +31,21 @@ def table_rows(header: str) -> list[str]:
     ]
 
 
-def run_snippets(rank: int) -> dict[str, float]:
+def run_snippets(rank: int, folder: Path) -> dict[str, float]:
+    os.chdir(folder)
     space: dict[str, Any] = {}
     for snippet in snippets("python"):
         # The harness has joined the ranks already, as torchrun's user has after the first lines.
         code = snippet.replace("dist.init_process_group()", "pass")
         exec(compile(code, "README.md", "exec"), space)
+    assert (folder / "run" / "checkpoints" / "latest").read_text() == "step-00000004\n"
+    os.chdir(ROOT)
     return dict(space["optimizer"].memory())
 
 
-def test_python_snippets_run_on_two_ranks() -> None:
-    assert len(snippets("python")) == 4
-    for memory in run_ranks(2, run_snippets):
+def test_python_snippets_run_on_two_ranks(tmp_path: Path) -> None:
+    assert len(snippets("python")) == 5
+    for memory in run_ranks(2, run_snippets, tmp_path):
         assert memory["moments"] > 0
 
 

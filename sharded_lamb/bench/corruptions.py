@@ -189,6 +189,15 @@ class Trial:
         }
 
 
+def _report(rows: list[dict[str, Any]], counts: Counter[str], count: int) -> str:
+    """JSON with a row a line."""
+    module = "-m sharded_lamb.bench.corruptions"
+    command = f"torchrun --nproc-per-node {len(rows[0]['outcomes'])} {module} --count {count}"
+    head = {**about(torch.device("cpu")), "command": command, "counts": counts}
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    return json.dumps(head, indent=1).removesuffix("\n}") + f',\n "rows": [\n  {lines}\n ]\n}}\n'
+
+
 GOOD = ("refused", "loaded right")
 
 
@@ -223,9 +232,7 @@ def main() -> int:
         for row in bad:
             print(f"  {row}", file=sys.stderr)
         if chosen.json:
-            result = {**about(torch.device("cpu")), "counts": counts, "rows": rows}
-            result["command"] = f"torchrun … -m sharded_lamb.bench.corruptions --count {chosen.count}"
-            chosen.json.write_text(json.dumps(result, indent=1) + "\n")
+            chosen.json.write_text(_report(rows, counts, chosen.count))
         shutil.rmtree(folder[0])
     if dist.is_initialized():
         dist.destroy_process_group()
