@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     from sharded_lamb.bench import command as bench
     from sharded_lamb.plan import command as plan
+    from sharded_lamb.preflight import command as preflight
 
     commands = parser.add_subparsers(dest="command", required=True)
     _add_verify(commands.add_parser("verify", help="compare with a single-process fp64 LAMB on this machine"))
@@ -30,11 +31,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands.add_parser("plan", help="memory, bytes and time for a model, up to thousands of ranks")
     )
     bench.add_arguments(commands.add_parser("bench", help="measure against other optimizers on this machine"))
-    run = {"verify": _verify, "plan": plan.run, "bench": bench.run}
+    preflight.add_arguments(
+        commands.add_parser(
+            "preflight", help="before a job: same code, config and data on all ranks, and the network"
+        )
+    )
+    together = {"verify": _verify, "plan": plan.run, "bench": bench.run}
+    alone = {"preflight": preflight.run}  # they join the ranks themselves, or need none
     chosen = parser.parse_args(arguments)
-    device = _join_ranks(chosen.device)
+    device = _join_ranks(chosen.device) if chosen.command in together else None
     try:
-        return run[chosen.command](chosen, device)
+        if device is None:
+            return alone[chosen.command](chosen)
+        return together[chosen.command](chosen, device)
     except (ValueError, TypeError, ImportError, AttributeError, OSError) as error:
         print(f"sharded-lamb {chosen.command}: {error}", file=sys.stderr)
         return 2

@@ -35,6 +35,7 @@ FLOORS = (
     {"__init__"},
     {"deepspeed"},
     {"verify", "bench", "plan"},
+    {"preflight"},
     {"bert"},
     {"__main__"},
 )

@@ -36,6 +36,18 @@ def test_every_kind_alone(damage: Any, tmp_path: Path, monkeypatch: pytest.Monke
     assert outcomes == ({"loaded right"} if damage.__name__ == "stranger" else {"refused"})
 
 
+def test_sizes_alone_show_what_is_cut_off(tmp_path: Path) -> None:
+    model, opt = _made()
+    checkpoint.save(tmp_path / "c", model, opt)
+    path = tmp_path / "c" / "shard-00000.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    assert "it is truncated" in str(checkpoint.problem_with(tmp_path / "c", hashes=False))
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert checkpoint.problem_with(tmp_path / "c", hashes=False) is None
+    assert "does not have the hash" in str(checkpoint.problem_with(tmp_path / "c"))
+
+
 # -- manifests that were changed by somebody who mended the hashes ------------------------------------------------
 
 
