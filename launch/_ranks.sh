@@ -1,0 +1,38 @@
+# shellcheck shell=bash
+# Sourced by the scripts that start ranks, after _env.sh. `dry_run` says whether commands are printed and not run.
+
+# `python`: the repository's own environment, else the one that is active.
+find_python() {
+    python=${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/}python
+    [[ -n ${VIRTUAL_ENV:-} || ! -x $VENV/bin/python ]] || python=$VENV/bin/python
+    [[ -n ${dry_run:-} ]] && return
+    "$python" -c 'import sharded_lamb' 2>/dev/null ||
+        die "$python cannot import sharded_lamb; install it on every host: pip install -c '$CONSTRAINTS' -e '${REPO_ROOT}[bert]'"
+}
+
+count_devices() {
+    if [[ -n ${dry_run:-} ]]; then
+        command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus | wc -l || echo 1
+    else
+        "$python" -c 'import torch; print(torch.cuda.device_count() or 1)'
+    fi
+}
+
+# use_interface NAME: NCCL, gloo and torch's own connections go over it.
+use_interface() {
+    [[ -n $1 ]] || return 0
+    [[ -n ${dry_run:-} || -e /sys/class/net/$1 ]] ||
+        die "there is no network interface '$1' here; there are: $(ls /sys/class/net)"
+    export NCCL_SOCKET_IFNAME=$1 GLOO_SOCKET_IFNAME=$1 TP_SOCKET_IFNAME=$1
+    [[ -z ${dry_run:-} ]] || printf 'export NCCL_SOCKET_IFNAME=%q GLOO_SOCKET_IFNAME=%q TP_SOCKET_IFNAME=%q\n' "$1" "$1" "$1"
+}
+
+# execute COMMAND ...: run it, or print it as a shell would read it.
+execute() {
+    if [[ -n ${dry_run:-} ]]; then
+        printf '%q ' "$@"
+        printf '\n'
+    else
+        "$@"
+    fi
+}
