@@ -21,8 +21,11 @@ count_devices() {
 # use_interface NAME: NCCL, gloo and torch's own connections go over it.
 use_interface() {
     [[ -n $1 ]] || return 0
-    [[ -n ${dry_run:-} || -e /sys/class/net/$1 ]] ||
-        die "there is no network interface '$1' here; there are: $(ls /sys/class/net)"
+    local there='import socket; print(*(name for _, name in socket.if_nameindex()))'
+    if [[ -z ${dry_run:-} ]]; then
+        there=$("$python" -c "$there")
+        [[ " $there " == *" $1 "* ]] || die "there is no network interface '$1' here; there are: $there"
+    fi
     export NCCL_SOCKET_IFNAME=$1 GLOO_SOCKET_IFNAME=$1 TP_SOCKET_IFNAME=$1
     [[ -z ${dry_run:-} ]] || printf 'export NCCL_SOCKET_IFNAME=%q GLOO_SOCKET_IFNAME=%q TP_SOCKET_IFNAME=%q\n' "$1" "$1" "$1"
 }

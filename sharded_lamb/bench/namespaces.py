@@ -52,6 +52,14 @@ class Host:
         """``command`` on this host; it is killed when whoever started it ends."""
         return ["setpriv", "--pdeathsig", "KILL", *_inside(self.holder), *command]
 
+    def cut(self) -> None:
+        """Pull its cable: nothing arrives any more, and nobody is told."""
+        _run([*_inside(self.holder), "ip", "link", "set", INTERFACE, "down"])
+
+    def mend(self) -> None:
+        """Put the cable back."""
+        _run([*_inside(self.holder), "ip", "link", "set", INTERFACE, "up"])
+
     def links(self) -> list[dict[str, Any]]:
         """Counters of the limit on what it sends, as ``tc -s -j`` gives them: bytes, packets, overlimits, drops."""
         text = _run([*_inside(self.holder), "tc", "-s", "-j", "qdisc", "show", "dev", INTERFACE])
