@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world-size", type=int, help="ranks that there must be")
     parser.add_argument("--timeout-s", type=float, default=60.0, help="for ranks to come")
     parser.add_argument("--mb", type=float, default=32.0, help="sent to measure the network; 0: it is not")
-    parser.add_argument("--machine", choices=sorted(PRESETS), help="what the network should do")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="what the network should do")
     parser.add_argument("--gbits", type=float, help="instead: Gbit/s that a rank should send to other hosts")
     parser.add_argument("--calibrate", action="append", default=[], help="JSON of sharded-lamb bench comm")
     parser.add_argument("--at-least", type=float, default=0.5, help="share of the plan, and of links like it")
@@ -72,11 +72,11 @@ def _machine(chosen: argparse.Namespace) -> Machine | None:
     """None where nothing was said of what the network should do."""
     if chosen.gbits is not None and not chosen.gbits > 0:
         raise ValueError(f"--gbits must be > 0, got {chosen.gbits}")
-    if chosen.machine is None and chosen.gbits is None and not chosen.calibrate:
+    if chosen.preset is None and chosen.gbits is None and not chosen.calibrate:
         return None
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     speed = (chosen.gbits or 10.0) * 1e9 / 8
-    base = PRESETS[chosen.machine] if chosen.machine else Machine(1e11, 1e10, speed, 5e-5, 5e-5, local)
+    base = PRESETS[chosen.preset] if chosen.preset else Machine(1e11, 1e10, speed, 5e-5, 5e-5, local)
     return calibrated(base, chosen.calibrate)
 
 
