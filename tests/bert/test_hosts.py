@@ -41,7 +41,10 @@ def test_hosts_train_to_the_same_bits_as_one(
     settings: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    tree = {**tree, "speed": {"threads": 1}}  # else two on hosts of their own, and other sums in matrix products
+    tree = {
+        **tree,
+        "speed": {"threads": 1},
+    }  # else two on hosts of their own, and other sums in matrix products
     config = write_config(tree, tmp_path)
     settings.setenv("PREFLIGHT", preflight)
     settings.setenv("PREFLIGHT_ARGS", f"--config {config} --writes {tmp_path / 'run'} --mb 1")

@@ -128,6 +128,29 @@ def test_a_format_of_the_future_is_refused_by_its_version(tmp_path: Path) -> Non
         checkpoint.load(tmp_path / "c", model, opt)
 
 
+@pytest.mark.parametrize("chunks", ["none", "one twice", "beyond"])
+def test_a_tensor_that_is_not_covered_is_refused(chunks: str, tmp_path: Path) -> None:
+    """What no part covers would silently keep what was there."""
+    model, opt = _made()
+    checkpoint.save(tmp_path / "c", model, opt)
+    whole = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    entry = whole["tensors"]["model.0.bias"]
+    (part,) = entry["chunks"]
+    if chunks == "none":
+        entry["chunks"] = []
+    elif chunks == "one twice":
+        half = {**part, "shape": [8], "bytes": [part["bytes"][0], part["bytes"][0] + 32]}
+        entry["shape"], entry["chunks"] = [16], [half, half]
+    else:
+        entry["chunks"] = [{**part, "at": [1]}]
+    (tmp_path / "c" / "manifest.json").write_text(json.dumps(whole))
+    mend(tmp_path / "c")
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"parts of 'model.0.bias' hold|a part of 'model.0.bias'"
+    ):
+        checkpoint.load(tmp_path / "c", model, opt)
+
+
 @pytest.mark.parametrize("name", ["../shard", "/etc/hostname", "a/b", "", ".."])
 def test_files_elsewhere_are_not_read(name: str, tmp_path: Path) -> None:
     model, opt = _made()
