@@ -51,7 +51,7 @@ def trained(module: nn.Module, opt: Any, count: int) -> None:
     for number in range(count):
         for name, p in module.named_parameters():
             if p.requires_grad:
-                p.grad = training.draw(tuple(p.shape), name, number)
+                p.grad = training.draw(tuple(p.shape), name, number).to(p.dtype)
         opt.step()
         opt.zero_grad()
 
@@ -342,6 +342,39 @@ def optioned(rank: int, folder: Path) -> None:
 
 def test_options_and_skipped_steps(tmp_path: Path) -> None:
     run_ranks(2, optioned, tmp_path / "c")
+
+
+def unfrozen(rank: int, folder: Path, dtype: torch.dtype) -> None:
+    def made() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)).to(dtype)
+
+    model = made()
+    model[1].requires_grad_(False)  # type: ignore[index]
+    opt = ShardedLamb(model.named_parameters(), stage=2)
+    trained(model, opt, 2)
+    checkpoint.save(folder, model, opt)
+    again = made()
+    other = ShardedLamb(again.named_parameters(), stage=2)
+    trained(again, other, 3)
+    checkpoint.load(folder, again, other)
+    training.assert_same_bits(dict(again.named_parameters()), dict(model.named_parameters()))
+    for p in again[1].parameters():  # type: ignore[index]
+        state = other.state[p]
+        assert state["step"] == 0
+        assert not state["exp_avg"].any()
+        assert not state["exp_avg_sq"].any()
+    for p in again[0].parameters():  # type: ignore[index]
+        assert other.state[p]["step"] == 2
+    full = other.full_state_dict()
+    if full is not None and dtype != torch.float32:
+        assert torch.equal(full["state"][2]["master"], model[1].weight.float())  # type: ignore[index]
+    again[1].requires_grad_(False)  # type: ignore[index]
+    checkpoint.load(folder, again, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_parameter_that_was_frozen_starts_as_new(dtype: torch.dtype, tmp_path: Path) -> None:
+    run_ranks(2, unfrozen, tmp_path / "c", dtype)
 
 
 # -- Lamb ---------------------------------------------------------------------------------------------------------
