@@ -22,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="sharded-lamb", description="ZeRO-sharded LAMB with exact trust ratios."
     )
     from sharded_lamb.bench import command as bench
+    from sharded_lamb.convert import command as convert
+    from sharded_lamb.convert import inspect
     from sharded_lamb.plan import command as plan
     from sharded_lamb.preflight import command as preflight
 
@@ -36,8 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "preflight", help="before a job: same code, config and data on all ranks, and the network"
         )
     )
+    convert.add_arguments(commands.add_parser("convert", help="from and to other programs' checkpoints"))
+    inspect.add_arguments(
+        commands.add_parser("inspect", help="what is in a checkpoint, and whether it is whole")
+    )
     together = {"verify": _verify, "plan": plan.run, "bench": bench.run}
-    alone = {"preflight": preflight.run}  # they join the ranks themselves, or need none
+    # They join the ranks themselves, or need none.
+    alone = {"preflight": preflight.run, "convert": convert.run, "inspect": inspect.run}
     chosen = parser.parse_args(arguments)
     device = _join_ranks(chosen.device) if chosen.command in together else None
     try:

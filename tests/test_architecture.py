@@ -34,7 +34,7 @@ FLOORS = (
     {"checkpoint"},
     {"__init__"},
     {"deepspeed"},
-    {"verify", "bench", "plan"},
+    {"verify", "bench", "plan", "convert"},
     {"preflight"},
     {"bert"},
     {"__main__"},

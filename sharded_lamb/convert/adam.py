@@ -1,0 +1,102 @@
+"""torch.optim.Adam and AdamW: moments and steps by place; no trust ratio, no clipping."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.convert import positional
+from sharded_lamb.convert.common import Converted, group_options, left_out, scalars_of, widest_weights
+from sharded_lamb.convert.grouping import lost_options, plain_groups
+
+
+def from_adam(
+    file: Mapping[str, Any], names: Sequence[str] | None = None, variant: str | None = None
+) -> Converted[Contents]:
+    """{"model", "optimizer"} → contents; the variant is "adamw" unless another is asked for.
+
+    Raises:
+        ValueError: parameters cannot be named; gradients were maximized.
+    """
+    read, notes = positional.read(file, names)
+    if any(group.get("maximize") for group in read.groups):
+        raise ValueError(
+            "the file's Adam had maximize=True, which is not implemented here: its moments have other signs"
+        )
+    if any(group.get("amsgrad") for group in read.groups):
+        notes.append("max_exp_avg_sq of amsgrad=True is left out: LAMB has no AMSGrad variant")
+
+    def options(group: Mapping[str, Any]) -> dict[str, Any]:
+        decoupled = bool(group.get("decoupled_weight_decay", not group["weight_decay"]))
+        return group_options(variant or "adamw", {**scalars_of(group), "adam_w_mode": decoupled})
+
+    undecided = [
+        group for group in read.groups if group["weight_decay"] and "decoupled_weight_decay" not in group
+    ]
+    if undecided:
+        notes.append(
+            "the file does not say whether decay was decoupled (AdamW) or added to gradients (Adam): the latter is "
+            "assumed; --set adam_w_mode=true for AdamW"
+        )
+    contents = Contents(
+        read.weights,
+        read.states(lambda group, state: state.get("step", group.get("step", 0))),
+        read.named_groups(options),
+        {"max_grad_norm": None, "skipped_steps": 0},
+        {},
+        read.aliases,
+    )
+    return contents, notes
+
+
+def to_adam(contents: Contents) -> Converted[dict[str, Any]]:
+    """Contents → {"model", "optimizer"}, the latter for ``load_state_dict`` of Adam or AdamW."""
+    weights, notes = widest_weights(contents)
+    groups, cut = plain_groups(contents)
+    packed = [
+        positional.PositionalGroup(
+            group.names,
+            {
+                **scalars_of(group.options),
+                "weight_decay": group.weight_decay,
+                "amsgrad": False,
+                "maximize": False,
+                "foreach": None,
+                "capturable": False,
+                "differentiable": False,
+                "fused": None,
+                "decoupled_weight_decay": bool(group.options["adam_w_mode"]),
+            },
+        )
+        for group in groups
+    ]
+    states = {
+        name: {"step": torch.tensor(float(state["step"]), dtype=torch.float32), **moments}
+        for (name, state), moments in zip(
+            contents.states.items(), positional.moments(contents.states).values(), strict=True
+        )
+    }
+    adapted = sum(len(group.names) for group in groups if group.adapts)
+    if adapted:
+        notes.append(
+            f"Adam has no trust ratio: the updates of {adapted} parameters will have another length; tune lr anew"
+        )
+    clip = contents.optimizer.get("max_grad_norm")
+    if clip is not None:
+        notes.append(f"Adam does not clip: call clip_grad_norm_(model.parameters(), {clip}) before its steps")
+    notes += lost_options(groups, {"adam_w_mode", "trust_clip", "weight_norm_clip"}, "Adam")
+    return positional.write(weights, contents.aliases, packed, _checked(states)), notes + cut + left_out(
+        contents
+    )
+
+
+def _checked(states: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Adam's step counts are fp32: whole numbers up to 2²⁴."""
+    for name, state in states.items():
+        if float(state["step"]) >= 2**24:
+            raise ValueError(
+                f"{name!r} has {int(state['step']):,} steps, and Adam counts them in fp32, up to 16,777,216"
+            )
+    return states

@@ -1,0 +1,121 @@
+"""apex's FusedLAMB: moments by place, the step count in the group; fp16 runs of amp keep masters in a list.
+
+Read from apex/optimizers/fused_lamb.py: groups hold lr, bias_correction, betas, eps, weight_decay, grad_averaging,
+max_grad_norm and, from the first step on, step. ``adam_w_mode`` and ``use_nvlamb`` are arguments of its constructor and
+in no file.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.convert import positional
+from sharded_lamb.convert.common import Converted, Note, group_options, left_out, scalars_of, widest_weights
+from sharded_lamb.convert.grouping import PlainGroup, lost_options, plain_groups
+
+MASTERS = "master params"
+
+
+def from_apex(
+    file: Mapping[str, Any], names: Sequence[str] | None = None, variant: str | None = None
+) -> Converted[Contents]:
+    """{"model", "optimizer"}, and "master params" if amp kept them → contents.
+
+    Raises:
+        ValueError: parameters cannot be named, or masters are not the parameters'.
+    """
+    read, notes = positional.read(file, names)
+    clips = [group.get("max_grad_norm") for group in read.groups]
+    if variant is None:
+        notes.append(
+            "apex files do not hold use_nvlamb and adam_w_mode: taken as False and True (variant apex); --variant "
+            "nvlamb for use_nvlamb=True, --set adam_w_mode=false for the other"
+        )
+
+    def options(group: Mapping[str, Any]) -> dict[str, Any]:
+        own = {
+            "bias_correction": bool(group.get("bias_correction", True)),
+            "grad_averaging": bool(group.get("grad_averaging", True)),
+        }
+        return group_options(variant or "apex", {**scalars_of(group), **own})
+
+    states = read.states(lambda group, state: group.get("step", 0))
+    if MASTERS in file:
+        _add_masters(
+            list(file[MASTERS]), [name for group in read.names for name in group], read.weights, states
+        )
+    contents = Contents(
+        read.weights,
+        states,
+        read.named_groups(options),
+        {"max_grad_norm": clips[0] or None, "skipped_steps": 0},
+        {},
+        read.aliases,
+    )
+    return contents, notes
+
+
+def _add_masters(
+    masters: list[Tensor],
+    names: list[str],
+    weights: Mapping[str, Tensor],
+    states: dict[str, dict[str, Tensor]],
+) -> None:
+    if len(masters) != len(names):
+        raise ValueError(f"the file has {len(masters)} {MASTERS!r} and its optimizer {len(names)} parameters")
+    for name, master in zip(names, masters, strict=True):
+        if master.shape != weights[name].shape:
+            raise ValueError(
+                f"the master of {name!r} has shape {tuple(master.shape)} and the weight {tuple(weights[name].shape)}: "
+                f"{positional.HOW}"
+            )
+        if name in states and master.dtype != weights[name].dtype:
+            states[name]["master"] = master.detach().contiguous()
+
+
+def to_apex(contents: Contents) -> Converted[dict[str, Any]]:
+    """Contents → {"model", "optimizer"}, the latter for ``FusedLAMB.load_state_dict``."""
+    weights, notes = widest_weights(contents)
+    groups, cut = plain_groups(contents)
+    steps, behind = positional.group_steps([group.names for group in groups], contents.states)
+    clip = contents.optimizer.get("max_grad_norm")
+    packed = []
+    for group, step in zip(groups, steps, strict=True):
+        options = {
+            **scalars_of(group.options),
+            "weight_decay": group.weight_decay,
+            "bias_correction": group.options["bias_correction"] is not False,
+            "grad_averaging": group.options["grad_averaging"],
+            "max_grad_norm": clip,
+        }
+        packed.append(positional.PositionalGroup(group.names, {**options, "step": step} if step else options))
+    file = positional.write(weights, contents.aliases, packed, positional.moments(contents.states))
+    return file, notes + cut + behind + _lost(groups) + left_out(contents) + _constructor(groups, clip)
+
+
+def _lost(groups: list[PlainGroup]) -> list[Note]:
+    notes = lost_options(groups, {"bias_correction", "grad_averaging", "adam_w_mode"}, "FusedLAMB")
+    if any(group.options["bias_correction"] == "lr" for group in groups):
+        notes.append(
+            "FusedLAMB corrects bias inside the ratio, not on the learning rate: its updates will differ"
+        )
+    if any(group.weight_decay and not group.adapts for group in groups):
+        notes.append(
+            "FusedLAMB has a ratio wherever there is decay: parameters with decay and no ratio will have one"
+        )
+    return notes
+
+
+def _constructor(groups: list[PlainGroup], clip: float | None) -> list[Note]:
+    undecayed = {group.adapts for group in groups if group.weight_decay == 0}
+    nvlamb = True in undecayed or (not undecayed and all(g.options["adapt_without_decay"] for g in groups))
+    modes = {bool(group.options["adam_w_mode"]) for group in groups}
+    notes = [
+        f"FusedLAMB reads these from its constructor: use_nvlamb={nvlamb}, adam_w_mode={modes != {False}}, "
+        f"max_grad_norm={'a large number (it has no None)' if clip is None else clip}"
+    ]
+    if len(undecayed) > 1 or len(modes) > 1:
+        notes.append("groups differ in use_nvlamb or adam_w_mode, which FusedLAMB has once for all")
+    return notes

@@ -1,0 +1,276 @@
+"""``sharded-lamb convert``: which formats there are, reading, writing, and what is said about it."""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sharded_lamb.checkpoint.contents import Contents, read_contents, write_contents
+from sharded_lamb.convert import adam, apex, files, lamb, timm
+from sharded_lamb.convert.common import Converted, Note
+from sharded_lamb.convert.deepspeed import WHY, read_deepspeed
+from sharded_lamb.convert.tensorflow import from_tensorflow
+from sharded_lamb.convert.weights import from_weights, read_weights, to_weights
+from sharded_lamb.hyperparams import VARIANTS, check_max_grad_norm, validate_group
+
+Read = Callable[[argparse.Namespace], Converted[Contents]]
+Write = Callable[[Path, Contents], list[Note]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way that checkpoints are kept. A direction that is None is not supported."""
+
+    what: str
+    read: Read | None
+    write: Write | None
+    is_folder: bool = False
+    takes: tuple[str, ...] = ()  # options of reading that mean something
+
+
+def _positional(convert: Callable[..., Converted[Contents]]) -> Read:
+    def read(chosen: argparse.Namespace) -> Converted[Contents]:
+        file = dict(files.read_torch(Path(chosen.source)))
+        if {"state", "param_groups"} <= file.keys():  # the optimizer's state dict by itself
+            file = {"optimizer": file}
+        if chosen.weights is not None:
+            file["model"] = _weights(chosen.weights)
+        names = None if chosen.names is None else files.read_names(chosen.names)
+        return convert(file, names) if chosen.variant is None else convert(file, names, chosen.variant)
+
+    return read
+
+
+def _weights(path: Path) -> Mapping[str, Tensor]:
+    if path.suffix == ".safetensors" or path.is_dir():
+        return read_weights(str(path))
+    found = files.read_torch(path)
+    return found["model"] if isinstance(found.get("model"), Mapping) else found
+
+
+def _to_torch(convert: Callable[[Contents], Converted[dict[str, Any]]]) -> Write:
+    def write(target: Path, contents: Contents) -> list[Note]:
+        content, notes = convert(contents)
+        files.write_torch(target, content)
+        return notes
+
+    return write
+
+
+def _read_folder(chosen: argparse.Namespace) -> Converted[Contents]:
+    return read_contents(Path(chosen.source)), []
+
+
+def _write_folder(target: Path, contents: Contents) -> list[Note]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_contents(target, contents)
+    return []
+
+
+def _read_deepspeed(chosen: argparse.Namespace) -> Converted[Contents]:
+    if not chosen.trust_pickle:
+        raise ValueError(WHY)
+    scratch = chosen.target.absolute().parent
+    scratch.mkdir(parents=True, exist_ok=True)
+    names = None if chosen.names is None else files.read_names(chosen.names)
+    return read_deepspeed(Path(chosen.source), scratch, names, chosen.variant)
+
+
+def _read_tensorflow(chosen: argparse.Namespace) -> Converted[Contents]:
+    renames = [_pair(rename, "--rename", "REGEX=REPLACEMENT") for rename in chosen.rename]
+    return from_tensorflow(files.read_npz(Path(chosen.source)), renames, chosen.variant)
+
+
+def _write_weights(target: Path, contents: Contents) -> list[Note]:
+    weights, notes = to_weights(contents)
+    files.write_safetensors(target, weights)
+    return notes
+
+
+_PLACES = ("names", "weights", "variant")
+FORMATS: dict[str, Format] = {
+    "sharded_lamb": Format(
+        "a folder of sharded_lamb.checkpoint: everything", _read_folder, _write_folder, is_folder=True
+    ),
+    "lamb": Format(
+        "a file {model, optimizer} for Lamb and ShardedLamb.load_full_state_dict: everything",
+        _positional(lamb.from_lamb),
+        _to_torch(lamb.to_lamb),
+        takes=("names", "weights"),
+    ),
+    "timm": Format(
+        "a file {model, optimizer} of timm's Lamb: no masters",
+        _positional(timm.from_timm),
+        _to_torch(timm.to_timm),
+        takes=_PLACES,
+    ),
+    "adam": Format(
+        "a file {model, optimizer} of torch.optim.Adam or AdamW: no masters, no ratio, no clipping",
+        _positional(adam.from_adam),
+        _to_torch(adam.to_adam),
+        takes=_PLACES,
+    ),
+    "apex": Format(
+        "a file {model, optimizer} of apex's FusedLAMB, and amp's 'master params' when read",
+        _positional(apex.from_apex),
+        _to_torch(apex.to_apex),
+        takes=_PLACES,
+    ),
+    "deepspeed": Format(
+        "what engine.save_checkpoint wrote, ZeRO 0 to 3: everything but schedulers; needs --trust-pickle",
+        _read_deepspeed,
+        None,
+        is_folder=True,
+        takes=("names", "variant", "trust_pickle"),
+    ),
+    "tensorflow": Format(
+        "an .npz of LAMBOptimizer's variables, <var>/lamb_m, <var>/lamb_v and global_step: no options",
+        _read_tensorflow,
+        None,
+        takes=("rename", "variant"),
+    ),
+    "safetensors": Format(
+        "weights only: a file, or, read, a folder or name of Hugging Face",
+        lambda chosen: from_weights(read_weights(chosen.source)),
+        _write_weights,
+    ),
+}
+
+
+def directions() -> str:
+    """The table of formats."""
+    rows = [f"  {'format':<14}from  to   what"]
+    for name, form in FORMATS.items():
+        read, write = ("yes" if way else "-" for way in (form.read, form.write))
+        rows.append(f"  {name:<14}{read:<6}{write:<5}{form.what}")
+    return "\n".join(rows)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``convert``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = (
+        "One checkpoint as another program has it. What the target cannot hold is said, a line each. The whole "
+        "checkpoint is held in memory."
+    )
+    parser.epilog = "formats:\n" + directions()
+    parser.add_argument("source", help="a file, a folder, or with safetensors a name on Hugging Face's Hub")
+    parser.add_argument("target", type=Path)
+    parser.add_argument(
+        "--from", dest="form", required=True, choices=[n for n, f in FORMATS.items() if f.read]
+    )
+    parser.add_argument("--to", required=True, choices=[n for n, f in FORMATS.items() if f.write])
+    parser.add_argument("--force", action="store_true", help="replace a target that is there")
+    reading = parser.add_argument_group("what a source does not say")
+    reading.add_argument(
+        "--names",
+        "--model-names",
+        type=Path,
+        metavar="FILE",
+        help="parameters' names in the optimizer's order: a JSON list, or one a line",
+    )
+    reading.add_argument(
+        "--weights", type=Path, metavar="FILE", help="weights of an optimizer that was saved by itself"
+    )
+    reading.add_argument("--variant", choices=sorted(VARIANTS), help="default: the one of the format")
+    reading.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of all groups, or max_grad_norm; the value in JSON",
+    )
+    reading.add_argument(
+        "--rename",
+        action="append",
+        default=[],
+        metavar="REGEX=REPLACEMENT",
+        help="tensorflow: of variables' names, before the table for BERT",
+    )
+    reading.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="deepspeed: let its code open pickles, which can run anything",
+    )
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Returns the exit code. One process does it all.
+
+    Raises:
+        ValueError, OSError, ImportError: a source that cannot be read, a target that is there, a wrong option.
+    """
+    source, target = FORMATS[chosen.form], FORMATS[chosen.to]
+    assert source.read is not None
+    assert target.write is not None
+    _check_options(chosen, source)
+    files.check_target(chosen.target, chosen.source, target.is_folder, chosen.force)
+    contents, notes = source.read(chosen)
+    contents = _set(contents, [_pair(given, "--set", "KEY=VALUE") for given in chosen.set])
+    notes += target.write(chosen.target, contents)
+    for note in notes:
+        print(f"note: {note}")
+    print(f"wrote {chosen.target} ({chosen.to}): {described(contents)}")
+    return 0
+
+
+def _check_options(chosen: argparse.Namespace, source: Format) -> None:
+    """Raises ValueError for an option that would have no effect."""
+    for option in (*_PLACES, "rename", "trust_pickle"):
+        if getattr(chosen, option) and option not in source.takes:
+            users = [name for name, form in FORMATS.items() if option in form.takes]
+            flag = option.replace("_", "-")
+            raise ValueError(
+                f"--{flag} is for --from {', '.join(users)}, and has no effect with {chosen.form}"
+            )
+
+
+def _pair(given: str, flag: str, form: str) -> tuple[str, str]:
+    key, separator, value = given.partition("=")
+    if not separator or not key:
+        raise ValueError(f"{flag} must be {form}, got {given!r}")
+    return key, value
+
+
+def _set(contents: Contents, given: Sequence[tuple[str, str]]) -> Contents:
+    """The contents with the user's options. Raises ValueError for those that are none."""
+    options, optimizer = {}, dict(contents.optimizer)
+    for key, text in given:
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"--set {key}={text}: the value is not JSON ({error}); strings need quotes"
+            ) from error
+        if key == "max_grad_norm":
+            check_max_grad_norm(value)
+            optimizer[key] = value
+        elif not contents.groups or key not in contents.groups[0]["options"]:
+            known = (
+                sorted(contents.groups[0]["options"])
+                if contents.groups
+                else "none, since it holds weights only"
+            )
+            raise ValueError(f"--set {key}: the options of this checkpoint are {known}, and max_grad_norm")
+        else:
+            options[key] = tuple(value) if isinstance(value, list) else value
+    groups = [{**group, "options": {**group["options"], **options}} for group in contents.groups]
+    for group in groups:
+        validate_group(group["options"])
+    return replace(contents, groups=groups, optimizer=optimizer)
+
+
+def described(contents: Contents) -> str:
+    """One line of what there is."""
+    elements = sum(value.numel() for value in contents.weights.values())
+    steps = sorted({int(state["step"]) for state in contents.states.values()})
+    masters = sum("master" in state for state in contents.states.values())
+    said = f"{len(contents.weights)} tensors of {elements:,} elements"
+    if not contents.states:
+        return f"{said}, weights only"
+    at = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+    return f"{said}, {len(contents.states)} with moments ({masters} with masters), {at}, {len(contents.groups)} groups"

@@ -1,0 +1,139 @@
+"""What formats share: weights and tied names, options of groups, masters where a format has no place for them."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.hyperparams import GROUP_OPTIONS, validate_group, variant_options
+from sharded_lamb.names import normalize
+
+Note = str
+"""One line for the user: what was lost, assumed or must be done by hand."""
+
+T = TypeVar("T")
+Converted = tuple[T, list[Note]]
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+CARRIED = ("initial_lr",)
+"""Keys that schedulers of torch put into groups, and expect there again."""
+
+
+def weights_of(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str], list[Note]]:
+    """A model's state dict → (tensors by the first of their names, {other name of a tied one: first}, notes).
+
+    Tied tensors are told by their memory, which torch.save keeps shared.
+    """
+    weights: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    notes = []
+    first: dict[tuple[Any, ...], str] = {}
+    for raw, value in state_dict.items():
+        name = normalize(str(raw))
+        if not isinstance(value, Tensor):
+            notes.append(f"{raw} of the model's state dict is a {type(value).__name__}, no tensor: left out")
+            continue
+        value = value.detach()
+        memory = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride())
+        if value.numel() and memory in first:
+            aliases[name] = first[memory]
+        else:
+            first[memory] = name
+            weights[name] = value
+    return weights, aliases, notes
+
+
+def state_dict_of(weights: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tensor]:
+    """The model's state dict: tied tensors under all their names, in one memory."""
+    return {**weights, **{name: weights[first] for name, first in aliases.items() if first in weights}}
+
+
+def widest_weights(contents: Contents) -> Converted[dict[str, Tensor]]:
+    """Weights for a format without masters: the masters themselves where there are any."""
+    masters = {name: state["master"] for name, state in contents.states.items() if "master" in state}
+    if not masters:
+        return dict(contents.weights), []
+    dtypes = sorted({_spoken(contents.weights[name].dtype) for name in masters})
+    wide = sorted({_spoken(master.dtype) for master in masters.values()})
+    note = (
+        f"{len(masters)} weights are written as their {'/'.join(wide)} masters, since the format has no place for "
+        f"masters beside {'/'.join(dtypes)} weights; the model rounds them when it loads them"
+    )
+    return {**contents.weights, **masters}, [note]
+
+
+def _spoken(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def group_options(variant: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a group: the variant's, over them ``given``.
+
+    Raises:
+        ValueError: no such variant, or an option out of range.
+    """
+    filled = variant_options(variant)
+    options = {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-6,
+        "weight_decay": 0.01,
+        "variant": variant,
+        **{name: filled[name] for name in GROUP_OPTIONS},
+        **given,
+    }
+    validate_group(options)
+    return options
+
+
+def scalars_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """lr, betas, eps and weight_decay as plain numbers, and what schedulers keep there."""
+    lr = group["lr"]
+    found: dict[str, Any] = {
+        "lr": lr.item() if isinstance(lr, Tensor) else float(lr),
+        "betas": tuple(float(beta) for beta in group["betas"]),
+        "eps": float(group["eps"]),
+        "weight_decay": float(group["weight_decay"]),
+    }
+    for key in CARRIED:
+        if key in group:
+            found[key] = float(group[key])
+    return found
+
+
+def moment_state(name: str, weight: Tensor, state: Mapping[str, Any], step: Any) -> dict[str, Tensor]:
+    """One parameter's state in our form. Moments of fp16 and bf16 become fp32, which is exact.
+
+    Raises:
+        ValueError: a moment is missing, or has another shape than the weight.
+    """
+    found = {"step": torch.as_tensor(step).detach().to("cpu", torch.float64, copy=True).reshape(())}
+    for kind in MOMENTS:
+        moment = state.get(kind)
+        if not isinstance(moment, Tensor):
+            raise ValueError(f"the state of {name!r} has no {kind}, only {sorted(map(str, state))}")
+        if moment.shape != weight.shape:
+            raise ValueError(
+                f"{kind} of {name!r} has shape {tuple(moment.shape)} and the weight {tuple(weight.shape)}: the names "
+                f"are not in the optimizer's order; give them with --names"
+            )
+        found[kind] = moment.detach().to(torch.promote_types(moment.dtype, torch.float32)).contiguous()
+    return found
+
+
+def left_out(contents: Contents) -> list[Note]:
+    """A note of what only this package's own formats hold."""
+    notes = []
+    if contents.extra:
+        notes.append(f"extra is left out: {', '.join(map(str, contents.extra))}")
+    if contents.optimizer.get("skipped_steps"):
+        notes.append(f"the count of skipped steps is left out: {contents.optimizer['skipped_steps']}")
+    return notes
+
+
+def differing(what: str, values: Iterable[Any], usual: Any, remark: str) -> list[Note]:
+    """A note where any of ``values`` is not ``usual``."""
+    odd = sorted({str(value) for value in values if value != usual})
+    return [f"{what}={', '.join(odd)}: {remark}"] if odd else []

@@ -1,0 +1,106 @@
+"""Files that formats live in: read without pickle's powers, written aside and renamed when whole."""
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sharded_lamb.checkpoint.manifest import MANIFEST
+
+
+def read_torch(path: Path) -> Mapping[str, Any]:
+    """A torch.save file, tensors on the CPU; nothing in it is run.
+
+    Raises:
+        ValueError: it holds more than tensors and plain data, or is damaged.
+        OSError: it cannot be read.
+    """
+    if not path.is_file():
+        raise OSError(f"{path} is not a file: expected what torch.save wrote")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read as tensors and plain data: {reason} Save it anew with "
+            f"torch.save({{'model': model.state_dict(), 'optimizer': optimizer.state_dict()}}, …)"
+        ) from error
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            f"{path} holds a {type(found).__name__}, expected a dict with 'model' and 'optimizer'"
+        )
+    return found
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Arrays of an .npz. Raises ValueError for objects in it, OSError where it cannot be read."""
+    if not path.is_file():
+        raise OSError(f"{path} is not a file: expected an .npz, as numpy.savez writes it")
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def read_names(path: Path) -> list[str]:
+    """A JSON list of strings, or a name a line. Raises ValueError, OSError."""
+    text = path.read_text()
+    if text.lstrip().startswith("["):
+        found = json.loads(text)
+        if not all(isinstance(name, str) for name in found):
+            raise ValueError(f"{path} must be a list of strings, got {found[:3]!r}")
+        return list(found)
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def check_target(target: Path, source: str, is_folder: bool, force: bool) -> None:
+    """Raises ValueError where writing would destroy what nobody asked to have destroyed."""
+    if not os.path.lexists(target):
+        return
+    if Path(source).exists() and target.resolve() == Path(source).resolve():
+        raise ValueError(f"{target} is the source itself: write elsewhere")
+    if not force:
+        raise ValueError(f"{target} is there already: give --force to replace it, or another target")
+    if target.is_dir() != is_folder:
+        kinds = ("folder", "file") if target.is_dir() else ("file", "folder")
+        raise ValueError(f"{target} is a {kinds[0]} and the format is a {kinds[1]}: write elsewhere")
+    if is_folder and any(target.iterdir()) and not (target / MANIFEST).is_file():
+        raise ValueError(
+            f"{target} is a folder that holds no checkpoint, and is not replaced: write elsewhere"
+        )
+
+
+def write_aside(target: Path, write: Callable[[Path], None]) -> None:
+    """``write`` a file under another name, then rename it: a target is whole or as it was. Raises OSError."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part")
+    try:
+        write(part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(target)
+        _sync_folder(target.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_torch(target: Path, content: Mapping[str, Any]) -> None:
+    write_aside(target, lambda part: torch.save(dict(content), part))
+
+
+def write_safetensors(target: Path, weights: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    write_aside(target, lambda part: save_file(weights, str(part), metadata={"format": "pt"}))

@@ -1,0 +1,228 @@
+"""``sharded-lamb inspect``: what is in a checkpoint, without a model; and whether it is as it was written."""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sharded_lamb.checkpoint import problem_with, tensorfile
+from sharded_lamb.checkpoint.contents import read_tensor
+from sharded_lamb.checkpoint.errors import CheckpointError
+from sharded_lamb.checkpoint.folder import Checkpoints
+from sharded_lamb.checkpoint.manifest import MANIFEST, SUMS, SavedTensor, read_manifest, read_sums
+
+SHOWN = 24
+"""Lines of a table before it is shortened."""
+
+_PIECE = 1 << 24  # elements turned to fp64 at once
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``inspect``."""
+    parser.description = "What is in a checkpoint: step, writer, files, tensors and their norms, options."
+    parser.add_argument("path", type=Path, help="a checkpoint's folder, or a run's, whose latest is shown")
+    parser.add_argument("--check", action="store_true", help="verify all hashes; exit 1 where one is wrong")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--all", action="store_true", help="do not shorten tables")
+    parser.add_argument("--no-norms", action="store_true", help="do not read the tensors")
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Returns the exit code.
+
+    Raises:
+        ValueError: there is no checkpoint, or without ``--check`` one that is damaged.
+    """
+    folder = checkpoint_of(chosen.path)
+    verdicts: dict[str, str] = {}
+    if chosen.check:
+        verdicts, problem = verified(folder)
+        if problem is not None:
+            wrong = {"path": str(folder), "files": verdicts, "problem": problem}
+            print(
+                json.dumps(wrong, indent=1)
+                if chosen.json
+                else "\n".join([*_verdicts(verdicts), f"broken: {problem}"])
+            )
+            return 1
+    found = contents_of(folder, norms=not chosen.no_norms)
+    if chosen.check:
+        found["check"] = verdicts
+    print(json.dumps(found, indent=1) if chosen.json else text(found, all_lines=chosen.all))
+    return 0
+
+
+def checkpoint_of(path: Path) -> Path:
+    """The checkpoint's folder itself, or what ``latest`` in a run's folder names. Raises ValueError."""
+    if not path.is_dir():
+        raise ValueError(
+            f"{path} is not a folder: name a checkpoint's, such as RUN/step-00001000, or the run's"
+        )
+    if (path / MANIFEST).exists() or (path / SUMS).exists():
+        return path
+    latest = Checkpoints(path).latest()
+    if latest is None:
+        raise ValueError(
+            f"{path} has neither {MANIFEST} nor latest: it is no checkpoint, and no folder of checkpoints"
+        )
+    return latest
+
+
+def verified(folder: Path) -> tuple[dict[str, str], str | None]:
+    """({file: verdict}, why the checkpoint cannot be used or None); reads every byte."""
+    try:
+        sums = read_sums(folder)
+    except CheckpointError as error:
+        return {}, str(error)
+    verdicts = {}
+    for name, digest in sorted(sums.items()):
+        try:
+            verdicts[name] = (
+                "ok" if tensorfile.sha256(folder / name) == digest else "another hash than when written"
+            )
+        except OSError as error:
+            verdicts[name] = f"cannot be read: {error.strerror}"
+    for path in sorted(folder.iterdir()):
+        if path.name not in (*sums, SUMS):
+            verdicts[path.name] = f"not listed in {SUMS}"
+    wrong = next(
+        (f"{folder / name}: {verdict}" for name, verdict in verdicts.items() if verdict != "ok"), None
+    )
+    return verdicts, wrong or problem_with(folder, hashes=False)
+
+
+def contents_of(folder: Path, *, norms: bool = True) -> dict[str, Any]:
+    """Everything that is shown, as JSON can hold it. Tensors are read one at a time, for their norms."""
+    found = read_manifest(folder)
+    tensors = {name: _tensor(folder, tensor, norms) for name, tensor in found.tensors.items()}
+    sizes = {MANIFEST: (folder / MANIFEST).stat().st_size, **found.files}
+    states = found.kinds()
+    held = [name for group in found.groups for name in group["names"]]
+    return {
+        "path": str(folder),
+        "step": found.optimizer.get("step"),
+        "written_by": dict(found.written_by),
+        "files": sizes,
+        "bytes": sum(sizes.values()),
+        "parameters": len(held) or len(found.model_names),
+        "elements": sum(math.prod(found.tensors[f"model.{n}"].shape) for n in found.model_names),
+        "with_state": len(states),
+        "with_masters": sum("master" in kinds for kinds in states.values()),
+        "aliases": dict(found.aliases),
+        "tensors": tensors,
+        "norms": _norms(tensors) if norms else None,
+        "groups": [{**group["options"], "parameters": len(group["names"])} for group in found.groups],
+        "optimizer": {key: value for key, value in found.optimizer.items() if key not in ("step", "model")},
+        "extra": _shape_of(found.extra),
+    }
+
+
+def _tensor(folder: Path, tensor: SavedTensor, norms: bool) -> dict[str, Any]:
+    return {
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "bytes": tensor.bytes,
+        "chunks": len(tensor.chunks),
+        "norm": _norm(read_tensor(folder, tensor)) if norms else None,
+    }
+
+
+def _norm(value: Tensor) -> float:
+    """In fp64, a piece at a time."""
+    flat = value.reshape(-1)
+    pieces = (flat[at : at + _PIECE] for at in range(0, len(flat), _PIECE))
+    return math.sqrt(sum(float(piece.double().square().sum()) for piece in pieces))
+
+
+def _norms(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Over all tensors of a kind."""
+    squares: dict[str, float] = {}
+    for name, tensor in tensors.items():
+        kind = _kind(name)
+        if kind is not None:
+            squares[kind] = squares.get(kind, 0.0) + tensor["norm"] ** 2
+    return {kind: math.sqrt(total) for kind, total in squares.items()}
+
+
+def _kind(name: str) -> str | None:
+    if name.startswith("model."):
+        return "weights"
+    kind = name.rsplit(".", 1)[-1]
+    return kind if name.startswith("optimizer.") and kind != "step" else None
+
+
+def _shape_of(extra: Any) -> Any:
+    """Keys and, of what is small, values."""
+    if not isinstance(extra, dict):
+        return extra
+    return {
+        key: sorted(map(str, value)) if isinstance(value, dict) and len(value) > 8 else value
+        for key, value in extra.items()
+    }
+
+
+# -- text ----------------------------------------------------------------------------------------------------
+
+
+def text(found: Mapping[str, Any], *, all_lines: bool = False) -> str:
+    """As `contents_of` gave it, for people."""
+    limit = None if all_lines else SHOWN
+    return "\n".join(
+        [
+            f"{found['path']}: step {found['step']}",
+            f"written by {_pairs(found['written_by'])}",
+            f"{found['parameters']} parameters, {found['with_state']} with moments, {found['with_masters']} with "
+            f"masters; {found['elements']:,} elements; {found['bytes']:,} bytes",
+            *([f"tied: {_pairs(found['aliases'])}"] if found["aliases"] else []),
+            *([f"norms: {_norm_pairs(found['norms'])}"] if found["norms"] else []),
+            "",
+            *_shortened([f"{size:>16,}  {name}" for name, size in found["files"].items()], limit),
+            "",
+            *_shortened(list(_table(found["tensors"])), limit),
+            "",
+            *[f"group {i}: {_pairs(group)}" for i, group in enumerate(found["groups"])],
+            f"optimizer: {_pairs(found['optimizer'])}",
+            f"extra: {json.dumps(found['extra'])}",
+            *(["", *_verdicts(found["check"])] if "check" in found else []),
+        ]
+    )
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_plain(value)}" for key, value in values.items()) or "-"
+
+
+def _plain(value: Any) -> str:
+    """Without the tags that checkpoints put around tuples."""
+    if isinstance(value, dict) and set(value) == {"__tuple__"}:
+        return str(tuple(value["__tuple__"]))
+    return str(value)
+
+
+def _norm_pairs(norms: Mapping[str, float]) -> str:
+    return ", ".join(f"{kind} {norm:.6g}" for kind, norm in norms.items())
+
+
+def _table(tensors: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    width = max((len(name) for name in tensors), default=4)
+    yield f"{'tensor':<{width}}  {'shape':<14} {'dtype':<9} {'bytes':>14} {'chunks':>6}  norm"
+    for name, tensor in tensors.items():
+        shape = "x".join(map(str, tensor["shape"])) or "()"
+        norm = "" if tensor["norm"] is None else f"{tensor['norm']:.6g}"
+        yield (
+            f"{name:<{width}}  {shape:<14} {tensor['dtype']:<9} {tensor['bytes']:>14,} {tensor['chunks']:>6}  {norm}"
+        ).rstrip()
+
+
+def _shortened(lines: list[str], limit: int | None) -> list[str]:
+    if limit is None or len(lines) <= limit:
+        return lines
+    return [*lines[: limit - 4], f"… {len(lines) - limit + 1:,} more (--all)", *lines[-3:]]
+
+
+def _verdicts(verdicts: Mapping[str, str]) -> list[str]:
+    return [f"{verdict:<8} {name}" for name, verdict in verdicts.items()]

@@ -1,0 +1,66 @@
+"""One file of everything for `Lamb`: ``torch.load(FILE, weights_only=True)`` → {"model", "optimizer", …}.
+
+``optimizer`` is what `Lamb.load_state_dict` and `ShardedLamb.load_full_state_dict` take.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.convert import positional
+from sharded_lamb.convert.common import Converted, group_options
+from sharded_lamb.hyperparams import variant_options
+
+_OWN_KEYS = ("params", "param_names")
+
+
+def from_lamb(file: Mapping[str, Any], names: Sequence[str] | None = None) -> Converted[Contents]:
+    """{"model", "optimizer"}, and "max_grad_norm", "skipped_steps", "extra" if they are there → contents.
+
+    Raises:
+        ValueError: parameters cannot be named; the state is one rank's slices.
+    """
+    read, notes = positional.read(file, names)
+    sliced = [name for name, state in read.raw_states.items() if "shard" in state]
+    if sliced:
+        raise ValueError(
+            f"the state of {sliced[0]!r} is one rank's slice, as ShardedLamb.state_dict() gives it: save what "
+            f"full_state_dict() gives on the first rank"
+        )
+
+    def options(group: Mapping[str, Any]) -> dict[str, Any]:
+        own = {key: value for key, value in group.items() if key not in _OWN_KEYS}
+        return group_options(own.get("variant", "lamb"), own)
+
+    states = read.states(lambda group, state: state["step"])
+    for name, state in states.items():
+        if "master" in read.raw_states[name]:
+            state["master"] = read.raw_states[name]["master"]
+    groups = read.named_groups(options)
+    clip = file.get("max_grad_norm")
+    if "max_grad_norm" not in file:
+        clip = variant_options(groups[0]["options"]["variant"])["max_grad_norm"] if groups else None
+        notes.append(
+            f"the file does not hold max_grad_norm: {clip}, as the variant has it; --set max_grad_norm=… for another"
+        )
+    optimizer = {"max_grad_norm": clip, "skipped_steps": int(file.get("skipped_steps", 0))}
+    return Contents(read.weights, states, groups, optimizer, dict(file.get("extra", {})), read.aliases), notes
+
+
+def to_lamb(contents: Contents) -> Converted[dict[str, Any]]:
+    """Contents → the file; nothing is lost."""
+    groups = [positional.PositionalGroup(group["names"], group["options"]) for group in contents.groups]
+    file = positional.write(contents.weights, contents.aliases, groups, contents.states)
+    masters = sum("master" in state for state in contents.states.values())
+    notes = []
+    if masters:
+        notes.append(
+            f"{masters} masters are in the optimizer's state, where ShardedLamb.load_full_state_dict takes them; Lamb "
+            f"has none and goes on from the rounded weights"
+        )
+    wide = {
+        "max_grad_norm": contents.optimizer.get("max_grad_norm"),
+        "skipped_steps": contents.optimizer.get("skipped_steps", 0),
+        "extra": contents.extra,
+    }
+    return {**file, **wide}, notes

@@ -1,0 +1,129 @@
+"""TensorFlow's LAMBOptimizer: an .npz of variables, their slots `<var>/lamb_m` and `<var>/lamb_v`, and global_step.
+
+BERT's names as Google's checkpoints have them become Hugging Face's; kernels are (in, out) there and (out, in) here, so
+they and their slots are transposed. `tf.train.load_checkpoint` reads the variables that ``numpy.savez`` writes.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.convert.common import Converted, Note, group_options, moment_state
+
+SLOTS = {"lamb_m": "exp_avg", "lamb_v": "exp_avg_sq", "adam_m": "exp_avg", "adam_v": "exp_avg_sq"}
+"""Google's ALBERT calls LAMB's slots adam_m and adam_v."""
+
+TRANSPOSED = re.compile(r"(^|/)kernel$")
+BERT: tuple[tuple[str, str], ...] = (
+    (r"^(bert/embeddings/\w+_embeddings)$", r"\1/weight"),
+    (r"(^|/)layer_(\d+)(?=/)", r"\1layer/\2"),
+    (r"/kernel$", "/weight"),
+    (r"/output_weights$", "/weight"),
+    (r"/output_bias$", "/bias"),
+    (r"/gamma$", "/weight"),
+    (r"/beta$", "/bias"),
+)
+"""Variable → Hugging Face's name, in turn; then slashes become dots."""
+
+TIED = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
+"""Names that Hugging Face's heads have beside TensorFlow's one variable."""
+
+EXCLUDED = ("LayerNorm", "layer_norm", "bias")
+"""What BERT's and ALBERT's pretraining excludes from decay."""
+
+
+def from_tensorflow(
+    arrays: Mapping[str, np.ndarray], renames: Sequence[tuple[str, str]] = (), variant: str | None = None
+) -> Converted[Contents]:
+    """{variable: array} → contents. ``renames``: (regex, replacement) on variables' names, before the table.
+
+    Raises:
+        ValueError: a variable with one slot, two variables of one name, or no slots at all.
+    """
+    variables = {
+        name: array for name, array in arrays.items() if _slot(name) is None and name != "global_step"
+    }
+    names = _names(list(variables), renames)
+    weights = {names[name]: _tensor(array, name) for name, array in variables.items()}
+    step = float(np.asarray(arrays["global_step"])) if "global_step" in arrays else None
+    raw: dict[str, dict[str, Tensor]] = {}
+    for name, array in arrays.items():
+        slot = _slot(name)
+        if slot is None:
+            continue
+        variable = name.rsplit("/", 1)[0]
+        if variable not in names:
+            raise ValueError(f"the file has {name} and no variable {variable}")
+        raw.setdefault(names[variable], {})[slot] = _tensor(array, variable)
+    if not raw:
+        raise ValueError(
+            f"the file has no slots {', '.join(SLOTS)}: its variables look like {next(iter(arrays), None)!r}"
+        )
+    if step is None:
+        raise ValueError(
+            "the file has no global_step, and LAMB's bias correction counts steps: add it to the .npz"
+        )
+    states = {name: moment_state(name, weights[name], state, step) for name, state in raw.items()}
+    options, notes = _options(weights, list(states), variant)
+    without = [name for name in weights if name not in states]
+    if without:
+        notes.append(
+            f"{len(without)} variables have no slots, and are in no group of the optimizer: {without[0]}"
+        )
+    tied = {name: first for name, first in TIED.items() if first in weights and _has_head(weights)}
+    groups = [{"names": list(states), "options": options}]
+    return Contents(weights, states, groups, {"max_grad_norm": None, "skipped_steps": 0}, {}, tied), notes
+
+
+def _has_head(weights: Mapping[str, Tensor]) -> bool:
+    return "cls.predictions.bias" in weights
+
+
+def _slot(name: str) -> str | None:
+    return SLOTS.get(name.rsplit("/", 1)[-1]) if "/" in name else None
+
+
+def _names(variables: Sequence[str], renames: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """{variable: our name}."""
+    found: dict[str, str] = {}
+    for variable in variables:
+        name = variable
+        for pattern, replacement in (*renames, *BERT):
+            name = re.sub(pattern, replacement, name)
+        name = name.replace("/", ".")
+        if name in found.values():
+            other = next(key for key, value in found.items() if value == name)
+            raise ValueError(
+                f"{variable} and {other} would both be called {name!r}: tell them apart with --rename"
+            )
+        found[variable] = name
+    return found
+
+
+def _tensor(array: np.ndarray, variable: str) -> Tensor:
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"{variable} is {array.dtype}, expected numbers")
+    tensor = torch.from_numpy(np.array(array))  # a copy: an .npz hands out what it may close
+    return tensor.t().contiguous() if TRANSPOSED.search(variable) and tensor.dim() == 2 else tensor
+
+
+def _options(
+    weights: Mapping[str, Tensor], trained: Sequence[str], variant: str | None
+) -> Converted[dict[str, Any]]:
+    patterns = tuple(p for p in EXCLUDED if any(re.search(p, name) for name in trained))
+    own = {} if variant else {"exclude_from_weight_decay": patterns, "exclude_from_layer_adaptation": None}
+    options = group_options(variant or "paper_v3", own)
+    notes: list[Note] = [
+        f"TensorFlow checkpoints hold no options: variant {options['variant']}, lr {options['lr']}, betas "
+        f"{options['betas']}, eps {options['eps']}, weight_decay {options['weight_decay']}, no decay and no adaptation "
+        f"for {', '.join(options['exclude_from_weight_decay']) or 'nothing'}; --set KEY=VALUE for others"
+    ]
+    return options, notes

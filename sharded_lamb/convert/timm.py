@@ -1,0 +1,124 @@
+"""timm's Lamb: moments by place, the step count in the group, excluded parameters in groups without decay."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.convert import positional
+from sharded_lamb.convert.common import (
+    Converted,
+    Note,
+    differing,
+    group_options,
+    left_out,
+    scalars_of,
+    widest_weights,
+)
+from sharded_lamb.convert.grouping import PlainGroup, lost_options, plain_groups
+
+_ITS_CLIP = (0.0, 1.0)  # trust_clip=True there: the ratio is at most 1
+
+
+def from_timm(
+    file: Mapping[str, Any], names: Sequence[str] | None = None, variant: str | None = None
+) -> Converted[Contents]:
+    """{"model", "optimizer"} → contents.
+
+    Raises:
+        ValueError: parameters cannot be named; options that no LAMB here has.
+    """
+    read, notes = positional.read(file, names)
+    for group in read.groups:
+        refused = [key for key in ("caution", "decoupled_decay") if group.get(key)]
+        if refused:
+            raise ValueError(
+                f"the file's Lamb had {refused[0]}=True, which is another update rule and is not implemented here: "
+                f"moments made under it would be continued otherwise"
+            )
+    clips = {group.get("max_grad_norm") for group in read.groups}
+    clip = next(iter(clips)) if len(clips) == 1 else read.groups[0].get("max_grad_norm")
+    if len(clips) > 1:
+        notes.append(
+            f"groups have max_grad_norm {sorted(map(str, clips))}, and clipping is over all: {clip} is taken"
+        )
+
+    def options(group: Mapping[str, Any]) -> dict[str, Any]:
+        own = {
+            "bias_correction": bool(group.get("bias_correction", True)),
+            "grad_averaging": bool(group.get("grad_averaging", True)),
+            "trust_clip": _ITS_CLIP if group.get("trust_clip") else None,
+            "adapt_without_decay": bool(group.get("always_adapt", False)),
+        }
+        return group_options(variant or "timm", {**scalars_of(group), **own})
+
+    contents = Contents(
+        read.weights,
+        read.states(lambda group, state: group.get("step", 0)),
+        read.named_groups(options),
+        {"max_grad_norm": clip, "skipped_steps": 0},
+        {},
+        read.aliases,
+    )
+    return contents, notes
+
+
+def to_timm(contents: Contents) -> Converted[dict[str, Any]]:
+    """Contents → {"model", "optimizer"}, the latter for ``timm.optim.Lamb.load_state_dict``."""
+    weights, notes = widest_weights(contents)
+    groups, cut = plain_groups(contents)
+    steps, behind = positional.group_steps([group.names for group in groups], contents.states)
+    clip = contents.optimizer.get("max_grad_norm")
+    packed = [
+        positional.PositionalGroup(group.names, {**_group(group, clip), "step": step})
+        for group, step in zip(groups, steps, strict=True)
+    ]
+    file = positional.write(weights, contents.aliases, packed, positional.moments(contents.states))
+    notes += [*cut, *behind, *_lost(groups), *left_out(contents)]
+    notes.append(f"timm reads max_grad_norm from its constructor: Lamb(…, max_grad_norm={clip})")
+    return file, notes
+
+
+def _group(group: PlainGroup, clip: float | None) -> dict[str, Any]:
+    options = group.options
+    return {
+        **scalars_of(options),
+        "weight_decay": group.weight_decay,
+        "bias_correction": options["bias_correction"] is not False,
+        "grad_averaging": options["grad_averaging"],
+        "max_grad_norm": clip,
+        "trust_clip": _clip_of(options) == _ITS_CLIP,
+        "always_adapt": group.adapts if group.weight_decay == 0 else bool(options["adapt_without_decay"]),
+        "caution": False,
+        "decoupled_decay": False,
+        "corrected_weight_decay": False,
+        "foreach": None,
+    }
+
+
+def _clip_of(options: Mapping[str, Any]) -> tuple[float, float] | None:
+    clip = options["trust_clip"]
+    return None if clip is None else (float(clip[0]), float(clip[1]))
+
+
+def _lost(groups: list[PlainGroup]) -> list[Note]:
+    notes = lost_options(groups, {"bias_correction", "grad_averaging", "trust_clip"}, "timm's Lamb")
+    notes += differing(
+        "bias_correction",
+        ["lr" for group in groups if group.options["bias_correction"] == "lr"],
+        True,
+        "timm's Lamb has it inside the ratio only: its updates will differ",
+    )
+    clips = [_clip_of(group.options) for group in groups]
+    notes += differing(
+        "trust_clip",
+        [clip for clip in clips if clip not in (None, _ITS_CLIP)],
+        None,
+        f"timm's Lamb has none or {_ITS_CLIP}: ratios will not be clipped",
+    )
+    fixed = [name for group in groups if group.weight_decay and not group.adapts for name in group.names]
+    if fixed:
+        notes.append(
+            f"timm's Lamb has a ratio wherever there is decay: {len(fixed)} parameters had decay and no ratio "
+            f"({fixed[0]}), and will have one"
+        )
+    return notes

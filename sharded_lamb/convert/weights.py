@@ -1,0 +1,86 @@
+"""safetensors: weights alone, a file or a folder as Hugging Face's ``save_pretrained`` writes it."""
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.convert.common import Converted, left_out, widest_weights
+from sharded_lamb.names import normalize
+
+ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def read_weights(source: str) -> dict[str, Tensor]:
+    """Tensors of a .safetensors file, of a folder that holds one or an index of several, or of a name on the Hub.
+
+    Raises:
+        ImportError: safetensors, or for a name huggingface_hub, is not installed.
+        ValueError, OSError: there is nothing of the kind.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _of_folder(path)
+    if path.is_file():
+        return _of_file(path)
+    if source.count("/") > 1 or source.startswith((".", "/")) or source.endswith(".safetensors"):
+        raise OSError(
+            f"{source} is not there: give a .safetensors file, a folder that holds one, or a name on the Hub"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ImportError(
+            f"{source} is no path, and names on the Hub need huggingface_hub: {error}"
+        ) from None
+    return _of_folder(Path(snapshot_download(source, allow_patterns=["*.safetensors", INDEX])))
+
+
+def _of_folder(folder: Path) -> dict[str, Tensor]:
+    if (folder / INDEX).is_file():
+        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        if any(Path(file).name != file for file in files):
+            raise ValueError(f"{folder / INDEX} names files outside its folder: {files}")
+        return {name: value for file in files for name, value in _of_file(folder / file).items()}
+    if (folder / ONE).is_file():
+        return _of_file(folder / ONE)
+    raise ValueError(f"{folder} has neither {ONE} nor {INDEX}")
+
+
+def _of_file(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(f"{path} needs safetensors: pip install safetensors ({error})") from None
+    try:
+        found: dict[str, Tensor] = load_file(str(path))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
+    return found
+
+
+def from_weights(weights: dict[str, Tensor]) -> Converted[Contents]:
+    """Weights → contents without an optimizer."""
+    named = {normalize(name): value for name, value in weights.items()}
+    note = "weights only: load the checkpoint with optimizer=None, and start the optimizer anew"
+    return Contents(named, {}, [], {"max_grad_norm": None, "skipped_steps": 0}, {}, {}), [note]
+
+
+def to_weights(contents: Contents) -> Converted[dict[str, Tensor]]:
+    """Contents → weights for one .safetensors file, each in memory of its own."""
+    weights, notes = widest_weights(contents)
+    if contents.states:
+        notes.append("safetensors hold weights only: moments, steps and options are left out")
+    if contents.aliases:
+        pairs = ", ".join(f"{name} = {first}" for name, first in list(contents.aliases.items())[:3])
+        notes.append(f"tied weights are written once ({pairs}): load with strict=False, and tie them again")
+    notes += left_out(contents)
+    return {name: _alone(value) for name, value in weights.items()}, notes
+
+
+def _alone(value: Tensor) -> Tensor:
+    """Row-major, in memory of its own: safetensors refuses shared memory."""
+    value = value.contiguous()
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
