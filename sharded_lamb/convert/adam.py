@@ -78,6 +78,10 @@ def to_adam(contents: Contents) -> Converted[dict[str, Any]]:
             contents.states.items(), positional.moments(contents.states).values(), strict=True
         )
     }
+    if any(group.weight_decay and not group.options["adam_w_mode"] for group in groups):
+        notes.append(
+            "decay is added to gradients: load it into Adam (AdamW decouples decay whatever a file says)"
+        )
     adapted = sum(len(group.names) for group in groups if group.adapts)
     if adapted:
         notes.append(

@@ -74,10 +74,8 @@ def _write_folder(target: Path, contents: Contents) -> list[Note]:
 def _read_deepspeed(chosen: argparse.Namespace) -> Converted[Contents]:
     if not chosen.trust_pickle:
         raise ValueError(WHY)
-    scratch = chosen.target.absolute().parent
-    scratch.mkdir(parents=True, exist_ok=True)
     names = None if chosen.names is None else files.read_names(chosen.names)
-    return read_deepspeed(Path(chosen.source), scratch, names, chosen.variant)
+    return read_deepspeed(Path(chosen.source), names, chosen.variant)
 
 
 def _read_tensorflow(chosen: argparse.Namespace) -> Converted[Contents]:

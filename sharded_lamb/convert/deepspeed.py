@@ -1,14 +1,11 @@
 """DeepSpeed's checkpoints (``engine.save_checkpoint``; ZeRO 0 to 3) → contents, read by DeepSpeed's own code.
 
-ZeRO 1 to 3: `deepspeed.checkpoint.ds_to_universal` puts masters and moments together from all ranks' partitions, in a
-folder that is deleted again; frozen weights of ZeRO 3 come from `deepspeed.utils.zero_to_fp32`. Step counts and options
-are read from the first rank's file.
+ZeRO 1 to 3: `deepspeed.utils.zero_to_fp32` puts masters together from all ranks' partitions, and moments likewise. Step
+counts and options are read from the first rank's file.
 """
 
-import argparse
 import contextlib
 import io
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,15 @@ from torch import Tensor
 
 from sharded_lamb.checkpoint.contents import Contents
 from sharded_lamb.convert import positional
-from sharded_lamb.convert.common import Converted, Note, group_options, moment_state, scalars_of, weights_of
+from sharded_lamb.convert.common import (
+    MOMENTS,
+    Converted,
+    Note,
+    group_options,
+    moment_state,
+    scalars_of,
+    weights_of,
+)
 from sharded_lamb.hyperparams import GROUP_OPTIONS
 from sharded_lamb.names import normalize
 
@@ -30,13 +35,14 @@ _COUNTS = ("global_steps", "global_samples")
 
 
 def read_deepspeed(
-    source: Path, scratch: Path, names: Sequence[str] | None = None, variant: str | None = None
+    source: Path, names: Sequence[str] | None = None, variant: str | None = None
 ) -> Converted[Contents]:
     """Contents of a checkpoint. Pickles are trusted.
 
     Args:
         source: the folder given to ``save_checkpoint``, whose ``latest`` is followed, or that of one tag.
-        scratch: a folder to put parts of 12 bytes an element into, for as long as this takes.
+        names: parameters' names in the optimizer's order, where ZeRO did not write them.
+        variant: of the options, where the optimizer was not this package's.
 
     Raises:
         ImportError: DeepSpeed is not installed.
@@ -48,31 +54,27 @@ def read_deepspeed(
         raise ImportError(
             f"reading DeepSpeed's checkpoints needs DeepSpeed: pip install deepspeed ({error})"
         ) from None
-    root, tag = _tagged(source)
-    folder = root / tag
+    folder = _tagged(source)
     if (folder / "zero").is_dir():
         raise ValueError(
             f"{folder} is a universal checkpoint, without step counts: give the one it was made from"
         )
-    first = _first_model_file(folder)
-    model = torch.load(first, map_location="cpu", weights_only=False)
+    model = _load(_first_model_file(folder))
     if model.get("mp_world_size", 1) != 1 or _parallel(model):
         raise ValueError(f"{folder} was written under tensor or pipeline parallelism, which is not supported")
-    files = sorted(folder.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt"))
-    if not files:
+    if not any(folder.glob("*_optim_states.pt")):
         return _of_whole(model, names, variant)
-    with tempfile.TemporaryDirectory(dir=scratch, prefix=".universal-") as made:
-        return _of_partitions(root, tag, files[0], model, Path(made), variant)
+    return _of_partitions(folder, model, variant)
 
 
-def _tagged(source: Path) -> tuple[Path, str]:
+def _tagged(source: Path) -> Path:
     if any(source.glob("*model_states.pt")):
-        return source.parent, source.resolve().name
+        return source
     if not (source / "latest").is_file():
         raise ValueError(
             f"{source} is no checkpoint of DeepSpeed: expected a folder with latest, or with *_model_states.pt in it"
         )
-    return source, (source / "latest").read_text().strip()
+    return source / (source / "latest").read_text().strip()
 
 
 def _first_model_file(folder: Path) -> Path:
@@ -90,53 +92,91 @@ def _parallel(model: Mapping[str, Any]) -> bool:
 # -- ZeRO 1, 2, 3 --------------------------------------------------------------------------------------------
 
 
-def _of_partitions(
-    root: Path, tag: str, optimizer_file: Path, model: Mapping[str, Any], made: Path, variant: str | None
-) -> Converted[Contents]:
-    optimizer = torch.load(optimizer_file, map_location="cpu", weights_only=False)["optimizer_state_dict"]
-    stage = int(optimizer["zero_stage"])
-    _to_universal(root / tag, made)
+def _of_partitions(folder: Path, model: Mapping[str, Any], variant: str | None) -> Converted[Contents]:
+    partitions = _Partitions(folder)
     shapes = model["param_shapes"]  # a {name: shape} a group, or a subgroup in ZeRO 3
-    base = optimizer["optimizer_state_dict"] if stage == 3 else optimizer["base_optimizer_state"]
+    base = partitions.bases[0]
     owners = _owners(base["param_groups"], len(shapes))
-    weights, aliases, notes = _weights(root, tag, model, made, shapes, stage)
+    masters = partitions.whole("fp32")
+    moments = {kind: partitions.whole(kind) for kind in MOMENTS}
+    weights, aliases, notes = _weights(model, masters, partitions.stage)
 
     states: dict[str, dict[str, Tensor]] = {}
     members: list[list[str]] = [[] for _ in base["param_groups"]]
     for place, part in enumerate(shapes):
         step = _step(base["state"].get(place, {}), base["param_groups"][owners[place]])
-        for raw, shape in part.items():
-            name = normalize(raw)
+        for name in map(normalize, part):
             members[owners[place]].append(name)
-            saved = {kind: _universal(made, raw, kind, shape) for kind in ("exp_avg", "exp_avg_sq")}
-            present = {kind: value for kind, value in saved.items() if value is not None}
-            if present:
-                states[name] = moment_state(name, weights[name], present, step)
-                master = _universal(made, raw, "fp32", shape)
-                if master is not None and weights[name].dtype != master.dtype:
-                    states[name]["master"] = master
+            own = {kind: whole[name] for kind, whole in moments.items() if name in whole}
+            states[name] = moment_state(name, weights[name], own, step)
+            if not torch.equal(masters[name].to(weights[name].dtype), weights[name]):
+                raise ValueError(
+                    f"the master of {name!r} that DeepSpeed's partitions hold is not the model's weight: parameters "
+                    f"lie there in another order than the checkpoint says"
+                )
+            if weights[name].dtype != masters[name].dtype:
+                states[name]["master"] = masters[name]
     options, said = _options(base["param_groups"], variant)
     groups = [{"names": names, "options": own} for names, own in zip(members, options, strict=True)]
-    wide = {"max_grad_norm": _clip(optimizer, model), "skipped_steps": int(model.get("skipped_steps", 0))}
-    left = _left_out(model)
-    return Contents(weights, states, groups, wide, _extra(model), aliases), notes + said + left
+    clip = _clip(partitions.optimizers[0], model)
+    wide = {"max_grad_norm": clip, "skipped_steps": int(model.get("skipped_steps", 0))}
+    return Contents(weights, states, groups, wide, _extra(model), aliases), notes + said + _left_out(model)
 
 
-def _to_universal(folder: Path, made: Path) -> None:
-    """DeepSpeed's converter, in this process."""
-    from deepspeed.checkpoint import ds_to_universal
+class _Partitions:
+    """The partitions of all ranks, put together by the functions of DeepSpeed's ``zero_to_fp32``.
 
-    arguments = argparse.Namespace(
-        input_folder=str(folder),
-        output_folder=str(made),
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=True,  # ZeRO 1 and 2 want client state that only Megatron writes, or this
-    )
-    with _silence():
-        ds_to_universal.main(arguments)
+    (Not by its `ds_to_universal`, which takes slices from a table that is wrong under ``round_robin_gradients``.)
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from deepspeed.utils import zero_to_fp32
+
+        with _silence():
+            files = zero_to_fp32.get_optim_files(str(folder))
+            self.optimizers = [_load(Path(file), mmap=True)["optimizer_state_dict"] for file in files]
+            self.models = zero_to_fp32.parse_model_states(zero_to_fp32.get_model_state_files(str(folder)))
+        self.stage = int(self.optimizers[0]["zero_stage"])
+        count = self.optimizers[0]["partition_count"]
+        self.world_size = max(count) if isinstance(count, list) else int(count)
+        if self.world_size != len(files):
+            raise ValueError(f"{folder} is of {self.world_size} ranks and has the partitions of {len(files)}")
+        key = "optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"
+        self.bases = [optimizer[key] for optimizer in self.optimizers]
+
+    def whole(self, kind: str) -> dict[str, Tensor]:
+        """{parameter: whole tensor} of "fp32" (masters; buffers and what is frozen with them) or of a moment."""
+        from deepspeed.utils import zero_to_fp32
+
+        flat = [self._flat(rank, kind) for rank in range(self.world_size)]
+        without_frozen = kind != "fp32"
+        with _silence():
+            if self.stage == 3:
+                found = zero_to_fp32._get_fp32_state_dict_from_zero3_checkpoint(
+                    self.world_size, flat, self.models, without_frozen
+                )
+            else:
+                paddings = self.optimizers[0].get("param_alignment_paddings")
+                found = zero_to_fp32._get_fp32_state_dict_from_zero2_checkpoint(
+                    self.world_size, flat, self.models, without_frozen, paddings
+                )
+            return {normalize(n): t for n, t in zero_to_fp32.to_torch_tensor(found).items()}
+
+    def _flat(self, rank: int, kind: str) -> list[Tensor]:
+        """A rank's partition of each group, or subgroup."""
+        if kind == "fp32":
+            key = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
+            return list(self.optimizers[rank][key])
+        state = self.bases[rank]["state"]
+        lacking = [place for place in sorted(state) if kind not in state[place]]
+        if lacking or not state:
+            raise ValueError(f"the checkpoint has no {kind} of all groups: its optimizer was no Adam or LAMB")
+        return [state[place][kind] for place in sorted(state)]
+
+
+def _load(file: Path, **options: Any) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = torch.load(file, map_location="cpu", weights_only=False, **options)
+    return found
 
 
 @contextlib.contextmanager
@@ -144,16 +184,6 @@ def _silence() -> Iterator[None]:
     """DeepSpeed's tools print, and draw progress bars of every tensor."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
-
-
-def _universal(made: Path, name: str, kind: str, shape: torch.Size) -> Tensor | None:
-    """One tensor that DeepSpeed's converter put together, flat under ZeRO 3; None where it found none."""
-    file = made / "zero" / name / f"{kind}.pt"
-    if not file.is_file():
-        return None
-    found = torch.load(file, map_location="cpu", weights_only=True)
-    value = found["param"] if isinstance(found, dict) else found
-    return value.reshape(shape) if isinstance(value, Tensor) else None
 
 
 def _owners(groups: Sequence[Mapping[str, Any]], parts: int) -> list[int]:
@@ -178,37 +208,15 @@ def _step(state: Mapping[str, Any], group: Mapping[str, Any]) -> Any:
 
 
 def _weights(
-    root: Path,
-    tag: str,
-    model: Mapping[str, Any],
-    made: Path,
-    shapes: Sequence[Mapping[str, torch.Size]],
-    stage: int,
+    model: Mapping[str, Any], masters: Mapping[str, Tensor], stage: int
 ) -> tuple[dict[str, Tensor], dict[str, str], list[Note]]:
-    """Weights in the model's dtype, buffers, frozen ones; and tied names."""
+    """Weights and buffers in the model's dtypes, and tied names. ZeRO 3 leaves placeholders of weights in the file."""
     tied = {normalize(name): normalize(first) for name, first in (model.get("shared_params") or {}).items()}
     weights, aliases, notes = weights_of(model["module"])
     weights = {name: value for name, value in weights.items() if name not in tied}
-    aliases |= tied
-    if stage == 3:  # the module holds placeholders
-        for raw, shape in (pair for part in shapes for pair in part.items()):
-            whole = _universal(made, raw, "fp32", shape)
-            assert whole is not None, f"DeepSpeed's converter left out {raw}"
-            weights[normalize(raw)] = whole.to(weights[normalize(raw)].dtype)
-        frozen = [normalize(name) for name in model.get("frozen_param_shapes") or {}]
-        if frozen:
-            whole_model = _whole_model(root, tag)
-            for name in frozen:
-                weights[name] = whole_model[name].to(weights[name].dtype)
-    return weights, aliases, notes
-
-
-def _whole_model(root: Path, tag: str) -> dict[str, Tensor]:
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    with _silence():
-        found = get_fp32_state_dict_from_zero_checkpoint(str(root), tag=tag)
-    return {normalize(name): value for name, value in found.items()}
+    if stage == 3:
+        weights = {name: masters[name].to(value.dtype) for name, value in weights.items()}
+    return weights, aliases | tied, notes
 
 
 # -- without ZeRO --------------------------------------------------------------------------------------------

@@ -98,7 +98,8 @@ def verified(folder: Path) -> tuple[dict[str, str], str | None]:
 def contents_of(folder: Path, *, norms: bool = True) -> dict[str, Any]:
     """Everything that is shown, as JSON can hold it. Tensors are read one at a time, for their norms."""
     found = read_manifest(folder)
-    tensors = {name: _tensor(folder, tensor, norms) for name, tensor in found.tensors.items()}
+    weights_first = sorted(found.tensors, key=lambda name: not name.startswith("model."))
+    tensors = {name: _tensor(folder, found.tensors[name], norms) for name in weights_first}
     sizes = {MANIFEST: (folder / MANIFEST).stat().st_size, **found.files}
     states = found.kinds()
     held = [name for group in found.groups for name in group["names"]]

@@ -1,0 +1,380 @@
+"""The command: what it refuses and says, names, and that a target is whole or as it was."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sharded_lamb import Lamb, ShardedLamb
+from sharded_lamb.__main__ import main
+from sharded_lamb.checkpoint import problem_with
+from sharded_lamb.checkpoint.contents import Contents, read_contents
+from sharded_lamb.convert import files
+from sharded_lamb.convert.command import FORMATS
+from tests.convert import cases
+from tests.test_readme import README
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Path:
+    return cases.saved(tmp_path / "ours", *cases.trained(max_grad_norm=2.0), epoch=3)
+
+
+def theirs(folder: Path, groups: int = 1) -> Path:
+    """Moments of an AdamW without names."""
+    model = cases.net()
+    own = list(model.parameters())
+    peer = torch.optim.AdamW([{"params": own[:2]}, {"params": own[2:]}] if groups == 2 else own)
+    cases.train(model, peer, range(2))
+    torch.save({"model": model.state_dict(), "optimizer": peer.state_dict()}, folder / "theirs")
+    return folder / "theirs"
+
+
+# -- targets -------------------------------------------------------------------------------------------------
+
+
+def test_a_target_is_not_overwritten_unasked(
+    ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "file"
+    target.write_text("precious")
+    command = (ours, target, "--from", "sharded_lamb", "--to", "lamb")
+    assert "is there already: give --force" in cases.refused(capsys, *command)
+    assert target.read_text() == "precious"
+    cases.convert(ours, target, "sharded_lamb", "lamb", "--force")
+    assert cases.load_file(target)["skipped_steps"] == 0
+
+
+def test_what_force_does_not_do(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "home"
+    folder.mkdir()
+    (folder / "precious").write_text("x")
+    command = ("--from", "sharded_lamb", "--force", "--to")
+    assert "holds no checkpoint" in cases.refused(capsys, ours, folder, *command, "sharded_lamb")
+    assert "is a folder and the format is a file" in cases.refused(capsys, ours, folder, *command, "lamb")
+    assert "is the source itself" in cases.refused(capsys, ours, ours, *command, "sharded_lamb")
+    assert (folder / "precious").read_text() == "x"
+    assert problem_with(ours) is None
+
+
+@pytest.mark.parametrize("to", ["lamb", "safetensors"])
+def test_a_target_is_whole_or_as_it_was(
+    to: str, ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(content: Any, path: Any, **keywords: Any) -> None:
+        Path(path).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    target = tmp_path / "file"
+    target.write_text("before")
+    monkeypatch.setattr(torch, "save", fails)
+    monkeypatch.setattr("safetensors.torch.save_file", fails)
+    command = (ours, target, "--from", "sharded_lamb", "--to", to, "--force")
+    assert "No space left on device" in cases.refused(capsys, *command)
+    assert target.read_text() == "before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "ours"]
+
+
+def test_a_source_that_is_damaged_leaves_no_target(
+    ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = ours / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    said = cases.refused(capsys, ours, tmp_path / "file", "--from", "sharded_lamb", "--to", "timm")
+    assert "shard-00000.safetensors" in said
+    assert not (tmp_path / "file").exists()
+
+
+# -- names ---------------------------------------------------------------------------------------------------
+
+
+def test_names_of_several_groups_must_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Positions of groups are not the model's order: norm.weight and norm.bias would be taken for each other."""
+    command = (theirs(tmp_path, groups=2), tmp_path / "ours", "--from", "adam", "--to", "sharded_lamb")
+    said = cases.refused(capsys, *command)
+    assert "2 groups are not in the model's order: give --names FILE" in said
+    assert "named_parameters()" in said
+    names = [name for name, _ in cases.net().named_parameters()]
+    for number, text in enumerate((json.dumps(names), "\n".join([*names, ""]))):
+        (tmp_path / f"names{number}").write_text(text)
+        cases.convert(*command[:2], "adam", "sharded_lamb", "--names", f"{tmp_path}/names{number}", "--force")
+        groups = read_contents(tmp_path / "ours").groups
+        assert [group["names"] for group in groups] == [names[:2], names[2:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda names: names[:-1], "has 6 names and the optimizer 7 parameters"),
+        (lambda names: [*names[:-1], "fc.bia"], "'fc.bia' is not in the model"),
+        (lambda names: [*names[:-1], names[0]], "is named twice"),
+        (lambda names: names[::-1], "the names are not in the optimizer's order"),
+        (lambda names: [*names[:-1], 3], "must be a list of strings"),
+    ],
+)
+def test_wrong_names(change: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [name for name, _ in cases.net().named_parameters()]
+    (tmp_path / "names").write_text(json.dumps(change(names)))
+    command = (theirs(tmp_path), tmp_path / "ours", "--from", "adam", "--to", "sharded_lamb")
+    assert message in cases.refused(capsys, *command, "--names", tmp_path / "names")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_one_group_is_in_the_models_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Buffers and tied names are told from parameters."""
+    cases.convert(theirs(tmp_path), tmp_path / "ours", "adam", "sharded_lamb")
+    assert "taken in the model's order, scale to head.bias" in capsys.readouterr().out
+    names = [name for name, _ in cases.net().named_parameters()]
+    assert read_contents(tmp_path / "ours").groups[0]["names"] == names
+
+
+def test_a_frozen_parameter_makes_the_order_doubtful(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = cases.net()
+    peer = torch.optim.Adam(list(model.parameters())[1:])
+    torch.save({"model": model.state_dict(), "optimizer": peer.state_dict()}, tmp_path / "theirs")
+    said = cases.refused(
+        capsys, tmp_path / "theirs", tmp_path / "ours", "--from", "adam", "--to", "sharded_lamb"
+    )
+    assert "its model has 7 tensors where the optimizer has 6 parameters: give --names" in said
+
+
+def test_weights_of_an_optimizer_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = cases.load_file(theirs(tmp_path))
+    torch.save(file["optimizer"], tmp_path / "alone")
+    torch.save(file["model"], tmp_path / "model")
+    command = (tmp_path / "alone", tmp_path / "ours", "--from", "adam", "--to", "sharded_lamb")
+    assert "give the weights with --weights" in cases.refused(capsys, *command)
+    cases.convert(*command[:2], "adam", "sharded_lamb", "--weights", str(tmp_path / "model"))
+    assert read_contents(tmp_path / "ours").states.keys() == {n for n, _ in cases.net().named_parameters()}
+
+
+# -- what is not read ----------------------------------------------------------------------------------------
+
+
+class Harmful:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("harm"),))
+
+
+def test_pickles_are_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Harmful(), "optimizer": {}}, tmp_path / "theirs")
+    for form in ("lamb", "timm", "adam", "apex"):
+        said = cases.refused(
+            capsys, tmp_path / "theirs", tmp_path / "x", "--from", form, "--to", "safetensors"
+        )
+        assert "cannot be read as tensors and plain data" in said
+    assert not (tmp_path / "harm").exists()
+
+
+def test_files_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text("hello")
+    torch.save([1], tmp_path / "list")
+    torch.save({"model": {}, "optimizer": {"a": 1}}, tmp_path / "empty")
+    for name, message in (
+        ("text", "cannot be read as tensors and plain data"),
+        ("list", "holds a list, expected a dict"),
+        ("empty", "expected state and param_groups"),
+        ("nothing", "is not a file"),
+    ):
+        said = cases.refused(capsys, tmp_path / name, tmp_path / "x", "--from", "timm", "--to", "lamb")
+        assert message in said
+
+
+def test_one_ranks_slices_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = cases.net()
+    optimizer = ShardedLamb(model.named_parameters())
+    states = {place: {**state} for place, state in optimizer.state_dict()["state"].items()}
+    plain = {p: {k: torch.zeros(3) for k in state} for p, state in states.items()}
+    groups = optimizer.state_dict()["param_groups"]
+    torch.save(
+        {"model": model.state_dict(), "optimizer": {"state": plain, "param_groups": groups}}, tmp_path / "f"
+    )
+    said = cases.refused(capsys, tmp_path / "f", tmp_path / "x", "--from", "lamb", "--to", "sharded_lamb")
+    assert "is one rank's slice" in said
+
+
+@pytest.mark.parametrize("switch", ["caution", "decoupled_decay"])
+def test_timms_other_rules_are_refused(
+    switch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = cases.load_file(theirs(tmp_path))
+    for group in file["optimizer"]["param_groups"]:
+        group[switch] = True
+    torch.save(file, tmp_path / "theirs")
+    said = cases.refused(capsys, tmp_path / "theirs", tmp_path / "x", "--from", "timm", "--to", "lamb")
+    assert f"{switch}=True, which is another update rule" in said
+
+
+# -- options -------------------------------------------------------------------------------------------------
+
+
+def test_options_without_effect_are_refused(
+    ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = (ours, tmp_path / "x", "--from", "sharded_lamb", "--to", "lamb")
+    for option in (["--variant", "timm"], ["--trust-pickle"], ["--rename", "a=b"], ["--names", "x"]):
+        assert "has no effect with sharded_lamb" in cases.refused(capsys, *command, *option)
+
+
+def test_set(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("--set", "lr=0.5", "--set", "betas=[0.8, 0.9]", "--set", "max_grad_norm=null")
+    cases.convert(ours, tmp_path / "new", "sharded_lamb", "sharded_lamb", *given)
+    found = read_contents(tmp_path / "new")
+    assert found.groups[0]["options"] == {
+        **read_contents(ours).groups[0]["options"],
+        "lr": 0.5,
+        "betas": (0.8, 0.9),
+    }
+    assert found.optimizer["max_grad_norm"] is None
+    command = (ours, tmp_path / "x", "--from", "sharded_lamb", "--to", "lamb", "--set")
+    for wrong, message in (
+        ("lr=-1", "lr must be a finite number >= 0"),
+        ("lr=fast", "the value is not JSON"),
+        ("rl=1", "the options of this checkpoint are"),
+        ("lr", "--set must be KEY=VALUE"),
+        ("max_grad_norm=0", "max_grad_norm must be a number > 0"),
+    ):
+        assert message in cases.refused(capsys, *command, wrong)
+
+
+# -- what is said --------------------------------------------------------------------------------------------
+
+SAID: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("timm", {"variant": "deepspeed"}, ["bias_correction=lr", "trust_clip=(0.01, 10.0)"]),
+    ("timm", {"weight_norm_clip": (0.0, 10.0)}, ["timm's Lamb has no weight_norm_clip=(0.0, 10.0)"]),
+    ("timm", {"eps_inside_sqrt": True}, ["timm's Lamb has no eps_inside_sqrt=True"]),
+    ("timm", {"adam_w_mode": False}, ["timm's Lamb has no adam_w_mode=False"]),
+    ("timm", {"exclude_from_layer_adaptation": ["fc"]}, ["2 parameters had decay and no ratio (fc.weight)"]),
+    ("timm", {"max_grad_norm": 2.0}, ["Lamb(…, max_grad_norm=2.0)", "extra is left out: epoch"]),
+    (
+        "adam",
+        {"max_grad_norm": 2.0},
+        ["Adam has no trust ratio: the updates of 7", "clip_grad_norm_(model.parameters(), 2"],
+    ),
+    ("adam", {"variant": "adamw", "grad_averaging": False}, ["Adam has no grad_averaging=False"]),
+    ("adam", {"variant": "adamw", "adam_w_mode": False}, ["load it into Adam"]),
+    ("apex", {"variant": "nvlamb"}, ["use_nvlamb=True, adam_w_mode=True, max_grad_norm=1.0"]),
+    ("apex", {"variant": "deepspeed"}, ["not on the learning rate", "FusedLAMB has no trust_clip"]),
+    (
+        "safetensors",
+        {},
+        ["weights only: moments", "tied weights are written once (head.weight = embed.weight)"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("to", "options", "messages"), SAID)
+def test_losses_are_said(
+    to: str, options: dict[str, Any], messages: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = cases.saved(tmp_path / "ours", *cases.trained(**options), epoch=3)
+    cases.convert(ours, tmp_path / "file", "sharded_lamb", to)
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    for message in messages:
+        assert any(message in note for note in notes), (message, notes)
+
+
+@pytest.mark.parametrize("to", ["timm", "apex"])
+def test_steps_that_differ_are_said(to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, optimizer = cases.trained(2)
+    model.fc.bias.grad = None
+    own = [p for name, p in model.named_parameters() if name != "fc.bias"]
+    for p in own:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    cases.saved(tmp_path / "ours", model, optimizer)
+    cases.convert(tmp_path / "ours", tmp_path / "file", "sharded_lamb", to)
+    assert "1 parameters that had fewer steps (fc.bias has 2) get their group's" in capsys.readouterr().out
+    assert cases.load_file(tmp_path / "file")["optimizer"]["param_groups"][0]["step"] == 3
+
+
+def test_a_parameter_without_state_has_none_there(tmp_path: Path) -> None:
+    model = cases.net()
+    optimizer = Lamb(model.named_parameters())
+    model.fc.bias.grad = torch.ones(6)
+    optimizer.step()
+    cases.saved(tmp_path / "ours", model, optimizer)
+    for form in ("lamb", "timm", "adam", "apex"):
+        back, _ = cases.through(tmp_path, form, tmp_path / "ours")
+        assert back.states.keys() == {"fc.bias"}
+        assert len(back.groups[0]["names"]) == 7
+
+
+# -- formats -------------------------------------------------------------------------------------------------
+
+
+def test_help_and_readme_have_the_same_directions(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    printed = capsys.readouterr().out.split("formats:", 1)[1]
+    for name, form in FORMATS.items():
+        yes = ["yes" if way else "-" for way in (form.read, form.write)]
+        assert re.search(rf"^ +{name} +{yes[0]} +{yes[1]} ", printed, re.MULTILINE), name
+        assert re.search(rf"^\| `{name}` \| {yes[0]} \| {yes[1]} \|", README, re.MULTILINE), name
+
+
+def test_safetensors_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From files whose tensors share one memory too; a folder as save_pretrained writes it."""
+    flat = torch.arange(10.0)
+    weights = {"a": flat[:4].view(2, 2), "b": flat[4:].bfloat16(), "n": torch.tensor(3)}
+    file = {
+        "model": {**weights, "tied": weights["a"]},
+        "optimizer": Lamb([torch.nn.Parameter(flat[:4].view(2, 2))]).state_dict(),
+    }
+    torch.save(file, tmp_path / "file")
+    (tmp_path / "names").write_text("a")
+    (tmp_path / "hub").mkdir()
+    target = tmp_path / "hub" / "model.safetensors"
+    cases.convert(tmp_path / "file", target, "lamb", "safetensors", "--names", f"{tmp_path}/names")
+    for source in (target, tmp_path / "hub"):
+        cases.convert(source, tmp_path / "back", "safetensors", "sharded_lamb", "--force")
+        found = read_contents(tmp_path / "back")
+        assert found.weights.keys() == weights.keys()
+        assert all(torch.equal(found.weights[name], value) for name, value in weights.items())
+        assert found.weights["b"].dtype == torch.bfloat16
+        assert (found.states, found.groups) == ({}, [])
+    assert "load the checkpoint with optimizer=None" in capsys.readouterr().out
+    missing = (tmp_path / "no.safetensors", tmp_path / "x", "--from", "safetensors", "--to", "lamb")
+    assert "is not there: give a .safetensors file" in cases.refused(capsys, *missing)
+
+
+def test_an_index_of_several_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
+    save_file({"b": torch.zeros(3)}, tmp_path / "two.safetensors")
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    cases.convert(tmp_path, tmp_path / "ours", "safetensors", "sharded_lamb")
+    assert {n: w.tolist() for n, w in read_contents(tmp_path / "ours").weights.items()} == {
+        "a": [1.0] * 2,
+        "b": [0.0] * 3,
+    }
+    index["weight_map"]["a"] = "../one.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    command = (tmp_path, tmp_path / "x", "--from", "safetensors", "--to", "sharded_lamb")
+    assert "names files outside its folder" in cases.refused(capsys, *command)
+
+
+def test_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    files.write_safetensors(tmp_path / "model.safetensors", {"a": torch.ones(2)})
+    asked: list[str] = []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    cases.convert("somebody/some-model", tmp_path / "ours", "safetensors", "sharded_lamb")
+    assert asked == ["somebody/some-model"]
+    found: Contents = read_contents(tmp_path / "ours")
+    assert found.weights.keys() == {"a"}

@@ -1,0 +1,160 @@
+"""Checkpoints that the real DeepSpeed writes in two ranks: what is read is what its engine held."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sharded_lamb import Lamb, checkpoint
+from sharded_lamb.checkpoint.contents import Contents, read_contents
+from tests.convert.cases import convert, refused
+from tests.deepspeed import cases
+from tests.harness import run_ranks
+
+GROUPS = [
+    ["embed.weight", "norm.bias", "fc.weight", "fc.bias"],
+    ["norm.weight", "scale"],
+    ["out.weight", "head.bias"],
+]
+"""`cases.groups_of`, by name."""
+
+
+def written(rank: int, stage: int, dtype: str, zero: dict[str, Any], folder: str) -> dict[str, Any]:
+    """A checkpoint after three steps; the optimizer's and the model's tensors as the engine itself gives them whole."""
+    model = cases.tiny()
+    config = cases.config(stage, dtype, zero=zero, gradient_clipping=0.7)
+    engine = cases.start(config, model, model_parameters=cases.groups_of(model))
+    for step in range(3):
+        engine.backward(engine(cases.tokens(rank, step)))
+        engine.step()
+    engine.save_checkpoint(folder, tag="three")
+    names = [name for name, _, _ in engine.basic_optimizer._rows]
+    found = {"full": engine.basic_optimizer.full_state_dict(), "names": names, "masters": {}}
+    if not zero.get("round_robin_gradients"):  # DeepSpeed's own access to masters is wrong then
+        found["masters"] = cases.masters(engine)
+    cases.stop(engine)
+    return found
+
+
+def check(found: Contents, engine: dict[str, Any], dtype: torch.dtype) -> None:
+    assert [sorted(group["names"]) for group in found.groups] == [sorted(group) for group in GROUPS]
+    trained = [name for group in GROUPS for name in group]
+    assert sorted(found.states) == sorted(trained)
+    for name in trained:
+        expected = engine["full"]["state"][engine["names"].index(name)]
+        for kind in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(found.states[name][kind], expected[kind]), (name, kind)
+        master: Tensor = expected["master"]
+        assert torch.equal(master.double(), engine["masters"].get(name, master.double())), name
+        assert found.weights[name].dtype == dtype
+        assert found.weights[name].shape == master.shape
+        assert torch.equal(found.weights[name], master.to(dtype)), name
+        if dtype == torch.float32:
+            assert "master" not in found.states[name]
+        else:
+            assert torch.equal(found.states[name]["master"], master), name
+            assert not torch.equal(master, master.to(dtype).float()), name
+    assert torch.equal(found.weights["frozen"], torch.ones(5, dtype=dtype))
+    assert found.aliases == {"head.weight": "embed.weight"}
+    assert [group["options"]["lr"] for group in found.groups] == [0.02, 0.05, 0.02]
+    assert [group["options"]["weight_decay"] for group in found.groups] == [0.1, 0.0, 0.1]
+    assert [group["options"]["betas"] for group in found.groups] == [(0.9, 0.99), (0.9, 0.99), (0.8, 0.95)]
+    assert found.optimizer["max_grad_norm"] == 0.7
+    assert found.extra == {"deepspeed": {"global_steps": 3, "global_samples": 12}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "zero"),
+    [
+        (0, "bf16", {}),
+        (1, "fp32", {}),
+        (1, "bf16", {}),
+        (2, "bf16", {"round_robin_gradients": True}),
+        (3, "fp32", {}),
+        (3, "bf16", {"sub_group_size": 500}),
+    ],
+)
+def test_what_is_read_is_what_the_engine_held(
+    stage: int, dtype: str, zero: dict[str, Any], tmp_path: Path
+) -> None:
+    engine, _ = run_ranks(2, written, stage, dtype, zero, str(tmp_path / "theirs"), timeout=300)
+    options = ["--trust-pickle"]
+    if stage == 0:  # the file knows parameters by place
+        (tmp_path / "names.json").write_text(json.dumps([name for group in GROUPS for name in group]))
+        options += ["--names", str(tmp_path / "names.json")]
+    source = tmp_path / "theirs" / ("three" if stage == 2 else "")  # a tag, or what latest names
+    convert(source, tmp_path / "ours", "deepspeed", "sharded_lamb", *options)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".json") == ["ours", "theirs"]
+    check(read_contents(tmp_path / "ours"), engine, torch.float32 if dtype == "fp32" else torch.bfloat16)
+
+    model = cases.tiny(seed=99)
+    own = dict(model.named_parameters())
+    optimizer = Lamb([{"params": [own[name] for name in group]} for group in GROUPS])
+    checkpoint.load(tmp_path / "ours", model, optimizer)
+    for name, p in model.named_parameters():
+        if p.requires_grad:  # fp32 here: masters are loaded
+            assert torch.equal(p, engine["full"]["state"][engine["names"].index(name)]["master"]), name
+            assert float(optimizer.state[p]["step"]) == 3.0
+
+
+def test_pickles_are_opened_only_when_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "theirs"
+    source.mkdir()
+    (source / "latest").write_text("three")
+    command = (source, tmp_path / "ours", "--from", "deepspeed", "--to", "sharded_lamb")
+    assert "give --trust-pickle if you trust it" in refused(capsys, *command)
+    assert "no file of model states" in refused(capsys, *command, "--trust-pickle")
+    (source / "latest").unlink()
+    assert "expected a folder with latest" in refused(capsys, *command, "--trust-pickle")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+
+
+def test_universal_and_parallel_checkpoints_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "theirs" / "one"
+    folder.mkdir(parents=True)
+    command = (folder, tmp_path / "ours", "--from", "deepspeed", "--to", "sharded_lamb", "--trust-pickle")
+    torch.save({"module": {}, "mp_world_size": 2}, folder / "mp_rank_00_model_states.pt")
+    assert "under tensor or pipeline parallelism" in refused(capsys, *command)
+    (folder / "zero").mkdir()
+    assert "is a universal checkpoint" in refused(capsys, *command)
+
+
+def test_options_of_deepspeeds_own_lamb(tmp_path: Path) -> None:
+    """Its kernel needs a GPU, so the file is laid out by hand, as deepspeed/ops/lamb/fused_lamb.py lays it out."""
+    folder = tmp_path / "theirs" / "one"
+    folder.mkdir(parents=True)
+    half = {"a": torch.randn(3, 2).half(), "b": torch.randn(4).half()}
+    masters = [value.float() + 1e-5 for value in half.values()]
+    moments = [{"step": 5, "exp_avg": m + 1, "exp_avg_sq": m.abs()} for m in masters]
+    group = {
+        "lr": 0.01,
+        "bias_correction": True,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "max_coeff": 0.5,
+        "min_coeff": 0.08,
+        "params": [0, 1],
+    }
+    optimizer = {
+        "optimizer_state_dict": {"state": dict(enumerate(moments)), "param_groups": [group]},
+        "fp32_groups": [masters],
+        "clip_grad": 1.0,
+    }
+    torch.save(
+        {"module": half, "optimizer": optimizer, "mp_world_size": 1}, folder / "mp_rank_00_model_states.pt"
+    )
+    convert(folder, tmp_path / "ours", "deepspeed", "sharded_lamb", "--trust-pickle")
+    found = read_contents(tmp_path / "ours")
+    options = found.groups[0]["options"]
+    assert (options["variant"], options["bias_correction"]) == ("deepspeed", "lr")
+    assert (options["trust_clip"], options["eps"]) == ((0.08, 0.5), 1e-8)
+    assert found.optimizer["max_grad_norm"] == 1.0
+    assert torch.equal(found.states["b"]["master"], masters[1])
+    assert float(found.states["a"]["step"]) == 5.0

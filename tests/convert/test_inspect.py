@@ -1,0 +1,142 @@
+"""``sharded-lamb inspect``: what it shows is what was saved, and what it verifies."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sharded_lamb import ShardedLamb, checkpoint
+from sharded_lamb.__main__ import main
+from tests.convert import cases
+from tests.harness import run_ranks
+
+
+def written(rank: int, folder: str) -> dict[str, Any]:
+    model = cases.net()
+    optimizer = ShardedLamb(model.named_parameters(), **cases.LAMB, stage=1, max_grad_norm=2.0)
+    cases.train(model, optimizer, range(3))
+    checkpoints = checkpoint.Checkpoints(folder)
+    checkpoints.save(3, model, optimizer, {"position": {"epoch": 2}})
+    full = optimizer.full_state_dict()
+    return {} if full is None else {"weights": dict(model.state_dict()), "states": full["state"]}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("run")
+    held, _ = run_ranks(2, written, str(folder))
+    return folder, held
+
+
+def inspect(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    capsys.readouterr()
+    code = main(["inspect", *map(str, arguments)])
+    return code, capsys.readouterr().out
+
+
+def norm(tensors: list[torch.Tensor]) -> float:
+    return float(torch.cat([tensor.double().flatten() for tensor in tensors]).norm())
+
+
+def test_what_is_shown_is_what_was_saved(
+    run: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a run's folder: ``latest`` is followed."""
+    folder, held = run
+    code, out = inspect(capsys, folder, "--json", "--check")
+    found = json.loads(out)
+    assert code == 0
+    assert found["path"] == str(folder / "step-00000003")
+    assert (found["step"], found["parameters"], found["with_state"], found["with_masters"]) == (3, 7, 7, 0)
+    assert found["written_by"]["ranks"] == 2
+    assert found["written_by"]["torch"] == torch.__version__
+    assert found["aliases"] == {"head.weight": "embed.weight"}
+    assert found["extra"] == {"position": {"epoch": 2}}
+    assert found["optimizer"]["max_grad_norm"] == 2.0
+    assert (found["groups"][0]["lr"], found["groups"][0]["parameters"]) == (0.02, 7)
+    files = {path.name: path.stat().st_size for path in (folder / "step-00000003").iterdir()}
+    assert {**found["files"], "SHA256SUMS": files["SHA256SUMS"]} == files
+    assert len(files) == 4
+    assert found["check"] == {name: "ok" for name in files if name != "SHA256SUMS"}
+
+    names = [name for name, _ in cases.net().named_parameters()]
+    weights = {name: value for name, value in held["weights"].items() if name != "head.weight"}
+    assert found["norms"]["weights"] == pytest.approx(norm(list(weights.values())), rel=1e-12)
+    for kind in ("exp_avg", "exp_avg_sq"):
+        moments = [held["states"][place][kind] for place in range(len(names))]
+        assert found["norms"][kind] == pytest.approx(norm(moments), rel=1e-12)
+        for name, moment in zip(names, moments, strict=True):
+            shown = found["tensors"][f"optimizer.{name}.{kind}"]
+            assert shown["shape"] == list(moment.shape)
+            assert shown["norm"] == pytest.approx(norm([moment]), rel=1e-12)
+    embed = found["tensors"]["model.embed.weight"]
+    assert (embed["dtype"], embed["bytes"]) == ("float32", 29 * 40 * 4)
+    assert any(tensor["chunks"] > 1 for tensor in found["tensors"].values())
+
+
+def test_text(run: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    path = run[0] / "step-00000003"
+    code, short = inspect(capsys, path)
+    assert code == 0
+    assert f"{path}: step 3" in short
+    assert "7 parameters, 7 with moments, 0 with masters" in short
+    assert "model.embed.weight" in short
+    assert "more (--all)" in short
+    _, long = inspect(capsys, path, "--all", "--no-norms")
+    assert "more (--all)" not in long
+    assert "norms:" not in long
+    assert long.count("optimizer.") == 21
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+@pytest.mark.parametrize("name", ["manifest.json", "shard-00000.safetensors", "shard-00001.safetensors"])
+def test_a_flipped_bit_is_found(
+    name: str,
+    form: list[str],
+    run: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    broken = shutil.copytree(run[0] / "step-00000003", tmp_path / "broken")
+    content = bytearray((broken / name).read_bytes())
+    content[-3] ^= 4
+    (broken / name).write_bytes(content)
+    code, out = inspect(capsys, broken, "--check", *form)
+    assert code == 1
+    assert f"{broken / name}: another hash than when written" in out
+    others = {"manifest.json", "shard-00000.safetensors", "shard-00001.safetensors"} - {name}
+    for other in others:
+        assert (f"ok       {other}" in out) is not bool(form)
+    if form:
+        assert json.loads(out)["files"] == {
+            name: "another hash than when written",
+            **dict.fromkeys(others, "ok"),
+        }
+
+
+def test_missing_and_foreign_files_are_found(
+    run: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = shutil.copytree(run[0] / "step-00000003", tmp_path / "broken")
+    (broken / "note.txt").write_text("x")
+    code, out = inspect(capsys, broken, "--check")
+    assert (code, "note.txt: not listed in SHA256SUMS" in out) == (1, True)
+    (broken / "note.txt").unlink()
+    (broken / "shard-00001.safetensors").unlink()
+    code, out = inspect(capsys, broken, "--check")
+    assert (code, "shard-00001.safetensors: cannot be read: No such file" in out) == (1, True)
+    (broken / "SHA256SUMS").unlink()
+    code, out = inspect(capsys, broken, "--check")
+    assert (code, "has no SHA256SUMS" in out) == (1, True)
+
+
+def test_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, message in (
+        (tmp_path, "has neither manifest.json nor latest"),
+        (tmp_path / "x", "is not a folder"),
+    ):
+        assert main(["inspect", str(path)]) == 2
+        assert message in capsys.readouterr().err
