@@ -42,7 +42,7 @@ def from_adam(
         )
     contents = Contents(
         read.weights,
-        read.states(lambda group, state: state.get("step", group.get("step", 0))),
+        read.states(lambda group, state: state.get("step", group.get("step"))),
         read.named_groups(options),
         {"max_grad_norm": None, "skipped_steps": 0},
         {},

@@ -41,7 +41,7 @@ def from_apex(
         }
         return group_options(variant or "apex", {**scalars_of(group), **own})
 
-    states = read.states(lambda group, state: group.get("step", 0))
+    states = read.states(lambda group, state: group.get("step"))
     if MASTERS in file:
         _add_masters(
             list(file[MASTERS]), [name for group in read.names for name in group], read.weights, states

@@ -208,6 +208,8 @@ def run(chosen: argparse.Namespace) -> int:
     _check_options(chosen, source)
     files.check_target(chosen.target, chosen.source, target.is_folder, chosen.force)
     contents, notes = source.read(chosen)
+    if not contents.groups and chosen.to not in ("sharded_lamb", "safetensors"):
+        raise ValueError(f"{chosen.source} holds weights only: convert it to sharded_lamb or safetensors")
     contents = _set(contents, [_pair(given, "--set", "KEY=VALUE") for given in chosen.set])
     notes += target.write(chosen.target, contents)
     for note in notes:

@@ -89,7 +89,16 @@ def group_options(variant: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scalars_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """lr, betas, eps and weight_decay as plain numbers, and what schedulers keep there."""
+    """lr, betas, eps and weight_decay as plain numbers, and what schedulers keep there.
+
+    Raises:
+        ValueError: the group is of an optimizer that has other options.
+    """
+    missing = [key for key in ("lr", "betas", "eps", "weight_decay") if key not in group]
+    if missing:
+        raise ValueError(
+            f"a parameter group has {sorted(group)} and no {missing[0]}: it is of another optimizer"
+        )
     lr = group["lr"]
     found: dict[str, Any] = {
         "lr": lr.item() if isinstance(lr, Tensor) else float(lr),
@@ -107,8 +116,12 @@ def moment_state(name: str, weight: Tensor, state: Mapping[str, Any], step: Any)
     """One parameter's state in our form. Moments of fp16 and bf16 become fp32, which is exact.
 
     Raises:
-        ValueError: a moment is missing, or has another shape than the weight.
+        ValueError: the step or a moment is missing, or has another shape than the weight.
     """
+    if step is None:
+        raise ValueError(
+            f"there is no step count of {name!r}: the file is of another optimizer than --from says"
+        )
     found = {"step": torch.as_tensor(step).detach().to("cpu", torch.float64, copy=True).reshape(())}
     for kind in MOMENTS:
         moment = state.get(kind)
@@ -128,6 +141,8 @@ def left_out(contents: Contents) -> list[Note]:
     notes = []
     if contents.extra:
         notes.append(f"extra is left out: {', '.join(map(str, contents.extra))}")
+    if contents.optimizer.get("model"):
+        notes.append(f"what is no tensor in the model is left out: {', '.join(contents.optimizer['model'])}")
     if contents.optimizer.get("skipped_steps"):
         notes.append(f"the count of skipped steps is left out: {contents.optimizer['skipped_steps']}")
     return notes

@@ -46,7 +46,7 @@ def read_deepspeed(
 
     Raises:
         ImportError: DeepSpeed is not installed.
-        ValueError: no such checkpoint, or one that cannot be read: tensor and pipeline parallelism, universal ones.
+        ValueError: no such checkpoint; a universal one; one of tensor, pipeline or expert parallelism.
     """
     try:
         import deepspeed  # noqa: F401
@@ -60,8 +60,10 @@ def read_deepspeed(
             f"{folder} is a universal checkpoint, without step counts: give the one it was made from"
         )
     model = _load(_first_model_file(folder))
-    if model.get("mp_world_size", 1) != 1 or _parallel(model):
-        raise ValueError(f"{folder} was written under tensor or pipeline parallelism, which is not supported")
+    if model.get("mp_world_size", 1) != 1 or _parallel(model) or any(folder.glob("*expert*")):
+        raise ValueError(
+            f"{folder} was written under tensor, pipeline or expert parallelism, which is not supported"
+        )
     if not any(folder.glob("*_optim_states.pt")):
         return _of_whole(model, names, variant)
     return _of_partitions(folder, model, variant)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sharded_lamb.checkpoint import problem_with, tensorfile
+from sharded_lamb.checkpoint import plain, problem_with, tensorfile
 from sharded_lamb.checkpoint.contents import read_tensor
 from sharded_lamb.checkpoint.errors import CheckpointError
 from sharded_lamb.checkpoint.folder import Checkpoints
@@ -17,6 +17,9 @@ from sharded_lamb.checkpoint.manifest import MANIFEST, SUMS, SavedTensor, read_m
 
 SHOWN = 24
 """Lines of a table before it is shortened."""
+
+_FEW = 16
+"""Entries of a dict or list in ``extra`` that are shown."""
 
 _PIECE = 1 << 24  # elements turned to fp64 at once
 
@@ -52,7 +55,7 @@ def run(chosen: argparse.Namespace) -> int:
     found = contents_of(folder, norms=not chosen.no_norms)
     if chosen.check:
         found["check"] = verdicts
-    print(json.dumps(found, indent=1) if chosen.json else text(found, all_lines=chosen.all))
+    print(_json(found) if chosen.json else text(found, all_lines=chosen.all))
     return 0
 
 
@@ -116,9 +119,9 @@ def contents_of(folder: Path, *, norms: bool = True) -> dict[str, Any]:
         "aliases": dict(found.aliases),
         "tensors": tensors,
         "norms": _norms(tensors) if norms else None,
-        "groups": [{**group["options"], "parameters": len(group["names"])} for group in found.groups],
-        "optimizer": {key: value for key, value in found.optimizer.items() if key not in ("step", "model")},
-        "extra": _shape_of(found.extra),
+        "groups": [{**_plain(group["options"]), "parameters": len(group["names"])} for group in found.groups],
+        "optimizer": {k: _plain(v) for k, v in found.optimizer.items() if k not in ("step", "model")},
+        "extra": _brief(_plain(found.extra)),
     }
 
 
@@ -156,14 +159,24 @@ def _kind(name: str) -> str | None:
     return kind if name.startswith("optimizer.") and kind != "step" else None
 
 
-def _shape_of(extra: Any) -> Any:
-    """Keys and, of what is small, values."""
-    if not isinstance(extra, dict):
-        return extra
-    return {
-        key: sorted(map(str, value)) if isinstance(value, dict) and len(value) > 8 else value
-        for key, value in extra.items()
-    }
+def _plain(value: Any) -> Any:
+    """Without the tags of `sharded_lamb.checkpoint.plain`; tensors by name."""
+    return plain.decoded(value, lambda name: f"tensor {name}")
+
+
+def _brief(value: Any) -> Any:
+    """Keys, and values that are small."""
+    if isinstance(value, dict):
+        if len(value) > _FEW:
+            return f"{len(value)} entries: {', '.join(map(str, list(value)[:_FEW]))}, …"
+        return {str(key): _brief(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple) and len(value) > _FEW:
+        return f"{len(value)} entries"
+    return value
+
+
+def _json(found: Mapping[str, Any]) -> str:
+    return json.dumps(found, indent=1, default=str)
 
 
 # -- text ----------------------------------------------------------------------------------------------------
@@ -187,21 +200,14 @@ def text(found: Mapping[str, Any], *, all_lines: bool = False) -> str:
             "",
             *[f"group {i}: {_pairs(group)}" for i, group in enumerate(found["groups"])],
             f"optimizer: {_pairs(found['optimizer'])}",
-            f"extra: {json.dumps(found['extra'])}",
+            f"extra: {json.dumps(found['extra'], default=str)}",
             *(["", *_verdicts(found["check"])] if "check" in found else []),
         ]
     )
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {_plain(value)}" for key, value in values.items()) or "-"
-
-
-def _plain(value: Any) -> str:
-    """Without the tags that checkpoints put around tuples."""
-    if isinstance(value, dict) and set(value) == {"__tuple__"}:
-        return str(tuple(value["__tuple__"]))
-    return str(value)
+    return ", ".join(f"{key} {value}" for key, value in values.items()) or "-"
 
 
 def _norm_pairs(norms: Mapping[str, float]) -> str:

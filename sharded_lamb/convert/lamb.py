@@ -4,11 +4,12 @@
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sharded_lamb.checkpoint.contents import Contents
 from sharded_lamb.convert import positional
-from sharded_lamb.convert.common import Converted, group_options
+from sharded_lamb.convert.common import Converted, group_options, left_out
 from sharded_lamb.hyperparams import variant_options
 
 _OWN_KEYS = ("params", "param_names")
@@ -32,7 +33,7 @@ def from_lamb(file: Mapping[str, Any], names: Sequence[str] | None = None) -> Co
         own = {key: value for key, value in group.items() if key not in _OWN_KEYS}
         return group_options(own.get("variant", "lamb"), own)
 
-    states = read.states(lambda group, state: state["step"])
+    states = read.states(lambda group, state: state.get("step"))
     for name, state in states.items():
         if "master" in read.raw_states[name]:
             state["master"] = read.raw_states[name]["master"]
@@ -48,11 +49,11 @@ def from_lamb(file: Mapping[str, Any], names: Sequence[str] | None = None) -> Co
 
 
 def to_lamb(contents: Contents) -> Converted[dict[str, Any]]:
-    """Contents → the file; nothing is lost."""
+    """Contents → the file; nothing is lost but what is no tensor in the model."""
     groups = [positional.PositionalGroup(group["names"], group["options"]) for group in contents.groups]
     file = positional.write(contents.weights, contents.aliases, groups, contents.states)
     masters = sum("master" in state for state in contents.states.values())
-    notes = []
+    notes = left_out(replace(contents, extra={}, optimizer={**contents.optimizer, "skipped_steps": 0}))
     if masters:
         notes.append(
             f"{masters} masters are in the optimizer's state, where ShardedLamb.load_full_state_dict takes them; Lamb "

@@ -61,6 +61,8 @@ def read(file: Mapping[str, Any], names: Sequence[str] | None) -> Converted[Posi
         )
     weights, aliases, notes = weights_of(model)
     groups = list(optimizer["param_groups"])
+    if not groups:
+        raise ValueError("the optimizer's state dict has no parameter groups")
     places = [place for group in groups for place in group["params"]]
     flat, how = _flat_names(groups, places, weights, names)
     flat = [aliases.get(normalize(name), normalize(name)) for name in flat]

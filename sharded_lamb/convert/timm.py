@@ -53,7 +53,7 @@ def from_timm(
 
     contents = Contents(
         read.weights,
-        read.states(lambda group, state: group.get("step", 0)),
+        read.states(lambda group, state: group.get("step")),
         read.named_groups(options),
         {"max_grad_norm": clip, "skipped_steps": 0},
         {},

@@ -2,13 +2,14 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from sharded_lamb import Lamb, ShardedLamb
+from sharded_lamb import Lamb, ShardedLamb, checkpoint
 from sharded_lamb.__main__ import main
 from sharded_lamb.checkpoint import problem_with
 from sharded_lamb.checkpoint.contents import Contents, read_contents
@@ -308,6 +309,43 @@ def test_a_parameter_without_state_has_none_there(tmp_path: Path) -> None:
         assert len(back.groups[0]["names"]) == 7
 
 
+# -- files of another optimizer than was said ------------------------------------------------------------------
+
+
+def test_an_adam_is_not_taken_for_timms_lamb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its steps are elsewhere: it would have gone on from step 0."""
+    for form in ("timm", "apex"):
+        command = (theirs(tmp_path), tmp_path / "x", "--from", form, "--to", "lamb")
+        assert "there is no step count of 'scale'" in cases.refused(capsys, *command)
+
+
+def test_an_sgd_is_not_taken_for_an_adam(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = cases.net()
+    peer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    file = {"model": model.state_dict(), "optimizer": peer.state_dict()}
+    torch.save(file, tmp_path / "fresh")
+    cases.train(model, peer, range(1))
+    torch.save({**file, "optimizer": peer.state_dict()}, tmp_path / "moved")
+    file["optimizer"]["param_groups"] = []
+    torch.save(file, tmp_path / "empty")
+    for name, message in (
+        ("fresh", "and no betas: it is of another optimizer"),
+        ("moved", "there is no step count"),
+        ("empty", "has no parameter groups"),
+    ):
+        assert message in cases.refused(
+            capsys, tmp_path / name, tmp_path / "x", "--from", "adam", "--to", "lamb"
+        )
+
+
+def test_weights_alone_are_no_optimizer(
+    ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases.convert(ours, tmp_path / "w.safetensors", "sharded_lamb", "safetensors")
+    command = (tmp_path / "w.safetensors", tmp_path / "x", "--from", "safetensors", "--to", "timm")
+    assert "holds weights only" in cases.refused(capsys, *command)
+
+
 # -- formats -------------------------------------------------------------------------------------------------
 
 
@@ -319,6 +357,23 @@ def test_help_and_readme_have_the_same_directions(capsys: pytest.CaptureFixture[
         yes = ["yes" if way else "-" for way in (form.read, form.write)]
         assert re.search(rf"^ +{name} +{yes[0]} +{yes[1]} ", printed, re.MULTILINE), name
         assert re.search(rf"^\| `{name}` \| {yes[0]} \| {yes[1]} \|", README, re.MULTILINE), name
+
+
+def test_commands_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In turn, as they stand there."""
+    model, optimizer = cases.trained(3, variant="timm")
+    checkpoint.Checkpoints(tmp_path / "runs" / "mine").save(3, model, optimizer)
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^sharded-lamb (?:inspect|convert) .*$", README, flags=re.MULTILINE)
+    assert len(lines) == 5
+    for line in lines:
+        assert main(shlex.split(line, comments=True)[1:]) == 0, line
+    own = cases.net(seed=9)
+    again = Lamb(own.named_parameters())
+    checkpoint.load("runs/theirs", own, again)
+    assert again.param_groups[0]["lr"] == 1e-3
+    for p, other in zip(own.parameters(), model.parameters(), strict=True):
+        assert torch.equal(again.state[p]["exp_avg"], optimizer.state[other]["exp_avg"])
 
 
 def test_safetensors_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,7 +119,7 @@ def test_universal_and_parallel_checkpoints_are_refused(
     folder.mkdir(parents=True)
     command = (folder, tmp_path / "ours", "--from", "deepspeed", "--to", "sharded_lamb", "--trust-pickle")
     torch.save({"module": {}, "mp_world_size": 2}, folder / "mp_rank_00_model_states.pt")
-    assert "under tensor or pipeline parallelism" in refused(capsys, *command)
+    assert "under tensor, pipeline or expert parallelism" in refused(capsys, *command)
     (folder / "zero").mkdir()
     assert "is a universal checkpoint" in refused(capsys, *command)
 
