@@ -271,8 +271,12 @@ def _options(groups: Sequence[Mapping[str, Any]], variant: str | None) -> Conver
     if lamb:
         return [group_options(variant or "deepspeed", _of_their_lamb(group)) for group in groups], []
     taken = variant or "adamw"
-    note = f"the optimizer is neither ShardedLamb nor DeepSpeed's Lamb: variant {taken} is assumed; --variant for more"
-    return [group_options(taken, scalars_of(group)) for group in groups], [note]
+    note = (
+        f"the optimizer is neither ShardedLamb nor DeepSpeed's Lamb: variant {taken} is assumed (--variant)"
+    )
+    mode = "decoupled_weight_decay"  # torch's; DeepSpeed's own Adam decouples unless told otherwise
+    own = [{**scalars_of(group), "adam_w_mode": bool(group.get(mode, True))} for group in groups]
+    return [group_options(taken, options) for options in own], [note]
 
 
 def _of_their_lamb(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,6 +101,10 @@ def write_torch(target: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_safetensors(target: Path, weights: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
+    """Raises ImportError where safetensors is not installed, OSError."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise ImportError(f"{target} needs safetensors: pip install safetensors ({error})") from None
 
     write_aside(target, lambda part: save_file(weights, str(part), metadata={"format": "pt"}))

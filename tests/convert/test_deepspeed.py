@@ -39,6 +39,30 @@ def written(rank: int, stage: int, dtype: str, zero: dict[str, Any], folder: str
     return found
 
 
+def adam_written(rank: int, stage: int, folder: str) -> dict[str, dict[str, Tensor]]:
+    """An AdamW under ZeRO; its state by DeepSpeed's own access to it."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    model = cases.tiny()
+    adam = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
+    config = cases.config(stage, "bf16", optimizer=adam)
+    groups = (
+        {"model_parameters": cases.groups_of(model)} if stage == 3 else {}
+    )  # its access below fails for later ones
+    engine = cases.start(config, model, **groups)
+    for step in range(3):
+        engine.backward(engine(cases.tokens(rank, step)))
+        engine.step()
+    engine.save_checkpoint(folder, tag="three")
+    found = {}
+    for name, p in engine.module.named_parameters():
+        if p.requires_grad:
+            moments = {k: safe_get_full_optimizer_state(p, k).clone() for k in ("exp_avg", "exp_avg_sq")}
+            found[name] = {"master": safe_get_full_fp32_param(p).clone(), **moments}
+    cases.stop(engine)
+    return found
+
+
 def check(found: Contents, engine: dict[str, Any], dtype: torch.dtype) -> None:
     assert [sorted(group["names"]) for group in found.groups] == [sorted(group) for group in GROUPS]
     trained = [name for group in GROUPS for name in group]
@@ -98,6 +122,45 @@ def test_what_is_read_is_what_the_engine_held(
         if p.requires_grad:  # fp32 here: masters are loaded
             assert torch.equal(p, engine["full"]["state"][engine["names"].index(name)]["master"]), name
             assert float(optimizer.state[p]["step"]) == 3.0
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_adam_under_zero(stage: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine, _ = run_ranks(2, adam_written, stage, str(tmp_path / "theirs"), timeout=300)
+    convert(tmp_path / "theirs", tmp_path / "ours", "deepspeed", "sharded_lamb", "--trust-pickle")
+    assert "neither ShardedLamb nor DeepSpeed's Lamb: variant adamw is assumed" in capsys.readouterr().out
+    found = read_contents(tmp_path / "ours")
+    assert found.states.keys() == engine.keys()
+    for name, state in found.states.items():
+        assert float(state.pop("step")) == 3.0
+        assert all(torch.equal(value, engine[name][kind]) for kind, value in state.items()), name
+        assert state.keys() == engine[name].keys()
+    assert {group["options"]["variant"] for group in found.groups} == {"adamw"}
+    decays = [group["options"]["weight_decay"] for group in found.groups]
+    assert decays == ([0.01, 0.0, 0.01] if stage == 3 else [0.01])
+
+
+def test_partitions_in_another_order_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Masters must be what the model's weights are, or moments would be other parameters'; and all ranks be there."""
+    run_ranks(2, written, 1, "bf16", {}, str(tmp_path / "theirs"), timeout=300)
+    file = tmp_path / "theirs" / "three" / "mp_rank_00_model_states.pt"
+    model = torch.load(file, weights_only=False)
+    first = model["param_shapes"][0]
+    first.move_to_end("norm.bias")
+    torch.save(model, file)
+    command = (
+        tmp_path / "theirs",
+        tmp_path / "ours",
+        "--from",
+        "deepspeed",
+        "--to",
+        "lamb",
+        "--trust-pickle",
+    )
+    assert "is not the model's weight" in refused(capsys, *command)
+    (file.parent / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    assert "is of 2 ranks and has the partitions of 1" in refused(capsys, *command)
+    assert not (tmp_path / "ours").exists()
 
 
 def test_pickles_are_opened_only_when_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

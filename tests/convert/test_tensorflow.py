@@ -141,6 +141,7 @@ def test_a_bert_goes_on_as_it_would_have_there(
 
 
 def test_other_names_by_rename(tmp_path: Path) -> None:
+    """Names are renamed as TensorFlow has them, before kernels are called weights."""
     arrays = {
         "global_step": np.int64(7),
         "tower/fc/kernel": np.arange(6.0, dtype=np.float32).reshape(2, 3),
@@ -149,7 +150,7 @@ def test_other_names_by_rename(tmp_path: Path) -> None:
         "tower/fc/scale": np.ones(2, np.float32),
     }
     np.savez(tmp_path / "file.npz", **arrays)
-    rename = ("--rename", r"^tower/=model/")
+    rename = ("--rename", r"^tower/(\w+)/(kernel|scale)=model/\1/\2")
     cases.convert(tmp_path / "file.npz", tmp_path / "ours", "tensorflow", "sharded_lamb", *rename)
     found = read_contents(tmp_path / "ours")
     assert found.weights["model.fc.weight"].tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
