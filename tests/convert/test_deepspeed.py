@@ -40,11 +40,12 @@ def written(rank: int, stage: int, dtype: str, zero: dict[str, Any], folder: str
 
 
 def adam_written(rank: int, stage: int, folder: str) -> dict[str, dict[str, Tensor]]:
-    """An AdamW under ZeRO; its state by DeepSpeed's own access to it."""
+    """An Adam (stage 1) or AdamW (stage 3) under ZeRO; its state by DeepSpeed's own access to it."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     model = cases.tiny()
-    adam = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
+    params = {"lr": 1e-2, "weight_decay": 0.01, "torch_adam": True, "adam_w_mode": stage == 3}
+    adam = {"type": "Adam", "params": params}
     config = cases.config(stage, "bf16", optimizer=adam)
     groups = (
         {"model_parameters": cases.groups_of(model)} if stage == 3 else {}
@@ -136,6 +137,7 @@ def test_an_adam_under_zero(stage: int, tmp_path: Path, capsys: pytest.CaptureFi
         assert all(torch.equal(value, engine[name][kind]) for kind, value in state.items()), name
         assert state.keys() == engine[name].keys()
     assert {group["options"]["variant"] for group in found.groups} == {"adamw"}
+    assert {group["options"]["adam_w_mode"] for group in found.groups} == {stage == 3}
     decays = [group["options"]["weight_decay"] for group in found.groups]
     assert decays == ([0.01, 0.0, 0.01] if stage == 3 else [0.01])
 
