@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -197,11 +198,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Returns the exit code. One process does it all.
+    """Returns the exit code. One process does it all: under torchrun the first, and the others leave.
 
     Raises:
         ValueError, OSError, ImportError: a source that cannot be read, a target that is there, a wrong option.
     """
+    if int(os.environ.get("RANK", "0")):
+        return 0
     source, target = FORMATS[chosen.form], FORMATS[chosen.to]
     assert source.read is not None
     assert target.write is not None

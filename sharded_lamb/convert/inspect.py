@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Returns the exit code.
+    """Returns the exit code. Under torchrun the first rank does it all.
 
     Raises:
         ValueError: there is no checkpoint, or without ``--check`` one that is damaged.
     """
+    if int(os.environ.get("RANK", "0")):
+        return 0
     folder = checkpoint_of(chosen.path)
     verdicts: dict[str, str] = {}
     if chosen.check:

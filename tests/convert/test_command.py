@@ -88,6 +88,16 @@ def test_a_source_that_is_damaged_leaves_no_target(
     assert not (tmp_path / "file").exists()
 
 
+def test_one_rank_does_it(
+    ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    cases.convert(ours, tmp_path / "file", "sharded_lamb", "lamb")
+    assert main(["inspect", str(ours)]) == 0
+    assert not (tmp_path / "file").exists()
+    assert capsys.readouterr().out == ""
+
+
 # -- names ---------------------------------------------------------------------------------------------------
 
 
