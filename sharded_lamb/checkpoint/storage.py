@@ -116,7 +116,7 @@ class Writer(StorageWriter):
         stored: list[WriteResult] = []
         if plan.items:
             path = aside(self.target) / f"shard-{plan.storage_data:05d}.safetensors"
-            if not path.parent.is_dir():
+            if path.parent.name not in _listed(self.target.parent):
                 raise OSError(
                     f"{path.parent}, which the first rank has made, is not there on host {socket.gethostname()}: "
                     f"checkpoints need a folder that all ranks see"
@@ -136,6 +136,7 @@ class Writer(StorageWriter):
         stored = {result.index: result.storage_data for rank in results for result in rank}
         files = {one.file.file: one.file for one in stored.values()}
         part = aside(self.target)
+        _listed(part)
         for file in files.values():
             found = (part / file.file).stat().st_size
             if found != file.bytes:
@@ -178,6 +179,14 @@ class Writer(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return isinstance(checkpoint_id, str | os.PathLike)
+
+
+def _listed(folder: Path) -> list[str]:
+    """What is in a folder now: listing it makes NFS ask its server what this host may remember otherwise."""
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
 
 
 def _item(write: WriteItem, planner: SavePlanner) -> Item:

@@ -194,7 +194,8 @@ def _leave_token(folder: Path | None) -> str | None:
 
 
 def _does_not_see(folder: Path | None, token: str | None) -> bool:
-    return folder is not None and token is not None and not (folder / token).exists()
+    # Listed, which NFS asks its server for; whether one file is there it may remember.
+    return folder is not None and token is not None and not (folder.is_dir() and token in os.listdir(folder))
 
 
 def _tidy(folder: Path | None, token: str | None) -> None:
