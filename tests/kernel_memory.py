@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from sharded_lamb import ShardedLamb, kernels, rule
-from sharded_lamb.kernels import FlatShard, Kernel, PieceShard, Shard
+from sharded_lamb.kernels import FlatShard, Kernel, PieceShard, Shard, remainders
 from sharded_lamb.layout import BLOCK, round_up
 from sharded_lamb.rule import COLUMNS
 
+SPLIT = remainders.DTYPE
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 F32 = (torch.float32, None, torch.float32, torch.float32, torch.float32)
 KINDS = ("weight", "model", "grad", "exp_avg", "exp_avg_sq")
@@ -20,7 +21,10 @@ KINDS = ("weight", "model", "grad", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Form:
-    """One shard to be made. ``gap``: elements between pieces, so that they lie at odd addresses; flat has none."""
+    """One shard to be made. ``gap``: elements between pieces, so that they lie at odd addresses; flat has none.
+
+    ``weight`` SPLIT: remainders beside a bfloat16 ``model``.
+    """
 
     flat: bool
     lengths: tuple[int, ...]
@@ -54,10 +58,12 @@ def made(form: Form, first_param: int, seed: int, bad: bool, device: str = "cpu"
         memory[kind] = torch.zeros(at, dtype=dtype)
         for place in places:
             value = torch.randn(place.stop - place.start, generator=generator)
+            value = value * 2**14 if dtype == SPLIT else value  # some wrap, to any number
             memory[kind][place] = (value.abs() if kind == "exp_avg_sq" else value).to(dtype)
     for index, place in enumerate(places):
         if "model" in memory:
-            memory["model"][place] = memory["weight"][place].to(memory["model"].dtype)
+            if form.weight != SPLIT:
+                memory["model"][place] = memory["weight"][place].to(memory["model"].dtype)
             memory["model"][place][: form.written] += 1
         if bad and index % 2:
             memory["grad"][place] = torch.nan

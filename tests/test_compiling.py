@@ -63,12 +63,21 @@ def test_the_second_time_nothing_is_compiled(
     assert len(libraries(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("what", ["source", "compiler", "processor"])
+@pytest.mark.parametrize("what", ["source", "header", "header of a header", "compiler", "processor"])
 def test_what_a_library_depends_on_makes_another(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
+    first, second = tmp_path / "first.h", tmp_path / "second.h"
+    first.write_text('#include "second.h"\n')
+    second.write_text("#define ANSWER 42\n")
+    if what.startswith("header"):
+        source.write_text('#include "first.h"\n' + SOURCE.replace("42", "ANSWER"))
     compiling.load(source)
-    if what == "source":
+    if what == "header":
+        first.write_text("#define ANSWER 43\n")
+    elif what == "header of a header":
+        second.write_text("#define ANSWER 43\n")
+    elif what == "source":
         source.write_text(SOURCE.replace("42", "43"))
     elif what == "compiler":
         script = tmp_path / "other-c++"
@@ -77,7 +86,7 @@ def test_what_a_library_depends_on_makes_another(
         monkeypatch.setenv("CXX", str(script))
     else:
         monkeypatch.setattr(compiling, "_processor", lambda: "another")
-    assert compiling.load(source).answer() == (43 if what == "source" else 42)
+    assert compiling.load(source).answer() == (42 if what in ("compiler", "processor") else 43)
     assert len(libraries(tmp_path)) == 2
 
 

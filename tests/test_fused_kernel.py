@@ -89,6 +89,9 @@ def compare_steps(ours: Shard, theirs: Shard, table: Tensor, step_sizes: Tensor)
     unmoved = [*moved_by_pass_1(ours)]
     assert all(torch.equal(value, moments[i]) for i, value in unmoved)
     for value, expected, old in zip(memory_of(ours), memory_of(theirs), before, strict=True):
+        if not value.dtype.is_floating_point:  # remainders, which go to the reference
+            assert torch.equal(value, expected)
+            continue
         # A copy in 16 bits is rounded from fp32 that differs by an ulp: now and then the other way.
         exact = torch.finfo(value.dtype).bits >= 32
         assert_near(

@@ -13,11 +13,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sharded_lamb import kernels, rule
-from sharded_lamb.kernels import FlatShard, Kernel, OwnPart, PieceShard, Received, ReferenceKernel, Shard
+from sharded_lamb.kernels import (
+    FlatShard,
+    Kernel,
+    OwnPart,
+    PieceShard,
+    Received,
+    ReferenceKernel,
+    Shard,
+    remainders,
+)
 from sharded_lamb.layout import BLOCK, Segment, round_up
 from sharded_lamb.rule import COLUMNS
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+SPLIT = remainders.DTYPE
 OTHERS = [name for name in kernels.available() if name not in ("torch", "fused")]
 LENGTHS = st.lists(st.sampled_from([1, 2, 255, 256, 257, 511, 700, 5000]), min_size=1, max_size=8)
 SEEDS = st.integers(0, 2**20)
@@ -25,7 +35,7 @@ SEEDS = st.integers(0, 2**20)
 
 @dataclass(frozen=True)
 class Dtypes:
-    weight: torch.dtype
+    weight: torch.dtype  # or SPLIT, with a bfloat16 model
     model: torch.dtype | None
     grad: torch.dtype  # of pieces; a flat shard's are of the compute dtype
     state: torch.dtype
@@ -35,6 +45,12 @@ DTYPES = st.builds(
     Dtypes,
     st.sampled_from([F32, BF16, F16, F64]),
     st.sampled_from([None, BF16, F16, F32]),
+    st.sampled_from([F32, BF16, F16, F64]),
+    st.sampled_from([F32, BF16, F16, F64]),
+) | st.builds(
+    Dtypes,
+    st.just(SPLIT),
+    st.just(BF16),
     st.sampled_from([F32, BF16, F16, F64]),
     st.sampled_from([F32, BF16, F16, F64]),
 )
@@ -59,9 +75,14 @@ def flat_shard(lengths: Sequence[int], dtypes: Dtypes, seed: int) -> FlatShard:
         powers = torch.randint(-12, 4, inside.shape, generator=generator)
         return torch.randn(inside.shape, generator=generator) * 2.0**powers * inside
 
-    weight = numbers().to(dtypes.weight)
-    model = None
-    if dtypes.model is not None:
+    weight, model = numbers(), None
+    if dtypes.weight == SPLIT:  # remainders of any size, beside weights of any
+        model = weight.to(BF16)
+        bits = torch.randint(-(2**15), 2**15, inside.shape, generator=generator)
+        weight = (bits * inside).to(SPLIT)
+    else:
+        weight = weight.to(dtypes.weight)
+    if dtypes.model is not None and model is None:
         written = torch.rand(inside.shape, generator=generator) < 0.1
         model = (weight.to(F64) + written * inside).to(dtypes.model)
     return FlatShard(
@@ -149,9 +170,9 @@ def test_a_step_has_the_bits_of_the_pure_one(
 
 @pytest.mark.parametrize("name", ["torch", "fused", *OTHERS])
 @pytest.mark.parametrize("make", [flat_shard, piece_shard])
-def test_no_shape_of_calls_changes_the_bits(make: Callable[..., Shard], name: str) -> None:
+@pytest.mark.parametrize("dtypes", [Dtypes(F32, None, F32, F32), Dtypes(SPLIT, BF16, F32, F32)])
+def test_no_shape_of_calls_changes_the_bits(dtypes: Dtypes, make: Callable[..., Shard], name: str) -> None:
     """Shards in one call, or each in its own."""
-    dtypes = Dtypes(F32, None, F32, F32)
     lengths = [[700, 1], [5000], [256, 257]]
     kernel, results = kernels.load(name), []
     for together in (True, False):
@@ -166,9 +187,12 @@ def test_no_shape_of_calls_changes_the_bits(make: Callable[..., Shard], name: st
 
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("make", [flat_shard, piece_shard])
-def test_any_number_of_threads_has_the_same_bits(make: Callable[..., Shard], name: str) -> None:
+@pytest.mark.parametrize("weight", [F32, SPLIT])
+def test_any_number_of_threads_has_the_same_bits(
+    weight: torch.dtype, make: Callable[..., Shard], name: str
+) -> None:
     lengths = [70_000, 3, 513, 256, 1, 20_000]
-    dtypes, results = Dtypes(F32, BF16, F32, F32), []
+    dtypes, results = Dtypes(weight, BF16, F32, F32), []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 5, 64):
@@ -197,6 +221,31 @@ def test_what_is_not_finite_shows_in_the_sums_and_only_there(name: str) -> None:
     assert squares.isfinite().tolist() == [False, False, True]
     assert sums.isfinite().all()
     assert_same([shard.weight, shard.exp_avg, shard.exp_avg_sq], untouched, F32)
+
+
+@pytest.mark.parametrize("name", ["torch", "fused", *OTHERS])
+def test_split_masters_at_the_edges(name: str) -> None:
+    """All bfloat16 weights, each with remainders that nothing but a written weight has. A step of 0 moves none, but
+    cuts remainders to what was joined; 0 x inf is nan."""
+    model = torch.arange(-(2**15), 2**15, dtype=torch.int16).repeat(len(EDGES)).view(BF16)
+    remainder = torch.tensor(EDGES, dtype=SPLIT).repeat_interleave(2**16)
+    shard = piece_shard([len(model)], Dtypes(SPLIT, BF16, F32, F32), 0)
+    assert shard.model is not None
+    shard.model[0].copy_(model)
+    shard.weight[0].copy_(remainder)
+    for kind in (shard.exp_avg, shard.exp_avg_sq):
+        kind[0].zero_()
+    master = remainders.joined(model, remainder)
+    expected = remainders.split(torch.where(master.isinf(), torch.nan, master))
+    table = torch.ones(1, len(COLUMNS))
+    table[:, COLUMNS.index("decay")] = 0
+    kernels.load(name).apply([shard], table, torch.zeros(1))
+    assert_same([shard.model[0], shard.weight[0]], expected, F32)
+    moved = [x[shard.model[0].isfinite()].view(torch.int16) for x in (shard.model[0], model)]
+    assert torch.equal(moved[0], moved[1]), "the signs of zeros too"
+
+
+EDGES = (-0x8000, -0x7FFF, -1, 0, 1, 0x7FFF)
 
 
 # -- how gradients come in ----------------------------------------------------------------------------

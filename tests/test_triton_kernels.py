@@ -17,7 +17,7 @@ from sharded_lamb import ShardedLamb, facts
 from sharded_lamb.engine import _applied_together
 from sharded_lamb.kernels import FlatShard, ReferenceKernel, triton_kernel
 from sharded_lamb.kernels.triton_kernel import TritonKernel, usable
-from tests.kernel_memory import Form, assert_same, optimizer_with, stepped, trained
+from tests.kernel_memory import SPLIT, Form, assert_same, optimizer_with, stepped, trained
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -172,6 +172,22 @@ def test_compiled_arithmetic_is_ieee(device_code: Any) -> None:
 
 @needs_triton
 @pytest.mark.slow
+def test_split_masters_are_compiled_to_vectors(device_code: Any) -> None:
+    """Remainders and weights are read and written by vectors, never one by one."""
+    tl = device_code.tl
+    plain = {"WEIGHT": tl.int16, "MODEL": tl.bfloat16, "EXP_AVG": tl.float32, "EXP_AVG_SQ": tl.float32}
+    plain |= {"COMPUTE": tl.float32, "ALIGNED": True}
+    for ptx in (
+        compiled(device_code.moments_and_norms, "fp32", GRAD=tl.float32, **plain),
+        compiled(device_code.apply, "fp32", **plain),
+    ):
+        assert not re.findall(r"\bfma\.|\.ftz|\.approx|div\.full", ptx)
+        assert re.search(r"ld\.global\S*\.v4\.b32", ptx)
+        assert not re.search(r"(ld|st)\.global\S*\.b16", ptx)
+
+
+@needs_triton
+@pytest.mark.slow
 def test_compiled_sums_use_no_atomics(device_code: Any) -> None:
     tl = device_code.tl
     plain = {"COMPUTE": tl.float32, "ALIGNED": True}
@@ -205,6 +221,7 @@ def test_bits_on_a_device_are_the_references_on_a_cpu() -> None:
             (torch.float32, None, torch.float32),
             (torch.float32, torch.bfloat16, torch.bfloat16),
             (torch.bfloat16, torch.float16, torch.float16),
+            (SPLIT, torch.bfloat16, torch.float32),
         )
     ]
     for bad in (False, True):

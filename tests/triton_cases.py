@@ -16,7 +16,19 @@ from sharded_lamb.kernels import FlatShard, PieceShard, ReferenceKernel, triton_
 from sharded_lamb.kernels.shard import OwnPart, Received
 from sharded_lamb.kernels.triton_kernel import TritonKernel
 from sharded_lamb.layout import BLOCK, Segment
-from tests.kernel_memory import F32, FLOATS, Form, assert_same, contents, made, stepped, table_of, trained
+from sharded_lamb.rule import COLUMNS
+from tests.kernel_memory import (
+    F32,
+    FLOATS,
+    SPLIT,
+    Form,
+    assert_same,
+    contents,
+    made,
+    stepped,
+    table_of,
+    trained,
+)
 from tests.triton_interpreter import interpreted  # noqa: F401 (every test uses it)
 
 LENGTHS = st.lists(st.sampled_from([0, 1, 255, 256, 257, 700, 5000]), min_size=1, max_size=4).map(tuple)
@@ -26,13 +38,14 @@ LENGTHS = st.lists(st.sampled_from([0, 1, 255, 256, 257, 700, 5000]), min_size=1
 def form_lists(draw: st.DrawFn) -> list[Form]:
     """One to three shards of one compute dtype."""
     wide = draw(st.booleans())
-    weights = [dtype for dtype in FLOATS if (dtype == torch.float64) == wide]
+    weights = [dtype for dtype in (*FLOATS, SPLIT) if (dtype == torch.float64) == wide]
     forms = []
     for _ in range(draw(st.integers(1, 3))):
         weight, grad, exp_avg, exp_avg_sq = (
             draw(st.sampled_from(x)) for x in (weights, FLOATS, FLOATS, FLOATS)
         )
-        model = draw(st.sampled_from([None, *(dtype for dtype in FLOATS[:3] if dtype != weight)]))
+        models = [torch.bfloat16] if weight == SPLIT else [None, *(x for x in FLOATS[:3] if x != weight)]
+        model = draw(st.sampled_from(models))
         flat, gap, written = (
             draw(st.booleans()),
             draw(st.sampled_from([0, 3])),
@@ -64,6 +77,7 @@ def test_what_must_not_be_used_is_not() -> None:
 
 
 PLACES = [(weight, model) for weight in FLOATS for model in (None, *FLOATS[:3]) if weight != model]
+PLACES += [(SPLIT, torch.bfloat16)] * 4
 COMBINATIONS = [(*place, FLOATS[i % 4], FLOATS[(i + i // 4) % 4]) for i, place in enumerate(PLACES)]
 
 
@@ -114,6 +128,51 @@ def test_rounding_at_the_edges(dtype: torch.dtype) -> None:
         results.append([*contents(shard).values()])
     assert_same(results[1], results[0])
     assert results[1][0].isnan().sum() == 3, "0 x inf and nan"
+
+
+def test_split_masters_at_the_edges() -> None:
+    """All bfloat16 weights with remainders that only a written weight has; masters of them, and what is kept after a
+    step; ties, which are nudged."""
+    edges = torch.tensor([-0x8000, -0x7FFF, -1, 0, 1, 0x7FFF], dtype=SPLIT)
+    model = torch.arange(-(2**15), 2**15, dtype=torch.int16).repeat(len(edges)).view(torch.bfloat16)
+    table = table_of(1, torch.float32, False)
+    for column in (name for name in COLUMNS if name not in ("eps_outside", "unbias2")):
+        table[:, COLUMNS.index(column)] = 0
+    results = []
+    for kernel in (ReferenceKernel(), TritonKernel()):
+        shard = made(Form(False, (len(model),), SPLIT, torch.bfloat16, *F32[2:]), 0, 0, False)
+        assert isinstance(shard, PieceShard)
+        assert shard.model is not None
+        shard.model[0].copy_(model)
+        shard.weight[0].copy_(edges.repeat_interleave(2**16))
+        finite = model.isfinite()
+        sums = torch.zeros(2, 1, dtype=torch.float64)
+        kernel.moments_and_norms([shard], table, sums)
+        kernel.apply([shard], table, torch.zeros(1))
+        found = contents(shard)
+        assert torch.equal(found["model"][finite].view(torch.int16), model[finite].view(torch.int16))
+        results.append([sums, found["model"], found["weight"]])
+    assert_same(results[1], results[0])
+
+
+def test_ties_are_nudged_alike() -> None:
+    """w - u is a tie above an even weight in every second element."""
+    results = []
+    for kernel in (ReferenceKernel(), TritonKernel()):
+        shard = made(Form(True, (512,), SPLIT, torch.bfloat16, *F32[2:]), 0, 0, False)
+        assert isinstance(shard, FlatShard)
+        assert shard.model is not None
+        shard.weight.zero_()
+        shard.model.copy_(torch.tensor([1.0, 1.0 + 2**-7]).repeat(256))
+        shard.exp_avg.fill_(-(2.0**-8))
+        shard.exp_avg_sq.fill_(1)
+        table = torch.zeros(1, len(COLUMNS))
+        for column in ("unbias1", "unbias2"):
+            table[:, COLUMNS.index(column)] = 1
+        kernel.apply([shard], table, torch.ones(1))
+        assert shard.weight[:2].tolist() == [0x7FFF, -0x8000]
+        results.append([shard.weight, shard.model])
+    assert_same(results[1], results[0])
 
 
 def test_adoption_at_the_edges() -> None:
@@ -229,6 +288,7 @@ def test_many_blocks_of_a_parameter_are_added_exactly_enough_and_always_alike(dt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_has_the_bits_of_the_reference(dtype: torch.dtype) -> None:
-    for options in ({}, {"stage": 2, "max_grad_norm": 1.0, "state_dtype": torch.bfloat16}):
+    everything = {"stage": 2, "max_grad_norm": 1.0, "state_dtype": torch.bfloat16}
+    for options in ({}, everything, {**everything, "store_param_remainders": True}):
         ours, theirs = (trained(kernel, dtype, **options) for kernel in (TritonKernel(), ReferenceKernel()))
         assert_same(ours, theirs)

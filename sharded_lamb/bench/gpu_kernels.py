@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sharded_lamb import rule, shapes
 from sharded_lamb.engine import _applied_together
-from sharded_lamb.kernels import FlatShard, Kernel, ReferenceKernel
+from sharded_lamb.kernels import FlatShard, Kernel, ReferenceKernel, remainders
 from sharded_lamb.kernels.triton_kernel import TritonKernel, usable
 from sharded_lamb.layout import BLOCK, Bucket, plan_buckets
 from sharded_lamb.rule import COLUMNS
@@ -47,25 +47,26 @@ class Work:
             kernel.apply([self.shards[index] for index in together], self.table, self.step_sizes)
 
     def bytes_of(self, passes: int) -> int:
-        """An element's, of pass 1 or 2: fp32 weights, gradients and moments, and the model's copy."""
-        copy = 0 if self.shards[0].model is None else self.shards[0].model.itemsize
+        """Of pass 1 or 2: fp32 masters, gradients and moments, and the model's copy; or remainders beside it."""
+        first = self.shards[0]
+        copy = 0 if first.model is None or first.is_split else first.model.itemsize
         return self.elements * ((24, 16)[passes - 1] + copy)
 
 
-def work(name: str, model: torch.dtype | None, ranks: int, device: torch.device) -> Work:
+def work(name: str, model: torch.dtype | None, ranks: int, device: torch.device, *, splits: bool) -> Work:
     numels = [torch.Size(shape).numel() for shape in shapes.named(name).values()]
     itemsize = 4 if model is None else model.itemsize
     buckets = plan_buckets(numels, [None] * len(numels), [itemsize] * len(numels), BUCKET_BYTES, ranks)
     rows = torch.full((len(numels), len(COLUMNS)), 0.5, dtype=torch.float64, device=device)
     return Work(
-        [_shard(bucket, model, device) for bucket in buckets],
+        [_shard(bucket, model, device, splits) for bucket in buckets],
         rule.table(rule.Coefficients(*rows.unbind(1)), torch.float32),
         torch.zeros(2, len(numels), dtype=torch.float64, device=device),
         torch.full((len(numels),), 1e-6, device=device),
     )
 
 
-def _shard(bucket: Bucket, model: torch.dtype | None, device: torch.device) -> FlatShard:
+def _shard(bucket: Bucket, model: torch.dtype | None, device: torch.device, splits: bool) -> FlatShard:
     """The first rank's."""
     numel = bucket.shard_numel
     owners = torch.full((numel // BLOCK,), bucket.params[0])
@@ -74,6 +75,8 @@ def _shard(bucket: Bucket, model: torch.dtype | None, device: torch.device) -> F
         owners[first : -(-(segment.shard_start + segment.length) // BLOCK)] = segment.param
     weight, grad, exp_avg = (torch.randn(numel, device=device) for _ in range(3))
     copy = None if model is None else weight.to(model)
+    if splits:
+        copy, weight = remainders.split(weight)
     return FlatShard(weight, copy, grad, exp_avg, torch.rand(numel, device=device), owners.to(device))
 
 
@@ -113,17 +116,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model", choices=["bfloat16", "float16"], help="masters beside weights of this dtype"
     )
+    parser.add_argument(
+        "--store-param-remainders", action="store_true", help="16 bits of the masters (--model bfloat16)"
+    )
     parser.add_argument("--ranks", type=int, default=1, help="of which one's share is updated")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=10, help="runs timed together")
     chosen = parser.parse_args(arguments)
+    splits = chosen.store_param_remainders
+    if splits and chosen.model != "bfloat16":
+        parser.error("--store-param-remainders needs --model bfloat16")
     device = torch.device("cuda")
     reason = usable(device)
     if reason is not None:
         print(f"cannot measure: {reason}", file=sys.stderr)
         return 1
     model = None if chosen.model is None else getattr(torch, chosen.model)
-    done = work(chosen.shapes, model, chosen.ranks, device)
+    done = work(chosen.shapes, model, chosen.ranks, device, splits=splits)
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}: {done.elements:,} elements")
     backends: list[Kernel] = [TritonKernel(), ReferenceKernel()]
     for kernel in backends:

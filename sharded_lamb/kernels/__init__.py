@@ -7,9 +7,9 @@ A backend is functions over memory that know neither parameters' shapes nor rank
 
 then how gradients come into flat memory, and the sum of squares that clipping and the search for non-finite ones need.
 The memory is one flat run of whole blocks (our own buckets: `FlatShard`) or pieces that lie anywhere (what another
-framework partitioned: `PieceShard`). `reference` ("torch") is the pure backend, the rule on chunks that fit the cache;
-`native` ("cpp") and `triton_kernel` have the same bits, `fused` is equal but for rounding; `choice` takes the fastest
-that works.
+framework partitioned: `PieceShard`); masters are tensors of their own, or `remainders` of bfloat16 weights. `reference`
+("torch") is the pure backend, the rule on chunks that fit the cache; `native` ("cpp") and `triton_kernel` have the same
+bits, `fused` is equal but for rounding; `choice` takes the fastest that works.
 """
 
 from sharded_lamb.kernels.choice import NAMES, available, choose, load

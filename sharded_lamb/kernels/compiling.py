@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -91,10 +92,21 @@ def _compiler() -> list[str]:
 
 
 def _key(source: Path, compiler: list[str]) -> str:
-    """What the library depends on: source, flags, compiler and, since it is compiled for it, the processor."""
+    """What the library depends on: sources, flags, compiler and, since it is compiled for it, the processor."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=TIMEOUT_S, check=False)
-    parts = [source.read_bytes(), repr((BASE, ATTEMPTS)).encode(), version.stdout, _processor().encode()]
+    parts = [path.read_bytes() for path in _sources(source)]
+    parts += [repr((BASE, ATTEMPTS)).encode(), version.stdout, _processor().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _sources(source: Path) -> list[Path]:
+    """The file and what it includes by relative paths, or what is included does."""
+    found = [source]
+    for path in found:  # which grows
+        for name in re.findall(r'^\s*#include\s+"(.+)"', path.read_text(), re.MULTILINE):
+            if path.parent / name not in found:
+                found.append(path.parent / name)
+    return found
 
 
 def _processor() -> str:

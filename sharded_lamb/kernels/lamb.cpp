@@ -3,21 +3,11 @@
 //
 // A plain C interface, loaded by ctypes: no header of Python or torch is needed, and no version of them compiled in.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
-
-#define INLINE inline __attribute__((always_inline))
+#include "blocks.h"
 
 namespace {
 
-constexpr int BLOCK = 256;  // elements; layout.BLOCK
 constexpr int AHEAD = 2 * BLOCK;  // elements that are fetched before they are needed: pages end every fourth block
-
-enum Dtype : int64_t { NONE = -1, F32 = 0, BF16 = 1, F16 = 2, F64 = 3 };
 
 // A run of blocks in memory, counted from its start; the last one may be short.
 struct Run {
@@ -27,6 +17,7 @@ struct Run {
   int64_t first_block;  // blocks of the runs before
   int64_t weight_dtype, model_dtype, grad_dtype, state_dtype;
 
+  bool is_split() const { return weight_dtype == REMAINDER; }
   int64_t owner(int64_t block) const { return block_param ? block_param[block] : param; }
   int size(int64_t block) const {
     const int64_t left = numel - block * BLOCK;
@@ -39,178 +30,6 @@ struct Coefficients {  // rule.Coefficients, a row of rule.table
   T grad_scale, l2, beta1, c1, beta2, c2, unbias1, unbias2, eps_inside, eps_outside, decay;
 };
 
-// -- vectors: 64 bytes, however wide the machine's are ------------------------------------------------
-
-template <typename T>
-struct Wide {
-  typedef T V __attribute__((vector_size(64), aligned(alignof(T)), may_alias));
-  static constexpr int LANES = 64 / sizeof(T);
-  static constexpr int COUNT = BLOCK / LANES;
-};
-
-template <typename T>
-INLINE typename Wide<T>::V &at(T *memory, int j) {
-  return *reinterpret_cast<typename Wide<T>::V *>(memory + j * Wide<T>::LANES);
-}
-
-INLINE Wide<float>::V root(Wide<float>::V x) {
-  Wide<float>::V y;
-#if defined(__AVX512F__)
-  _mm512_storeu_ps((float *)&y, _mm512_sqrt_ps(_mm512_loadu_ps((float *)&x)));
-#elif defined(__AVX__)
-  for (int i = 0; i < 16; i += 8) _mm256_storeu_ps((float *)&y + i, _mm256_sqrt_ps(_mm256_loadu_ps((float *)&x + i)));
-#else
-  for (int i = 0; i < 16; i++) y[i] = std::sqrt(x[i]);
-#endif
-  return y;
-}
-
-INLINE Wide<double>::V root(Wide<double>::V x) {
-  Wide<double>::V y;
-#if defined(__AVX512F__)
-  _mm512_storeu_pd((double *)&y, _mm512_sqrt_pd(_mm512_loadu_pd((double *)&x)));
-#elif defined(__AVX__)
-  for (int i = 0; i < 8; i += 4) _mm256_storeu_pd((double *)&y + i, _mm256_sqrt_pd(_mm256_loadu_pd((double *)&x + i)));
-#else
-  for (int i = 0; i < 8; i++) y[i] = std::sqrt(x[i]);
-#endif
-  return y;
-}
-
-template <typename T>
-struct Pair {
-  typename Wide<T>::V weight, update;
-  INLINE Pair operator+(const Pair &other) const { return {weight + other.weight, update + other.update}; }
-};
-
-template <typename T>
-struct Single {
-  typename Wide<T>::V value;
-  INLINE Single operator+(const Single &other) const { return {value + other.value}; }
-};
-
-// The sum of `leaf(j)` over a block's vectors by halving: first half plus second half until one vector is left.
-template <int LEAVES, int COUNT, typename Leaf>
-INLINE auto by_halving(int j, Leaf &leaf) {
-  if constexpr (LEAVES == 1) {
-    return leaf(j);
-  } else {
-    auto first = by_halving<LEAVES / 2, COUNT>(j, leaf);
-    return first + by_halving<LEAVES / 2, COUNT>(j + COUNT / LEAVES, leaf);
-  }
-}
-
-template <typename T>
-INLINE T across_lanes(typename Wide<T>::V x) {
-  T lanes[Wide<T>::LANES];
-  std::memcpy(lanes, &x, sizeof(lanes));
-  for (int half = Wide<T>::LANES / 2; half >= 1; half /= 2)
-    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-
-// -- dtypes -------------------------------------------------------------------------------------------
-
-template <typename T>
-constexpr int64_t own_dtype() {
-  return sizeof(T) == 4 ? F32 : F64;
-}
-
-INLINE int64_t size_of(int64_t dtype) { return dtype == F64 ? 8 : dtype == F32 ? 4 : 2; }
-
-INLINE float from_bf16(uint16_t x) {
-  const uint32_t bits = uint32_t(x) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
-
-INLINE uint16_t to_bf16(float x) {  // to the nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
-
-template <typename T>
-void load(int64_t dtype, const char *from, int n, T *to) {
-  switch (dtype) {
-    case F32:
-      for (int i = 0; i < n; i++) to[i] = T(((const float *)from)[i]);
-      break;
-    case F64:
-      for (int i = 0; i < n; i++) to[i] = T(((const double *)from)[i]);
-      break;
-    case F16:
-      for (int i = 0; i < n; i++) to[i] = T(float(((const _Float16 *)from)[i]));
-      break;
-    default:
-      for (int i = 0; i < n; i++) to[i] = T(from_bf16(((const uint16_t *)from)[i]));
-  }
-  for (int i = n; i < BLOCK; i++) to[i] = T(0);
-}
-
-template <typename T>
-void store(int64_t dtype, const T *from, int n, char *to) {
-  switch (dtype) {
-    case F32:
-      for (int i = 0; i < n; i++) ((float *)to)[i] = float(from[i]);
-      break;
-    case F64:
-      for (int i = 0; i < n; i++) ((double *)to)[i] = double(from[i]);
-      break;
-    case F16:
-      for (int i = 0; i < n; i++) ((_Float16 *)to)[i] = _Float16(float(from[i]));
-      break;
-    default:
-      for (int i = 0; i < n; i++) ((uint16_t *)to)[i] = to_bf16(float(from[i]));
-  }
-}
-
-// Elements of one kind of one block: where they lie if they are whole and of the compute dtype, else a copy.
-template <typename T>
-struct View {
-  T *values;
-  char *place;
-  int64_t dtype;
-  int n;
-  bool copied;
-
-  INLINE View(char *memory, int64_t dtype, int64_t block, int n, T *scratch)
-      : place(memory + block * BLOCK * size_of(dtype)), dtype(dtype), n(n), copied(dtype != own_dtype<T>() || n != BLOCK) {
-    values = copied ? scratch : (T *)place;
-    if (copied) load(dtype, place, n, scratch);
-  }
-  // Writes what was copied; afterwards the values are as they read back.
-  INLINE void write() {
-    if (!copied) return;
-    store(dtype, values, n, place);
-    if (dtype != own_dtype<T>()) load(dtype, place, n, values);
-  }
-};
-
-// Writes a block past the cache, which then need not read what is overwritten; whether it could.
-template <typename T>
-INLINE bool stream(const T *from, T *to) {
-#if defined(__AVX512F__)
-  if (reinterpret_cast<uintptr_t>(to) % 64) return false;
-  const char *source = (const char *)from;
-  char *target = (char *)to;
-  for (size_t i = 0; i < BLOCK * sizeof(T); i += 64)
-    _mm512_stream_si512((__m512i *)(target + i), _mm512_loadu_si512(source + i));
-  return true;
-#else
-  return false;
-#endif
-}
-
-// Streamed writes are seen by other threads only after this.
-INLINE void streamed() {
-#if defined(__AVX512F__)
-  _mm_sfence();
-#endif
-}
-
 // -- a block ------------------------------------------------------------------------------------------
 
 template <typename T>
@@ -220,6 +39,27 @@ struct Scratch {
 };
 
 INLINE void fetch(const void *memory) { __builtin_prefetch(memory, 1, 2); }
+
+// The masters of a block: as `View`, or joined.
+template <typename T>
+INLINE View<T> masters(const Run &run, int64_t block, int n, T *scratch) {
+  if (!run.is_split()) return View<T>(run.weight, run.weight_dtype, block, n, scratch);
+  char *place = run.weight + block * BLOCK * sizeof(int16_t);
+  join((const uint16_t *)run.model + block * BLOCK, (const int16_t *)place, n, scratch);
+  return View<T>(place, REMAINDER, n, scratch);
+}
+
+// Writes masters that may have changed, and the model's weights.
+template <typename T>
+INLINE void store_masters(const Run &run, int64_t block, const View<T> &w) {
+  char *model = run.model + block * BLOCK * size_of(run.model_dtype);
+  if (run.is_split()) {
+    split(w.values, w.n, (uint16_t *)model, (int16_t *)w.place);
+    return;
+  }
+  if (run.model) store(run.model_dtype, w.values, w.n, model);
+  if (w.copied) store(w.dtype, w.values, w.n, w.place);
+}
 
 // Where the model's weight is not what its master rounds to, somebody wrote it: it wins.
 template <typename T>
@@ -255,11 +95,11 @@ template <typename T>
 INLINE void first_pass(const Run &run, int64_t block, const Coefficients<T> &k, Scratch<T> &scratch, T *sums) {
   constexpr int COUNT = Wide<T>::COUNT;
   const int n = run.size(block);
-  View<T> w(run.weight, run.weight_dtype, block, n, scratch.weight);
+  View<T> w = masters(run, block, n, scratch.weight);
   View<T> g(run.grad, run.grad_dtype, block, n, scratch.grad);
   View<T> m(run.exp_avg, run.state_dtype, block, n, scratch.exp_avg);
   View<T> v(run.exp_avg_sq, run.state_dtype, block, n, scratch.exp_avg_sq);
-  if (run.model) adopt_written(run, block, w, scratch);
+  if (run.model && !run.is_split()) adopt_written(run, block, w, scratch);
   const bool no_gradient = k.grad_scale == T(0);  // 0 x nan would be nan
   if (no_gradient)
     for (int i = 0; i < BLOCK; i++) scratch.grad[i] = T(0);
@@ -291,7 +131,7 @@ INLINE void first_pass(const Run &run, int64_t block, const Coefficients<T> &k, 
 template <typename T>
 INLINE void second_pass(const Run &run, int64_t block, const Coefficients<T> &k, T step_size, Scratch<T> &scratch) {
   const int n = run.size(block);
-  View<T> w(run.weight, run.weight_dtype, block, n, scratch.weight);
+  View<T> w = masters(run, block, n, scratch.weight);
   View<T> m(run.exp_avg, run.state_dtype, block, n, scratch.exp_avg);
   View<T> v(run.exp_avg_sq, run.state_dtype, block, n, scratch.exp_avg_sq);
   T *weight = w.values, *avg = m.values, *avg_sq = v.values;
@@ -301,8 +141,7 @@ INLINE void second_pass(const Run &run, int64_t block, const Coefficients<T> &k,
     const auto x = at(weight, j);
     at(weight, j) = x - direction<T>(x, at(avg, j), at(avg_sq, j), k) * step_size;
   }
-  if (run.model) store(run.model_dtype, weight, n, run.model + block * BLOCK * size_of(run.model_dtype));
-  if (w.copied) store(run.weight_dtype, weight, n, w.place);
+  store_masters(run, block, w);
 }
 
 template <typename T>

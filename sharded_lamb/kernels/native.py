@@ -1,4 +1,4 @@
-"""The two passes in C++ (`lamb.cpp`), with the bits of `reference` on any number of threads."""
+"""The two passes in C++ (`lamb.cpp`, `blocks.h`), with the bits of `reference` on any number of threads."""
 
 import ctypes
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sharded_lamb.kernels import compiling
+from sharded_lamb.kernels import compiling, remainders
 from sharded_lamb.kernels.shard import FlatShard, PieceShard, Received, Shard
 from sharded_lamb.layout import BLOCK, Segment
 from sharded_lamb.rule import COLUMNS
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, remainders.DTYPE: 4}
 NO_MODEL = -1
 SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
 

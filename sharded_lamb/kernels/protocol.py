@@ -41,7 +41,7 @@ class Kernel(Protocol):
 
     def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
         """Pass 1. Σw² and Σu² are added to ``sums`` [2, P] fp64; first, weights that were written from
-        outside since the last step replace their masters."""
+        outside since the last step replace their masters (`remainders` follow them by themselves)."""
 
     def apply(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
         """Pass 2. ``step_sizes``: [P] compute dtype, η r; 0 leaves a weight's bits as they are."""

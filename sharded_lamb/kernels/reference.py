@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb import rule
-from sharded_lamb.kernels import packing
+from sharded_lamb.kernels import packing, remainders
 from sharded_lamb.kernels.incoming import StockIncoming
 from sharded_lamb.kernels.shard import FlatShard, PieceShard, Shard
 from sharded_lamb.layout import BLOCK
@@ -63,6 +63,8 @@ class _Chunk:
 
     has_model = False
     """Whether the model's weights lie apart from the masters."""
+    is_split = False
+    """Whether the masters are remainders of the model's weights."""
 
     def kept(self, kind: str) -> Tensor:
         """In the dtype of the memory: the memory itself where it lies in whole blocks, else a copy."""
@@ -77,12 +79,24 @@ class _Chunk:
         raise NotImplementedError
 
     def adopt_written_weights(self) -> None:
-        """Weights that were written from outside win over their masters."""
-        if self.has_model:
+        """Weights that were written from outside win over their masters; with remainders they always do."""
+        if self.has_model and not self.is_split:
             self.store("weight", adopted(self.kept("weight"), self.kept("model")))
 
-    def store_model(self, weight: Tensor) -> None:
-        """Writes the model's copy of the weights, where there is one."""
+    def load_masters(self) -> Tensor:
+        """In the compute dtype."""
+        if self.is_split:
+            return remainders.joined(self.kept("model"), self.kept("weight"))
+        return self.load("weight")
+
+    def store_masters(self, weight: Tensor) -> None:
+        """Writes ``weight``, and the model's copy of it, where there is one."""
+        if self.is_split:
+            model, remainder = remainders.split(weight)
+            self.store("model", model)
+            self.store("weight", remainder)
+            return
+        self.store("weight", weight)
         if self.has_model:
             self.store("model", weight)
 
@@ -94,6 +108,7 @@ class _FlatChunk(_Chunk):
         super().__init__(table, block_param)
         self.flat, self.span = flat, slice(low * BLOCK, (low + len(block_param)) * BLOCK)
         self.has_model = flat["model"] is not None
+        self.is_split = self.kept("weight").dtype == remainders.DTYPE
 
     def kept(self, kind: str) -> Tensor:
         flat = self.flat[kind]
@@ -113,6 +128,7 @@ class _PackedChunk(_Chunk):
     def __init__(self, shard: PieceShard, runs: packing.Chunk, table: Tensor, block_param: Tensor) -> None:
         super().__init__(table, block_param)
         self.shard, self.runs, self.has_model = shard, runs, shard.model is not None
+        self.is_split = shard.is_split
         self.sizes = [size for run in runs for size in (run.length, run.padding)]
 
     def _places(self, kind: str) -> list[Tensor]:
@@ -184,7 +200,7 @@ class ReferenceKernel(StockIncoming):
         """m, v ← g, and Σw², Σu² per parameter, added to ``sums`` [2, P] fp64."""
         for chunk in _chunks(shards, table):
             chunk.adopt_written_weights()
-            w, m, v = (chunk.load(kind) for kind in ("weight", "exp_avg", "exp_avg_sq"))
+            w, m, v = chunk.load_masters(), chunk.load("exp_avg"), chunk.load("exp_avg_sq")
             g = torch.where(chunk.k.grad_scale[0] == 0, 0, chunk.load("grad"))  # 0 x nan would be nan
             scaled = rule.scaled_gradients([g], [w], chunk.k)
             rule.update_moments([m], [v], scaled, chunk.k)
@@ -196,8 +212,7 @@ class ReferenceKernel(StockIncoming):
     def apply(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
         """w ← w - step_size u, u recomputed from m and v."""
         for chunk in _chunks(shards, table):
-            w, m, v = (chunk.load(kind) for kind in ("weight", "exp_avg", "exp_avg_sq"))
+            w, m, v = chunk.load_masters(), chunk.load("exp_avg"), chunk.load("exp_avg_sq")
             u = rule.direction([m], [v], [w], chunk.k)
             rule.descend([w], u, [step_sizes[chunk.block_param].unsqueeze(1)])
-            chunk.store("weight", w)
-            chunk.store_model(w)
+            chunk.store_masters(w)

@@ -6,17 +6,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sharded_lamb.kernels import remainders
+
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class FlatShard:
     """The memory that one rank updates in one bucket; flat tensors of one length, whole blocks."""
 
-    weight: Tensor  # [n] master dtype: the parameters' own memory where their dtype is the master's
+    # [n] master dtype: the parameters' own memory where their dtype is the master's. int16: masters are kept as
+    # remainders of the model's bfloat16 weights
+    weight: Tensor
     model: Tensor | None  # [n] model dtype: what is gathered, where the master is kept apart
     grad: Tensor  # [n] compute dtype: gradients averaged over ranks; 0 in padding
     exp_avg: Tensor  # [n] state dtype
     exp_avg_sq: Tensor  # [n] state dtype
     block_param: Tensor  # [n / BLOCK] int64: the parameter each block belongs to
+
+    @property
+    def is_split(self) -> bool:
+        """Whether ``weight`` holds `remainders`."""
+        return self.weight.dtype == remainders.DTYPE
 
     @property
     def compute(self) -> torch.dtype:
@@ -54,7 +63,7 @@ class PieceShard:
     """
 
     params: tuple[int, ...]  # the parameter of each piece
-    weight: Sequence[Tensor]  # [n_i] master dtype
+    weight: Sequence[Tensor]  # [n_i] master dtype; int16 as in `FlatShard`
     grad: Sequence[Tensor]  # [n_i] any floating-point dtype
     exp_avg: Sequence[Tensor]  # [n_i] state dtype
     exp_avg_sq: Sequence[Tensor]  # [n_i] state dtype
@@ -63,6 +72,11 @@ class PieceShard:
     @property
     def lengths(self) -> tuple[int, ...]:
         return tuple(piece.numel() for piece in self.weight)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether ``weight`` holds `remainders`."""
+        return len(self.weight) > 0 and self.weight[0].dtype == remainders.DTYPE
 
     @property
     def compute(self) -> torch.dtype:

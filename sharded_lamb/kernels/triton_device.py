@@ -4,7 +4,8 @@
 
 A program takes TILE blocks of one run as a [TILE, BLOCK] tensor of the compute dtype. Every arithmetic step is one
 correctly rounded IEEE operation, as in the rule: with ``div_rn`` and ``sqrt_rn``, and launched without fusion
-(``enable_fp_fusion=False``). Memory is named by its column in the table of runs (`triton_runs.ROW`) and its dtype.
+(``enable_fp_fusion=False``). Memory is named by its column in the table of runs (`triton_runs.ROW`) and its dtype;
+weights of int16 are `remainders`.
 
 Arguments are without types here because Triton gives annotations of its own a meaning.
 """
@@ -112,6 +113,23 @@ def _rounded(value, DTYPE: tl.constexpr):
     else:
         kept = value.to(DTYPE)
     return kept
+
+
+@triton.jit
+def _joined(model, remainder):
+    """`remainders.joined` of bfloat16 as its bits."""
+    magnitude = (model & 0x7FFF).to(tl.int32)
+    lower = remainder.to(tl.int32)
+    lower = tl.maximum(lower, tl.where(magnitude == 0, 0, (magnitude & 1) - 0x8000))
+    lower = tl.where(magnitude == 0x7F80, tl.minimum(lower, 0), lower)
+    return ((model.to(tl.uint32) << 16) + lower.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _remainder(master, model):
+    """`remainders.split`: what ``model``, the rounded master's bits, lacks of the master."""
+    lower = (master.to(tl.uint32, bitcast=True) - (model.to(tl.uint32) << 16)).to(tl.int32, bitcast=True)
+    return tl.where(master != master, 0, tl.minimum(lower, 0x7FFF)).to(tl.int16)
 
 
 @triton.jit
@@ -263,10 +281,15 @@ def moments_and_norms(
     g = _widened(tl.load(grad + places, mask=mask, other=0), GRAD, COMPUTE)
     m = _widened(tl.load(exp_avg + places, mask=mask, other=0), EXP_AVG, COMPUTE)
     v = _widened(tl.load(exp_avg_sq + places, mask=mask, other=0), EXP_AVG_SQ, COMPUTE)
-    if MODEL is not None:
+    if WEIGHT == tl.int16:
+        model = _memory(row, MODEL_AT, start, MODEL, ALIGNED)
+        w = _joined(tl.load(model + places, mask=mask, other=0), kept)
+    elif MODEL is not None:
         model = _memory(row, MODEL_AT, start, MODEL, ALIGNED)
         kept = _adopted(weight, kept, model, places, mask, WEIGHT, MODEL, COMPUTE)
-    w = _widened(kept, WEIGHT, COMPUTE)
+        w = _widened(kept, WEIGHT, COMPUTE)
+    else:
+        w = _widened(kept, WEIGHT, COMPUTE)
 
     scale = _coefficient(table, params, GRAD_SCALE)
     g = tl.where(scale == 0, tl.zeros_like(g), g)  # 0 x nan would be nan
@@ -306,16 +329,25 @@ def apply(
     weight = _memory(row, WEIGHT_AT, start, WEIGHT, ALIGNED)
     exp_avg = _memory(row, EXP_AVG_AT, start, EXP_AVG, ALIGNED)
     exp_avg_sq = _memory(row, EXP_AVG_SQ_AT, start, EXP_AVG_SQ, ALIGNED)
-    w = _widened(tl.load(weight + places, mask=mask, other=0), WEIGHT, COMPUTE)
+    kept = tl.load(weight + places, mask=mask, other=0)
+    if WEIGHT == tl.int16:
+        model = _memory(row, MODEL_AT, start, MODEL, ALIGNED)
+        w = _joined(tl.load(model + places, mask=mask, other=0), kept)
+    else:
+        w = _widened(kept, WEIGHT, COMPUTE)
     m = _widened(tl.load(exp_avg + places, mask=mask, other=0), EXP_AVG, COMPUTE)
     v = _widened(tl.load(exp_avg_sq + places, mask=mask, other=0), EXP_AVG_SQ, COMPUTE)
 
     u = _direction(m, v, w, table, params, COMPUTE)
     w = w - u * tl.load(step_sizes + params)[:, None]
-    tl.store(weight + places, _rounded(w, WEIGHT), mask=mask)
     if MODEL is not None:
         model = _memory(row, MODEL_AT, start, MODEL, ALIGNED)
-        tl.store(model + places, _rounded(w, MODEL), mask=mask)
+        rounded = _rounded(w, MODEL)
+        tl.store(model + places, rounded, mask=mask)
+    if WEIGHT == tl.int16:
+        tl.store(weight + places, _remainder(w, rounded), mask=mask)
+    else:
+        tl.store(weight + places, _rounded(w, WEIGHT), mask=mask)
 
 
 @triton.jit(do_not_specialize=["params", "slots"])
