@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.footprint import Widths
-from sharded_lamb.kernels import FlatShard
+from sharded_lamb.kernels import FlatShard, remainders
 from sharded_lamb.kernels.incoming import Taking
 from sharded_lamb.layout import BLOCK, Bucket, Segment
 from sharded_lamb.memory import zeros
@@ -26,25 +26,41 @@ class Precision:
     state: torch.dtype
     wire: torch.dtype
     compute: torch.dtype
+    splits: bool = False  # masters are kept as remainders of the model's weights
 
     @staticmethod
     def of(
-        model: torch.dtype, master: torch.dtype, state: torch.dtype, reduce: torch.dtype | None
+        model: torch.dtype,
+        master: torch.dtype,
+        state: torch.dtype,
+        reduce: torch.dtype | None,
+        *,
+        store_param_remainders: bool = False,
     ) -> "Precision":
+        """``store_param_remainders``: of masters, where weights are bfloat16; others are kept whole."""
         if model == torch.float64:
             return Precision(model, model, model, reduce or model, model)
-        return Precision(model, master, state, reduce or model, torch.promote_types(master, torch.float32))
+        splits = store_param_remainders and (model, master) == (torch.bfloat16, torch.float32)
+        compute = torch.promote_types(master, torch.float32)
+        return Precision(model, master, state, reduce or model, compute, splits)
+
+    @property
+    def apart(self) -> torch.dtype | None:
+        """What is kept of masters beside the model's weights; None: those are what is updated."""
+        if self.splits:
+            return remainders.DTYPE
+        return self.master if self.master != self.model else None
 
     @property
     def widths(self) -> Widths:
         """Bytes an element, by role."""
-        apart = self.master != self.model
         return Widths(
             self.model.itemsize,
-            self.master.itemsize if apart else 0,
+            self.apart.itemsize if self.apart else 0,
             self.state.itemsize,
             self.wire.itemsize,
             self.compute.itemsize,
+            self.splits,
         )
 
 
@@ -67,6 +83,11 @@ def flattened(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
             tensor
         )
     return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def masters_of(model: Tensor, kept: Tensor) -> Tensor:
+    """``kept``, now the masters that the model's weights are; of remainders, none."""
+    return kept.zero_() if kept.dtype == remainders.DTYPE else kept.copy_(model)
 
 
 class FlatBucket:
@@ -99,15 +120,14 @@ class FlatBucket:
 
     def _shard(self) -> FlatShard:
         numel, precision, device = self.plan.shard_numel, self.precision, self.flat.device
-        mine = self.flat[self.low : self.high]
-        apart = precision.master != precision.model
+        mine, apart = self.flat[self.low : self.high], precision.apart
         block_param = torch.full((numel // BLOCK,), self.plan.params[0], dtype=torch.int64)
         for segment in self.segments:
             first = segment.shard_start // BLOCK
             block_param[first : -(-(segment.shard_start + segment.length) // BLOCK)] = segment.param
         return FlatShard(
-            weight=zeros(numel, precision.master, device, lane=4).copy_(mine) if apart else mine,
-            model=mine if apart else None,
+            weight=mine if apart is None else masters_of(mine, zeros(numel, apart, device, lane=4)),
+            model=None if apart is None else mine,
             grad=zeros(numel, precision.compute, device, lane=1),
             exp_avg=zeros(numel, precision.state, device, lane=2),
             exp_avg_sq=zeros(numel, precision.state, device, lane=3),
@@ -117,7 +137,7 @@ class FlatBucket:
     def refresh_masters(self) -> None:
         """Masters from the model's weights, after those were written as a whole (broadcast, loading)."""
         if self.shard.model is not None:
-            self.shard.weight.copy_(self.shard.model)
+            masters_of(self.shard.model, self.shard.weight)
 
     def check_attached(self, names: Sequence[str]) -> None:
         """Raises RuntimeError where a parameter no longer is the view that this bucket gathers into."""

@@ -15,10 +15,11 @@ class Widths:
     """Bytes an element of one bucket's or piece's memory, by role."""
 
     model: int  # the parameters, as forward reads them and as they are gathered
-    master: int  # 0 where the parameters' own memory is what is updated
+    master: int  # of what is kept of it; 0 where the parameters' own memory is what is updated
     state: int  # of each of the two moments
     wire: int  # gradients as they are exchanged
     compute: int  # gradients as they are summed and kept
+    splits: bool = False  # masters are the parameters and ``master`` bytes of remainders
 
 
 def large_sends(
@@ -68,9 +69,11 @@ def staging_bytes(buckets: Sequence[tuple[Bucket, Widths]], *, in_flight: int, s
 def update_bytes(numel: int, widths: Widths) -> int:
     """Memory traffic of the two passes over ``numel`` elements: 40 B an element in fp32, 42 with a 16-bit model.
 
+    40 again where the masters of that are split.
+
     Pass 1 reads gradient, weight, m, v and writes m, v; pass 2 reads weight, m, v and writes the weight, and the
     model's copy of it where that lies apart.
     """
-    weight = widths.master or widths.model
-    copy = widths.model if widths.master else 0
+    weight = widths.model + widths.master if widths.splits else widths.master or widths.model
+    copy = widths.model if widths.master and not widths.splits else 0
     return numel * (widths.compute + 3 * weight + 6 * widths.state + copy)

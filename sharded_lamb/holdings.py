@@ -41,6 +41,7 @@ class Settings:
     skip_nonfinite: bool
     max_consecutive_skips: int
     kernel: str
+    store_param_remainders: bool = False
 
     def __post_init__(self) -> None:
         if self.stage not in (1, 2):
@@ -58,6 +59,12 @@ class Settings:
             dtype = getattr(self, name)
             if dtype not in _FLOATS and not (name == "reduce_dtype" and dtype is None):
                 raise ValueError(f"{name} must be one of {[str(x) for x in _FLOATS]}, got {dtype!r}")
+
+        if self.store_param_remainders and self.master_dtype != torch.float32:
+            raise ValueError(
+                f"store_param_remainders=True needs master_dtype=torch.float32, got {self.master_dtype}: a remainder "
+                f"is the lower half of a float32, beside a bfloat16 weight. Leave one of the two out"
+            )
 
     def described(self) -> dict[str, Any]:
         """As JSON can hold it, for the comparison over ranks."""
@@ -258,7 +265,13 @@ class Holdings:
 
     def _precision(self, model: torch.dtype) -> Precision:
         settings = self.settings
-        return Precision.of(model, settings.master_dtype, settings.state_dtype, settings.reduce_dtype)
+        return Precision.of(
+            model,
+            settings.master_dtype,
+            settings.state_dtype,
+            settings.reduce_dtype,
+            store_param_remainders=settings.store_param_remainders,
+        )
 
     def _who_speaks(self, plan: Plan, collectives: Collectives) -> Tensor:
         """[new P] fp64: 1 where this rank's sums over a parameter count; proved: every element counts once."""

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-from sharded_lamb.buckets import Precision, flattened, memory_strides
+from sharded_lamb.buckets import Precision, flattened, masters_of, memory_strides
 from sharded_lamb.collectives import Traffic
 from sharded_lamb.kernels import PieceShard
 from sharded_lamb.placements import local_part, mesh_device
@@ -28,7 +28,7 @@ class Piece:
     p: DTensor
     precision: Precision
     strides: tuple[int, ...]  # of the local part
-    master: Tensor | None  # [n] master dtype, where that is not the model's
+    master: Tensor | None  # [n] master dtype, where that is not the model's; int16: remainders of masters
     exp_avg: Tensor  # [n] state dtype
     exp_avg_sq: Tensor  # [n] state dtype
 
@@ -36,15 +36,14 @@ class Piece:
     def of(p: DTensor, precision: Precision) -> "Piece":
         local = local_part(p)
         strides = memory_strides(local)
-        apart = precision.master != precision.model
-        return Piece(
-            p,
-            precision,
-            strides,
-            flattened(local, strides).to(precision.master) if apart else None,
-            torch.zeros(local.numel(), dtype=precision.state, device=local.device),
-            torch.zeros(local.numel(), dtype=precision.state, device=local.device),
-        )
+
+        def zeros(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(local.numel(), dtype=dtype, device=local.device)
+
+        master = None if precision.apart is None else zeros(precision.apart)
+        if master is not None:
+            masters_of(flattened(local, strides), master)
+        return Piece(p, precision, strides, master, zeros(precision.state), zeros(precision.state))
 
     def weight(self) -> Tensor:
         """[n] the model's own memory."""
@@ -53,7 +52,8 @@ class Piece:
     def states(self) -> dict[str, Tensor]:
         """The sharded kinds of state, flat, by their key."""
         kinds = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        return kinds if self.master is None else {**kinds, "master": self.master}
+        key = "remainder" if self.precision.splits else "master"
+        return kinds if self.master is None else {**kinds, key: self.master}
 
     def as_dtensor(self, flat: Tensor) -> DTensor:
         """A flat tensor of this rank's as a DTensor like the parameter, over the same memory.

@@ -59,6 +59,7 @@ class SavingOptimizer(LambOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """This rank's slices, stamped: save every rank's own, and load it on the same rank of as many.
 
+        Tensors are those that steps update, but for masters kept as remainders, which are joined: fp32, new memory.
         Warns where a framework asks for it that saves the first rank's only (Hugging Face's Trainer).
         """
         if self._collectives.world_size > 1 and called_by("transformers.trainer"):
@@ -70,6 +71,7 @@ class SavingOptimizer(LambOptimizer):
                 stacklevel=2,
             )
         packed = super().state_dict()
+        self._join_masters(packed["state"])
         if self._collectives.world_size > 1 and asked_for_whole():
             if self._holdings.buckets:
                 raise TypeError(
@@ -82,6 +84,16 @@ class SavingOptimizer(LambOptimizer):
                 for place, entry in packed["state"].items()
             }
         return packed
+
+    def _join_masters(self, entries: dict[int, dict[str, Any]]) -> None:
+        """Put masters in the place of remainders. ``entries``: of a packed state, by place in the groups."""
+        held = self._holdings
+        masters = state.joined_masters(held.buckets, held.pieces)
+        order = [p for group in self.param_groups for p in group["params"]]
+        for place, p in enumerate(order):
+            if p in held.index and held.index[p] in masters and place in entries:
+                joined = {"remainder": masters[held.index[p]]}
+                entries[place] = {state.saved_key(k): joined.get(k, v) for k, v in entries[place].items()}
 
     def full_state_dict(self) -> dict[str, Any] | None:
         """Whole state tensors on the first rank's CPU, as `Lamb.load_state_dict` takes them; None elsewhere.

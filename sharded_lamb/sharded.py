@@ -84,6 +84,10 @@ class ShardedLamb(SavingOptimizer):
         kernel: what computes: "cpp" (CPU, compiled on first use), "fused" (CPU, no compiler; equal but for rounding),
             "triton" (GPU), "torch" (stock operations, anywhere), or "auto": the fastest that works, or what the
             environment variable SHARDED_LAMB_KERNEL names. The same on all ranks.
+        store_param_remainders: keep of the float32 masters of bfloat16 parameters the 16 bits that the weights lack,
+            half as much (`sharded_lamb.kernels.remainders`). State dicts hold masters all the same. A weight that was
+            written wins to within half a step of bfloat16, before the first step exactly. Parameters of other dtypes
+            have whole masters.
 
     Raises:
         ValueError, TypeError: a wrong option or parameter; ranks that disagree on names, shapes, dtypes or options
@@ -118,6 +122,7 @@ class ShardedLamb(SavingOptimizer):
         skip_nonfinite: bool = True,
         max_consecutive_skips: int = 10,
         kernel: str = "auto",
+        store_param_remainders: bool = False,
         **options: Unpack[RuleOptions],
     ) -> None:
         params = materialized(params)
@@ -133,6 +138,7 @@ class ShardedLamb(SavingOptimizer):
                 skip_nonfinite,
                 max_consecutive_skips,
                 kernel,
+                store_param_remainders,
             )
             self._holdings = Holdings(self, topology, self._settings)
             scalars = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}

@@ -7,7 +7,7 @@ DTensors like it, and ``start`` is then its cell (`sharded_lamb.placements`).
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sharded_lamb.buckets import FlatBucket, flattened
 from sharded_lamb.collectives import Collectives
+from sharded_lamb.kernels import remainders
 from sharded_lamb.layout import ShardLayout
 from sharded_lamb.pieces import LocalPieces
 from sharded_lamb.placements import Cut, local_part
@@ -29,8 +30,59 @@ def tensors_of(bucket: FlatBucket) -> dict[str, Tensor]:
     """The sharded kinds of state of a bucket: flat tensors of this rank, by their key."""
     kinds = {"exp_avg": bucket.shard.exp_avg, "exp_avg_sq": bucket.shard.exp_avg_sq}
     if bucket.shard.model is not None:
-        kinds["master"] = bucket.shard.weight
+        kinds["remainder" if bucket.precision.splits else "master"] = bucket.shard.weight
     return kinds
+
+
+def saved_key(key: str) -> str:
+    """Remainders are saved as the masters that they and the model's weights are: any optimizer can load those."""
+    return "master" if key == "remainder" else key
+
+
+def as_saved(kinds: State, model: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+    """``kinds`` as they are saved, masters joined in new memory. ``model``: the weights beside remainders."""
+    for key, kept in kinds.items():
+        if key == "remainder":
+            assert model is not None
+            kept = remainders.joined(model, kept)
+        yield saved_key(key), kept
+
+
+def room_for(kept: Tensor) -> Tensor:
+    """Memory for what is saved of ``kept``: itself, unless it is remainders."""
+    return torch.empty_like(kept, dtype=torch.float32) if kept.dtype == remainders.DTYPE else kept
+
+
+def take(kept: Tensor, saved: Tensor) -> None:
+    """Copy what was saved; of masters to where remainders are kept, what their own rounding lacks.
+
+    The model's weights are left alone: they are loaded too, before or after.
+    """
+    if kept.dtype == remainders.DTYPE:
+        saved = remainders.split(saved.detach().to(torch.float32))[1]
+    if kept is not saved:
+        kept.copy_(saved)
+
+
+def joined_masters(buckets: Sequence[FlatBucket], pieces: LocalPieces) -> dict[int, Tensor]:
+    """{parameter: master} of those of which remainders are kept: this rank's parts as in `local_states`, new memory."""
+    found: dict[int, Tensor] = {}
+    for bucket in buckets:
+        model = bucket.shard.model
+        if bucket.precision.splits and model is not None:
+            for position, param in enumerate(bucket.plan.params):
+                own, kept = (bucket.slice_of(param, flat) for flat in (model, bucket.shard.weight))
+                found[param] = SlicedState.of(remainders.joined(own, kept), _region(bucket, position))
+    for param, piece in pieces.pieces.items():
+        if piece.precision.splits and piece.master is not None:
+            found[param] = piece.as_dtensor(remainders.joined(piece.weight(), piece.master))
+    return found
+
+
+def _region(bucket: FlatBucket, position: int) -> Region:
+    """What this rank's slice of the bucket's ``position``-th parameter is of it."""
+    start = bucket.segment_of(bucket.plan.params[position]).start
+    return Region(tuple(bucket.params[position].shape), bucket.strides[position], start)
 
 
 def local_states(layout: ShardLayout, buckets: Sequence[FlatBucket], step: Tensor) -> dict[int, State]:
@@ -40,8 +92,7 @@ def local_states(layout: ShardLayout, buckets: Sequence[FlatBucket], step: Tenso
     for bucket in buckets:
         for position, param in enumerate(bucket.plan.params):
             segment = bucket.segment_of(param)
-            shape = tuple(bucket.params[position].shape)
-            region = Region(shape, bucket.strides[position], segment.start)
+            region = _region(bucket, position)
             stamp = [
                 layout.rank,
                 layout.world_size,
@@ -108,7 +159,7 @@ def check_local(name: str, own: State, saved: Mapping[str, Any]) -> None:
             + ". state_dict() is one rank's slices: save and load every rank's own, with the same ranks and the same "
             "model; for other ranks use full_state_dict() and load_full_state_dict()"
         )
-    missing = own.keys() - saved.keys()
+    missing = {saved_key(key) for key in own} - saved.keys()
     if missing:
         raise ValueError(f"the state of {name!r} lacks {sorted(missing)}: it was saved with other dtypes")
 
@@ -119,9 +170,9 @@ def load_local(own: State, saved: Mapping[str, Any]) -> None:
         if key == "step":
             tensor.copy_(torch.as_tensor(saved[key]).reshape(()))
         elif isinstance(tensor, DTensor):
-            local_part(tensor).copy_(local_part(saved[key]))
+            take(local_part(tensor), local_part(saved[saved_key(key)]))
         elif key != "shard":
-            tensor.copy_(saved[key])
+            take(tensor, saved[saved_key(key)])
 
 
 def check_complete(state_dict: dict[str, Any] | None) -> dict[str, Any]:
@@ -173,7 +224,7 @@ def gather_full(
     states: dict[int, State] = {param: {} for param in range(len(layout.numels))}
     steps = step.cpu()
     for bucket in buckets:
-        for key, flat in tensors_of(bucket).items():
+        for key, flat in as_saved(tensors_of(bucket), bucket.shard.model):
             parts = collectives.gather_to_first(flat)
             if parts is None:
                 continue
@@ -181,7 +232,7 @@ def gather_full(
             for position, param in enumerate(bucket.plan.params):
                 states[param][key] = bucket.place(position, whole).clone()
     for param, piece in pieces.pieces.items():
-        for key, flat in piece.states().items():
+        for key, flat in as_saved(piece.states(), piece.weight()):
             whole = piece.whole(flat)
             if collectives.topology.rank == 0:
                 states[param][key] = whole.to("cpu", copy=True)
@@ -204,8 +255,8 @@ def scatter_full(
     first = collectives.topology.rank == 0
     saved = states or {}
     for bucket in buckets:
-        for key, flat in tensors_of(bucket).items():
-            parts = None
+        for kind, kept in tensors_of(bucket).items():
+            key, flat, parts = saved_key(kind), room_for(kept), None
             if first:
                 whole = bucket.flat.to("cpu", flat.dtype, copy=True)
                 if key != "master":
@@ -215,6 +266,7 @@ def scatter_full(
                         bucket.place(position, whole).copy_(saved[param][key])
                 parts = list(whole.chunk(bucket.plan.world_size))
             collectives.scatter_from_first(flat, parts)
+            take(kept, flat)
     _scatter_placed(collectives, pieces, saved)
     step.zero_()
     if first:
@@ -230,19 +282,19 @@ def _scatter_placed(
     first, device = collectives.topology.rank == 0, collectives.device
     rows = [(param, key) for param, piece in pieces.pieces.items() for key in piece.states()]
     there = torch.tensor(
-        [key in saved.get(param, {}) for param, key in rows], dtype=torch.int64, device=device
+        [saved_key(key) in saved.get(param, {}) for param, key in rows], dtype=torch.int64, device=device
     )
     if rows:
         collectives.broadcast(there)
     for (param, key), given in zip(rows, there.tolist(), strict=True):
         piece = pieces.pieces[param]
-        flat = piece.states()[key]
+        kept = piece.states()[key]
         if not given:
-            flat.copy_(piece.weight()) if key == "master" else flat.zero_()
+            kept.copy_(piece.weight()) if key == "master" else kept.zero_()
             continue
-        whole = torch.empty(piece.p.shape, dtype=flat.dtype, device=device)
+        whole = torch.empty(piece.p.shape, dtype=room_for(kept[:0]).dtype, device=device)
         if first:
-            whole.copy_(saved[param][key])
+            whole.copy_(saved[param][saved_key(key)])
         collectives.broadcast(whole)
         mine = distribute_tensor(whole, piece.p.device_mesh, piece.p.placements, src_data_rank=None)
-        flat.copy_(flattened(local_part(mine), piece.strides))
+        take(kept, flattened(local_part(mine), piece.strides))

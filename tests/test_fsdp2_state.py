@@ -37,10 +37,10 @@ class Layout:
         return f"{self.world}x{'-'.join(self.axes) if self.stage == 0 else f'stage{self.stage}'}"
 
 
-def build(layout: Layout, dtype: torch.dtype) -> tuple[models.Block, ShardedLamb]:
+def build(layout: Layout, dtype: torch.dtype, **more: Any) -> tuple[models.Block, ShardedLamb]:
     if layout.stage:
         model = models.block().to(dtype)
-        options = {"stage": layout.stage, "bucket_mb": 0.0005}
+        options = {"stage": layout.stage, "bucket_mb": 0.0005, **more}
         if layout.axes == ("replicate", "shard"):
             options["mesh"] = models.named_mesh(replicate=2, shard=layout.world // 2)
         return model, ShardedLamb(model.named_parameters(), **OPTIONS, **options)
@@ -53,7 +53,7 @@ def build(layout: Layout, dtype: torch.dtype) -> tuple[models.Block, ShardedLamb
     else:
         model = models.parallel_block(mesh, layout.axes if len(layout.axes) > 1 else "dp", None)
     model = model.to(dtype)
-    return model, ShardedLamb(model.named_parameters(), **OPTIONS)
+    return model, ShardedLamb(model.named_parameters(), **OPTIONS, **more)
 
 
 def steps(model: models.Block, opt: ShardedLamb, which: range) -> None:

@@ -165,6 +165,7 @@ def measure(
         master_dtype=choices.master_dtype,
         state_dtype=choices.state_dtype,
         reduce_dtype=choices.reduce_dtype,
+        store_param_remainders=choices.store_param_remainders,
         overlap=choices.overlap,
     )
     for _ in range(WARM_STEPS):
@@ -217,10 +218,14 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
     return _local(tensor).untyped_storage()
 
 
+_SMALL = (torch.uint8, torch.int16)
+"""Integers an element: bytes of staging, remainders of masters."""
+
+
 def _tensors(roots: Sequence[Any]) -> Iterator[Tensor]:
     """Tensors that ``roots`` refer to through containers, modules and this package's objects.
 
-    Numbers a parameter or a block (fp64 and integers), of which nobody keeps an account, are left out.
+    Numbers a parameter or a block (fp64 and wide integers), of which nobody keeps an account, are left out.
     """
     seen: set[int] = set()
     todo = list(roots)
@@ -230,7 +235,7 @@ def _tensors(roots: Sequence[Any]) -> Iterator[Tensor]:
             continue
         seen.add(id(found))
         if isinstance(found, Tensor):
-            if found.dtype == torch.uint8 or (found.is_floating_point() and found.dtype != torch.float64):
+            if found.dtype in _SMALL or (found.is_floating_point() and found.dtype != torch.float64):
                 yield found
         elif isinstance(found, Mapping):
             todo += [*found.keys(), *found.values()]

@@ -62,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--master-dtype", choices=_DTYPES, default="float32")
     memory.add_argument("--state-dtype", choices=_DTYPES, default="float32")
     memory.add_argument("--reduce-dtype", choices=_DTYPES, help="default: the parameters'")
+    memory.add_argument(
+        "--store-param-remainders", action="store_true", help="16 bits of a bfloat16 parameter's master"
+    )
     memory.add_argument("--bucket-mb", type=float, default=32)
     memory.add_argument("--backend", choices=("nccl", "gloo"), default="nccl", help="staging differs")
     _add_time_arguments(parser.add_argument_group("time"))
@@ -140,12 +143,18 @@ def _shapes(chosen: argparse.Namespace, default: str) -> Shapes:
 def _choices(chosen: argparse.Namespace) -> Choices:
     if not chosen.bucket_mb > 0:
         raise ValueError(f"--bucket-mb must be > 0, got {chosen.bucket_mb:g}")
-    reduce = chosen.reduce_dtype
+    reduce, splits = chosen.reduce_dtype, chosen.store_param_remainders
+    if splits and (chosen.dtype, chosen.master_dtype) != ("bfloat16", "float32"):
+        raise ValueError(
+            f"--store-param-remainders keeps what bfloat16 parameters lack of float32 masters, got --dtype "
+            f"{chosen.dtype} --master-dtype {chosen.master_dtype}: leave it out"
+        )
     return Choices(
         model_dtype=getattr(torch, chosen.dtype),
         master_dtype=getattr(torch, chosen.master_dtype),
         state_dtype=getattr(torch, chosen.state_dtype),
         reduce_dtype=None if reduce is None else getattr(torch, reduce),
+        store_param_remainders=splits,
         bucket_mb=chosen.bucket_mb,
         overlap=not chosen.no_overlap,
         overlap_forward=chosen.overlap_forward,
@@ -183,8 +192,8 @@ def _described(found: Shapes, choices: Choices) -> str:
         str(dtype).removeprefix("torch.") for dtype in (precision.model, precision.master, precision.state)
     ]
     return (
-        f"{len(found):,} tensors, {sum(map(prod, found.values())):,} elements, {names[0]} with {names[1]} masters and "
-        f"{names[2]} moments, buckets of {choices.bucket_mb:g} MiB"
+        f"{len(found):,} tensors, {sum(map(prod, found.values())):,} elements, {names[0]} with {names[1]} masters"
+        f"{' as remainders' if precision.splits else ''} and {names[2]} moments, buckets of {choices.bucket_mb:g} MiB"
     )
 
 

@@ -37,6 +37,7 @@ class Choices:
     master_dtype: torch.dtype = torch.float32
     state_dtype: torch.dtype = torch.float32
     reduce_dtype: torch.dtype | None = None
+    store_param_remainders: bool = False
     bucket_mb: float = 32
     overlap: bool = True
     overlap_forward: bool = False
@@ -44,7 +45,13 @@ class Choices:
 
     @property
     def precision(self) -> Precision:
-        return Precision.of(self.model_dtype, self.master_dtype, self.state_dtype, self.reduce_dtype)
+        return Precision.of(
+            self.model_dtype,
+            self.master_dtype,
+            self.state_dtype,
+            self.reduce_dtype,
+            store_param_remainders=self.store_param_remainders,
+        )
 
 
 def shardings(

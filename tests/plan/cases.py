@@ -29,4 +29,7 @@ CHOICES = {
         overlap=False,
         sums_here=True,
     ),
+    "bf16, remainders": Choices(
+        model_dtype=torch.bfloat16, store_param_remainders=True, bucket_mb=10 * KIB, sums_here=True
+    ),
 }

@@ -105,6 +105,8 @@ def test_options_reach_the_prediction(tmp_path: Path) -> None:
     }
     for arguments, key in changes.items():
         assert row(*arguments)[key] != plain[key], arguments
+    split = row("--dtype", "bfloat16", "--store-param-remainders")
+    assert split["memory_bytes"] != row("--dtype", "bfloat16")["memory_bytes"]
     hidden, late = row("--backward-ms", "100"), row("--backward-ms", "100", "--no-overlap")
     assert hidden["seconds"]["exposed"] < late["seconds"]["exposed"]
 
@@ -157,6 +159,7 @@ def test_calibration_goes_over_the_preset_and_options_over_it(tmp_path: Path) ->
         (["--shapes", "nothing"], "must be one of"),
         (["--shapes", "missing.json"], "missing.json"),
         (["--config", "missing.json"], "Give the path of a Hugging Face config.json"),
+        (["--store-param-remainders"], "got --dtype float32 --master-dtype float32: leave it out"),
         (["--world-sizes", "0"], "--world-sizes must be >= 1, got 0"),
         (["--shard", "some"], "--shard must be all, node or a number"),
         (["--shard", "3", "--world-sizes", "4"], "4 ranks do not divide into replicas of 3"),

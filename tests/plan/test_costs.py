@@ -1,5 +1,6 @@
 """Predicted bytes by what must hold at any number of ranks, and by the formula that the design promises."""
 
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -20,6 +21,7 @@ CHOICES = st.builds(
     Choices,
     model_dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     state_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    store_param_remainders=st.booleans(),
     bucket_mb=st.sampled_from([0.001, 0.01, 32]),
     sums_here=st.booleans(),
 )
@@ -101,6 +103,17 @@ def test_the_memory_that_the_design_promises(world: int) -> None:
     assert by_hand.memory["staging"] == pytest.approx(2 * (2 - 1 / world) * largest, rel=0.02)
 
 
+@pytest.mark.parametrize("sharding", [Sharding(1, 8), Sharding(2, 64), Sharding(3, 64)])
+def test_remainders_are_half_of_the_masters_and_nothing_else(sharding: Sharding) -> None:
+    found = shapes.named("bert-large")
+    whole, split = (
+        costs(found, replace(BF16, store_param_remainders=splits), sharding) for splits in (False, True)
+    )
+    assert split.memory == {**whole.memory, "masters": whole.memory["masters"] // 2}
+    assert whole.memory["masters"] * 2 == whole.memory["moments"]
+    assert (split.wire, split.calls) == (whole.wire, whole.calls)
+
+
 def test_bytes_on_the_wire_of_bert_large() -> None:
     """fp32, 8 ranks: 7/8 of the model once and once again, and 5 P + 1 fp64 in two all-reduces."""
     found = shapes.named("bert-large")
@@ -128,6 +141,8 @@ def test_more_ranks_than_rows() -> None:
     assert costs(found, BF16, Sharding(2, 1)).update / sum(map(prod, found.values())) == pytest.approx(
         42, rel=1e-3
     )
+    split = replace(BF16, store_param_remainders=True)
+    assert costs(found, split, Sharding(2, 8)).update / costs(found, BF16, Sharding(2, 8)).update == 40 / 42
 
 
 def test_shardings_by_node_number_and_all() -> None:

@@ -58,7 +58,7 @@ def held_and_sent(rank: int, stage: int, choices: Choices) -> tuple[dict[str, in
 
     def alive() -> dict[int, int]:
         gc.collect()
-        wanted = (torch.float32, torch.bfloat16, torch.uint8)
+        wanted = (torch.float32, torch.bfloat16, torch.uint8, torch.int16)
         tensors = [x for x in gc.get_objects() if type(x) is Tensor and x.dtype in wanted]
         return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
 
@@ -72,6 +72,7 @@ def held_and_sent(rank: int, stage: int, choices: Choices) -> tuple[dict[str, in
         bucket_mb=choices.bucket_mb,
         state_dtype=choices.state_dtype,
         reduce_dtype=choices.reduce_dtype,
+        store_param_remainders=choices.store_param_remainders,
     )
 
     def step() -> None:
