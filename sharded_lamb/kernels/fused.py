@@ -12,7 +12,7 @@ LAMB's direction is u = b1 m / (√(b2 v) + ε) + λ w. Both bias corrections fi
 
 Results are those of `reference` to rounding, not to the bit, and not the same bits on any number of ranks or threads.
 What one call cannot express goes to `reference`: c1 ≠ 1 - β1, ε inside the root, state that is not fp32; and so do
-crowds of short runs, which are faster side by side.
+crowds of short runs, which are faster side by side. Masters that are split are joined, chunk by chunk, for each pass.
 """
 
 import math
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sharded_lamb.kernels import remainders
 from sharded_lamb.kernels.incoming import StockIncoming, taken
 from sharded_lamb.kernels.reference import ReferenceKernel, adopted
 from sharded_lamb.kernels.shard import FlatShard, PieceShard, Shard
@@ -99,11 +100,28 @@ class _Run(NamedTuple):
     """Elements of one parameter, wherever they lie."""
 
     param: int
-    weight: Tensor  # [n] fp32
+    weight: Tensor  # [n] fp32; int16: `remainders` of the model's weights
     model: Tensor | None  # [n] model dtype
     grad: Tensor  # [n] any floating-point dtype
     exp_avg: Tensor  # [n] fp32
     exp_avg_sq: Tensor  # [n] fp32
+
+    def joined(self) -> "_Run":
+        """With whole masters, which are a copy where they are kept split; then without a model, which those follow."""
+        if self.model is None or self.weight.dtype != remainders.DTYPE:
+            return self
+        return self._replace(weight=remainders.joined(self.model, self.weight), model=None)
+
+    def take(self, other: "_Run") -> None:
+        """Keep the masters of ``other``, which is `joined`, and the model's copy of them."""
+        if self.model is None:
+            return
+        if self.weight is other.weight:
+            self.model.copy_(self.weight)
+            return
+        model, remainder = remainders.split(other.weight)
+        self.model.copy_(model)
+        self.weight.copy_(remainder)
 
     def chunks(self) -> Iterator["_Run"]:
         """Runs of at most `CHUNK` elements."""
@@ -173,8 +191,8 @@ def _piece_part(shard: PieceShard, pieces: Sequence[int]) -> PieceShard:
 
 
 def _is_fp32(shard: Shard) -> bool:
-    """Whether weights and moments are; a piece's gradients and a model's copies may be anything."""
-    kinds = (shard.weight, shard.exp_avg, shard.exp_avg_sq)
+    """Whether masters and moments are; a piece's gradients and a model's copies may be anything."""
+    kinds = [shard.exp_avg, shard.exp_avg_sq, *([] if shard.is_split else [shard.weight])]
     return all((x if isinstance(x, Tensor) else x[0]).dtype == torch.float32 for x in kinds)
 
 
@@ -253,6 +271,7 @@ class FusedKernel(StockIncoming):
 
     def _moved(self, run: _Run, call: _Call) -> tuple[float, float]:
         """m, v ← g; Σw² and Σu²."""
+        run = run.joined()
         if run.model is not None and not torch.equal(run.weight.to(run.model.dtype), run.model):
             run.weight.copy_(adopted(run.weight, run.model))
         weight_squares = self._square_sum(run.weight)
@@ -282,6 +301,7 @@ class FusedKernel(StockIncoming):
         A small decay comes after the call, with a rounding of its own: (1 - η r λ) (w - η r a … / (1 - η r λ)). Inside
         it is a factor that is rounded to fp32 alike for all elements: of a decay of 1e-7 that makes 1.2e-7 every step.
         """
+        kept, run = run, run.joined()
         if step_size != 0:
             shrink = step_size * call.decay
             inside = abs(shrink) > LARGE
@@ -294,8 +314,7 @@ class FusedKernel(StockIncoming):
             )
             if shrink != 0 and not inside:
                 run.weight.add_(run.weight, alpha=-shrink)
-        if run.model is not None:
-            run.model.copy_(run.weight)
+        kept.take(run)
 
     def _fused(
         self,
