@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
+from sharded_lamb import faults
 from sharded_lamb.collectives import Topology
 
 TIMEOUT_S = 60.0
@@ -35,6 +36,7 @@ def check_agreement(topology: Topology, description: Description, timeout_s: flo
         RuntimeError: ranks did not come within ``timeout_s`` seconds; they are named.
         ValueError: ranks disagree; the first difference of each is named.
     """
+    faults.point("construction")
     if len(topology.everyone) == 1:
         return
     timeout_s = TIMEOUT_S if timeout_s is None else timeout_s

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sharded_lamb import faults
 from sharded_lamb.buckets import FlatBucket
 from sharded_lamb.collectives import Collectives
 from sharded_lamb.engine import collect_gradients, gradient_square_sums
@@ -18,6 +19,7 @@ from sharded_lamb.facts import (
     check_gradients,
     check_present,
     not_agreed,
+    spoil_on_purpose,
 )
 from sharded_lamb.kernels import Kernel
 from sharded_lamb.pieces import LocalPieces
@@ -85,6 +87,8 @@ class AveragedGradients:
         # GradScaler's unscaling counts no version: what clip_grad_norm_ saw may have been scaled.
         if self._known is None or found_inf is not None or not self._unchanged():
             grads = self._grads()
+            if faults.point("gradient"):
+                spoil_on_purpose(grads)
             self._used = grads, [0 if grad is None else grad._version for grad in grads]
             square_sums = self.spoken(self._take(grads))
             if may_wait and not self.buckets and not self._compares():

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from sharded_lamb import faults
 from sharded_lamb.timeline import COMPUTE, Flight, Laps, Timeline
 
 
@@ -201,6 +202,7 @@ class Collectives:
 
     def all_reduce_small(self, vector: Tensor) -> None:
         """Sum a packed vector over everyone, in place."""
+        faults.point("all-reduce")
         if self.everyone is not None:
             with self.traffic.blocking("all_reduce_small", vector.nbytes), self._on_wire(vector) as wire:
                 dist.all_reduce(wire, group=self.everyone)
@@ -226,9 +228,12 @@ class Collectives:
         """
         if self._shard is None:
             return Pending([])
+        faults.point("reduce-scatter")
         others = full.nbytes // self.shard_count * (self.shard_count - 1)
         flight = self.traffic.launched("reduce_scatter", others)
-        return Pending([_reduce_scatter(received, full, self._shard)], flight)
+        pending = Pending([_reduce_scatter(received, full, self._shard)], flight)
+        faults.point("mid-reduce-scatter")
+        return pending
 
     def exchange(
         self, outgoing: Sequence[tuple[int, Tensor]], incoming: Sequence[tuple[int, Tensor]]
@@ -238,8 +243,10 @@ class Collectives:
         Args:
             outgoing, incoming: (rank in the group, contiguous tensor).
         """
+        faults.point("reduce-scatter")
         flight = self.traffic.launched("reduce_scatter", sum(tensor.nbytes for _, tensor in outgoing))
         works = [dist.irecv(place, group=self._shard, group_src=source) for source, place in incoming]
+        faults.point("mid-reduce-scatter")
         works += [dist.isend(tensor, group=self._shard, group_dst=target) for target, tensor in outgoing]
         return Pending(works, flight, keeps=outgoing)
 
@@ -277,10 +284,12 @@ class Collectives:
         """Every rank's shard of ``flat``, in place: rank r's is the r-th equal part."""
         if self._shard is None:
             return Pending([])
+        faults.point("all-gather")
         size, rank = flat.numel() // self.shard_count, self.topology.shard_rank
         flight = self.traffic.launched("all_gather", size * flat.element_size() * (self.shard_count - 1))
         if not self.by_hand:
             work = _all_gather(flat, flat[rank * size : (rank + 1) * size], self._shard)
+            faults.point("mid-all-gather")
             return Pending([work], flight)
         mine = flat[rank * size : (rank + 1) * size]
         # Receives first: a "ready to receive" behind data makes two ranks take turns (half as fast). Peers at the
@@ -290,6 +299,7 @@ class Collectives:
             source = (rank - distance) % self.shard_count
             place = flat[source * size : (source + 1) * size]
             works.append(dist.irecv(place, group=self._shard, group_src=source))
+        faults.point("mid-all-gather")
         for distance in range(1, self.shard_count):
             works.append(dist.isend(mine, group=self._shard, group_dst=(rank + distance) % self.shard_count))
         return Pending(works, flight)

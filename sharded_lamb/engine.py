@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sharded_lamb import rule
+from sharded_lamb import faults, rule
 from sharded_lamb.kernels import Kernel, Shard
 from sharded_lamb.kernels.incoming import Taking, fill_together
 from sharded_lamb.rule import ParameterOptions
@@ -92,6 +92,7 @@ def lamb_step(
     groups = _by_compute(shards)
     tables = {dtype: rule.table(vectors, dtype) for dtype in groups}
 
+    faults.point("pass-1")
     square_sums = torch.zeros(2, len(step), dtype=torch.float64, device=step.device)
     for dtype, alike in groups.items():
         kernel.moments_and_norms(alike, tables[dtype], square_sums)
@@ -101,6 +102,7 @@ def lamb_step(
     ratios = rule.trust_ratios(weight_norm, update_norm, options)
     sizes = rule.step_sizes(lr, ratios, options, step, active)
     narrow = {dtype: sizes.to(dtype) for dtype in groups}
+    faults.point("pass-2")
     for together in _applied_together(shards):
         dtype = shards[together[0]].compute
         kernel.apply([shards[index] for index in together], tables[dtype], narrow[dtype])

@@ -155,6 +155,13 @@ def check_gradients(names: Sequence[str], grads: Sequence[Tensor | None]) -> Non
                 check_gradient(name, grad)
 
 
+def spoil_on_purpose(grads: Sequence[Tensor | None]) -> None:
+    """What `faults` asks for at the point "gradient"."""
+    for grad in grads:
+        if grad is not None:
+            grad.fill_(torch.nan)
+
+
 def check_gradient(name: str, grad: Tensor) -> None:
     """Raises TypeError for a sparse gradient, as torch's own Adam does."""
     if grad.layout is not torch.strided:

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from sharded_lamb import faults
 from sharded_lamb.buckets import FlatBucket
 from sharded_lamb.collectives import Collectives, Pending
-from sharded_lamb.facts import GradientFacts, Replicas, agree, check_gradient
+from sharded_lamb.facts import GradientFacts, Replicas, agree, check_gradient, spoil_on_purpose
 from sharded_lamb.kernels import Kernel, Received
 from sharded_lamb.kernels.incoming import rows_with_own
 from sharded_lamb.staging import Staging
@@ -247,6 +248,7 @@ class BackwardReducer:
     def _launch(self, index: int) -> None:
         """Start the exchange of a bucket: gradients into staging memory, ``.grad`` freed."""
         bucket = self.buckets[index]
+        faults.point("mid-backward")
         if len(self._exchanges) == IN_FLIGHT:
             self._finish_oldest()
         staging = self._take_staging(index)
@@ -260,6 +262,8 @@ class BackwardReducer:
             grads.append(grad)
             p.grad = None
             self.present[param] = True
+        if faults.point("gradient"):
+            spoil_on_purpose(grads)
         pending = staging.route(index, bucket).start(grads)
         # In one piece they have been copied already.
         self._exchanges.append(_Exchange(index, pending, staging, grads if self.collectives.by_hand else []))
