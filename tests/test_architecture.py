@@ -22,7 +22,7 @@ FLOORS = (
     {"hyperparams"},
     {"rule", "layout"},
     {"options", "kernels", "footprint", "memory"},
-    {"engine", "collectives"},
+    {"engine", "collectives", "watchdog"},
     {"agreement", "facts", "buckets", "placements"},
     {"pieces", "slices", "staging"},
     {"averaged", "reduction", "state", "gathering"},

@@ -1,0 +1,92 @@
+"""What ranks do in tests of the watchdog: python -m tests.watchdog_cases TROUBLE RANK TIMEOUT_S, one process a rank."""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sharded_lamb import ShardedLamb
+from sharded_lamb.watchdog import Watchdog
+
+STEPS, TROUBLED_STEP = 6, 3
+
+
+def hold_the_gil() -> None:
+    ctypes.PyDLL(None).sleep(600)
+
+
+def get_stopped() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def oversleep() -> None:
+    time.sleep(600)
+
+
+def complain() -> None:
+    raise KeyError("a bad sample")
+
+
+def load_slowly() -> None:
+    """Longer than the timeout, with signs of life."""
+    assert watchdog is not None
+    for _ in range(8):
+        time.sleep(watchdog.timeout_s / 4)
+        watchdog.beat("loading")
+    with watchdog.paused("validating"):
+        time.sleep(watchdog.timeout_s * 1.5)
+
+
+TROUBLES: dict[str, Callable[[], None]] = {
+    "gil": hold_the_gil,
+    "stop": get_stopped,
+    "die": die,
+    "sleep": oversleep,
+    "raise": complain,
+    "slow": load_slowly,
+}
+watchdog: Watchdog | None = None
+
+
+class Model(nn.Module):
+    def __init__(self, trouble: Callable[[], None] | None) -> None:
+        super().__init__()
+        self.first, self.second, self.trouble, self.calls = nn.Linear(8, 8), nn.Linear(8, 1), trouble, 0
+
+    def forward(self, batch: Tensor) -> Tensor:
+        self.calls += 1
+        if self.trouble is not None and self.calls == TROUBLED_STEP:
+            self.trouble()
+        return self.second(self.first(batch))
+
+
+def main(trouble: str, troubled: int, timeout_s: float) -> None:
+    global watchdog
+    logging.disable(logging.INFO)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    model = Model(TROUBLES[trouble] if dist.get_rank() == troubled else None)
+    optimizer = ShardedLamb(model.named_parameters(), stage=2)
+    with Watchdog(timeout_s) as watchdog:
+        for step in range(1, STEPS + 1):
+            optimizer.zero_grad()
+            model(torch.ones(4, 8)).sum().backward()
+            optimizer.step()
+            watchdog.beat(f"step {step}")
+    dist.destroy_process_group()
+    print("finished", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))
