@@ -163,6 +163,14 @@ def test_its_threads_end_with_it_and_nothing_is_said_afterwards(capfd: pytest.Ca
     assert capfd.readouterr().err == ""
 
 
+def test_without_a_timeout_nothing_is_watched() -> None:
+    before = threading.active_count()
+    with Watchdog(None) as watchdog, watchdog.paused("all of it"):
+        watchdog.beat("one")
+        assert threading.active_count() == before
+        assert watchdog.explain(RuntimeError("Connection closed by peer")).args
+
+
 def test_other_errors_get_no_note() -> None:
     with Watchdog(60) as watchdog:
         error = KeyError("mine")

@@ -256,6 +256,24 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class FaultsConfig:
+    """When a rank hangs, each says which one it is, and ends; torchrun starts them again. null: they wait for it."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    hang_timeout_s: float | None = (
+        600.0  # that no rank comes further by a micro-batch, save or held-out batch
+    )
+
+    def __post_init__(self) -> None:
+        require(
+            self.hang_timeout_s is None or self.hang_timeout_s > 0,
+            "faults.hang_timeout_s",
+            self.hang_timeout_s,
+            "null or a positive number of seconds",
+        )
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """What is recorded; every step always has its row in metrics.jsonl."""
 
@@ -289,6 +307,7 @@ class RunConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
@@ -319,7 +338,8 @@ class RunConfig:
         kept = {
             k: v
             for k, v in self.to_dict().items()
-            if k not in ("run_dir", "start_from", "checkpoint", "log", "parallel", "deepspeed", "speed")
+            if k
+            not in ("run_dir", "start_from", "checkpoint", "faults", "log", "parallel", "deepspeed", "speed")
         }
         kept["data"] = {k: v for k, v in kept["data"].items() if k not in ("prepared", "workers")}
         kept["optimizer"].pop("bucket_mb")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharded_lamb import faults
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.ds_config import ds_config
@@ -43,6 +44,7 @@ class EngineTrainee:
     def accumulate(self, batch: MicroBatch, scale: Tensor, *, last: bool) -> Tensor:
         self._engine.set_gradient_accumulation_boundary(last)
         out: Tensor = self._engine(batch)
+        faults.point("backward")
         # Scaled by the whole global batch already: not again by the number of micro-batches.
         self._engine.backward((out[:2] * scale).sum(), scale_wrt_gas=False)
         return out.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,18 @@ class HeldOut:
     nsp_accuracy: float | None
 
 
-def held_out(losses: Any, source: BatchSource, batch: int, ranks: Ranks, limit: int | None) -> HeldOut:
-    """Masks are keyed by sample and rows cut alike everywhere: every world size sees the same batches."""
+def held_out(
+    losses: Any,
+    source: BatchSource,
+    batch: int,
+    ranks: Ranks,
+    limit: int | None,
+    beat: Callable[[str], None] = lambda _: None,
+) -> HeldOut:
+    """Masks are keyed by sample and rows cut alike everywhere: every world size sees the same batches.
+
+    ``beat`` is told of every batch.
+    """
     total = len(source.samples) if limit is None else min(len(source.samples), limit * batch)
     starts = range(0, total, batch)
     sums = np.zeros(6)
@@ -32,6 +43,7 @@ def held_out(losses: Any, source: BatchSource, batch: int, ranks: Ranks, limit: 
     with torch.no_grad():
         for turn in range(0, len(starts), ranks.world_size):
             mine = turn + ranks.rank
+            beat(f"held-out batch {mine}")
             # A rank without a batch in the last turn goes along: parameters cut over ranks are gathered in forward.
             start = starts[min(mine, len(starts) - 1)]
             micro = source.micro_batch(np.arange(start, min(start + batch, total)), shuffled=False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from sharded_lamb import faults
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.model import Losses
@@ -34,6 +35,7 @@ class FsdpTrainee(OptimizerTrainee):
         self._root.set_requires_gradient_sync(last)
         out: Tensor = self.losses(batch)
         loss: Tensor = (out[:2] * scale).sum()
+        faults.point("backward")
         loss.backward()  # type: ignore[no-untyped-call]
         return out.detach()
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sharded_lamb import checkpoint
+from sharded_lamb import checkpoint, faults
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.model import Losses, parameters_to_train
@@ -68,6 +68,7 @@ class ShardedTrainee(OptimizerTrainee):
         with context:
             out: Tensor = self._called(batch)
             loss: Tensor = (out[:2] * scale).sum()
+            faults.point("backward")
             loss.backward()  # type: ignore[no-untyped-call]
         return out.detach()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,11 +13,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
 
 Result = TypeVar("Result")
 
 # Rank 0 may tokenize a corpus while the others wait.
 _CONTROL_TIMEOUT = timedelta(hours=24)
+_MEETING_S = 1800.0  # as torch's own rendezvous
 
 
 class RankZeroError(ValueError):
@@ -42,10 +46,9 @@ class Ranks:
         if dist.is_initialized():
             pass
         elif "RANK" in os.environ:
-            store, rank, world_size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-            # torchrun keeps its store over restarts (2.13), and with it the dead ranks' addresses.
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
+            store: Any
+            shared, rank, world_size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+            store = of_this_attempt(shared, rank, world_size)
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         else:
@@ -97,3 +100,37 @@ class Ranks:
             raise ValueError(
                 f"{what} differs between ranks: rank 0 has {values[0]!r}, others {odd}; {remedy}"
             )
+
+
+def of_this_attempt(shared: Store, rank: int, world_size: int, timeout_s: float = _MEETING_S) -> PrefixStore:
+    """The store under a name of rank 0's that no earlier attempt has used.
+
+    torchrun keeps its store over restarts (2.13), and with it the dead ranks' addresses. Its count of restarts tells
+    attempts apart on one node only: a node that joined later counts from 0, and a change of nodes is not counted.
+
+    Raises:
+        RuntimeError: ranks that did not come; rank 0 names them.
+    """
+    token = uuid.uuid4().hex
+    if rank:
+        shared.set(f"meeting/{rank}", token)  # over what a dead one may have left
+        shared.wait([f"welcome/{token}"], timedelta(seconds=timeout_s))
+        name = shared.get(f"welcome/{token}").decode()
+        shared.set(f"thanks/{token}", "")
+        return PrefixStore(name, shared)
+    absent = dict.fromkeys(range(1, world_size), "")
+    deadline = time.monotonic() + timeout_s
+    while absent and time.monotonic() < deadline:
+        for other, known in list(absent.items()):
+            if known and shared.check([f"thanks/{known}"]):
+                del absent[other]
+            elif shared.check([f"meeting/{other}"]):
+                absent[other] = shared.get(f"meeting/{other}").decode()
+                if absent[other] != known:
+                    shared.set(f"welcome/{absent[other]}", token)
+        time.sleep(0.01)
+    if absent:
+        raise RuntimeError(
+            f"ranks {sorted(absent)} of {world_size} did not come within {timeout_s:g} s: look for an error there"
+        )
+    return PrefixStore(token, shared)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sharded_lamb import faults
 from sharded_lamb.bert import checkpoint, outputs
 from sharded_lamb.bert.batch import BatchPlan, plan_batches
 from sharded_lamb.bert.checkpoint import Position, StopRequested
@@ -27,6 +28,10 @@ from sharded_lamb.bert.schedule import build_schedule
 from sharded_lamb.bert.shards import Manifest, PackedSamples
 from sharded_lamb.bert.tokenizer import Pieces, load_tokenizer, pieces_of
 from sharded_lamb.bert.trainee import Trainee, build_trainee, check_parallel
+from sharded_lamb.watchdog import Watchdog
+
+Beat = Callable[[str], None]
+"""Says that this rank has come further: `Watchdog.beat`."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +82,13 @@ def run(config: RunConfig, resume: str | None, ranks: Ranks) -> Outcome:
     found = checkpoint.choose(run_dir / "checkpoints", resume, ranks)
     job = _set_up(config, ranks, run_dir, stop)
     try:
-        return _train(job, plans, found)
+        with Watchdog(config.faults.hang_timeout_s) as watchdog:
+            return _train(job, plans, found, watchdog.beat)
     finally:
         job.trainee.close()
 
 
-def _train(job: Job, plans: list[BatchPlan], found: list[Path]) -> Outcome:
+def _train(job: Job, plans: list[BatchPlan], found: list[Path], beat: Beat) -> Outcome:
     """From the first whole one of the checkpoints `found`, if any, to the end or a request to stop."""
     config, ranks, run_dir = job.config, job.ranks, job.run_dir
     digest = ",".join(PackedSamples(folder, "train").manifest.digest() for folder in job.folders)
@@ -100,10 +106,10 @@ def _train(job: Job, plans: list[BatchPlan], found: list[Path]) -> Outcome:
             if number > position.phase:
                 job.trainee.restart_steps()
                 position = replace(position, phase=number, step=0, sample=0)
-            position, stopped = _Phase(job, number, plans[number], log).run(position)
+            position, stopped = _Phase(job, number, plans[number], log, beat).run(position)
             if stopped:
                 return Outcome(run_dir, None)
-        return Outcome(run_dir, _finish(job, position, log))
+        return Outcome(run_dir, _finish(job, position, log, beat))
     finally:
         if log is not None:
             log.close()
@@ -155,8 +161,8 @@ class _Clock:
 class _Phase:
     """One phase on this rank."""
 
-    def __init__(self, job: Job, number: int, plan: BatchPlan, log: MetricsLog | None) -> None:
-        self.job, self.number, self.plan, self.log = job, number, plan, log
+    def __init__(self, job: Job, number: int, plan: BatchPlan, log: MetricsLog | None, beat: Beat) -> None:
+        self.job, self.number, self.plan, self.log, self.beat = job, number, plan, log, beat
         self.settings: PhaseConfig = job.config.phases[number]
         self.schedule = build_schedule(self.settings)
         self._last_save = time.monotonic()
@@ -169,6 +175,8 @@ class _Phase:
         source = job.source(self.number, "train")
         steps = source.steps(self.plan, position.step, job.ranks.rank)
         for data, clock in _timed(steps):
+            faults.point("step", step=position.total_step)
+            self.beat(f"step {position.total_step}: data")
             due = self._minutes_are_up()
             totals = job.ranks.sum(
                 [
@@ -213,6 +221,7 @@ class _Phase:
         sums = torch.zeros(4, device=ranks.device)
         last = len(data.micro_batches) - 1
         for index, micro in enumerate(data.micro_batches):
+            self.beat(f"step {data.step}: micro-batch {index}")
             sums += job.trainee.accumulate(micro.to(ranks.device), scale, last=index == last)
         job.trainee.step(self.schedule.lr(data.step))
         return sums
@@ -224,6 +233,7 @@ class _Phase:
     def _save(self, position: Position) -> None:
         job = self.job
         folder, keep = job.run_dir / "checkpoints", job.config.checkpoint.keep
+        self.beat(f"checkpoint after step {position.total_step}")
         checkpoint.save(folder, keep, position, job.trainee)
         self._last_save = time.monotonic()
 
@@ -284,7 +294,7 @@ def _rows(data: StepData) -> int:
     return sum(len(micro.tokens) for micro in data.micro_batches)
 
 
-def _finish(job: Job, position: Position, log: MetricsLog | None) -> dict[str, Any]:
+def _finish(job: Job, position: Position, log: MetricsLog | None, beat: Beat) -> dict[str, Any]:
     """Held-out numbers, the picture, the Hugging Face folder."""
     config, ranks = job.config, job.ranks
     last = len(config.phases) - 1
@@ -292,7 +302,7 @@ def _finish(job: Job, position: Position, log: MetricsLog | None) -> dict[str, A
     if PackedSamples(job.folders[last], "heldout").manifest.samples("heldout"):
         batch = config.max_micro_batch(config.phases[last])
         source = job.source(last, "heldout")
-        result = held_out(job.trainee.losses, source, batch, ranks, config.log.heldout_batches)
+        result = held_out(job.trainee.losses, source, batch, ranks, config.log.heldout_batches, beat)
     row: dict[str, Any] = {
         "step": position.total_step,
         "heldout_loss": result.loss if result else None,
@@ -305,6 +315,7 @@ def _finish(job: Job, position: Position, log: MetricsLog | None) -> dict[str, A
     if result is not None and result.nsp_accuracy is not None:
         row["heldout_nsp_accuracy"] = result.nsp_accuracy
 
+    beat("outputs")
     weights = job.trainee.weights()
 
     def write() -> None:

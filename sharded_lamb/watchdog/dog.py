@@ -48,7 +48,8 @@ class Watchdog:
     rank 0), each rank watches itself.
 
     Args:
-        timeout_s: seconds without a beat of any rank. Steps, evaluations and checkpoints must beat more often.
+        timeout_s: seconds without a beat of any rank. Steps, evaluations and checkpoints must beat more often. None:
+            nothing is watched, and nobody asked.
         group: the ranks that wait for each other; default: all. Without torch.distributed: this process alone.
         exit_code: 1 to 255.
 
@@ -60,21 +61,28 @@ class Watchdog:
     """
 
     def __init__(
-        self, timeout_s: float = 600.0, *, group: dist.ProcessGroup | None = None, exit_code: int = EXIT_CODE
+        self,
+        timeout_s: float | None = 600.0,
+        *,
+        group: dist.ProcessGroup | None = None,
+        exit_code: int = EXIT_CODE,
     ) -> None:
-        if not 0 < timeout_s < float("inf"):
-            raise ValueError(
-                f"timeout_s={timeout_s!r}: expected seconds > 0; without a Watchdog there is no limit"
-            )
+        if timeout_s is not None and not 0 < timeout_s < float("inf"):
+            raise ValueError(f"timeout_s={timeout_s!r}: expected seconds > 0, or None for no watching")
         if not 0 < exit_code < 256:
             raise ValueError(f"exit_code={exit_code!r}: expected 1 to 255, so that launchers see a failure")
-        self.timeout_s, self._exit_code = timeout_s, exit_code
+        self.timeout_s = float("inf") if timeout_s is None else timeout_s
+        self._exit_code = exit_code
         self._thread_id, self._process = threading.get_ident(), os.getpid()
-        self._beat, self._beaten, self._patience_s = "none yet", time.monotonic(), timeout_s
+        self._beat, self._beaten, self._patience_s = "none yet", time.monotonic(), self.timeout_s
         self._over = threading.Event()
-        self._period_s = min(5.0, timeout_s / 20)
-        self._talk = self._introduced(group)
+        self._period_s = min(5.0, self.timeout_s / 20)
+        self._talk: Talk | None = None
         self._timer = threading.Thread(target=self._watch, name="sharded_lamb watchdog", daemon=True)
+        if timeout_s is None:
+            self._over.set()
+            return
+        self._talk = self._introduced(group)
         if self._talk is not None:
             self._talk.start()
         self._timer.start()
