@@ -116,13 +116,14 @@ def of_this_attempt(shared: Store, rank: int, world_size: int, timeout_s: float 
         shared.set(f"meeting/{rank}", token)  # over what a dead one may have left
         shared.wait([f"welcome/{token}"], timedelta(seconds=timeout_s))
         name = shared.get(f"welcome/{token}").decode()
-        shared.set(f"thanks/{token}", "")
+        shared.set(f"thanks/{token} {name}", "")
         return PrefixStore(name, shared)
     absent = dict.fromkeys(range(1, world_size), "")
     deadline = time.monotonic() + timeout_s
     while absent and time.monotonic() < deadline:
         for other, known in list(absent.items()):
-            if known and shared.check([f"thanks/{known}"]):
+            # For this welcome: what a dead one has thanked for is still there.
+            if known and shared.check([f"thanks/{known} {token}"]):
                 del absent[other]
             elif shared.check([f"meeting/{other}"]):
                 absent[other] = shared.get(f"meeting/{other}").decode()

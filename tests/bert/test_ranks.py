@@ -1,0 +1,39 @@
+"""Ranks that meet in a store that earlier attempts have used."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from sharded_lamb.bert.ranks import of_this_attempt
+
+
+def meet(folder: Path, order: list[int], attempt: str) -> None:
+    """Ranks come in ``order``, each when the one before has said so; all then see what each wrote."""
+
+    def come(rank: int) -> str:
+        store = dist.FileStore(str(folder / "store"), -1)  # type: ignore[attr-defined]
+        name = of_this_attempt(store, rank, len(order), timeout_s=20)
+        name.set(f"here {rank}", attempt)
+        return ",".join(name.get(f"here {other}").decode() for other in range(len(order)))
+
+    with ThreadPoolExecutor(len(order)) as pool:
+        running = []
+        for rank in order:
+            running.append(pool.submit(come, rank))
+            with pytest.raises(TimeoutError):  # it waits for the others
+                running[0].result(0.3 if len(running) < len(order) else 0)
+        assert [one.result(30) for one in running] == [",".join([attempt] * len(order))] * len(order)
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0], [2, 0, 1], [0, 2, 1]])
+def test_what_an_earlier_attempt_left_is_not_taken_for_this_ones(order: list[int], tmp_path: Path) -> None:
+    for attempt in ("first", "second", "third"):
+        meet(tmp_path, order, attempt)
+
+
+def test_ranks_that_do_not_come_are_named(tmp_path: Path) -> None:
+    store = dist.FileStore(str(tmp_path / "store"), -1)  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match=r"ranks \[1, 2\] of 3 did not come within 0.2 s"):
+        of_this_attempt(store, 0, 3, timeout_s=0.2)
