@@ -1,0 +1,137 @@
+"""A run under torchrun whose ranks are killed or hang where it hurts, or whose node leaves, loses nothing."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sharded_lamb.checkpoint import problem_with, read_contents
+from tests.bert.test_command import ENVIRONMENT, ROOT, TORCHRUN, ranks_below, rows_of, wait_for_rows, write_config
+from tests.bert.test_train import losses, trained
+
+STEPS = 8
+FAULTS = {
+    0: "kill@mid-backward:rank=1:step=2",
+    1: "kill@checkpoint-manifest:rank=0:step=3",
+    2: "kill@mid-all-gather:rank=0:step=5",
+    3: "hang@all-reduce:rank=1:step=5",
+    4: "kill@checkpoint-latest:rank=0:step=7",
+}
+"""By torchrun's attempt. Steps count from 0; after every second one there is a checkpoint."""
+GONE_ON_FROM = [2, 2, 4, 4, 6]
+HANG_TIMEOUT_S = 8
+EXACT = ("step", "loss", "lr", "grad_norm", "sample", "heldout_loss")
+
+
+@pytest.fixture(scope="module")
+def long_tree(tree: dict[str, Any]) -> dict[str, Any]:
+    phase = {**tree["phases"][0], "steps": STEPS}
+    checkpoint, faults = {"every_steps": 2, "keep": 2}, {"hang_timeout_s": HANG_TIMEOUT_S}
+    model = {**tree["model"], "dropout": 0.1}
+    return {**tree, "model": model, "phases": [phase], "checkpoint": checkpoint, "faults": faults}
+
+
+def exact(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: row.get(key) for key in EXACT} for row in rows]
+
+
+def test_killed_or_hung_anywhere_it_ends_with_the_same_bits(
+    long_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    rows, weights = trained(2, long_tree, tmp_path / "whole")
+    config = write_config(long_tree, tmp_path)
+    faults = ";".join(f"{fault}:attempt={attempt}" for attempt, fault in FAULTS.items())
+    options = ("--nproc-per-node=2", f"--max-restarts={len(FAULTS)}", "-m", "sharded_lamb.bert")
+    done = subprocess.run(
+        [*TORCHRUN, *options, "--config", str(config), "--resume", "auto"],
+        env={**ENVIRONMENT, "SHARDED_LAMB_FAULT": faults},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert [int(step) for step in re.findall(r"from step (\d+)", said)] == GONE_ON_FROM
+    for rank in (0, 1):
+        assert f"sharded_lamb watchdog (on rank {rank}): rank 1 hangs while others wait for it" in said
+    last = tmp_path / "run" / "checkpoints" / f"step-{STEPS:08d}"
+    one, two = (read_contents(path) for path in (tmp_path / "whole" / "checkpoints" / last.name, last))
+    assert two.weights.keys() == weights.keys()
+    assert all(two.weights[name].equal(weights[name]) for name in weights)
+    for name, state in one.states.items():
+        assert all(two.states[name][key].equal(value) for key, value in state.items())
+    assert exact(rows_of(tmp_path / "run")) == exact(rows)
+    kept = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert [problem_with(path) for path in kept] == [None, None]
+
+
+def _wait_until_it_listens(endpoint: str, process: subprocess.Popen[bytes]) -> None:
+    host, _, port = endpoint.partition(":")
+    while process.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port))):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the first agent ended")
+
+
+def test_a_node_leaves_and_training_goes_on_with_fewer_ranks(
+    long_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """Two agents of one rank each. The one that does not hold the rendezvous is killed with its rank."""
+    tree = {**long_tree, "model": {**long_tree["model"], "dropout": 0.0}}  # keyed by rank
+    tree["phases"] = [{**tree["phases"][0], "steps": 16}]
+    rows, _ = trained(2, tree, tmp_path / "whole")
+    config = write_config(tree, tmp_path)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    timeouts = "last_call_timeout=8,keep_alive_interval=1,keep_alive_max_attempt=2"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-conf={timeouts}"]
+    command += ["--local-addr=localhost", "--max-restarts=2", "-m", "sharded_lamb.bert", "--resume", "auto"]
+    # Long enough for the other node to be killed in the middle.
+    slow = {"SHARDED_LAMB_FAULT": "slow@step:seconds=0.5"}
+    agents = []
+    with (tmp_path / "log").open("w") as log:
+        for _ in range(2):
+            agent = subprocess.Popen(
+                [*command, "--config", str(config)],
+                env={**ENVIRONMENT, **slow},
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+            agents.append(agent)
+            if len(agents) == 1:
+                _wait_until_it_listens(endpoint, agent)
+        try:
+            wait_for_rows(tmp_path / "run", 5, agents[0])
+            for process in (agents[1].pid, *ranks_below(agents[1])):  # a rank is no longer in its agent's group
+                os.kill(process, signal.SIGKILL)
+            assert agents[0].wait(100) == 0, (tmp_path / "log").read_text()
+        finally:
+            for agent in agents:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(agent.pid, signal.SIGKILL)
+                agent.wait()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    position = read_contents(max(checkpoints.glob("step-*"))).extra["position"]
+    assert position["world_size"] == 1
+    found = rows_of(tmp_path / "run")
+    for key in ("step", "sample", "global_batch", "lr"):
+        assert [row.get(key) for row in found] == [row.get(key) for row in rows]
+    assert losses(found) == pytest.approx(losses(rows), rel=1e-5)
+    assert found[0]["loss"] == rows[0]["loss"], (
+        "the first steps were made by two ranks, as those of the other run"
+    )
