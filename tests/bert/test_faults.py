@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 
 from sharded_lamb.checkpoint import problem_with, read_contents
-from tests.bert.test_command import ENVIRONMENT, ROOT, TORCHRUN, ranks_below, rows_of, wait_for_rows, write_config
+from tests.bert.test_command import (
+    ENVIRONMENT,
+    ROOT,
+    TORCHRUN,
+    ranks_below,
+    rows_of,
+    wait_for_rows,
+    write_config,
+)
 from tests.bert.test_train import losses, trained
 
 STEPS = 8
@@ -117,7 +125,10 @@ def test_a_node_leaves_and_training_goes_on_with_fewer_ranks(
                 _wait_until_it_listens(endpoint, agent)
         try:
             wait_for_rows(tmp_path / "run", 5, agents[0])
-            for process in (agents[1].pid, *ranks_below(agents[1])):  # a rank is no longer in its agent's group
+            for process in (
+                agents[1].pid,
+                *ranks_below(agents[1]),
+            ):  # a rank is no longer in its agent's group
                 os.kill(process, signal.SIGKILL)
             assert agents[0].wait(100) == 0, (tmp_path / "log").read_text()
         finally:
