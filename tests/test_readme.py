@@ -44,7 +44,7 @@ def run_snippets(rank: int, folder: Path) -> dict[str, float]:
 
 
 def test_python_snippets_run_on_two_ranks(tmp_path: Path) -> None:
-    assert len(snippets("python")) == 5
+    assert len(snippets("python")) == 6
     for memory in run_ranks(2, run_snippets, tmp_path):
         assert memory["moments"] > 0
 

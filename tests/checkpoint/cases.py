@@ -23,11 +23,13 @@ class Layout:
     stage: int = 0
     axes: tuple[str, ...] = ("dp",)
     dtype: torch.dtype = torch.float32
+    remainders: bool = False  # masters kept as 16 bits beside the weights
 
     def __str__(self) -> str:
         how = f"stage{self.stage}" if self.stage else "fsdp"
         mesh = "" if self.axes == ("dp",) else "-" + "x".join(self.axes)
-        return f"{self.world}-{how}{mesh}-{str(self.dtype).removeprefix('torch.')}"
+        split = "-remainders" if self.remainders else ""
+        return f"{self.world}-{how}{mesh}-{str(self.dtype).removeprefix('torch.')}{split}"
 
     @property
     def arithmetic(self) -> str:
@@ -58,7 +60,7 @@ def build(layout: Layout) -> tuple[nn.Module, ShardedLamb]:
         else:
             model = models.parallel_block(mesh, layout.axes if len(layout.axes) > 1 else "dp", None)
         model = model.to(layout.dtype)
-    return model, ShardedLamb(groups(model), **OPTIONS, **options)
+    return model, ShardedLamb(groups(model), **OPTIONS, **options, store_param_remainders=layout.remainders)
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -25,6 +25,8 @@ HALF = [
     Layout(3, stage=2, dtype=torch.bfloat16),
     Layout(2, stage=1, dtype=torch.bfloat16),
     Layout(2, dtype=torch.bfloat16),
+    Layout(2, stage=2, dtype=torch.bfloat16, remainders=True),
+    Layout(4, dtype=torch.bfloat16, remainders=True),
     Layout(4, axes=("dp", "tp"), dtype=torch.bfloat16),
 ]
 
