@@ -191,6 +191,7 @@ class Jobs:
 
     def __init__(self, cluster: Cluster, tree: dict[str, Any], folder: Path) -> None:
         self.cluster, self.tree, self.folder = cluster, tree, folder
+        self.numbers: dict[str, str] = {}
 
     def program(self, name: str) -> list[str]:
         config = self.folder / name / "config.yaml"
@@ -198,30 +199,33 @@ class Jobs:
         config.write_text(yaml.safe_dump({**self.tree, "run_dir": str(config.parent / "run")}))
         return ["-m", "sharded_lamb.bert", "--config", str(config)]
 
-    def submit(self, name: str, **settings: str) -> str:
-        """The job's number. Two nodes of one rank, in an environment where names do not resolve."""
+    def submit(self, name: str, **settings: str) -> None:
+        """On two nodes of one rank, whose names do not resolve."""
         where = {"VIRTUAL_ENV": sys.prefix, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         where |= {"MASTER_ADDR": "127.0.0.1", "INTERFACE": "lo", "LOG_DIR": str(self.folder / name / "logs")}
-        command = ["sbatch", "--parsable", "--nodes=2", f"--output={self.folder / name}/job.out"]
-        return self.cluster.call(
-            *command, str(SCRIPT), *self.program(name), cwd=ROOT, **where, **settings
-        ).strip()
+        command = ["sbatch", "--parsable", "--nodes=2", f"--output={self.folder / name}/job.out", str(SCRIPT)]
+        said = self.cluster.call(*command, *self.program(name), cwd=ROOT, **where, **settings)
+        self.numbers[name] = said.strip()
 
     def wait(self, what: str, name: str, true: Callable[[], bool]) -> None:
+        """AssertionError, with the last words of the job, where it does not come true within a minute."""
         try:
             self.cluster.wait(what, true)
         except SlurmError as error:
             logs = [path for path in (self.folder / name).rglob("*") if path.suffix in (".out", ".log")]
             raise AssertionError(f"{error}\n" + "\n".join(path.read_text()[-3000:] for path in logs)) from error
 
-    def finish(self, job: str, name: str) -> dict[str, str]:
-        """Until it is over; a job that was queued again starts without the wait."""
+    def finished(self, name: str, state: str) -> dict[str, str]:
+        """What SLURM says of it when it is over."""
+        job = self.numbers[name]
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.wait("the job's end", name, lambda: self.cluster.job(job)["JobState"] in over)
         found = self.cluster.job(job)
-        said = (self.folder / name / "job.out").read_text()
-        assert found["JobState"] == "COMPLETED", said
+        assert found["JobState"] == state, self.said(name)
         return found
+
+    def said(self, name: str) -> str:
+        return (self.folder / name / "job.out").read_text()
 
     def steps(self, name: str) -> int:
         path = self.folder / name / "run" / "metrics.jsonl"
@@ -232,46 +236,61 @@ class Jobs:
 
 
 STEPS = 60
+# LAUNCH, and to whom USR1 goes: to the tasks alone, as `scancel --signal=USR1 JOB` sends it, or to the script alone, as SLURM
+# does before the time is up.
+STOPPED = {
+    "tasks": ("torchrun", []),
+    "script": ("torchrun", ["--batch"]),
+    "ranks": ("srun", []),
+}
 
 
 @pytest.fixture(scope="module")
 def jobs(cluster: Cluster, tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Jobs:
-    """With one finished run, of two ranks on one host."""
+    """All jobs at once, since a job that is queued again waits; and one finished run, of two ranks on one host."""
     config = {**tree, "phases": [{**tree["phases"][0], "steps": STEPS}], "speed": {"threads": 1}}
     config["checkpoint"] = {"every_steps": 1000, "keep": 0}
     found = Jobs(cluster, config, tmp_path_factory.mktemp("slurm"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    program = found.program("whole")
     done = subprocess.run(
-        [*torchrun, *program], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100
+        [*torchrun, *found.program("whole")],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert done.returncode == 0, done.stderr
+
+    left = dict(STOPPED)
+    for name, (launch, _) in STOPPED.items():
+        found.submit(name, LAUNCH=launch, PREFLIGHT="0")
+    found.submit("plain", PREFLIGHT_ARGS="--mb=0")
+    found.submit("fails", PREFLIGHT_ARGS="--world-size=3")
+
+    def all_signalled() -> bool:
+        for name in [name for name in left if found.steps(name) >= 5]:
+            cluster.call("scancel", "--signal=USR1", *left.pop(name)[1], found.numbers[name])
+        return not left
+
+    found.wait("5 steps of each job", "tasks", all_signalled)
     return found
 
 
 def test_a_job_on_two_nodes_has_the_bits_of_one_host(jobs: Jobs) -> None:
-    job = jobs.submit("plain", PREFLIGHT_ARGS="--mb=0")
-    assert jobs.finish(job, "plain")["Restarts"] == "0"
-    assert "preflight: 2 ranks on 1 hosts" in (jobs.folder / "plain" / "job.out").read_text()
+    assert jobs.finished("plain", "COMPLETED")["Restarts"] == "0"
+    assert "preflight: 2 ranks on 1 hosts" in jobs.said("plain")
     logs = sorted(path.name for path in (jobs.folder / "plain" / "logs").iterdir())
     assert logs == ["node-0.log", "node-1.log"]
     assert_same_bits(jobs.weights("plain"), jobs.weights("whole"))
 
 
-# To the tasks alone, as `scancel --signal=USR1 JOB` sends it, and to the script alone, as SLURM does before the time is up.
-@pytest.mark.parametrize(("launch", "to"), [("torchrun", []), ("torchrun", ["--batch"]), ("srun", [])])
-def test_usr1_saves_and_the_job_goes_on_later_with_the_same_bits(
-    jobs: Jobs, launch: str, to: list[str]
-) -> None:
-    name = "-".join([launch, *to])
-    job = jobs.submit(name, LAUNCH=launch, PREFLIGHT="0")
-    jobs.wait("5 steps", name, lambda: jobs.steps(name) >= 5)
-    jobs.cluster.call("scancel", "--signal=USR1", *to, job)
-    assert jobs.finish(job, name)["Restarts"] == "1"
-    said = (jobs.folder / name / "job.out").read_text()
-    assert said.count("slurm.sbatch: stopped after saving; queued again") == 1
-    (saved, last) = sorted((jobs.folder / name / "run" / "checkpoints").glob("step-*"))
+@pytest.mark.parametrize("name", STOPPED)
+def test_usr1_saves_and_the_job_goes_on_later_with_the_same_bits(jobs: Jobs, name: str) -> None:
+    assert jobs.finished(name, "COMPLETED")["Restarts"] == "1"
+    assert jobs.said(name).count("slurm.sbatch: stopped after saving; queued again") == 1
+    (saved, _) = sorted((jobs.folder / name / "run" / "checkpoints").glob("step-*"))
     assert 5 <= int(saved.name.removeprefix("step-")) < STEPS
     rows = (jobs.folder / name / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [*range(1, STEPS + 1), STEPS]
@@ -279,9 +298,6 @@ def test_usr1_saves_and_the_job_goes_on_later_with_the_same_bits(
 
 
 def test_a_job_that_fails_is_not_queued_again(jobs: Jobs) -> None:
-    job = jobs.submit("fails", PREFLIGHT_ARGS="--world-size=3")
-    jobs.wait("the job's end", "fails", lambda: jobs.cluster.job(job)["JobState"] == "FAILED")
-    assert jobs.cluster.job(job)["Restarts"] == "0"
-    said = (jobs.folder / "fails" / "job.out").read_text()
-    assert "there are 2 ranks and 3 were expected" in said
-    assert "slurm.sbatch: error: the preflight failed" in said
+    assert jobs.finished("fails", "FAILED")["Restarts"] == "0"
+    assert "there are 2 ranks and 3 were expected" in jobs.said("fails")
+    assert "slurm.sbatch: error: the preflight failed" in jobs.said("fails")
