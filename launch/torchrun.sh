@@ -52,4 +52,6 @@ if [[ ${PREFLIGHT:-1} == 1 && $nnodes != *:* ]]; then
     preflight=("${preflight[@]/#--rdzv-id=*/--rdzv-id=${RDZV_ID:-sharded-lamb}-preflight}" -m sharded_lamb preflight --world-size="$((nnodes * ranks))" "${more[@]}")
     execute "${preflight[@]}"
 fi
+# In this shell's place: who ends the script (a pod's end, a scheduler) reaches torchrun, which hands SIGTERM on to ranks that save.
+[[ -n $dry_run ]] || exec "${torchrun[@]}" "${logged[@]}" "$@"
 execute "${torchrun[@]}" "${logged[@]}" "$@"

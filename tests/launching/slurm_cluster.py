@@ -171,7 +171,9 @@ def _free_ports(count: int) -> list[int]:
 
 def _start(command: list[str], environment: dict[str, str], folder: Path) -> None:
     with (folder / f"{command[0]}.out.log").open("a") as log:
-        subprocess.Popen(command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        subprocess.Popen(
+            command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
 
 
 def _start_munge(folder: Path) -> None:

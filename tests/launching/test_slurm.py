@@ -213,7 +213,9 @@ class Jobs:
             self.cluster.wait(what, true)
         except SlurmError as error:
             logs = [path for path in (self.folder / name).rglob("*") if path.suffix in (".out", ".log")]
-            raise AssertionError(f"{error}\n" + "\n".join(path.read_text()[-3000:] for path in logs)) from error
+            raise AssertionError(
+                f"{error}\n" + "\n".join(path.read_text()[-3000:] for path in logs)
+            ) from error
 
     def finished(self, name: str, state: str) -> dict[str, str]:
         """What SLURM says of it when it is over."""
