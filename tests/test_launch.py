@@ -17,7 +17,7 @@ SCRIPTS = sorted(
     path
     for folder in ("launch", ".ci")
     for path in (ROOT / folder).iterdir()
-    if path.is_file() and path.suffix in ("", ".sh")
+    if path.is_file() and path.suffix in ("", ".sh", ".sbatch") and path.name != "hostfile"
 )
 
 # Behaves as the real one, but for the change put in place of {change}; `-m venv DIR` makes an environment

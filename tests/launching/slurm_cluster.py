@@ -1,4 +1,4 @@
-"""A SLURM of two nodes on this machine, under one folder: its own munge, controller and node daemons, and nothing of the machine's.
+"""A SLURM of two nodes on this machine, under one folder: munge, controller and node daemons of its own.
 
     python -m tests.launching.slurm_cluster COMMAND ...    # runs it in such a cluster, e.g. sinfo
 

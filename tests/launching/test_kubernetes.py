@@ -1,4 +1,4 @@
-"""`launch/kubernetes/`: fields and types as Kubeflow's and Kubernetes' published models have them; what the operator sets is what runs."""
+"""`launch/kubernetes/`: fields and types as Kubeflow's and Kubernetes' published models have them; and what runs."""
 
 import copy
 import os

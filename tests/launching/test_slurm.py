@@ -14,9 +14,11 @@ import yaml
 from torch import Tensor
 
 from sharded_lamb.checkpoint import read_contents
-from tests.bert.conftest import corpus, tree  # noqa: F401  (fixtures)
+from tests.bert import conftest as bert
 from tests.launching.slurm_cluster import Cluster, SlurmError, slurm
 from tests.training import assert_same_bits
+
+corpus, tree = bert.corpus, bert.tree  # fixtures
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
@@ -238,8 +240,8 @@ class Jobs:
 
 
 STEPS = 60
-# LAUNCH, and to whom USR1 goes: to the tasks alone, as `scancel --signal=USR1 JOB` sends it, or to the script alone, as SLURM
-# does before the time is up.
+# LAUNCH, and to whom USR1 goes: to the tasks alone, as `scancel --signal=USR1 JOB` sends it, or to the script
+# alone, as SLURM does before the time is up.
 STOPPED = {
     "tasks": ("torchrun", []),
     "script": ("torchrun", ["--batch"]),
