@@ -17,7 +17,6 @@ import yaml
 
 from sharded_lamb.checkpoint import problem_with, read_contents
 from tests.bert.conftest import LENGTH
-from tests.training import assert_same_bits
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
@@ -76,36 +75,6 @@ LONG = {
     ],
     "checkpoint": {"every_steps": 10, "keep": 0},
 }
-
-
-def test_a_run_whose_rank_was_killed_ends_with_the_same_bits(tree: dict[str, Any], tmp_path: Path) -> None:
-    dropout = {"model": {**tree["model"], "dropout": 0.1}}
-    whole = write_config(tree, tmp_path / "whole", **LONG, **dropout)
-    finished = call(torchrun(2, whole))
-    assert finished.returncode == 0, finished.stderr
-
-    config = write_config(tree, tmp_path / "killed", **LONG, **dropout)
-    run = tmp_path / "killed" / "run"
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            torchrun(2, config, restarts=2), env=ENVIRONMENT, cwd=ROOT, stdout=log, stderr=log, text=True
-        )
-        wait_for_rows(run, 25, process)
-        victims = ranks_below(process)
-        os.kill(victims[-1], signal.SIGKILL)
-        assert process.wait(240) == 0, (tmp_path / "log").read_text()
-    assert len(victims) == 2
-    assert "from step " in (tmp_path / "log").read_text(), "it did not go on from a checkpoint"
-    one, two = ((tmp_path / name / "run" / "checkpoints" / "step-00000060") for name in ("whole", "killed"))
-    assert_same_bits(read_contents(one).weights, read_contents(two).weights)
-    for name, state in read_contents(one).states.items():
-        assert_same_bits(read_contents(two).states[name], state)
-    exact = ("step", "loss", "lr", "grad_norm", "sample", "heldout_loss")
-    rows = [
-        [{key: row.get(key) for key in exact} for row in rows_of(tmp_path / n / "run")]
-        for n in ("whole", "killed")
-    ]
-    assert rows[0] == rows[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
