@@ -82,7 +82,7 @@ def call(*arguments: str, cwd: Path = ROOT, **settings: str) -> subprocess.Compl
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=240,
     )
 
 
