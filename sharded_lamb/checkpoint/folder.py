@@ -95,6 +95,8 @@ class Checkpoints:
         tensorfile.sync_folder(self.root)
         faults.point("checkpoint-prune")
         self._prune(written.name)
+        for left in (*self.root.glob(".step-*.part"), *self.root.glob(".step-*.dropped")):
+            shutil.rmtree(left, ignore_errors=True)  # by a crash
 
     def _prune(self, latest: str) -> None:
         if not self.keep:

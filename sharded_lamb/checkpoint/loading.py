@@ -101,7 +101,7 @@ class _Loading:
         self.options = options
         self.where, self.found, self.optimizer, self.extra = f"checkpoint {folder}", found, optimizer, extra
         self.model = model
-        held = parts.ModelParts.of(model)
+        self.held = held = parts.ModelParts.of(model)
         parts.check_same_model(found, held, self.where)
         self.fillings = list(parts.weight_fillings(found, held))
         self.packed: dict[str, Any] = {}
@@ -208,8 +208,9 @@ class _Loading:
         if optimizer is not None:
             self._finish_optimizer(optimizer)
         if "model" in wide:
-            rest = plain.decoded(wide["model"], self.tensors.__getitem__)
-            self.model.load_state_dict(rest, strict=False)
+            rest: dict[str, Any] = plain.decoded(wide["model"], self.tensors.__getitem__)
+            named = {self.held.raw[name]: value for name, value in rest.items() if name in self.held.raw}
+            self.model.load_state_dict(named, strict=False)
         loaded: dict[str, Any] = plain.decoded(self.found.extra or {}, self.tensors.__getitem__)
         for name, value in self.extra.items():
             if hasattr(value, "load_state_dict"):

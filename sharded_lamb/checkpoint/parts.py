@@ -24,6 +24,7 @@ class ModelParts:
     tensors: dict[str, Tensor]  # by the first of their names, in the state dict's order; live memory
     aliases: dict[str, str]  # other names of the same parameter → the first
     plain: dict[str, Any]  # what is no tensor (``_extra_state``)
+    raw: dict[str, str]  # names of ``plain`` → as the model has them, with what wrappers add
     names: dict[Tensor, str]  # of parameters
 
     @staticmethod
@@ -32,11 +33,12 @@ class ModelParts:
         tensors: dict[str, Tensor] = {}
         aliases: dict[str, str] = {}
         plain: dict[str, Any] = {}
+        raw_names: dict[str, str] = {}
         first: dict[int, str] = {}
         for raw, value in model.state_dict(keep_vars=True).items():
             name = normalize(raw)
             if not isinstance(value, Tensor):
-                plain[name] = value
+                plain[name], raw_names[name] = value, raw
             elif id(value) in first and isinstance(value, nn.Parameter):
                 aliases[name] = first[id(value)]
             elif name in tensors:
@@ -48,7 +50,8 @@ class ModelParts:
                 tensors[name] = value
         names: dict[Tensor, str] = {p: normalize(name) for name, p in model.named_parameters()}
         names |= {value: name for name, value in tensors.items() if isinstance(value, nn.Parameter)}
-        return ModelParts({name: value.detach() for name, value in tensors.items()}, aliases, plain, names)
+        live = {name: value.detach() for name, value in tensors.items()}
+        return ModelParts(live, aliases, plain, raw_names, names)
 
 
 def checked_optimizer(optimizer: Any) -> Lamb | SavingOptimizer:

@@ -179,6 +179,15 @@ def test_killed_anywhere_in_a_save(where: str, tmp_path: Path) -> None:
     assert_is_at(model, 3)
 
 
+def test_what_crashes_left_is_removed_by_the_next_save(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1)
+    for left in (".step-00000077.part", ".step-00000001.dropped"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "shard-00000.safetensors").write_text("half")
+    save_steps(tmp_path, 2)
+    assert names(tmp_path) == {"latest", "step-00000001", "step-00000002"}
+
+
 def test_killed_while_one_replaces_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the two renames the old one lies under another name: it is found there."""
     save_steps(tmp_path, 1, keep=1)

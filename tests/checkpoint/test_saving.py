@@ -65,21 +65,24 @@ def save_odd(rank: int, folder: Path) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
-def load_odd(rank: int, folder: Path, tied: bool) -> tuple[dict[str, Tensor], Any, Any]:
+def load_odd(
+    rank: int, folder: Path, tied: bool, wrapped: bool = False
+) -> tuple[dict[str, Tensor], Any, Any]:
     torch.manual_seed(5)
     model = Odd(tied)
-    opt = ShardedLamb(model.named_parameters(), lr=0.1)
-    checkpoint.load(folder, model, opt)
+    called = nn.parallel.DistributedDataParallel(torch.compile(model)) if wrapped else model  # type: ignore[arg-type]
+    opt = ShardedLamb(called.named_parameters(), lr=0.1)
+    checkpoint.load(folder, called, opt)
     weights = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     return weights, model.loaded, opt.full_state_dict()
 
 
-@pytest.mark.parametrize("world", [1, 3])
-def test_odd_parameters_and_buffers(world: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world", "wrapped"), [(1, False), (3, False), (2, True)])
+def test_odd_parameters_and_buffers(world: int, wrapped: bool, tmp_path: Path) -> None:
     expected = run_ranks(2, save_odd, tmp_path / "c")[0]
     assert expected["mean"].tolist() == [9.0] * 3
     assert "scratch" not in expected
-    for weights, extra_state, _ in run_ranks(world, load_odd, tmp_path / "c", True):
+    for weights, extra_state, _ in run_ranks(world, load_odd, tmp_path / "c", True, wrapped):
         training.assert_same_bits(weights, expected)
         assert extra_state == {"calls": 3, "pair": (1, 2)}
 
