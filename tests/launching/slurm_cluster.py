@@ -91,7 +91,7 @@ class Cluster:
         words = self.call("scontrol", "show", "job", "-o", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, what: str, true: Callable[[], bool], seconds: float = 60) -> None:
+    def wait(self, what: str, true: Callable[[], bool], seconds: float = 120) -> None:
         """Raises: SlurmError, with the daemons' last words, where it does not come true in time."""
         wait_for(what, true, seconds, self.folder)
 
@@ -139,15 +139,16 @@ def slurm() -> Iterator[Cluster]:
     with ExitStack() as undo:
         undo.callback(shutil.rmtree, folder, ignore_errors=True)
         cluster = Cluster(folder)
-        undo.callback(_end_all, folder)
-        _start_munge(folder)
+        started: list[subprocess.Popen[bytes]] = []
+        undo.callback(_end_all, folder, started)
+        started.append(_start_munge(folder))
         ports = _free_ports(3)
         (folder / "slurm.conf").write_text(
             _CONF.format(host=socket.gethostname(), folder=folder, ports=ports)
         )
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         for command in (["slurmctld", "-D", "-i"], *(["slurmd", "-D", "-N", node] for node in NODES)):
-            _start(command, cluster.environment, folder)
+            started.append(_start(command, cluster.environment, folder))
         cluster.wait("idle nodes", lambda: _states(cluster) == ["idle", "idle"], 30)
         yield cluster
 
@@ -169,22 +170,24 @@ def _free_ports(count: int) -> list[int]:
         return ports
 
 
-def _start(command: list[str], environment: dict[str, str], folder: Path) -> None:
+def _start(command: list[str], environment: dict[str, str], folder: Path) -> subprocess.Popen[bytes]:
     with (folder / f"{command[0]}.out.log").open("a") as log:
-        subprocess.Popen(
+        return subprocess.Popen(
             command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
 
 
-def _start_munge(folder: Path) -> None:
+def _start_munge(folder: Path) -> subprocess.Popen[bytes]:
     key = folder / "munge.key"
     key.touch(0o600)
     key.write_bytes(secrets.token_bytes(128))
     files = ("key-file=munge.key", "log-file=munge.log", "pid-file=munge.pid", "seed-file=munge.seed")
     places = [f"--{option.replace('=', f'={folder}/')}" for option in files]
     environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(folder / "slurm.conf")}
-    _start(["munged", "--foreground", f"--socket={folder}/munge.socket", *places], environment, folder)
+    command = ["munged", "--foreground", f"--socket={folder}/munge.socket", *places]
+    started = _start(command, environment, folder)
     wait_for("munge's socket", (folder / "munge.socket").exists, 15, folder)
+    return started
 
 
 def _of_cluster(folder: Path) -> list[int]:
@@ -200,7 +203,7 @@ def _of_cluster(folder: Path) -> list[int]:
     return found
 
 
-def _end_all(folder: Path) -> None:
+def _end_all(folder: Path, started: list[subprocess.Popen[bytes]]) -> None:
     for number, seconds in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
         end = time.monotonic() + seconds
         for pid in _of_cluster(folder):
@@ -210,6 +213,8 @@ def _end_all(folder: Path) -> None:
                 continue
         while _of_cluster(folder) and time.monotonic() < end:
             time.sleep(0.05)
+    for process in started:
+        process.wait(10)
 
 
 if __name__ == "__main__":

@@ -185,6 +185,8 @@ def cluster() -> Iterator[Cluster]:
         with slurm() as made:
             yield made
     except SlurmError as error:
+        if os.environ.get("SHARDED_LAMB_INSTALL_SLURM") == "1":
+            raise  # where it is wanted, none is a failure
         pytest.skip(str(error))
 
 
@@ -210,7 +212,7 @@ class Jobs:
         self.numbers[name] = said.strip()
 
     def wait(self, what: str, name: str, true: Callable[[], bool]) -> None:
-        """AssertionError, with the last words of the job, where it does not come true within a minute."""
+        """AssertionError, with the last words of the job, where it does not come true in time."""
         try:
             self.cluster.wait(what, true)
         except SlurmError as error:
@@ -271,7 +273,7 @@ def jobs(cluster: Cluster, tree: dict[str, Any], tmp_path_factory: pytest.TempPa
     for name, (launch, _) in STOPPED.items():
         found.submit(name, LAUNCH=launch, PREFLIGHT="0")
     found.submit("plain", PREFLIGHT_ARGS="--mb=0")
-    found.submit("fails", PREFLIGHT_ARGS="--world-size=3")
+    found.submit("fails", LAUNCH="srun", PREFLIGHT_ARGS="--world-size=3")
 
     def all_signalled() -> bool:
         for name in [name for name in left if found.steps(name) >= 5]:
