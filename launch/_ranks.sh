@@ -6,7 +6,8 @@ find_python() {
     python=${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/}python
     [[ -n ${VIRTUAL_ENV:-} || ! -x $VENV/bin/python ]] || python=$VENV/bin/python
     [[ -n ${dry_run:-} ]] && return
-    "$python" -c 'import sharded_lamb' 2>/dev/null ||
+    # Looked for, not imported: that would import torch, once more in every task.
+    "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("sharded_lamb") is None)' 2>/dev/null ||
         die "$python cannot import sharded_lamb; install it on every host: pip install -c '$CONSTRAINTS' -e '${REPO_ROOT}[bert]'"
 }
 

@@ -161,7 +161,7 @@ def test_missing_tools_are_named(tmp_path: Path) -> None:
         assert len(refused.stderr.splitlines()) == 1, refused.stderr
         return refused.stderr
 
-    assert "cannot import sharded_lamb; install it on every host" in refusal("import sharded_lamb")
+    assert "cannot import sharded_lamb; install it on every host" in refusal("sharded_lamb")
     assert "cannot import deepspeed; install it on every host" in refusal("deepspeed")
     assert "no ssh on PATH; install it" in refusal()
     (tools / "ssh").symlink_to(shutil.which("true") or "true")
