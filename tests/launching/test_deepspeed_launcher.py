@@ -225,6 +225,14 @@ def test_a_failed_preflight_ends_it(job: Path) -> None:
     assert not (job / "0.json").exists()
 
 
+def has_ended(process: Path) -> bool:
+    """Gone, or nobody asked for its exit code yet. ``process``: its folder in /proc."""
+    try:
+        return "\nState:\tZ" in (process / "status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def test_the_end_of_the_script_is_the_end_of_its_ranks(job: Path) -> None:
     (job / "train.py").write_text(
         "import os, time\nopen('pid', 'w').write(f'{os.getpid()} ')\ntime.sleep(90)\n"
@@ -243,7 +251,7 @@ def test_the_end_of_the_script_is_the_end_of_its_ranks(job: Path) -> None:
         rank = Path("/proc", (job / "pid").read_text().strip())
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) != 0
-        wait_for(lambda: not rank.exists() or "\nState:\tZ" in (rank / "status").read_text())
+        wait_for(lambda: has_ended(rank))
     finally:
         process.kill()
 
