@@ -233,16 +233,48 @@ def test_split_masters_at_the_edges(name: str) -> None:
     assert shard.model is not None
     shard.model[0].copy_(model)
     shard.weight[0].copy_(remainder)
-    for kind in (shard.exp_avg, shard.exp_avg_sq):
+    for kind in (shard.grad, shard.exp_avg, shard.exp_avg_sq):
         kind[0].zero_()
     master = remainders.joined(model, remainder)
     expected = remainders.split(torch.where(master.isinf(), torch.nan, master))
     table = torch.ones(1, len(COLUMNS))
-    table[:, COLUMNS.index("decay")] = 0
-    kernels.load(name).apply([shard], table, torch.zeros(1))
+    for column in ("l2", "decay"):
+        table[:, COLUMNS.index(column)] = 0
+    kernel = kernels.load(name)
+    kernel.moments_and_norms([shard], table, torch.zeros(2, 1, dtype=F64))
+    assert torch.equal(shard.weight[0], remainder), "pass 1 writes moments alone"
+    kernel.apply([shard], table, torch.zeros(1))
     assert_same([shard.model[0], shard.weight[0]], expected, F32)
     moved = [x[shard.model[0].isfinite()].view(torch.int16) for x in (shard.model[0], model)]
     assert torch.equal(moved[0], moved[1]), "the signs of zeros too"
+
+
+@pytest.mark.parametrize("name", ["torch", "fused", *OTHERS])
+def test_a_tie_above_an_even_weight_is_nudged(name: str) -> None:
+    """w - u lies between a weight and the next."""
+    shard = flat_shard([5000], Dtypes(SPLIT, BF16, F32, F32), 0)
+    assert shard.model is not None
+    shard.weight.zero_()
+    shard.model.copy_(torch.tensor([1.0, 1 + 2**-7, -1, -1 - 2**-7]).repeat(len(shard.model) // 4))
+    shard.exp_avg.copy_(-shard.model.sign() * 2**-8)
+    shard.exp_avg_sq.fill_(1)
+    table = torch.zeros(1, len(COLUMNS))
+    for column in ("beta1", "beta2", "unbias1", "unbias2"):
+        table[:, COLUMNS.index(column)] = 1
+    kernels.load(name).apply([shard], table, torch.ones(1))
+    assert shard.weight[:4].tolist() == [0x7FFF, -0x8000, 0x7FFF, -0x8000]
+    assert shard.model[:4].tolist() == [1, 1 + 2**-6, -1, -1 - 2**-6]
+
+
+@pytest.mark.parametrize("name", ["torch", "fused", *OTHERS])
+def test_a_written_infinity_beside_a_remainder_is_infinite(name: str) -> None:
+    """Not nan."""
+    shard, sums = flat_shard([5000], Dtypes(SPLIT, BF16, F32, F32), 0), torch.zeros(2, 1, dtype=F64)
+    assert shard.model is not None
+    shard.model[:2] = torch.tensor([torch.inf, -torch.inf])
+    shard.weight[:2] = torch.tensor([1, 0x7FFF])
+    kernels.load(name).moments_and_norms([shard], table_of(1, 0, F32), sums)
+    assert sums[0, 0] == torch.inf
 
 
 EDGES = (-0x8000, -0x7FFF, -1, 0, 1, 0x7FFF)

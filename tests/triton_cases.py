@@ -155,6 +155,17 @@ def test_split_masters_at_the_edges() -> None:
     assert_same(results[1], results[0])
 
 
+def test_a_written_infinity_beside_a_remainder_is_infinite() -> None:
+    shard = made(Form(False, (2,), SPLIT, torch.bfloat16, *F32[2:]), 0, 0, False)
+    assert isinstance(shard, PieceShard)
+    assert shard.model is not None
+    shard.model[0].copy_(torch.tensor([math.inf, -math.inf]))
+    shard.weight[0].copy_(torch.tensor([1, 0x7FFF]))
+    sums = torch.zeros(2, 1, dtype=torch.float64)
+    TritonKernel().moments_and_norms([shard], table_of(1, torch.float32, False), sums)
+    assert sums[0, 0] == math.inf
+
+
 def test_ties_are_nudged_alike() -> None:
     """w - u is a tie above an even weight in every second element."""
     results = []
