@@ -1,6 +1,7 @@
 """The watchdog names the rank that hangs, on every rank that can speak, and no other; and it keeps still otherwise."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -126,6 +127,23 @@ def test_a_broken_connection_is_explained(trouble: str, what: str) -> None:
 
 def test_a_rank_that_is_slow_and_alive_raises_no_alarm() -> None:
     with ranks(2, "slow", 1) as processes:
+        for process in processes:
+            status, said = ended(process)
+            assert status == 0, said
+            assert "finished" in said
+            assert "watchdog" not in said
+
+
+def test_a_job_that_is_suspended_and_goes_on_raises_no_alarm() -> None:
+    """As by ``scontrol suspend``, a pause of containers, or of the machines."""
+    with ranks(2, "announce", 1) as processes:
+        assert processes[1].stdout is not None
+        assert processes[1].stdout.readline() == "here\n"
+        for process in processes:
+            process.send_signal(signal.SIGSTOP)
+        time.sleep(2 * TIMEOUT_S)
+        for process in processes:
+            process.send_signal(signal.SIGCONT)
         for process in processes:
             status, said = ended(process)
             assert status == 0, said

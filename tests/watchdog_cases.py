@@ -48,6 +48,12 @@ def load_slowly() -> None:
         time.sleep(watchdog.timeout_s * 1.5)
 
 
+def announce() -> None:
+    """And then compute for less than the timeout."""
+    print("here", flush=True)
+    time.sleep(1)
+
+
 TROUBLES: dict[str, Callable[[], None]] = {
     "gil": hold_the_gil,
     "stop": get_stopped,
@@ -55,6 +61,7 @@ TROUBLES: dict[str, Callable[[], None]] = {
     "sleep": oversleep,
     "raise": complain,
     "slow": load_slowly,
+    "announce": announce,
 }
 watchdog: Watchdog | None = None
 

@@ -5,7 +5,6 @@ import os
 import re
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from sharded_lamb.watchdog.clock import AwakeClock
 from sharded_lamb.watchdog.talk import Talk
 from sharded_lamb.watchdog.verdict import DOES, DONE, Report
 from sharded_lamb.watchdog.whereabouts import Member, place_of_thread, stack_of_thread
@@ -37,7 +37,8 @@ class Watchdog:
                 ...
                 watchdog.beat(f"step {step}")
 
-    A rank that beats, if slowly, keeps all of them alive. What takes longer than ``timeout_s`` on some rank beats in
+    A rank that beats, if slowly, keeps all of them alive. Time in which this process was stopped (SIGSTOP, ``scontrol
+    suspend``, a VM's pause) does not count. What takes longer than ``timeout_s`` on some rank beats in
     between, or is done in `paused`. Ranks talk through the rendezvous store, on connections of their own, from daemon
     threads: O(ranks) store operations a period in all, and one read of everyone's by one rank, the first that lives.
 
@@ -74,9 +75,10 @@ class Watchdog:
         self.timeout_s = float("inf") if timeout_s is None else timeout_s
         self._exit_code = exit_code
         self._thread_id, self._process = threading.get_ident(), os.getpid()
-        self._beat, self._beaten, self._patience_s = "none yet", time.monotonic(), self.timeout_s
-        self._over = threading.Event()
         self._period_s = min(5.0, self.timeout_s / 20)
+        self._clock = AwakeClock(self._period_s)
+        self._beat, self._beaten, self._patience_s = "none yet", self._clock(), self.timeout_s
+        self._over = threading.Event()
         self._talk: Talk | None = None
         self._timer = threading.Thread(target=self._watch, name="sharded_lamb watchdog", daemon=True)
         if timeout_s is None:
@@ -103,6 +105,7 @@ class Watchdog:
             members,
             members.index(self._here),
             self._report,
+            self._clock,
             period_s=self._period_s,
             silent_s=self.timeout_s / 3,
         )
@@ -114,7 +117,7 @@ class Watchdog:
 
     def beat(self, what: str = "") -> None:
         """This rank has come further: ``what`` is shown if it comes no further. Costs nothing to speak of."""
-        self._beat, self._beaten = what, time.monotonic()
+        self._beat, self._beaten = what, self._clock()
 
     @contextmanager
     def paused(self, what: str, timeout_s: float | None = None) -> Iterator[None]:
@@ -125,8 +128,8 @@ class Watchdog:
         try:
             yield
         finally:
-            self._patience_s = before
             self.beat(f"{what}: done")
+            self._patience_s = before
 
     def explain(self, error: _Error) -> _Error:
         """The error, with a note that names the rank whose loss it comes from, if it is of that kind and one is gone.
@@ -136,10 +139,10 @@ class Watchdog:
         if self._talk is None or not _comes_from_a_peer(error):
             return error
         ledger = self._talk.ledger.stricter(2.5 * self._period_s)
-        self._talk.read_all(lambda: ledger.story(time.monotonic()) is not None, 4 * self._period_s + 1)
-        story = ledger.story(time.monotonic()) or "; ".join(ledger.fates())
+        self._talk.read_all(lambda: ledger.story(self._clock()) is not None, 4 * self._period_s + 1)
+        story = ledger.story(self._clock()) or "; ".join(ledger.fates())
         if not story:
-            answers = time.monotonic() - self._talk.spoke < 3 * self._period_s
+            answers = self._clock() - self._talk.spoke < 3 * self._period_s
             story = "every rank still answers" if answers else "the store of the ranks does not answer"
         error.add_note(f"sharded_lamb watchdog: {story}")
         return error
@@ -174,10 +177,11 @@ class Watchdog:
 
     def _report(self) -> Report:
         place = place_of_thread(self._thread_id)
-        return Report(0, time.monotonic() - self._beaten, self._patience_s, self._beat, place.at, place.waits)
+        return Report(0, self._clock() - self._beaten, self._patience_s, self._beat, place.at, place.waits)
 
     def _watch(self) -> None:
         while not self._over.wait(self._period_s):
+            self._clock()
             found = self._talk.verdict if self._talk is not None else None
             if found is None and self._stuck_alone():
                 found = self._own_verdict()
@@ -186,7 +190,7 @@ class Watchdog:
 
     def _stuck_alone(self) -> bool:
         """Whether this rank comes no further and nobody can be asked."""
-        now = time.monotonic()
+        now = self._clock()
         limit = self._patience_s
         if self._talk is not None:
             if now - self._talk.spoke < self.timeout_s / 2:

@@ -29,6 +29,7 @@ class Talk:
         store: shared by the ranks; ``prefix`` is nobody else's.
         place: of this rank in ``members``.
         report: what this rank says now; without its number.
+        clock: seconds, of `AwakeClock`.
     """
 
     def __init__(
@@ -38,15 +39,16 @@ class Talk:
         members: Sequence[Member],
         place: int,
         report: Callable[[], Report],
+        clock: Callable[[], float],
         *,
         period_s: float,
         silent_s: float,
     ) -> None:
         self._store = PrefixStore(prefix, _own_connection(store))
-        self._place, self._report, self.period_s = place, report, period_s
+        self._place, self._report, self._clock, self.period_s = place, report, clock, period_s
         self.ledger = Ledger(members, silent_s)
         self.verdict: str | None = None
-        self.spoke = time.monotonic()  # when the store last answered
+        self.spoke = self._clock()  # when the store last answered
         self._reads_all = place == 0
         self._posts = 0
         self._over = threading.Event()
@@ -88,7 +90,7 @@ class Talk:
     def _await_readers(self) -> None:
         with suppress(RuntimeError):
             self._store.set(f"read {self._place}", "")
-            now = time.monotonic()
+            now = self._clock()
             places = range(len(self.ledger.members))
             # A rank that reads its predecessor's reports alone waits for those that may read all.
             readers = [p for p in places if p not in self.ledger.reports or self.ledger.answers(p, now)]
@@ -107,7 +109,7 @@ class Talk:
 
     def _round(self) -> None:
         self._post()
-        now = time.monotonic()
+        now = self._clock()
         reads_all = self._reads_all
         places = range(len(self.ledger.members)) if reads_all else [self._place - 1]
         *texts, verdict = self._store.multi_get([*map(str, places), "verdict"])

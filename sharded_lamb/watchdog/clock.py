@@ -1,0 +1,30 @@
+"""`AwakeClock`: seconds in which a process could run."""
+
+import threading
+import time
+
+
+class AwakeClock:
+    """``time.monotonic`` without what this process missed while it was stopped as a whole.
+
+    SIGSTOP, ``scontrol suspend``, ``docker pause`` and a VM that is moved stop every thread: a job that goes on after
+    an hour of that has not hung for an hour. Threads that look every ``period_s`` see it as a gap.
+
+    Args:
+        period_s: the longest time between two looks, some thread's, of a process that runs.
+    """
+
+    def __init__(self, period_s: float) -> None:
+        self._period_s, self._gap_s = period_s, 3 * period_s + 1.0
+        self._missed = 0.0
+        self._last = time.monotonic()
+        self._lock = threading.Lock()
+
+    def __call__(self) -> float:
+        with self._lock:
+            now = time.monotonic()
+            gap = now - self._last
+            if gap > self._gap_s:
+                self._missed += gap - self._period_s
+            self._last = now
+            return now - self._missed
