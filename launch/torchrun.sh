@@ -26,6 +26,7 @@ use_interface "${INTERFACE:-}"
 nnodes=${NNODES:-1}
 [[ $nnodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || die "NNODES must be a number or MIN:MAX, got '$nnodes'"
 ranks=${NPROC_PER_NODE:-$(count_devices)}
+[[ $ranks =~ ^[1-9][0-9]*$ ]] || die "NPROC_PER_NODE must be a number of processes, got '$ranks'; unset: one a GPU"
 port=${MASTER_PORT:-29500}
 torchrun=("$python" -m torch.distributed.run --nnodes="$nnodes" --nproc-per-node="$ranks" --max-restarts="${MAX_RESTARTS:-3}")
 [[ $nnodes == 1 || -n ${MASTER_ADDR:-} ]] || die "NNODES=$nnodes needs MASTER_ADDR, the first host as the others reach it"

@@ -114,10 +114,11 @@ def test_a_job_that_may_shrink_has_no_preflight() -> None:
         (["x.py"], {"NNODES": "two"}, "NNODES must be a number or MIN:MAX, got 'two'"),
         (["x.py"], {"NNODES": "1:2", "MASTER_ADDR": "a"}, "NNODES=1:2 needs RDZV=c10d"),
         (["x.py"], {"RDZV": "etcd"}, "RDZV must be static or c10d, got 'etcd'"),
+        (["x.py"], {"NPROC_PER_NODE": "gpu"}, "NPROC_PER_NODE must be a number of processes, got 'gpu'"),
     ],
 )
 def test_refusals(arguments: list[str], settings: dict[str, str], message: str) -> None:
-    refused = call("--dry-run", *arguments, NPROC_PER_NODE="1", **settings)
+    refused = call("--dry-run", *arguments, **{"NPROC_PER_NODE": "1", **settings})
     assert refused.returncode == 1
     assert message in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
