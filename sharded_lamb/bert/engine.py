@@ -112,15 +112,17 @@ class EngineTrainee:
         return Contents(whole, states, groups, wide, extra, aliases)
 
     def load(self, path: Path, *, options: bool) -> dict[str, Any]:
-        def read() -> dict[str, Any]:
+        def read() -> tuple[dict[str, Any], int]:
             found.append(read_contents(path))
-            return found[0].extra
+            return found[0].extra, found[0].optimizer["skipped_steps"]
 
         found: list[Contents] = []
-        extra: dict[str, Any] = self._ranks().first(read)
+        extra, skipped = self._ranks().first(read)
         template = self._lamb.full_state_dict()
         state = self._ranks().each(lambda: self._state(found[0], template, path, options) if found else None)
         self._lamb.load_full_state_dict(state)
+        if options:
+            self._lamb.skipped_steps = skipped
         return extra
 
     def _state(self, found: Contents, template: dict[str, Any], path: Path, options: bool) -> dict[str, Any]:

@@ -113,6 +113,7 @@ class DeepSpeedLamb(LambOptimizer):
         self._everyone: Collectives  # all ranks
         self._collectives: Collectives  # those among which parameters are cut
         self._stepped: dict[tuple[int, ...], Stepped] = {}
+        self._skipped_before = 0  # by calls that were forgotten, or as a checkpoint said
         self._last: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # parameters of a call → ratios, moved
         self._options_then = self._options_now()
 
@@ -288,7 +289,12 @@ class DeepSpeedLamb(LambOptimizer):
             self._repair_groups()
         patterns = [[options[name] for name in PATTERN_OPTIONS] for options in self._options_now()]
         if patterns != [[options[name] for name in PATTERN_OPTIONS] for options in self._options_then]:
-            self._stepped.clear()  # a universal checkpoint was loaded, and groups' options came with it
+            self._forget_calls()  # a universal checkpoint was loaded, and groups' options came with it
+
+    def _forget_calls(self) -> None:
+        """Options or state are others now."""
+        self._skipped_before = self.skipped_steps
+        self._stepped.clear()
 
     def _repair_groups(self) -> None:
         """Loading a universal checkpoint under ZeRO-3 gives all groups the options of the first: undo that.
@@ -318,7 +324,7 @@ class DeepSpeedLamb(LambOptimizer):
 
     def _load_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         super()._load_groups([self._understood(saved) for saved in saved_groups])
-        self._stepped.clear()
+        self._forget_calls()
 
     def _understood(self, saved: dict[str, Any]) -> dict[str, Any]:
         """A saved group of ours as it is; of another optimizer (DeepSpeed's Lamb), what is known here, in our terms."""
@@ -361,7 +367,7 @@ class DeepSpeedLamb(LambOptimizer):
         whole.scatter(self._rows, held, self.state, state_dict)
         for group, saved in zip(self._groups, groups[0], strict=True):
             group.update(saved)
-        self._stepped.clear()
+        self._forget_calls()
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -387,7 +393,11 @@ class DeepSpeedLamb(LambOptimizer):
     @property
     def skipped_steps(self) -> int:
         """Calls of `step` left out here for non-finite gradients, not those DeepSpeed left out. Reads the device."""
-        return sum(stepped.skips.total for stepped in self._stepped.values())
+        return self._skipped_before + sum(stepped.skips.total for stepped in self._stepped.values())
+
+    @skipped_steps.setter
+    def skipped_steps(self, total: int) -> None:
+        self._skipped_before += total - self.skipped_steps
 
     @property
     def traffic(self) -> Traffic:

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sharded_lamb.bert.dryrun import describe
 from sharded_lamb.bert.ds_config import DECIDED, ds_config
 from sharded_lamb.bert.ranks import Ranks
 from sharded_lamb.bert.train import run
-from sharded_lamb.checkpoint import read_contents
+from sharded_lamb.checkpoint import read_contents, write_contents
 from tests.bert.test_train import Rows, distance, losses
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
@@ -210,6 +211,10 @@ def test_a_run_moves_between_ways_of_sharding(tree: dict[str, Any], tmp_path: Pa
     for stop, world, way in MOVES[precision]:
         again, ends = trained(tree, run_dir, [*way, *shape], world=world, resume="auto")
         _forget_after(run_dir, stop)
+        kept = run_dir / "checkpoints" / f"step-{stop:08d}"
+        contents = read_contents(kept)
+        assert contents.optimizer["skipped_steps"] == (0 if stop == MOVES[precision][0][0] else 3)
+        write_contents(kept, replace(contents, optimizer={**contents.optimizer, "skipped_steps": 3}))
     tolerance = SAME if precision == "fp32" else 2e-4
     assert losses(again) == pytest.approx(losses(rows), rel=tolerance)
     assert distance(weights, ends) < 10 * tolerance

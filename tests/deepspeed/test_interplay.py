@@ -205,6 +205,10 @@ def poisoned(rank: int, stage: int, dtype: str, bad_steps: int) -> dict[str, Any
         "skipped": optimizer.skipped_steps,
         "ratios": optimizer.trust_ratios(),
     }
+    optimizer.load_full_state_dict(optimizer.full_state_dict())
+    found["skipped after loading"] = optimizer.skipped_steps
+    optimizer.skipped_steps = 5
+    found["skipped as set"] = optimizer.skipped_steps
     cases.stop(engine)
     return found
 
@@ -214,7 +218,7 @@ def test_a_nan_on_one_rank_moves_nothing_on_any(stage: int, dtype: str) -> None:
     """Where DeepSpeed itself would go on: bf16 without check_grad_overflow, and fp32 without ZeRO."""
     for found in run_ranks(2, poisoned, stage, dtype, 1, timeout=300):
         assert found["still"]
-        assert found["skipped"] == 1
+        assert [found[f"skipped{when}"] for when in ("", " after loading", " as set")] == [1, 1, 5]
         assert found["ratios"] == {}
 
 
