@@ -53,7 +53,9 @@ def save(folder: Path, keep: int, position: Position, trainee: Trainee) -> None:
         OSError, ValueError: it could not be written (disk full, say), on every rank. Older checkpoints stay.
     """
     try:
-        trainee.save(Checkpoints(folder, keep=keep), position.total_step, {"position": asdict(position)})
+        trainee.save(
+            Checkpoints(folder, keep=keep, resumed=True), position.total_step, {"position": asdict(position)}
+        )
     except OSError as error:
         raise OSError(
             error.errno, f"{error.strerror}. Free space or set run_dir, then start again with --resume auto"

@@ -23,8 +23,7 @@ from sharded_lamb import faults
 from sharded_lamb.checkpoint import parts, saving, storage, tensorfile
 from sharded_lamb.checkpoint.errors import CheckpointError
 from sharded_lamb.checkpoint.loading import load
-from sharded_lamb.checkpoint.ranks import Ranks
-from sharded_lamb.saving import SavingOptimizer
+from sharded_lamb.checkpoint.ranks import ranks_of
 
 logger = logging.getLogger("sharded_lamb")
 
@@ -42,21 +41,27 @@ class Resumed:
     skipped: tuple[str, ...]  # why newer checkpoints could not be used
 
 
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
 class Checkpoints:
     """Checkpoints of a run by step, in a folder that all ranks see.
 
     Args:
         root: the folder; made when something is saved.
         keep: how many of the newest to keep, the one ``latest`` names always among them; 0: all.
+        resumed: the run goes on from what is there, or from nothing. Else `resume` comes first where the folder holds
+            steps that `save` would go back behind: they are of a run that somebody may want.
 
     Raises:
         ValueError: ``keep`` < 0.
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, keep: int = 3) -> None:
+    def __init__(self, root: str | os.PathLike[str], *, keep: int = 3, resumed: bool = False) -> None:
         if keep < 0:
             raise ValueError(f"keep must be >= 0 (0 keeps all), got {keep!r}")
-        self.root, self.keep = Path(root), keep
+        self.root, self.keep, self._resumed = Path(root), keep, resumed
         self._pending: saving.Saving | None = None
 
     def path(self, step: int) -> Path:
@@ -66,7 +71,7 @@ class Checkpoints:
         self, step: int, model: nn.Module, optimizer: Any = None, extra: Mapping[str, Any] | None = None
     ) -> Path:
         """As `sharded_lamb.checkpoint.save`; then ``latest`` names it, and old ones are deleted. Collective."""
-        self.wait()
+        self._prepare(step, model, optimizer)
         saving.save(self.path(step), model, optimizer, extra, written=self.commit)
         return self.path(step)
 
@@ -74,18 +79,53 @@ class Checkpoints:
         self, step: int, model: nn.Module, optimizer: Any = None, extra: Mapping[str, Any] | None = None
     ) -> saving.Saving:
         """As `save`, behind training. The next save, `wait` or `resume` raises what went wrong."""
-        self.wait()
+        self._prepare(step, model, optimizer)
         self._pending = saving.async_save(self.path(step), model, optimizer, extra, written=self.commit)
         return self._pending
 
+    def _prepare(self, step: int, model: nn.Module, optimizer: Any) -> None:
+        self.wait()
+        if not self._resumed:
+            ranks = ranks_of(model, optimizer, None)
+            ranks.first(lambda: self._check_begins(step))
+            self._resumed = True
+
+    def _check_begins(self, step: int) -> None:
+        there = [path for path in self.candidates() if _step_of(path) >= step]
+        if there:
+            raise ValueError(
+                f"{self.root} holds {there[0].name} of an earlier run, and this one saves step {step}: call resume() "
+                f"first, to go on from there, or give this run a folder of its own"
+            )
+
     def wait(self) -> None:
         """Until what is being written is whole. Raises what `save` raises."""
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is not None:
-            pending.result()
+            try:
+                pending.result()
+            finally:
+                if pending.done():  # else an interrupt came: it is still being written
+                    self._pending = None
 
     def commit(self, written: Path) -> None:
         """Make a whole checkpoint the one to go on from, and delete those that are not kept; on the first rank."""
+        try:
+            self._point_at(written)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"`{LATEST}` still names the one before it: {error.strerror}"
+            ) from error
+        try:
+            faults.point("checkpoint-prune")
+            self._set_aside_later(written)
+            self._prune(written)
+        except OSError as error:  # nothing is lost by it
+            logger.warning("checkpoints beside %s could not be put in order: %s", written, error)
+        for left in (*self.root.glob(".step-*.part"), *self.root.glob(".step-*.dropped")):
+            shutil.rmtree(left, ignore_errors=True)  # by a crash
+
+    def _point_at(self, written: Path) -> None:
         faults.point("checkpoint-latest")
         part = self.root / f".{LATEST}.part"
         with part.open("wb") as file:
@@ -93,28 +133,31 @@ class Checkpoints:
             tensorfile.sync_file(file)
         part.rename(self.root / LATEST)
         tensorfile.sync_folder(self.root)
-        faults.point("checkpoint-prune")
-        self._prune(written.name)
-        for left in (*self.root.glob(".step-*.part"), *self.root.glob(".step-*.dropped")):
-            shutil.rmtree(left, ignore_errors=True)  # by a crash
 
-    def _prune(self, latest: str) -> None:
+    def _prune(self, latest: Path) -> None:
         if not self.keep:
             return
-        # What lies after the latest is of a run that was given up: it goes first.
-        others = [path for path in self._found() if path.name != latest]
-        earlier = [path for path in others if path.name < latest]
+        earlier = [path for path in self._found() if _step_of(path) < _step_of(latest)]
         kept = earlier[len(earlier) - (self.keep - 1) :] if self.keep > 1 else []
-        for path in others:
+        for path in earlier:
             if path not in kept:
                 old = path.with_name(f".{path.name}.dropped")
                 shutil.rmtree(old, ignore_errors=True)
                 path.rename(old)  # never half a checkpoint under its name
                 shutil.rmtree(old, ignore_errors=True)
 
+    def _set_aside_later(self, latest: Path) -> None:
+        """What lies after the latest is of a run that was given up, or could not be read: nobody's to delete."""
+        for path in self._found():
+            if _step_of(path) > _step_of(latest):
+                free = (path.with_name(f"given-up-{number}-{path.name}") for number in range(1, 10**6))
+                path.rename(next(name for name in free if not name.exists()))
+                logger.warning("%s lies after %s, of a run that was given up: set aside", path, latest.name)
+
     def _found(self) -> list[Path]:
         """Oldest first."""
-        return sorted(path for path in self.root.glob("step-*") if _NAME.fullmatch(path.name))
+        found = (path for path in self.root.glob("step-*") if _NAME.fullmatch(path.name))
+        return sorted(found, key=_step_of)
 
     def latest(self) -> Path | None:
         """What ``latest`` names, unseen whether it is whole; None before the first checkpoint."""
@@ -132,7 +175,7 @@ class Checkpoints:
         newest_first, latest = self._found()[::-1], self.latest()
         if latest is None:
             return newest_first
-        return sorted(newest_first, key=lambda path: path.name > latest.name)
+        return sorted(newest_first, key=lambda path: _step_of(path) > _step_of(latest))
 
     def resume(
         self,
@@ -142,14 +185,17 @@ class Checkpoints:
     ) -> Resumed | None:
         """Load the last whole checkpoint, and log which and why no newer one; None where there is none. Collective.
 
+        ``latest`` is the commit: what lies after it, of a run that was given up or that ended before it could commit,
+        is taken only where nothing else is whole. The next save puts it aside.
+
         Raises:
             CheckpointError: there are checkpoints, and none can be used: starting anew is not decided here.
             ValueError: see `load`.
         """
         self.wait()
         known = None if optimizer is None else parts.checked_optimizer(optimizer)
-        everyone = known.ranks if isinstance(known, SavingOptimizer) else None
-        ranks = Ranks.of(model if optimizer is None else optimizer, everyone)
+        ranks = ranks_of(model, known, None)
+        self._resumed = True
         names = ranks.first(lambda: [str(path) for path in self.candidates()])
         skipped: list[str] = []
         for path in map(Path, names):

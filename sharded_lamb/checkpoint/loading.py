@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -15,10 +16,11 @@ from torch.distributed.tensor import DTensor
 
 from sharded_lamb.base import LambOptimizer
 from sharded_lamb.checkpoint import manifest, parts, plain
+from sharded_lamb.checkpoint.contents import read_tensor
 from sharded_lamb.checkpoint.errors import CheckpointError
 from sharded_lamb.checkpoint.manifest import Manifest, read_manifest
 from sharded_lamb.checkpoint.parts import Filling
-from sharded_lamb.checkpoint.ranks import Ranks, unwrapped
+from sharded_lamb.checkpoint.ranks import Ranks, ranks_of, unwrapped
 from sharded_lamb.checkpoint.storage import Reader
 from sharded_lamb.hyperparams import check_max_grad_norm, validate_group
 from sharded_lamb.saving import SavingOptimizer
@@ -32,6 +34,7 @@ def load(
     *,
     verify: bool = True,
     options: bool = True,
+    process_group: dist.ProcessGroup | None = None,
 ) -> dict[str, Any]:
     """Read a checkpoint into a model and an optimizer that were made as those that were saved. Collective.
 
@@ -39,7 +42,7 @@ def load(
     weights of another dtype than the saved ones are rounded from the saved masters.
 
     Args:
-        path: the checkpoint's folder.
+        path: the checkpoint's folder, on storage that all ranks see.
         model, optimizer: as `save` takes them. Groups must be of the same parameters; their options become the saved
             ones.
         extra: {name: object}: those with ``load_state_dict`` are given what was saved under their name.
@@ -47,6 +50,7 @@ def load(
             checkpoint that is damaged anywhere.
         options: whether groups' options, ``max_grad_norm`` and ``skipped_steps`` become the saved ones; False: as
             they are.
+        process_group: as of `save`.
 
     Returns:
         What was passed to `save` as ``extra``, objects as what their ``state_dict`` gave; tensors whole, on the CPU.
@@ -58,10 +62,11 @@ def load(
     """
     folder = Path(path)
     known = None if optimizer is None else parts.checked_optimizer(optimizer)
-    everyone = known.ranks if isinstance(known, SavingOptimizer) else None
-    ranks = Ranks.of(model if optimizer is None else optimizer, everyone)
-    ranks.check_free()
+    ranks = ranks_of(model, known, process_group)
+    ranks.each(ranks.check_free)
+    ranks.agree("the path", str(folder.absolute()))
     found = ranks.each(lambda: read_manifest(folder))
+    ranks.agree("the checkpoint", ranks.each(lambda: manifest.digest(folder)))
     ranks.each(lambda: manifest.check_files(folder, found, part=ranks.rank, parts=ranks.size, hashes=verify))
     if isinstance(known, SavingOptimizer):
         known.synchronize()
@@ -103,6 +108,7 @@ class _Loading:
         self.model = model
         self.held = held = parts.ModelParts.of(model)
         parts.check_same_model(found, held, self.where)
+        self._check_ties(folder)
         self.fillings = list(parts.weight_fillings(found, held))
         self.packed: dict[str, Any] = {}
         self.zeros: list[Tensor] = []
@@ -138,6 +144,18 @@ class _Loading:
                     continue
                 state = self.packed["state"][place] = _room_of_lamb(params[place])
             self.fillings += parts.state_fillings(self.found, source, saved, state, self.where)
+
+    def _check_ties(self, folder: Path) -> None:
+        """Raises ValueError where one of two saved tensors would be lost in a parameter that this model has once."""
+        for other, first in self.held.aliases.items():
+            saved = [self.found.aliases.get(name, name) for name in (first, other)]
+            if saved[0] != saved[1]:
+                values = [read_tensor(folder, self.found.tensors[f"model.{name}"]) for name in saved]
+                if not torch.equal(*values):
+                    raise ValueError(
+                        f"{self.where} holds {first} and {other} apart, with values of their own, and this model ties "
+                        f"them: load it into a model that does not"
+                    )
 
     def _check_extra(self) -> None:
         saved = self.found.extra or {}

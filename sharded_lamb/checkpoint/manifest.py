@@ -9,6 +9,7 @@
 No pickle anywhere: a checkpoint from an untrusted place can be wrong, and cannot run anything.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -110,6 +111,11 @@ class Manifest:
         return json.dumps(whole, indent=1)
 
 
+def replaced(target: Path) -> Path:
+    """Where a checkpoint waits that another of the same name replaces."""
+    return target.with_name(f".{target.name}.old")
+
+
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """The manifest, its hash verified.
 
@@ -200,6 +206,11 @@ def _plain_name(name: str) -> str:
     return name
 
 
+def digest(folder: Path) -> str:
+    """Of all that a checkpoint holds, by its hashes. Raises CheckpointError."""
+    return hashlib.sha256(repr(sorted(read_sums(folder).items())).encode()).hexdigest()[:16]
+
+
 def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
     """`SHA256SUMS`, synced."""
     with (folder / SUMS).open("wb") as file:
@@ -210,6 +221,11 @@ def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
 def read_sums(folder: Path) -> dict[str, str]:
     """{file: sha256}. Raises CheckpointError."""
     if not folder.is_dir():
+        if (replaced(folder) / SUMS).is_file():
+            raise CheckpointError(
+                f"{folder} is not there: a save that would have replaced it was interrupted. What was there is whole: "
+                f"mv {replaced(folder)} {folder}"
+            )
         raise CheckpointError(f"{folder} is not there: name a checkpoint folder, such as RUN/step-00001000")
     try:
         lines = (folder / SUMS).read_bytes().decode("ascii").splitlines()

@@ -23,7 +23,7 @@ class ModelParts:
 
     tensors: dict[str, Tensor]  # by the first of their names, in the state dict's order; live memory
     aliases: dict[str, str]  # other names of the same parameter → the first
-    plain: dict[str, Any]  # what is no tensor (``_extra_state``)
+    plain: dict[str, Any]  # ``_extra_state``, a tensor or not, and what else is no tensor
     raw: dict[str, str]  # names of ``plain`` → as the model has them, with what wrappers add
     names: dict[Tensor, str]  # of parameters
 
@@ -37,7 +37,9 @@ class ModelParts:
         first: dict[int, str] = {}
         for raw, value in model.state_dict(keep_vars=True).items():
             name = normalize(raw)
-            if not isinstance(value, Tensor):
+            if (
+                not isinstance(value, Tensor) or raw.rpartition(".")[2] == "_extra_state"
+            ):  # set by the module itself
                 plain[name], raw_names[name] = value, raw
             elif id(value) in first and isinstance(value, nn.Parameter):
                 aliases[name] = first[id(value)]

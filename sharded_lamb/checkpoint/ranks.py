@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sharded_lamb.checkpoint.errors import CheckpointError
+from sharded_lamb.saving import SavingOptimizer
 
 Result = TypeVar("Result")
 TIMEOUT = timedelta(hours=2)
@@ -21,41 +22,61 @@ _groups: Any = weakref.WeakKeyDictionary()  # optimizer or model → its `Ranks`
 
 @dataclass(frozen=True)
 class Ranks:
-    """``group``: gloo, of our own, so that a checkpoint written behind training does not come between its collectives;
-    None: one rank alone."""
+    """``group``: gloo, of our own, so that checkpoints do not come between training's collectives; None: one rank
+    alone."""
 
     group: dist.ProcessGroup | None
     rank: int
     size: int
+    everyone: tuple[int, ...] = (0,)  # global ranks
     behind: list[str] = field(default_factory=list)  # what is being saved behind training
+    _group_behind: list[dist.ProcessGroup] = field(default_factory=list)
 
     @staticmethod
     def of(owner: object, everyone: tuple[int, ...] | None) -> "Ranks":
         """Those of global ranks ``everyone`` (None: all), made at ``owner``'s first checkpoint. Collective."""
-        found: Ranks | None = _groups.get(owner)
-        if found is None and not (dist.is_available() and dist.is_initialized()):
-            found = _groups[owner] = Ranks(None, 0, 1)
+        # Of this process group: it may have been made, or made anew, since the last checkpoint.
+        now = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        found: Ranks | None
+        made_in, members, found = _groups.get(owner, (None, None, None))
+        if found is None or made_in is not now or members != everyone:
+            found = None
+        if found is None and now is None:
+            found = Ranks(None, 0, 1)
+            _groups[owner] = (None, everyone, found)
         if found is None:
-            world = tuple(range(dist.get_world_size()))
-            everyone = world if everyone is None else everyone
-            group = None
-            if len(everyone) == 1:
-                pass
-            elif everyone == world:
-                group = dist.new_group(backend="gloo", timeout=TIMEOUT)
-            else:
-                group = dist.new_group(
-                    list(everyone), backend="gloo", timeout=TIMEOUT, use_local_synchronization=True
-                )
-            found = Ranks(group, everyone.index(dist.get_rank()), len(everyone))
-            _groups[owner] = found
+            asked = everyone
+            everyone = tuple(range(dist.get_world_size())) if everyone is None else everyone
+            group = _new_group(everyone) if len(everyone) > 1 else None
+            found = Ranks(group, everyone.index(dist.get_rank()), len(everyone), everyone)
+            _groups[owner] = (now, asked, found)
         return found
+
+    def group_behind(self) -> dist.ProcessGroup | None:
+        """Another, for what is written behind training while ranks may talk in `group`. The first time, collective."""
+        if self.group is None:
+            return None
+        if not self._group_behind:
+            self._group_behind.append(_new_group(self.everyone))
+        return self._group_behind[0]
 
     def check_free(self) -> None:
         """Raises ValueError where a save behind training is not waited for yet."""
         if self.behind:
             raise ValueError(
                 f"{self.behind[0]} is being written: call result() of what async_save gave before the next save or load"
+            )
+
+    def agree(self, what: str, value: str) -> None:
+        """Raises ValueError on every rank, with who differs, unless ``value`` is the same on all."""
+        values = self.gathered(value)
+        odd = {rank: other for rank, other in enumerate(values) if other != values[0]}
+        if odd:
+            rank, other = next(iter(odd.items()))
+            raise ValueError(
+                f"{what} differs between ranks: rank 0 has {values[0]}, rank {rank} has {other} ({len(odd)} ranks "
+                f"differ). "
+                f"Ranks write and read one checkpoint together; those of other models pass process_group="
             )
 
     def gathered(self, value: Any) -> list[Any]:
@@ -102,6 +123,20 @@ class Ranks:
         if kind is None:
             raise RuntimeError(f"on rank {rank}: {type(error).__name__}: {error}") from own
         raise kind(f"on rank {rank}: {error}") from own
+
+
+def _new_group(everyone: tuple[int, ...]) -> Any:
+    if len(everyone) == dist.get_world_size():
+        return dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return dist.new_group(list(everyone), backend="gloo", timeout=TIMEOUT, use_local_synchronization=True)
+
+
+def ranks_of(model: object, optimizer: Any, group: dist.ProcessGroup | None) -> Ranks:
+    """Those of a save or load: of ``group``, else of the optimizer, else all. Collective."""
+    everyone: tuple[int, ...] | None = optimizer.ranks if isinstance(optimizer, SavingOptimizer) else None
+    if group is not None:
+        everyone = tuple(sorted(dist.get_process_group_ranks(group)))
+    return Ranks.of(model if optimizer is None else optimizer, everyone)
 
 
 def _attempt(work: Callable[[], Result]) -> tuple[tuple[Result] | None, Exception | None]:

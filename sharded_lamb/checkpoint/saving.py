@@ -1,27 +1,29 @@
 """`save` and `async_save`."""
 
+import hashlib
 import logging
 import os
 import platform
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
 from sharded_lamb.checkpoint import parts, plain
-from sharded_lamb.checkpoint.ranks import Ranks, unwrapped
-from sharded_lamb.checkpoint.storage import About, Writer
+from sharded_lamb.checkpoint.ranks import Ranks, ranks_of, unwrapped
+from sharded_lamb.checkpoint.storage import About, AfterwardsError, Writer
 from sharded_lamb.saving import SavingOptimizer
 
 logger = logging.getLogger("sharded_lamb")
@@ -43,6 +45,7 @@ def save(
     extra: Mapping[str, Any] | None = None,
     *,
     written: Callable[[Path], None] | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> None:
     """Write a checkpoint that any number of ranks in any stage can `load`. Collective; every rank writes its parts.
 
@@ -55,6 +58,7 @@ def save(
         extra: {name: plain data, tensors, or an object with ``state_dict`` and ``load_state_dict`` such as a
             scheduler or GradScaler}, of the first rank. (DTensors are of all ranks.)
         written: called on the first rank once the checkpoint is whole and in its place.
+        process_group: the ranks that have this model; default: the optimizer's, without one all.
 
     It is written aside, synced and renamed when whole; until then a checkpoint of that name stays as it was.
 
@@ -62,19 +66,16 @@ def save(
 
     Raises:
         OSError: it could not be written (a full disk, a folder that other ranks do not see), on every rank.
-        TypeError, ValueError: something in ``extra`` or the model cannot be saved, on every rank.
+        FileExistsError: there is something at ``path`` that is no checkpoint.
+        TypeError, ValueError: something in ``extra`` or the model cannot be saved, or ranks have other paths or models;
+            on every rank.
     """
-    snapshot = _snapshot(model, optimizer, extra)
+    snapshot = _snapshot(path, model, optimizer, extra, process_group)
     writer = Writer(path, snapshot.about, written)
     try:
-        with _quiet():
-            dcp_save(
-                snapshot.tensors,
-                storage_writer=writer,
-                planner=_planner(),
-                process_group=snapshot.ranks.group,
-                no_dist=snapshot.ranks.group is None,
-            )
+        with warnings.catch_warnings():
+            _quieten()
+            _write(snapshot, writer, snapshot.ranks.group)
     except CheckpointException as error:
         _explain(error, writer, snapshot.ranks)
 
@@ -96,7 +97,8 @@ class Saving:
         except CheckpointException as error:
             _explain(error, self._writer, self._ranks)
         finally:
-            self._ranks.behind.clear()
+            if self._future.done():  # else an interrupt came while it was waited for: it goes on
+                self._ranks.behind.clear()
         return self._writer.target
 
 
@@ -107,62 +109,79 @@ def async_save(
     extra: Mapping[str, Any] | None = None,
     *,
     written: Callable[[Path], None] | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Saving:
     """As `save`, behind training: returns when this rank's parts are copied to CPU memory. Collective.
 
     One at a time: wait for its `Saving.result` before the next.
     """
-    snapshot = _snapshot(model, optimizer, extra)
+    snapshot = _snapshot(path, model, optimizer, extra, process_group)
+    # On all ranks or on none: before anything communicates behind training.
+    staged: Any = snapshot.ranks.each(
+        lambda: DefaultStager(StagingOptions(False, False, False, False)).stage(snapshot.tensors)
+    )
     writer = Writer(path, snapshot.about, written)
+    _quieten()  # for good: filters are the whole process's, and training may set some meanwhile
+    thread = ThreadPoolExecutor(1, thread_name_prefix="sharded_lamb checkpoint")
+    future = thread.submit(_write, replace(snapshot, tensors=staged), writer, snapshot.ranks.group_behind())
+    thread.shutdown(wait=False)
     snapshot.ranks.behind.append(f"checkpoint {writer.target}")
-    with _quiet():
-        future = dcp_async_save(
-            snapshot.tensors,
-            storage_writer=writer,
-            planner=_planner(),
-            process_group=snapshot.ranks.group,
-            no_dist=snapshot.ranks.group is None,
-        )
-    assert isinstance(future, Future)
     return Saving(future, writer, snapshot.ranks)
 
 
-def _planner() -> DefaultSavePlanner:
-    return DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+def _write(snapshot: _Snapshot, writer: Writer, group: dist.ProcessGroup | None) -> None:
+    dcp_save(
+        snapshot.tensors,
+        storage_writer=writer,
+        planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+        process_group=group,
+        no_dist=group is None,
+    )
 
 
-class _quiet(warnings.catch_warnings):
+def _quieten() -> None:
     """Without torch's remarks on saving from one process, which is meant."""
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        return entered
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def _explain(error: CheckpointException, writer: Writer, ranks: Ranks) -> None:
     """Raises what `save` raises."""
     if ranks.rank == 0:
         writer.abandon()
-    failures = {
-        rank: OSError(
-            found.errno,
-            f"checkpoint {writer.target} could not be written: {found.strerror or found}; those before it are "
-            f"untouched",
-        )
-        if isinstance(found, OSError)
-        else found
-        for rank, found in unwrapped(error).items()
-    }
-    ranks.raise_together(failures)
+    ranks.raise_together({rank: _named(found, writer.target) for rank, found in unwrapped(error).items()})
 
 
-def _snapshot(model: nn.Module, optimizer: Any, extra: Mapping[str, Any] | None) -> _Snapshot:
+def _named(found: Exception, target: Path) -> Exception:
+    if not isinstance(found, OSError):
+        return found
+    why = found.strerror or found
+    if isinstance(found, AfterwardsError):
+        return OSError(found.errno, f"checkpoint {target} is written, but what follows was not done: {why}")
+    return OSError(
+        found.errno, f"checkpoint {target} could not be written: {why}; those before it are untouched"
+    )
+
+
+def _snapshot(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Any,
+    extra: Mapping[str, Any] | None,
+    group: Any,
+) -> _Snapshot:
     known = None if optimizer is None else parts.checked_optimizer(optimizer)
-    everyone = known.ranks if isinstance(known, SavingOptimizer) else None
-    ranks = Ranks.of(model if optimizer is None else optimizer, everyone)
-    ranks.check_free()
-    return ranks.each(lambda: _collected(ranks, model, known, extra or {}))
+    ranks = ranks_of(model, known, group)
+    ranks.each(ranks.check_free)
+    ranks.agree("the path", str(Path(path).absolute()))
+    snapshot = ranks.each(lambda: _collected(ranks, model, known, extra or {}))
+    weights = [
+        (name, tuple(tensor.shape), str(tensor.dtype))
+        for name, tensor in snapshot.tensors.items()
+        if name.startswith("model.")
+    ]
+    digest = hashlib.sha256(repr(weights).encode()).hexdigest()[:16]
+    ranks.agree("the model", f"{len(weights)} tensors (names, shapes and dtypes: {digest})")
+    return snapshot
 
 
 def _collected(ranks: Ranks, model: nn.Module, optimizer: Any, extra: Mapping[str, Any]) -> _Snapshot:

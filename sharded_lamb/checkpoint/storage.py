@@ -6,6 +6,7 @@ Both also work with `torch.distributed.checkpoint.save` and ``load`` directly, f
     dcp.load(state, storage_reader=Reader("folder"))
 """
 
+import errno
 import os
 import shutil
 import socket
@@ -38,7 +39,7 @@ from torch.futures import Future
 from sharded_lamb import faults
 from sharded_lamb.checkpoint import manifest, tensorfile
 from sharded_lamb.checkpoint.errors import CheckpointError
-from sharded_lamb.checkpoint.manifest import Chunk, Manifest, SavedTensor, read_manifest
+from sharded_lamb.checkpoint.manifest import Chunk, Manifest, SavedTensor, read_manifest, replaced
 from sharded_lamb.checkpoint.tensorfile import Item, Place, Written
 
 
@@ -61,14 +62,13 @@ class _Stored:
     file: Written
 
 
+class AfterwardsError(OSError):
+    """The checkpoint is written; what was to follow it could not be done."""
+
+
 def aside(target: Path) -> Path:
     """Where a checkpoint is written until it is whole."""
     return target.with_name(f".{target.name}.part")
-
-
-def replaced(target: Path) -> Path:
-    """Where a checkpoint waits that another of the same name replaces."""
-    return target.with_name(f".{target.name}.old")
 
 
 class Writer(StorageWriter):
@@ -107,6 +107,7 @@ class Writer(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        check_replaceable(self.target)
         part = aside(self.target)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -170,7 +171,10 @@ class Writer(StorageWriter):
         faults.point("checkpoint-rename")
         put_in_place(part, self.target)
         if self.written is not None:
-            self.written(self.target)
+            try:
+                self.written(self.target)
+            except OSError as error:
+                raise AfterwardsError(error.errno, error.strerror or str(error)) from error
 
     def abandon(self) -> None:
         """Remove what a failed save left; on the first rank."""
@@ -213,13 +217,32 @@ def _saved_tensor(
     return SavedTensor(tuple(entry.size), entry.properties.dtype, tuple(chunks))
 
 
+def check_replaceable(target: Path) -> None:
+    """Raises FileExistsError where something is that is no checkpoint: replacing would delete it."""
+    if not target.exists():
+        return
+    found = os.listdir(target) if target.is_dir() else [target.name]
+    ours = {manifest.MANIFEST, manifest.SUMS} & {*found}
+    if not target.is_dir() or not (ours or all(name.startswith("shard-") for name in found)):
+        raise FileExistsError(
+            errno.EEXIST,
+            f"there is something at {target} that is no checkpoint ({', '.join(sorted(found)[:5])}), and saving there "
+            f"would delete it: name a folder of the checkpoint's own, such as {target / 'step-00001000'}",
+        )
+
+
 def put_in_place(part: Path, target: Path) -> None:
-    """Rename a whole checkpoint to its name. A crash between leaves the old one where `recover` finds it."""
+    """Rename a whole checkpoint to its name. One that is there is exchanged for it at once where the file system can;
+    elsewhere, a crash between two renames leaves the old one where `recover` finds it."""
     old = replaced(target)
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists() and tensorfile.exchange(part, target):
+        old = part
+    elif target.exists():
         target.rename(old)
-    part.rename(target)
+        part.rename(target)
+    else:
+        part.rename(target)
     tensorfile.sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 

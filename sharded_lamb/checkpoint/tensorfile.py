@@ -4,6 +4,7 @@ The format is a length, a JSON header and the tensors' bytes; anything that read
 because hashing and bounded memory come with it: no more than a tensor of one file is ever held twice.
 """
 
+import ctypes
 import hashlib
 import json
 import math
@@ -70,6 +71,15 @@ class Item:
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap the names of two files or folders at once; False where it cannot be done (NFS, other than Linux)."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    at_fdcwd, rename_exchange = -100, 2
+    return renameat2 is not None and not renameat2(
+        at_fdcwd, os.fsencode(one.absolute()), at_fdcwd, os.fsencode(other.absolute()), rename_exchange
+    )
 
 
 def write(path: Path, items: Sequence[Item]) -> tuple[Written, list[Place]]:

@@ -14,7 +14,7 @@ from sharded_lamb.checkpoint import plain, problem_with, tensorfile
 from sharded_lamb.checkpoint.contents import read_tensor
 from sharded_lamb.checkpoint.errors import CheckpointError
 from sharded_lamb.checkpoint.folder import Checkpoints
-from sharded_lamb.checkpoint.manifest import MANIFEST, SUMS, SavedTensor, read_manifest, read_sums
+from sharded_lamb.checkpoint.manifest import MANIFEST, SUMS, SavedTensor, read_manifest, read_sums, replaced
 
 SHOWN = 24
 """Lines of a table before it is shortened."""
@@ -65,6 +65,8 @@ def run(chosen: argparse.Namespace) -> int:
 def checkpoint_of(path: Path) -> Path:
     """The checkpoint's folder itself, or what ``latest`` in a run's folder names. Raises ValueError."""
     if not path.is_dir():
+        if replaced(path).is_dir():
+            read_sums(path)  # raises, and says what to do
         raise ValueError(
             f"{path} is not a folder: name a checkpoint's, such as RUN/step-00001000, or the run's"
         )

@@ -1,9 +1,14 @@
 """What is in a run's folder whenever the power fails: something whole to go on from."""
 
+import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,7 @@ import pytest
 import torch
 
 from sharded_lamb import ShardedLamb, checkpoint, faults
-from sharded_lamb.checkpoint import CheckpointError, Checkpoints
+from sharded_lamb.checkpoint import CheckpointError, Checkpoints, tensorfile
 from tests import training
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
@@ -86,16 +91,90 @@ def test_there_may_be_nothing(tmp_path: Path) -> None:
 
 
 def test_a_run_that_went_back_does_not_go_on_from_what_it_gave_up(tmp_path: Path) -> None:
-    """`latest` says 2 although 4 is there: 4 is of a run that was given up, and it is dropped first."""
+    """`latest` says 2 although 3 and 4 are there: they are of a run that was given up, and nobody's to delete."""
     save_steps(tmp_path, 4, keep=0)
     (tmp_path / "latest").write_text("step-00000002\n")
     model, opt = make()
-    resumed = Checkpoints(tmp_path).resume(model, opt)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    resumed = checkpoints.resume(model, opt)
     assert resumed is not None
     assert resumed.step == 2
     step(model, opt, 2)
-    Checkpoints(tmp_path, keep=2).save(3, model, opt)
-    assert names(tmp_path) == {"latest", "step-00000002", "step-00000003"}
+    checkpoints.save(3, model, opt)
+    aside = "given-up-1-step-00000004"
+    assert names(tmp_path) == {"latest", "step-00000002", "step-00000003", aside}
+    assert checkpoint.problem_with(tmp_path / aside) is None
+    assert [path.name for path in checkpoints.candidates()] == ["step-00000003", "step-00000002"]
+
+
+def begin_again(rank: int, root: Path, behind: bool) -> None:
+    model, opt = make()
+    checkpoints = Checkpoints(root)
+    (checkpoints.async_save if behind else checkpoints.save)(1, model, opt)
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["save", "async"])
+def test_a_run_that_did_not_resume_deletes_nothing_of_an_earlier_one(behind: bool, tmp_path: Path) -> None:
+    save_steps(tmp_path, 3)
+    before = names(tmp_path)
+    for kind, message in run_ranks_expecting_errors(2, begin_again, tmp_path, behind).values():
+        assert kind == "ValueError"
+        assert "holds step-00000003 of an earlier run" in message
+        assert "call resume() first" in message
+    assert names(tmp_path) == before
+
+
+def test_one_that_could_not_be_read_is_kept(tmp_path: Path) -> None:
+    """A disk that hiccuped, a format of the future: the run goes on from an older one, and deletes it no more than
+    that."""
+    save_steps(tmp_path, 3)
+    (tmp_path / "step-00000003" / "SHA256SUMS").rename(tmp_path / "away")
+    model, opt = make()
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    resumed = checkpoints.resume(model, opt)
+    assert resumed is not None
+    assert resumed.step == 2
+    checkpoints.save(2, model, opt)
+    found = tmp_path / "given-up-1-step-00000003"
+    (tmp_path / "away").rename(found / "SHA256SUMS")
+    assert checkpoint.problem_with(found) is None
+
+
+def test_steps_are_numbers_beyond_eight_digits(tmp_path: Path) -> None:
+    model, opt = make()
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for number in (99_999_980, 99_999_990, 100_000_000):
+        checkpoints.save(number, model, opt)
+    assert [path.name for path in checkpoints.candidates()] == [
+        "step-100000000",
+        "step-99999990",
+        "step-99999980",
+    ]
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def test_a_save_that_somebody_stopped_waiting_for_is_still_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, opt = make()
+    checkpoints = Checkpoints(tmp_path)
+    go = threading.Event()
+    commit = checkpoints.commit
+    monkeypatch.setattr(checkpoints, "commit", lambda path: (go.wait(30), commit(path)))
+    pending = checkpoints.async_save(5, model, opt)
+    monkeypatch.setattr(pending._future, "result", lambda: (_ for _ in ()).throw(Interrupted))
+    with pytest.raises(Interrupted):
+        checkpoints.wait()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="is being written"):
+        checkpoint.save(tmp_path / "other", model, opt)
+    go.set()
+    checkpoints.save(6, model, opt)
+    assert names(tmp_path) == {"latest", "step-00000005", "step-00000006"}
+    assert (tmp_path / "latest").read_text() == "step-00000006\n"
 
 
 @pytest.mark.parametrize("text", [None, "", "step-00000099\n", "../../etc\n", "\udcff"])
@@ -148,6 +227,7 @@ def test_another_models_checkpoint_is_not_passed_over(tmp_path: Path) -> None:
 
 CHILD = """
 import sys
+import threading
 from pathlib import Path
 from tests.checkpoint.test_folder import save_steps
 save_steps(Path(sys.argv[1]), int(sys.argv[2]), keep=1)
@@ -189,9 +269,10 @@ def test_what_crashes_left_is_removed_by_the_next_save(tmp_path: Path) -> None:
 
 
 def test_killed_while_one_replaces_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the two renames the old one lies under another name: it is found there."""
+    """Where a file system cannot exchange names: between two renames the old one lies under another, and is found."""
     save_steps(tmp_path, 1, keep=1)
     model, opt = run_to(1)
+    monkeypatch.setattr(tensorfile, "exchange", lambda *_: False)
     real = Path.rename
 
     def only_the_first(self: Path, target: Any) -> Any:
@@ -203,7 +284,13 @@ def test_killed_while_one_replaces_another(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(RuntimeError, match="KeyboardInterrupt"):
         checkpoint.save(tmp_path / "step-00000001", model, opt)
     monkeypatch.undo()
-    assert "step-00000001" not in names(tmp_path)
+    target = tmp_path / "step-00000001"
+    assert not target.exists()
+    for read in (checkpoint.read_contents, lambda path: checkpoint.load(path, model, opt)):
+        with pytest.raises(
+            CheckpointError, match=re.escape(f"mv {tmp_path / '.step-00000001.old'} {target}")
+        ):
+            read(target)
     model, opt = make()
     resumed = Checkpoints(tmp_path).resume(model, opt)
     assert resumed is not None
@@ -211,23 +298,41 @@ def test_killed_while_one_replaces_another(tmp_path: Path, monkeypatch: pytest.M
     assert_is_at(model, 1)
 
 
+def test_one_replaces_another_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no moment without it, where the file system can exchange names: these of Linux can."""
+    save_steps(tmp_path, 1)
+    monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("a moment without it"))
+    checkpoint.save(tmp_path / "step-00000001", *run_to(2))
+    monkeypatch.undo()
+    assert names(tmp_path) == {"latest", "step-00000001"}
+    model, opt = make()
+    checkpoint.load(tmp_path / "step-00000001", model, opt)
+    assert_is_at(model, 2)
+
+
 # -- full disks, folders that others do not see -------------------------------------------------------------------
+
+
+@contextmanager
+def faults_of(text: str) -> Iterator[None]:
+    os.environ[faults.VARIABLE] = text
+    faults.injector.cache_clear()
+    try:
+        yield
+    finally:
+        del os.environ[faults.VARIABLE]
+        faults.injector.cache_clear()
 
 
 def save_on_a_full_disk(rank: int, root: Path, fault: str, behind: bool) -> None:
     model, opt = make()
-    os.environ[faults.VARIABLE] = fault
-    faults.injector.cache_clear()
-    try:
+    with faults_of(fault):
         found = Checkpoints(root)
         if behind:
             found.async_save(2, model, opt)
             found.wait()
         else:
             found.save(2, model, opt)
-    finally:
-        del os.environ[faults.VARIABLE]
-        faults.injector.cache_clear()
 
 
 def saved(rank: int, root: Path) -> None:
@@ -243,20 +348,44 @@ def test_a_full_disk(fault: str, behind: bool, tmp_path: Path) -> None:
     for kind, message in failed.values():
         assert kind == "OSError"
         assert "No space left" in message
-        assert "step-00000002 could not be written" in message
-        assert "those before it are untouched" in message
+        if fault == "latest":
+            assert "step-00000002 is written, but what follows was not done: `latest` still names" in message
+        else:
+            assert "step-00000002 could not be written" in message
+            assert "those before it are untouched" in message
     assert checkpoint.problem_with(tmp_path / "step-00000001") is None
     assert (tmp_path / "latest").read_text() == "step-00000001\n"
     assert not [name for name in names(tmp_path) if name.endswith(".part")]
 
 
-def save_apart(rank: int, root: Path) -> None:
+def test_old_ones_that_cannot_be_deleted_are_told_and_stay(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_steps(tmp_path, 1)
+    model, opt = run_to(2)
+    with faults_of("full@checkpoint-prune"), caplog.at_level("WARNING", "sharded_lamb"):
+        Checkpoints(tmp_path, keep=1).save(2, model, opt)
+    assert "could not be put in order" in caplog.text
+    assert names(tmp_path) == {"latest", "step-00000001", "step-00000002"}
+    assert (tmp_path / "latest").read_text() == "step-00000002\n"
+
+
+def save_on_own_disks(rank: int, root: Path) -> None:
+    if rank == 1:
+        clone_newns = 0x20000  # the mounts of this thread are its own from here
+        assert ctypes.CDLL(None).unshare(clone_newns) == 0
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "none", root], check=True)
     model, opt = make()
-    checkpoint.save(root / f"of-rank-{rank}" / "c", model, opt)
+    checkpoint.save(root / "c", model, opt)
 
 
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode != 0,
+    reason="mounts of a process's own need root",
+)
 def test_a_folder_that_is_not_shared_is_named_with_its_host(tmp_path: Path) -> None:
-    for kind, message in run_ranks_expecting_errors(2, save_apart, tmp_path).values():
+    for kind, message in run_ranks_expecting_errors(2, save_on_own_disks, tmp_path).values():
         assert kind == "OSError"
         assert "is not there on host" in message
         assert "checkpoints need a folder that all ranks see" in message

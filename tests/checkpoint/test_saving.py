@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -99,6 +101,43 @@ def test_tied_weights_are_saved_once_and_load_where_they_are_not_tied(tmp_path: 
             embed, head = (full["state"][names.index(name)] for name in ("embed.weight", "head.weight"))
             training.assert_same_bits(head, embed)
             assert embed["exp_avg"].norm() > 0
+
+
+def save_apart(rank: int, folder: Path, alike: bool) -> None:
+    model = Odd(tied=False)
+    if alike:
+        model.head.weight.data.copy_(model.embed.weight.data)
+    checkpoint.save(folder, model)
+
+
+def load_weights(rank: int, folder: Path) -> tuple[Tensor, Tensor]:
+    model = Odd()
+    before = model.embed.weight.detach().clone()
+    try:
+        checkpoint.load(folder, model)
+    except ValueError:
+        assert torch.equal(model.embed.weight, before)
+        raise
+    return model.embed.weight.detach(), model.head.weight.detach()
+
+
+def test_weights_saved_apart_do_not_load_where_they_are_tied_unless_they_are_alike(tmp_path: Path) -> None:
+    run_ranks(2, save_apart, tmp_path / "c", False)
+    for kind, message in run_ranks_expecting_errors(2, load_weights, tmp_path / "c").values():
+        assert kind == "ValueError"
+        assert "holds embed.weight and head.weight apart, with values of their own" in message
+    run_ranks(2, save_apart, tmp_path / "c", True)
+    saved = safetensors_of(tmp_path / "c")["model.head.weight"]
+    for embed, head in run_ranks(2, load_weights, tmp_path / "c"):
+        assert torch.equal(embed, saved)
+        assert torch.equal(head, saved)
+
+
+def safetensors_of(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
 
 
 # -- the files ----------------------------------------------------------------------------------------------------
@@ -490,6 +529,121 @@ def test_mistakes_are_told_on_every_rank(case: str, tmp_path: Path) -> None:
         assert found == kind, message
         assert text in message
         assert message.startswith("on rank ") == (case == "one rank's extra" and rank == 0)
+
+
+# -- together -----------------------------------------------------------------------------------------------------
+
+
+def apart(rank: int, folder: Path, what: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    if what == "stages":  # of a pipeline, each with a path of its own
+        checkpoint.save(folder / f"stage{rank // 2}", model)
+    elif what == "models":
+        checkpoint.save(folder / "c", model if rank < 2 else nn.Linear(3, 3))
+    elif what == "load":
+        for number in (1, 2):
+            checkpoint.save(folder / f"s{number}", model)
+        checkpoint.load(folder / f"s{1 + rank % 2}", model)
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [("stages", "the path differs"), ("models", "the model differs"), ("load", "the path differs")],
+)
+def test_ranks_that_mean_different_checkpoints_are_told(what: str, text: str, tmp_path: Path) -> None:
+    """They would report success for weights that nobody wrote, or go on from different steps."""
+    for kind, message in run_ranks_expecting_errors(4, apart, tmp_path, what).values():
+        assert kind == "ValueError"
+        assert text in message
+        assert "process_group=" in message
+
+
+def stages(rank: int, folder: Path) -> list[float]:
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    model = nn.Linear(3, 3)
+    nn.init.constant_(model.weight, rank // 2 + 1.0)
+    path, group = folder / f"stage{rank // 2}", groups[rank // 2]
+    checkpoint.save(path, model, process_group=group)
+    nn.init.zeros_(model.weight)
+    checkpoint.load(path, model, process_group=group)
+    return [float(model.weight.min()), float(model.weight.max())]
+
+
+def test_weights_of_some_of_the_ranks(tmp_path: Path) -> None:
+    assert run_ranks(4, stages, tmp_path) == [[1.0, 1.0]] * 2 + [[2.0, 2.0]] * 2
+
+
+def before_and_after(rank: int, folder: Path) -> None:
+    """A model that was loaded alone, and saved when there were ranks."""
+    from sharded_lamb.checkpoint import ranks
+
+    model = nn.Linear(3, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks.dist, "is_initialized", lambda: False)
+        assert ranks.Ranks.of(model, None).size == 1
+    assert ranks.Ranks.of(model, None).size == 2
+    checkpoint.save(folder, model)
+
+
+def test_ranks_are_those_of_now(tmp_path: Path) -> None:
+    run_ranks(2, before_and_after, tmp_path / "c")
+    assert checkpoint.problem_with(tmp_path / "c") is None
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["save", "async"])
+def test_what_is_no_checkpoint_is_not_replaced(behind: bool, tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    checkpoint.save(tmp_path / "step-00000001", model)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OSError, match="is no checkpoint"):
+        checkpoint.async_save(tmp_path, model).result() if behind else checkpoint.save(tmp_path, model)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert checkpoint.problem_with(tmp_path / "step-00000001") is None
+    checkpoint.save(tmp_path / "step-00000001", model)  # a checkpoint is
+    (tmp_path / "step-00000001" / "SHA256SUMS").unlink()
+    checkpoint.save(tmp_path / "step-00000001", model)  # a broken one too
+    (tmp_path / "new").mkdir()
+    checkpoint.save(tmp_path / "new", model)
+
+
+class Amax(nn.Module):
+    """A module whose own state is a tensor, of any length."""
+
+    def __init__(self, values: list[float]) -> None:
+        super().__init__()
+        self.values = values
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.values)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.values = state.tolist()
+
+
+def test_extra_state_that_is_a_tensor(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "c", Amax([7.0, 8.0]))
+    again = Amax([1.0])
+    checkpoint.load(tmp_path / "c", again)
+    assert again.values == [7.0, 8.0]
+
+
+def staging_fails(rank: int, folder: Path) -> None:
+    from sharded_lamb.checkpoint import saving
+
+    model = nn.Linear(2, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(
+                saving.DefaultStager, "stage", lambda *_: (_ for _ in ()).throw(MemoryError("no room"))
+            )
+        with pytest.raises((MemoryError, RuntimeError), match="no room"):
+            checkpoint.async_save(folder, model)
+    checkpoint.async_save(folder, model).result()  # nothing is thought to be under way
+
+
+def test_staging_that_fails_on_one_rank_fails_on_all_and_blocks_nothing(tmp_path: Path) -> None:
+    run_ranks(2, staging_fails, tmp_path / "c", timeout=60)
+    assert checkpoint.problem_with(tmp_path / "c") is None
 
 
 # -- behind training ----------------------------------------------------------------------------------------------
