@@ -13,13 +13,15 @@ full     ``OSError`` ENOSPC, as on a full disk ("disk-full" is the same)
 nan      the caller of `point` is told to make a gradient NaN
 ======== =========================================================================
 
-Conditions: ``rank``; ``step``, as the training loop counts and tells by `point`; ``visit``: only the n-th time, from 1,
-that the others are met; ``attempt``: of torchrun, 0 unless given, so that what a fault broke goes on when it is started
-again ("any": every one). The variable is read once; without it a point costs a call that returns.
+Conditions: ``rank``; ``step``, as the training loop counts and tells by ``point("step", step=...)`` (the recipe does);
+``visit``: only the n-th time, from 1, that the others are met; ``attempt``: of torchrun, 0 unless given, so that what a
+fault broke goes on when it is started again ("any": every one). The variable is read once; without it a point costs a
+call that returns.
 """
 
 import difflib
 import errno
+import logging
 import os
 import re
 import signal
@@ -28,6 +30,8 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+
+logger = logging.getLogger("sharded_lamb")
 
 VARIABLE = "SHARDED_LAMB_FAULT"
 
@@ -125,14 +129,17 @@ class Injector:
     faults: tuple[Fault, ...]
     rank: int
     visits: dict[Fault, int] = field(default_factory=dict)
+    untold: dict[Fault, int] = field(default_factory=dict)  # that wait for a step: passed before any was told
     at_step: int | None = None
 
     @staticmethod
     def of(environ: Mapping[str, str]) -> "Injector | None":
         """None where nothing is to happen in this process. Raises ValueError, see `parse`."""
-        rank = int(environ.get("RANK", "0"))
-        attempt = int(environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         faults = parse(environ.get(VARIABLE, ""))
+        if not faults:
+            return None
+        rank = int(environ.get("RANK") or 0)
+        attempt = int(environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
         mine = [f for f in faults if f.rank in (None, rank) and f.attempt in (None, attempt)]
         return Injector(tuple(mine), rank) if mine else None
 
@@ -145,11 +152,25 @@ class Injector:
 
     def _due(self, where: str) -> Iterable[Fault]:
         for fault in self.faults:
-            if fault.point != where or fault.step not in (None, self.at_step):
+            if fault.point != where:
+                continue
+            if fault.step is not None and self.at_step is None:
+                self._wonder(fault)
+            if fault.step not in (None, self.at_step):
                 continue
             self.visits[fault] = self.visits.get(fault, 0) + 1
             if fault.visit in (None, self.visits[fault]):
                 yield fault
+
+    def _wonder(self, fault: Fault) -> None:
+        """Whether anybody will ever say which step it is."""
+        self.untold[fault] = self.untold.get(fault, 0) + 1
+        if self.untold[fault] == 2:
+            logger.warning(
+                "%s: %s@%s waits for step=%d, and this loop does not say which step it is: call "
+                'sharded_lamb.faults.point("step", step=...) in it, or count with visit= instead',
+                *(VARIABLE, fault.action, fault.point, fault.step),
+            )
 
     def _acts(self, fault: Fault) -> bool:
         """Whether the caller is to make a gradient NaN."""

@@ -100,6 +100,19 @@ def test_when_it_happens() -> None:
     assert told == [False, False, True, False, False]
 
 
+def test_a_loop_that_never_says_its_step_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    here = injector("nan@gradient:step=3")
+    assert here is not None
+    for _ in range(5):
+        assert here.passed("gradient", None) is False
+    assert caplog.text.count("this loop does not say which step it is") == 1
+
+
+def test_ranks_are_read_only_for_a_fault() -> None:
+    assert injector("", RANK="") is None
+    assert injector("kill@step", RANK="", TORCHELASTIC_RESTART_COUNT="") is not None
+
+
 def test_a_full_disk_is_the_systems_error() -> None:
     here = injector("full@checkpoint-write")
     assert here is not None

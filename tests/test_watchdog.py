@@ -6,14 +6,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from sharded_lamb.watchdog import EXIT_CODE, Watchdog
+from sharded_lamb.watchdog import EXIT_CODE, Watchdog, talk
 from sharded_lamb.watchdog.verdict import DONE, Ledger, Report, spans
 from sharded_lamb.watchdog.whereabouts import COMPUTES, MAY_WAIT, WAITS, Member, place_of_thread
 
@@ -84,6 +85,14 @@ def test_a_rank_that_hangs_in_forward_is_named_by_all() -> None:
             assert "waiting in a collective at sharded_lamb/collectives.py" in verdict
             assert said.count("sharded_lamb watchdog") == 1
             assert ("time.sleep(600)" in said) is (rank == 1)  # the stack of the one that hangs
+
+
+def test_a_rank_that_comes_late_to_ddps_buffers_is_named() -> None:
+    """The others wait below Python, in a call that is made in no file of collectives."""
+    with ranks(2, "late", 0) as processes:
+        status, said = ended(processes[1])
+    assert status == EXIT_CODE
+    assert "rank 0 hangs while others wait for it" in said
 
 
 @pytest.mark.parametrize(
@@ -170,6 +179,88 @@ with Watchdog(0.5, exit_code=7) as watchdog:
     assert 'stuck, last beat "first"' in done.stderr
 
 
+@pytest.mark.parametrize("beat", ["'data-\\udcff.txt'", "'y' * 9"], ids=["no UTF-8", "nobody reads"])
+def test_it_ends_whatever_a_beat_holds_and_though_nobody_reads(beat: str) -> None:
+    code = f"""
+import os, time
+from sharded_lamb.watchdog import Watchdog
+with Watchdog(0.5, exit_code=7) as watchdog:
+    watchdog.beat({beat})
+    if "y" in watchdog._beat:
+        while True: os.write(2, b"x" * 4096)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    try:
+        assert process.wait(timeout=30) == 7
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_signal_handler_may_beat_in_the_middle_of_a_beat() -> None:
+    code = """
+import signal
+from sharded_lamb.watchdog import Watchdog
+count = 0
+def beat(*_):
+    global count
+    count += 1
+    watchdog.beat("signal")
+with Watchdog(60) as watchdog:
+    signal.signal(signal.SIGALRM, beat)
+    signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+    while count < 2000:
+        watchdog.beat("loop")
+    signal.setitimer(signal.ITIMER_REAL, 0)
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
+
+
+def test_a_store_that_stops_for_longer_than_its_timeout_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+import time, torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(100)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    monkeypatch.setattr(talk, "TIMEOUT", timedelta(seconds=1))
+    try:
+        assert process.stdout is not None
+        store = dist.TCPStore("127.0.0.1", int(process.stdout.readline()), is_master=False)
+        said = talk.Talk(
+            store,
+            "test",
+            [Member.here(0)],
+            0,
+            lambda: report(0),
+            time.monotonic,
+            period_s=0.05,
+            silent_s=10,
+            timeout_s=30,
+        )
+        said.introduce()
+        said.start()
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2.5)
+        process.send_signal(signal.SIGCONT)
+        went_on = time.monotonic()
+        wait_for(lambda: said.spoke > went_on + 0.1)
+        said.close(None)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    pytest.fail("it did not come about in 30 s")
+
+
 def test_its_threads_end_with_it_and_nothing_is_said_afterwards(capfd: pytest.CaptureFixture[str]) -> None:
     before = threading.active_count()
     with Watchdog(0.2) as watchdog:
@@ -228,7 +319,7 @@ def report(
 def ledger(*reports: Report, silent: tuple[int, ...] = ()) -> Ledger:
     """Of ranks that reported at second 0, and again at second 10 but for the silent ones; 3 s make silence."""
     members = [Member(rank, f"h{rank}", 100 + rank, "elsewhere") for rank in range(len(reports))]
-    book = Ledger(members, silent_s=3.0)
+    book = Ledger(members, silent_s=3.0, timeout_s=9.0)
     for place, found in enumerate(reports):
         book.note(place, Report.loaded(found.dumped()), 0.0)
         if place not in silent:
@@ -253,6 +344,8 @@ def ledger(*reports: Report, silent: tuple[int, ...] = ()) -> Ledger:
         ),
         (ledger(report(1), report(1, waits=COMPUTES), report(1, ended=DONE)), "rank 1 hangs"),
         (ledger(report(1), report(1), report(1, ended=DONE)), "rank 2 does not answer"),
+        (ledger(report(1), report(1, ended="RuntimeError: z", lost=True)), "rank 1 does not answer any more"),
+        (ledger(report(1, waits=COMPUTES), report(1, ended="RuntimeError: z", lost=True)), "rank 0 hang"),
         (ledger(report(1), report(1)), "ranks 0, 1 wait in collectives for each other"),
         (ledger(report(1, waits=COMPUTES), report(1, waits=COMPUTES)), "ranks 0, 1 hang, and none"),
     ],
@@ -273,6 +366,15 @@ def test_who_is_named(book: Ledger, headline: str) -> None:
 )
 def test_no_verdict_while_somebody_comes_further(book: Ledger) -> None:
     assert book.verdict(10.0) is None
+
+
+def test_a_rank_that_does_not_answer_has_until_its_beat_is_too_long_ago() -> None:
+    book = ledger(report(1), report(1, idle=1.0, patience=8.0), silent=(1,))
+    assert book.is_silent(1, 6.0)
+    assert book.verdict(6.0) is None
+    verdict = book.verdict(7.5)
+    assert verdict is not None
+    assert verdict.startswith("rank 1 does not answer")
 
 
 def test_a_pause_of_a_process_that_is_gone_holds_nobody() -> None:

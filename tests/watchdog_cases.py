@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -43,7 +44,7 @@ def load_slowly() -> None:
     assert watchdog is not None
     for _ in range(8):
         time.sleep(watchdog.timeout_s / 4)
-        watchdog.beat("loading")
+        watchdog.beat(torch.tensor(3))  # type: ignore[arg-type]
     with watchdog.paused("validating"):
         time.sleep(watchdog.timeout_s * 1.5)
 
@@ -59,6 +60,7 @@ TROUBLES: dict[str, Callable[[], None]] = {
     "stop": get_stopped,
     "die": die,
     "sleep": oversleep,
+    "late": oversleep,
     "raise": complain,
     "slow": load_slowly,
     "announce": announce,
@@ -71,9 +73,14 @@ class Model(nn.Module):
         super().__init__()
         self.first, self.second, self.trouble, self.calls = nn.Linear(8, 8), nn.Linear(8, 1), trouble, 0
 
+    def come_late(self) -> None:
+        """To where the others wait for this rank's buffers."""
+        if self.trouble is not None and self.calls == TROUBLED_STEP:
+            self.trouble()
+
     def forward(self, batch: Tensor) -> Tensor:
         self.calls += 1
-        if self.trouble is not None and self.calls == TROUBLED_STEP:
+        if self.trouble is not None and self.calls == TROUBLED_STEP and not hasattr(self, "mean"):
             self.trouble()
         return self.second(self.first(batch))
 
@@ -84,11 +91,17 @@ def main(trouble: str, troubled: int, timeout_s: float) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     model = Model(TROUBLES[trouble] if dist.get_rank() == troubled else None)
-    optimizer = ShardedLamb(model.named_parameters(), stage=2)
-    with Watchdog(timeout_s) as watchdog:
+    called: nn.Module = model
+    if trouble == "late":
+        model.register_buffer("mean", torch.zeros(1))
+        called = nn.parallel.DistributedDataParallel(model)
+        called.register_forward_pre_hook(lambda *_: model.come_late())
+    optimizer = ShardedLamb(model.named_parameters(), stage=1 if trouble == "late" else 2)
+    watchdog = Watchdog(timeout_s)
+    with nullcontext() if trouble == "slow" else watchdog:  # without: the end of the program closes it
         for step in range(1, STEPS + 1):
             optimizer.zero_grad()
-            model(torch.ones(4, 8)).sum().backward()
+            called(torch.ones(4, 8)).sum().backward()
             optimizer.step()
             watchdog.beat(f"step {step}")
     dist.destroy_process_group()

@@ -18,7 +18,7 @@ class AwakeClock:
         self._period_s, self._gap_s = period_s, 3 * period_s + 1.0
         self._missed = 0.0
         self._last = time.monotonic()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may beat in the middle of a beat
 
     def __call__(self) -> float:
         with self._lock:

@@ -23,7 +23,7 @@ EXIT_CODE = 70
 """Of a process that its watchdog ends: EX_SOFTWARE. Any but 0 makes torchrun start the ranks again."""
 
 _LOST_PEER = re.compile(
-    r"connection (closed|reset|refused)|broken pipe|timed? ?out|socket|NCCL|remote process|peer",
+    r"connection (closed|reset|refused)|broken pipe|timed out waiting|timeout after|socket|NCCL|remote process|peer",
     re.IGNORECASE,
 )
 _Error = TypeVar("_Error", bound=BaseException)
@@ -108,6 +108,7 @@ class Watchdog:
             self._clock,
             period_s=self._period_s,
             silent_s=self.timeout_s / 3,
+            timeout_s=self.timeout_s,
         )
         talk.introduce()
         dist.all_gather_object(told, None, group=group)
@@ -177,7 +178,8 @@ class Watchdog:
 
     def _report(self) -> Report:
         place = place_of_thread(self._thread_id)
-        return Report(0, self._clock() - self._beaten, self._patience_s, self._beat, place.at, place.waits)
+        idle_s = self._clock() - self._beaten
+        return Report(0, idle_s, self._patience_s, str(self._beat), place.at, place.waits)
 
     def _watch(self) -> None:
         while not self._over.wait(self._period_s):
@@ -211,10 +213,9 @@ class Watchdog:
         """The process ends here, whatever its other threads hold or wait for."""
         named = re.match(r"ranks? ([\d, -]+)", verdict)
         text = f"sharded_lamb watchdog (on rank {self._here.rank}): {verdict}\n"
-        os.write(2, text.encode())  # sys.stderr may be held by the thread that hangs
         if named is not None and _among(self._here.rank, named[1]):
-            os.write(2, stack_of_thread(self._thread_id).encode())
-        flush = threading.Thread(target=_flush, daemon=True)
+            text += stack_of_thread(self._thread_id)
+        flush = threading.Thread(target=_say, args=[text], daemon=True)  # nobody may read what we write
         flush.start()
         if self._talk is not None:
             self._talk.linger()
@@ -231,7 +232,10 @@ def _among(rank: int, named: str) -> bool:
     return False
 
 
-def _flush() -> None:
+def _say(text: str) -> None:
+    with suppress(OSError):
+        # sys.stderr may be held by the thread that hangs
+        os.write(2, text.encode(errors="backslashreplace"))
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()

@@ -19,6 +19,9 @@ from sharded_lamb.watchdog.whereabouts import Member
 
 logger = logging.getLogger("sharded_lamb")
 
+TIMEOUT = timedelta(minutes=5)
+"""Of the store's operations; one that waits in vain ends only when the store answers or is gone."""
+
 _NO_VERDICT = "-"
 
 
@@ -43,10 +46,11 @@ class Talk:
         *,
         period_s: float,
         silent_s: float,
+        timeout_s: float,
     ) -> None:
         self._store = PrefixStore(prefix, _own_connection(store))
         self._place, self._report, self._clock, self.period_s = place, report, clock, period_s
-        self.ledger = Ledger(members, silent_s)
+        self.ledger = Ledger(members, silent_s, timeout_s)
         self.verdict: str | None = None
         self.spoke = self._clock()  # when the store last answered
         self._reads_all = place == 0
@@ -75,7 +79,7 @@ class Talk:
         self._over.set()
         self._thread.join(2.0)
         if farewell is not None and not self._thread.is_alive():
-            with suppress(RuntimeError):
+            with suppress(Exception):  # an error that ends the training must not be hidden behind one of ours
                 self._post(farewell)
 
     def linger(self) -> None:
@@ -98,14 +102,17 @@ class Talk:
                 time.sleep(self.period_s / 10)
 
     def _run(self) -> None:
-        try:
-            while not self._over.wait(self.period_s):
+        while not self._over.wait(self.period_s):
+            try:
                 self._round()
-        except RuntimeError as error:
-            if not self._over.is_set():
-                logger.warning(
-                    f"watchdog: the store of the ranks is gone ({error}): each watches itself alone now"
-                )
+            except RuntimeError as error:
+                if "timeout" in str(error):
+                    continue  # it comes when a store that was stopped, with us or not, goes on
+                if not self._over.is_set():
+                    logger.warning(
+                        f"watchdog: the store of the ranks is gone ({error}): each watches itself alone now"
+                    )
+                return
 
     def _round(self) -> None:
         self._post()
@@ -122,6 +129,7 @@ class Talk:
         if reads_all and verdict.decode() == _NO_VERDICT:
             found = self.ledger.verdict(now)
             if found is not None:
+                found = found.encode(errors="backslashreplace").decode()
                 verdict = self._store.compare_set("verdict", _NO_VERDICT, found)
         self.spoke = now
         if verdict.decode() != _NO_VERDICT:
@@ -138,5 +146,5 @@ def _own_connection(store: Store) -> Store:
         own: Store = store.clone()  # type: ignore[attr-defined]
     except RuntimeError:  # a kind that cannot be cloned
         return store
-    own.set_timeout(timedelta(minutes=5))
+    own.set_timeout(TIMEOUT)
     return own

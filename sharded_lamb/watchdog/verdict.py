@@ -31,17 +31,18 @@ class Report:
 class Ledger:
     """The last report of every rank, and when (by the reader's clock, in seconds) it came.
 
-    ``silent_s``: a rank without a new report for so long does not answer.
+    ``silent_s``: a rank without a new report for so long does not answer. ``timeout_s``: without a beat for so long it
+    is charged with it, whatever patience it had asked for.
     """
 
-    def __init__(self, members: Sequence[Member], silent_s: float) -> None:
-        self.members, self.silent_s = members, silent_s
+    def __init__(self, members: Sequence[Member], silent_s: float, timeout_s: float) -> None:
+        self.members, self.silent_s, self.timeout_s = members, silent_s, timeout_s
         self.reports: dict[int, Report] = {}  # by place in ``members``
         self._came: dict[int, float] = {}
 
     def stricter(self, silent_s: float) -> "Ledger":
         """The same reports, with less patience for the next ones."""
-        view = Ledger(self.members, silent_s)
+        view = Ledger(self.members, silent_s, self.timeout_s)
         view.reports, view._came = self.reports, self._came
         return view
 
@@ -65,6 +66,8 @@ class Ledger:
         answering = [p for p in range(len(self.members)) if self.answers(p, now)]
         if not answering or any(self.reports[p].idle_s < self.reports[p].patience_s for p in answering):
             return None
+        if any(self._may_go_on(p, now) for p in range(len(self.members))):
+            return None
         idle = min(self.reports[p].idle_s for p in answering)
         least = min(self.reports[p].waits for p in answering)
         guilty, what = self.gone(now, finished=least == WAITS), "does not answer any more"
@@ -78,14 +81,21 @@ class Ledger:
             lines += ["others:", *(f"  {line}" for line in self._described(others, now))]
         return "\n".join(lines)
 
+    def _may_go_on(self, place: int, now: float) -> bool:
+        """Of a rank that does not answer: whether its last beat is no longer ago than is in order, and it may live."""
+        if not self.is_silent(place, now) or self._dead(place):
+            return False
+        report = self.reports[place]
+        return report.idle_s + now - self._came[place] < min(report.patience_s, self.timeout_s)
+
     def gone(self, now: float, *, finished: bool = True) -> list[int]:
         """The ranks without which the others cannot go on: those that failed; else those that do not answer; else,
-        with ``finished``, those that are done."""
+        with ``finished``, those that are done, and those that left because of another, or seem to have."""
         places = range(len(self.members))
         silent = [p for p in places if self.is_silent(p, now) or (self.answers(p, now) and self._dead(p))]
         left = [p for p in places if p in self.reports and self.reports[p].ended is not None]
         failed = [p for p in left if self.reports[p].ended != DONE and not self.reports[p].lost]
-        return failed or silent or [p for p in left if finished and self.reports[p].ended == DONE]
+        return failed or silent or (left if finished else [])
 
     def fates(self) -> list[str]:
         """Of processes of this machine that have ended or are stopped, whatever they reported."""

@@ -53,7 +53,7 @@ def place_of_thread(ident: int) -> Place:
         own = threading.get_ident()
         for other, there in frames.items():
             outwards = list(_outwards(there))
-            found = _place(outwards) if outwards else place
+            found = _place(outwards)
             if other != own and found.waits == WAITS:
                 return Place(f"{found.at}, in {place.at}", WAITS)
     return place
@@ -75,6 +75,8 @@ def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
 
 def _place(frames: list[FrameType]) -> Place:
     """``frames``: from the innermost."""
+    if not frames:
+        return Place("the end of the program", COMPUTES)
     inside = []
     for frame in frames:
         if not _file(frame).startswith(_TORCH):
@@ -94,9 +96,10 @@ def _waits(inside: list[FrameType], outside: FrameType) -> int:
         return WAITS
     if any(frame.f_code.co_name == "_engine_run_backward" for frame in inside[:1]):
         return MAY_WAIT  # DistributedDataParallel waits below it
-    if inside:
-        return COMPUTES
-    line = linecache.getline(_file(outside), outside.f_lineno)
+    innermost = inside[0] if inside else outside
+    line = linecache.getline(_file(innermost), innermost.f_lineno)
+    if inside:  # DistributedDataParallel broadcasts buffers, ZeroRedundancyOptimizer waits
+        return WAITS if _WAITING_CALL.search(line) else COMPUTES
     if _file(outside) in _OUR_COLLECTIVES or _WAITING_CALL.search(line):
         return WAITS
     on_device = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
