@@ -72,7 +72,9 @@ def choose(folder: Path, resume: str | None, ranks: Ranks) -> list[Path]:
     def pick() -> list[str]:
         if resume is not None and resume != "auto":
             return [resume]
-        found = Checkpoints(folder).candidates()
+        checkpoints = Checkpoints(folder)
+        checkpoints.recover()
+        found = checkpoints.candidates()
         if found and resume is None:
             raise ValueError(
                 f"{folder.parent} already holds a run: continue it with --resume auto, or set another run_dir"

@@ -114,7 +114,7 @@ class EngineTrainee:
     def load(self, path: Path, *, options: bool) -> dict[str, Any]:
         def read() -> tuple[dict[str, Any], int]:
             found.append(read_contents(path))
-            return found[0].extra, found[0].optimizer["skipped_steps"]
+            return found[0].extra, found[0].optimizer.get("skipped_steps", 0)
 
         found: list[Contents] = []
         extra, skipped = self._ranks().first(read)
@@ -143,7 +143,7 @@ class EngineTrainee:
         return {"state": states, "param_groups": groups}
 
     def _ranks(self) -> Ranks:
-        return Ranks.of(self, None)
+        return Ranks.of()
 
     def close(self) -> None:
         self._engine.destroy()

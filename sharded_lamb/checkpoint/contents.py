@@ -32,7 +32,7 @@ class Contents:
 
 def read_tensor(folder: Path, tensor: SavedTensor) -> Tensor:
     """A whole tensor. Raises CheckpointError."""
-    whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+    whole = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
     for chunk in tensor.chunks:
         zeros = (0,) * len(chunk.sizes)
         part = tensorfile.read(folder, chunk.place, tensor.dtype, chunk.sizes, zeros, chunk.sizes)

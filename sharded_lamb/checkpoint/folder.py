@@ -20,15 +20,18 @@ from typing import Any
 from torch import nn
 
 from sharded_lamb import faults
-from sharded_lamb.checkpoint import parts, saving, storage, tensorfile
+from sharded_lamb.checkpoint import saving, tensorfile
 from sharded_lamb.checkpoint.errors import CheckpointError
 from sharded_lamb.checkpoint.loading import load
+from sharded_lamb.checkpoint.manifest import SUMS
 from sharded_lamb.checkpoint.ranks import ranks_of
 
 logger = logging.getLogger("sharded_lamb")
 
 LATEST = "latest"
 _NAME = re.compile(r"step-(\d{8,})")
+_OLD = re.compile(r"\.step-\d{8,}\.old")
+_LEFT = re.compile(r"\.step-\d{8,}(\.[0-9a-f]{8})?\.(part|dropped)")
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ class Checkpoints:
     Args:
         root: the folder; made when something is saved.
         keep: how many of the newest to keep, the one ``latest`` names always among them; 0: all.
-        resumed: the run goes on from what is there, or from nothing. Else `resume` comes first where the folder holds
-            steps that `save` would go back behind: they are of a run that somebody may want.
+        resumed: what is there is this run's. Else `save` refuses a folder that holds checkpoints before `resume` was
+            called: they are of a run that somebody may want.
 
     Raises:
         ValueError: ``keep`` < 0.
@@ -61,37 +64,43 @@ class Checkpoints:
     def __init__(self, root: str | os.PathLike[str], *, keep: int = 3, resumed: bool = False) -> None:
         if keep < 0:
             raise ValueError(f"keep must be >= 0 (0 keeps all), got {keep!r}")
-        self.root, self.keep, self._resumed = Path(root), keep, resumed
+        self.root, self.keep, self._resumed = Path(root).absolute(), keep, resumed
         self._pending: saving.Saving | None = None
 
     def path(self, step: int) -> Path:
+        if step < 0:
+            raise ValueError(f"step must be >= 0, got {step}")
         return self.root / f"step-{step:08d}"
 
     def save(
         self, step: int, model: nn.Module, optimizer: Any = None, extra: Mapping[str, Any] | None = None
     ) -> Path:
         """As `sharded_lamb.checkpoint.save`; then ``latest`` names it, and old ones are deleted. Collective."""
-        self._prepare(step, model, optimizer)
-        saving.save(self.path(step), model, optimizer, extra, written=self.commit)
-        return self.path(step)
+        self._prepare(step, optimizer)
+        path = self.path(step)
+        saving.save(path, model, optimizer, extra, written=lambda _: self.commit(path))
+        return path
 
     def async_save(
         self, step: int, model: nn.Module, optimizer: Any = None, extra: Mapping[str, Any] | None = None
     ) -> saving.Saving:
         """As `save`, behind training. The next save, `wait` or `resume` raises what went wrong."""
-        self._prepare(step, model, optimizer)
-        self._pending = saving.async_save(self.path(step), model, optimizer, extra, written=self.commit)
+        self._prepare(step, optimizer)
+        path = self.path(step)
+        self._pending = saving.async_save(path, model, optimizer, extra, written=lambda _: self.commit(path))
         return self._pending
 
-    def _prepare(self, step: int, model: nn.Module, optimizer: Any) -> None:
+    def _prepare(self, step: int, optimizer: Any) -> None:
         self.wait()
+        ranks = ranks_of(optimizer, None)
+        ranks.each(lambda: self.path(step))
         if not self._resumed:
-            ranks = ranks_of(model, optimizer, None)
             ranks.first(lambda: self._check_begins(step))
             self._resumed = True
 
     def _check_begins(self, step: int) -> None:
-        there = [path for path in self.candidates() if _step_of(path) >= step]
+        self.recover()
+        there = self.candidates()
         if there:
             raise ValueError(
                 f"{self.root} holds {there[0].name} of an earlier run, and this one saves step {step}: call resume() "
@@ -101,7 +110,9 @@ class Checkpoints:
     def wait(self) -> None:
         """Until what is being written is whole. Raises what `save` raises."""
         pending = self._pending
-        if pending is not None:
+        if pending is not None and pending.told:
+            self._pending = None
+        elif pending is not None:
             try:
                 pending.result()
             finally:
@@ -122,8 +133,9 @@ class Checkpoints:
             self._prune(written)
         except OSError as error:  # nothing is lost by it
             logger.warning("checkpoints beside %s could not be put in order: %s", written, error)
-        for left in (*self.root.glob(".step-*.part"), *self.root.glob(".step-*.dropped")):
-            shutil.rmtree(left, ignore_errors=True)  # by a crash
+        for left in self.root.iterdir():
+            if _LEFT.fullmatch(left.name):
+                shutil.rmtree(left, ignore_errors=True)  # by a crash
 
     def _point_at(self, written: Path) -> None:
         faults.point("checkpoint-latest")
@@ -141,10 +153,16 @@ class Checkpoints:
         kept = earlier[len(earlier) - (self.keep - 1) :] if self.keep > 1 else []
         for path in earlier:
             if path not in kept:
-                old = path.with_name(f".{path.name}.dropped")
-                shutil.rmtree(old, ignore_errors=True)
-                path.rename(old)  # never half a checkpoint under its name
-                shutil.rmtree(old, ignore_errors=True)
+                self._drop(path)
+
+    def _drop(self, path: Path) -> None:
+        old = path.with_name(f".{path.name}.dropped")
+        shutil.rmtree(old, ignore_errors=True)
+        try:
+            path.rename(old)  # never half a checkpoint under its name
+        except OSError as error:
+            logger.warning("%s could not be deleted: %s", path, error)
+        shutil.rmtree(old, ignore_errors=True)
 
     def _set_aside_later(self, latest: Path) -> None:
         """What lies after the latest is of a run that was given up, or could not be read: nobody's to delete."""
@@ -159,6 +177,18 @@ class Checkpoints:
         found = (path for path in self.root.glob("step-*") if _NAME.fullmatch(path.name))
         return sorted(found, key=_step_of)
 
+    def recover(self) -> None:
+        """Give a checkpoint its name back that was about to be replaced at a crash. By one rank, while none saves."""
+        if not self.root.is_dir():
+            return
+        for old in self.root.iterdir():
+            if _OLD.fullmatch(old.name) and (old / SUMS).is_file():
+                target = self.root / old.name.removeprefix(".").removesuffix(".old")
+                if target.exists():
+                    shutil.rmtree(old, ignore_errors=True)
+                else:
+                    old.rename(target)
+
     def latest(self) -> Path | None:
         """What ``latest`` names, unseen whether it is whole; None before the first checkpoint."""
         try:
@@ -171,7 +201,6 @@ class Checkpoints:
         """What to go on from, best first: the latest, those before it, those after it (of a run that was given up)."""
         if not self.root.is_dir():
             return []
-        storage.recover(self.root)
         newest_first, latest = self._found()[::-1], self.latest()
         if latest is None:
             return newest_first
@@ -193,9 +222,9 @@ class Checkpoints:
             ValueError: see `load`.
         """
         self.wait()
-        known = None if optimizer is None else parts.checked_optimizer(optimizer)
-        ranks = ranks_of(model, known, None)
+        ranks = ranks_of(optimizer, None)
         self._resumed = True
+        ranks.first(self.recover)
         names = ranks.first(lambda: [str(path) for path in self.candidates()])
         skipped: list[str] = []
         for path in map(Path, names):

@@ -20,7 +20,8 @@ from sharded_lamb.checkpoint.contents import read_tensor
 from sharded_lamb.checkpoint.errors import CheckpointError
 from sharded_lamb.checkpoint.manifest import Manifest, read_manifest
 from sharded_lamb.checkpoint.parts import Filling
-from sharded_lamb.checkpoint.ranks import Ranks, ranks_of, unwrapped
+from sharded_lamb.checkpoint.ranks import Ranks, unwrapped
+from sharded_lamb.checkpoint.saving import prepared
 from sharded_lamb.checkpoint.storage import Reader
 from sharded_lamb.hyperparams import check_max_grad_norm, validate_group
 from sharded_lamb.saving import SavingOptimizer
@@ -60,11 +61,7 @@ def load(
         ValueError: it is of another model or other groups; nothing was loaded.
         TypeError: ``optimizer`` is neither `Lamb` nor `ShardedLamb`.
     """
-    folder = Path(path)
-    known = None if optimizer is None else parts.checked_optimizer(optimizer)
-    ranks = ranks_of(model, known, process_group)
-    ranks.each(ranks.check_free)
-    ranks.agree("the path", str(folder.absolute()))
+    ranks, folder, known = prepared(path, optimizer, process_group)
     found = ranks.each(lambda: read_manifest(folder))
     ranks.agree("the checkpoint", ranks.each(lambda: manifest.digest(folder)))
     ranks.each(lambda: manifest.check_files(folder, found, part=ranks.rank, parts=ranks.size, hashes=verify))
@@ -109,6 +106,7 @@ class _Loading:
         self.held = held = parts.ModelParts.of(model)
         parts.check_same_model(found, held, self.where)
         self._check_ties(folder)
+        self._check_memory()
         self.fillings = list(parts.weight_fillings(found, held))
         self.packed: dict[str, Any] = {}
         self.zeros: list[Tensor] = []
@@ -144,6 +142,17 @@ class _Loading:
                     continue
                 state = self.packed["state"][place] = _room_of_lamb(params[place])
             self.fillings += parts.state_fillings(self.found, source, saved, state, self.where)
+
+    def _check_memory(self) -> None:
+        """Raises ValueError for a tensor that cannot be written to element by element."""
+        for name, tensor in self.held.tensors.items():
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if any(
+                stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True)
+            ):
+                raise ValueError(
+                    f"{name} is expanded, and its elements share memory: nothing can be loaded into it; clone() it"
+                )
 
     def _check_ties(self, folder: Path) -> None:
         """Raises ValueError where one of two saved tensors would be lost in a parameter that this model has once."""
@@ -240,7 +249,7 @@ def _room(found: Manifest, name: str, template: Any) -> Tensor:
     """Where a tensor of ``extra`` is read to."""
     if isinstance(template, DTensor):
         return torch.empty_like(template)
-    return torch.empty(found.tensors[name].shape, dtype=found.tensors[name].dtype)
+    return torch.empty(found.tensors[name].shape, dtype=found.tensors[name].dtype, device="cpu")
 
 
 def _template(extra: Mapping[str, Any], name: str) -> Any:

@@ -1,17 +1,21 @@
 """A model's and an optimizer's tensors by the names that a checkpoint calls them, and what goes where on loading."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sharded_lamb.base import LambOptimizer
 from sharded_lamb.checkpoint.manifest import Manifest, SavedTensor
 from sharded_lamb.lamb import Lamb
 from sharded_lamb.names import normalize
 from sharded_lamb.saving import SavingOptimizer
+
+logger = logging.getLogger("sharded_lamb")
 
 KINDS = ("exp_avg", "exp_avg_sq")
 """State that every parameter with state has, beside its ``step``; ``master`` where the weight is not the master."""
@@ -26,15 +30,18 @@ class ModelParts:
     plain: dict[str, Any]  # ``_extra_state``, a tensor or not, and what else is no tensor
     raw: dict[str, str]  # names of ``plain`` → as the model has them, with what wrappers add
     names: dict[Tensor, str]  # of parameters
+    buffers: frozenset[str]  # of ``tensors``: no parameters, and no DTensors
 
     @staticmethod
     def of(model: nn.Module) -> "ModelParts":
-        """Raises ValueError for two tensors of one name."""
+        """Raises ValueError for two tensors of one name, and for tensors that are copies or have no memory."""
         tensors: dict[str, Tensor] = {}
         aliases: dict[str, str] = {}
         plain: dict[str, Any] = {}
         raw_names: dict[str, str] = {}
         first: dict[int, str] = {}
+        live = {id(value) for value in (*model.parameters(), *model.buffers())}
+        memory = {_memory(value) for value in (*model.parameters(), *model.buffers())}
         for raw, value in model.state_dict(keep_vars=True).items():
             name = normalize(raw)
             if (
@@ -47,13 +54,31 @@ class ModelParts:
                 raise ValueError(
                     f"the model has two tensors called {name!r}, as {raw!r} is without what wrappers add"
                 )
+            elif value.is_meta:
+                raise ValueError(
+                    f"{name} is on the meta device and has no memory: call model.to_empty() first"
+                )
+            elif id(value) not in live and _memory(value) not in memory:
+                raise ValueError(
+                    f"{name} in the model's state_dict() is a copy, made by its module or a wrapper such as FSDP1 or a "
+                    f"quantised layer: nothing could be loaded into it. Give the module that holds the parameters"
+                )
             else:
                 first[id(value)] = name
                 tensors[name] = value
         names: dict[Tensor, str] = {p: normalize(name) for name, p in model.named_parameters()}
         names |= {value: name for name, value in tensors.items() if isinstance(value, nn.Parameter)}
-        live = {name: value.detach() for name, value in tensors.items()}
-        return ModelParts(live, aliases, plain, raw_names, names)
+        buffers = frozenset(
+            name for name, value in tensors.items() if not isinstance(value, nn.Parameter | DTensor)
+        )
+        detached = {name: value.detach() for name, value in tensors.items()}
+        return ModelParts(detached, aliases, plain, raw_names, names, buffers)
+
+
+def _memory(tensor: Tensor) -> int | None:
+    """Where it lies; None for no elements."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage().data_ptr() or None
 
 
 def checked_optimizer(optimizer: Any) -> Lamb | SavingOptimizer:
@@ -111,6 +136,16 @@ def check_same_model(found: Manifest, model: ModelParts, where: str) -> None:
             f"{where} is of another model:"
             + _listed(" it lacks", sorted(ours - theirs))
             + _listed(" it has what this model lacks:", sorted(theirs - ours))
+        )
+    saved_states = set(found.optimizer.get("model", {}))
+    if saved_states - set(model.plain):
+        raise ValueError(
+            f"{where} is of another model: it has what this model lacks:"
+            + _listed("", sorted(saved_states - set(model.plain)))
+        )
+    if set(model.plain) - saved_states:  # converted checkpoints have none
+        logger.warning(
+            "%s lacks%s They stay as they are", where, _listed("", sorted(set(model.plain) - saved_states))
         )
     for name, tensor in model.tensors.items():
         saved = found.tensors["model." + found.aliases.get(name, name)]

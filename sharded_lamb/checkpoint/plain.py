@@ -12,6 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_DTYPES = {
+    str(value).removeprefix("torch."): value
+    for value in vars(torch).values()
+    if isinstance(value, torch.dtype)
+}
 _TAGS = ("__tuple__", "__items__", "__tensor__", "__float__", "__dtype__")
 
 
@@ -68,7 +73,7 @@ def decoded(value: Any, tensor: Callable[[str], Any]) -> Any:
         if tag == "__float__":
             return float(content)
         if tag == "__dtype__":
-            return getattr(torch, content)
+            return _DTYPES[content]
     return {key: decoded(entry, tensor) for key, entry in value.items()}
 
 

@@ -1,23 +1,25 @@
 """The ranks that save and load together: what one of them finds wrong is raised on all of them."""
 
-import pickle
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from sharded_lamb.checkpoint.errors import CheckpointError
+from sharded_lamb.checkpoint.errors import CheckpointError, tellable
 from sharded_lamb.saving import SavingOptimizer
 
 Result = TypeVar("Result")
+_behind_alone: list[Path] = []
 TIMEOUT = timedelta(hours=2)
 """How long ranks wait for the slowest writer. A rank that died is noticed at once."""
 
-_groups: Any = weakref.WeakKeyDictionary()  # optimizer or model → its `Ranks`
+_made: dict[
+    tuple[int, ...], tuple[Any, "Ranks"]
+] = {}  # ranks → the world they were made in, and their `Ranks`
 
 
 @dataclass(frozen=True)
@@ -29,28 +31,41 @@ class Ranks:
     rank: int
     size: int
     everyone: tuple[int, ...] = (0,)  # global ranks
-    behind: list[str] = field(default_factory=list)  # what is being saved behind training
+    behind: list[Path] = field(default_factory=list)  # what is being saved behind training
     _group_behind: list[dist.ProcessGroup] = field(default_factory=list)
 
     @staticmethod
-    def of(owner: object, everyone: tuple[int, ...] | None) -> "Ranks":
-        """Those of global ranks ``everyone`` (None: all), made at ``owner``'s first checkpoint. Collective."""
-        # Of this process group: it may have been made, or made anew, since the last checkpoint.
-        now = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-        found: Ranks | None
-        made_in, members, found = _groups.get(owner, (None, None, None))
-        if found is None or made_in is not now or members != everyone:
-            found = None
-        if found is None and now is None:
-            found = Ranks(None, 0, 1)
-            _groups[owner] = (None, everyone, found)
-        if found is None:
-            asked = everyone
-            everyone = tuple(range(dist.get_world_size())) if everyone is None else everyone
+    def of(everyone: tuple[int, ...] | None = None) -> "Ranks":
+        """Those of the given global ranks (None: all), made at their first checkpoint. Collective.
+
+        Raises ValueError on a rank that is none of them.
+        """
+        world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        if world is None:
+            return Ranks(None, 0, 1, behind=_behind_alone)
+        everyone = tuple(range(dist.get_world_size())) if everyone is None else everyone
+        if dist.get_rank() not in everyone:
+            raise ValueError(
+                f"rank {dist.get_rank()} is none of the ranks {list(everyone)} that write or read this checkpoint: "
+                f"call "
+                f"save and load on those only, or pass another process_group="
+            )
+        made_in, found = _made.get(everyone, (None, None))
+        if found is None or made_in is not world or not found.is_there():
             group = _new_group(everyone) if len(everyone) > 1 else None
             found = Ranks(group, everyone.index(dist.get_rank()), len(everyone), everyone)
-            _groups[owner] = (now, asked, found)
+            _made[everyone] = (world, found)
         return found
+
+    def is_there(self) -> bool:
+        """False once somebody has destroyed the process groups."""
+        try:
+            for group in (self.group, *self._group_behind):
+                if group is not None:
+                    dist.get_backend(group)
+        except ValueError:
+            return False
+        return True
 
     def group_behind(self) -> dist.ProcessGroup | None:
         """Another, for what is written behind training while ranks may talk in `group`. The first time, collective."""
@@ -64,7 +79,8 @@ class Ranks:
         """Raises ValueError where a save behind training is not waited for yet."""
         if self.behind:
             raise ValueError(
-                f"{self.behind[0]} is being written: call result() of what async_save gave before the next save or load"
+                f"checkpoint {self.behind[0]} is being written: call result() of what async_save gave before the "
+                f"next save or load"
             )
 
     def agree(self, what: str, value: str) -> None:
@@ -131,23 +147,27 @@ def _new_group(everyone: tuple[int, ...]) -> Any:
     return dist.new_group(list(everyone), backend="gloo", timeout=TIMEOUT, use_local_synchronization=True)
 
 
-def ranks_of(model: object, optimizer: Any, group: dist.ProcessGroup | None) -> Ranks:
+def ranks_of(optimizer: Any, group: dist.ProcessGroup | None) -> Ranks:
     """Those of a save or load: of ``group``, else of the optimizer, else all. Collective."""
     everyone: tuple[int, ...] | None = optimizer.ranks if isinstance(optimizer, SavingOptimizer) else None
+    initialized = dist.is_available() and dist.is_initialized()
+    if everyone is not None and len(everyone) > 1 and not initialized:
+        raise ValueError(
+            f"the optimizer's state is sharded over ranks {list(everyone)}, and there is no process group: save before "
+            f"destroy_process_group(), load after init_process_group()"
+        )
     if group is not None:
+        if not initialized or not isinstance(group, dist.ProcessGroup):
+            raise ValueError("this rank is not in process_group: call save and load on its ranks only")
         everyone = tuple(sorted(dist.get_process_group_ranks(group)))
-    return Ranks.of(model if optimizer is None else optimizer, everyone)
+    return Ranks.of(everyone)
 
 
 def _attempt(work: Callable[[], Result]) -> tuple[tuple[Result] | None, Exception | None]:
     try:
         return (work(),), None
     except Exception as error:
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:  # it cannot be told to the other ranks
-            return None, RuntimeError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)
-        return None, error
+        return None, tellable(error)
 
 
 def unwrapped(error: CheckpointException) -> dict[int, Exception]:

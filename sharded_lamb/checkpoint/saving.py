@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from sharded_lamb.checkpoint import parts, plain
 from sharded_lamb.checkpoint.ranks import Ranks, ranks_of, unwrapped
 from sharded_lamb.checkpoint.storage import About, AfterwardsError, Writer
+from sharded_lamb.lamb import Lamb
 from sharded_lamb.saving import SavingOptimizer
 
 logger = logging.getLogger("sharded_lamb")
@@ -36,6 +37,7 @@ class _Snapshot:
     tensors: dict[str, Tensor]
     about: About
     ranks: Ranks
+    buffers: frozenset[str]  # of ``tensors``: those that are no parameters, and whole on each rank
 
 
 def save(
@@ -85,20 +87,25 @@ class Saving:
 
     def __init__(self, future: "Future[Any]", writer: Writer, ranks: Ranks) -> None:
         self._future, self._writer, self._ranks = future, writer, ranks
+        self.told = False  # `result` has returned or raised
+        ranks.behind.append(writer.target)
 
     def done(self) -> bool:
         """Whether `result` would not wait. Ranks may differ for a moment."""
         return self._future.done()
 
     def result(self) -> Path:
-        """The folder, once it is whole. Raises what `save` raises."""
+        """The folder, once it is whole. Raises what `save` raises, every time."""
         try:
             self._future.result()
         except CheckpointException as error:
             _explain(error, self._writer, self._ranks)
         finally:
-            if self._future.done():  # else an interrupt came while it was waited for: it goes on
-                self._ranks.behind.clear()
+            if (
+                self._future.done() and not self.told
+            ):  # else an interrupt came while it was waited for: it goes on
+                self.told = True
+                self._ranks.behind.remove(self._writer.target)
         return self._writer.target
 
 
@@ -125,7 +132,6 @@ def async_save(
     thread = ThreadPoolExecutor(1, thread_name_prefix="sharded_lamb checkpoint")
     future = thread.submit(_write, replace(snapshot, tensors=staged), writer, snapshot.ranks.group_behind())
     thread.shutdown(wait=False)
-    snapshot.ranks.behind.append(f"checkpoint {writer.target}")
     return Saving(future, writer, snapshot.ranks)
 
 
@@ -162,6 +168,20 @@ def _named(found: Exception, target: Path) -> Exception:
     )
 
 
+def prepared(
+    path: str | os.PathLike[str], optimizer: Any, group: Any
+) -> tuple[Ranks, Path, Lamb | SavingOptimizer | None]:
+    """The ranks of a save or load, once they agree on what they were called with. Collective."""
+    ranks = ranks_of(optimizer, group)
+    known = ranks.each(lambda: None if optimizer is None else parts.checked_optimizer(optimizer))
+    ranks.each(ranks.check_free)
+    folder = ranks.each(lambda: Path(path).absolute())
+    ranks.agree("the path", str(folder))
+    stage = f" of stage {known.stages}" if isinstance(known, SavingOptimizer) else ""
+    ranks.agree("the optimizer", f"{type(known).__name__}{stage}" if known is not None else "none")
+    return ranks, folder, known
+
+
 def _snapshot(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -169,10 +189,7 @@ def _snapshot(
     extra: Mapping[str, Any] | None,
     group: Any,
 ) -> _Snapshot:
-    known = None if optimizer is None else parts.checked_optimizer(optimizer)
-    ranks = ranks_of(model, known, group)
-    ranks.each(ranks.check_free)
-    ranks.agree("the path", str(Path(path).absolute()))
+    ranks, _, known = prepared(path, optimizer, group)
     snapshot = ranks.each(lambda: _collected(ranks, model, known, extra or {}))
     weights = [
         (name, tuple(tensor.shape), str(tensor.dtype))
@@ -181,7 +198,14 @@ def _snapshot(
     ]
     digest = hashlib.sha256(repr(weights).encode()).hexdigest()[:16]
     ranks.agree("the model", f"{len(weights)} tensors (names, shapes and dtypes: {digest})")
-    return snapshot
+    groups = [group["names"] for group in snapshot.about.groups]
+    digest = hashlib.sha256(repr(groups).encode()).hexdigest()[:16]
+    ranks.agree("the optimizer", f"{len(groups)} parameter groups (names: {digest})")
+    if ranks.rank == 0:
+        return snapshot
+    # Buffers are the first rank's, all of them: running statistics differ between ranks, and belong together.
+    own = {name: tensor for name, tensor in snapshot.tensors.items() if name not in snapshot.buffers}
+    return replace(snapshot, tensors=own)
 
 
 def _collected(ranks: Ranks, model: nn.Module, optimizer: Any, extra: Mapping[str, Any]) -> _Snapshot:
@@ -210,6 +234,9 @@ def _collected(ranks: Ranks, model: nn.Module, optimizer: Any, extra: Mapping[st
             "skipped_steps": getattr(optimizer, "skipped_steps", 0),
             "step": parts.steps_taken(packed["state"]),
         }
+    odd = [name for name in extra if not isinstance(name, str)]
+    if odd:
+        raise TypeError(f"extra has the name {odd[0]!r}: names are strings")
     states = {name: _state_of(value) for name, value in extra.items()}
     encoded = plain.encoded(states, "extra", kept)
     if found.plain:
@@ -222,7 +249,8 @@ def _collected(ranks: Ranks, model: nn.Module, optimizer: Any, extra: Mapping[st
         wide,
         encoded,
     )
-    return _Snapshot({**tensors, **kept.tensors}, about, ranks)
+    buffers = frozenset(f"model.{name}" for name in found.buffers)
+    return _Snapshot({**tensors, **kept.tensors}, about, ranks, buffers)
 
 
 def _state_of(value: Any) -> Any:
@@ -240,9 +268,10 @@ class Kept:
         self._names: set[str] = set()
 
     def __call__(self, path: str, tensor: Tensor) -> str:
-        name, number = path if path.startswith("extra") else f"extra.{path}", 2
+        first, number = path if path.startswith("extra") else f"extra.{path}", 2
+        name = first
         while name in self._names:
-            name, number = f"{path}#{number}", number + 1
+            name, number = f"{first}#{number}", number + 1
         self._names.add(name)
         if self.is_first or isinstance(tensor, DTensor):
             self.tensors[name] = tensor.detach()

@@ -7,9 +7,12 @@ Both also work with `torch.distributed.checkpoint.save` and ``load`` directly, f
 """
 
 import errno
+import glob
 import os
+import re
 import shutil
 import socket
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,9 +41,15 @@ from torch.futures import Future
 
 from sharded_lamb import faults
 from sharded_lamb.checkpoint import manifest, tensorfile
-from sharded_lamb.checkpoint.errors import CheckpointError
+from sharded_lamb.checkpoint.errors import CheckpointError, tellable
 from sharded_lamb.checkpoint.manifest import Chunk, Manifest, SavedTensor, read_manifest, replaced
 from sharded_lamb.checkpoint.tensorfile import Item, Place, Written
+
+ABANDONED_S = 900.0
+"""Seconds without a write after which what is written aside is of a save that died."""
+_OURS = re.compile(
+    r"manifest\.json|SHA256SUMS|shard-\d{5,}\.safetensors|\.nfs.*"
+)  # .nfs…: of files that are open
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +75,9 @@ class AfterwardsError(OSError):
     """The checkpoint is written; what was to follow it could not be done."""
 
 
-def aside(target: Path) -> Path:
-    """Where a checkpoint is written until it is whole."""
-    return target.with_name(f".{target.name}.part")
+def aside(target: Path, token: str) -> Path:
+    """Where a checkpoint is written until it is whole: another save's into the same place lies elsewhere."""
+    return target.with_name(f".{target.name}.{token}.part")
 
 
 class Writer(StorageWriter):
@@ -87,11 +96,12 @@ class Writer(StorageWriter):
         about: About | None = None,
         written: Callable[[Path], None] | None = None,
     ) -> None:
-        self.target, self.about, self.written = Path(path).absolute(), about or About(), written
+        self.target, self.about, self.written = _real(path), about or About(), written
+        self._part: Path | None = None  # on the first rank
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
-            self.target = Path(checkpoint_id).absolute()
+            self.target = _real(checkpoint_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Nothing is made before all ranks have planned."""
@@ -108,15 +118,16 @@ class Writer(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         check_replaceable(self.target)
-        part = aside(self.target)
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        return [replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
+        self._part = part = aside(self.target, uuid.uuid4().hex[:8])
+        tensorfile.make_folder(part)
+        _remove_abandoned(part, self.target)
+        return [replace(plan, storage_data=(rank, part.name)) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         stored: list[WriteResult] = []
         if plan.items:
-            path = aside(self.target) / f"shard-{plan.storage_data:05d}.safetensors"
+            rank, part = plan.storage_data
+            path = self.target.with_name(part) / f"shard-{rank:05d}.safetensors"
             if path.parent.name not in _listed(self.target.parent):
                 raise OSError(
                     f"{path.parent}, which the first rank has made, is not there on host {socket.gethostname()}: "
@@ -136,7 +147,8 @@ class Writer(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         stored = {result.index: result.storage_data for rank in results for result in rank}
         files = {one.file.file: one.file for one in stored.values()}
-        part = aside(self.target)
+        part = self._part
+        assert part is not None
         _listed(part)
         for file in files.values():
             found = (part / file.file).stat().st_size
@@ -175,10 +187,13 @@ class Writer(StorageWriter):
                 self.written(self.target)
             except OSError as error:
                 raise AfterwardsError(error.errno, error.strerror or str(error)) from error
+            except Exception as error:
+                raise tellable(error) from error
 
     def abandon(self) -> None:
         """Remove what a failed save left; on the first rank."""
-        shutil.rmtree(aside(self.target), ignore_errors=True)
+        if self._part is not None:
+            shutil.rmtree(self._part, ignore_errors=True)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -217,44 +232,50 @@ def _saved_tensor(
     return SavedTensor(tuple(entry.size), entry.properties.dtype, tuple(chunks))
 
 
+def _real(path: str | os.PathLike[str]) -> Path:
+    """Not the link that leads there: it is no folder to be renamed."""
+    return Path(os.path.realpath(path))
+
+
+def _remove_abandoned(part: Path, target: Path) -> None:
+    """What saves into the same place left that died: nothing in it was written for a while when ``part`` was made."""
+    for other in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        try:
+            times = [path.stat().st_mtime for path in (other, *other.iterdir())]
+            if part.stat().st_mtime - max(times) > ABANDONED_S:
+                shutil.rmtree(other, ignore_errors=True)
+        except OSError:  # it is just being renamed
+            continue
+
+
 def check_replaceable(target: Path) -> None:
     """Raises FileExistsError where something is that is no checkpoint: replacing would delete it."""
     if not target.exists():
         return
     found = os.listdir(target) if target.is_dir() else [target.name]
-    ours = {manifest.MANIFEST, manifest.SUMS} & {*found}
-    if not target.is_dir() or not (ours or all(name.startswith("shard-") for name in found)):
+    others = sorted(name for name in found if not target.is_dir() or _OURS.fullmatch(name) is None)
+    if others:
         raise FileExistsError(
             errno.EEXIST,
-            f"there is something at {target} that is no checkpoint ({', '.join(sorted(found)[:5])}), and saving there "
-            f"would delete it: name a folder of the checkpoint's own, such as {target / 'step-00001000'}",
+            f"there is something at {target} that is no part of a checkpoint ({', '.join(others[:5])}), and saving "
+            f"there would delete it: move it, or name a folder of the checkpoint's own",
         )
 
 
 def put_in_place(part: Path, target: Path) -> None:
     """Rename a whole checkpoint to its name. One that is there is exchanged for it at once where the file system can;
-    elsewhere, a crash between two renames leaves the old one where `recover` finds it."""
+    elsewhere, a crash between two renames leaves the old one where `Checkpoints.recover` finds it."""
     old = replaced(target)
-    shutil.rmtree(old, ignore_errors=True)
     if target.exists() and tensorfile.exchange(part, target):
         old = part
     elif target.exists():
+        shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
         part.rename(target)
     else:
         part.rename(target)
     tensorfile.sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def recover(root: Path) -> None:
-    """Undo what a crash in the middle of `put_in_place` left in a folder of checkpoints."""
-    for old in root.glob(".*.old"):
-        target = root / old.name.removeprefix(".").removesuffix(".old")
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(target)
 
 
 class Reader(StorageReader):

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -71,6 +72,15 @@ class Item:
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def make_folder(path: Path) -> None:
+    """With its parents, synced: a crash must not take them back. Raises FileExistsError where it is there."""
+    if not path.parent.is_dir():
+        with suppress(FileExistsError):  # made at the same time
+            make_folder(path.parent)
+    path.mkdir()
+    sync_folder(path.parent)
 
 
 def exchange(one: Path, other: Path) -> bool:
@@ -171,7 +181,7 @@ def read(
         )
     row = math.prod(sizes[1:]) * dtype.itemsize
     first, rows = (offsets[0], lengths[0]) if sizes else (0, 1)
-    flat = torch.empty(rows * row, dtype=torch.uint8)
+    flat = torch.empty(rows * row, dtype=torch.uint8, device="cpu")
     if len(flat):
         _fill(folder / place.file, _bytes_of(flat), place.begin + first * row)
     found = flat.view(dtype).view(rows, *sizes[1:]) if sizes else flat.view(dtype).view(())

@@ -327,7 +327,7 @@ def faults_of(text: str) -> Iterator[None]:
 def save_on_a_full_disk(rank: int, root: Path, fault: str, behind: bool) -> None:
     model, opt = make()
     with faults_of(fault):
-        found = Checkpoints(root)
+        found = Checkpoints(root, resumed=True)
         if behind:
             found.async_save(2, model, opt)
             found.wait()
@@ -364,7 +364,7 @@ def test_old_ones_that_cannot_be_deleted_are_told_and_stay(
     save_steps(tmp_path, 1)
     model, opt = run_to(2)
     with faults_of("full@checkpoint-prune"), caplog.at_level("WARNING", "sharded_lamb"):
-        Checkpoints(tmp_path, keep=1).save(2, model, opt)
+        Checkpoints(tmp_path, keep=1, resumed=True).save(2, model, opt)
     assert "could not be put in order" in caplog.text
     assert names(tmp_path) == {"latest", "step-00000001", "step-00000002"}
     assert (tmp_path / "latest").read_text() == "step-00000002\n"
