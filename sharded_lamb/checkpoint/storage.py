@@ -239,7 +239,7 @@ def _real(path: str | os.PathLike[str]) -> Path:
 
 def _remove_abandoned(part: Path, target: Path) -> None:
     """What saves into the same place left that died: nothing in it was written for a while when ``part`` was made."""
-    for other in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+    for other in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.part"):
         try:
             times = [path.stat().st_mtime for path in (other, *other.iterdir())]
             if part.stat().st_mtime - max(times) > ABANDONED_S:

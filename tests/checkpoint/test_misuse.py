@@ -120,14 +120,15 @@ def test_two_jobs_that_save_to_one_place(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_what_a_dead_save_left_is_removed_when_it_is_old(tmp_path: Path) -> None:
-    left = [tmp_path / f".c.{number}.part" for number in range(2)]
+    left = [tmp_path / f".c.{name}.part" for name in ("0123abcd", "89ef0000", "other")]
     for path in left:
         path.mkdir()
         (path / "shard-00000.safetensors").write_text("half")
-    for path in (left[0], left[0] / "shard-00000.safetensors"):
-        os.utime(path, (0, 0))
+    for old in (left[0], left[2]):
+        for path in (old / "shard-00000.safetensors", old):
+            os.utime(path, (0, 0))
     checkpoint.save(tmp_path / "c", linear(1.0))
-    assert names(tmp_path) == {"c", left[1].name}
+    assert names(tmp_path) == {"c", left[1].name, left[2].name}
 
 
 def again_and_again(rank: int, folder: Path) -> None:
