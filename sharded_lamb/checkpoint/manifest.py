@@ -228,13 +228,15 @@ def read_sums(folder: Path) -> dict[str, str]:
             )
         raise CheckpointError(f"{folder} is not there: name a checkpoint folder, such as RUN/step-00001000")
     try:
-        lines = (folder / SUMS).read_bytes().decode("ascii").splitlines()
+        *lines, rest = (folder / SUMS).read_bytes().decode("ascii").split("\n")
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} has no {SUMS}: it was not written to the end, or is no checkpoint of sharded_lamb"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder / SUMS} cannot be read: {error}") from error
+    if rest:
+        raise CheckpointError(f"{folder / SUMS} is damaged: its last line is cut off")
     sums = {}
     for line in lines:
         digest, separator, name = line.partition("  ")

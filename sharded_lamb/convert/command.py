@@ -197,6 +197,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _read(reader: Read, chosen: argparse.Namespace) -> Converted[Contents]:
+    """Raises ValueError, whatever the libraries that read files stumble over in one that is damaged or another's."""
+    try:
+        return reader(chosen)
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{chosen.source} cannot be read as {chosen.form}: {type(error).__name__}: {error}. It is damaged, or of "
+            f"another format"
+        ) from error
+
+
 def run(chosen: argparse.Namespace) -> int:
     """Returns the exit code. One process does it all: under torchrun the first, and the others leave.
 
@@ -210,7 +223,7 @@ def run(chosen: argparse.Namespace) -> int:
     assert target.write is not None
     _check_options(chosen, source)
     files.check_target(chosen.target, chosen.source, target.is_folder, chosen.force)
-    contents, notes = source.read(chosen)
+    contents, notes = _read(source.read, chosen)
     if not contents.groups and chosen.to not in ("sharded_lamb", "safetensors"):
         raise ValueError(f"{chosen.source} holds weights only: convert it to sharded_lamb or safetensors")
     contents = _set(contents, [_pair(given, "--set", "KEY=VALUE") for given in chosen.set])

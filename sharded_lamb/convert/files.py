@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ def read_torch(path: Path) -> Mapping[str, Any]:
         raise OSError(f"{path} is not a file: expected what torch.save wrote")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+    except Exception as error:  # damaged ones can raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{path} cannot be read as tensors and plain data: {reason} Save it anew with "
@@ -42,15 +41,21 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     """Arrays of an .npz. Raises ValueError for objects in it, OSError where it cannot be read."""
     if not path.is_file():
         raise OSError(f"{path} is not a file: expected an .npz, as numpy.savez writes it")
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except Exception as error:  # of zipfile, zlib, numpy
+        raise ValueError(f"{path} cannot be read as .npz: {type(error).__name__}: {error}") from error
 
 
 def read_names(path: Path) -> list[str]:
     """A JSON list of strings, or a name a line. Raises ValueError, OSError."""
     text = path.read_text()
     if text.lstrip().startswith("["):
-        found = json.loads(text)
+        try:
+            found = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no JSON list of names: {error}") from error
         if not all(isinstance(name, str) for name in found):
             raise ValueError(f"{path} must be a list of strings, got {found[:3]!r}")
         return list(found)

@@ -53,7 +53,7 @@ def from_tensorflow(
     }
     names = _names(list(variables), renames)
     weights = {names[name]: _tensor(array, name) for name, array in variables.items()}
-    step = float(np.asarray(arrays["global_step"])) if "global_step" in arrays else None
+    step = _step(arrays["global_step"]) if "global_step" in arrays else None
     raw: dict[str, dict[str, Tensor]] = {}
     for name, array in arrays.items():
         slot = _slot(name)
@@ -97,7 +97,10 @@ def _names(variables: Sequence[str], renames: Sequence[tuple[str, str]]) -> dict
     for variable in variables:
         name = variable
         for pattern, replacement in (*renames, *BERT):
-            name = re.sub(pattern, replacement, name)
+            try:
+                name = re.sub(pattern, replacement, name)
+            except (re.error, IndexError) as error:
+                raise ValueError(f"--rename {pattern}={replacement}: {error}") from error
         name = name.replace("/", ".")
         if name in found.values():
             other = next(key for key, value in found.items() if value == name)
@@ -108,11 +111,25 @@ def _names(variables: Sequence[str], renames: Sequence[tuple[str, str]]) -> dict
     return found
 
 
+def _step(array: np.ndarray) -> float:
+    if array.size != 1:
+        raise ValueError(f"global_step has shape {array.shape}, expected one number")
+    return float(array.reshape(()))
+
+
 def _tensor(array: np.ndarray, variable: str) -> Tensor:
     if array.dtype.kind not in "fiub":
         raise ValueError(f"{variable} is {array.dtype}, expected numbers")
-    tensor = torch.from_numpy(np.array(array))  # a copy: an .npz hands out what it may close
-    return tensor.t().contiguous() if TRANSPOSED.search(variable) and tensor.dim() == 2 else tensor
+    native = array.astype(array.dtype.newbyteorder("="))  # a copy: an .npz hands out what it may close
+    tensor = torch.from_numpy(native)
+    if TRANSPOSED.search(variable) is None or tensor.dim() < 2:
+        return tensor
+    if tensor.dim() > 2:
+        raise ValueError(
+            f"{variable} has shape {tuple(tensor.shape)}: kernels of more than two dimensions lie otherwise in torch, "
+            f"each kind in its own way, and are not converted"
+        )
+    return tensor.t().contiguous()
 
 
 def _options(
