@@ -17,6 +17,7 @@ import torch.distributed as dist
 from sharded_lamb.watchdog import EXIT_CODE, Watchdog, talk
 from sharded_lamb.watchdog.verdict import DONE, Ledger, Report, spans
 from sharded_lamb.watchdog.whereabouts import COMPUTES, MAY_WAIT, WAITS, Member, place_of_thread
+from tests.harness import run_ranks
 
 TIMEOUT_S = 3.0
 
@@ -215,6 +216,20 @@ with Watchdog(60) as watchdog:
     signal.setitimer(signal.ITIMER_REAL, 0)
 """
     subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
+
+
+def outside(rank: int) -> None:
+    group = dist.new_group([0])
+    if rank == 0:
+        with Watchdog(30, group=group):
+            pass
+    else:
+        with pytest.raises(ValueError, match="rank 1 is not in group: make a Watchdog on its ranks only"):
+            Watchdog(30, group=group)
+
+
+def test_a_rank_outside_of_its_group_is_told() -> None:
+    run_ranks(2, outside)
 
 
 def test_a_store_that_stops_for_longer_than_its_timeout_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

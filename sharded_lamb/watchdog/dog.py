@@ -55,7 +55,7 @@ class Watchdog:
         exit_code: 1 to 255.
 
     Raises:
-        ValueError: ``timeout_s`` or ``exit_code`` out of range.
+        ValueError: ``timeout_s`` or ``exit_code`` out of range; this rank is not in ``group``.
 
     Construction is collective over ``group``, and starts it in the thread that trains. `close` it, or leave the
     ``with``, in that thread. An error that leaves the ``with`` is told to the others, and explained (`explain`).
@@ -96,6 +96,8 @@ class Watchdog:
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
             return None
         self._here = Member.here(dist.get_rank())
+        if dist.get_rank(group) < 0:
+            raise ValueError(f"rank {dist.get_rank()} is not in group: make a Watchdog on its ranks only")
         told: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(told, (self._here, uuid.uuid4().hex), group=group)
         members, prefix = [member for member, _ in told], f"sharded_lamb watchdog {told[0][1]}"
