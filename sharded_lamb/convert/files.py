@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharded_lamb.checkpoint.manifest import MANIFEST
+from sharded_lamb.checkpoint.manifest import MANIFEST, SUMS, read_sums
 
 
 def read_torch(path: Path) -> Mapping[str, Any]:
@@ -63,7 +63,12 @@ def read_names(path: Path) -> list[str]:
 
 
 def check_target(target: Path, source: str, is_folder: bool, force: bool) -> None:
-    """Raises ValueError where writing would destroy what nobody asked to have destroyed."""
+    """Raises ValueError where writing would destroy, or damage, what nobody asked to have destroyed."""
+    for folder in target.resolve().parents:
+        if (folder / MANIFEST).is_file() and (folder / SUMS).is_file():
+            raise ValueError(
+                f"{target} is inside the checkpoint {folder}, whose check would find a file too many: write elsewhere"
+            )
     if not os.path.lexists(target):
         return
     if Path(source).exists() and target.resolve() == Path(source).resolve():
@@ -73,9 +78,23 @@ def check_target(target: Path, source: str, is_folder: bool, force: bool) -> Non
     if target.is_dir() != is_folder:
         kinds = ("folder", "file") if target.is_dir() else ("file", "folder")
         raise ValueError(f"{target} is a {kinds[0]} and the format is a {kinds[1]}: write elsewhere")
-    if is_folder and any(target.iterdir()) and not (target / MANIFEST).is_file():
+    if is_folder and any(target.iterdir()):
+        _check_replaceable(target)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """A checkpoint is deleted with its folder: there must be nothing but it in there."""
+    if not (folder / MANIFEST).is_file() or not (folder / SUMS).is_file():
         raise ValueError(
-            f"{target} is a folder that holds no checkpoint, and is not replaced: write elsewhere"
+            f"{folder} is a folder that holds no whole checkpoint ({MANIFEST} and {SUMS}), and is not replaced: write "
+            f"elsewhere"
+        )
+    own = {*read_sums(folder), SUMS}
+    strangers = sorted(path.name for path in folder.iterdir() if path.name not in own)
+    if strangers:
+        raise ValueError(
+            f"{folder} holds {', '.join(strangers[:5])}, which {SUMS} does not list and replacing the folder would "
+            f"delete: move what you need elsewhere, or write elsewhere"
         )
 
 

@@ -1,4 +1,4 @@
-"""The command: what it refuses and says, names, and that a target is whole or as it was."""
+"""The command: what it refuses and says, and names."""
 
 import json
 import re
@@ -11,7 +11,6 @@ import torch
 
 from sharded_lamb import Lamb, ShardedLamb, checkpoint
 from sharded_lamb.__main__ import main
-from sharded_lamb.checkpoint import problem_with
 from sharded_lamb.checkpoint.contents import read_contents
 from sharded_lamb.convert.command import FORMATS
 from tests.convert import cases
@@ -31,71 +30,6 @@ def theirs(folder: Path, groups: int = 1) -> Path:
     cases.train(model, peer, range(2))
     torch.save({"model": model.state_dict(), "optimizer": peer.state_dict()}, folder / "theirs")
     return folder / "theirs"
-
-
-# -- targets -------------------------------------------------------------------------------------------------
-
-
-def test_a_target_is_not_overwritten_unasked(
-    ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    target = tmp_path / "file"
-    target.write_text("precious")
-    command = (ours, target, "--from", "sharded_lamb", "--to", "lamb")
-    assert "is there already: give --force" in cases.refused(capsys, *command)
-    assert target.read_text() == "precious"
-    cases.convert(ours, target, "sharded_lamb", "lamb", "--force")
-    assert cases.load_file(target)["skipped_steps"] == 0
-
-
-def test_what_force_does_not_do(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "home"
-    folder.mkdir()
-    (folder / "precious").write_text("x")
-    command = ("--from", "sharded_lamb", "--force", "--to")
-    assert "holds no checkpoint" in cases.refused(capsys, ours, folder, *command, "sharded_lamb")
-    assert "is a folder and the format is a file" in cases.refused(capsys, ours, folder, *command, "lamb")
-    assert "is the source itself" in cases.refused(capsys, ours, ours, *command, "sharded_lamb")
-    assert (folder / "precious").read_text() == "x"
-    assert problem_with(ours) is None
-
-
-@pytest.mark.parametrize("to", ["lamb", "safetensors"])
-def test_a_target_is_whole_or_as_it_was(
-    to: str, ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fails(content: Any, path: Any, **keywords: Any) -> None:
-        Path(path).write_bytes(b"half of it")
-        raise OSError(28, "No space left on device")
-
-    target = tmp_path / "file"
-    target.write_text("before")
-    monkeypatch.setattr(torch, "save", fails)
-    monkeypatch.setattr("safetensors.torch.save_file", fails)
-    command = (ours, target, "--from", "sharded_lamb", "--to", to, "--force")
-    assert "No space left on device" in cases.refused(capsys, *command)
-    assert target.read_text() == "before"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "ours"]
-
-
-def test_a_source_that_is_damaged_leaves_no_target(
-    ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shard = ours / "shard-00000.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    said = cases.refused(capsys, ours, tmp_path / "file", "--from", "sharded_lamb", "--to", "timm")
-    assert "shard-00000.safetensors" in said
-    assert not (tmp_path / "file").exists()
-
-
-def test_one_rank_does_it(
-    ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("RANK", "1")
-    cases.convert(ours, tmp_path / "file", "sharded_lamb", "lamb")
-    assert main(["inspect", str(ours)]) == 0
-    assert not (tmp_path / "file").exists()
-    assert capsys.readouterr().out == ""
 
 
 # -- names ---------------------------------------------------------------------------------------------------
