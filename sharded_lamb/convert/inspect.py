@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from sharded_lamb.checkpoint import plain, problem_with, tensorfile
 from sharded_lamb.checkpoint.contents import read_tensor
 from sharded_lamb.checkpoint.errors import CheckpointError
-from sharded_lamb.checkpoint.folder import Checkpoints
+from sharded_lamb.checkpoint.folder import LATEST, Checkpoints
 from sharded_lamb.checkpoint.manifest import MANIFEST, SUMS, SavedTensor, read_manifest, read_sums, replaced
 
 SHOWN = 24
@@ -28,7 +29,11 @@ _PIECE = 1 << 24  # elements turned to fp64 at once
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``inspect``."""
     parser.description = "What is in a checkpoint: step, writer, files, tensors and their norms, options."
-    parser.add_argument("path", type=Path, help="a checkpoint's folder, or a run's, whose latest is shown")
+    parser.add_argument(
+        "path",
+        type=Path,
+        help="a checkpoint's folder, or a run's, whose latest is shown (from its checkpoints/, if it has one)",
+    )
     parser.add_argument("--check", action="store_true", help="verify all hashes; exit 1 where one is wrong")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--all", action="store_true", help="do not shorten tables")
@@ -63,7 +68,12 @@ def run(chosen: argparse.Namespace) -> int:
 
 
 def checkpoint_of(path: Path) -> Path:
-    """The checkpoint's folder itself, or what ``latest`` in a run's folder names. Raises ValueError."""
+    """The checkpoint's folder itself, or a run's best: what ``latest`` names there or in its checkpoints/, or where
+    that is missing, which is said, the newest.
+
+    Raises:
+        ValueError: there is none.
+    """
     if not path.is_dir():
         if replaced(path).is_dir():
             read_sums(path)  # raises, and says what to do
@@ -72,12 +82,19 @@ def checkpoint_of(path: Path) -> Path:
         )
     if (path / MANIFEST).exists() or (path / SUMS).exists():
         return path
-    latest = Checkpoints(path).latest()
-    if latest is None:
-        raise ValueError(
-            f"{path} has neither {MANIFEST} nor latest: it is no checkpoint, and no folder of checkpoints"
-        )
-    return latest
+    for root in (path, path / "checkpoints"):
+        checkpoints = Checkpoints(root)
+        latest = checkpoints.latest()
+        if latest is not None:
+            return latest
+        found = checkpoints.candidates()
+        if found:
+            print(f"{root / LATEST} is missing, or names no step: {found[0].name} is shown", file=sys.stderr)
+            return found[0]
+    raise ValueError(
+        f"{path} has neither {MANIFEST} nor {LATEST} nor step-*, and its checkpoints/ neither: it is no checkpoint, "
+        f"and no folder of checkpoints"
+    )
 
 
 def verified(folder: Path) -> tuple[dict[str, str], str | None]:

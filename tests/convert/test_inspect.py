@@ -140,3 +140,28 @@ def test_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ):
         assert main(["inspect", str(path)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_runs_folder_keeps_checkpoints_in_a_folder_of_their_own(
+    run: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run[0], tmp_path / "checkpoints")
+    code, out = inspect(capsys, tmp_path, "--json", "--check")
+    assert (code, json.loads(out)["path"]) == (0, str(tmp_path / "checkpoints" / "step-00000003"))
+
+
+def test_without_latest_the_newest_is_shown_and_nothing_renamed(
+    run: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = shutil.copytree(run[0], tmp_path / "checkpoints")
+    (root / "latest").unlink()
+    shutil.copytree(root / "step-00000003", root / "step-00000004")
+    (root / "step-00000003").rename(root / ".step-00000003.old")  # as a crash leaves it
+    before = sorted(root.iterdir())
+    for path in (tmp_path, root):
+        capsys.readouterr()
+        assert main(["inspect", str(path), "--json"]) == 0
+        found = capsys.readouterr()
+        assert json.loads(found.out)["path"] == str(root / "step-00000004")
+        assert found.err == f"{root}/latest is missing, or names no step: step-00000004 is shown\n"
+    assert sorted(root.iterdir()) == before
