@@ -181,7 +181,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="an option of all groups, or max_grad_norm; the value in JSON",
+        help="an option of all groups, or max_grad_norm; the value in JSON (lr: initial_lr of schedulers too)",
     )
     reading.add_argument(
         "--rename",
@@ -262,6 +262,11 @@ def _set(contents: Contents, given: Sequence[tuple[str, str]]) -> Contents:
             raise ValueError(
                 f"--set {key}={text}: the value is not JSON ({error}); strings need quotes"
             ) from error
+        if key == "variant":
+            raise ValueError(
+                "--set variant would change a name and no option: --set the options themselves, or give --variant, "
+                "where the source's format takes it"
+            )
         if key == "max_grad_norm":
             check_max_grad_norm(value)
             optimizer[key] = value
@@ -274,10 +279,17 @@ def _set(contents: Contents, given: Sequence[tuple[str, str]]) -> Contents:
             raise ValueError(f"--set {key}: the options of this checkpoint are {known}, and max_grad_norm")
         else:
             options[key] = tuple(value) if isinstance(value, list) else value
-    groups = [{**group, "options": {**group["options"], **options}} for group in contents.groups]
+    groups = [{**group, "options": _over(group["options"], options)} for group in contents.groups]
     for group in groups:
         validate_group(group["options"])
     return replace(contents, groups=groups, optimizer=optimizer)
+
+
+def _over(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's options, ``given`` ones over them. A new lr is ``initial_lr`` too, from which torch's schedulers go
+    on."""
+    both = {"initial_lr": given["lr"]} if "lr" in given and "initial_lr" in own else {}
+    return {**own, **both, **given}
 
 
 def described(contents: Contents) -> str:

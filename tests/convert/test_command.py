@@ -185,8 +185,28 @@ def test_set(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ("rl=1", "the options of this checkpoint are"),
         ("lr", "--set must be KEY=VALUE"),
         ("max_grad_norm=0", "max_grad_norm must be a number > 0"),
+        ('variant="apex"', "--set variant would change a name and no option: --set the options themselves"),
     ):
         assert message in cases.refused(capsys, *command, wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(["lr=0.5"], 0.25), (["initial_lr=0.2", "lr=0.5"], 0.1), (["eps=0.1"], 0.01)]
+)
+def test_a_new_lr_outlives_torchs_schedulers(given: list[str], expected: float, tmp_path: Path) -> None:
+    """They go on from ``initial_lr``."""
+
+    def halved(optimizer: Lamb, last: int) -> None:
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5, last_epoch=last)
+
+    model, optimizer = cases.trained(1)
+    halved(optimizer, -1)
+    cases.saved(tmp_path / "ours", model, optimizer)
+    options = [word for pair in given for word in ("--set", pair)]
+    cases.convert(tmp_path / "ours", tmp_path / "new", "sharded_lamb", "sharded_lamb", *options)
+    checkpoint.load(tmp_path / "new", model, optimizer)
+    halved(optimizer, 1)
+    assert optimizer.param_groups[0]["lr"] == expected
 
 
 # -- what is said --------------------------------------------------------------------------------------------
