@@ -8,7 +8,14 @@ from torch import Tensor
 
 from sharded_lamb.checkpoint.contents import Contents
 from sharded_lamb.convert import positional
-from sharded_lamb.convert.common import Converted, group_options, left_out, scalars_of, widest_weights
+from sharded_lamb.convert.common import (
+    Converted,
+    check_format,
+    group_options,
+    left_out,
+    scalars_of,
+    widest_weights,
+)
 from sharded_lamb.convert.grouping import lost_options, plain_groups
 
 
@@ -18,9 +25,12 @@ def from_adam(
     """{"model", "optimizer"} → contents; the variant is "adamw" unless another is asked for.
 
     Raises:
-        ValueError: parameters cannot be named; gradients were maximized.
+        ValueError: parameters cannot be named; gradients were maximized; it is another optimizer's file.
     """
     read, notes = positional.read(file, names)
+    check_format(read.groups, "adam")
+    if any("decoupled_weight_decay" in group and "amsgrad" not in group for group in read.groups):
+        raise ValueError("the file's groups have no amsgrad: they are RAdam's, which is another update rule")
     if any(group.get("maximize") for group in read.groups):
         raise ValueError(
             "the file's Adam had maximize=True, which is not implemented here: its moments have other signs"
@@ -29,11 +39,12 @@ def from_adam(
         notes.append("max_exp_avg_sq of amsgrad=True is left out: LAMB has no AMSGrad variant")
 
     def options(group: Mapping[str, Any]) -> dict[str, Any]:
-        decoupled = bool(group.get("decoupled_weight_decay", not group["weight_decay"]))
-        return group_options(variant or "adamw", {**scalars_of(group), "adam_w_mode": decoupled})
+        own = scalars_of(group)
+        decoupled = bool(group.get("decoupled_weight_decay", not own["weight_decay"]))
+        return group_options(variant or "adamw", {**own, "adam_w_mode": decoupled})
 
     undecided = [
-        group for group in read.groups if group["weight_decay"] and "decoupled_weight_decay" not in group
+        group for group in read.groups if group.get("weight_decay") and "decoupled_weight_decay" not in group
     ]
     if undecided:
         notes.append(

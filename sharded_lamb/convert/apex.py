@@ -12,7 +12,15 @@ from torch import Tensor
 
 from sharded_lamb.checkpoint.contents import Contents
 from sharded_lamb.convert import positional
-from sharded_lamb.convert.common import Converted, Note, group_options, left_out, scalars_of, widest_weights
+from sharded_lamb.convert.common import (
+    Converted,
+    Note,
+    check_format,
+    group_options,
+    left_out,
+    scalars_of,
+    widest_weights,
+)
 from sharded_lamb.convert.grouping import PlainGroup, lost_options, plain_groups
 
 MASTERS = "master params"
@@ -27,6 +35,7 @@ def from_apex(
         ValueError: parameters cannot be named, or masters are not the parameters'.
     """
     read, notes = positional.read(file, names)
+    check_format(read.groups, "apex")
     clips = [group.get("max_grad_norm") for group in read.groups]
     if variant is None:
         notes.append(

@@ -97,7 +97,7 @@ def scalars_of(group: Mapping[str, Any]) -> dict[str, Any]:
     missing = [key for key in ("lr", "betas", "eps", "weight_decay") if key not in group]
     if missing:
         raise ValueError(
-            f"a parameter group has {sorted(group)} and no {missing[0]}: it is of another optimizer"
+            f"a parameter group has {_keys(group)} and no {missing[0]}: it is of another optimizer"
         )
     lr = group["lr"]
     found: dict[str, Any] = {
@@ -110,6 +110,36 @@ def scalars_of(group: Mapping[str, Any]) -> dict[str, Any]:
         if key in group:
             found[key] = float(group[key])
     return found
+
+
+_MARKS = {
+    "variant": "lamb",
+    "always_adapt": "timm",
+    "trust_clip": "timm",
+    "max_coeff": "deepspeed",
+    "momentum_decay": "",
+    "grad_averaging": "apex",
+    "max_grad_norm": "apex",
+}
+"""Key of groups → the format that it tells of where none above it is there; "": torch's NAdam, which is not read."""
+
+
+def check_format(groups: Iterable[Mapping[str, Any]], form: str) -> None:
+    """Raises ValueError where a group is another format's: its moments would go on under another rule."""
+    for group in groups:
+        mark = next((key for key in _MARKS if key in group), None)
+        if mark is None and form == "lamb":
+            raise ValueError(
+                f"a parameter group has {_keys(group)} and no variant, as those of Lamb and ShardedLamb have: give "
+                f"--from the format that it is of"
+            )
+        if mark is not None and _MARKS[mark] != form:
+            like = f"--from {_MARKS[mark]}" if _MARKS[mark] else "NAdam, which is not read"
+            raise ValueError(f"a parameter group has {mark!r} and looks like {like}, not like --from {form}")
+
+
+def _keys(group: Mapping[str, Any]) -> list[str]:
+    return sorted(map(str, group))
 
 
 def moment_state(name: str, weight: Tensor, state: Mapping[str, Any], step: Any) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from sharded_lamb.checkpoint.contents import Contents
 from sharded_lamb.convert import positional
-from sharded_lamb.convert.common import Converted, group_options, left_out
+from sharded_lamb.convert.common import Converted, check_format, group_options, left_out
 from sharded_lamb.hyperparams import variant_options
 
 _OWN_KEYS = ("params", "param_names")
@@ -22,6 +22,7 @@ def from_lamb(file: Mapping[str, Any], names: Sequence[str] | None = None) -> Co
         ValueError: parameters cannot be named; the state is one rank's slices.
     """
     read, notes = positional.read(file, names)
+    check_format(read.groups, "lamb")
     sliced = [name for name, state in read.raw_states.items() if "shard" in state]
     if sliced:
         raise ValueError(

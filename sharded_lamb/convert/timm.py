@@ -8,6 +8,7 @@ from sharded_lamb.convert import positional
 from sharded_lamb.convert.common import (
     Converted,
     Note,
+    check_format,
     differing,
     group_options,
     left_out,
@@ -28,6 +29,7 @@ def from_timm(
         ValueError: parameters cannot be named; options that no LAMB here has.
     """
     read, notes = positional.read(file, names)
+    check_format(read.groups, "timm")
     for group in read.groups:
         refused = [key for key in ("caution", "decoupled_decay") if group.get(key)]
         if refused:

@@ -1,0 +1,66 @@
+"""Files of another optimizer than --from says, damaged ones, and options that cannot be read: each by name."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.convert import cases
+from tests.timm_peer import load_timm_lamb
+
+FILES = ("lamb", "timm", "adam", "apex")
+
+
+def file_of(peer: Any, model: cases.Net, path: Path, steps: int = 2) -> Path:
+    cases.train(model, peer, range(steps))
+    torch.save({"model": model.state_dict(), "optimizer": peer.state_dict()}, path)
+    return path
+
+
+# -- another optimizer ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_a_file_is_not_taken_for_another_formats(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Moments and steps may lie in the same places; the rule would be another."""
+    ours = cases.saved(tmp_path / "ours", *cases.trained())
+    cases.convert(ours, tmp_path / "file", "sharded_lamb", form)
+    for wrong in {*FILES} - {form}:
+        said = cases.refused(
+            capsys, tmp_path / "file", tmp_path / "x", "--from", wrong, "--to", "sharded_lamb"
+        )
+        if form != "adam":
+            assert f"looks like --from {form}, not like --from {wrong}" in said
+        assert not (tmp_path / "x").exists()
+    cases.convert(tmp_path / "file", tmp_path / "x", form, "sharded_lamb")
+
+
+def test_timms_own_file_is_not_taken_for_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = cases.net()
+    file = file_of(load_timm_lamb()(model.parameters()), model, tmp_path / "file")
+    for wrong in ("lamb", "adam", "apex"):
+        said = cases.refused(capsys, file, tmp_path / "x", "--from", wrong, "--to", "sharded_lamb")
+        assert f"has 'always_adapt' and looks like --from timm, not like --from {wrong}" in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "message"),
+    [
+        (torch.optim.NAdam, 0, "has 'momentum_decay' and looks like NAdam, which is not read"),
+        (torch.optim.RAdam, 2, "they are RAdam's, which is another update rule"),
+        (torch.optim.Adamax, 2, "has no exp_avg_sq"),
+        (torch.optim.Rprop, 0, "no betas: it is of another optimizer"),
+        (torch.optim.Rprop, 2, "has no exp_avg"),
+        (torch.optim.LBFGS, 0, "no betas: it is of another optimizer"),
+    ],
+)
+def test_torchs_others_are_not_taken_for_an_adam(
+    kind: Any, steps: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = cases.net()
+    file = file_of(kind(model.parameters()), model, tmp_path / "file", steps)
+    said = cases.refused(capsys, file, tmp_path / "x", "--from", "adam", "--to", "sharded_lamb")
+    assert message in said
