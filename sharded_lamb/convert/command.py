@@ -201,8 +201,12 @@ def _read(reader: Read, chosen: argparse.Namespace) -> Converted[Contents]:
     """Raises ValueError, whatever the libraries that read files stumble over in one that is damaged or another's."""
     try:
         return reader(chosen)
-    except (ValueError, OSError, ImportError):
+    except (OSError, ImportError):
         raise
+    except ValueError as error:
+        if str(chosen.source) in str(error):
+            raise
+        raise ValueError(f"{chosen.source}: {error}") from error
     except Exception as error:
         raise ValueError(
             f"{chosen.source} cannot be read as {chosen.form}: {type(error).__name__}: {error}. It is damaged, or of "
