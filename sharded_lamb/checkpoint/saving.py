@@ -101,9 +101,8 @@ class Saving:
         except CheckpointException as error:
             _explain(error, self._writer, self._ranks)
         finally:
-            if (
-                self._future.done() and not self.told
-            ):  # else an interrupt came while it was waited for: it goes on
+            # Not done where an interrupt came while it was waited for: it goes on.
+            if self._future.done() and not self.told:
                 self.told = True
                 self._ranks.behind.remove(self._writer.target)
         return self._writer.target

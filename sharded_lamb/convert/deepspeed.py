@@ -138,11 +138,6 @@ class _Partitions:
             files = zero_to_fp32.get_optim_files(str(folder))
             self.optimizers = [_load(Path(file), mmap=True)["optimizer_state_dict"] for file in files]
             self.models = zero_to_fp32.parse_model_states(zero_to_fp32.get_model_state_files(str(folder)))
-        if "zero_stage" not in self.optimizers[0]:
-            raise ValueError(
-                f"{folder} was written by DeepSpeed's BF16_Optimizer (bf16 with grad_accum_dtype fp32), whose "
-                f"partitions are not read: train a step without grad_accum_dtype, and save again"
-            )
         self.stage = int(self.optimizers[0]["zero_stage"])
         count = self.optimizers[0]["partition_count"]
         self.world_size = max(count) if isinstance(count, list) else int(count)
