@@ -138,7 +138,8 @@ class _Partitions:
             files = zero_to_fp32.get_optim_files(str(folder))
             self.optimizers = [_load(Path(file), mmap=True)["optimizer_state_dict"] for file in files]
             self.models = zero_to_fp32.parse_model_states(zero_to_fp32.get_model_state_files(str(folder)))
-        self.stage = int(self.optimizers[0]["zero_stage"])
+        # With grad_accum_dtype fp32, ZeRO 1 in bf16 is BF16_Optimizer: it names no stage, and lays all out as ZeRO 1.
+        self.stage = int(self.optimizers[0].get("zero_stage", 1))
         count = self.optimizers[0]["partition_count"]
         self.world_size = max(count) if isinstance(count, list) else int(count)
         if self.world_size != len(files):

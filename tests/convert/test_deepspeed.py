@@ -22,31 +22,36 @@ GROUPS = [
 """`cases.groups_of`, by name."""
 
 
-def written(rank: int, stage: int, dtype: str, zero: dict[str, Any], folder: str) -> dict[str, Any]:
+FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
+"""ZeRO 1 in bf16 is DeepSpeed's BF16_Optimizer then."""
+
+
+def written(rank: int, stage: int, dtype: str, more: dict[str, Any], folder: str) -> dict[str, Any]:
     """A checkpoint after three steps; the optimizer's and the model's tensors as the engine itself gives them whole."""
     model = cases.tiny()
-    config = cases.config(stage, dtype, zero=zero, gradient_clipping=0.7)
+    config = cases.config(stage, dtype, gradient_clipping=0.7, **more)
     engine = cases.start(config, model, model_parameters=cases.groups_of(model))
     for step in range(3):
         engine.backward(engine(cases.tokens(rank, step)))
         engine.step()
+    assert (type(engine.optimizer).__name__ == "BF16_Optimizer") is (more == FP32_SUMS)
     engine.save_checkpoint(folder, tag="three")
     names = [name for name, _, _ in engine.basic_optimizer._rows]
     found = {"full": engine.basic_optimizer.full_state_dict(), "names": names, "masters": {}}
-    if not zero.get("round_robin_gradients"):  # DeepSpeed's own access to masters is wrong then
+    if "round_robin_gradients" not in more.get("zero", {}):  # DeepSpeed's own access to masters is wrong then
         found["masters"] = cases.masters(engine)
     cases.stop(engine)
     return found
 
 
-def adam_written(rank: int, stage: int, folder: str) -> dict[str, dict[str, Tensor]]:
+def adam_written(rank: int, stage: int, more: dict[str, Any], folder: str) -> dict[str, dict[str, Tensor]]:
     """An Adam (stage 1) or AdamW (stage 3) under ZeRO; its state by DeepSpeed's own access to it."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     model = cases.tiny()
     params = {"lr": 1e-2, "weight_decay": 0.01, "torch_adam": True, "adam_w_mode": stage == 3}
     adam = {"type": "Adam", "params": params}
-    config = cases.config(stage, "bf16", optimizer=adam)
+    config = cases.config(stage, "bf16", optimizer=adam, **more)
     groups = (
         {"model_parameters": cases.groups_of(model)} if stage == 3 else {}
     )  # its access below fails for later ones
@@ -92,20 +97,21 @@ def check(found: Contents, engine: dict[str, Any], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "dtype", "zero"),
+    ("stage", "dtype", "more"),
     [
         (0, "bf16", {}),
         (1, "fp32", {}),
         (1, "bf16", {}),
-        (2, "bf16", {"round_robin_gradients": True}),
+        (1, "bf16", FP32_SUMS),
+        (2, "bf16", {"zero": {"round_robin_gradients": True}}),
         (3, "fp32", {}),
-        (3, "bf16", {"sub_group_size": 500}),
+        (3, "bf16", {"zero": {"sub_group_size": 500}}),
     ],
 )
 def test_what_is_read_is_what_the_engine_held(
-    stage: int, dtype: str, zero: dict[str, Any], tmp_path: Path
+    stage: int, dtype: str, more: dict[str, Any], tmp_path: Path
 ) -> None:
-    engine, _ = run_ranks(2, written, stage, dtype, zero, str(tmp_path / "theirs"), timeout=300)
+    engine, _ = run_ranks(2, written, stage, dtype, more, str(tmp_path / "theirs"), timeout=300)
     options = ["--trust-pickle"]
     if stage == 0:  # the file knows parameters by place
         (tmp_path / "names.json").write_text(json.dumps([name for group in GROUPS for name in group]))
@@ -125,9 +131,11 @@ def test_what_is_read_is_what_the_engine_held(
             assert float(optimizer.state[p]["step"]) == 3.0
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_an_adam_under_zero(stage: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    engine, _ = run_ranks(2, adam_written, stage, str(tmp_path / "theirs"), timeout=300)
+@pytest.mark.parametrize(("stage", "more"), [(1, {}), (1, FP32_SUMS), (3, {})])
+def test_an_adam_under_zero(
+    stage: int, more: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine, _ = run_ranks(2, adam_written, stage, more, str(tmp_path / "theirs"), timeout=300)
     convert(tmp_path / "theirs", tmp_path / "ours", "deepspeed", "sharded_lamb", "--trust-pickle")
     assert "neither ShardedLamb nor DeepSpeed's Lamb: variant adamw is assumed" in capsys.readouterr().out
     found = read_contents(tmp_path / "ours")
