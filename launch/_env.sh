@@ -4,8 +4,12 @@
 
 REPO_ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python3}
-readonly REPO_ROOT PYTHON
 readonly VENV=$REPO_ROOT/.venv
+# With .venv active, it is the one that .venv was made with: another stamp would remake it, under whatever uses it.
+if [[ $(command -v -- "$PYTHON") == "$VENV"/* ]]; then
+    PYTHON=$("$PYTHON" -c 'import sys; print(sys._base_executable)') || PYTHON=python3
+fi
+readonly REPO_ROOT PYTHON
 readonly CONSTRAINTS=$REPO_ROOT/configs/constraints.txt
 
 die() {
@@ -43,7 +47,7 @@ import hashlib, pathlib, sys, tomllib
 
 extras, root = sys.argv[1], pathlib.Path(sys.argv[2])
 config = tomllib.loads((root / "pyproject.toml").read_text())
-parts = [extras, root, sys.executable, sys.version, config["build-system"], config["project"]]
+parts = [extras, root, sys.base_prefix, sys.version, config["build-system"], config["project"]]
 parts += [config["tool"]["setuptools"]]
 parts += [(root / path).read_text() for path in ("configs/constraints.txt", "launch/_env.sh")]
 print(hashlib.sha256(repr(parts).encode()).hexdigest())
