@@ -119,7 +119,6 @@ def check_position(position: Position, config_digest: str, data_digest: str) -> 
     ):
         if saved != now:
             raise ValueError(
-                f"the checkpoint's {name} is {saved} and this run's is {now}: it would not continue the "
-                f"same training; "
-                f"restore what changed since (config.yaml in the run folder has it), or set a new run_dir"
+                f"the checkpoint's {name} is {saved} and this run's is {now}: it would not continue the same "
+                f"training; restore what changed since (config.yaml in the run folder has it), or set a new run_dir"
             )

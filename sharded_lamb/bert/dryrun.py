@@ -36,8 +36,7 @@ def describe(config: RunConfig, world_size: int) -> str:
         lines.append(
             f"phase {phase.name!r}: global batch {plan.global_batch} = {world_size} ranks x "
             f"{plan.accumulation(phase.steps)} accumulated x {end - begin} (limit {plan.max_micro_batch}); "
-            f"{phase.steps:,} steps, {count:,} sequences of {phase.sequence_length}, {places:,} tokens "
-            f"with padding; "
+            f"{phase.steps:,} steps, {count:,} sequences of {phase.sequence_length}, {places:,} tokens with padding; "
             f"lr {schedule.peak:.4g}, {schedule.warmup_steps:,} steps of warmup, power {schedule.power:g} "
             f"({schedule.source})"
         )

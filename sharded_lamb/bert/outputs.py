@@ -33,10 +33,8 @@ def headline(config: RunConfig, size: ModelSize, ranks: Ranks, flops: float, flo
     if parallel == "deepspeed":
         parallel = f"DeepSpeed ZeRO {config.deepspeed.zero_stage}"
     return (
-        f"BERT of {size.parameters:,} parameters, {parallel} on {ranks.world_size} ranks "
-        f"({ranks.device.type}), "
-        f"{config.optimizer.variant}, {config.speed.precision}; MFU against {flops / 1e12:.2f} TFLOP/s a "
-        f"rank "
+        f"BERT of {size.parameters:,} parameters, {parallel} on {ranks.world_size} ranks ({ranks.device.type}), "
+        f"{config.optimizer.variant}, {config.speed.precision}; MFU against {flops / 1e12:.2f} TFLOP/s a rank "
         f"({flops_source})"
     )
 

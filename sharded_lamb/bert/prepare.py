@@ -96,8 +96,7 @@ def prepare(config: RunConfig, sequence_length: int, report: Callable[[str], Non
     _parallel(_run_unit, todo, config.data.workers)
     manifest = _finish(job, units, fingerprint)
     report(
-        f"prepare: {manifest.samples('train')} training and {manifest.samples('heldout')} held-out "
-        f"samples of "
+        f"prepare: {manifest.samples('train')} training and {manifest.samples('heldout')} held-out samples of "
         f"{sequence_length}, {manifest.fill:.1%} filled, in {folder}"
     )
     return folder

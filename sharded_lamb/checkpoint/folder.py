@@ -223,7 +223,6 @@ class Checkpoints:
         """
         self.wait()
         ranks = ranks_of(optimizer, None)
-        self._resumed = True
         ranks.first(self.recover)
         names = ranks.first(lambda: [str(path) for path in self.candidates()])
         skipped: list[str] = []
@@ -235,13 +234,14 @@ class Checkpoints:
                     logger.warning("%s; trying the one before it", error)
                 skipped.append(str(error))
                 continue
+            self._resumed = True
             if ranks.rank == 0:
                 logger.info("going on from %s", path)
             return Resumed(path, int(path.name.removeprefix("step-")), loaded, tuple(skipped))
         if skipped:
             raise CheckpointError(
                 f"none of the {len(skipped)} checkpoints in {self.root} can be used: {'; '.join(skipped)}. Move the "
-                f"folder "
-                f"away to start anew"
+                f"folder away to start anew"
             )
+        self._resumed = True
         return None

@@ -88,8 +88,7 @@ def checked_optimizer(optimizer: Any) -> Lamb | SavingOptimizer:
     if type(optimizer).__module__.startswith(("sharded_lamb.deepspeed", "deepspeed")):
         raise TypeError(
             f"a {type(optimizer).__name__} steps DeepSpeed's partitions: save them with engine.save_checkpoint(), "
-            f"which "
-            f"`sharded-lamb convert` reads"
+            f"which `sharded-lamb convert` reads"
         )
     raise TypeError(
         f"checkpoints hold the state of Lamb and ShardedLamb, got {type(optimizer).__name__}: use "

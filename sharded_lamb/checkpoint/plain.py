@@ -51,8 +51,7 @@ def encoded(value: Any, path: str, keep: Callable[[str, Tensor], str]) -> Any:
         return {"__items__": [[encoded(key, f"{path} (a key)", keep), entry] for key, entry in pairs]}
     raise TypeError(
         f"{path} is {type(value).__name__}, and a checkpoint holds plain data (None, bool, int, float, str, list, "
-        f"tuple, "
-        f"dict), tensors, and objects with state_dict() and load_state_dict(): convert it, or leave it out"
+        f"tuple, dict), tensors, and objects with state_dict() and load_state_dict(): convert it, or leave it out"
     )
 
 

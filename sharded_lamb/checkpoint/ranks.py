@@ -17,9 +17,8 @@ _behind_alone: list[Path] = []
 TIMEOUT = timedelta(hours=2)
 """How long ranks wait for the slowest writer. A rank that died is noticed at once."""
 
-_made: dict[
-    tuple[int, ...], tuple[Any, "Ranks"]
-] = {}  # ranks → the world they were made in, and their `Ranks`
+# Ranks → the world they were made in, and their `Ranks`.
+_made: dict[tuple[int, ...], tuple[Any, "Ranks"]] = {}
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,7 @@ class Ranks:
         if dist.get_rank() not in everyone:
             raise ValueError(
                 f"rank {dist.get_rank()} is none of the ranks {list(everyone)} that write or read this checkpoint: "
-                f"call "
-                f"save and load on those only, or pass another process_group="
+                f"call save and load on those only, or pass another process_group="
             )
         made_in, found = _made.get(everyone, (None, None))
         if found is None or made_in is not world or not found.is_there():
@@ -91,8 +89,7 @@ class Ranks:
             rank, other = next(iter(odd.items()))
             raise ValueError(
                 f"{what} differs between ranks: rank 0 has {values[0]}, rank {rank} has {other} ({len(odd)} ranks "
-                f"differ). "
-                f"Ranks write and read one checkpoint together; those of other models pass process_group="
+                f"differ). Ranks write and read one checkpoint together; those of other models pass process_group="
             )
 
     def gathered(self, value: Any) -> list[Any]:

@@ -111,8 +111,7 @@ class Writer(StorageWriter):
             if item.type == WriteItemType.BYTE_IO:
                 raise TypeError(
                     f"{item.index.fqn} is not a tensor, and would be pickled: checkpoints hold tensors, and plain "
-                    f"data in "
-                    f"sharded_lamb.checkpoint.save(extra=)"
+                    f"data in sharded_lamb.checkpoint.save(extra=)"
                 )
         return plan
 
@@ -155,8 +154,7 @@ class Writer(StorageWriter):
             if found != file.bytes:
                 raise OSError(
                     f"{part / file.file} has {found:,} bytes where a rank wrote {file.bytes:,}: checkpoints need a "
-                    f"folder "
-                    f"that all ranks see"
+                    f"folder that all ranks see"
                 )
         tensors = {
             name: _saved_tensor(name, entry, stored)

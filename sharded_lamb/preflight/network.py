@@ -92,8 +92,7 @@ def complaints(
                 other = (r + 1) % world
                 lines.append(
                     f"from host {hosts[r]} (rank {r}) to host {hosts[other]} (rank {other}) {speed / 1e6:,.0f} MB/s "
-                    f"arrive, "
-                    f"over links like it {usual / 1e6:,.0f} are usual"
+                    f"arrive, over links like it {usual / 1e6:,.0f} are usual"
                 )
     return lines
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sharded_lamb import Lamb, ShardedLamb, checkpoint
-from sharded_lamb.checkpoint import Checkpoints, plain, storage, tensorfile
+from sharded_lamb.checkpoint import CheckpointError, Checkpoints, plain, storage, tensorfile
 from tests import training
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
@@ -92,6 +92,16 @@ def test_a_run_that_did_not_resume_does_not_prune_an_earlier_one(tmp_path: Path)
     with pytest.raises(ValueError, match=r"holds step-00000200 of an earlier run.*call resume\(\) first"):
         Checkpoints(tmp_path, keep=1).save(1000, linear(2.0))
     assert names(tmp_path) == {"latest", "step-00000100", "step-00000200"}
+
+
+def test_a_run_that_could_not_resume_saves_nothing_beside(tmp_path: Path) -> None:
+    Checkpoints(tmp_path).save(1, linear(1.0))
+    (tmp_path / "step-00000001" / "SHA256SUMS").unlink()
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
+        checkpoints.resume(linear(0.0))
+    with pytest.raises(ValueError, match="holds step-00000001 of an earlier run"):
+        checkpoints.save(2, linear(0.0))
 
 
 def test_steps_are_not_negative(tmp_path: Path) -> None:
