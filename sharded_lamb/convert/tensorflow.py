@@ -127,7 +127,8 @@ def _tensor(array: np.ndarray, variable: str) -> Tensor:
     if tensor.dim() > 2:
         raise ValueError(
             f"{variable} has shape {tuple(tensor.shape)}: kernels of more than two dimensions lie otherwise in torch, "
-            f"each kind in its own way, and are not converted"
+            f"each kind in its own way. Put it and its slots into the .npz as torch has them, under a name without "
+            f"'kernel', and --rename that"
         )
     return tensor.t().contiguous()
 
