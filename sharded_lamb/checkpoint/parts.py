@@ -44,9 +44,8 @@ class ModelParts:
         memory = {_memory(value) for value in (*model.parameters(), *model.buffers())}
         for raw, value in model.state_dict(keep_vars=True).items():
             name = normalize(raw)
-            if (
-                not isinstance(value, Tensor) or raw.rpartition(".")[2] == "_extra_state"
-            ):  # set by the module itself
+            own_state = raw.rpartition(".")[2] == "_extra_state"  # set by the module itself
+            if own_state or not isinstance(value, Tensor):
                 plain[name], raw_names[name] = value, raw
             elif id(value) in first and isinstance(value, nn.Parameter):
                 aliases[name] = first[id(value)]

@@ -172,9 +172,12 @@ def prepared(
 ) -> tuple[Ranks, Path, Lamb | SavingOptimizer | None]:
     """The ranks of a save or load, once they agree on what they were called with. Collective."""
     ranks = ranks_of(optimizer, group)
-    known = ranks.each(lambda: None if optimizer is None else parts.checked_optimizer(optimizer))
-    ranks.each(ranks.check_free)
-    folder = ranks.each(lambda: Path(path).absolute())
+
+    def own() -> tuple[Path, Lamb | SavingOptimizer | None]:
+        ranks.check_free()
+        return Path(path).absolute(), None if optimizer is None else parts.checked_optimizer(optimizer)
+
+    folder, known = ranks.each(own)
     ranks.agree("the path", str(folder))
     stage = f" of stage {known.stages}" if isinstance(known, SavingOptimizer) else ""
     ranks.agree("the optimizer", f"{type(known).__name__}{stage}" if known is not None else "none")
