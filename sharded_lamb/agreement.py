@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from sharded_lamb import faults
-from sharded_lamb.collectives import Topology
+from sharded_lamb.topology import Topology
 
 TIMEOUT_S = 60.0
 """How long ranks that are constructing an optimizer wait for those that are not."""

@@ -11,18 +11,11 @@ from sharded_lamb import faults
 from sharded_lamb.buckets import FlatBucket
 from sharded_lamb.collectives import Collectives
 from sharded_lamb.engine import collect_gradients, gradient_square_sums
-from sharded_lamb.facts import (
-    GradientFacts,
-    Replicas,
-    agree,
-    check_alike,
-    check_gradients,
-    check_present,
-    not_agreed,
-    spoil_on_purpose,
-)
+from sharded_lamb.facts import GradientFacts, agree, check_alike, check_present, not_agreed, spoil_on_purpose
 from sharded_lamb.kernels import Kernel
+from sharded_lamb.parameters import check_gradients
 from sharded_lamb.pieces import LocalPieces
+from sharded_lamb.placements import Replicas
 
 CHECKED_STEPS = 2
 """Gradients of which ranks hold the same part are compared over them on this many first steps."""

@@ -2,8 +2,7 @@
 
 import copy
 import difflib
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +19,7 @@ from sharded_lamb.hyperparams import (
 )
 from sharded_lamb.names import check_use, matching, needs_names, normalize
 from sharded_lamb.options import OptionTable
-
-NamedParameter = tuple[str, Tensor, dict[str, Any]]
+from sharded_lamb.parameters import NamedParameter, named, ndim_of
 
 PATTERN_OPTIONS = ("exclude_from_weight_decay", "exclude_from_layer_adaptation")
 
@@ -189,54 +187,3 @@ class LambOptimizer(Optimizer):
 
 def _options_of(saved: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in saved.items() if key not in ("params", "param_names")}
-
-
-def named(group: Mapping[str, Any]) -> Iterable[tuple[str | None, Tensor]]:
-    params: list[Tensor] = group["params"]
-    names: list[str | None] = group.get("param_names") or [None] * len(params)
-    return zip(names, params, strict=True)
-
-
-def ndim_of(p: Tensor) -> int:
-    """Dimensions of the parameter as the model has it: DeepSpeed's ZeRO-3 leaves an empty tensor in its place."""
-    return len(getattr(p, "ds_shape", p.shape))
-
-
-def check_parameter(name: str, p: Tensor) -> None:
-    """Raises TypeError or ValueError for a parameter whose LAMB step would be silently wrong."""
-    if p.is_complex():
-        raise TypeError(
-            f"parameter {name!r} is {p.dtype}: LAMB is defined for real parameters, not complex ones"
-        )
-    if not p.is_floating_point():
-        raise TypeError(f"parameter {name!r} is {p.dtype}: LAMB updates floating-point parameters")
-    if p.layout is not torch.strided:
-        raise TypeError(f"parameter {name!r} has layout {p.layout}: LAMB needs dense (strided) parameters")
-    if getattr(p, "_is_flat_param", False) or type(p).__name__ == "FlatParameter":
-        raise ValueError(
-            f"parameter {name!r} is a flat parameter of FSDP1: it mixes many parameters in one tensor, so a trust "
-            f"ratio per parameter does not exist in it (use_orig_params=True shards within it and is as wrong). "
-            f"Use torch.distributed.fsdp.fully_shard, or ShardedLamb(stage=2) on the bare model"
-        )
-
-
-def asked_for_whole() -> bool:
-    """Whether torch.distributed.checkpoint.state_dict is asking, with ``StateDictOptions(full_state_dict=True)``."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
-            return bool(getattr(frame.f_locals.get("info"), "full_state_dict", False))
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
-def called_by(module: str) -> bool:
-    """Whether a function of ``module`` is on this thread's stack."""
-    if module not in sys.modules:
-        return False
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == module:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False

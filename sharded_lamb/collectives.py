@@ -6,7 +6,6 @@ an all_reduce and its all_gather copies everything twice, so there shards travel
 place, and sums are taken here, in fp32 and in rank order.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,95 +15,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from sharded_lamb import faults
 from sharded_lamb.timeline import COMPUTE, Flight, Laps, Timeline
-
-
-@dataclass(frozen=True)
-class Topology:
-    """Who shards with whom, and who replicates whom. Without a process group: one rank, nothing sent.
-
-    ``everyone``: all ranks that hold a part of the optimizer, in rank order, as global ranks.
-    ``shard_ranks``: the ranks between which one copy of the state is cut, this one among them.
-    ``replica_ranks``: the ranks that hold the same shard as this one.
-    """
-
-    everyone: tuple[int, ...]
-    shard_ranks: tuple[int, ...]
-    replica_ranks: tuple[int, ...]
-    global_rank: int
-
-    @property
-    def rank(self) -> int:
-        """This rank's place in ``everyone``."""
-        return self.everyone.index(self.global_rank)
-
-    @property
-    def shard_rank(self) -> int:
-        return self.shard_ranks.index(self.global_rank)
-
-    @property
-    def is_first_replica(self) -> bool:
-        """Whether this rank speaks for its shard where a sum must count every element once."""
-        return self.replica_ranks[0] == self.global_rank
-
-    @staticmethod
-    def of(
-        process_group: dist.ProcessGroup | None,
-        mesh: DeviceMesh | None,
-        default: tuple[int, ...] | None = None,
-    ) -> "Topology":
-        """From the constructor's arguments; without them the ``default`` ranks, else all.
-
-        Raises:
-            ValueError: both given, a mesh of other than 1 or 2 dimensions, or this rank in neither.
-            RuntimeError: more than one rank was launched and torch.distributed is not initialized.
-        """
-        if process_group is not None and mesh is not None:
-            raise ValueError("process_group and mesh were both given: pass one of them")
-        if not (dist.is_available() and dist.is_initialized()):
-            return Topology._alone()
-        if mesh is not None:
-            return Topology._of_mesh(mesh)
-        if process_group is None and default is not None:
-            ranks = default
-        else:
-            ranks = tuple(dist.get_process_group_ranks(process_group or dist.group.WORLD))
-        if dist.get_rank() not in ranks:
-            raise ValueError(
-                f"rank {dist.get_rank()} constructs a ShardedLamb over ranks {ranks} without being one"
-            )
-        return Topology(ranks, ranks, (dist.get_rank(),), dist.get_rank())
-
-    @staticmethod
-    def _alone() -> "Topology":
-        launched = os.environ.get("WORLD_SIZE", "1")
-        if launched.isdigit() and int(launched) > 1:
-            raise RuntimeError(
-                f"WORLD_SIZE={launched} and torch.distributed is not initialized: every rank would train alone. "
-                f"Call torch.distributed.init_process_group() before constructing ShardedLamb"
-            )
-        return Topology((0,), (0,), (0,), 0)
-
-    @staticmethod
-    def _of_mesh(mesh: DeviceMesh) -> "Topology":
-        if mesh.ndim not in (1, 2):
-            raise ValueError(
-                f"mesh must have 1 dimension (shard) or 2 (replicate, shard), got {mesh.ndim}: take a submesh"
-            )
-        ranks = mesh.mesh.reshape(-1, mesh.mesh.shape[-1])
-        here = (ranks == dist.get_rank()).nonzero()
-        if len(here) != 1:
-            raise ValueError(f"rank {dist.get_rank()} is not in the mesh {mesh}")
-        row, column = here[0].tolist()
-        return Topology(
-            tuple(ranks.flatten().tolist()),
-            tuple(ranks[row].tolist()),
-            tuple(ranks[:, column].tolist()),
-            dist.get_rank(),
-        )
+from sharded_lamb.topology import Topology
 
 
 @dataclass

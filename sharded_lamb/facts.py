@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sharded_lamb import rule
 from sharded_lamb.collectives import Collectives
+from sharded_lamb.placements import Replicas
 
 TOLERANCE = 1e-3
 """How far Σg² of the same averaged gradients may differ over ranks, relative; Σg likewise, of √Σg²."""
@@ -59,15 +60,6 @@ class GradientFacts:
             found_inf=self.found_inf | other.found_inf,
             totals=None,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Replicas:
-    """Gradients of which ranks hold the same part, by kind: whole ones, and DTensors of one mesh and placements."""
-
-    kinds: tuple[str, ...]  # as messages call them; "" for plain parameters
-    kind_of: tuple[int, ...]  # of every parameter; -1: each rank holds a part of its own
-    cells: tuple[tuple[int, ...], ...]  # [kinds][W] ranks with the same number hold the same part
 
 
 def agree(
@@ -147,28 +139,11 @@ def agree_with_norms(collectives: Collectives, facts: GradientFacts, norms: Tens
     return replace(facts, square_sums=vector[2], present=vector[3], bad=~vector[2].isfinite(), agreed=True)
 
 
-def check_gradients(names: Sequence[str], grads: Sequence[Tensor | None]) -> None:
-    """As `check_gradient`, of many; None stands for no gradient."""
-    if {grad.layout for grad in grads if grad is not None} - {torch.strided}:
-        for name, grad in zip(names, grads, strict=True):
-            if grad is not None:
-                check_gradient(name, grad)
-
-
 def spoil_on_purpose(grads: Sequence[Tensor | None]) -> None:
     """What `faults` asks for at the point "gradient"."""
     for grad in grads:
         if grad is not None:
             grad.fill_(torch.nan)
-
-
-def check_gradient(name: str, grad: Tensor) -> None:
-    """Raises TypeError for a sparse gradient, as torch's own Adam does."""
-    if grad.layout is not torch.strided:
-        raise TypeError(
-            f"the gradient of {name!r} has layout {grad.layout}: LAMB needs dense gradients "
-            f"(torch.nn.Embedding(sparse=False))"
-        )
 
 
 def check_present(
@@ -237,57 +212,3 @@ def _unlike(found: str, kind: str) -> str:
         f"rank would train on its own. Wrap the model in DistributedDataParallel, or use "
         f"ShardedLamb(stage=2) on the bare model, which averages gradients itself"
     )
-
-
-class SkipCounter:
-    """Steps left out, counted on the device; the host reads them one step late, so that no step waits.
-
-    A CUDA graph that is replayed counts them too, and nothing reads them but `total`.
-    """
-
-    def __init__(self, device: torch.device, limit: int) -> None:
-        self.limit = limit
-        self._counts = torch.zeros(
-            3, dtype=torch.int64, device=device
-        )  # in all, in a row, the last's first bad one
-        self._seen = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._arrived = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-    @property
-    def total(self) -> int:
-        """Steps left out since construction. Reads the device."""
-        return int(self._counts[0].item())
-
-    def record(self, skip: Tensor, bad: Tensor) -> None:
-        """``skip``: bool scalar; ``bad``: [P] bool."""
-        skipped = skip.to(torch.int64)
-        self._counts[0] += skipped
-        self._counts[1] = (self._counts[1] + 1) * skipped
-        self._counts[2] = torch.where(skip, bad.to(torch.int64).argmax(), self._counts[2])
-        self._seen.copy_(self._counts, non_blocking=True)
-        if self._arrived is not None and not torch.cuda.is_current_stream_capturing():
-            self._arrived.record()
-
-    def set_total(self, total: int) -> None:
-        """As a checkpoint has it."""
-        self._counts[0] = total
-        self._seen[0] = total
-
-    def reset(self) -> None:
-        """Other weights and state were loaded: skips in a row start again."""
-        self._counts[1] = 0
-        self._seen[1] = 0
-
-    def check(self, names: Sequence[str]) -> None:
-        """Raises RuntimeError, on every rank alike, after ``limit`` skipped steps in a row."""
-        if self._arrived is not None:
-            if torch.cuda.is_current_stream_capturing():
-                return
-            self._arrived.synchronize()  # of the step before: long done
-        total, in_a_row, first = self._seen.tolist()
-        if in_a_row >= self.limit:
-            raise RuntimeError(
-                f"{in_a_row} steps in a row ({total} in all) had non-finite gradients and were skipped; the first bad "
-                f"parameter of the last one is {names[first]!r}. Look for a loss that is nan or inf, too high a "
-                f"learning rate or, under GradScaler, too high an init_scale (max_consecutive_skips={self.limit})"
-            )

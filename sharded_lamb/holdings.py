@@ -12,16 +12,16 @@ from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sharded_lamb import kernels
-from sharded_lamb.base import NamedParameter, check_parameter
 from sharded_lamb.buckets import FlatBucket, Precision
-from sharded_lamb.collectives import Collectives, Topology
-from sharded_lamb.facts import Replicas
+from sharded_lamb.collectives import Collectives
 from sharded_lamb.footprint import large_sends, small_sends
 from sharded_lamb.kernels import Shard
 from sharded_lamb.layout import Bucket, ShardLayout, plan_buckets
 from sharded_lamb.options import OptionTable
+from sharded_lamb.parameters import NamedParameter, check_parameter
 from sharded_lamb.pieces import LocalPieces, check_dense
-from sharded_lamb.placements import Cut, local_part, mesh_device, ranks_of_mesh, speakers
+from sharded_lamb.placements import Cut, Replicas, local_part, mesh_device, ranks_of_mesh, speakers
+from sharded_lamb.topology import Topology
 
 _owners: Any = WeakIdKeyDictionary()  # parameter → weak reference to the optimizer that holds it
 

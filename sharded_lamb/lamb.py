@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from sharded_lamb import rule
-from sharded_lamb.base import LambOptimizer, check_parameter, named
-from sharded_lamb.facts import check_gradient
+from sharded_lamb.base import LambOptimizer
 from sharded_lamb.hyperparams import RuleOptions
 from sharded_lamb.options import OptionTable
+from sharded_lamb.parameters import check_gradient, check_parameter, named
 from sharded_lamb.rule import Coefficients, PerTensor
 
 

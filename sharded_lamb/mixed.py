@@ -7,7 +7,8 @@ from torch import Tensor
 
 from sharded_lamb.averaged import AveragedGradients
 from sharded_lamb.buckets import FlatBucket
-from sharded_lamb.facts import GradientFacts, Replicas
+from sharded_lamb.facts import GradientFacts
+from sharded_lamb.placements import Replicas
 from sharded_lamb.reduction import BackwardReducer
 
 

@@ -69,6 +69,15 @@ class Cut:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """Gradients of which ranks hold the same part, by kind: whole ones, and DTensors of one mesh and placements."""
+
+    kinds: tuple[str, ...]  # as messages call them; "" for plain parameters
+    kind_of: tuple[int, ...]  # of every parameter; -1: each rank holds a part of its own
+    cells: tuple[tuple[int, ...], ...]  # [kinds][W] ranks with the same number hold the same part
+
+
 def cell_index(coordinate: Sequence[int], sizes: Sequence[int], shards: Sequence[bool]) -> int:
     """The cell of a rank at ``coordinate``: a number with one digit a sharding axis."""
     index = 0

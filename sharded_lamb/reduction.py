@@ -26,9 +26,11 @@ from torch.nn.parallel import DistributedDataParallel
 from sharded_lamb import faults
 from sharded_lamb.buckets import FlatBucket
 from sharded_lamb.collectives import Collectives, Pending
-from sharded_lamb.facts import GradientFacts, Replicas, agree, check_gradient, spoil_on_purpose
+from sharded_lamb.facts import GradientFacts, agree, spoil_on_purpose
 from sharded_lamb.kernels import Kernel, Received
 from sharded_lamb.kernels.incoming import rows_with_own
+from sharded_lamb.parameters import check_gradient
+from sharded_lamb.placements import Replicas
 from sharded_lamb.staging import Staging
 
 IN_FLIGHT = 2

@@ -1,5 +1,6 @@
 """How a `ShardedLamb` is saved and loaded: one rank's part, or whole tensors on the first rank."""
 
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +10,11 @@ from torch import Tensor
 
 from sharded_lamb import state
 from sharded_lamb.agreement import told_to_all
-from sharded_lamb.base import LambOptimizer, asked_for_whole, called_by
+from sharded_lamb.base import LambOptimizer
 from sharded_lamb.collectives import Collectives
-from sharded_lamb.facts import SkipCounter
 from sharded_lamb.holdings import Holdings, Settings
 from sharded_lamb.options import OptionTable
+from sharded_lamb.skips import SkipCounter
 
 
 class SavingOptimizer(LambOptimizer):
@@ -175,3 +176,25 @@ class SavingOptimizer(LambOptimizer):
             pickled["param_groups"], **keywords, **defaults, max_grad_norm=pickled["max_grad_norm"]
         )
         self.load_full_state_dict(pickled["full"])
+
+
+def asked_for_whole() -> bool:
+    """Whether torch.distributed.checkpoint.state_dict is asking, with ``StateDictOptions(full_state_dict=True)``."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+            return bool(getattr(frame.f_locals.get("info"), "full_state_dict", False))
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def called_by(module: str) -> bool:
+    """Whether a function of ``module`` is on this thread's stack."""
+    if module not in sys.modules:
+        return False
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == module:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

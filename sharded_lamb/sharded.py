@@ -25,9 +25,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from sharded_lamb import kernels, rule
 from sharded_lamb.agreement import Description, check_agreement, describe_group, told_to_all
 from sharded_lamb.averaged import AveragedGradients
-from sharded_lamb.collectives import Collectives, Pending, Topology, Traffic
+from sharded_lamb.collectives import Collectives, Pending, Traffic
 from sharded_lamb.engine import lamb_step
-from sharded_lamb.facts import GradientFacts, SkipCounter, agree_with_norms, check_present
+from sharded_lamb.facts import GradientFacts, agree_with_norms, check_present
 from sharded_lamb.gathering import ForwardGathers, Watch
 from sharded_lamb.holdings import Holdings, Plan, Settings
 from sharded_lamb.hyperparams import RuleOptions, check_max_grad_norm
@@ -36,7 +36,9 @@ from sharded_lamb.mixed import MixedGradients
 from sharded_lamb.placements import materialized, root_ranks
 from sharded_lamb.reduction import BackwardReducer
 from sharded_lamb.saving import SavingOptimizer
+from sharded_lamb.skips import SkipCounter
 from sharded_lamb.timeline import Timeline
+from sharded_lamb.topology import Topology
 
 logger = logging.getLogger("sharded_lamb")
 

@@ -18,7 +18,7 @@ PACKAGE = "sharded_lamb"
 
 # From the ground up; units on one floor do not know each other. A package counts as one unit.
 FLOORS = (
-    {"names", "shapes", "timeline", "faults"},
+    {"names", "shapes", "timeline", "faults", "parameters", "topology", "skips"},
     {"hyperparams"},
     {"rule", "layout"},
     {"options", "kernels", "footprint", "memory"},

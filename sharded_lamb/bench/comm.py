@@ -13,9 +13,10 @@ from sharded_lamb import kernels
 from sharded_lamb.bench import report
 from sharded_lamb.bench.timing import Clock, Spread, Turns, by_round, quotients, take_turns, world
 from sharded_lamb.buckets import FlatBucket, Precision
-from sharded_lamb.collectives import Collectives, Topology
+from sharded_lamb.collectives import Collectives
 from sharded_lamb.layout import plan_buckets
 from sharded_lamb.staging import Staging
+from sharded_lamb.topology import Topology
 
 ALL_REDUCE = "all_reduce"
 

@@ -21,16 +21,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_lamb.agreement import check_agreement, describe_group, told_to_all
-from sharded_lamb.base import PATTERN_OPTIONS, LambOptimizer, NamedParameter, check_parameter
-from sharded_lamb.collectives import Collectives, Topology, Traffic
+from sharded_lamb.base import PATTERN_OPTIONS, LambOptimizer
+from sharded_lamb.collectives import Collectives, Traffic
 from sharded_lamb.deepspeed import calling, keys, whole
 from sharded_lamb.deepspeed.mapping import OptimizerPartitions, find_partitions
 from sharded_lamb.deepspeed.proof import prove
 from sharded_lamb.deepspeed.stepped import StateKeeper, Stepped, params_of
 from sharded_lamb.engine import gradient_square_sums, lamb_step
-from sharded_lamb.facts import GradientFacts, SkipCounter, agree
+from sharded_lamb.facts import GradientFacts, agree
 from sharded_lamb.hyperparams import fill
 from sharded_lamb.kernels import Kernel, choose
+from sharded_lamb.parameters import NamedParameter, check_parameter
+from sharded_lamb.skips import SkipCounter
+from sharded_lamb.topology import Topology
 
 logger = logging.getLogger("sharded_lamb")
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from sharded_lamb.buckets import flattened, memory_strides
 from sharded_lamb.deepspeed.mapping import Partition
-from sharded_lamb.facts import SkipCounter
 from sharded_lamb.kernels import PieceShard
 from sharded_lamb.options import OptionTable
+from sharded_lamb.skips import SkipCounter
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 State = MutableMapping[Tensor, dict[str, Any]]

@@ -1,0 +1,56 @@
+"""Parameters as an optimizer is given them: names, groups, and which ones LAMB cannot update."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NamedParameter = tuple[str, Tensor, dict[str, Any]]
+"""(name without wrappers' prefixes, parameter, its group)"""
+
+
+def named(group: Mapping[str, Any]) -> Iterable[tuple[str | None, Tensor]]:
+    params: list[Tensor] = group["params"]
+    names: list[str | None] = group.get("param_names") or [None] * len(params)
+    return zip(names, params, strict=True)
+
+
+def ndim_of(p: Tensor) -> int:
+    """Dimensions of the parameter as the model has it: DeepSpeed's ZeRO-3 leaves an empty tensor in its place."""
+    return len(getattr(p, "ds_shape", p.shape))
+
+
+def check_parameter(name: str, p: Tensor) -> None:
+    """Raises TypeError or ValueError for a parameter whose LAMB step would be silently wrong."""
+    if p.is_complex():
+        raise TypeError(
+            f"parameter {name!r} is {p.dtype}: LAMB is defined for real parameters, not complex ones"
+        )
+    if not p.is_floating_point():
+        raise TypeError(f"parameter {name!r} is {p.dtype}: LAMB updates floating-point parameters")
+    if p.layout is not torch.strided:
+        raise TypeError(f"parameter {name!r} has layout {p.layout}: LAMB needs dense (strided) parameters")
+    if getattr(p, "_is_flat_param", False) or type(p).__name__ == "FlatParameter":
+        raise ValueError(
+            f"parameter {name!r} is a flat parameter of FSDP1: it mixes many parameters in one tensor, so a trust "
+            f"ratio per parameter does not exist in it (use_orig_params=True shards within it and is as wrong). "
+            f"Use torch.distributed.fsdp.fully_shard, or ShardedLamb(stage=2) on the bare model"
+        )
+
+
+def check_gradients(names: Sequence[str], grads: Sequence[Tensor | None]) -> None:
+    """As `check_gradient`, of many; None stands for no gradient."""
+    if {grad.layout for grad in grads if grad is not None} - {torch.strided}:
+        for name, grad in zip(names, grads, strict=True):
+            if grad is not None:
+                check_gradient(name, grad)
+
+
+def check_gradient(name: str, grad: Tensor) -> None:
+    """Raises TypeError for a sparse gradient, as torch's own Adam does."""
+    if grad.layout is not torch.strided:
+        raise TypeError(
+            f"the gradient of {name!r} has layout {grad.layout}: LAMB needs dense gradients "
+            f"(torch.nn.Embedding(sparse=False))"
+        )
