@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sharded_lamb.collectives import Traffic
-from sharded_lamb.sharded import ShardedLamb
+from sharded_lamb.comm.collectives import Traffic
+from sharded_lamb.optim.sharded import ShardedLamb
 
 TOLERANCE = 2e-6
 """Relative, norm-wise, of fp32 masters after 20 steps; moments and ratios have their own below."""

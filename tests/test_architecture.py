@@ -1,12 +1,12 @@
 """The floor plan, enforced: who may import whom, who may know torch, and how large things may be.
 
 `FLOORS` is the one-way ladder of sharded_lamb. A module imports only from lower floors, or from
-its own package.
+its own folder, and no file imports itself by way of others.
 """
 
 import ast
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,42 +16,33 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "sharded_lamb"
 
-# From the ground up; units on one floor do not know each other. A package counts as one unit.
+# From the ground up. A unit is a folder of the package, or a module in its root; units on one floor do not know
+# each other, and imports within a folder are free (but never a cycle).
 FLOORS = (
-    {"names", "shapes", "timeline", "faults", "parameters", "topology", "skips"},
-    {"hyperparams"},
-    {"rule", "layout"},
-    {"options", "kernels", "footprint", "memory"},
-    {"engine", "collectives", "watchdog"},
-    {"agreement", "facts", "buckets", "placements"},
-    {"pieces", "slices", "staging"},
-    {"averaged", "reduction", "state", "gathering"},
-    {"mixed"},
-    {"base"},
-    {"lamb", "holdings"},
-    {"saving"},
-    {"sharded"},
-    {"checkpoint"},
-    {"__init__"},
-    {"deepspeed"},
-    {"verify", "bench", "plan", "convert"},
+    {"shapes", "timeline", "faults"},
+    {"core", "watchdog", "cluster"},
+    {"kernels", "comm"},
+    {"sharding"},
+    {"gradients"},
+    {"optim"},
+    {"__init__", "checkpoint"},
+    {"deepspeed", "verify", "plan"},
+    {"convert", "bench"},
     {"preflight"},
     {"bert"},
     {"__main__"},
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 
-WITHOUT_PROCESS_GROUPS = {
-    "hyperparams",
-    "names",
-    "options",
-    "rule",
-    "layout",
-    "kernels",
-    "engine",
-    "footprint",
+WITHOUT_PROCESS_GROUPS = {"core", "kernels"}
+WITHOUT_TORCH = {
+    "core/hyperparams.py",
+    "core/names.py",
+    "core/layout.py",
+    "core/footprint.py",
+    "faults.py",
+    "shapes.py",
 }
-WITHOUT_TORCH = {"hyperparams", "names", "layout", "footprint", "faults"}
 
 TOP_LEVEL = {
     "pyproject.toml",
@@ -157,6 +148,43 @@ def upward_imports(source: str, package: str, unit: str) -> list[str]:
     return list(dict.fromkeys(bad))
 
 
+def cycle_in(graph: Mapping[str, set[str]]) -> list[str] | None:
+    """A cycle of a graph {node: what it points to}, its first node again at the end; None where there is none."""
+    done: set[str] = set()
+
+    def walk(node: str, path: list[str]) -> list[str] | None:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return None
+        for target in sorted(graph[node]):
+            found = walk(target, [*path, node])
+            if found:
+                return found
+        done.add(node)
+        return None
+
+    return next((found for node in sorted(graph) if (found := walk(node, []))), None)
+
+
+def _file_graph() -> dict[str, set[str]]:
+    """{module: the modules that it imports at any depth}, by dotted names; a folder's is its ``__init__``."""
+    dotted = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in _modules()}
+    names = {name.removesuffix(".__init__") for name in dotted.values()}
+    graph: dict[str, set[str]] = {}
+    for path, name in dotted.items():
+        targets = set()
+        for found in imports_of(path.read_text(), _package_of(path)):
+            target = found.target
+            while target and target not in names:
+                target = target.rpartition(".")[0]
+            if target and not found.type_checking_only:
+                targets.add(target)
+        own = name.removesuffix(".__init__")
+        graph[own] = targets - {own}
+    return graph
+
+
 @cache
 def _modules() -> dict[Path, str]:
     """Every module of the package and its unit."""
@@ -210,6 +238,16 @@ def test_imports_run_one_way() -> None:
     assert not bad, "\n".join(bad)
 
 
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    found = cycle_in(_file_graph())
+    assert found is None, " → ".join(found or [])
+
+
+def test_the_package_root_holds_folders_and_public_modules_only() -> None:
+    root = {path.stem for path in (ROOT / PACKAGE).glob("*.py")}
+    assert root == {"__init__", "__main__", "faults", "shapes", "timeline", "verify"}
+
+
 def test_the_math_knows_no_process_group() -> None:
     bad = [
         f"{path.relative_to(ROOT)}:{line}"
@@ -223,8 +261,8 @@ def test_the_math_knows_no_process_group() -> None:
 def test_layouts_names_and_hyperparameters_are_free_of_torch() -> None:
     bad = [
         f"{path.relative_to(ROOT)}:{line}"
-        for path, unit in _modules().items()
-        if unit in WITHOUT_TORCH
+        for path in _modules()
+        if str(path.relative_to(ROOT / PACKAGE)) in WITHOUT_TORCH
         for line in runtime_torch_imports(path.read_text(), _package_of(path))
     ]
     assert not bad, f"torch imported at run time in {bad}"
@@ -267,26 +305,31 @@ def test_no_file_names_a_machine() -> None:
 @pytest.mark.parametrize(
     ("unit", "source", "clean"),
     [
-        ("rule", "from .hyperparams import x", True),
-        ("rule", "from sharded_lamb import layout", False),
-        ("rule", "import sharded_lamb.sharded", False),
-        ("rule", "def f():\n    from . import state", False),
-        ("rule", "import sharded_lamb", False),
-        ("names", "from . import hyperparams", False),
-        ("hyperparams", "from .names import x", True),
+        ("kernels", "from sharded_lamb.core.rule import x", True),
+        ("kernels", "from sharded_lamb import core", True),
+        ("kernels", "from sharded_lamb.comm.collectives import x", False),
+        ("core", "import sharded_lamb.optim.sharded", False),
+        ("core", "def f():\n    from sharded_lamb import sharding", False),
+        ("core", "import sharded_lamb", False),
+        ("core", "from sharded_lamb import faults", True),
         ("verify", "from sharded_lamb import Lamb", True),
-        ("bench", "from .verify import x", False),
-        ("hyperparams", "if TYPE_CHECKING:\n    from .layout import Segment", False),
+        ("bench", "from sharded_lamb.convert import x", False),
+        ("core", "if TYPE_CHECKING:\n    from sharded_lamb.comm.topology import Topology", False),
     ],
 )
 def test_upward_imports_are_seen(unit: str, source: str, clean: bool) -> None:
     assert (upward_imports(source, PACKAGE, unit) == []) is clean
 
 
-def test_imports_within_a_package_are_free() -> None:
+def test_imports_within_a_folder_are_free() -> None:
     package = f"{PACKAGE}.kernels"
-    assert upward_imports("from . import eager\nfrom ..rule import x", package, "kernels") == []
-    assert upward_imports("from ..buckets import x", package, "kernels") != []
+    assert upward_imports("from . import eager\nfrom ..core.rule import x", package, "kernels") == []
+    assert upward_imports("from ..sharding.buckets import x", package, "kernels") != []
+
+
+def test_cycles_are_seen() -> None:
+    assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
+    assert cycle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
 
 
 @pytest.mark.parametrize(

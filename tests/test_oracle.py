@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.golden import make_golden as golden
+from tests.optim.golden import make_golden as golden
 from tests.oracle import VARIANT_FACTS, OracleLamb
 from tests.timm_peer import load_timm_lamb
 

@@ -13,7 +13,7 @@ import torch
 
 from sharded_lamb import VARIANTS, ShardedLamb
 from sharded_lamb.__main__ import main
-from sharded_lamb.hyperparams import DEFAULTS
+from sharded_lamb.core.hyperparams import DEFAULTS
 from tests.harness import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from sharded_lamb import shapes
 from sharded_lamb.__main__ import main
-from sharded_lamb.buckets import FlatBucket
-from sharded_lamb.collectives import Collectives
+from sharded_lamb.comm.collectives import Collectives
+from sharded_lamb.core.layout import Bucket, Segment
 from sharded_lamb.kernels.incoming import Taking
 from sharded_lamb.kernels.native import CppKernel
-from sharded_lamb.layout import Bucket, Segment
+from sharded_lamb.sharding.buckets import FlatBucket
 from sharded_lamb.verify import Reference, Report, verify
 from tests.harness import run_ranks
 

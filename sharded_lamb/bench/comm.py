@@ -12,11 +12,11 @@ from torch import Tensor
 from sharded_lamb import kernels
 from sharded_lamb.bench import report
 from sharded_lamb.bench.timing import Clock, Spread, Turns, by_round, quotients, take_turns, world
-from sharded_lamb.buckets import FlatBucket, Precision
-from sharded_lamb.collectives import Collectives
-from sharded_lamb.layout import plan_buckets
-from sharded_lamb.staging import Staging
-from sharded_lamb.topology import Topology
+from sharded_lamb.comm.collectives import Collectives
+from sharded_lamb.comm.topology import Topology
+from sharded_lamb.core.layout import plan_buckets
+from sharded_lamb.gradients.exchange import Staging
+from sharded_lamb.sharding.buckets import FlatBucket, Precision
 
 ALL_REDUCE = "all_reduce"
 

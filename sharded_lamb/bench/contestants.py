@@ -7,11 +7,12 @@ memory), so that its all-reduce is counted and overlaps with backward.
 import functools
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -128,8 +129,6 @@ def _zero(*, views: bool) -> Callable[[Setting], Contestant]:
 
 def _engine(stage: int, *, ours: bool) -> Callable[[Setting], Contestant]:
     def build(setting: Setting) -> Contestant:
-        from sharded_lamb.bench.engines import Engine
-
         return Engine(setting.workload.model(), stage, LAMB, timm=None if ours else peers.timm_lamb())
 
     return build
@@ -239,3 +238,48 @@ def choose(
     missing = {name: PEERS[name].missing(world_size, shapes) for name in chosen}
     there = [PEERS[name] for name in dict.fromkeys(chosen) if missing[name] is None]
     return [*ours, *there], {name: reason for name, reason in missing.items() if reason is not None}
+
+
+class Engine(Contestant):
+    """DeepSpeed's engine with ZeRO 1 or 2 in fp32, without clipping. Imports deepspeed when made, which takes seconds.
+
+    ``timm``: the class that steps DeepSpeed's flat partitions, which it takes for parameters; None: our plugin.
+    """
+
+    def __init__(
+        self,
+        model: Synthetic,
+        stage: int,
+        options: Mapping[str, Any],
+        timm: type[torch.optim.Optimizer] | None,
+    ) -> None:
+        import deepspeed
+
+        import sharded_lamb.deepspeed as plugin
+
+        deepspeed.logger.setLevel("ERROR")
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": stage},
+            "gradient_clipping": 0.0,  # DeepSpeed clips at 1.0 where a config says nothing
+        }
+        keywords: dict[str, Any] = {}
+        if timm is None:
+            plugin.register()
+            params = {**options, "betas": list(options["betas"])}
+            config["optimizer"] = {"type": "ShardedLamb", "params": params}
+        else:
+            config["zero_allow_untested_optimizer"] = True
+            made: Any = timm
+            keywords["optimizer"] = made(model.parameters(), max_grad_norm=None, **options)
+        engine, *_ = deepspeed.initialize(model=model, config=config, **keywords)
+        super().__init__(model, engine, engine)
+
+    def iterate(self) -> None:
+        """As DeepSpeed's users write it; `step` zeroes the gradients."""
+        self.optimizer.backward(self.forward())
+        self.optimizer.step()
+
+    def close(self) -> None:
+        dist.barrier()
+        self.optimizer.destroy()

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharded_lamb import rule, shapes
-from sharded_lamb.engine import _applied_together
+from sharded_lamb import shapes
+from sharded_lamb.core import rule
+from sharded_lamb.core.layout import BLOCK, Bucket, plan_buckets
+from sharded_lamb.core.rule import COLUMNS
 from sharded_lamb.kernels import FlatShard, Kernel, ReferenceKernel, remainders
+from sharded_lamb.kernels.engine import _applied_together
 from sharded_lamb.kernels.triton_kernel import TritonKernel, usable
-from sharded_lamb.layout import BLOCK, Bucket, plan_buckets
-from sharded_lamb.rule import COLUMNS
 
 BUCKET_BYTES = 32 << 20
 

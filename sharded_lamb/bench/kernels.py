@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_lamb import ShardedLamb, kernels, rule, shapes
-from sharded_lamb.averaged import AveragedGradients
+from sharded_lamb import ShardedLamb, kernels, shapes
 from sharded_lamb.bench import report
 from sharded_lamb.bench.contestants import LAMB
 from sharded_lamb.bench.timing import Clock, Spread, Turns, by_round, quotients, take_turns, world
 from sharded_lamb.bench.workload import Workload
+from sharded_lamb.core import rule
+from sharded_lamb.gradients.averaged import AveragedGradients
 from sharded_lamb.kernels import FlatShard, Kernel
 
 SCALE, ADAMW, STEP = "in-place scale", "fused AdamW", "ShardedLamb.step(), "  # and the kernel's name

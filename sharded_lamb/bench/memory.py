@@ -141,7 +141,7 @@ def child(arguments: Sequence[str]) -> dict[str, Any]:
         dist.barrier()
     kind = {BARE.name: BARE, **{ours.name: ours for ours in OURS.values()}, **PEERS}[name]
     if "deepspeed" in kind.needs:
-        import sharded_lamb.bench.engines  # noqa: F401
+        import deepspeed  # noqa: F401
     rank, world_size = world()
     workload = Workload(shapes.load(shape_list), rank, device)
     baseline = peak_bytes(device)

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 sharded-lamb bench overlap --rate 1e9
 
-Stage 2 trains a small BERT on hosts of `sharded_lamb.bench.namespaces` under three configurations, in turn: gradients
+Stage 2 trains a small BERT on hosts of `sharded_lamb.cluster.namespaces` under three configurations, in turn: gradients
 exchanged after backward (``overlap=False``), behind it, and parameters gathered behind the next forward as well
 (``overlap_forward``). They send the same bytes and end at the same weights, bit for bit, which is checked. Needs root.
 """
@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from sharded_lamb.bench.namespaces import network, one_rank_a_host, run_together
 from sharded_lamb.bench.overlapped import CONFIGURATIONS, Work, compare
 from sharded_lamb.bench.report import about, add_output_arguments
+from sharded_lamb.cluster.namespaces import network, one_rank_a_host, run_together
 
 TIMEOUT = 1800.0
 

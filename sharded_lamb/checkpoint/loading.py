@@ -14,7 +14,6 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.tensor import DTensor
 
-from sharded_lamb.base import LambOptimizer
 from sharded_lamb.checkpoint import manifest, parts, plain
 from sharded_lamb.checkpoint.contents import read_tensor
 from sharded_lamb.checkpoint.errors import CheckpointError
@@ -23,8 +22,9 @@ from sharded_lamb.checkpoint.parts import Filling
 from sharded_lamb.checkpoint.ranks import Ranks, unwrapped
 from sharded_lamb.checkpoint.saving import prepared
 from sharded_lamb.checkpoint.storage import Reader
-from sharded_lamb.hyperparams import check_max_grad_norm, validate_group
-from sharded_lamb.saving import SavingOptimizer
+from sharded_lamb.core.hyperparams import check_max_grad_norm, validate_group
+from sharded_lamb.optim.base import LambOptimizer
+from sharded_lamb.optim.sharded_state import SavingOptimizer
 
 
 def load(

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sharded_lamb.base import LambOptimizer
 from sharded_lamb.checkpoint.manifest import Manifest, SavedTensor
-from sharded_lamb.lamb import Lamb
-from sharded_lamb.names import normalize
-from sharded_lamb.saving import SavingOptimizer
+from sharded_lamb.core.names import normalize
+from sharded_lamb.optim.base import LambOptimizer
+from sharded_lamb.optim.lamb import Lamb
+from sharded_lamb.optim.sharded_state import SavingOptimizer
 
 logger = logging.getLogger("sharded_lamb")
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sharded_lamb.checkpoint.errors import CheckpointError, tellable
-from sharded_lamb.saving import SavingOptimizer
+from sharded_lamb.optim.sharded_state import SavingOptimizer
 
 Result = TypeVar("Result")
 _behind_alone: list[Path] = []

@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor
 from sharded_lamb.checkpoint import parts, plain
 from sharded_lamb.checkpoint.ranks import Ranks, ranks_of, unwrapped
 from sharded_lamb.checkpoint.storage import About, AfterwardsError, Writer
-from sharded_lamb.lamb import Lamb
-from sharded_lamb.saving import SavingOptimizer
+from sharded_lamb.optim.lamb import Lamb
+from sharded_lamb.optim.sharded_state import SavingOptimizer
 
 logger = logging.getLogger("sharded_lamb")
 

@@ -16,7 +16,7 @@ from sharded_lamb.convert.common import Converted, Note
 from sharded_lamb.convert.deepspeed import WHY, read_deepspeed
 from sharded_lamb.convert.tensorflow import from_tensorflow
 from sharded_lamb.convert.weights import from_weights, read_weights, to_weights
-from sharded_lamb.hyperparams import VARIANTS, check_max_grad_norm, validate_group
+from sharded_lamb.core.hyperparams import VARIANTS, check_max_grad_norm, validate_group
 
 Read = Callable[[argparse.Namespace], Converted[Contents]]
 Write = Callable[[Path, Contents], list[Note]]

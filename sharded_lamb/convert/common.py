@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.checkpoint.contents import Contents
-from sharded_lamb.hyperparams import GROUP_OPTIONS, validate_group, variant_options
-from sharded_lamb.names import normalize
+from sharded_lamb.core.hyperparams import GROUP_OPTIONS, validate_group, variant_options
+from sharded_lamb.core.names import normalize
 
 Note = str
 """One line for the user: what was lost, assumed or must be done by hand."""

@@ -24,8 +24,8 @@ from sharded_lamb.convert.common import (
     scalars_of,
     weights_of,
 )
-from sharded_lamb.hyperparams import GROUP_OPTIONS
-from sharded_lamb.names import normalize
+from sharded_lamb.core.hyperparams import GROUP_OPTIONS
+from sharded_lamb.core.names import normalize
 
 WHY = (
     "DeepSpeed's files are pickles and its own code opens them without limits, so that a file from an untrusted place "

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sharded_lamb.base import effective_patterns
 from sharded_lamb.checkpoint.contents import Contents
 from sharded_lamb.convert.common import Converted, Note
-from sharded_lamb.names import matching
+from sharded_lamb.core.names import matching
+from sharded_lamb.optim.base import effective_patterns
 
 
 @dataclass(frozen=True)

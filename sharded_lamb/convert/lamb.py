@@ -10,7 +10,7 @@ from typing import Any
 from sharded_lamb.checkpoint.contents import Contents
 from sharded_lamb.convert import positional
 from sharded_lamb.convert.common import Converted, check_format, group_options, left_out
-from sharded_lamb.hyperparams import variant_options
+from sharded_lamb.core.hyperparams import variant_options
 
 _OWN_KEYS = ("params", "param_names")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.convert.common import Converted, Note, moment_state, state_dict_of, weights_of
-from sharded_lamb.names import normalize
+from sharded_lamb.core.names import normalize
 
 MODEL_KEYS = ("model", "state_dict", "module", "model_state_dict")
 OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict")

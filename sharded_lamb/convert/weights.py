@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sharded_lamb.checkpoint.contents import Contents
 from sharded_lamb.convert.common import Converted, left_out, widest_weights
-from sharded_lamb.names import normalize
+from sharded_lamb.core.names import normalize
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

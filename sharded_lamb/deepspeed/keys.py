@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
-from sharded_lamb.hyperparams import DEFAULTS, RuleOptions, variant_options
+from sharded_lamb.core.hyperparams import DEFAULTS, RuleOptions, variant_options
 
 DEFAULT_COEFFICIENTS = (0.01, 10.0)
 """DeepSpeed's min_coeff and max_coeff, where a config sets only one of them."""

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from deepspeed.utils import groups
 from torch import Tensor
 
-from sharded_lamb.buckets import flattened, memory_strides
-from sharded_lamb.layout import Segment
+from sharded_lamb.core.layout import Segment
+from sharded_lamb.sharding.buckets import flattened, memory_strides
 
 Row = tuple[str, Tensor, dict[str, Any]]
 """(name, parameter, its group), as the model has them."""

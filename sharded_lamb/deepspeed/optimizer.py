@@ -4,7 +4,7 @@ DeepSpeed averages, clips and partitions gradients, calls `step` with its own pa
 sends the weights out again. What is done here::
 
     partitions, .grad ─► which parameter lies where           mapping.py, once, proved over all ranks
-                            │  small all-reduce (a)           facts.py: non-finite (skip_nonfinite)
+                            │  small all-reduce (a)           summary.py: non-finite (skip_nonfinite)
                             ▼  pass 1: m, v; Σw², Σu²         engine.py → kernels
                      small all-reduce (b): [2 x P] fp64       engine.py
                             ▼  pass 2: w                      engine.py → kernels
@@ -20,20 +20,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_lamb.agreement import check_agreement, describe_group, told_to_all
-from sharded_lamb.base import PATTERN_OPTIONS, LambOptimizer
-from sharded_lamb.collectives import Collectives, Traffic
+from sharded_lamb.comm.collectives import Collectives, Traffic
+from sharded_lamb.comm.consistency import check_agreement, describe_group, told_to_all
+from sharded_lamb.comm.topology import Topology
+from sharded_lamb.core.hyperparams import fill
+from sharded_lamb.core.parameters import NamedParameter, check_parameter
 from sharded_lamb.deepspeed import calling, keys, whole
 from sharded_lamb.deepspeed.mapping import OptimizerPartitions, find_partitions
 from sharded_lamb.deepspeed.proof import prove
 from sharded_lamb.deepspeed.stepped import StateKeeper, Stepped, params_of
-from sharded_lamb.engine import gradient_square_sums, lamb_step
-from sharded_lamb.facts import GradientFacts, agree
-from sharded_lamb.hyperparams import fill
+from sharded_lamb.gradients.summary import GradientFacts, agree
 from sharded_lamb.kernels import Kernel, choose
-from sharded_lamb.parameters import NamedParameter, check_parameter
-from sharded_lamb.skips import SkipCounter
-from sharded_lamb.topology import Topology
+from sharded_lamb.kernels.engine import gradient_square_sums, lamb_step
+from sharded_lamb.optim.base import PATTERN_OPTIONS, LambOptimizer
+from sharded_lamb.optim.skips import SkipCounter
 
 logger = logging.getLogger("sharded_lamb")
 

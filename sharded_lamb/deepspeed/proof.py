@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sharded_lamb.collectives import Collectives
+from sharded_lamb.comm.collectives import Collectives
+from sharded_lamb.core.layout import Segment
 from sharded_lamb.deepspeed.mapping import OptimizerPartitions, Partition, Row, model_slice, tensor_slice
-from sharded_lamb.layout import Segment
 
 
 def prove(rows: Sequence[Row], held: OptimizerPartitions, collectives: Collectives) -> None:

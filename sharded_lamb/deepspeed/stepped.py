@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_lamb.buckets import flattened, memory_strides
+from sharded_lamb.core.options import OptionTable
 from sharded_lamb.deepspeed.mapping import Partition
 from sharded_lamb.kernels import PieceShard
-from sharded_lamb.options import OptionTable
-from sharded_lamb.skips import SkipCounter
+from sharded_lamb.optim.skips import SkipCounter
+from sharded_lamb.sharding.buckets import flattened, memory_strides
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 State = MutableMapping[Tensor, dict[str, Any]]

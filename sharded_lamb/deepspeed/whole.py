@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_lamb.collectives import Collectives
+from sharded_lamb.comm.collectives import Collectives
+from sharded_lamb.core.hyperparams import validate_group
+from sharded_lamb.core.layout import Segment
 from sharded_lamb.deepspeed.calling import accelerator_device
 from sharded_lamb.deepspeed.mapping import OptimizerPartitions, Partition, Row, model_slice, tensor_slice
 from sharded_lamb.deepspeed.stepped import MOMENTS, State
-from sharded_lamb.hyperparams import validate_group
-from sharded_lamb.layout import Segment
-from sharded_lamb.state import check_complete, check_full
+from sharded_lamb.sharding.state import check_complete, check_full
 
 KEYS = ("master", *MOMENTS)
 

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sharded_lamb.core.layout import BLOCK, Segment
+from sharded_lamb.core.rule import Coefficients
 from sharded_lamb.kernels import remainders
 from sharded_lamb.kernels.incoming import StockIncoming, taken
 from sharded_lamb.kernels.reference import ReferenceKernel, adopted
 from sharded_lamb.kernels.shard import FlatShard, PieceShard, Shard
-from sharded_lamb.layout import BLOCK, Segment
-from sharded_lamb.rule import Coefficients
 
 CHUNK = 1 << 16
 """Elements of a call: a chunk of everything that it touches stays in a core's cache between calls."""

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sharded_lamb.core.layout import Segment
 from sharded_lamb.kernels.shard import FlatShard, OwnPart, Received, Shard
-from sharded_lamb.layout import Segment
 
 Taking = tuple[FlatShard, Sequence[Segment], Sequence[Tensor | None]]
 """What `Kernel.collect` takes: where to, and segments of which gradients."""

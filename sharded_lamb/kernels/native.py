@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sharded_lamb.core.layout import BLOCK, Segment
+from sharded_lamb.core.rule import COLUMNS
 from sharded_lamb.kernels import compiling, remainders
 from sharded_lamb.kernels.shard import FlatShard, PieceShard, Received, Shard
-from sharded_lamb.layout import BLOCK, Segment
-from sharded_lamb.rule import COLUMNS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, remainders.DTYPE: 4}
 NO_MODEL = -1

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from sharded_lamb.layout import BLOCK
+from sharded_lamb.core.layout import BLOCK
 
 
 @dataclass(frozen=True, slots=True)

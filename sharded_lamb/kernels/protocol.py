@@ -5,14 +5,14 @@ from typing import Protocol
 
 from torch import Tensor
 
+from sharded_lamb.core.layout import Segment
 from sharded_lamb.kernels.shard import FlatShard, Received, Shard
-from sharded_lamb.layout import Segment
 
 
 class Kernel(Protocol):
     """Functions over shards of one compute dtype and one device, at least one of them.
 
-    ``table``: `sharded_lamb.rule.table`, [P, COLUMNS], compute dtype. Where its ``grad_scale`` is 0 a parameter's
+    ``table``: `sharded_lamb.core.rule.table`, [P, COLUMNS], compute dtype. Where its ``grad_scale`` is 0 a parameter's
     gradient is taken for 0, whatever it holds. Results do not depend on how shards are grouped into calls.
     """
 

@@ -11,12 +11,12 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from sharded_lamb import rule
+from sharded_lamb.core import rule
+from sharded_lamb.core.layout import BLOCK
+from sharded_lamb.core.rule import COLUMNS, Coefficients, PerTensor
 from sharded_lamb.kernels import packing, remainders
 from sharded_lamb.kernels.incoming import StockIncoming
 from sharded_lamb.kernels.shard import FlatShard, PieceShard, Shard
-from sharded_lamb.layout import BLOCK
-from sharded_lamb.rule import COLUMNS, Coefficients, PerTensor
 
 CHUNK_BLOCKS = 256
 """64 K elements: the dozen temporaries of a chunk stay in a CPU's cache. On a GPU, see `_chunk_blocks`."""

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, no-redef"
 # ruff: noqa: SIM300 (to ruff, capitals are constants, which ought to stand on the right)
-"""What runs on the device: `sharded_lamb.rule` for tiles of blocks, in Triton. Importing it imports Triton.
+"""What runs on the device: `sharded_lamb.core.rule` for tiles of blocks, in Triton. Importing it imports Triton.
 
 A program takes TILE blocks of one run as a [TILE, BLOCK] tensor of the compute dtype. Every arithmetic step is one
 correctly rounded IEEE operation, as in the rule: with ``div_rn`` and ``sqrt_rn``, and launched without fusion
@@ -13,9 +13,9 @@ Arguments are without types here because Triton gives annotations of its own a m
 import triton
 import triton.language as tl
 
-from sharded_lamb import layout
+from sharded_lamb.core import layout
+from sharded_lamb.core.rule import COLUMNS
 from sharded_lamb.kernels.triton_runs import ALIGNMENT, ROW
-from sharded_lamb.rule import COLUMNS
 
 BLOCK = tl.constexpr(layout.BLOCK)
 TILE = tl.constexpr(8)
@@ -161,7 +161,7 @@ def _root(x, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _direction(m, v, w, table, params, COMPUTE: tl.constexpr):
-    """`sharded_lamb.rule.direction`."""
+    """`sharded_lamb.core.rule.direction`."""
     inside = v * _coefficient(table, params, UNBIAS2) + _coefficient(table, params, EPS_INSIDE)
     denominator = _root(inside, COMPUTE) + _coefficient(table, params, EPS_OUTSIDE)
     step = _divided(m * _coefficient(table, params, UNBIAS1), denominator, COMPUTE)

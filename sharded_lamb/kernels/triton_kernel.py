@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sharded_lamb.core.layout import Segment
 from sharded_lamb.kernels.incoming import StockIncoming, rows_with_own
 from sharded_lamb.kernels.shard import FlatShard, Received, Shard
 from sharded_lamb.kernels.triton_runs import Table, Tables
-from sharded_lamb.layout import Segment
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sharded_lamb.core.layout import BLOCK
 from sharded_lamb.kernels.shard import FlatShard, PieceShard, Shard
-from sharded_lamb.layout import BLOCK
 
 ROW = ("weight", "model", "grad", "exp_avg", "exp_avg_sq", "numel", "first_tile", "first_block")
 """A run's row, int64: addresses (0: no model), elements, its first tile in its launch, its first block in the call."""

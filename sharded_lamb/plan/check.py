@@ -14,14 +14,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from sharded_lamb.placements import local_part
+from sharded_lamb.optim.sharded import ShardedLamb
 from sharded_lamb.plan.costs import Costs, Shapes, costs, trainable
 from sharded_lamb.plan.machine import Machine
 from sharded_lamb.plan.probe import probed
 from sharded_lamb.plan.sharding import Choices, Sharding
 from sharded_lamb.plan.table import aligned
 from sharded_lamb.plan.times import Computation, times
-from sharded_lamb.sharded import ShardedLamb
+from sharded_lamb.sharding.placements import local_part
 
 WARM_STEPS = 2
 """In which gradients are compared over ranks, which costs bytes of its own."""

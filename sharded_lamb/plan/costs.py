@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from sharded_lamb.footprint import Widths, large_sends, small_sends, staging_bytes, update_bytes
-from sharded_lamb.layout import Bucket, chunk_numel, plan_buckets
+from sharded_lamb.core.footprint import Widths, large_sends, small_sends, staging_bytes, update_bytes
+from sharded_lamb.core.layout import Bucket, chunk_numel, plan_buckets
+from sharded_lamb.gradients.reducer import IN_FLIGHT
 from sharded_lamb.plan.sharding import Choices, Sharding
-from sharded_lamb.reduction import IN_FLIGHT
 
 Shapes = Mapping[str, Sequence[int]]
 

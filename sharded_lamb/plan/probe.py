@@ -8,14 +8,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sharded_lamb import kernels, rule
-from sharded_lamb.collectives import Collectives
-from sharded_lamb.footprint import update_bytes
+from sharded_lamb import kernels
+from sharded_lamb.comm.collectives import Collectives
+from sharded_lamb.comm.topology import Topology
+from sharded_lamb.core import rule
+from sharded_lamb.core.footprint import update_bytes
+from sharded_lamb.core.layout import BLOCK
 from sharded_lamb.kernels import FlatShard
-from sharded_lamb.layout import BLOCK
 from sharded_lamb.plan.machine import Machine
 from sharded_lamb.plan.sharding import Choices
-from sharded_lamb.topology import Topology
 
 _UPDATED = 1 << 23
 """Elements: their 128 MiB fit into no cache."""

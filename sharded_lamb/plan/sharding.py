@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sharded_lamb.buckets import Precision
+from sharded_lamb.sharding.buckets import Precision
 
 
 @dataclass(frozen=True, slots=True)

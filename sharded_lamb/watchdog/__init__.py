@@ -5,6 +5,6 @@ NCCL's watchdog names the collective). Ranks that say "I am here, doing this" th
 the one that hangs is the one that does not wait for the others.
 """
 
-from sharded_lamb.watchdog.dog import EXIT_CODE, Watchdog
+from sharded_lamb.watchdog.watchdog import EXIT_CODE, Watchdog
 
 __all__ = ["EXIT_CODE", "Watchdog"]

@@ -130,8 +130,8 @@ def test_comm(tmp_path: Path) -> None:
 
 def exchanged(rank: int) -> dict[str, list[float]]:
     """What every action of `comm` leaves, from memory filled with the rank's number + 1."""
-    from sharded_lamb.collectives import Collectives
-    from sharded_lamb.topology import Topology
+    from sharded_lamb.comm.collectives import Collectives
+    from sharded_lamb.comm.topology import Topology
 
     made = comm.Exchanges(Collectives(Topology.of(None, None), CPU), 0.8, CPU)
     places = {

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from sharded_lamb import faults
-from sharded_lamb.bench import cluster
-from sharded_lamb.bench.namespaces import Host, NetworkError, network, run_together
 from sharded_lamb.checkpoint import read_contents
+from sharded_lamb.cluster import local as cluster
+from sharded_lamb.cluster.namespaces import Host, NetworkError, network, run_together
 from tests.bert.test_command import write_config
 from tests.bert.test_train import trained
 from tests.training import assert_same_bits

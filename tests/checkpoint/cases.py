@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sharded_lamb import ShardedLamb, checkpoint
-from tests import fsdp_models as models
 from tests import training
+from tests.optim import fsdp_models as models
 
 OPTIONS: dict[str, Any] = {"lr": 0.02, "max_grad_norm": 5.0}
 

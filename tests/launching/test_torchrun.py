@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sharded_lamb.bench import cluster
-from sharded_lamb.bench.namespaces import Host
+from sharded_lamb.cluster import local as cluster
+from sharded_lamb.cluster.namespaces import Host
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "torchrun.sh"

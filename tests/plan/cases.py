@@ -2,7 +2,7 @@
 
 import torch
 
-from sharded_lamb.layout import BLOCK
+from sharded_lamb.core.layout import BLOCK
 from sharded_lamb.plan.sharding import Choices
 
 UGLY = {

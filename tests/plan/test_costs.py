@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharded_lamb import shapes
-from sharded_lamb.layout import BLOCK, chunk_numel
+from sharded_lamb.core.layout import BLOCK, chunk_numel
 from sharded_lamb.plan.costs import Costs, buckets_of, costs
 from sharded_lamb.plan.sharding import Choices, Sharding, shardings
 

@@ -22,9 +22,9 @@ from sharded_lamb.plan.check import Weights, _mesh, check, compare, measure
 from sharded_lamb.plan.costs import costs, trainable
 from sharded_lamb.plan.machine import PRESETS, Machine
 from sharded_lamb.plan.sharding import Choices, Sharding
+from tests.comm.test_traffic import spied
 from tests.harness import run_ranks
 from tests.plan.cases import CHOICES, UGLY
-from tests.test_traffic import spied
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,1 @@
+"""Messages between ranks: who talks to whom, and in which order. Nothing of LAMB."""

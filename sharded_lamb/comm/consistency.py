@@ -1,0 +1,173 @@
+"""Ranks say what they are about to optimize, and learn within seconds whether they mean the same.
+
+Through the rendezvous store, before any collective: ranks that disagree on names, shapes or options would
+hang in a collective, or exchange bytes that mean different things. Per optimizer: O(ranks) store operations.
+"""
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+
+from sharded_lamb import faults
+from sharded_lamb.comm.topology import Topology
+
+TIMEOUT_S = 60.0
+"""How long ranks that are constructing an optimizer wait for those that are not."""
+
+_constructed: Counter[str] = Counter()
+Description = list[tuple[str, Any]]
+
+
+def check_agreement(topology: Topology, description: Description, timeout_s: float | None = None) -> None:
+    """Compare ``description`` over ``topology.everyone``; the same outcome on every rank.
+
+    Args:
+        description: (what, value) pairs that JSON can hold, e.g. ("parameter 0", ["fc.weight", [3, 4], …]).
+
+    Raises:
+        RuntimeError: ranks did not come within ``timeout_s`` seconds; they are named.
+        ValueError: ranks disagree; the first difference of each is named.
+    """
+    faults.point("construction")
+    if len(topology.everyone) == 1:
+        return
+    timeout_s = TIMEOUT_S if timeout_s is None else timeout_s
+    who = ",".join(map(str, topology.everyone))
+    _constructed[who] += 1
+    key = hashlib.sha256(who.encode()).hexdigest()[:16]
+    prefix = f"sharded_lamb/{key}/{_constructed[who]}"
+    store = PrefixStore(prefix, dist.distributed_c10d._get_default_store())
+    talk = _Talk(store, topology, timeout_s)
+    text = json.dumps(description)
+    if topology.rank == 0:
+        talk.lead(text)
+    else:
+        talk.follow(text)
+
+
+class _Talk:
+    """Digests first; only where they differ, the first rank's description and everyone's differences."""
+
+    def __init__(self, store: Store, topology: Topology, timeout_s: float) -> None:
+        self.store, self.everyone, self.rank = store, topology.everyone, topology.rank
+        self.timeout_s = timeout_s
+
+    def lead(self, text: str) -> None:
+        others = range(1, len(self.everyone))
+        absent = self._await([f"digest/{rank}" for rank in others])
+        if absent:
+            names = ", ".join(str(self.everyone[rank]) for rank in others if f"digest/{rank}" in absent)
+            self._conclude(
+                f"rank {names} did not construct its ShardedLamb within {self.timeout_s:g} s of rank "
+                f"{self.everyone[0]}: every rank must construct it, in the same order as other optimizers. "
+                f"Look for an earlier error there"
+            )
+            return
+        mine = hashlib.sha256(text.encode()).hexdigest()
+        unlike = [rank for rank in others if self.store.get(f"digest/{rank}").decode() != mine]
+        if not unlike:
+            self.store.set("verdict", "agreed")
+            return
+        self.store.set("description", text)
+        self.store.set("verdict", json.dumps(unlike))
+        answered = [f"difference/{rank}" for rank in unlike]
+        absent = self._await(answered)
+        lines = [self.store.get(key).decode() for key in answered if key not in absent]
+        self._conclude("ranks disagree on what they optimize:\n" + "\n".join(lines))
+
+    def follow(self, text: str) -> None:
+        self.store.set(f"digest/{self.rank}", hashlib.sha256(text.encode()).hexdigest())
+        # The leader may still be waiting for a slower rank when it concludes: twice its patience.
+        if self._await(["verdict"], 2 * self.timeout_s + 5):
+            raise RuntimeError(
+                f"rank {self.everyone[0]} did not construct its ShardedLamb within {2 * self.timeout_s + 5:g} s of "
+                f"rank {self.everyone[self.rank]}: every rank must construct it. Look for an earlier error there"
+            )
+        verdict = self.store.get("verdict").decode()
+        if verdict == "agreed":
+            return
+        if verdict != "absent" and self.rank in json.loads(verdict):
+            theirs = json.loads(self.store.get("description").decode())
+            self.store.set(f"difference/{self.rank}", self._difference(theirs, json.loads(text)))
+        self._await(["conclusion"], 2 * self.timeout_s + 5)
+        self._raise(self.store.get("conclusion").decode())
+
+    def _difference(self, first: Description, mine: Description) -> str:
+        """The first entry in which this rank's description differs from the first rank's."""
+        a, b = f"rank {self.everyone[0]}", f"rank {self.everyone[self.rank]}"
+        for (what, value), (own_what, own_value) in zip(first, mine, strict=False):
+            if (what, value) != (own_what, own_value):
+                remedy = _kernel_remedy({value: a, own_value: b}) if what == own_what == "kernel" else ""
+                return f"  {what}: {a} has {value!r}, {b} has {own_what}: {own_value!r}{remedy}"
+        longer, rest = (a, first[len(mine) :]) if len(first) > len(mine) else (b, mine[len(first) :])
+        return (
+            f"  only {longer} has {rest[0][0]}: {rest[0][1]!r} ({a}: {len(first)} entries, {b}: {len(mine)})"
+        )
+
+    def _conclude(self, message: str) -> None:
+        self.store.set("conclusion", message)
+        if not self.store.check(["verdict"]):
+            self.store.set("verdict", "absent")
+        self._raise(message)
+
+    @staticmethod
+    def _raise(message: str) -> None:
+        kind = ValueError if message.startswith("ranks disagree") else RuntimeError
+        raise kind(
+            message + ("\nConstruct the same model and optimizer on every rank" if kind is ValueError else "")
+        )
+
+    def _await(self, keys: Sequence[str], timeout_s: float | None = None) -> set[str]:
+        """Waits for all ``keys``; returns those that did not come in time."""
+        deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+        for key in keys:
+            left = max(deadline - time.monotonic(), 0.01)
+            try:
+                self.store.wait([key], timedelta(seconds=left))
+            except (dist.DistStoreError, RuntimeError):
+                break
+        else:
+            return set()
+        return {key for key in keys if not self.store.check([key])}
+
+
+def _kernel_remedy(found: Mapping[str, str]) -> str:
+    """``found``: kernel → the rank that has it. Where kernels choose themselves, a host without a compiler is why."""
+    slower = next((name for name in ("torch", "fused") if name in found), None)
+    if slower is None:
+        return ". Choose one that every rank has by kernel=… or SHARDED_LAMB_KERNEL"
+    compiler = (
+        f"Install a C++ compiler on the host of {found[slower]}, or choose" if "cpp" in found else "Choose"
+    )
+    return f". {compiler} kernel={slower!r} or SHARDED_LAMB_KERNEL={slower} on every rank"
+
+
+@contextmanager
+def told_to_all(topology: Topology, *, always: bool = False) -> Iterator[None]:
+    """A mistake that this rank finds alone is told to the others, who would wait for it until a timeout.
+
+    ``always``: the others come to compare here too; otherwise they do in the comparison that follows.
+    """
+    try:
+        yield
+    except Exception as error:
+        with suppress(ValueError, RuntimeError):
+            check_agreement(topology, [("construction", f"failed: {type(error).__name__}: {error}")])
+        raise
+    if always:
+        check_agreement(topology, [("construction", "ok")])
+
+
+def describe_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's options as JSON can hold them."""
+    options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    lr = options["lr"]
+    return {**{key: repr(value) for key, value in options.items()}, "lr": repr(float(lr))}

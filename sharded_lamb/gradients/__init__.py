@@ -1,0 +1,1 @@
+"""How gradients arrive, and what all ranks must know of them."""

@@ -1,0 +1,214 @@
+"""What all ranks must know of the gradients before any moment is written, in one packed all-reduce (a).
+
+Slots of the fp64 vector, for P parameters and W ranks::
+
+    [0, P)      Σg², each rank what it speaks for (non-finite: a gradient element was, or its square overflows)
+    [P, 2P)     on how many ranks the parameter has a gradient
+    [2P, 3P)    on how many ranks gradient is left over that no reduction took (stage 2)
+    [3P]        on how many ranks GradScaler found an inf
+    [3P+1, …)   on the first steps: Σg and Σg² of what a rank holds of gradients that others hold too, W slots a kind
+"""
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sharded_lamb.comm.collectives import Collectives
+from sharded_lamb.core import rule
+from sharded_lamb.sharding.placements import Replicas
+
+TOLERANCE = 1e-3
+"""How far Σg² of the same averaged gradients may differ over ranks, relative; Σg likewise, of √Σg²."""
+
+
+@dataclass(frozen=True)
+class GradientFacts:
+    """The agreed facts, on the device of the update, the same bits on every rank."""
+
+    square_sums: Tensor  # [P] fp64
+    present: Tensor  # [P] fp64, ranks that have a gradient
+    left_over: Tensor  # [P] fp64
+    bad: Tensor  # [P] bool: non-finite
+    found_inf: Tensor  # bool
+    totals: Tensor | None  # [2, kinds, W] Σg and Σg² of what every rank holds of each kind of `Replicas`
+    agreed: bool = True  # False: this rank's own, see `agree_with_norms`
+
+    @property
+    def any_bad(self) -> Tensor:
+        return self.bad.any() | self.found_inf
+
+    def norm(self, wide: Tensor, scale: Tensor) -> Tensor:
+        """Global norm of gradients times ``scale`` (scalar, or [P]), fp64.
+
+        Rounded to fp32 (see `sharded_lamb.core.rule.norms`) unless all are ``wide``.
+        """
+        if scale.ndim:
+            return rule.norms((self.square_sums * scale * scale).sum(), wide.all())
+        return rule.norms(self.square_sums.sum(), wide.all()) * scale
+
+    def joined(self, other: "GradientFacts") -> "GradientFacts":
+        """Of both, where no parameter is in both."""
+        return GradientFacts(
+            square_sums=self.square_sums + other.square_sums,
+            present=self.present + other.present,
+            left_over=self.left_over + other.left_over,
+            bad=self.bad | other.bad,
+            found_inf=self.found_inf | other.found_inf,
+            totals=None,
+        )
+
+
+def agree(
+    collectives: Collectives,
+    square_sums: Tensor,
+    present: Sequence[bool],
+    left_over: Sequence[bool],
+    found_inf: Tensor | None = None,
+    totals: Tensor | None = None,
+) -> GradientFacts:
+    """Make this rank's facts everyone's. One small all-reduce over everyone; none on one rank.
+
+    Args:
+        square_sums: [P] fp64, Σg² of what this rank speaks for.
+        present, left_over: [P], this rank's.
+        found_inf: GradScaler's, if one is in use.
+        totals: [2, kinds] Σg and Σg² of what this rank holds, to compare over ranks.
+    """
+    topology, count, world = collectives.topology, len(present), collectives.world_size
+    device = square_sums.device
+    slots = 0 if totals is None else totals.numel() * world
+    vector = torch.zeros(3 * count + 1 + slots, dtype=torch.float64, device=device)
+    vector[:count] = square_sums
+    vector[count : 2 * count] = _flags(present, device)
+    if any(left_over):
+        vector[2 * count : 3 * count] = _flags(left_over, device)
+    if found_inf is not None:
+        vector[3 * count] = found_inf.to(device).reshape(())
+    if totals is not None:
+        vector[3 * count + 1 :].view(*totals.shape, world)[..., topology.rank] = totals
+    collectives.all_reduce_small(vector)
+    sums = vector[:count]
+    return GradientFacts(
+        square_sums=sums,
+        present=vector[count : 2 * count],
+        left_over=vector[2 * count : 3 * count],
+        bad=~sums.isfinite(),
+        found_inf=vector[3 * count] > 0,
+        totals=vector[3 * count + 1 :].view(*totals.shape, world) if totals is not None else None,
+    )
+
+
+def _flags(given: Sequence[bool], device: torch.device) -> Tensor:
+    """[P] fp64, not to be written."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.array(given, dtype=np.float64))  # torch.tensor takes ten times as long
+    return _flags_on_device(tuple(given), device)
+
+
+@lru_cache(maxsize=16)
+def _flags_on_device(given: tuple[bool, ...], device: torch.device) -> Tensor:
+    """Kept: steps hand over the same flags, and a copy from the host can't be part of a CUDA graph."""
+    return torch.tensor(given, dtype=torch.float64, pin_memory=device.type == "cuda").to(
+        device, non_blocking=True
+    )
+
+
+def not_agreed(square_sums: Tensor, present: Sequence[bool]) -> GradientFacts:
+    """This rank's facts where no decision waits for the others': nothing clips, nothing is left out."""
+    no = torch.zeros(len(present), dtype=torch.bool, device=square_sums.device)
+    return GradientFacts(
+        square_sums=square_sums,
+        present=_flags(present, square_sums.device),
+        left_over=torch.zeros_like(square_sums),
+        bad=no,
+        found_inf=torch.zeros((), dtype=torch.bool, device=square_sums.device),
+        totals=None,
+        agreed=False,
+    )
+
+
+def agree_with_norms(collectives: Collectives, facts: GradientFacts, norms: Tensor) -> GradientFacts:
+    """(a) and (b) in one: ``norms`` [2, P] is summed over ranks in place, and `not_agreed` facts with it."""
+    vector = torch.cat([norms, torch.stack([facts.square_sums, facts.present])])
+    collectives.all_reduce_small(vector)
+    norms.copy_(vector[:2])
+    return replace(facts, square_sums=vector[2], present=vector[3], bad=~vector[2].isfinite(), agreed=True)
+
+
+def spoil_on_purpose(grads: Sequence[Tensor | None]) -> None:
+    """What `faults` asks for at the point "gradient"."""
+    for grad in grads:
+        if grad is not None:
+            grad.fill_(torch.nan)
+
+
+def check_present(
+    facts: GradientFacts, names: Sequence[str], world_size: int, placed: Container[int]
+) -> None:
+    """A gradient must be on all ranks or on none. Reads the device.
+
+    Args:
+        placed: the parameters that are DTensors.
+
+    Raises:
+        ValueError: a gradient is on some ranks only.
+    """
+    partial = ((facts.present > 0) & (facts.present < world_size)).nonzero().flatten().tolist()
+    if not partial:
+        return
+    first = partial[0]
+    found = (
+        f"a gradient of {names[first]!r} on {int(facts.present[first])} of {world_size} ranks only (and of "
+        f"{len(partial) - 1} more parameters)"
+    )
+    if first in placed:
+        raise ValueError(
+            f"there is {found}, and it is a DTensor, of which every rank holds a part: run the same modules' backward "
+            f"on all ranks of the mesh"
+        )
+    raise ValueError(
+        f"stage=1 got {found}: .grad must hold gradients averaged over ranks, as "
+        f"DistributedDataParallel leaves them. Use DistributedDataParallel(find_unused_parameters=True), or "
+        f"ShardedLamb(stage=2) on the bare model, which reduces gradients itself"
+    )
+
+
+def check_alike(facts: GradientFacts, replicas: Replicas) -> None:
+    """Ranks that hold the same part of a gradient must hold the same numbers. Reads the device.
+
+    Raises:
+        ValueError: they differ by more than `TOLERANCE`.
+    """
+    if facts.totals is None or not facts.totals.isfinite().all():
+        return
+    sums, squares = facts.totals.tolist()
+    for kind, cells in enumerate(replicas.cells):
+        scale = max(squares[kind])
+        for rank, cell in enumerate(cells):
+            first = cells.index(cell)
+            total, square = sums[kind][rank], squares[kind][rank]
+            gap, gap_of_squares = abs(total - sums[kind][first]), abs(square - squares[kind][first])
+            if gap_of_squares > TOLERANCE * scale or gap > TOLERANCE * scale**0.5:
+                found = (
+                    f"different gradients on rank {first} (Σg = {sums[kind][first]:.6g}, "
+                    f"Σg² = {squares[kind][first]:.6g}) and on rank {rank} (Σg = {total:.6g}, Σg² = {square:.6g})"
+                )
+                raise ValueError(_unlike(found, replicas.kinds[kind]))
+
+
+def _unlike(found: str, kind: str) -> str:
+    if kind:
+        return (
+            f"DTensor parameters with {kind} have {found}, which hold the same part of them: these ranks would drift "
+            f"apart. Gradients must be averaged over the axes that replicate, as fully_shard does on a 2-D mesh "
+            f"(replicate, shard)"
+        )
+    return (
+        f"stage=1 got {found}: they are not averaged over ranks, and every "
+        f"rank would train on its own. Wrap the model in DistributedDataParallel, or use "
+        f"ShardedLamb(stage=2) on the bare model, which averages gradients itself"
+    )

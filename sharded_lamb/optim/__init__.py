@@ -1,0 +1,1 @@
+"""The optimizers: `Lamb` on one device, `ShardedLamb` over ranks."""

@@ -1,0 +1,442 @@
+"""`ShardedLamb`: LAMB whose state is cut over ranks, with exact trust ratios.
+
+How the parts work together in a step::
+
+    gradients ─(reduce-scatter)─► my slices, Σg²          gradients/reducer.py (stage 2), averaged.py (1, 3)
+                     │  small all-reduce (a)              gradients/summary.py
+                     ▼  pass 1: m, v; Σw², Σu²            kernels/engine.py
+        small all-reduce (b): [2 x P] fp64                kernels/engine.py
+                     │  pass 2: w                         kernels/engine.py
+    parameters ◄─(all-gather)── my slices                 comm/collectives.py
+"""
+
+import logging
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Unpack
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from sharded_lamb import kernels
+from sharded_lamb.comm.collectives import Collectives, Pending, Traffic
+from sharded_lamb.comm.consistency import Description, check_agreement, describe_group, told_to_all
+from sharded_lamb.comm.forward_gathers import ForwardGathers, Watch
+from sharded_lamb.comm.topology import Topology
+from sharded_lamb.core import rule
+from sharded_lamb.core.hyperparams import RuleOptions, check_max_grad_norm
+from sharded_lamb.gradients.averaged import AveragedGradients
+from sharded_lamb.gradients.mixed import MixedGradients
+from sharded_lamb.gradients.reducer import BackwardReducer
+from sharded_lamb.gradients.summary import GradientFacts, agree_with_norms, check_present
+from sharded_lamb.kernels import Kernel
+from sharded_lamb.kernels.engine import lamb_step
+from sharded_lamb.optim.sharded_state import SavingOptimizer
+from sharded_lamb.optim.skips import SkipCounter
+from sharded_lamb.sharding.param_store import Holdings, Plan, Settings
+from sharded_lamb.sharding.placements import materialized, root_ranks
+from sharded_lamb.timeline import Timeline
+
+logger = logging.getLogger("sharded_lamb")
+
+
+@dataclass(frozen=True, slots=True)
+class _LastStep:
+    ratios: Tensor  # [P] fp64
+    moved: Tensor  # [P] bool
+    grad_norm: Tensor  # fp64 scalar
+
+
+class ShardedLamb(SavingOptimizer):
+    """LAMB (arXiv 1904.00962) with optimizer state cut over ranks, exact for every parameter.
+
+    Parameters become views of flat buckets. Each rank keeps moments (and fp32 masters of fp16 and bf16
+    parameters) for its equal part of every bucket, updates that part, and gathers the others'.
+
+    DTensor parameters (``fully_shard``, HSDP, tensor parallel) stay where they are: stage 3, found by itself, whatever
+    ``stage`` says of plain parameters beside them. Each rank updates its local parts, with moments beside them; norms
+    are summed over the ranks that shard, each element once.
+
+    Collectives a step, on groups of its own: two small all-reduces whatever the number of parameters,
+    ((a) gradient norm, finiteness and presence, 3 P fp64; (b) weight and update norms, 2 P fp64), one all-gather a
+    bucket, and in stage 2 one reduce-scatter a bucket during backward. With DTensors alone, no clipping and
+    ``skip_nonfinite=False``, (a) and (b) are one of 4 P fp64; stage 2 beside DTensors makes (a) twice.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or group dicts of either. Frozen parameters cost
+            nothing and join when they are unfrozen. Plain ones and DTensors mix.
+        lr, betas, eps, weight_decay, variant, and further rule options: as for `Lamb`.
+        stage: 1: ``.grad`` holds gradients averaged over ranks, as DistributedDataParallel leaves them.
+            2: ``.grad`` is each rank's own; it is reduced during backward, averaged, and freed. (DTensors' gradients
+            are what ``fully_shard`` and autograd leave in ``.grad``.)
+        process_group: the ranks that share the state; default: those of the mesh that DTensors' meshes were sliced
+            from, else all.
+        mesh: instead of ``process_group``: 1-D, or 2-D (replicate, shard): shard inside, replicate across.
+        bucket_mb: MiB of parameters a bucket, > 0.
+        master_dtype: of the copy that is updated, where the parameters' dtype differs.
+        state_dtype: of the moments. (float64 parameters have float64 masters and moments.)
+        reduce_dtype: of gradients on the wire in stage 2; None: the parameters' dtype.
+        overlap: stage 2: reduce buckets as backward fills them; False: all at the end of backward.
+        skip_nonfinite: a non-finite gradient on any rank leaves the step out on every rank: nothing moves. (Stage 1:
+            a non-finite averaged gradient; each rank looks at its own slices of it.)
+        max_consecutive_skips: after as many in a row, an error on every rank.
+        kernel: what computes: "cpp" (CPU, compiled on first use), "fused" (CPU, no compiler; equal but for rounding),
+            "triton" (GPU), "torch" (stock operations, anywhere), or "auto": the fastest that works, or what the
+            environment variable SHARDED_LAMB_KERNEL names. The same on all ranks.
+        store_param_remainders: keep of the float32 masters of bfloat16 parameters the 16 bits that the weights lack,
+            half as much (`sharded_lamb.kernels.remainders`). State dicts hold masters all the same. A weight that was
+            written wins to within half a step of bfloat16, before the first step exactly. Parameters of other dtypes
+            have whole masters.
+
+    Raises:
+        ValueError, TypeError: a wrong option or parameter; ranks that disagree on names, shapes, dtypes or options
+            (on every rank, within seconds).
+        RuntimeError: ranks that do not construct it; WORLD_SIZE > 1 without a process group.
+
+    Construction is collective: an agreement through the store, new groups, a broadcast of the plain weights of
+    the first rank.
+    """
+
+    _step_supports_amp_scaling = True
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        *,
+        variant: str = "lamb",
+        stage: Literal[1, 2] = 1,
+        process_group: dist.ProcessGroup | None = None,
+        mesh: DeviceMesh | None = None,
+        bucket_mb: float = 32,
+        master_dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype = torch.float32,
+        reduce_dtype: torch.dtype | None = None,
+        overlap: bool = True,
+        skip_nonfinite: bool = True,
+        max_consecutive_skips: int = 10,
+        kernel: str = "auto",
+        store_param_remainders: bool = False,
+        **options: Unpack[RuleOptions],
+    ) -> None:
+        params = materialized(params)
+        topology = Topology.of(process_group, mesh, root_ranks(params))
+        with told_to_all(topology):
+            self._settings = Settings(
+                stage,
+                bucket_mb,
+                master_dtype,
+                state_dtype,
+                reduce_dtype,
+                overlap,
+                skip_nonfinite,
+                max_consecutive_skips,
+                kernel,
+                store_param_remainders,
+            )
+            self._holdings = Holdings(self, topology, self._settings)
+            scalars = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+            super().__init__(params, scalars, variant, options)
+        plan, self._kernel = self._agreed_plan()
+        self._collectives = Collectives(topology, plan.wire_device)
+        self._gradients = self._make_gradients()
+        self._gathers = ForwardGathers()
+        self._skips = SkipCounter(plan.device, max_consecutive_skips)
+        self._clip: Tensor | None = None
+        self._looked_at: list[Tensor] = []  # all parameters, when it was last looked which of them are
+        self._frozen: list[Tensor] = []  # not held
+        self._last: _LastStep | None = None
+        self._summarized = False
+        self._take_on(plan)
+
+    # -- what is optimized --------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, with the options of `ShardedLamb`'s groups. Collective after construction."""
+        super().add_param_group(param_group)
+        if self._constructed:
+            try:
+                self._take_on(self._agreed_plan()[0])
+            except (ValueError, TypeError, RuntimeError):
+                self.param_groups.pop()
+                raise
+
+    def _agreed_plan(self) -> tuple[Plan, Kernel]:
+        """Where the parameters go that want gradients and are not held yet, and what they are updated with; the same on
+        every rank. Collective."""
+        held = self._holdings
+        with told_to_all(held.topology):
+            plan = held.plan(list(self._named_parameters()))
+            kernel = kernels.choose(self._settings.kernel, plan.device)
+        description: Description = [("construction", "ok"), ("settings", self._settings.described())]
+        description.append(("kernel", kernel.name))
+        description.append(("max_grad_norm", self.max_grad_norm))
+        description += [
+            (f"options of group {i}", describe_group(group)) for i, group in enumerate(self.param_groups)
+        ]
+        description += plan.described(len(held.params))
+        check_agreement(held.topology, description)
+        return plan, kernel
+
+    def _take_on_unfrozen(self) -> None:
+        held = self._holdings
+        now = [p for group in self.param_groups for p in group["params"]]
+        if len(now) == len(self._looked_at) and all(map(operator.is_, now, self._looked_at)):
+            if not any(p.requires_grad for p in self._frozen):
+                return
+        else:
+            self._looked_at, self._frozen = now, [p for p in now if p not in held.index]
+        if any(p.requires_grad for p in self._frozen):
+            there = set(now)
+            gone = [name for name, p in zip(held.names, held.params, strict=True) if p not in there]
+            if gone:
+                raise RuntimeError(
+                    f"parameter {gone[0]!r} is in no parameter group any more and others are (fully_shard and "
+                    f"Accelerate's prepare put new parameters in the place of old ones): construct ShardedLamb after "
+                    f"that, from the parameters that the model has then"
+                )
+            self._take_on(self._agreed_plan()[0])
+            self._looked_at = []
+
+    def _take_on(self, plan: Plan) -> None:
+        """Collective: broadcasts the weights of the first rank."""
+        held = self._holdings
+        self.synchronize()
+        self._gradients.settle()
+        buckets = held.adopt(plan, self._collectives)
+        self._table = self._option_table(held.rows, plan.device)
+        names, params = [name for name, _, _ in plan.rows], [p for _, p, _ in plan.rows]
+        self._gradients.extend(names, params, buckets, held.replicas())
+        self._show_state()
+
+    # -- the step -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One LAMB step on every rank. Collective. Returns the closure's loss, or None.
+
+        Raises:
+            RuntimeError: a parameter was moved out of its bucket, too many steps in a row were skipped, or (stage 2)
+                gradients were changed after they were reduced.
+            ValueError: stage 1 got gradients that are not averaged over ranks.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        held = self._holdings
+        self.synchronize()
+        self._take_on_unfrozen()
+        if not held.params:
+            return loss
+        held.check_attached()
+        self._skips.check(held.names)
+        found_inf = getattr(self, "found_inf", None)
+        decides = self._settings.skip_nonfinite or self.max_grad_norm is not None or self._clip is not None
+        may_wait = not decides and found_inf is None
+        self._update(self._gradients.ready(found_inf, may_wait=may_wait), found_inf)
+        self._gradients.stepped()
+        self._clip = None
+        if not self._summarized and held.topology.rank == 0:
+            logger.info(held.summary(self._table, self._kernel.name, str(self.defaults["variant"])))
+        self._summarized = True
+        return loss
+
+    def _update(self, facts: GradientFacts, found_inf: Tensor | None) -> None:
+        held, collectives = self._holdings, self._collectives
+        skip = self._must_skip(facts, found_inf)
+        self._skips.record(skip, facts.bad)
+        inverse = self._inverse_scale()
+        wide = self._table.options().wide
+        grad_norm = facts.norm(wide, inverse)
+        moved = (facts.present > 0) & ~skip
+        if held.device.type == "cpu" and skip:
+            self._last = _LastStep(torch.ones_like(held.step), moved, grad_norm)
+            return
+        clip = torch.ones_like(grad_norm) if self._clip is None else self._clip
+        clip = clip * rule.clip_factor(grad_norm * clip, self.max_grad_norm)
+        step = held.step + moved
+        gathers: dict[int, Pending] = {}
+
+        def sum_over_ranks(norms: Tensor) -> None:
+            nonlocal facts
+            facts = self._sum_norms(norms, facts)
+
+        def gather(index: int) -> None:
+            if index < len(held.buckets):
+                gathers[index] = collectives.all_gather(held.buckets[index].flat)
+
+        laps = collectives.traffic.laps()
+        ratios = lamb_step(
+            self._kernel,
+            held.shards(),
+            self._table.options(),
+            lr=self._table.lr(),
+            step=step,
+            active=moved,
+            grad_scale=torch.where(skip, torch.zeros_like(clip), inverse * clip),
+            sum_over_ranks=laps.before("pass 1", sum_over_ranks),
+            written=laps.before("pass 2", gather),
+        )
+        held.step.copy_(step)
+        self._gathers.take(gathers, lambda index: held.buckets[index].params)
+        # A graph made before the step must not go unnoticed.
+        torch.autograd.graph.increment_version(held.params)
+        self._last = _LastStep(ratios, moved, facts.norm(wide, inverse))
+
+    def _sum_norms(self, square_sums: Tensor, facts: GradientFacts) -> GradientFacts:
+        """(b): every element counts once, so of the ranks that hold it all but the first add nothing."""
+        square_sums *= self._holdings.speaks
+        if facts.agreed:
+            self._collectives.all_reduce_small(square_sums)
+            return facts
+        facts = agree_with_norms(self._collectives, facts, square_sums)
+        if facts.present.device.type == "cpu":
+            world, names = self._collectives.world_size, self._holdings.names
+            check_present(facts, names, world, placed=range(len(names)))
+        return facts
+
+    def _must_skip(self, facts: GradientFacts, found_inf: Tensor | None) -> Tensor:
+        """Bool scalar on the device, the same on every rank."""
+        skip = facts.found_inf | self._gradients.is_partial(facts)
+        if self._settings.skip_nonfinite:
+            skip = skip | facts.bad.any()
+        if found_inf is not None:
+            skip = skip | (found_inf.to(skip.device).reshape(()) > 0)
+        return skip
+
+    def _inverse_scale(self) -> Tensor:
+        """What turns the held gradients into the true ones: GradScaler's inverse scale, or 1. fp64 scalar, or [P]."""
+        inverse = torch.ones((), dtype=torch.float64, device=self._holdings.device)
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            inverse = inverse / scale.to(inverse.device, torch.float64).reshape(())
+        unscaled = self._gradients.unscale_factor()
+        return inverse if unscaled is None else inverse * unscaled
+
+    # -- gradients ----------------------------------------------------------------------------------
+
+    def _make_gradients(self) -> AveragedGradients | MixedGradients:
+        held, collectives = self._holdings, self._collectives
+        if self._settings.stage == 1:
+            return AveragedGradients(collectives, self._kernel, self._spoken, held.pieces)
+        return MixedGradients(
+            BackwardReducer(collectives, self._kernel, self._spoken, overlap=self._settings.overlap),
+            AveragedGradients(collectives, self._kernel, self._spoken, held.pieces, only_placed=True),
+        )
+
+    def _spoken(self, square_sums: Tensor) -> Tensor:
+        """Of sums over what this rank holds, what counts. Non-finite on any rank that holds it: 0 x inf is nan."""
+        return square_sums * self._holdings.speaks
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients: ``.grad``, and in stage 2 what was reduced, once nothing is in flight any more."""
+        self._gradients.zero()
+        self._clip = None
+        super().zero_grad(set_to_none)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Stage 2: backward inside accumulates in ``.grad`` and sends nothing; the next one outside reduces all.
+
+        Stage 1 reduces nothing itself: there it does nothing (use DistributedDataParallel's).
+        """
+        before, self._gradients.enabled = self._gradients.enabled, False
+        try:
+            yield
+        finally:
+            self._gradients.enabled = before
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clip the averaged gradients by their global norm, at the coming step. Collective.
+
+        With DTensors the step agrees on gradients again: one small all-reduce more than ``max_grad_norm``.
+
+        Returns:
+            The norm before clipping (fp32 scalar), the same bits on every rank.
+        """
+        check_max_grad_norm(max_norm)
+        self._take_on_unfrozen()
+        if not self._holdings.params:
+            return torch.zeros(())
+        facts = self._gradients.ready(None)
+        unscaled = self._gradients.unscale_factor()
+        one = torch.ones((), dtype=torch.float64, device=self._holdings.device)
+        norm = facts.norm(self._table.options().wide, one if unscaled is None else unscaled)
+        self._clip = rule.clip_factor(norm, max_norm)
+        return norm.float()
+
+    # -- gathers behind the next forward ---------------------------------------------------------------
+
+    def overlap_forward(self, module: nn.Module) -> Watch:
+        """From now on let parameters be gathered while the next forward of ``module`` runs, each awaited when needed.
+
+        Between a step and that forward parameters hold old values of other ranks' slices. A module's forward and
+        ``state_dict`` wait by themselves; code that reads parameters otherwise (an average of weights, a forward that
+        reads a parameter of a module before it calls it) must call `synchronize` first. Not for models under
+        torch.compile. The first forward shows which modules are called; others' parameters are awaited in the step.
+
+        Returns:
+            a handle; its ``remove()`` ends this.
+
+        Raises:
+            ValueError: this optimizer gathers none of the module's parameters.
+        """
+        held = self._holdings
+        bucket_of = {p: index for index, bucket in enumerate(held.buckets) for p in bucket.params}
+        return self._gathers.watch(module, bucket_of)
+
+    def synchronize(self) -> None:
+        """Wait until every parameter is gathered; without `overlap_forward` they are when `step` returns."""
+        self._gathers.wait()
+
+    # -- what happened ------------------------------------------------------------------------------
+
+    def trust_ratios(self) -> dict[str, float]:
+        """{name: ratio} of the parameters that the last step moved; the same on every rank. Reads the device."""
+        if self._last is None:
+            return {}
+        rows = zip(self._holdings.names, self._last.ratios.tolist(), self._last.moved.tolist(), strict=False)
+        return {name: ratio for name, ratio, moved in rows if moved}
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Global norm of the last step's averaged gradients, unscaled, before clipping. Reads the device."""
+        return None if self._last is None else float(self._last.grad_norm.item())
+
+    @property
+    def traffic(self) -> Traffic:
+        """Collectives and bytes that this rank sent, by name, since construction."""
+        return self._collectives.traffic
+
+    @contextmanager
+    def record(self, timeline: Timeline) -> Iterator[None]:
+        """Note on ``timeline`` when what is sent, waited for and computed inside. This rank's alone: not collective."""
+        traffic = self._collectives.traffic
+        before, traffic.timeline = traffic.timeline, timeline
+        try:
+            yield
+        finally:
+            traffic.timeline = before
+
+    def expected_bytes(self) -> dict[str, int]:
+        """Bytes that a step sends by its formula, by the names of `traffic`.
+
+        The first two steps add 2 W fp64 to the small ones for each way in which ranks hold the same gradients
+        (stage 1's plain ones; replicated DTensors). The sum of gradients that came as ``Partial`` is not foreseen.
+        """
+        return self._holdings.bytes_on_wire(clips=self.max_grad_norm is not None)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on this rank: parameters, masters, moments, gradient_shards, staging."""
+        return {**self._holdings.bytes_by_kind(), "staging": self._gradients.staging_bytes()}

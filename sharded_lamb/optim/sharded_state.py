@@ -1,0 +1,200 @@
+"""How a `ShardedLamb` is saved and loaded: one rank's part, or whole tensors on the first rank."""
+
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from sharded_lamb.comm.collectives import Collectives
+from sharded_lamb.comm.consistency import told_to_all
+from sharded_lamb.core.options import OptionTable
+from sharded_lamb.optim.base import LambOptimizer
+from sharded_lamb.optim.skips import SkipCounter
+from sharded_lamb.sharding import state
+from sharded_lamb.sharding.param_store import Holdings, Settings
+
+
+class SavingOptimizer(LambOptimizer):
+    """The part of `ShardedLamb` that knows what state is made of and not how a step is made."""
+
+    _settings: Settings
+    _holdings: Holdings
+    _collectives: Collectives
+    _skips: SkipCounter
+    _table: OptionTable
+
+    def synchronize(self) -> None:
+        """Wait until every parameter is gathered."""
+        raise NotImplementedError
+
+    def _show_state(self) -> None:
+        """``self.state`` of all parameters, over the memory of now."""
+        held = self._holdings
+        world = held.topology
+        states = state.local_states(held.layout, held.buckets, held.step)
+        states |= state.placed_states(
+            held.layout, held.pieces, held.cuts, world.rank, len(world.everyone), held.step
+        )
+        for param, entry in sorted(states.items()):
+            self.state[held.params[param]] = entry
+
+    def _load_tensors(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        held = self._holdings
+        for name, p in zip(held.names, held.params, strict=True):
+            if p not in states:
+                raise ValueError(f"the state dict has no state of {name!r}: it is of another model")
+            state.check_local(name, self.state[p], states[p])
+        for p in held.params:
+            state.load_local(self.state[p], states[p])
+
+    def _load_groups(self, saved_groups: list[dict[str, Any]]) -> None:
+        super()._load_groups(saved_groups)
+        self._table = self._option_table(
+            self._holdings.rows, self._holdings.device
+        )  # patterns may have changed
+        self._skips.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's slices, stamped: save every rank's own, and load it on the same rank of as many.
+
+        Tensors are those that steps update, but for masters kept as remainders, which are joined: fp32, new memory.
+        Warns where a framework asks for it that saves the first rank's only (Hugging Face's Trainer).
+        """
+        if self._collectives.world_size > 1 and called_by("transformers.trainer"):
+            warnings.warn(
+                "transformers' Trainer saves the optimizer of rank 0 only, and state_dict() of a ShardedLamb over "
+                f"{self._collectives.world_size} ranks holds rank 0's slices only: this checkpoint cannot resume the "
+                "optimizer. Save full_state_dict() in a TrainerCallback, or set save_only_model=True",
+                UserWarning,
+                stacklevel=2,
+            )
+        packed = super().state_dict()
+        self._join_masters(packed["state"])
+        if self._collectives.world_size > 1 and asked_for_whole():
+            if self._holdings.buckets:
+                raise TypeError(
+                    "StateDictOptions(full_state_dict=True) would take this rank's slices for whole tensors: use "
+                    "ShardedLamb.full_state_dict() and load_full_state_dict(), or leave the option out"
+                )
+            # A stamp says whose part the state is, and this will be whole.
+            packed["state"] = {
+                place: {key: value for key, value in entry.items() if key != "shard"}
+                for place, entry in packed["state"].items()
+            }
+        return packed
+
+    def _join_masters(self, entries: dict[int, dict[str, Any]]) -> None:
+        """Put masters in the place of remainders. ``entries``: of a packed state, by place in the groups."""
+        held = self._holdings
+        masters = state.joined_masters(held.buckets, held.pieces)
+        order = [p for group in self.param_groups for p in group["params"]]
+        for place, p in enumerate(order):
+            if p in held.index and held.index[p] in masters and place in entries:
+                joined = {"remainder": masters[held.index[p]]}
+                entries[place] = {state.saved_key(k): joined.get(k, v) for k, v in entries[place].items()}
+
+    def full_state_dict(self) -> dict[str, Any] | None:
+        """Whole state tensors on the first rank's CPU, as `Lamb.load_state_dict` takes them; None elsewhere.
+
+        Collective; streamed, so that no rank but the first ever holds more than a bucket of others' state.
+        ``master`` entries (fp32 weights of fp16 and bf16 parameters) are there beside the moments.
+        """
+        held = self._holdings
+        states = state.gather_full(self._collectives, held.layout, held.buckets, held.pieces, held.step)
+        if states is None:
+            return None
+        packed = super().state_dict()
+        order = [p for group in self.param_groups for p in group["params"]]
+        whole = {place: states[held.index[p]] for place, p in enumerate(order) if p in held.index}
+        return {"state": whole, "param_groups": packed["param_groups"]}
+
+    def load_full_state_dict(self, state_dict: dict[str, Any] | None) -> None:
+        """Load what `full_state_dict` or `Lamb.state_dict` gave, at any number of ranks. Collective.
+
+        Args:
+            state_dict: on the first rank; others pass None.
+
+        Raises:
+            ValueError: on every rank, where the first rank's state does not fit.
+        """
+        held = self._holdings
+        first = held.topology.rank == 0
+        with told_to_all(held.topology, always=True):
+            if first:
+                saved = state.check_complete(state_dict)
+                self._check_saved_groups(saved["param_groups"])
+                order = [p for group in self.param_groups for p in group["params"]]
+                states = state.by_index(saved["state"], [held.index.get(p) for p in order])
+                state.check_full(held.names, [tuple(p.shape) for p in held.params], states)
+        groups: list[Any] = [state_dict["param_groups"] if first and state_dict is not None else None]
+        if held.topology.everyone[1:]:
+            dist.broadcast_object_list(groups, held.topology.everyone[0], group=self._collectives.everyone)
+        state.scatter_full(self._collectives, held.buckets, held.pieces, held.step, states if first else None)
+        self._load_groups(groups[0])
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Global ranks that hold a part of the state."""
+        return self._holdings.topology.everyone
+
+    @property
+    def stages(self) -> str:
+        """ "1", "2" or "3", or two of them: see ``stage``."""
+        return self._holdings.stages
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out for non-finite gradients, since construction or as a checkpoint said. Reads the device."""
+        return self._skips.total
+
+    @skipped_steps.setter
+    def skipped_steps(self, total: int) -> None:
+        self._skips.set_total(total)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._collectives.world_size > 1:
+            raise TypeError(
+                "a ShardedLamb over several ranks holds one rank's slices and process groups, and cannot be pickled or "
+                "copied: use state_dict() on every rank, or full_state_dict()"
+            )
+        return {
+            "settings": self._settings,
+            "defaults": self.defaults,
+            "max_grad_norm": self.max_grad_norm,
+            "param_groups": self.param_groups,
+            "full": self.full_state_dict(),
+        }
+
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        settings: Settings = pickled["settings"]
+        defaults = dict(pickled["defaults"])
+        keywords = {name: getattr(settings, name) for name in settings.__slots__}
+        self.__init__(  # type: ignore[misc]
+            pickled["param_groups"], **keywords, **defaults, max_grad_norm=pickled["max_grad_norm"]
+        )
+        self.load_full_state_dict(pickled["full"])
+
+
+def asked_for_whole() -> bool:
+    """Whether torch.distributed.checkpoint.state_dict is asking, with ``StateDictOptions(full_state_dict=True)``."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+            return bool(getattr(frame.f_locals.get("info"), "full_state_dict", False))
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def called_by(module: str) -> bool:
+    """Whether a function of ``module`` is on this thread's stack."""
+    if module not in sys.modules:
+        return False
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == module:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

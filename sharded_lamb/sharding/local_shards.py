@@ -1,0 +1,215 @@
+"""DTensors as they are: this rank's local parts as pieces for the kernels, with their state beside them.
+
+Nothing is moved, gathered or broadcast: whoever cut the parameters (fully_shard, parallelize_module) gathers them. The
+sibling of `buckets.py`, where parameters are cut here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+from sharded_lamb.comm.collectives import Traffic
+from sharded_lamb.kernels import PieceShard
+from sharded_lamb.sharding.buckets import Precision, flattened, masters_of, memory_strides
+from sharded_lamb.sharding.placements import local_part, mesh_device
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One parameter's local part: where it lies, and its state; all flat, in the local part's memory order."""
+
+    p: DTensor
+    precision: Precision
+    strides: tuple[int, ...]  # of the local part
+    master: Tensor | None  # [n] master dtype, where that is not the model's; int16: remainders of masters
+    exp_avg: Tensor  # [n] state dtype
+    exp_avg_sq: Tensor  # [n] state dtype
+
+    @staticmethod
+    def of(p: DTensor, precision: Precision) -> "Piece":
+        local = local_part(p)
+        strides = memory_strides(local)
+
+        def zeros(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(local.numel(), dtype=dtype, device=local.device)
+
+        master = None if precision.apart is None else zeros(precision.apart)
+        if master is not None:
+            masters_of(flattened(local, strides), master)
+        return Piece(p, precision, strides, master, zeros(precision.state), zeros(precision.state))
+
+    def weight(self) -> Tensor:
+        """[n] the model's own memory."""
+        return flattened(local_part(self.p), self.strides)
+
+    def states(self) -> dict[str, Tensor]:
+        """The sharded kinds of state, flat, by their key."""
+        kinds = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        key = "remainder" if self.precision.splits else "master"
+        return kinds if self.master is None else {**kinds, key: self.master}
+
+    def as_dtensor(self, flat: Tensor) -> DTensor:
+        """A flat tensor of this rank's as a DTensor like the parameter, over the same memory.
+
+        As FSDP makes its own: `DTensor.from_local` would copy what is offloaded to the mesh's device.
+        """
+        local = flat.as_strided(local_part(self.p).shape, self.strides)
+        meta = TensorMeta(self.p.shape, self.p.stride(), flat.dtype)
+        spec = DTensorSpec(self.p.device_mesh, tuple(self.p.placements), tensor_meta=meta)
+        return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+    def whole(self, flat: Tensor) -> Tensor:
+        """The whole tensor on the mesh's device, wherever this rank's part lies. Collective."""
+        kept = self.as_dtensor(flat)
+        local = kept.to_local().to(mesh_device(self.p.device_mesh))
+        moved = DTensor.from_local(
+            local, kept.device_mesh, kept.placements, run_check=False, shape=kept.shape, stride=kept.stride()
+        )
+        return moved.full_tensor()
+
+
+def check_dense(name: str, p: DTensor) -> None:
+    """Raises ValueError where a rank's part has gaps in memory, so that it is no flat run."""
+    local = local_part(p)
+    if local.numel() and memory_strides(local) != tuple(local.stride()):
+        raise ValueError(
+            f"the local part of parameter {name!r} has shape {tuple(local.shape)} and strides {local.stride()}: its "
+            f"elements must fill memory without gaps. Make it of local.contiguous()"
+        )
+
+
+class LocalPieces:
+    """The DTensor parameters of an optimizer on this rank, by their place among all parameters."""
+
+    def __init__(self) -> None:
+        self.pieces: dict[int, Piece] = {}
+        self.grads: dict[int, Tensor] = {}
+        """{parameter: local gradient} as last taken, placed as the parameter is."""
+        self.shards: list[PieceShard] = []
+        """What the kernels run over: the parts that have elements and, as last taken, gradients."""
+
+    def add(self, param: int, p: DTensor, precision: Precision) -> None:
+        self.pieces[param] = Piece.of(p, precision)
+
+    def check_attached(self, names: Sequence[str]) -> None:
+        """Raises RuntimeError where a local part is no longer what state was made for."""
+        for param, piece in self.pieces.items():
+            local = local_part(piece.p)
+            found = (local.numel(), local.dtype, local.device)
+            expected = (piece.exp_avg.numel(), piece.precision.model, piece.exp_avg.device)
+            if found != expected:
+                raise RuntimeError(
+                    f"the local part of parameter {names[param]!r} is now {found[0]} elements of {found[1]} on "
+                    f"{found[2]}; ShardedLamb was constructed with {expected[0]} of {expected[1]} on {expected[2]}. "
+                    f"Shard, convert and move the model first and construct the optimizer after"
+                )
+
+    def take_gradients(self, names: Sequence[str], traffic: Traffic) -> None:
+        """Look at every ``.grad``. Collective only where some are not placed as their parameters are."""
+        params = [param for param, piece in self.pieces.items() if piece.p.grad is not None]
+        found = local_gradients({names[param]: self.pieces[param].p for param in params}, traffic)
+        self.grads = dict(zip(params, found, strict=True))
+        columns: dict[Any, list[tuple[int, Piece, Tensor]]] = {}
+        for param, grad in self.grads.items():
+            piece = self.pieces[param]
+            if grad.numel():
+                row = param, piece, flattened(grad, piece.strides)
+                columns.setdefault((piece.precision, grad.dtype), []).append(row)
+        self.shards = [_shard(rows) for rows in columns.values()]
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes on this rank. Gradients are used where they lie."""
+        pieces = self.pieces.values()
+        return {
+            "parameters": sum(piece.exp_avg.numel() * piece.precision.model.itemsize for piece in pieces),
+            "masters": sum(piece.master.nbytes for piece in pieces if piece.master is not None),
+            "moments": sum(piece.exp_avg.nbytes + piece.exp_avg_sq.nbytes for piece in pieces),
+            "gradient_shards": 0,
+        }
+
+
+def _shard(rows: Sequence[tuple[int, Piece, Tensor]]) -> PieceShard:
+    weights = [piece.weight() for _, piece, _ in rows]
+    masters = [piece.master for _, piece, _ in rows if piece.master is not None]
+    return PieceShard(
+        params=tuple(param for param, _, _ in rows),
+        weight=masters or weights,
+        grad=[grad for _, _, grad in rows],
+        exp_avg=[piece.exp_avg for _, piece, _ in rows],
+        exp_avg_sq=[piece.exp_avg_sq for _, piece, _ in rows],
+        model=weights if masters else None,
+    )
+
+
+# -- gradients that are placed otherwise --------------------------------------------------------------
+
+
+def local_gradients(params: Mapping[str, DTensor], traffic: Traffic) -> list[Tensor]:
+    """This rank's part of every gradient, placed as the parameter is; ``.grad`` stays as it is.
+
+    A gradient whose sum over a replicating axis is still to be taken (a norm's weight under sequence parallel) is
+    summed here: one all-reduce an axis and dtype for all of them.
+
+    Raises:
+        TypeError: a gradient that is not a DTensor.
+        ValueError: a gradient on another mesh.
+    """
+    grads = [_checked(name, p) for name, p in params.items()]
+    found = [local_part(grad) for grad in grads]
+    placements = [list(grad.placements) for grad in grads]
+    sums: dict[tuple[DeviceMesh, int, torch.dtype, str], list[int]] = {}
+    for i, (grad, p) in enumerate(zip(grads, params.values(), strict=True)):
+        for axis, (has, wanted) in enumerate(zip(grad.placements, p.placements, strict=True)):
+            op = getattr(has, "reduce_op", "")
+            if has.is_partial() and wanted.is_replicate() and op in ("sum", "avg"):
+                sums.setdefault((grad.device_mesh, axis, grad.dtype, op), []).append(i)
+                placements[i][axis] = wanted
+    for (mesh, axis, _, op), members in sums.items():
+        _all_reduce_packed(found, members, mesh, axis, op, traffic)
+    for i, (grad, p) in enumerate(zip(grads, params.values(), strict=True)):
+        if tuple(placements[i]) != tuple(p.placements):
+            placed = DTensor.from_local(
+                found[i],
+                grad.device_mesh,
+                placements[i],
+                run_check=False,
+                shape=grad.shape,
+                stride=grad.stride(),
+            )
+            found[i] = local_part(placed.redistribute(placements=p.placements))
+    return found
+
+
+def _checked(name: str, p: DTensor) -> DTensor:
+    grad = p.grad
+    if not isinstance(grad, DTensor):
+        raise TypeError(
+            f"the gradient of {name!r} is a {type(grad).__name__} and the parameter a DTensor: which part of it this "
+            f"gradient is cannot be told. Assign DTensor.from_local(gradient, p.device_mesh, placements)"
+        )
+    if grad.device_mesh != p.device_mesh:
+        raise ValueError(
+            f"the gradient of {name!r} lies on {grad.device_mesh} and the parameter on {p.device_mesh}: they must lie "
+            f"on one mesh"
+        )
+    return grad
+
+
+def _all_reduce_packed(
+    found: list[Tensor], members: Sequence[int], mesh: DeviceMesh, axis: int, op: str, traffic: Traffic
+) -> None:
+    packed = torch.cat([found[i].reshape(-1) for i in members])
+    with traffic.blocking("all_reduce_partial", packed.nbytes):
+        dist.all_reduce(packed, group=mesh.get_group(axis))
+    if op == "avg":
+        packed /= mesh.size(axis)
+    parts = torch.split(packed, [found[i].numel() for i in members])
+    for i, part in zip(members, parts, strict=True):
+        found[i] = part.view(found[i].shape)

@@ -1,0 +1,156 @@
+"""Where this process's training thread is, whether it waits for other ranks there, and whether a process is alive."""
+
+import linecache
+import os
+import re
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+COMPUTES, MAY_WAIT, WAITS = 0, 1, 2
+"""For other ranks: no; perhaps, in code of C++ that shows no frames; yes."""
+
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_WATCHDOG = str(Path(__file__).parent) + os.sep
+_PACKAGE = str(Path(__file__).parent.parent) + os.sep
+# Not all of torch/distributed: a model's forward runs below FSDP's and DDP's frames.
+_COLLECTIVE_FILES = (
+    "distributed_c10d.py",
+    "c10d_logger.py",
+    "_functional_collectives.py",
+    "_fsdp_collectives.py",
+)
+_OUR_COLLECTIVES = tuple(str(Path(_PACKAGE, "comm", name)) for name in ("collectives.py", "consistency.py"))
+_WAITING_CALL = re.compile(r"\.wait\(|\bbarrier\(|\bdist\.\w+\(")
+# Where the host waits for a GPU, it may wait for a collective on it.
+_DEVICE_CALL = re.compile(r"\.(item|tolist|cpu|synchronize|numpy)\(")
+
+
+@dataclass(frozen=True)
+class Place:
+    """``at``: the innermost Python frame outside torch, as "file:line function"."""
+
+    at: str
+    waits: int  # COMPUTES, MAY_WAIT or WAITS
+
+
+def place_of_thread(ident: int) -> Place:
+    """Where the thread is now."""
+    frames = sys._current_frames()
+    frame = frames.pop(ident, None)
+    if frame is None:
+        return Place("a thread that has ended", COMPUTES)
+    place = _place(list(_outwards(frame)))
+    if place.waits == MAY_WAIT and "backward" in place.at:
+        # On a GPU hooks run in threads of autograd's own.
+        own = threading.get_ident()
+        for other, there in frames.items():
+            outwards = list(_outwards(there))
+            found = _place(outwards)
+            if other != own and found.waits == WAITS:
+                return Place(f"{found.at}, in {place.at}", WAITS)
+    return place
+
+
+def stack_of_thread(ident: int) -> str:
+    """As in a traceback."""
+    frame = sys._current_frames().get(ident)
+    return "".join(traceback.format_stack(frame)) if frame is not None else ""
+
+
+def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    """From the innermost; without the watchdog's own, where the thread looks at itself."""
+    while frame is not None:
+        if not _file(frame).startswith(_WATCHDOG):
+            yield frame
+        frame = frame.f_back
+
+
+def _place(frames: list[FrameType]) -> Place:
+    """``frames``: from the innermost."""
+    if not frames:
+        return Place("the end of the program", COMPUTES)
+    inside = []
+    for frame in frames:
+        if not _file(frame).startswith(_TORCH):
+            break
+        inside.append(frame)
+    outside = frames[len(inside)] if len(inside) < len(frames) else frames[-1]
+    at = _named(outside)
+    if _file(outside).startswith(_PACKAGE):
+        user = next((f for f in frames if not _file(f).startswith((_TORCH, _PACKAGE, "<"))), None)
+        at += f", from {_named(user)}" if user is not None else ""
+    return Place(at, _waits(inside, outside))
+
+
+def _waits(inside: list[FrameType], outside: FrameType) -> int:
+    """``inside``: torch's frames below ``outside``; empty where a call of C is innermost, or nothing is called."""
+    if any(os.path.basename(_file(frame)) in _COLLECTIVE_FILES for frame in inside):
+        return WAITS
+    if any(frame.f_code.co_name == "_engine_run_backward" for frame in inside[:1]):
+        return MAY_WAIT  # DistributedDataParallel waits below it
+    innermost = inside[0] if inside else outside
+    line = linecache.getline(_file(innermost), innermost.f_lineno)
+    if inside:  # DistributedDataParallel broadcasts buffers, ZeroRedundancyOptimizer waits
+        return WAITS if _WAITING_CALL.search(line) else COMPUTES
+    if _file(outside) in _OUR_COLLECTIVES or _WAITING_CALL.search(line):
+        return WAITS
+    on_device = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return MAY_WAIT if on_device and _DEVICE_CALL.search(line) else COMPUTES
+
+
+def _file(frame: FrameType) -> str:
+    return frame.f_code.co_filename
+
+
+def _named(frame: FrameType) -> str:
+    path = Path(_file(frame))
+    return f"{'/'.join(path.parts[-2:])}:{frame.f_lineno} {frame.f_code.co_name}"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A rank's process, as others know it."""
+
+    rank: int
+    host: str
+    pid: int
+    machine: str  # processes with the same one see each other's pids
+
+    @staticmethod
+    def here(rank: int) -> "Member":
+        return Member(rank, socket.gethostname(), os.getpid(), _machine())
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (host {self.host}, pid {self.pid})"
+
+    def fate(self) -> str | None:
+        """ "has ended" or "is stopped"; None: neither, or on another machine."""
+        if self.machine != _machine():
+            return None
+        try:
+            # pid (name) state …; a name may hold anything
+            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return "has ended"
+        except (OSError, IndexError):
+            return None
+        return {"Z": "has ended", "X": "has ended", "T": "is stopped", "t": "is stopped"}.get(state)
+
+
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"unknown {socket.gethostname()} {os.getpid()}"  # nobody else's

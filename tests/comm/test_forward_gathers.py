@@ -1,0 +1,250 @@
+"""Parameters that are gathered behind the next forward: the same bits, and every module waits for what it needs.
+
+Here a gather starts only when somebody waits for it, so that what nobody waits for is stale for certain.
+"""
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sharded_lamb import ShardedLamb
+from sharded_lamb.comm.collectives import Collectives, Pending
+from tests.harness import run_ranks
+
+SMALL = 0.002  # MiB: a bucket a layer
+
+
+class Lazy(Pending):
+    """Not started before it is waited for."""
+
+    def __init__(self, start: Callable[[], Pending]) -> None:
+        super().__init__([])
+        self._start = start
+
+    def wait(self) -> None:
+        self._start().wait()
+        self._start = lambda: Pending([])
+
+
+@contextmanager
+def lazy_gathers() -> Iterator[None]:
+    original = Collectives.all_gather
+
+    def lazy(self: Collectives, flat: Tensor) -> Pending:
+        return Lazy(lambda: original(self, flat))
+
+    with mock.patch.object(Collectives, "all_gather", lazy):
+        yield
+
+
+class Attending(nn.Module):
+    """``out_proj`` is read by its parent and never called; ``sometimes`` only where it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(40, 32)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.body = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+        self.sometimes = nn.Linear(32, 32)
+        self.head = nn.Linear(32, 40, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, more: bool = True) -> Tensor:
+        x = self.embedding(tokens)
+        x = self.body(x + self.attention(x, x, x)[0])
+        return self.head(self.sometimes(x) if more else x)
+
+
+@dataclass
+class Run:
+    weights: dict[str, Tensor]
+    in_flight: list[int] = field(default_factory=list)  # after every step
+    left: list[int] = field(default_factory=list)  # after the next forward
+
+
+def train(rank: int, overlaps: bool, stage: int, dtype: torch.dtype, steps: int = 5) -> Run:
+    torch.manual_seed(0)
+    model = Attending().to(dtype)
+    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if stage == 1 else model
+    opt = ShardedLamb(model.named_parameters(), lr=0.05, stage=stage, bucket_mb=SMALL)
+    generator = torch.Generator().manual_seed(rank)
+    run = Run({})
+    with lazy_gathers():
+        if overlaps:
+            opt.overlap_forward(model)
+        for step in range(steps):
+            tokens = torch.randint(40, (3, 5), generator=generator)
+            loss = wrapped(tokens, more=step != 3).float().logsumexp(-1).mean()
+            run.left.append(len(opt._gathers._pending))
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            run.in_flight.append(len(opt._gathers._pending))
+        opt.synchronize()
+    run.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return run
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("stage", "dtype"), [(2, torch.float32), (2, torch.bfloat16), (1, torch.float32)])
+def test_the_bits_are_those_of_waiting_in_the_step(world: int, stage: int, dtype: torch.dtype) -> None:
+    waiting = run_ranks(world, train, False, stage, dtype)
+    overlapping = run_ranks(world, train, True, stage, dtype)
+    for one, other in zip(waiting, overlapping, strict=True):
+        assert one.in_flight == [0] * 5
+        assert other.in_flight[0] > 1
+        for name, weight in one.weights.items():
+            assert torch.equal(weight, other.weights[name]), name
+        for name, weight in waiting[0].weights.items():
+            assert torch.equal(weight, other.weights[name]), name
+
+
+def test_what_no_forward_reads_is_awaited_by_the_next_step() -> None:
+    """The fourth forward leaves ``sometimes`` out: its gather is still in flight after it, and is over a step later."""
+    for run in run_ranks(2, train, True, 2, torch.float32):
+        assert run.left[:3] == [0, 0, 0]
+        assert run.left[3] >= 1
+        assert run.left[4] == 0
+
+
+def watched(rank: int) -> dict[str, list[str]]:
+    """What is still stale at each event after a step that left gathers in flight."""
+    torch.manual_seed(0)
+    model = Attending()
+    opt = ShardedLamb(model.named_parameters(), lr=0.05, stage=2, bucket_mb=SMALL)
+    tokens = torch.arange(8).view(2, 4)
+    bucket_of = {p: i for i, bucket in enumerate(opt._holdings.buckets) for p in bucket.params}
+    names = {p: name for name, p in model.named_parameters()}
+
+    def stale() -> list[str]:
+        return sorted(name for p, name in names.items() if bucket_of[p] in opt._gathers._pending)
+
+    def step() -> None:
+        model(tokens).logsumexp(-1).mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+    seen = {}
+    with lazy_gathers():
+        watch = opt.overlap_forward(model)
+        step()
+        seen["after a step"] = stale()
+        model.embedding(tokens)
+        seen["after embedding"] = stale()
+        model.body[0](torch.zeros(1, 32))
+        seen["after body.0"] = stale()
+        model.body.state_dict()
+        seen["after a state_dict"] = stale()
+        step()
+        model.body[1].load_state_dict({"weight": torch.zeros(32, 32), "bias": torch.zeros(32)})
+        seen["after a load_state_dict"] = stale()
+        step()
+        opt.synchronize()
+        seen["after synchronize"] = stale()
+        step()
+        opt.add_param_group({"params": [("new", nn.Parameter(torch.ones(3)))]})
+        seen["after add_param_group"] = stale()
+        step()
+        watch.remove()
+        seen["after remove"] = stale()
+        step()
+        seen["a step after remove"] = stale()
+    return seen
+
+
+def test_every_module_waits_for_its_own_parameters() -> None:
+    first, second = run_ranks(2, watched)
+    assert first == second
+    everything = first["after a step"]
+    assert "embedding.weight" in everything
+    assert "body.3.weight" in everything
+    assert "attention.out_proj.weight" not in everything  # its module is never called
+    assert "embedding.weight" not in first["after embedding"]
+    assert "body.0.weight" in first["after embedding"]
+    assert "body.0.weight" not in first["after body.0"]
+    assert "body.1.weight" in first["after body.0"]
+    for event, stale in first.items():
+        if event not in ("after a step", "after embedding", "after body.0"):
+            assert stale == [], event
+
+
+def test_a_model_of_another_optimizer_is_refused() -> None:
+    opt = ShardedLamb(nn.Linear(3, 3).named_parameters())
+    with pytest.raises(ValueError, match="without a parameter that this optimizer gathers"):
+        opt.overlap_forward(nn.Linear(3, 3))
+
+
+def test_a_model_outlives_its_optimizer() -> None:
+    """What is in flight belongs to the model's hooks."""
+    assert run_ranks(2, outlived) == [True, True]
+
+
+def outlived(rank: int) -> bool:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    opt = ShardedLamb(model.named_parameters(), lr=0.1, stage=2, bucket_mb=SMALL)
+    opt.overlap_forward(model)
+    with lazy_gathers():
+        model(torch.ones(1, 64)).sum().backward()
+        opt.step()
+        del opt
+        model(torch.ones(1, 64))
+    parts = [torch.empty_like(model[1].weight) for _ in range(2)]
+    torch.distributed.all_gather(parts, model[1].weight.detach().contiguous())
+    return torch.equal(parts[0], parts[1])
+
+
+def copied(rank: int) -> list[bool]:
+    """Copies of a model whose gathers are in flight: alike, and whole on every rank."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    opt = ShardedLamb(model.named_parameters(), lr=0.1, stage=2, bucket_mb=SMALL)
+    opt.overlap_forward(model)
+    alike = []
+    with lazy_gathers():
+        for how in (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))):
+            model(torch.ones(1, 64)).sum().backward()
+            opt.step()
+            assert opt._gathers._pending
+            other = how(model)
+            alike.append(torch.equal(other(torch.ones(1, 64)), model(torch.ones(1, 64))))
+            opt.zero_grad()
+    parts = [torch.empty_like(other[1].weight) for _ in range(2)]
+    torch.distributed.all_gather(parts, other[1].weight.detach().contiguous())
+    return [*alike, torch.equal(parts[0], parts[1])]
+
+
+def test_a_copy_of_the_model_has_whole_parameters() -> None:
+    assert run_ranks(2, copied) == [[True] * 3] * 2
+
+
+def two_models(rank: int) -> list[int]:
+    """In flight after a step: both watched, then one, then none."""
+    torch.manual_seed(0)
+    models = [nn.Linear(64, 64), nn.Linear(64, 64)]
+    named = [(f"{i}.{name}", p) for i, m in enumerate(models) for name, p in m.named_parameters()]
+    opt = ShardedLamb(named, lr=0.1, stage=2, bucket_mb=SMALL)
+    watches = [opt.overlap_forward(model) for model in models]
+    found = []
+    with lazy_gathers():
+        for watch in (None, *watches):
+            if watch is not None:
+                watch.remove()
+            for model in models:
+                model(torch.ones(1, 64)).sum().backward()
+            opt.step()
+            found.append(len(opt._gathers._pending))
+            opt.zero_grad()
+    return found
+
+
+def test_each_model_is_watched_by_itself() -> None:
+    for both, one, none in run_ranks(2, two_models):
+        assert both > one > none == 0

@@ -1,0 +1,159 @@
+"""Gradients on their way by hand: large slices from where they lie, the rest together, whatever their layout."""
+
+from collections import Counter
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from sharded_lamb import ShardedLamb
+from sharded_lamb.gradients import exchange as staging
+from sharded_lamb.gradients.exchange import ByHand, Staging
+from tests.harness import run_ranks
+
+SHAPES = {
+    "matrix": (64, 96),
+    "bias": (5,),
+    "channels": (8, 16, 3, 3),  # in channels_last
+    "empty": (0, 4),
+    "long": (7001,),
+    "scalar": (),
+    "last": (300, 3),
+}
+
+
+def parameters(dtype: torch.dtype) -> dict[str, Parameter]:
+    found = {name: torch.zeros(shape, dtype=dtype) for name, shape in SHAPES.items()}
+    found["channels"] = found["channels"].to(memory_format=torch.channels_last)
+    return {name: Parameter(value) for name, value in found.items()}
+
+
+def gradient(name: str, rank: int, step: int, dtype: torch.dtype) -> Tensor | None:
+    """The parameter's layout, or another; "long" is missing on the last rank, "last" on all in the second step."""
+    seed = 1000 * rank + 10 * step + list(SHAPES).index(name)
+    value = torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(seed)).to(dtype)
+    if name == "channels" and step != 1:
+        value = value.to(memory_format=torch.channels_last)
+    if name == "matrix" and step == 2:
+        value = value.t().contiguous().t()
+    missing = (name == "long" and rank == dist.get_world_size() - 1) or (name == "last" and step == 1)
+    return None if missing else value
+
+
+@dataclass
+class Averaged:
+    slices: list[
+        dict[str, tuple[int, Tensor]]
+    ]  # of each step: first element in memory order, and what is held
+    sent: list[Counter[str]]
+
+
+def averaged(
+    rank: int,
+    alone_bytes: int,
+    dtype: torch.dtype,
+    wire: torch.dtype | None,
+    kernel: str = "auto",
+    by_hand: bool = True,
+) -> Averaged:
+    """Three rounds without zeroing would add up; here gradients are zeroed, and staging memory is used again."""
+    found = Averaged([], [])
+    with mock.patch.object(staging, "ALONE_BYTES", alone_bytes):
+        named = parameters(dtype)
+        opt = ShardedLamb(named.items(), stage=2, bucket_mb=0.02, reduce_dtype=wire, lr=0.0, kernel=kernel)
+        opt._collectives.by_hand = by_hand
+        original = dist.isend
+        for step in range(3):
+            for name, p in named.items():
+                p.grad = gradient(name, rank, step, dtype)
+            memory = {p.grad.untyped_storage().data_ptr() for p in named.values() if p.grad is not None}
+            sent: Counter[str] = Counter()
+
+            def isend(tensor: Tensor, memory: set[int] = memory, sent: Counter[str] = sent, **where: object):
+                own = tensor.untyped_storage().data_ptr() in memory
+                sent["from gradients" if own else "from staging"] += tensor.nbytes
+                return original(tensor, **where)
+
+            with mock.patch.object(dist, "isend", isend):
+                opt._gradients.ready(None)
+            held = {}
+            for bucket in opt._holdings.buckets:
+                for segment in bucket.segments:
+                    part = bucket.slice_of(segment.param, bucket.shard.grad).clone()
+                    held[opt._holdings.names[segment.param]] = (segment.start, part)
+            found.slices.append(held)
+            found.sent.append(sent)
+            opt.zero_grad()
+    return found
+
+
+def in_memory_order(name: str, value: Tensor) -> Tensor:
+    return value.permute(0, 2, 3, 1).reshape(-1) if name == "channels" else value.reshape(-1)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("kernel", ["cpp", "torch"])
+@pytest.mark.parametrize("alone_bytes", [1, 4096, 1 << 30, None])
+@pytest.mark.parametrize(
+    ("dtype", "wire"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)]
+)
+def test_every_element_is_averaged_on_the_rank_that_holds_it(
+    world: int, kernel: str, alone_bytes: int | None, dtype: torch.dtype, wire: torch.dtype | None
+) -> None:
+    """None: in one piece, as on other backends than gloo."""
+    by_hand = alone_bytes is not None
+    results = run_ranks(world, averaged, alone_bytes or 0, dtype, wire, kernel, by_hand)
+    expected = run_ranks(world, whole, dtype)[0]
+    for step in range(3):
+        held = {name: torch.full((value.numel(),), torch.nan) for name, value in expected[step].items()}
+        for result in results:
+            for name, (start, part) in result.slices[step].items():
+                held[name][start : start + len(part)] = part
+        for name, value in expected[step].items():
+            if by_hand:
+                assert torch.equal(held[name], value), (step, name)
+            else:  # the library's order, and its rounding to the wire's dtype on the way
+                narrow = torch.finfo(wire or dtype).eps
+                torch.testing.assert_close(held[name], value, rtol=4 * narrow, atol=4 * narrow)
+
+
+def whole(rank: int, dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """The averages, computed from all ranks' gradients in rank order."""
+    world, steps = dist.get_world_size(), []
+    for step in range(3):
+        averages = {}
+        for name, shape in SHAPES.items():
+            total = torch.zeros(torch.Size(shape).numel())
+            for other in range(world):
+                grad = gradient(name, other, step, dtype)
+                if grad is not None:
+                    total += in_memory_order(name, grad.float())
+            averages[name] = total / world
+        steps.append(averages)
+    return steps
+
+
+def test_what_is_large_is_sent_from_where_it_lies() -> None:
+    for result in run_ranks(2, averaged, 4096, torch.float32, None):
+        assert result.sent[0]["from gradients"] > 0
+        assert result.sent[0]["from staging"] > 0
+    for result in run_ranks(2, averaged, 1 << 30, torch.float32, None):
+        assert result.sent[0]["from gradients"] == 0
+    for result in run_ranks(2, averaged, 1, torch.bfloat16, torch.float32):
+        assert result.sent[0]["from gradients"] == 0  # of another dtype than the wire's
+
+
+def _kinds(rank: int) -> list[type]:
+    opt = ShardedLamb([Parameter(torch.ones(9))], stage=2)
+    (bucket,) = opt._holdings.buckets
+    memory = Staging([bucket], opt._collectives)
+    assert memory.route(0, bucket) is memory.route(0, bucket)
+    return [type(memory.route(0, bucket))]
+
+
+def test_gloo_goes_by_hand() -> None:
+    assert run_ranks(2, _kinds) == [[ByHand], [ByHand]]

@@ -1,0 +1,335 @@
+"""The traps of sharding an optimizer, each as it was seen: the order of hooks,
+freed gradients, the bits of a norm. Those of flat memory: test_traps_of_memory.py."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sharded_lamb import ShardedLamb
+from sharded_lamb.core import rule as lamb_rule
+from sharded_lamb.core.layout import BLOCK
+from sharded_lamb.kernels import FlatShard, ReferenceKernel
+from tests import training
+from tests.harness import run_ranks, run_ranks_expecting_errors
+
+# Buckets of one parameter each, all of one size: a swap of two would be seen by nothing but the numbers.
+EQUAL = {f"layer{i}": (BLOCK,) for i in range(7)}
+ONE_EACH_MB = BLOCK * 4 / 2**20
+LR = 0.01
+
+
+def equal_gradients(rank: int, step: int) -> dict[str, Tensor | None]:
+    return training.own_gradients(rank, step, EQUAL)
+
+
+def branching_gradients(rank: int, step: int) -> dict[str, Tensor | None]:
+    """Each rank takes its own branch: layer0 by none in even steps, layer1 by rank 1 only, others in turns."""
+    grads = equal_gradients(rank, step)
+    if step % 2 == 0:
+        grads["layer0"] = None
+    if rank != 1:
+        grads["layer1"] = None
+    for i in range(2, 7):
+        if (i + step) % 3 == rank:
+            grads[f"layer{i}"] = None
+    return grads
+
+
+def only_rank_zero(rank: int, step: int) -> dict[str, Tensor | None]:
+    return equal_gradients(rank, step) if rank == 0 else {}
+
+
+DRAWS = {"all": equal_gradients, "branches": branching_gradients, "rank 0 only": only_rank_zero}
+
+
+# -- 1: hooks that fire in different orders ------------------------------------------------------------------
+
+
+def train_in_own_order(rank: int, world: int, draw: str, overlap: bool) -> dict[str, Tensor]:
+    params = training.parameters(EQUAL)
+    opt = ShardedLamb(params.items(), lr=LR, stage=2, bucket_mb=ONE_EACH_MB, overlap=overlap)
+    names = list(params)
+    for step in range(5):
+        order = names[rank + step :] + names[: rank + step]  # never the same on two ranks
+        training.backward(params, DRAWS[draw](rank, step), order if rank % 2 else order[::-1])
+        opt.step()
+        opt.zero_grad()
+    assert opt.traffic.calls["reduce_scatter"] == 5 * len(EQUAL)
+    return training.copies(params)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("world", [2, 3])
+def test_hooks_in_other_orders_swap_no_buckets(world: int, draw: str, overlap: bool) -> None:
+    start = training.weights(EQUAL)
+    oracle = training.oracle_of_ranks(world, range(5), DRAWS[draw], start, lr=LR)
+    for found in run_ranks(world, train_in_own_order, world, draw, overlap):
+        training.assert_follows(found, oracle)
+
+
+class Tied(nn.Module):
+    """One weight, used in two checkpointed segments and outside; reentrant, its hook fires three times."""
+
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        self.checkpointed = checkpointed
+        self.shared = nn.Parameter(training.draw((16, 16), "shared").double() / 4)
+        self.own = nn.ParameterList(training.draw((16, 16), "own", i).double() / 4 for i in range(3))
+
+    def segment(self, x: Tensor, own: Tensor) -> Tensor:
+        return torch.tanh(torch.tanh(x @ self.shared) @ own)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(x @ self.shared)
+        for own in self.own:
+            if self.checkpointed:
+                x = checkpoint(self.segment, x, own, use_reentrant=True)
+            else:
+                x = self.segment(x, own)
+        return (x @ self.shared).square().sum()
+
+
+def train_tied(rank: int, checkpointed: bool, stage: int, world: int, bucket_mb: float) -> dict[str, Tensor]:
+    model = Tied(checkpointed)
+    opt = ShardedLamb(model.named_parameters(), lr=LR, stage=stage, bucket_mb=bucket_mb)
+    for step in range(4):
+        ranks = [rank] if stage == 2 else range(world)
+        for r in ranks:
+            loss = model(training.draw((5, 16), "x", r, step).double().requires_grad_())
+            (loss / len(ranks)).backward()
+        opt.step()
+        opt.zero_grad()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("bucket_mb", [16 * 16 * 8 / 2**20, 32])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_reentrant_checkpoints_with_a_tied_weight(world: int, bucket_mb: float) -> None:
+    (plain,) = run_ranks(1, train_tied, False, 1, world, bucket_mb)
+    for found in run_ranks(world, train_tied, True, 2, world, bucket_mb):
+        for name, value in found.items():
+            torch.testing.assert_close(value, plain[name], rtol=1e-11, atol=1e-13, msg=name)
+
+
+# -- 2: GradScaler and freed gradients -----------------------------------------------------------------------
+
+SCALED_LR = 0.02
+
+
+def with_infinity(rank: int, step: int) -> dict[str, Tensor | None]:
+    grads = training.own_gradients(rank, step)
+    if step == 1 and rank == 1:
+        weight = grads["fc.weight"]
+        assert weight is not None
+        weight[3, 4] = torch.inf
+    return grads
+
+
+def train_scaled(
+    rank: int, draw: str, scaled: bool, unscale: bool, max_norm: float | None
+) -> tuple[dict[str, Tensor], list[float], list[float], int]:
+    """Weights, loss scales, norms that clipping returned, and steps skipped."""
+    params = training.parameters()
+    opt = ShardedLamb(params.items(), lr=SCALED_LR, stage=2, bucket_mb=0.002)
+    scaler = torch.amp.GradScaler(device="cpu", init_scale=1024.0, enabled=scaled)
+    scales, norms = [], []
+    for step in range(4):
+        grads = with_infinity(rank, step) if draw == "inf" else training.own_gradients(rank, step)
+        scaler.scale(training.loss_of(params, grads)).backward()
+        if unscale:
+            scaler.unscale_(opt)
+        if max_norm is not None:
+            norms.append(opt.clip_grad_norm_(max_norm).item())
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        scales.append(scaler.get_scale())
+    return training.copies(params), scales, norms, opt.skipped_steps
+
+
+# As everywhere in torch, clipping scaled gradients needs unscale_ first.
+@pytest.mark.parametrize(("unscale", "max_norm"), [(True, None), (True, 0.5), (False, None)])
+def test_gradscaler_equals_the_unscaled_run(unscale: bool, max_norm: float | None) -> None:
+    oracle = training.oracle_of_ranks(2, range(4), lr=SCALED_LR, max_grad_norm=max_norm)
+    plain = run_ranks(2, train_scaled, "finite", False, unscale, max_norm)
+    scaled = run_ranks(2, train_scaled, "finite", True, unscale, max_norm)
+    for (weights, _, norms, _), (expected, _, expected_norms, _) in zip(scaled, plain, strict=True):
+        training.assert_follows(weights, oracle)
+        training.assert_same_bits(weights, expected)  # the scale is a power of two
+        assert norms == expected_norms
+
+
+@pytest.mark.parametrize("unscale", [True, False])
+def test_inf_on_one_rank_halves_the_scale_on_all(unscale: bool) -> None:
+    oracle = training.oracle_of_ranks(2, [0, 2, 3], lr=SCALED_LR)
+    for weights, scales, _, skipped in run_ranks(2, train_scaled, "inf", True, unscale, None):
+        assert scales == [1024.0, 512.0, 512.0, 512.0]
+        assert skipped == 1
+        training.assert_follows(weights, oracle)
+
+
+def clip_behind_the_back(rank: int, scaled: bool) -> None:
+    params = training.parameters()
+    opt = ShardedLamb(params.items(), stage=2)
+    scaler = torch.amp.GradScaler(device="cpu", init_scale=8.0, enabled=scaled)
+    scaler.scale(training.loss_of(params, training.own_gradients(rank, 0))).backward()
+    scaler.unscale_(opt)
+    nn.utils.clip_grad_norm_(list(params.values()), 1e6)
+    scaler.step(opt)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_stock_clipping_of_freed_gradients_is_an_error(scaled: bool) -> None:
+    for kind, message in run_ranks_expecting_errors(2, clip_behind_the_back, scaled).values():
+        assert kind == "RuntimeError"
+        assert "call opt.clip_grad_norm_(max_norm) instead of torch.nn.utils.clip_grad_norm_" in message
+
+
+class Fails(torch.autograd.Function):
+    """Identity forward; backward raises."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise ArithmeticError("planted in backward")
+
+
+def fail_in_backward(rank: int, failing: tuple[int, ...], bucket_mb: float) -> tuple[dict[str, Tensor], int]:
+    params = training.parameters(EQUAL)
+    opt = ShardedLamb(params.items(), lr=LR, stage=2, bucket_mb=bucket_mb)
+    training.backward(params, equal_gradients(rank, 0))
+    opt.step()
+    opt.zero_grad()
+    grads, terms = equal_gradients(rank, 99), []
+    for i, (name, p) in enumerate(params.items()):
+        term = p * grads[name]
+        terms.append(Fails.apply(term) if i == 3 and rank in failing else term)
+    loss, before = torch.stack(terms).sum(), opt.traffic.calls["reduce_scatter"]
+    if rank in failing:
+        with pytest.raises(ArithmeticError, match="planted in backward"):
+            loss.backward()
+    else:
+        loss.backward()
+    sent = opt.traffic.calls["reduce_scatter"] - before
+    opt.zero_grad()
+    assert all(p.grad is None for p in params.values())
+    for step in (1, 2):
+        training.backward(params, equal_gradients(rank, step))
+        opt.step()
+        opt.zero_grad()
+    return training.copies(params), sent
+
+
+@pytest.mark.parametrize("failing", [(0, 1), (1,)], ids=["everywhere", "on one rank"])
+@pytest.mark.parametrize("bucket_mb", [ONE_EACH_MB, 32], ids=["buckets in flight", "no bucket in flight"])
+def test_zero_grad_after_an_exception_in_backward(failing: tuple[int, ...], bucket_mb: float) -> None:
+    """What was in flight is finished and forgotten, also where only one of the ranks failed."""
+    oracle = training.oracle_of_ranks(2, range(3), equal_gradients, training.weights(EQUAL), lr=LR)
+    results = run_ranks(2, fail_in_backward, failing, bucket_mb, timeout=30)
+    for rank, (found, sent) in enumerate(results):
+        if rank in failing:
+            assert sent == (3 if bucket_mb == ONE_EACH_MB else 0)
+        training.assert_follows(found, oracle)
+
+
+def zero_by_the_model(rank: int, set_to_none: bool) -> dict[str, Tensor]:
+    params = training.parameters()
+    model = nn.ParameterList(params.values())
+    opt = ShardedLamb(params.items(), lr=LR, stage=2, bucket_mb=0.002)
+    for step in range(3):
+        training.backward(params, training.own_gradients(rank, 50 + step))  # thrown away
+        model.zero_grad(set_to_none=set_to_none)
+        training.backward(params, training.own_gradients(rank, step))
+        opt.step()
+        model.zero_grad(set_to_none=set_to_none)
+    return training.copies(params)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_the_models_zero_grad_drops_reduced_gradients(set_to_none: bool) -> None:
+    oracle = training.oracle_of_ranks(2, range(3), lr=LR)
+    for found in run_ranks(2, zero_by_the_model, set_to_none):
+        training.assert_follows(found, oracle)
+
+
+# -- 6: the bits of a norm -----------------------------------------------------------------------------------
+
+
+def test_norms_round_away_the_order_of_ranks() -> None:
+    """fp64 sums show in which order the ranks' parts were added; what the ratio is made of does not."""
+    generator = torch.Generator().manual_seed(6)
+    parts = torch.rand(400, 8, generator=generator, dtype=torch.float64) * 100
+    one, other = torch.zeros(400, dtype=torch.float64), torch.zeros(400, dtype=torch.float64)
+    for column in range(8):
+        one += parts[:, column]
+        other += parts[:, 7 - column]
+    wide = torch.zeros(400, dtype=torch.bool)
+    assert (one.sqrt() != other.sqrt()).sum() > 50
+    assert torch.equal(lamb_rule.norms(one, wide), lamb_rule.norms(other, wide))
+    assert torch.equal(lamb_rule.norms(one, ~wide), one.sqrt())  # float64 parameters keep theirs
+
+
+def square_sums(values: Tensor, shards: int) -> Tensor:
+    """[shards] fp64 Σx² by the kernel, the blocks cut into equal runs."""
+    sums = []
+    for part in values.chunk(shards):
+        shard = FlatShard(
+            weight=part,
+            model=None,
+            grad=part,
+            exp_avg=part,
+            exp_avg_sq=part,
+            block_param=torch.zeros(len(part) // BLOCK, dtype=torch.int64),
+        )
+        total = torch.zeros(1, dtype=torch.float64)
+        ReferenceKernel().square_sums([shard], total)
+        sums.append(total)
+    return torch.cat(sums)
+
+
+def test_norms_have_the_same_bits_however_blocks_are_cut() -> None:
+    wide = torch.zeros((), dtype=torch.bool)
+    for trial in range(20):
+        values = training.draw((24 * BLOCK,), "block sums", trial)
+        whole = lamb_rule.norms(square_sums(values, 1).sum(), wide)
+        assert whole.item() == pytest.approx(values.double().norm().item(), rel=1e-6)
+        for shards in (2, 3, 4, 6, 8):
+            assert torch.equal(lamb_rule.norms(square_sums(values, shards).sum(), wide), whole)
+
+
+def step_beside_a_thread(rank: int) -> None:
+    """A data loader's thread, say, builds tuples while first steps look for DDP."""
+    done = threading.Event()
+    failed: list[BaseException] = []
+
+    def build() -> None:
+        try:
+            while not done.is_set():
+                tuple(i for i in range(1000))
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    try:
+        for _ in range(3):
+            model = nn.Linear(3, 2)
+            optimizer = ShardedLamb(model.named_parameters(), stage=2)
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+    finally:
+        done.set()
+        thread.join()
+    assert not failed, failed
+
+
+def test_the_first_step_disturbs_no_other_thread() -> None:
+    run_ranks(1, step_beside_a_thread)

@@ -1,0 +1,165 @@
+"""Memory for the two passes in every form, what a backend leaves there, and an optimizer with a backend."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from sharded_lamb import ShardedLamb, kernels
+from sharded_lamb.core import rule
+from sharded_lamb.core.layout import BLOCK, round_up
+from sharded_lamb.core.rule import COLUMNS
+from sharded_lamb.kernels import FlatShard, Kernel, PieceShard, Shard, remainders
+
+SPLIT = remainders.DTYPE
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+F32 = (torch.float32, None, torch.float32, torch.float32, torch.float32)
+KINDS = ("weight", "model", "grad", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Form:
+    """One shard to be made. ``gap``: elements between pieces, so that they lie at odd addresses; flat has none.
+
+    ``weight`` SPLIT: remainders beside a bfloat16 ``model``.
+    """
+
+    flat: bool
+    lengths: tuple[int, ...]
+    weight: torch.dtype
+    model: torch.dtype | None
+    grad: torch.dtype
+    exp_avg: torch.dtype
+    exp_avg_sq: torch.dtype
+    gap: int = 0
+    written: int = 0  # elements of each piece that somebody wrote into the model
+
+    @property
+    def compute(self) -> torch.dtype:
+        return torch.promote_types(self.weight, torch.float32)
+
+
+def made(form: Form, first_param: int, seed: int, bad: bool, device: str = "cpu") -> Shard:
+    """Parameters count from ``first_param``, one a piece. ``bad``: nan gradients in the pieces of every other one."""
+    generator = torch.Generator().manual_seed(seed)
+    dtypes = {kind: getattr(form, kind) for kind in KINDS}
+    if form.flat:
+        dtypes["grad"] = form.compute
+    places, at = [], form.gap
+    for length in form.lengths:
+        places.append(slice(at, at + length))
+        at += round_up(length, BLOCK) if form.flat else length + form.gap
+    memory: dict[str, Tensor] = {}
+    for kind, dtype in dtypes.items():
+        if dtype is None:
+            continue
+        memory[kind] = torch.zeros(at, dtype=dtype)
+        for place in places:
+            value = torch.randn(place.stop - place.start, generator=generator)
+            value = value * 2**14 if dtype == SPLIT else value  # some wrap, to any number
+            memory[kind][place] = (value.abs() if kind == "exp_avg_sq" else value).to(dtype)
+    for index, place in enumerate(places):
+        if "model" in memory:
+            if form.weight != SPLIT:
+                memory["model"][place] = memory["weight"][place].to(memory["model"].dtype)
+            memory["model"][place][: form.written] += 1
+        if bad and index % 2:
+            memory["grad"][place] = torch.nan
+    memory = {kind: x.to(device) for kind, x in memory.items()}
+    if not form.flat:
+        pieces = {kind: [x[place] for place in places] for kind, x in memory.items()}
+        return PieceShard(tuple(range(first_param, first_param + len(places))), **pieces)
+    blocks = torch.tensor([round_up(length, BLOCK) // BLOCK for length in form.lengths])
+    owners = torch.arange(first_param, first_param + len(places)).repeat_interleave(blocks)
+    return FlatShard(**{"model": None, **memory}, block_param=owners.to(device))
+
+
+def table_of(count: int, dtype: torch.dtype, bad: bool, device: str = "cpu") -> Tensor:
+    rows = (
+        torch.rand(count, len(COLUMNS), generator=torch.Generator().manual_seed(count)).double() * 0.5 + 0.25
+    )
+    if bad:
+        rows[1::2, COLUMNS.index("grad_scale")] = 0
+    return rule.table(rule.Coefficients(*rows.unbind(1)), dtype).to(device)
+
+
+def contents(shard: Shard) -> dict[str, Tensor]:
+    found = {kind: getattr(shard, kind) for kind in KINDS if getattr(shard, kind) is not None}
+    return {
+        kind: x.cpu() if isinstance(x, Tensor) else torch.cat([piece.cpu() for piece in x])
+        for kind, x in found.items()
+        if isinstance(x, Tensor) or len(x)
+    }
+
+
+def stepped(
+    kernel: Kernel, forms: Sequence[Form], seed: int, bad: bool, device: str = "cpu", steps: int = 2
+) -> list[Tensor]:
+    """Everything that some steps of both passes and the sums leave behind."""
+    shards, count = [], 0
+    for i, form in enumerate(forms):
+        shards.append(made(form, count, seed + i, bad, device))
+        count += len(form.lengths)
+    compute = forms[0].compute
+    table = table_of(count, compute, bad, device)
+    sizes = torch.linspace(0.1, 0.9, count, dtype=compute, device=device)
+    left: list[Tensor] = []
+    for _ in range(steps):
+        square_sums = torch.full((count,), 3.0, dtype=torch.float64, device=device)
+        if not bad:
+            kernel.square_sums(shards, square_sums)
+        sums = torch.zeros(2, count, dtype=torch.float64, device=device)
+        kernel.moments_and_norms(shards, table, sums)
+        kernel.apply(shards, table, sizes)
+        left += [
+            square_sums.cpu(),
+            sums.cpu(),
+            *(x.clone() for shard in shards for x in contents(shard).values()),
+        ]
+    return left
+
+
+def both_passes(kernel: Kernel, shards: Sequence[Shard], count: int) -> None:
+    table = table_of(count, torch.float32, False)
+    kernel.square_sums(shards, torch.zeros(count, dtype=torch.float64))
+    kernel.moments_and_norms(shards, table, torch.zeros(2, count, dtype=torch.float64))
+    kernel.apply(shards, table, torch.ones(count))
+
+
+def assert_same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    assert len(ours) == len(theirs)
+    for i, (x, y) in enumerate(zip(ours, theirs, strict=True)):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y) or torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)), (
+            f"result {i}: {(x != y).sum()} of {x.numel()} differ"
+        )
+
+
+def optimizer_with(kernel: Kernel, model: nn.Module, **options: Any) -> ShardedLamb:
+    with mock.patch.object(kernels, "choose", return_value=kernel):
+        return ShardedLamb(model.named_parameters(), **options)
+
+
+def trained(kernel: Kernel, dtype: torch.dtype, device: str = "cpu", **options: Any) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(19, 31), nn.LayerNorm(31), nn.Linear(31, 1)).to(device, dtype)
+    optimizer = optimizer_with(kernel, model, lr=0.05, weight_decay=0.1, bucket_mb=0.001, **options)
+    for step in range(3):
+        optimizer.zero_grad()
+        for i, p in enumerate(model.parameters()):
+            generator = torch.Generator().manual_seed(10 * step + i)
+            grad = torch.randn(p.shape, generator=generator)
+            if step == 1 and i == 0:
+                grad[0, 0] = torch.nan  # a step that is left out
+            p.grad = grad.to(device, dtype)
+        with torch.no_grad():
+            model[2].bias.add_(1)  # written from outside
+        optimizer.step()
+    assert optimizer.skipped_steps == 1
+    state = optimizer.full_state_dict()["state"]
+    moments = [value for row in state.values() for value in row.values() if isinstance(value, Tensor)]
+    ratios = torch.tensor(list(optimizer.trust_ratios().values()), dtype=torch.float64)
+    return [*(p.detach().cpu() for p in model.parameters()), *moments, ratios]

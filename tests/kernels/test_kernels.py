@@ -1,0 +1,371 @@
+"""Every backend has the bits of the pure one: all dtypes, ugly lengths, both forms of memory, any number of threads.
+
+"fused" has them only to rounding: `test_fused_kernel`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sharded_lamb import kernels
+from sharded_lamb.core import rule
+from sharded_lamb.core.layout import BLOCK, Segment, round_up
+from sharded_lamb.core.rule import COLUMNS
+from sharded_lamb.kernels import (
+    FlatShard,
+    Kernel,
+    OwnPart,
+    PieceShard,
+    Received,
+    ReferenceKernel,
+    Shard,
+    remainders,
+)
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+SPLIT = remainders.DTYPE
+OTHERS = [name for name in kernels.available() if name not in ("torch", "fused")]
+LENGTHS = st.lists(st.sampled_from([1, 2, 255, 256, 257, 511, 700, 5000]), min_size=1, max_size=8)
+SEEDS = st.integers(0, 2**20)
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    weight: torch.dtype  # or SPLIT, with a bfloat16 model
+    model: torch.dtype | None
+    grad: torch.dtype  # of pieces; a flat shard's are of the compute dtype
+    state: torch.dtype
+
+
+DTYPES = st.builds(
+    Dtypes,
+    st.sampled_from([F32, BF16, F16, F64]),
+    st.sampled_from([None, BF16, F16, F32]),
+    st.sampled_from([F32, BF16, F16, F64]),
+    st.sampled_from([F32, BF16, F16, F64]),
+) | st.builds(
+    Dtypes,
+    st.just(SPLIT),
+    st.just(BF16),
+    st.sampled_from([F32, BF16, F16, F64]),
+    st.sampled_from([F32, BF16, F16, F64]),
+)
+
+
+def test_there_is_a_compiler_here() -> None:
+    """Without one the tests below would compare nothing."""
+    assert "cpp" in OTHERS
+
+
+def flat_shard(lengths: Sequence[int], dtypes: Dtypes, seed: int) -> FlatShard:
+    """Numbers of all sizes; a tenth of the model's weights were written by somebody."""
+    generator = torch.Generator().manual_seed(seed)
+    owners = [param for param, n in enumerate(lengths) for _ in range(round_up(n, BLOCK) // BLOCK)]
+    inside = torch.zeros(len(owners) * BLOCK)
+    at = 0
+    for length in lengths:
+        inside[at : at + length] = 1
+        at += round_up(length, BLOCK)
+
+    def numbers() -> Tensor:
+        powers = torch.randint(-12, 4, inside.shape, generator=generator)
+        return torch.randn(inside.shape, generator=generator) * 2.0**powers * inside
+
+    weight, model = numbers(), None
+    if dtypes.weight == SPLIT:  # remainders of any size, beside weights of any
+        model = weight.to(BF16)
+        bits = torch.randint(-(2**15), 2**15, inside.shape, generator=generator)
+        weight = (bits * inside).to(SPLIT)
+    else:
+        weight = weight.to(dtypes.weight)
+    if dtypes.model is not None and model is None:
+        written = torch.rand(inside.shape, generator=generator) < 0.1
+        model = (weight.to(F64) + written * inside).to(dtypes.model)
+    return FlatShard(
+        weight=weight,
+        model=model,
+        grad=numbers().to(torch.promote_types(dtypes.weight, F32)),
+        exp_avg=numbers().to(dtypes.state),
+        exp_avg_sq=numbers().abs().to(dtypes.state),
+        block_param=torch.tensor(owners),
+    )
+
+
+def piece_shard(lengths: Sequence[int], dtypes: Dtypes, seed: int) -> PieceShard:
+    """The same numbers in pieces at odd addresses."""
+    flat = flat_shard(lengths, dtypes, seed)
+
+    def pieces(kind: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        memory = torch.full((sum(lengths) + len(lengths) + 1,), 7.0, dtype=dtype)
+        found, at, odd = [], 0, 1
+        for length in lengths:
+            found.append(memory[odd : odd + length])
+            found[-1].copy_(kind[at : at + length])
+            at, odd = at + round_up(length, BLOCK), odd + length + 1
+        return found
+
+    return PieceShard(
+        params=tuple(range(len(lengths))),
+        weight=pieces(flat.weight, dtypes.weight),
+        grad=pieces(flat.grad, dtypes.grad),
+        exp_avg=pieces(flat.exp_avg, dtypes.state),
+        exp_avg_sq=pieces(flat.exp_avg_sq, dtypes.state),
+        model=None if flat.model is None else pieces(flat.model, flat.model.dtype),
+    )
+
+
+def table_of(count: int, seed: int, dtype: torch.dtype) -> Tensor:
+    rows = torch.rand(count, len(COLUMNS), generator=torch.Generator().manual_seed(seed)) + 0.25
+    rows[::3, COLUMNS.index("grad_scale")] = 0  # their gradients are taken for 0
+    return rule.table(rule.Coefficients(*rows.double().unbind(1)), dtype)
+
+
+def one_step(kernel: Kernel, shards: Sequence[Shard], count: int, seed: int) -> list[Tensor]:
+    dtype = shards[0].compute
+    squares = torch.zeros(count, dtype=F64)
+    sums = torch.zeros(2, count, dtype=F64)
+    table = table_of(count, seed, dtype)
+    kernel.square_sums(shards, squares)
+    kernel.moments_and_norms(shards, table, sums)
+    kernel.apply(shards, table, torch.linspace(0, 0.9, count, dtype=dtype))
+    return [squares, sums]
+
+
+def memory_of(shard: Shard) -> list[Tensor]:
+    kinds = [shard.weight, shard.model, shard.grad, shard.exp_avg, shard.exp_avg_sq]
+    return [
+        tensor
+        for kind in kinds
+        if kind is not None
+        for tensor in ([kind] if isinstance(kind, Tensor) else kind)
+    ]
+
+
+def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor], compute: torch.dtype) -> None:
+    """Equal bits. In fp64 torch's own square root is not: MKL's may be an ulp off (see `rule.root`)."""
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        if compute == F64:
+            tolerance = max(1e-13, 2 * torch.finfo(ours.dtype).eps)
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=1e-15, equal_nan=True)
+        else:
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("make", [flat_shard, piece_shard])
+@given(LENGTHS, DTYPES, SEEDS)
+def test_a_step_has_the_bits_of_the_pure_one(
+    make: Callable[..., Shard], name: str, lengths: list[int], dtypes: Dtypes, seed: int
+) -> None:
+    ours, theirs = make(lengths, dtypes, seed), make(lengths, dtypes, seed)
+    found = one_step(kernels.load(name), [ours], len(lengths), seed)
+    expected = one_step(ReferenceKernel(), [theirs], len(lengths), seed)
+    assert_same([*found, *memory_of(ours)], [*expected, *memory_of(theirs)], ours.compute)
+
+
+@pytest.mark.parametrize("name", ["torch", "fused", *OTHERS])
+@pytest.mark.parametrize("make", [flat_shard, piece_shard])
+@pytest.mark.parametrize("dtypes", [Dtypes(F32, None, F32, F32), Dtypes(SPLIT, BF16, F32, F32)])
+def test_no_shape_of_calls_changes_the_bits(dtypes: Dtypes, make: Callable[..., Shard], name: str) -> None:
+    """Shards in one call, or each in its own."""
+    lengths = [[700, 1], [5000], [256, 257]]
+    kernel, results = kernels.load(name), []
+    for together in (True, False):
+        shards = [make(each, dtypes, seed) for seed, each in enumerate(lengths)]
+        table, sums = table_of(2, 3, F32), torch.zeros(2, 2, dtype=F64)
+        for group in [shards] if together else [[shard] for shard in shards]:
+            kernel.moments_and_norms(group, table, sums)
+            kernel.apply(group, table, torch.tensor([0.1, 0.2]))
+        results.append([sums, *(tensor for shard in shards for tensor in memory_of(shard))])
+    assert_same(results[0], results[1], F32)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("make", [flat_shard, piece_shard])
+@pytest.mark.parametrize("weight", [F32, SPLIT])
+def test_any_number_of_threads_has_the_same_bits(
+    weight: torch.dtype, make: Callable[..., Shard], name: str
+) -> None:
+    lengths = [70_000, 3, 513, 256, 1, 20_000]
+    dtypes, results = Dtypes(weight, BF16, F32, F32), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 5, 64):
+            torch.set_num_threads(threads)
+            shard = make(lengths, dtypes, 0)
+            results.append([*one_step(kernels.load(name), [shard], len(lengths), 0), *memory_of(shard)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_same(other, results[0], F32)
+
+
+@pytest.mark.parametrize("name", ["torch", "fused", *OTHERS])
+def test_what_is_not_finite_shows_in_the_sums_and_only_there(name: str) -> None:
+    """Also where a scale of 0 keeps a parameter from it."""
+    shard = flat_shard([300, 256, 5], Dtypes(F32, None, F32, F32), 0)
+    shard.grad[7], shard.grad[512] = torch.nan, torch.inf
+    untouched = [shard.weight.clone(), shard.exp_avg.clone(), shard.exp_avg_sq.clone()]
+    squares, sums = torch.zeros(3, dtype=F64), torch.zeros(2, 3, dtype=F64)
+    kernel, table = kernels.load(name), torch.zeros(3, len(COLUMNS))
+    for column in ("beta1", "beta2", "unbias1", "unbias2", "eps_outside"):
+        table[:, COLUMNS.index(column)] = 1
+    kernel.square_sums([shard], squares)
+    kernel.moments_and_norms([shard], table, sums)
+    kernel.apply([shard], table, torch.zeros(3))
+    assert squares.isfinite().tolist() == [False, False, True]
+    assert sums.isfinite().all()
+    assert_same([shard.weight, shard.exp_avg, shard.exp_avg_sq], untouched, F32)
+
+
+@pytest.mark.parametrize("name", ["torch", "fused", *OTHERS])
+def test_split_masters_at_the_edges(name: str) -> None:
+    """All bfloat16 weights, each with remainders that nothing but a written weight has. A step of 0 moves none, but
+    cuts remainders to what was joined; 0 x inf is nan."""
+    model = torch.arange(-(2**15), 2**15, dtype=torch.int16).repeat(len(EDGES)).view(BF16)
+    remainder = torch.tensor(EDGES, dtype=SPLIT).repeat_interleave(2**16)
+    shard = piece_shard([len(model)], Dtypes(SPLIT, BF16, F32, F32), 0)
+    assert shard.model is not None
+    shard.model[0].copy_(model)
+    shard.weight[0].copy_(remainder)
+    for kind in (shard.grad, shard.exp_avg, shard.exp_avg_sq):
+        kind[0].zero_()
+    master = remainders.joined(model, remainder)
+    expected = remainders.split(torch.where(master.isinf(), torch.nan, master))
+    table = torch.ones(1, len(COLUMNS))
+    for column in ("l2", "decay"):
+        table[:, COLUMNS.index(column)] = 0
+    kernel = kernels.load(name)
+    kernel.moments_and_norms([shard], table, torch.zeros(2, 1, dtype=F64))
+    assert torch.equal(shard.weight[0], remainder), "pass 1 writes moments alone"
+    kernel.apply([shard], table, torch.zeros(1))
+    assert_same([shard.model[0], shard.weight[0]], expected, F32)
+    moved = [x[shard.model[0].isfinite()].view(torch.int16) for x in (shard.model[0], model)]
+    assert torch.equal(moved[0], moved[1]), "the signs of zeros too"
+
+
+@pytest.mark.parametrize("name", ["torch", "fused", *OTHERS])
+def test_a_tie_above_an_even_weight_is_nudged(name: str) -> None:
+    """w - u lies between a weight and the next."""
+    shard = flat_shard([5000], Dtypes(SPLIT, BF16, F32, F32), 0)
+    assert shard.model is not None
+    shard.weight.zero_()
+    shard.model.copy_(torch.tensor([1.0, 1 + 2**-7, -1, -1 - 2**-7]).repeat(len(shard.model) // 4))
+    shard.exp_avg.copy_(-shard.model.sign() * 2**-8)
+    shard.exp_avg_sq.fill_(1)
+    table = torch.zeros(1, len(COLUMNS))
+    for column in ("beta1", "beta2", "unbias1", "unbias2"):
+        table[:, COLUMNS.index(column)] = 1
+    kernels.load(name).apply([shard], table, torch.ones(1))
+    assert shard.weight[:4].tolist() == [0x7FFF, -0x8000, 0x7FFF, -0x8000]
+    assert shard.model[:4].tolist() == [1, 1 + 2**-6, -1, -1 - 2**-6]
+
+
+@pytest.mark.parametrize("name", ["torch", "fused", *OTHERS])
+def test_a_written_infinity_beside_a_remainder_is_infinite(name: str) -> None:
+    """Not nan."""
+    shard, sums = flat_shard([5000], Dtypes(SPLIT, BF16, F32, F32), 0), torch.zeros(2, 1, dtype=F64)
+    assert shard.model is not None
+    shard.model[:2] = torch.tensor([torch.inf, -torch.inf])
+    shard.weight[:2] = torch.tensor([1, 0x7FFF])
+    kernels.load(name).moments_and_norms([shard], table_of(1, 0, F32), sums)
+    assert sums[0, 0] == torch.inf
+
+
+EDGES = (-0x8000, -0x7FFF, -1, 0, 1, 0x7FFF)
+
+
+# -- how gradients come in ----------------------------------------------------------------------------
+
+
+def segments_of(lengths: Sequence[int]) -> tuple[Segment, ...]:
+    starts = [sum(round_up(length, BLOCK) for length in lengths[:param]) for param in range(len(lengths))]
+    return tuple(
+        Segment(param, 0, length, start)
+        for param, (length, start) in enumerate(zip(lengths, starts, strict=True))
+    )
+
+
+@pytest.mark.parametrize("name", ["torch", *OTHERS])
+@pytest.mark.parametrize("lies_apart", [False, True])
+@given(
+    LENGTHS,
+    st.sampled_from([F32, BF16, F16, F64]),
+    st.sampled_from([F32, F64]),
+    SEEDS,
+    st.integers(1, 5),
+    st.booleans(),
+)
+def test_average_is_the_sum_in_rank_order_over_the_divisor(
+    lies_apart: bool,
+    name: str,
+    lengths: list[int],
+    wire: torch.dtype,
+    weight: torch.dtype,
+    seed: int,
+    ranks: int,
+    add: bool,
+) -> None:
+    """``lies_apart``: one rank's part is read from gradients, of which the first is missing."""
+    shard, segments = flat_shard(lengths, Dtypes(weight, None, F32, F32), seed), segments_of(lengths)
+    parts = torch.zeros(ranks, shard.grad.numel(), dtype=wire)
+    generator, row = torch.Generator().manual_seed(seed), seed % ranks
+    for segment in segments:
+        place = parts[:, segment.shard_start : segment.shard_start + segment.length]
+        place.copy_(torch.randn(place.shape, generator=generator))
+        if lies_apart and segment.param == 0:
+            place[row] = 0
+    rows, own = list(parts.to(shard.compute)), None
+    if lies_apart:
+        mine = [parts[row, s.shard_start : s.shard_start + s.length].to(shard.compute) for s in segments]
+        mine = [value + 1e-3 for value in mine]  # not what the wire could carry
+        own = OwnPart(row, [None, *mine[1:]])
+        parts = torch.cat([parts[:row], parts[row + 1 :]])
+        for segment, value in zip(segments[1:], mine[1:], strict=True):
+            rows[row][segment.shard_start : segment.shard_start + segment.length] = value
+    expected = rows[0]
+    for other in rows[1:]:
+        expected = expected + other
+    expected = expected / ranks
+    expected = shard.grad + expected if add else expected
+    sums = torch.full((len(lengths),), 0.5, dtype=F64)
+    kernels.load(name).average(shard, segments, Received(parts, ranks, own), sums, add=add)
+    assert torch.equal(shard.grad, expected)
+    squares = torch.zeros(len(lengths), dtype=F64)
+    ReferenceKernel().square_sums([shard], squares)
+    torch.testing.assert_close(sums, squares + 0.5, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("name", ["torch", *OTHERS])
+@given(LENGTHS, st.sampled_from([F32, BF16, F16]), SEEDS)
+def test_collect_takes_segments_of_gradients_of_any_layout(
+    name: str, lengths: list[int], dtype: torch.dtype, seed: int
+) -> None:
+    """A segment may begin inside its parameter; the last gradient lies transposed, and every third is missing."""
+    shard = flat_shard(lengths, Dtypes(F32, None, F32, F32), seed)
+    generator = torch.Generator().manual_seed(seed)
+    shard.grad.zero_()
+    segments, grads, expected, at = [], [], shard.grad.clone(), 0
+    for param, length in enumerate(lengths):
+        before = 256 * (param % 2)
+        grad = torch.randn(before + length + 3, generator=generator).to(dtype)
+        shard.grad[at : at + length] = 9.0  # of the step before
+        if param % 3 == 2:
+            grads.append(None)
+        else:
+            grads.append(grad.view(-1, 1).t() if param == len(lengths) - 1 else grad)
+            expected[at : at + length] = grad[before : before + length]
+        segments.append(Segment(param, before, length, at))
+        at += round_up(length, BLOCK)
+    sums = torch.zeros(len(lengths), dtype=F64)
+    kernels.load(name).collect(shard, tuple(segments), grads, sums)
+    assert torch.equal(shard.grad, expected)
+    squares = torch.zeros(len(lengths), dtype=F64)
+    ReferenceKernel().square_sums([replace(shard, grad=expected)], squares)
+    assert torch.equal(sums, squares)

@@ -1,0 +1,290 @@
+"""The Triton backend: its bits under the interpreter, what is compiled for GPUs, and on a GPU where there is one."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from sharded_lamb import ShardedLamb
+from sharded_lamb.gradients import summary as facts
+from sharded_lamb.kernels import FlatShard, ReferenceKernel, triton_kernel
+from sharded_lamb.kernels.engine import _applied_together
+from sharded_lamb.kernels.triton_kernel import TritonKernel, usable
+from tests.kernels.kernel_memory import SPLIT, Form, assert_same, optimizer_with, stepped, trained
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+INTERPRETED = ["tests/kernels/triton_cases.py", "tests/kernels/triton_tables.py"]
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_cases_pass_under_the_interpreter() -> None:
+    """In a process of its own: an interpreted Triton stays so, and torch.compile needs the other."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *INTERPRETED]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed, done.stdout[-2000:]
+    assert int(passed[1]) >= 24
+    assert "skipped" not in done.stdout
+
+
+def test_the_package_does_not_import_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch, sharded_lamb\n"
+        "from sharded_lamb.kernels.triton_kernel import TritonKernel, usable\n"
+        "print(usable(torch.device('cpu')))\n"
+        "try:\n    TritonKernel()\nexcept ModuleNotFoundError:\n    print('refused')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "triton is not installed (pip install 'sharded-lamb[gpu]')",
+        "refused",
+    ]
+
+
+def test_it_says_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "TRITON_INTERPRET=1" in str(usable(CPU))
+    assert "no cuda device" in str(usable(torch.device("cuda")))
+    assert "no mps device" in str(usable(torch.device("mps")))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert usable(CPU) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "8.0, and cuda:0 has 7.5" in str(usable(torch.device("cuda:0")))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert usable(torch.device("cuda:0")) is None
+
+
+def test_pass_2_is_at_most_8_calls_on_a_device() -> None:
+    """With 2 launches for Σg² and 2 for pass 1: 12 a step, however many buckets."""
+    empty = torch.empty(256, device="meta")
+    shard = FlatShard(empty, None, empty, empty, empty, torch.empty(1, dtype=torch.int64, device="meta"))
+    for count in (1, 7, 8, 9, 42, 1000):
+        calls = list(_applied_together([shard] * count))
+        assert len(calls) <= 8
+        assert sorted(index for call in calls for index in call) == list(range(count))
+
+
+def test_a_device_is_told_once_who_has_gradients() -> None:
+    meta = torch.device("meta")
+    known = facts._flags([True, False], meta)
+    assert known.device == meta
+    assert facts._flags([True, False], meta) is known
+    assert facts._flags([True, True], meta) is not known
+    there = facts._flags_on_device((True, False), CPU)
+    assert torch.equal(there, facts._flags([True, False], CPU))
+    assert there.dtype == torch.float64
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_no_event_is_waited_for_while_a_graph_is_captured(
+    capturing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skips, event = facts.SkipCounter(CPU, limit=1), mock.Mock()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    skips._arrived = event
+    skips.check(["a"])
+    skips.record(torch.tensor(True), torch.tensor([True]))
+    assert event.synchronize.called is not capturing
+    assert event.record.called is not capturing
+    assert skips.total == 1
+    if capturing:
+        skips.check(["a"])
+    else:
+        with pytest.raises(RuntimeError, match="non-finite gradients"):
+            skips.check(["a"])
+
+
+# -- what is compiled for a GPU, which needs none ------------------------------------------------------
+
+
+def compiled(kernel: Any, dtype: str, **constants: Any) -> str:
+    """The PTX of a kernel for compute capability 9.0."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    pointers = {"runs": "*i64", "tile_run": "*i32", "block_param": "*i32", "block_slot": "*i32"}
+    pointers |= {
+        "first_slots": "*i32",
+        **dict.fromkeys(("params", "slots", "count", "numel", "divisor"), "i32"),
+    }
+    if kernel.__name__ == "add_by_parameter":
+        pointers["sums"] = "*fp64"
+    names = kernel.arg_names
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name, f"*{dtype}") for name in names
+    }
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")
+    }
+    source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
+    options = {"num_warps": triton_kernel.WARPS, "enable_fp_fusion": False}
+    ptx: str = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    return ptx
+
+
+@pytest.fixture
+def device_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("Triton interprets here")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from sharded_lamb.kernels import triton_device
+
+    return triton_device
+
+
+@needs_triton
+@pytest.mark.slow
+def test_compiled_arithmetic_is_ieee(device_code: Any) -> None:
+    """No fused multiply-add, nothing flushed to 0, divisions and roots to nearest; aligned memory by vectors."""
+    tl = device_code.tl
+    for compute, name in ((tl.float32, "fp32"), (tl.float64, "fp64")):
+        plain = {"WEIGHT": compute, "EXP_AVG": tl.bfloat16, "EXP_AVG_SQ": compute, "COMPUTE": compute}
+        plain["ALIGNED"] = compute == tl.float32
+        for ptx in (
+            compiled(device_code.moments_and_norms, name, GRAD=compute, MODEL=tl.bfloat16, **plain),
+            compiled(device_code.apply, name, MODEL=None, **plain),
+        ):
+            kind = "f32" if compute == tl.float32 else "f64"
+            assert not re.findall(r"\bfma\.|\.ftz|\.approx|div\.full", ptx)
+            assert f"div.rn.{kind}" in ptx
+            assert f"sqrt.rn.{kind}" in ptx
+            assert bool(re.search(r"ld\.global\S*\.v4\.b32", ptx)) == plain["ALIGNED"]
+
+
+@needs_triton
+@pytest.mark.slow
+def test_split_masters_are_compiled_to_vectors(device_code: Any) -> None:
+    """Remainders and weights are read and written by vectors, never one by one."""
+    tl = device_code.tl
+    plain = {"WEIGHT": tl.int16, "MODEL": tl.bfloat16, "EXP_AVG": tl.float32, "EXP_AVG_SQ": tl.float32}
+    plain |= {"COMPUTE": tl.float32, "ALIGNED": True}
+    for ptx in (
+        compiled(device_code.moments_and_norms, "fp32", GRAD=tl.float32, **plain),
+        compiled(device_code.apply, "fp32", **plain),
+    ):
+        assert not re.findall(r"\bfma\.|\.ftz|\.approx|div\.full", ptx)
+        assert re.search(r"ld\.global\S*\.v4\.b32", ptx)
+        assert not re.search(r"(ld|st)\.global\S*\.b16", ptx)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_compiled_sums_use_no_atomics(device_code: Any) -> None:
+    tl = device_code.tl
+    plain = {"COMPUTE": tl.float32, "ALIGNED": True}
+    for ptx in (
+        compiled(device_code.square_sums, "fp32", GRAD=tl.float16, **plain),
+        compiled(device_code.average, "fp32", WIRE=tl.float32, ADD=True, **plain),
+        compiled(device_code.add_by_parameter, "fp32"),
+    ):
+        assert not re.findall(r"\batom\.|\bred\.|\bfma\.|\.ftz", ptx)
+
+
+# -- on a GPU ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """Operations that make the host wait for the device are errors."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+@needs_triton
+@pytest.mark.gpu
+def test_bits_on_a_device_are_the_references_on_a_cpu() -> None:
+    forms = [
+        Form(flat, (257, 5000, 0, 1), weight, model, torch.float16, state, torch.float32, gap, 3)
+        for flat, gap in ((True, 0), (False, 3))
+        for weight, model, state in (
+            (torch.float32, None, torch.float32),
+            (torch.float32, torch.bfloat16, torch.bfloat16),
+            (torch.bfloat16, torch.float16, torch.float16),
+            (SPLIT, torch.bfloat16, torch.float32),
+        )
+    ]
+    for bad in (False, True):
+        ours = stepped(TritonKernel(), forms, 1, bad, "cuda")
+        assert_same(ours, stepped(ReferenceKernel(), forms, 1, bad))
+
+
+@gpu
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_on_a_device_has_the_references_bits(dtype: torch.dtype) -> None:
+    """But for fp64 transcendentals of the bias correction, which are a library's: to fp32's last bits."""
+    ours = trained(TritonKernel(), dtype, "cuda")
+    for x, y in zip(ours, trained(ReferenceKernel(), dtype), strict=True):
+        torch.testing.assert_close(x.cpu(), y.cpu())
+
+
+def _optimizer_on_a_device() -> tuple[torch.nn.Module, ShardedLamb]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(190, 310), torch.nn.LayerNorm(310)).cuda().bfloat16()
+    lr = torch.tensor(0.01, device="cuda")
+    options = {"lr": lr, "max_grad_norm": 1.0, "bucket_mb": 0.01}
+    optimizer = optimizer_with(TritonKernel(), model, **options)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()  # logs, and reads the device for it
+    optimizer.step()
+    return model, optimizer
+
+
+@gpu
+@needs_triton
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_device(request: pytest.FixtureRequest) -> None:
+    model, optimizer = _optimizer_on_a_device()
+    request.getfixturevalue("no_waiting")
+    for _ in range(3):
+        optimizer.step()
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)  # elsewhere
+    optimizer.step()
+
+
+@gpu
+@needs_triton
+@pytest.mark.gpu
+def test_a_captured_step_is_a_step() -> None:
+    """Replayed with other gradients in the same place and another learning rate, bit for bit."""
+    (captured, ours), (eager, theirs) = _optimizer_on_a_device(), _optimizer_on_a_device()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.step()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for p, q in zip(captured.parameters(), eager.parameters(), strict=True):
+            assert p.grad is not None
+            assert q.grad is not None
+            q.grad.copy_(p.grad.copy_(torch.randn_like(p)))
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0]["lr"].fill_(0.01 / (1 + seed))
+        graph.replay()
+        theirs.step()
+        for p, q in zip(captured.parameters(), eager.parameters(), strict=True):
+            assert torch.equal(p, q)

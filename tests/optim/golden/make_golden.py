@@ -1,0 +1,259 @@
+"""Makes the golden vectors in this folder; `--check` makes them again and compares.
+
+One `inputs.json` (parameters, gradients, options) and one file of expected values per variant, all float64.
+The expectations come from `tests/oracle.py`, and nothing is written before the oracle has agreed with code by
+other hands: torch.optim.Adam and AdamW, timm's Lamb, and a second transcription of the TensorFlow reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[2]))
+
+from tests.oracle import VARIANT_FACTS, OracleLamb, variant_options  # noqa: E402
+
+Grads = Mapping[str, np.ndarray | None]
+STEPS = 10
+OPTIONS: dict[str, Any] = {"lr": 0.05, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.02}
+COMMON = {name: OPTIONS[name] for name in ("lr", "betas", "eps")}
+NO_DECAY = ("bias", "LayerNorm")
+# Which gradients are missing: single ones, a parameter's first, and in step 8 all of them.
+MISSING = {0: ("dense.bias",), 3: ("dense.bias", "scale"), 5: ("embed.weight",), 8: None}
+
+
+def excluded(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
+    return {name for name in names if any(re.search(p, name) for p in patterns)}
+
+
+def make_inputs() -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
+    """Parameters and full gradients; every value is exact in float32, so that float32 runs start equal."""
+    rng = np.random.default_rng(20190402)
+
+    def draw(shape: tuple[int, ...], scale: float) -> np.ndarray:
+        return np.asarray(rng.standard_normal(shape) * scale, dtype=np.float32).astype(np.float64)
+
+    params = {
+        "embed.weight": draw((5, 3), 60.0),  # a norm over 10 and, uncorrected, a ratio over 10
+        "dense.weight": draw((4, 3), 1e-3),  # a ratio below 0.01
+        "dense.bias": draw((4,), 0.5),
+        "LayerNorm.weight": np.ones(4),
+        "LayerNorm.bias": np.zeros(4),
+        "scale": np.array(0.75),
+    }
+    # Gradients shrink, so that clipping at 1.0 is on at first and off at the end.
+    grads = [{n: draw(p.shape, 1.5 * 0.6**k) for n, p in params.items()} for k in range(STEPS)]
+    grads[0]["LayerNorm.weight"] = np.zeros(4)  # no decay, no gradient: an update of norm 0
+    return params, grads
+
+
+def with_missing(grads: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray | None]]:
+    result: list[dict[str, np.ndarray | None]] = []
+    for k, step in enumerate(grads):
+        gone = MISSING.get(k, ())
+        result.append({n: None if gone is None or n in gone else g for n, g in step.items()})
+    return result
+
+
+def make_oracle(variant: str, params: Mapping[str, np.ndarray], **changes: Any) -> OracleLamb:
+    options = {**OPTIONS, **variant_options(variant, params, excluded(params, NO_DECAY)), **changes}
+    return OracleLamb(params, **options)
+
+
+def expected(variant: str, params: Mapping[str, np.ndarray], grads: list[Any]) -> list[dict[str, Any]]:
+    oracle, rows = make_oracle(variant, params), []
+    for step in grads:
+        oracle.step(step)
+        weights = {n: p.tolist() for n, p in oracle.params.items()}
+        rows.append({"params": weights, "ratios": dict(oracle.ratios), "grad_norm": oracle.grad_norm})
+    return rows
+
+
+def tf_reference(
+    params: Mapping[str, np.ndarray],
+    grads: list[Grads],
+    exclude_from_weight_decay: list[str] | None,
+    exclude_from_layer_adaptation: list[str] | None,
+) -> dict[str, np.ndarray]:
+    """The LAMBOptimizer of google-research/albert (lamb_optimizer.py), in its semantics, on its own state.
+
+    No step count and no correction, epsilon outside the root, two nested selections on the norms; names are
+    searched, and unset adaptation patterns fall back on the decay patterns.
+    """
+    adaptation_patterns = exclude_from_layer_adaptation or exclude_from_weight_decay
+    values = {name: value.copy() for name, value in params.items()}
+    slots = {name: [np.zeros_like(value), np.zeros_like(value)] for name, value in params.items()}
+    b1, b2 = OPTIONS["betas"]
+    for step in grads:
+        for name, grad in step.items():
+            if grad is None:
+                continue
+            value, (m, v) = values[name], slots[name]
+            m = np.multiply(b1, m) + np.multiply(1.0 - b1, grad)
+            v = np.multiply(b2, v) + np.multiply(1.0 - b2, np.square(grad))
+            update = m / (np.sqrt(v) + OPTIONS["eps"])
+            if not any(re.search(p, name) for p in exclude_from_weight_decay or ()):
+                update = update + OPTIONS["weight_decay"] * value
+            ratio: Any = 1.0
+            if not any(re.search(p, name) for p in adaptation_patterns or ()):
+                w_norm, g_norm = np.linalg.norm(value.ravel()), np.linalg.norm(update.ravel())
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    quotient = np.divide(w_norm, g_norm)
+                ratio = np.where(w_norm > 0, np.where(g_norm > 0, quotient, 1.0), 1.0)
+            values[name] = value - ratio * OPTIONS["lr"] * update
+            slots[name] = [m, v]
+    return values
+
+
+def torch_run(
+    build: Callable[[dict[str, Any]], Any], params: Mapping[str, np.ndarray], grads: list[Grads]
+) -> dict:
+    """Steps the optimizer that `build` makes of float64 torch copies, and returns the final values."""
+    import torch
+
+    tensors = {n: torch.nn.Parameter(torch.from_numpy(p.copy())) for n, p in params.items()}
+    optimizer = build(tensors)
+    for step in grads:
+        for name, grad in step.items():
+            tensors[name].grad = None if grad is None else torch.from_numpy(grad.copy())
+        optimizer.step()
+    return {n: p.detach().numpy() for n, p in tensors.items()}
+
+
+def oracle_run(oracle: OracleLamb, grads: list[Grads]) -> dict[str, np.ndarray]:
+    for step in grads:
+        oracle.step(step)
+    return oracle.params
+
+
+def decay_groups(tensors: Mapping[str, Any]) -> list[dict[str, Any]]:
+    skipped = excluded(tensors, NO_DECAY)
+    decayed = [p for n, p in tensors.items() if n not in skipped]
+    return [
+        {"params": decayed, "weight_decay": OPTIONS["weight_decay"]},
+        {"params": [tensors[n] for n in sorted(skipped)], "weight_decay": 0.0},
+    ]
+
+
+def compare(
+    what: str, ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], tolerance: float
+) -> None:
+    for name, value in theirs.items():
+        gap = np.linalg.norm(np.ravel(ours[name] - value)) / max(np.linalg.norm(np.ravel(value)), 1e-300)
+        if not gap <= tolerance:
+            raise SystemExit(f"{what}: {name} differs by {gap:.2e}, allowed {tolerance:.0e}")
+
+
+def check_against_torch(params: dict[str, np.ndarray], grads: list[Any]) -> None:
+    import torch
+
+    adamw = torch_run(lambda t: torch.optim.AdamW(decay_groups(t), **COMMON), params, grads)
+    compare("torch.optim.AdamW", oracle_run(make_oracle("adamw", params), grads), adamw, 1e-13)
+
+    adam = torch_run(lambda t: torch.optim.Adam(list(t.values()), **COMMON), params, grads)
+    ratio_one = make_oracle("lamb", params, weight_decay=0.0, no_adapt=set(params))
+    compare("torch.optim.Adam", oracle_run(ratio_one, grads), adam, 1e-13)
+
+
+def check_against_tf_reference(params: dict[str, np.ndarray], grads: list[Any]) -> None:
+    """No name matches "$^": the rule on every variable. None: the reference's own default."""
+    patterns = list(NO_DECAY)
+    ours = oracle_run(make_oracle("paper_v3", params), grads)
+    compare("the TensorFlow reference", ours, tf_reference(params, grads, patterns, ["$^"]), 1e-13)
+
+    ours = oracle_run(make_oracle("paper_v3", params, no_adapt=excluded(params, NO_DECAY)), grads)
+    compare("the TensorFlow reference's default", ours, tf_reference(params, grads, patterns, None), 1e-13)
+
+
+def check_against_timm(params: dict[str, np.ndarray], full: list[Any]) -> None:
+    """With every gradient present: timm and apex count steps per group, with or without a gradient."""
+    from tests.timm_peer import load_timm_lamb
+
+    lamb = load_timm_lamb()
+    everywhere = {"always_adapt": True, "max_grad_norm": None}
+    cases: dict[str, dict[str, Any]] = {
+        "timm": {},
+        "apex": {},
+        "nvlamb": {"always_adapt": True},
+        "lamb": everywhere,
+        "paper_v3": {**everywhere, "bias_correction": False},
+    }
+    for (variant, changes), foreach in itertools.product(cases.items(), (False, True)):
+        build = functools.partial(build_timm, lamb, foreach=foreach, **changes)
+        ours = oracle_run(make_oracle(variant, params), full)
+        compare(f"timm as {variant}", ours, torch_run(build, params, full), 1e-12)
+
+
+def build_timm(lamb: Any, tensors: Mapping[str, Any], **changes: Any) -> Any:
+    return lamb(decay_groups(tensors), **COMMON, **changes)
+
+
+def documents() -> dict[str, Any]:
+    params, full = make_inputs()
+    grads = with_missing(full)
+    lists = [{n: None if g is None else g.tolist() for n, g in step.items()} for step in grads]
+    inputs = {
+        "options": OPTIONS,
+        "exclude_from_weight_decay": NO_DECAY,
+        "params": {n: p.tolist() for n, p in params.items()},
+        "grads": lists,
+    }
+    return {"inputs": inputs, **{v: {"steps": expected(v, params, grads)} for v in VARIANT_FACTS}}
+
+
+def same(a: Any, b: Any, where: str) -> None:
+    """Equal structure, numbers equal to 1e-13: another libm may round a power differently."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        for key in a:
+            same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{where}[{i}]")
+    elif isinstance(a, float) and isinstance(b, float):
+        if not math.isclose(a, b, rel_tol=1e-13, abs_tol=1e-300):
+            raise SystemExit(f"{where}: stored {a!r}, made again {b!r}")
+    elif a != b:
+        raise SystemExit(f"{where}: stored {a!r}, made again {b!r}")
+
+
+def check_against_peers(may_skip: bool) -> None:
+    params, full = make_inputs()
+    check_against_torch(params, with_missing(full))
+    check_against_tf_reference(params, with_missing(full))
+    try:
+        check_against_timm(params, full)
+    except pytest.skip.Exception as reason:
+        if not may_skip:
+            raise SystemExit(f"the vectors are only made beside timm: {reason}") from None
+        print(f"not compared with timm: {reason}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare with the stored files, write nothing")
+    check = parser.parse_args().check
+    check_against_peers(may_skip=check)
+    for name, document in documents().items():
+        path = HERE / f"{name}.json"
+        if check:
+            same(json.loads(path.read_text()), json.loads(json.dumps(document)), name)
+        else:
+            path.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+    print("the vectors are as made" if check else f"wrote {len(VARIANT_FACTS) + 1} files")
+
+
+if __name__ == "__main__":
+    main()

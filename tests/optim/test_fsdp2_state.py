@@ -1,0 +1,366 @@
+"""State of every stage through torch.distributed.checkpoint, from any layout to any other; and under fully_shard."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from sharded_lamb import Lamb, ShardedLamb
+from tests import training
+from tests.harness import run_ranks, run_ranks_expecting_errors
+from tests.optim import fsdp_models as models
+
+OPTIONS: dict[str, Any] = {"lr": 0.02, "max_grad_norm": 5.0}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model over ranks. ``stage`` 0: DTensors, on a mesh of ``axes``."""
+
+    world: int
+    stage: int = 0
+    axes: tuple[str, ...] = ("dp",)
+
+    def __str__(self) -> str:
+        return f"{self.world}x{'-'.join(self.axes) if self.stage == 0 else f'stage{self.stage}'}"
+
+
+def build(layout: Layout, dtype: torch.dtype, **more: Any) -> tuple[models.Block, ShardedLamb]:
+    if layout.stage:
+        model = models.block().to(dtype)
+        options = {"stage": layout.stage, "bucket_mb": 0.0005, **more}
+        if layout.axes == ("replicate", "shard"):
+            options["mesh"] = models.named_mesh(replicate=2, shard=layout.world // 2)
+        return model, ShardedLamb(model.named_parameters(), **OPTIONS, **options)
+    first, rest = (layout.world, 1) if len(layout.axes) == 1 else (2, layout.world // 2)
+    mesh = models.named_mesh(**dict(zip(layout.axes, (first, rest), strict=False)))
+    if layout.axes == ("tp",):
+        model = models.parallel_block(mesh, None, "tp")
+    elif "tp" in layout.axes:
+        model = models.parallel_block(mesh, "dp", "tp")
+    else:
+        model = models.parallel_block(mesh, layout.axes if len(layout.axes) > 1 else "dp", None)
+    model = model.to(dtype)
+    return model, ShardedLamb(model.named_parameters(), **OPTIONS, **more)
+
+
+def steps(model: models.Block, opt: ShardedLamb, which: range) -> None:
+    """The same averaged gradients in every layout."""
+    for step in which:
+        for name, p in model.named_parameters():
+            g = training.draw(tuple(p.shape), "state", name, step).to(p.dtype)
+            p.grad = (
+                distribute_tensor(g, p.device_mesh, p.placements, src_data_rank=None)
+                if isinstance(p, DTensor)
+                else g
+            )
+        opt.step()
+        opt.zero_grad()
+
+
+Whole = tuple[dict[str, Tensor], dict[str, Any] | None]
+
+
+def save(rank: int, layout: Layout, dtype: torch.dtype, folder: Path) -> tuple[Whole, Whole]:
+    """What was saved after two steps, and where two more lead; whole."""
+    model, opt = build(layout, dtype)
+    steps(model, opt, range(2))
+    optim = get_optimizer_state_dict(model, opt)
+    dcp.save({"model": get_model_state_dict(model), "optim": optim}, checkpoint_id=folder)
+    saved = models.whole_weights(model), training.through_bytes(opt.full_state_dict())
+    steps(model, opt, range(2, 4))
+    return saved, (models.whole_weights(model), opt.full_state_dict())
+
+
+def load(rank: int, layout: Layout, dtype: torch.dtype, folder: Path) -> tuple[Whole, Whole]:
+    model, opt = build(layout, dtype)
+    steps(model, opt, range(7, 8))  # what is loaded must replace what is there
+    state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, opt)}
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, opt, state["optim"])
+    loaded = models.whole_weights(model), training.through_bytes(opt.full_state_dict())
+    steps(model, opt, range(2, 4))
+    return loaded, (models.whole_weights(model), opt.full_state_dict())
+
+
+def assert_same_state(found: dict[str, Any] | None, expected: dict[str, Any] | None) -> None:
+    assert found is not None
+    assert expected is not None
+    assert found["state"].keys() == expected["state"].keys()
+    for param, entry in expected["state"].items():
+        training.assert_same_bits(found["state"][param], entry)
+
+
+LAYOUTS = [
+    Layout(3, stage=1),
+    Layout(2, stage=2),
+    Layout(4, stage=1, axes=("replicate", "shard")),
+    Layout(4),
+    Layout(2),
+    Layout(4, axes=("replicate", "shard")),
+    Layout(4, axes=("dp", "tp")),
+    Layout(2, axes=("tp",)),
+]
+
+
+def near(source: Layout) -> list[Layout]:
+    """Itself and two others; tests/checkpoint/test_table.py has all pairs."""
+    place = LAYOUTS.index(source)
+    return [LAYOUTS[(place + step) % len(LAYOUTS)] for step in (0, 1, 3)]
+
+
+@pytest.mark.parametrize("source", LAYOUTS, ids=str)
+def test_a_checkpoint_of_any_layout_loads_in_any_other(source: Layout, tmp_path: Path) -> None:
+    dtype = torch.float32
+    results = run_ranks(source.world, save, source, dtype, tmp_path)
+    (weights, full), (end, _) = results[0]
+    for target in near(source):
+        loaded = run_ranks(target.world, load, target, dtype, tmp_path)
+        for (found, _), (found_end, _) in loaded:
+            training.assert_same_bits(found, weights)
+            for name, value in end.items():
+                assert (found_end[name] - value).norm() <= 4e-6 * value.norm(), name
+        assert_same_state(loaded[0][0][1], full)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [(Layout(3), Layout(2, stage=2)), (Layout(2, stage=1), Layout(4, axes=("dp", "tp")))],
+    ids=str,
+)
+def test_masters_travel_too(source: Layout, target: Layout, tmp_path: Path) -> None:
+    (weights, full), (end, _) = run_ranks(source.world, save, source, torch.bfloat16, tmp_path)[0]
+    assert full is not None
+    assert all("master" in entry for entry in full["state"].values())
+    loaded = run_ranks(target.world, load, target, torch.bfloat16, tmp_path)
+    for (found, _), (found_end, _) in loaded:
+        training.assert_same_bits(found, weights)
+        assert (
+            sum(not torch.equal(found_end[name], value) for name, value in end.items()) <= 1
+        )  # a rounding at a tie
+    assert_same_state(loaded[0][0][1], full)
+
+
+# -- shapes that are odd ------------------------------------------------------------------------------------------
+
+
+def odd_parameters() -> torch.nn.ParameterDict:
+    shapes = {
+        "empty": (0, 3),
+        "scalar": (),
+        "one": (1,),
+        "cube": (5, 7, 11),
+        "flat": (700,),
+        "conv": (8, 3, 5, 5),
+    }
+    params = torch.nn.ParameterDict({name: training.draw(shape, name) for name, shape in shapes.items()})
+    params["conv"] = params["conv"].detach().to(memory_format=torch.channels_last)
+    return params
+
+
+def odd_save(rank: int, folder: Path) -> dict[str, Any] | None:
+    params = odd_parameters()
+    opt = ShardedLamb(params.named_parameters(), bucket_mb=0.001)
+    for name, p in params.items():
+        p.grad = training.draw(tuple(p.shape), "odd", name)
+    opt.step()
+    dcp.save({"optim": get_optimizer_state_dict(params, opt)}, checkpoint_id=folder)
+    return opt.full_state_dict()
+
+
+def odd_load(rank: int, folder: Path) -> dict[str, Any] | None:
+    params = odd_parameters()
+    opt = ShardedLamb(params.named_parameters())
+    state = {"optim": get_optimizer_state_dict(params, opt)}
+    dcp.load(state, checkpoint_id=folder)
+    set_optimizer_state_dict(params, opt, state["optim"])
+    return opt.full_state_dict()
+
+
+@pytest.mark.parametrize(("saved_at", "loaded_at"), [(3, 2), (1, 4), (4, 1)])
+def test_odd_shapes_and_memory_formats(saved_at: int, loaded_at: int, tmp_path: Path) -> None:
+    saved = run_ranks(saved_at, odd_save, tmp_path)[0]
+    assert_same_state(run_ranks(loaded_at, odd_load, tmp_path)[0], saved)
+
+
+def offloaded(rank: int, stage: int, folder: Path) -> None:
+    """StateDictOptions(cpu_offload=True) moves what is saved and keeps what it says of itself."""
+    model, opt = build(Layout(2, stage=stage), torch.float32)
+    steps(model, opt, range(1))
+    before = opt.full_state_dict()
+    options = StateDictOptions(cpu_offload=True)
+    dcp.save({"optim": get_optimizer_state_dict(model, opt, options=options)}, checkpoint_id=folder)
+    steps(model, opt, range(1, 2))
+    state = {"optim": get_optimizer_state_dict(model, opt)}
+    dcp.load(state, checkpoint_id=folder)
+    set_optimizer_state_dict(model, opt, state["optim"])
+    if rank == 0:
+        assert_same_state(opt.full_state_dict(), before)
+    else:
+        opt.full_state_dict()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_states_are_offloaded(stage: int, tmp_path: Path) -> None:
+    run_ranks(2, offloaded, stage, tmp_path)
+
+
+# -- without a checkpoint library ---------------------------------------------------------------------------------
+
+
+def resumed(rank: int, axes: tuple[str, ...], dtype: torch.dtype) -> None:
+    """state_dict() of one rank, through bytes and back: bit-equal to the run that never stopped."""
+    layout = Layout(4, axes=axes)
+    model, opt = build(layout, dtype)
+    steps(model, opt, range(2))
+    state, weights = training.through_bytes(opt.state_dict()), training.through_bytes(model.state_dict())
+    steps(model, opt, range(2, 4))
+    other, again = build(layout, dtype)
+    other.load_state_dict(weights)
+    again.load_state_dict(state)
+    steps(other, again, range(2, 4))
+    training.assert_same_bits(models.whole_weights(other), models.whole_weights(model))
+    for p, q in zip(other.parameters(), model.parameters(), strict=True):
+        assert {*again.state[p]} == {*opt.state[q]}
+        for key, value in opt.state[q].items():
+            assert torch.equal(models.whole(again.state[p][key]), models.whole(value)), key
+        for key in ("exp_avg", "exp_avg_sq"):
+            value = opt.state[q][key]
+            assert isinstance(value, DTensor)
+            assert value.placements == q.placements  # type: ignore[attr-defined]
+            assert value.shape == q.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("axes", [("dp",), ("dp", "tp"), ("replicate", "shard")], ids=str)
+def test_going_on_is_bit_equal_to_never_stopping(axes: tuple[str, ...], dtype: torch.dtype) -> None:
+    run_ranks(4, resumed, axes, dtype)
+
+
+def state_bytes(rank: int, layout: Layout) -> dict[str, Any]:
+    model, opt = build(layout, torch.float32)
+    steps(model, opt, range(1))
+    return {"state": {i: {"shard": s["shard"].tolist()} for i, s in opt.state_dict()["state"].items()}}
+
+
+def load_of_another(rank: int, layout: Layout, stamps: list[dict[str, Any]]) -> None:
+    _model, opt = build(layout, torch.float32)
+    state = opt.state_dict()
+    theirs = stamps[(rank + 1) % len(stamps)]["state"]
+    for i, entry in state["state"].items():
+        state["state"][i] = {**entry, "shard": torch.tensor(theirs[i]["shard"])}
+    opt.load_state_dict(state)
+
+
+@pytest.mark.parametrize("saved_at", [Layout(2), Layout(4, axes=("dp", "tp")), Layout(2, stage=1)], ids=str)
+def test_another_ranks_state_is_refused(saved_at: Layout) -> None:
+    stamps = run_ranks(saved_at.world, state_bytes, saved_at)
+    for kind, message in run_ranks_expecting_errors(2, load_of_another, Layout(2), stamps).values():
+        assert kind == "ValueError"
+        assert f"of {saved_at.world} and this is rank" in message
+        assert "torch.distributed.checkpoint" in message
+
+
+def lamb_state(rank: int, layout: Layout) -> dict[str, Any] | None:
+    _model, opt = build(layout, torch.float32)
+    reference = models.block()
+    lamb = Lamb(reference.named_parameters(), **OPTIONS)
+    for step in range(3):
+        for name, p in reference.named_parameters():
+            p.grad = training.draw(tuple(p.shape), "state", name, step)
+        lamb.step()
+    opt.load_full_state_dict(training.through_bytes(lamb.state_dict()) if rank == 0 else None)
+    full = opt.full_state_dict()
+    if full is not None:
+        for param, entry in lamb.state_dict()["state"].items():
+            training.assert_same_bits(full["state"][param], entry)
+    return full
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(3), Layout(4, axes=("dp", "tp")), Layout(2, axes=("tp",))], ids=str
+)
+def test_whole_state_of_lamb_loads_and_comes_back(layout: Layout) -> None:
+    run_ranks(layout.world, lamb_state, layout)
+
+
+def through_torchs_whole_state(rank: int, layout: Layout) -> None:
+    """torch's own way to a single file: what Accelerate's FULL_STATE_DICT does."""
+    model, opt = build(layout, torch.float32)
+    steps(model, opt, range(2))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    saved = get_optimizer_state_dict(model, opt, options=options)
+    saved = training.through_bytes(saved)
+    expected = training.through_bytes(opt.full_state_dict())
+    model, opt = build(layout, torch.float32)
+    steps(model, opt, range(4, 5))
+    whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_optimizer_state_dict(model, opt, saved if rank == 0 else {}, options=whole)
+    found = opt.full_state_dict()
+    if rank == 0:
+        assert_same_state(found, expected)
+
+
+@pytest.mark.parametrize("layout", [Layout(2), Layout(4, axes=("dp", "tp"))], ids=str)
+def test_torchs_whole_state_under_fully_shard(layout: Layout) -> None:
+    run_ranks(layout.world, through_torchs_whole_state, layout)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_torchs_whole_state_of_flat_slices_is_refused(stage: int) -> None:
+    failed = run_ranks_expecting_errors(2, through_torchs_whole_state, Layout(2, stage))
+    assert all(kind == "TypeError" and "full_state_dict()" in message for kind, message in failed.values())
+
+
+def saved_meanwhile(rank: int, layout: Layout, folder: Path) -> tuple[Any, Any]:
+    """Training goes on while the checkpoint is written: it holds what was there before."""
+    model, opt = build(layout, torch.float32)
+    steps(model, opt, range(2))
+    state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, opt)}
+    expected = training.through_bytes(opt.full_state_dict())
+    writing = dcp.async_save(state, checkpoint_id=folder)
+    steps(model, opt, range(2, 3))
+    writing.result()
+    (_, loaded), _ = load(rank, layout, torch.float32, folder)
+    return expected, loaded
+
+
+@pytest.mark.parametrize("layout", [Layout(2), Layout(2, 1), Layout(3, 2)], ids=str)
+def test_asynchronous_saving(layout: Layout, tmp_path: Path) -> None:
+    expected, loaded = run_ranks(layout.world, saved_meanwhile, layout, tmp_path)[0]
+    assert_same_state(loaded, expected)
+
+
+def offloaded_from_another_device(rank: int) -> None:
+    """CPU offload on a GPU mesh, whose parameters' parts are on the CPU: no copy may stand for the state."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    from sharded_lamb.sharding.buckets import Precision
+    from sharded_lamb.sharding.local_shards import Piece
+
+    mesh = DeviceMesh("cuda", torch.arange(2), _init_backend=False)
+    meta = TensorMeta(torch.Size((4, 3)), (3, 1), torch.float32)
+    p = DTensor(torch.zeros(2, 3), DTensorSpec(mesh, (Shard(0),), tensor_meta=meta), requires_grad=False)
+    piece = Piece.of(p, Precision.of(torch.float32, torch.float32, torch.float32, None))
+    state = piece.as_dtensor(piece.exp_avg)
+    assert state.to_local().data_ptr() == piece.exp_avg.data_ptr()
+    assert (state.shape, state.placements) == (p.shape, p.placements)
+
+
+def test_offloaded_state_is_the_memory_that_steps_update() -> None:
+    run_ranks(2, offloaded_from_another_device)
