@@ -233,7 +233,7 @@ def _steps(rank: int, stage: int, behind_forward: bool) -> Recorded:
     recorded = list(timeline.spans)
     one()
     opt.synchronize()
-    buckets = len(opt._holdings.buckets)
+    buckets = len(opt._store.buckets)
     return Recorded(recorded, dict(calls), dict(sent), buckets, len(timeline.spans) - len(recorded))
 
 

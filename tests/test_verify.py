@@ -18,7 +18,7 @@ from sharded_lamb import shapes
 from sharded_lamb.__main__ import main
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.core.layout import Bucket, Segment
-from sharded_lamb.kernels.incoming import Taking
+from sharded_lamb.kernels.incoming import GradientCopy
 from sharded_lamb.kernels.native import CppKernel
 from sharded_lamb.sharding.buckets import FlatBucket
 from sharded_lamb.verify import Reference, Report, verify
@@ -99,7 +99,7 @@ def with_own_gradients_in_stage_1(rank: int, stage: int) -> Verdict:
     """Stage 1 takes what is this rank's alone, and the check of the first steps does not look."""
     original = FlatBucket.own_gradients
 
-    def own(self: FlatBucket, grads: Sequence[Tensor | None]) -> Taking:
+    def own(self: FlatBucket, grads: Sequence[Tensor | None]) -> GradientCopy:
         shard, segments, mine = original(self, grads)
         return shard, segments, [None if grad is None else grad * (1 + rank) for grad in mine]
 

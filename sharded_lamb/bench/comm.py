@@ -109,7 +109,7 @@ class Exchanges:
         route = self.staging.route(0, self.bucket)
         route.start([self.grad]).wait()
         parts, own = self.collectives.parts_of_sum(route.full, route.received), route.own([self.grad])
-        received = kernels.Received(parts, self.world_size, own)
+        received = kernels.ReceivedShards(parts, self.world_size, own)
         self.kernel.average(self.bucket.shard, self.bucket.segments, received, self.sums, add=False)
 
     def their_reduce_scatter(self) -> None:

@@ -138,7 +138,7 @@ def _discard(_: object) -> None:
 
 def _two_passes(optimizer: ShardedLamb, kernel: Kernel) -> Callable[[], None]:
     """Pass 1 and pass 2 with coefficients that are made once, as a step makes them."""
-    held, table = optimizer._holdings, optimizer._table
+    held, table = optimizer._store, optimizer._table
     shards = [shard for shard in held.shards() if isinstance(shard, FlatShard)]
     active = torch.ones(len(held.params), dtype=torch.bool, device=held.device)
     one = torch.ones((), dtype=torch.float64, device=held.device)

@@ -24,7 +24,7 @@ from sharded_lamb.checkpoint.saving import prepared
 from sharded_lamb.checkpoint.storage import Reader
 from sharded_lamb.core.hyperparams import check_max_grad_norm, validate_group
 from sharded_lamb.optim.base import LambOptimizer
-from sharded_lamb.optim.sharded_state import SavingOptimizer
+from sharded_lamb.optim.sharded_state import ShardedOptimizer
 
 
 def load(
@@ -65,7 +65,7 @@ def load(
     found = ranks.each(lambda: read_manifest(folder))
     ranks.agree("the checkpoint", ranks.each(lambda: manifest.digest(folder)))
     ranks.each(lambda: manifest.check_files(folder, found, part=ranks.rank, parts=ranks.size, hashes=verify))
-    if isinstance(known, SavingOptimizer):
+    if isinstance(known, ShardedOptimizer):
         known.synchronize()
     loading = ranks.each(lambda: _Loading(folder, found, model, known, extra or {}, options))
     _read(folder, found, ranks, loading.fillings)
@@ -138,7 +138,7 @@ class _Loading:
                     )
                 continue
             if state is None:
-                if isinstance(optimizer, SavingOptimizer):  # frozen here
+                if isinstance(optimizer, ShardedOptimizer):  # frozen here
                     continue
                 state = self.packed["state"][place] = _room_of_lamb(params[place])
             self.fillings += parts.state_fillings(self.found, source, saved, state, self.where)
@@ -226,7 +226,7 @@ class _Loading:
                 group["lr"] = lr.fill_(group["lr"])
         if self.options:
             optimizer.max_grad_norm = self.found.optimizer["max_grad_norm"]
-            if isinstance(optimizer, SavingOptimizer):
+            if isinstance(optimizer, ShardedOptimizer):
                 optimizer.skipped_steps = self.found.optimizer["skipped_steps"]
 
     def finish(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from sharded_lamb.checkpoint.manifest import Manifest, SavedTensor
 from sharded_lamb.core.names import normalize
 from sharded_lamb.optim.base import LambOptimizer
 from sharded_lamb.optim.lamb import Lamb
-from sharded_lamb.optim.sharded_state import SavingOptimizer
+from sharded_lamb.optim.sharded_state import ShardedOptimizer
 
 logger = logging.getLogger("sharded_lamb")
 
@@ -80,9 +80,9 @@ def _memory(tensor: Tensor) -> int | None:
     return local.untyped_storage().data_ptr() or None
 
 
-def checked_optimizer(optimizer: Any) -> Lamb | SavingOptimizer:
+def checked_optimizer(optimizer: Any) -> Lamb | ShardedOptimizer:
     """Raises TypeError for an optimizer whose state this package does not know."""
-    if isinstance(optimizer, Lamb | SavingOptimizer):
+    if isinstance(optimizer, Lamb | ShardedOptimizer):
         return optimizer
     if type(optimizer).__module__.startswith(("sharded_lamb.deepspeed", "deepspeed")):
         raise TypeError(

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sharded_lamb.checkpoint.errors import CheckpointError, tellable
-from sharded_lamb.optim.sharded_state import SavingOptimizer
+from sharded_lamb.optim.sharded_state import ShardedOptimizer
 
 Result = TypeVar("Result")
 _behind_alone: list[Path] = []
@@ -146,7 +146,7 @@ def _new_group(everyone: tuple[int, ...]) -> Any:
 
 def ranks_of(optimizer: Any, group: dist.ProcessGroup | None) -> Ranks:
     """Those of a save or load: of ``group``, else of the optimizer, else all. Collective."""
-    everyone: tuple[int, ...] | None = optimizer.ranks if isinstance(optimizer, SavingOptimizer) else None
+    everyone: tuple[int, ...] | None = optimizer.ranks if isinstance(optimizer, ShardedOptimizer) else None
     initialized = dist.is_available() and dist.is_initialized()
     if everyone is not None and len(everyone) > 1 and not initialized:
         raise ValueError(

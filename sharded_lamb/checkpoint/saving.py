@@ -25,7 +25,7 @@ from sharded_lamb.checkpoint import parts, plain
 from sharded_lamb.checkpoint.ranks import Ranks, ranks_of, unwrapped
 from sharded_lamb.checkpoint.storage import About, AfterwardsError, Writer
 from sharded_lamb.optim.lamb import Lamb
-from sharded_lamb.optim.sharded_state import SavingOptimizer
+from sharded_lamb.optim.sharded_state import ShardedOptimizer
 
 logger = logging.getLogger("sharded_lamb")
 
@@ -169,17 +169,17 @@ def _named(found: Exception, target: Path) -> Exception:
 
 def prepared(
     path: str | os.PathLike[str], optimizer: Any, group: Any
-) -> tuple[Ranks, Path, Lamb | SavingOptimizer | None]:
+) -> tuple[Ranks, Path, Lamb | ShardedOptimizer | None]:
     """The ranks of a save or load, once they agree on what they were called with. Collective."""
     ranks = ranks_of(optimizer, group)
 
-    def own() -> tuple[Path, Lamb | SavingOptimizer | None]:
+    def own() -> tuple[Path, Lamb | ShardedOptimizer | None]:
         ranks.check_free()
         return Path(path).absolute(), None if optimizer is None else parts.checked_optimizer(optimizer)
 
     folder, known = ranks.each(own)
     ranks.agree("the path", str(folder))
-    stage = f" of stage {known.stages}" if isinstance(known, SavingOptimizer) else ""
+    stage = f" of stage {known.stages}" if isinstance(known, ShardedOptimizer) else ""
     ranks.agree("the optimizer", f"{type(known).__name__}{stage}" if known is not None else "none")
     return ranks, folder, known
 
@@ -211,7 +211,7 @@ def _snapshot(
 
 
 def _collected(ranks: Ranks, model: nn.Module, optimizer: Any, extra: Mapping[str, Any]) -> _Snapshot:
-    if isinstance(optimizer, SavingOptimizer):
+    if isinstance(optimizer, ShardedOptimizer):
         optimizer.synchronize()
     found = parts.ModelParts.of(model)
     tensors = {f"model.{name}": tensor for name, tensor in found.tensors.items()}
@@ -243,7 +243,7 @@ def _collected(ranks: Ranks, model: nn.Module, optimizer: Any, extra: Mapping[st
     encoded = plain.encoded(states, "extra", kept)
     if found.plain:
         wide["model"] = plain.encoded(found.plain, "model", kept)
-    stage = optimizer.stages if isinstance(optimizer, SavingOptimizer) else None
+    stage = optimizer.stages if isinstance(optimizer, ShardedOptimizer) else None
     about = About(
         written_by(ranks.size, type(optimizer).__name__ if optimizer else None, stage),
         found.aliases,

@@ -26,7 +26,7 @@ _constructed: Counter[str] = Counter()
 Description = list[tuple[str, Any]]
 
 
-def check_agreement(topology: Topology, description: Description, timeout_s: float | None = None) -> None:
+def check_consistency(topology: Topology, description: Description, timeout_s: float | None = None) -> None:
     """Compare ``description`` over ``topology.everyone``; the same outcome on every rank.
 
     Args:
@@ -151,7 +151,7 @@ def _kernel_remedy(found: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def told_to_all(topology: Topology, *, always: bool = False) -> Iterator[None]:
+def propagate_errors(topology: Topology, *, always: bool = False) -> Iterator[None]:
     """A mistake that this rank finds alone is told to the others, who would wait for it until a timeout.
 
     ``always``: the others come to compare here too; otherwise they do in the comparison that follows.
@@ -160,10 +160,10 @@ def told_to_all(topology: Topology, *, always: bool = False) -> Iterator[None]:
         yield
     except Exception as error:
         with suppress(ValueError, RuntimeError):
-            check_agreement(topology, [("construction", f"failed: {type(error).__name__}: {error}")])
+            check_consistency(topology, [("construction", f"failed: {type(error).__name__}: {error}")])
         raise
     if always:
-        check_agreement(topology, [("construction", "ok")])
+        check_consistency(topology, [("construction", "ok")])
 
 
 def describe_group(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Topology:
 
     @property
     def is_first_replica(self) -> bool:
-        """Whether this rank speaks for its shard where a sum must count every element once."""
+        """Whether this rank owns its shard: the first of the replicas, whose sums count."""
         return self.replica_ranks[0] == self.global_rank
 
     @staticmethod

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_lamb.comm.collectives import Collectives, Traffic
-from sharded_lamb.comm.consistency import check_agreement, describe_group, told_to_all
+from sharded_lamb.comm.consistency import check_consistency, describe_group, propagate_errors
 from sharded_lamb.comm.topology import Topology
 from sharded_lamb.core.hyperparams import fill
 from sharded_lamb.core.parameters import NamedParameter, check_parameter
@@ -29,7 +29,7 @@ from sharded_lamb.deepspeed import calling, keys, whole
 from sharded_lamb.deepspeed.mapping import OptimizerPartitions, find_partitions
 from sharded_lamb.deepspeed.proof import prove
 from sharded_lamb.deepspeed.stepped import StateKeeper, Stepped, params_of
-from sharded_lamb.gradients.summary import GradientFacts, agree
+from sharded_lamb.gradients.summary import GradientSummary, agree
 from sharded_lamb.kernels import Kernel, choose
 from sharded_lamb.kernels.engine import gradient_square_sums, lamb_step
 from sharded_lamb.optim.base import PATTERN_OPTIONS, LambOptimizer
@@ -181,11 +181,11 @@ class DeepSpeedLamb(LambOptimizer):
         """What lies where; found and agreed on at the first call. Collective then."""
         if self._held is None:
             world = Topology.of(None, None)
-            with told_to_all(world):
+            with propagate_errors(world):
                 held = find_partitions(self, self._rows, self._groups)
                 for device in {partition.tensor.device for partition in held.partitions}:
                     self._kernel_on(device)
-            check_agreement(world, self._description(held))
+            check_consistency(world, self._description(held))
             here = (world.global_rank,)
             device = calling.accelerator_device()
             self._everyone = Collectives(world, device)
@@ -273,7 +273,7 @@ class DeepSpeedLamb(LambOptimizer):
             self._kernels[device] = choose("auto", device)
         return self._kernels[device]
 
-    def _facts(self, stepped: Stepped, shards: list[Any]) -> GradientFacts:
+    def _facts(self, stepped: Stepped, shards: list[Any]) -> GradientSummary:
         """(a): what all ranks must know of the gradients before any moment is written."""
         count = len(stepped.params)
         sums = gradient_square_sums(self._kernel_on(stepped.device), shards, count, stepped.device)
@@ -362,7 +362,7 @@ class DeepSpeedLamb(LambOptimizer):
         """
         held = self._mapped()
         self._take_on_state(held)
-        with told_to_all(self._everyone.topology, always=True):
+        with propagate_errors(self._everyone.topology, always=True):
             if dist.get_rank() == 0:
                 saved_groups = whole.check(self._rows, held, state_dict)
         groups: list[Any] = [saved_groups if dist.get_rank() == 0 else None]

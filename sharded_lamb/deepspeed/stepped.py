@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sharded_lamb.core.options import OptionTable
 from sharded_lamb.deepspeed.mapping import Partition
-from sharded_lamb.kernels import PieceShard
+from sharded_lamb.kernels import ScatteredShard
 from sharded_lamb.optim.skips import SkipCounter
 from sharded_lamb.sharding.buckets import flattened, memory_strides
 
@@ -97,7 +97,7 @@ class Stepped:
         self._owner = torch.tensor([owner[r] for r in range(len(row))], device=self.device)
         self._cuts = [_Cuts.of(partition, row) for partition in partitions]
 
-    def shards(self, state: State) -> list[PieceShard]:
+    def shards(self, state: State) -> list[ScatteredShard]:
         """This rank's memory, one shard for each combination of dtypes; none where it holds padding only."""
         by_dtype: dict[tuple[torch.dtype, ...], tuple[list[int], list[list[Tensor]]]] = {}
         for partition, cuts in zip(self.partitions, self._cuts, strict=True):
@@ -107,7 +107,7 @@ class Stepped:
                 rows += cuts.rows
                 for column, flat in zip(columns, memory, strict=True):
                     column += torch.split(flat, cuts.sizes)[1::2]
-        return [PieceShard(tuple(rows), *columns) for rows, columns in by_dtype.values()]
+        return [ScatteredShard(tuple(rows), *columns) for rows, columns in by_dtype.values()]
 
     def present(self) -> list[bool]:
         """[rows] whether a parameter has a gradient; in a flat partition all have one, if only of zeros."""

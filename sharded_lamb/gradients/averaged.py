@@ -11,17 +11,17 @@ from sharded_lamb import faults
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.core.parameters import check_gradients
 from sharded_lamb.gradients.summary import (
-    GradientFacts,
+    GradientSummary,
     agree,
     check_alike,
     check_present,
-    not_agreed,
+    local_summary,
     spoil_on_purpose,
 )
 from sharded_lamb.kernels import Kernel
 from sharded_lamb.kernels.engine import collect_gradients, gradient_square_sums
 from sharded_lamb.sharding.buckets import FlatBucket
-from sharded_lamb.sharding.local_shards import LocalPieces
+from sharded_lamb.sharding.local_shards import DTensorShards
 from sharded_lamb.sharding.placements import Replicas
 
 CHECKED_STEPS = 2
@@ -31,20 +31,20 @@ CHECKED_STEPS = 2
 class AveragedGradients:
     """Reads ``.grad`` at the step and leaves it as it is. Same interface as `BackwardReducer`.
 
-    ``only_placed``: plain parameters' gradients come from elsewhere, and DTensors' alone are read here.
+    ``dtensors_only``: plain parameters' gradients come from elsewhere, and DTensors' alone are read here.
     """
 
     def __init__(
         self,
         collectives: Collectives,
         kernel: Kernel,
-        spoken: Callable[[Tensor], Tensor],
-        pieces: LocalPieces,
+        mask_replicas: Callable[[Tensor], Tensor],
+        pieces: DTensorShards,
         *,
-        only_placed: bool = False,
+        dtensors_only: bool = False,
     ) -> None:
-        self.collectives, self.kernel, self.spoken = collectives, kernel, spoken
-        self.pieces, self.only_placed = pieces, only_placed
+        self.collectives, self.kernel, self.mask_replicas = collectives, kernel, mask_replicas
+        self.pieces, self.dtensors_only = pieces, dtensors_only
         self.params: list[Tensor] = []
         self.names: list[str] = []
         self.mine: list[bool] = []
@@ -52,7 +52,7 @@ class AveragedGradients:
         self.replicas = Replicas((), (), ())
         self.enabled = True
         self._steps_seen = 0
-        self._known: GradientFacts | None = None
+        self._known: GradientSummary | None = None
         self._used: tuple[list[Tensor | None], list[int]] = [], []  # gradients, and their versions
 
     def extend(
@@ -64,18 +64,18 @@ class AveragedGradients:
     ) -> None:
         """Take on parameters that follow those of before: in buckets of their own, or among the pieces."""
         self.mine += [
-            not self.only_placed or index in self.pieces.pieces
+            not self.dtensors_only or index in self.pieces.pieces
             for index in range(len(self.params), len(self.params) + len(params))
         ]
         self.names.extend(names)
         self.params.extend(params)
         self.replicas = replicas
-        if not self.only_placed:
+        if not self.dtensors_only:
             self.buckets.extend(buckets)
         self._known = None  # of fewer parameters
 
-    def ready(self, found_inf: Tensor | None, *, may_wait: bool = False) -> GradientFacts:
-        """The facts of the gradients of now; collective (a), unless they are known and unchanged.
+    def ready(self, found_inf: Tensor | None, *, may_wait: bool = False) -> GradientSummary:
+        """The summary of the gradients of now; collective (a), unless they are known and unchanged.
 
         ``may_wait``: nobody decides anything by them before the norms are summed; with DTensors alone, they then may
         be this rank's own.
@@ -90,9 +90,9 @@ class AveragedGradients:
             if faults.point("gradient"):
                 spoil_on_purpose(grads)
             self._used = grads, [0 if grad is None else grad._version for grad in grads]
-            square_sums = self.spoken(self._take(grads))
+            square_sums = self.mask_replicas(self._take(grads))
             if may_wait and not self.buckets and not self._compares():
-                return not_agreed(square_sums, [grad is not None for grad in grads])
+                return local_summary(square_sums, [grad is not None for grad in grads])
             self._known = self._agree(grads, square_sums, found_inf)
         return self._known
 
@@ -100,12 +100,12 @@ class AveragedGradients:
         return self.collectives.world_size > 1 and self._steps_seen < CHECKED_STEPS
 
     def _grads(self) -> list[Tensor | None]:
-        if not self.only_placed:
+        if not self.dtensors_only:
             return [p.grad for p in self.params]
         return [p.grad if mine else None for p, mine in zip(self.params, self.mine, strict=True)]
 
     def _unchanged(self) -> bool:
-        """Whether every ``.grad`` is the tensor, at the version, that the facts were made of.
+        """Whether every ``.grad`` is the tensor, at the version, that the summary was made of.
 
         False with DTensors: what is done to them in place (torch's clip_grad_norm_) counts no version.
         """
@@ -120,22 +120,24 @@ class AveragedGradients:
     def _take(self, grads: Sequence[Tensor | None]) -> Tensor:
         """[P] fp64: Σg² of what this rank holds."""
         check_gradients(self.names, grads)
-        self.pieces.take_gradients(self.names, self.collectives.traffic)
+        self.pieces.read_gradients(self.names, self.collectives.traffic)
         sums = gradient_square_sums(self.kernel, self.pieces.shards, len(grads), self.params[0].device)
         collect_gradients(self.kernel, [bucket.own_gradients(grads) for bucket in self.buckets], sums)
         return sums
 
     def _agree(
         self, grads: Sequence[Tensor | None], square_sums: Tensor, found_inf: Tensor | None
-    ) -> GradientFacts:
+    ) -> GradientSummary:
         compared = self._compares()
         totals = self._totals(grads) if compared else None
         present = [grad is not None for grad in grads]
-        facts = agree(self.collectives, square_sums, present, [False] * len(present), found_inf, totals)
-        if compared or facts.present.device.type == "cpu":  # elsewhere the host does not wait for the device
-            check_present(facts, self.names, self.collectives.world_size, self.pieces.pieces)
-            check_alike(facts, self.replicas)
-        return facts
+        summary = agree(self.collectives, square_sums, present, [False] * len(present), found_inf, totals)
+        if (
+            compared or summary.present.device.type == "cpu"
+        ):  # elsewhere the host does not wait for the device
+            check_present(summary, self.names, self.collectives.world_size, self.pieces.pieces)
+            check_alike(summary, self.replicas)
+        return summary
 
     def _totals(self, grads: Sequence[Tensor | None]) -> Tensor:
         """[2, kinds] fp64: Σg and Σg² of this rank's parts of the gradients that other ranks hold too."""
@@ -152,12 +154,12 @@ class AveragedGradients:
     def settle(self) -> None:
         """Nothing is ever under way."""
 
-    def is_partial(self, facts: GradientFacts) -> Tensor:
+    def is_partial(self, summary: GradientSummary) -> Tensor:
         """Bool, on the device: a gradient is on some ranks only, which the host has not seen on a GPU."""
-        if not facts.agreed or self.collectives.world_size == 1:
-            return torch.zeros((), dtype=torch.bool, device=facts.present.device)
-        partial = (facts.present > 0) & (facts.present < self.collectives.world_size)
-        if self.only_placed:
+        if not summary.agreed or self.collectives.world_size == 1:
+            return torch.zeros((), dtype=torch.bool, device=summary.present.device)
+        partial = (summary.present > 0) & (summary.present < self.collectives.world_size)
+        if self.dtensors_only:
             partial = partial & torch.tensor(self.mine).to(partial.device, non_blocking=True)
         return partial.any()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sharded_lamb.comm.collectives import Collectives, Pending
 from sharded_lamb.core.layout import Segment
-from sharded_lamb.kernels import OwnPart
+from sharded_lamb.kernels import LocalContribution
 from sharded_lamb.sharding.buckets import FlatBucket, flattened
 
 GAP_ELEMENTS = 10_000
@@ -24,13 +24,13 @@ ALONE_BYTES = 1 << 18
 """A slice of at least this size is a message of its own; a copy of a smaller one costs less than a message."""
 
 
-class Route(Protocol):
+class Exchange(Protocol):
     """How the gradients of one bucket leave through one staging memory."""
 
     full: Tensor  # [bucket] wire dtype, what is sent; not all of it is written by hand
     received: Tensor  # [Collectives.received_numel]
 
-    def own(self, grads: Sequence[Tensor | None]) -> OwnPart | None:
+    def own(self, grads: Sequence[Tensor | None]) -> LocalContribution | None:
         """What ``received`` lacks of what was sent to this rank by itself."""
 
     def start(self, grads: Sequence[Tensor | None]) -> Pending:
@@ -49,7 +49,7 @@ class Staging:
         self.sent = torch.empty(sent, dtype=torch.uint8, device=device)
         self.received = torch.empty(received, dtype=torch.uint8, device=device)
         self._collectives = collectives
-        self._routes: dict[int, Route] = {}
+        self._routes: dict[int, Exchange] = {}
 
     @property
     def nbytes(self) -> int:
@@ -59,18 +59,18 @@ class Staging:
         """Whether the bucket with number ``index`` has gone through it."""
         return index in self._routes
 
-    def route(self, index: int, bucket: FlatBucket) -> Route:
+    def route(self, index: int, bucket: FlatBucket) -> Exchange:
         """Of the bucket with number ``index``; its views are made once."""
         if index not in self._routes:
             wire, numel = bucket.precision.wire, bucket.plan.numel
             full = self.sent.view(wire)[:numel]
             received = self.received.view(wire)[: self._collectives.received_numel(numel)]
-            kind = ByHand if self._collectives.by_hand else InOnePiece
+            kind = P2PExchange if self._collectives.by_hand else FusedReduceScatter
             self._routes[index] = kind(bucket, full, received, self._collectives)
         return self._routes[index]
 
 
-class InOnePiece:
+class FusedReduceScatter:
     """The whole bucket at once."""
 
     def __init__(self, bucket: FlatBucket, full: Tensor, received: Tensor, collectives: Collectives) -> None:
@@ -85,7 +85,7 @@ class InOnePiece:
         """Nothing: the library has written it."""
 
     def start(self, grads: Sequence[Tensor | None]) -> Pending:
-        """See `Route`."""
+        """See `Exchange`."""
         missing = [place for place, grad in zip(self._places, grads, strict=True) if grad is None]
         given = [(place, grad) for place, grad in zip(self._places, grads, strict=True) if grad is not None]
         with self._collectives.traffic.computing("copy gradients"):
@@ -124,7 +124,7 @@ class _Plan:
     incoming: list[tuple[int, Tensor]] = field(default_factory=list)
 
 
-class ByHand:
+class P2PExchange:
     """Messages to the shards' owners. This rank's own slices stay where they lie until they are summed."""
 
     def __init__(self, bucket: FlatBucket, full: Tensor, received: Tensor, collectives: Collectives) -> None:
@@ -162,13 +162,13 @@ class ByHand:
                 self._plan.gaps += _between(inside, run.start, run.stop, shard)
             self._plan.outgoing.append(_Message(rank, place, alone))
 
-    def own(self, grads: Sequence[Tensor | None]) -> OwnPart:
+    def own(self, grads: Sequence[Tensor | None]) -> LocalContribution:
         """This rank's slices where they lie."""
         mine = [grads[self._position[segment.param]] for segment in self._bucket.segments]
-        return OwnPart(self._collectives.topology.shard_rank, self._bucket.in_memory_order(mine))
+        return LocalContribution(self._collectives.topology.shard_rank, self._bucket.in_memory_order(mine))
 
     def start(self, grads: Sequence[Tensor | None]) -> Pending:
-        """See `Route`."""
+        """See `Exchange`."""
         zeros, copies, outgoing = list(self._plan.gaps), [], []
         for part in self._plan.copied:
             grad = grads[part.position]

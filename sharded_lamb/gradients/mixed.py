@@ -7,13 +7,13 @@ from torch import Tensor
 
 from sharded_lamb.gradients.averaged import AveragedGradients
 from sharded_lamb.gradients.reducer import BackwardReducer
-from sharded_lamb.gradients.summary import GradientFacts
+from sharded_lamb.gradients.summary import GradientSummary
 from sharded_lamb.sharding.buckets import FlatBucket
 from sharded_lamb.sharding.placements import Replicas
 
 
 class MixedGradients:
-    """Two sources as one, with the interface of each. Each agrees on its own facts: with both, (a) is done twice.
+    """Two sources as one, with the interface of each. Each agrees on its own summary: with both, (a) is done twice.
 
     The reducer agrees at the end of backward, when FSDP may not have put its gradients into ``.grad`` yet.
     """
@@ -45,8 +45,8 @@ class MixedGradients:
         self.reducer.extend(names, params, buckets, replicas)
         self.placed.extend(names, params, buckets, replicas)
 
-    def ready(self, found_inf: Tensor | None, *, may_wait: bool = False) -> GradientFacts:
-        """The facts of both."""
+    def ready(self, found_inf: Tensor | None, *, may_wait: bool = False) -> GradientSummary:
+        """The summary of both."""
         if not self.placed.pieces.pieces:
             return self.reducer.ready(found_inf)
         if not self.reducer.buckets:
@@ -59,11 +59,11 @@ class MixedGradients:
         if self.reducer.buckets:
             self.reducer.settle()
 
-    def is_partial(self, facts: GradientFacts) -> Tensor:
+    def is_partial(self, summary: GradientSummary) -> Tensor:
         """A gradient that some ranks lack counts as zero where it is reduced here."""
         if not self.placed.pieces.pieces:
-            return self.reducer.is_partial(facts)
-        return self.placed.is_partial(facts)
+            return self.reducer.is_partial(summary)
+        return self.placed.is_partial(summary)
 
     def unscale_factor(self) -> Tensor | None:
         """[P] or None: ``GradScaler.unscale_`` has written DTensors' ``.grad`` and cannot reach what is reduced."""

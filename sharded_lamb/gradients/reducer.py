@@ -27,9 +27,9 @@ from sharded_lamb import faults
 from sharded_lamb.comm.collectives import Collectives, Pending
 from sharded_lamb.core.parameters import check_gradient
 from sharded_lamb.gradients.exchange import Staging
-from sharded_lamb.gradients.summary import GradientFacts, agree, spoil_on_purpose
-from sharded_lamb.kernels import Kernel, Received
-from sharded_lamb.kernels.incoming import rows_with_own
+from sharded_lamb.gradients.summary import GradientSummary, agree, spoil_on_purpose
+from sharded_lamb.kernels import Kernel, ReceivedShards
+from sharded_lamb.kernels.incoming import with_local_contribution
 from sharded_lamb.sharding.buckets import FlatBucket
 from sharded_lamb.sharding.placements import Replicas
 
@@ -56,11 +56,16 @@ class BackwardReducer:
         self,
         collectives: Collectives,
         kernel: Kernel,
-        spoken: Callable[[Tensor], Tensor],
+        mask_replicas: Callable[[Tensor], Tensor],
         *,
         overlap: bool,
     ) -> None:
-        self.collectives, self.kernel, self.spoken, self.overlap = collectives, kernel, spoken, overlap
+        self.collectives, self.kernel, self.mask_replicas, self.overlap = (
+            collectives,
+            kernel,
+            mask_replicas,
+            overlap,
+        )
         self.enabled = True
         self.buckets: list[FlatBucket] = []
         self.names: list[str] = []
@@ -68,7 +73,7 @@ class BackwardReducer:
         self.bucket_of: dict[int, int] = {}  # of the parameters that are reduced here: DTensors are not
         self.present: list[bool] = []
         self.late: set[int] = set()
-        self.facts: GradientFacts | None = None
+        self.summary: GradientSummary | None = None
         self._square_sums = torch.zeros(0, dtype=torch.float64)  # [P] of what this rank holds, in this round
         self.rounds = 0
         self.sentinel_param = -1
@@ -93,7 +98,7 @@ class BackwardReducer:
     ) -> None:
         """Take on parameters that follow those of before, in buckets of their own. Settled before."""
         assert not self._open, "parameters cannot join in the middle of a round"
-        self.facts = None  # of fewer parameters
+        self.summary = None  # of fewer parameters
         first = len(self.params)
         self.names.extend(names)
         self.params.extend(params)
@@ -175,12 +180,12 @@ class BackwardReducer:
             self.params[self.sentinel_param].grad = None
         self._sentinel, self._sentinel_set_aside = None, False
 
-    def _set_sentinel(self, facts: GradientFacts) -> None:
+    def _set_sentinel(self, summary: GradientSummary) -> None:
         self._sentinel_set_aside = self._used = False
         if self.sentinel_param < 0:
             return
         p = self.params[self.sentinel_param]
-        self._sentinel = torch.ones_like(p.detach()).masked_fill_(facts.any_bad, torch.inf)
+        self._sentinel = torch.ones_like(p.detach()).masked_fill_(summary.any_bad, torch.inf)
         self._sentinel_version = self._sentinel._version
         p.grad = self._sentinel
 
@@ -214,7 +219,7 @@ class BackwardReducer:
         if self._fresh:
             self._drop_sentinel()
             self.present = [False] * len(self.params)
-        self._open, self._next, self.facts = True, 0, None
+        self._open, self._next, self.summary = True, 0, None
         self._square_sums = torch.zeros(len(self.params), dtype=torch.float64, device=self.params[0].device)
         self._fired = set()
         self._waiting = [len(bucket.params) for bucket in self.buckets]
@@ -279,10 +284,10 @@ class BackwardReducer:
         own = route.own(exchange.grads)
         parts = self.collectives.parts_of_sum(route.full, route.received)
         if self.collectives.has_replicas:
-            rows = rows_with_own(parts, bucket.segments, own, shard.compute)
+            rows = with_local_contribution(parts, bucket.segments, own, shard.compute)
             parts, own = self.collectives.summed_over_replicas(rows, shard.compute), None
         with self.collectives.traffic.computing("average"):
-            received = Received(parts, self.collectives.world_size, own)
+            received = ReceivedShards(parts, self.collectives.world_size, own)
             self.kernel.average(shard, bucket.segments, received, self._square_sums, add=not self._fresh)
         self._staging.append(exchange.staging)
 
@@ -293,8 +298,8 @@ class BackwardReducer:
         known = [place for place, staging in enumerate(self._staging) if staging.knows(index)]
         return self._staging.pop(known[0] if known else 0)
 
-    def flush(self) -> GradientFacts:
-        """Reduce what has not been, on every rank alike, and agree on the facts (small all-reduce a).
+    def flush(self) -> GradientSummary:
+        """Reduce what has not been, on every rank alike, and agree on the summary (small all-reduce a).
 
         A second pass follows where any rank has gradients that came after their bucket went.
         """
@@ -304,22 +309,22 @@ class BackwardReducer:
         for index in range(self._next, len(self.buckets)):
             self._launch(index)
         self._drain()
-        facts = self._agree(self._left_over())
-        if facts.left_over.device.type == "cpu" or self.rounds < SYNCED_ROUNDS:
-            again = {self.bucket_of[param] for param in facts.left_over.nonzero().flatten().tolist()}
+        summary = self._agree(self._left_over())
+        if summary.left_over.device.type == "cpu" or self.rounds < SYNCED_ROUNDS:
+            again = {self.bucket_of[param] for param in summary.left_over.nonzero().flatten().tolist()}
             if again:
                 self._fresh = False
                 for index in sorted(again):
                     self._square_sums[list(self.buckets[index].plan.params)] = 0  # they are summed anew
                     self._launch(index)
                 self._drain()
-                facts = self._agree([False] * len(self.params))
-        self._open, self._callback_queued, self.rounds, self.facts = False, False, self.rounds + 1, facts
-        self._set_sentinel(facts)
-        return facts
+                summary = self._agree([False] * len(self.params))
+        self._open, self._callback_queued, self.rounds, self.summary = False, False, self.rounds + 1, summary
+        self._set_sentinel(summary)
+        return summary
 
-    def _agree(self, left_over: list[bool]) -> GradientFacts:
-        return agree(self.collectives, self.spoken(self._square_sums), self.present, left_over)
+    def _agree(self, left_over: list[bool]) -> GradientSummary:
+        return agree(self.collectives, self.mask_replicas(self._square_sums), self.present, left_over)
 
     def _drain(self) -> None:
         while self._exchanges:
@@ -331,8 +336,8 @@ class BackwardReducer:
             for index, p in enumerate(self.params)
         ]
 
-    def ready(self, found_inf: Tensor | None) -> GradientFacts:
-        """The facts of all gradients so far: of the last round, or of one that is made now.
+    def ready(self, found_inf: Tensor | None) -> GradientSummary:
+        """The summary of all gradients so far: of the last round, or of one that is made now.
 
         ``found_inf`` (GradScaler's) was made of the sentinel, so all ranks have the same.
 
@@ -344,18 +349,18 @@ class BackwardReducer:
                 "GradScaler saw gradients that stage=2 had not reduced, and would unscale them apart from the others: "
                 "run the last backward before a step outside no_sync()"
             )
-        if self._open or self.facts is None or not self._sentinel_attached() or any(self._left_over()):
+        if self._open or self.summary is None or not self._sentinel_attached() or any(self._left_over()):
             return self.flush()
-        return self.facts
+        return self.summary
 
     def settle(self) -> None:
         """End an open round, on every rank alike."""
         if self._open:
             self.flush()
 
-    def is_partial(self, facts: GradientFacts) -> Tensor:
+    def is_partial(self, summary: GradientSummary) -> Tensor:
         """False: a gradient that some ranks lack counts as zero there."""
-        return torch.zeros((), dtype=torch.bool, device=facts.present.device)
+        return torch.zeros((), dtype=torch.bool, device=summary.present.device)
 
     def stepped(self) -> None:
         """A step has used the gradients; they stay, as ``.grad`` would, until they are zeroed."""
@@ -367,7 +372,7 @@ class BackwardReducer:
             self.flush()
         self._drain()
         self._drop_sentinel()
-        self._open, self._callback_queued, self.facts = False, False, None
+        self._open, self._callback_queued, self.summary = False, False, None
 
     def staging_bytes(self) -> int:
         """Bytes of the staging memory made so far."""

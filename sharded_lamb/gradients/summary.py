@@ -2,7 +2,7 @@
 
 Slots of the fp64 vector, for P parameters and W ranks::
 
-    [0, P)      Σg², each rank what it speaks for (non-finite: a gradient element was, or its square overflows)
+    [0, P)      Σg², of what each rank owns (non-finite: a gradient element was, or its square overflows)
     [P, 2P)     on how many ranks the parameter has a gradient
     [2P, 3P)    on how many ranks gradient is left over that no reduction took (stage 2)
     [3P]        on how many ranks GradScaler found an inf
@@ -26,8 +26,8 @@ TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class GradientFacts:
-    """The agreed facts, on the device of the update, the same bits on every rank."""
+class GradientSummary:
+    """The agreed summary, on the device of the update, the same bits on every rank."""
 
     square_sums: Tensor  # [P] fp64
     present: Tensor  # [P] fp64, ranks that have a gradient
@@ -35,7 +35,7 @@ class GradientFacts:
     bad: Tensor  # [P] bool: non-finite
     found_inf: Tensor  # bool
     totals: Tensor | None  # [2, kinds, W] Σg and Σg² of what every rank holds of each kind of `Replicas`
-    agreed: bool = True  # False: this rank's own, see `agree_with_norms`
+    agreed: bool = True  # False: this rank's own, see `all_reduce_with_norms`
 
     @property
     def any_bad(self) -> Tensor:
@@ -50,9 +50,9 @@ class GradientFacts:
             return rule.norms((self.square_sums * scale * scale).sum(), wide.all())
         return rule.norms(self.square_sums.sum(), wide.all()) * scale
 
-    def joined(self, other: "GradientFacts") -> "GradientFacts":
+    def joined(self, other: "GradientSummary") -> "GradientSummary":
         """Of both, where no parameter is in both."""
-        return GradientFacts(
+        return GradientSummary(
             square_sums=self.square_sums + other.square_sums,
             present=self.present + other.present,
             left_over=self.left_over + other.left_over,
@@ -69,11 +69,11 @@ def agree(
     left_over: Sequence[bool],
     found_inf: Tensor | None = None,
     totals: Tensor | None = None,
-) -> GradientFacts:
-    """Make this rank's facts everyone's. One small all-reduce over everyone; none on one rank.
+) -> GradientSummary:
+    """Sum the ranks' summaries. One small all-reduce over everyone; none on one rank.
 
     Args:
-        square_sums: [P] fp64, Σg² of what this rank speaks for.
+        square_sums: [P] fp64, Σg² of what this rank owns.
         present, left_over: [P], this rank's.
         found_inf: GradScaler's, if one is in use.
         totals: [2, kinds] Σg and Σg² of what this rank holds, to compare over ranks.
@@ -92,7 +92,7 @@ def agree(
         vector[3 * count + 1 :].view(*totals.shape, world)[..., topology.rank] = totals
     collectives.all_reduce_small(vector)
     sums = vector[:count]
-    return GradientFacts(
+    return GradientSummary(
         square_sums=sums,
         present=vector[count : 2 * count],
         left_over=vector[2 * count : 3 * count],
@@ -117,10 +117,10 @@ def _flags_on_device(given: tuple[bool, ...], device: torch.device) -> Tensor:
     )
 
 
-def not_agreed(square_sums: Tensor, present: Sequence[bool]) -> GradientFacts:
-    """This rank's facts where no decision waits for the others': nothing clips, nothing is left out."""
+def local_summary(square_sums: Tensor, present: Sequence[bool]) -> GradientSummary:
+    """This rank's summary where no decision waits for the others': nothing clips, nothing is left out."""
     no = torch.zeros(len(present), dtype=torch.bool, device=square_sums.device)
-    return GradientFacts(
+    return GradientSummary(
         square_sums=square_sums,
         present=_flags(present, square_sums.device),
         left_over=torch.zeros_like(square_sums),
@@ -131,12 +131,14 @@ def not_agreed(square_sums: Tensor, present: Sequence[bool]) -> GradientFacts:
     )
 
 
-def agree_with_norms(collectives: Collectives, facts: GradientFacts, norms: Tensor) -> GradientFacts:
-    """(a) and (b) in one: ``norms`` [2, P] is summed over ranks in place, and `not_agreed` facts with it."""
-    vector = torch.cat([norms, torch.stack([facts.square_sums, facts.present])])
+def all_reduce_with_norms(
+    collectives: Collectives, summary: GradientSummary, norms: Tensor
+) -> GradientSummary:
+    """(a) and (b) in one: ``norms`` [2, P] is summed over ranks in place, and `local_summary` summary with it."""
+    vector = torch.cat([norms, torch.stack([summary.square_sums, summary.present])])
     collectives.all_reduce_small(vector)
     norms.copy_(vector[:2])
-    return replace(facts, square_sums=vector[2], present=vector[3], bad=~vector[2].isfinite(), agreed=True)
+    return replace(summary, square_sums=vector[2], present=vector[3], bad=~vector[2].isfinite(), agreed=True)
 
 
 def spoil_on_purpose(grads: Sequence[Tensor | None]) -> None:
@@ -147,7 +149,7 @@ def spoil_on_purpose(grads: Sequence[Tensor | None]) -> None:
 
 
 def check_present(
-    facts: GradientFacts, names: Sequence[str], world_size: int, placed: Container[int]
+    summary: GradientSummary, names: Sequence[str], world_size: int, placed: Container[int]
 ) -> None:
     """A gradient must be on all ranks or on none. Reads the device.
 
@@ -157,12 +159,12 @@ def check_present(
     Raises:
         ValueError: a gradient is on some ranks only.
     """
-    partial = ((facts.present > 0) & (facts.present < world_size)).nonzero().flatten().tolist()
+    partial = ((summary.present > 0) & (summary.present < world_size)).nonzero().flatten().tolist()
     if not partial:
         return
     first = partial[0]
     found = (
-        f"a gradient of {names[first]!r} on {int(facts.present[first])} of {world_size} ranks only (and of "
+        f"a gradient of {names[first]!r} on {int(summary.present[first])} of {world_size} ranks only (and of "
         f"{len(partial) - 1} more parameters)"
     )
     if first in placed:
@@ -177,15 +179,15 @@ def check_present(
     )
 
 
-def check_alike(facts: GradientFacts, replicas: Replicas) -> None:
+def check_alike(summary: GradientSummary, replicas: Replicas) -> None:
     """Ranks that hold the same part of a gradient must hold the same numbers. Reads the device.
 
     Raises:
         ValueError: they differ by more than `TOLERANCE`.
     """
-    if facts.totals is None or not facts.totals.isfinite().all():
+    if summary.totals is None or not summary.totals.isfinite().all():
         return
-    sums, squares = facts.totals.tolist()
+    sums, squares = summary.totals.tolist()
     for kind, cells in enumerate(replicas.cells):
         scale = max(squares[kind])
         for rank, cell in enumerate(cells):

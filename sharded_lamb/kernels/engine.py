@@ -9,7 +9,7 @@ from sharded_lamb import faults
 from sharded_lamb.core import rule
 from sharded_lamb.core.rule import ParameterOptions
 from sharded_lamb.kernels import Kernel, Shard
-from sharded_lamb.kernels.incoming import Taking, fill_together
+from sharded_lamb.kernels.incoming import GradientCopy, fill_together
 
 
 def gradient_square_sums(
@@ -22,7 +22,7 @@ def gradient_square_sums(
     return sums
 
 
-def collect_gradients(kernel: Kernel, takings: Sequence[Taking], sums: Tensor) -> None:
+def collect_gradients(kernel: Kernel, takings: Sequence[GradientCopy], sums: Tensor) -> None:
     """Whole gradients' segments into flat shards, and Σg² of them added to ``sums`` [P] fp64.
 
     On a CPU shard by shard, each in one sweep; on a GPU, where a call is a launch, all at once.

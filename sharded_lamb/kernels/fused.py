@@ -30,8 +30,8 @@ from sharded_lamb.core.layout import BLOCK, Segment
 from sharded_lamb.core.rule import Coefficients
 from sharded_lamb.kernels import remainders
 from sharded_lamb.kernels.incoming import StockIncoming, taken
-from sharded_lamb.kernels.reference import ReferenceKernel, adopted
-from sharded_lamb.kernels.shard import FlatShard, PieceShard, Shard
+from sharded_lamb.kernels.reference import ReferenceKernel, resync_master
+from sharded_lamb.kernels.shard import FlatShard, ScatteredShard, Shard
 
 CHUNK = 1 << 16
 """Elements of a call: a chunk of everything that it touches stays in a core's cache between calls."""
@@ -178,21 +178,21 @@ def _flat_part(shard: FlatShard, low: int, high: int) -> FlatShard:
     return FlatShard(run.weight, run.model, run.grad, run.exp_avg, run.exp_avg_sq, owners)
 
 
-def _piece_run(shard: PieceShard, i: int) -> _Run:
+def _piece_run(shard: ScatteredShard, i: int) -> _Run:
     model = None if shard.model is None else shard.model[i]
     return _Run(shard.params[i], shard.weight[i], model, shard.grad[i], shard.exp_avg[i], shard.exp_avg_sq[i])
 
 
-def _piece_part(shard: PieceShard, pieces: Sequence[int]) -> PieceShard:
+def _piece_part(shard: ScatteredShard, pieces: Sequence[int]) -> ScatteredShard:
     model = None if shard.model is None else [shard.model[i] for i in pieces]
     kinds = (shard.weight, shard.grad, shard.exp_avg, shard.exp_avg_sq)
     w, g, m, v = ([kind[i] for i in pieces] for kind in kinds)
-    return PieceShard(tuple(shard.params[i] for i in pieces), w, g, m, v, model)
+    return ScatteredShard(tuple(shard.params[i] for i in pieces), w, g, m, v, model)
 
 
 def _is_fp32(shard: Shard) -> bool:
     """Whether masters and moments are; a piece's gradients and a model's copies may be anything."""
-    kinds = [shard.exp_avg, shard.exp_avg_sq, *([] if shard.is_split else [shard.weight])]
+    kinds = [shard.exp_avg, shard.exp_avg_sq, *([] if shard.uses_remainders else [shard.weight])]
     return all((x if isinstance(x, Tensor) else x[0]).dtype == torch.float32 for x in kinds)
 
 
@@ -273,7 +273,7 @@ class FusedKernel(StockIncoming):
         """m, v ← g; Σw² and Σu²."""
         run = run.joined()
         if run.model is not None and not torch.equal(run.weight.to(run.model.dtype), run.model):
-            run.weight.copy_(adopted(run.weight, run.model))
+            run.weight.copy_(resync_master(run.weight, run.model))
         weight_squares = self._square_sum(run.weight)
         update = self._scratch_of(run.weight).update.copy_(run.weight)
         self._fused(

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.core.layout import Segment
-from sharded_lamb.kernels.shard import FlatShard, OwnPart, Received, Shard
+from sharded_lamb.kernels.shard import FlatShard, LocalContribution, ReceivedShards, Shard
 
-Taking = tuple[FlatShard, Sequence[Segment], Sequence[Tensor | None]]
+GradientCopy = tuple[FlatShard, Sequence[Segment], Sequence[Tensor | None]]
 """What `Kernel.collect` takes: where to, and segments of which gradients."""
 
 
@@ -26,10 +26,16 @@ class StockIncoming:
         raise NotImplementedError
 
     def average(
-        self, shard: FlatShard, segments: Sequence[Segment], received: Received, sums: Tensor, *, add: bool
+        self,
+        shard: FlatShard,
+        segments: Sequence[Segment],
+        received: ReceivedShards,
+        sums: Tensor,
+        *,
+        add: bool,
     ) -> None:
         """grad ← the average, or grad + that; then Σg²."""
-        first, *others = rows_with_own(received.parts, segments, received.own, shard.compute)
+        first, *others = with_local_contribution(received.parts, segments, received.own, shard.compute)
         total = first.to(shard.compute, copy=True)
         for part in others:
             total += part
@@ -49,8 +55,8 @@ class StockIncoming:
         self.square_sums([shard], sums)
 
 
-def rows_with_own(
-    parts: Tensor, segments: Sequence[Segment], own: OwnPart | None, dtype: torch.dtype
+def with_local_contribution(
+    parts: Tensor, segments: Sequence[Segment], own: LocalContribution | None, dtype: torch.dtype
 ) -> list[Tensor]:
     """All rows in their order; this rank's own, which did not travel, as a copy in ``dtype``."""
     rows = list(parts)

@@ -17,7 +17,7 @@ struct Run {
   int64_t first_block;  // blocks of the runs before
   int64_t weight_dtype, model_dtype, grad_dtype, state_dtype;
 
-  bool is_split() const { return weight_dtype == REMAINDER; }
+  bool uses_remainders() const { return weight_dtype == REMAINDER; }
   int64_t owner(int64_t block) const { return block_param ? block_param[block] : param; }
   int size(int64_t block) const {
     const int64_t left = numel - block * BLOCK;
@@ -43,7 +43,7 @@ INLINE void fetch(const void *memory) { __builtin_prefetch(memory, 1, 2); }
 // The masters of a block: as `View`, or joined.
 template <typename T>
 INLINE View<T> masters(const Run &run, int64_t block, int n, T *scratch) {
-  if (!run.is_split()) return View<T>(run.weight, run.weight_dtype, block, n, scratch);
+  if (!run.uses_remainders()) return View<T>(run.weight, run.weight_dtype, block, n, scratch);
   char *place = run.weight + block * BLOCK * sizeof(int16_t);
   join((const uint16_t *)run.model + block * BLOCK, (const int16_t *)place, n, scratch);
   return View<T>(place, REMAINDER, n, scratch);
@@ -53,7 +53,7 @@ INLINE View<T> masters(const Run &run, int64_t block, int n, T *scratch) {
 template <typename T>
 INLINE void store_masters(const Run &run, int64_t block, const View<T> &w) {
   char *model = run.model + block * BLOCK * size_of(run.model_dtype);
-  if (run.is_split()) {
+  if (run.uses_remainders()) {
     split(w.values, w.n, (uint16_t *)model, (int16_t *)w.place);
     return;
   }
@@ -99,7 +99,7 @@ INLINE void first_pass(const Run &run, int64_t block, const Coefficients<T> &k, 
   View<T> g(run.grad, run.grad_dtype, block, n, scratch.grad);
   View<T> m(run.exp_avg, run.state_dtype, block, n, scratch.exp_avg);
   View<T> v(run.exp_avg_sq, run.state_dtype, block, n, scratch.exp_avg_sq);
-  if (run.model && !run.is_split()) adopt_written(run, block, w, scratch);
+  if (run.model && !run.uses_remainders()) adopt_written(run, block, w, scratch);
   const bool no_gradient = k.grad_scale == T(0);  // 0 x nan would be nan
   if (no_gradient)
     for (int i = 0; i < BLOCK; i++) scratch.grad[i] = T(0);

@@ -14,7 +14,7 @@ from torch import Tensor
 from sharded_lamb.core.layout import BLOCK, Segment
 from sharded_lamb.core.rule import COLUMNS
 from sharded_lamb.kernels import compiling, remainders
-from sharded_lamb.kernels.shard import FlatShard, PieceShard, Received, Shard
+from sharded_lamb.kernels.shard import FlatShard, ReceivedShards, ScatteredShard, Shard
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, remainders.DTYPE: 4}
 NO_MODEL = -1
@@ -89,7 +89,7 @@ def _flat_run(shard: FlatShard) -> tuple[int, ...]:
     )
 
 
-def _piece_runs(shard: PieceShard) -> list[tuple[int, ...]]:
+def _piece_runs(shard: ScatteredShard) -> list[tuple[int, ...]]:
     assert shard.exp_avg[0].dtype == shard.exp_avg_sq[0].dtype
     models = shard.model
     dtypes = (
@@ -138,7 +138,13 @@ class CppKernel:
         )
 
     def average(
-        self, shard: FlatShard, segments: Sequence[Segment], received: Received, sums: Tensor, *, add: bool
+        self,
+        shard: FlatShard,
+        segments: Sequence[Segment],
+        received: ReceivedShards,
+        sums: Tensor,
+        *,
+        add: bool,
     ) -> None:
         """grad ← the average, or grad + that, and Σg², in one sweep."""
         parts, own = received.parts, received.own

@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from sharded_lamb.core.layout import Segment
-from sharded_lamb.kernels.shard import FlatShard, Received, Shard
+from sharded_lamb.kernels.shard import FlatShard, ReceivedShards, Shard
 
 
 class Kernel(Protocol):
@@ -19,7 +19,13 @@ class Kernel(Protocol):
     name: str
 
     def average(
-        self, shard: FlatShard, segments: Sequence[Segment], received: Received, sums: Tensor, *, add: bool
+        self,
+        shard: FlatShard,
+        segments: Sequence[Segment],
+        received: ReceivedShards,
+        sums: Tensor,
+        *,
+        add: bool,
     ) -> None:
         """grad ← the average, or with ``add`` grad + that; Σg² per parameter added to ``sums`` [P] fp64.
 

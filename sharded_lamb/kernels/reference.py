@@ -16,7 +16,7 @@ from sharded_lamb.core.layout import BLOCK
 from sharded_lamb.core.rule import COLUMNS, Coefficients, PerTensor
 from sharded_lamb.kernels import packing, remainders
 from sharded_lamb.kernels.incoming import StockIncoming
-from sharded_lamb.kernels.shard import FlatShard, PieceShard, Shard
+from sharded_lamb.kernels.shard import FlatShard, ScatteredShard, Shard
 
 CHUNK_BLOCKS = 256
 """64 K elements: the dozen temporaries of a chunk stay in a CPU's cache. On a GPU, see `_chunk_blocks`."""
@@ -40,7 +40,7 @@ def add_by_parameter(sums: Tensor, block_param: Tensor, block_sums: Tensor) -> N
     sums.index_add_(0, block_param, block_sums.to(torch.float64))
 
 
-def adopted(weight: Tensor, written: Tensor) -> Tensor:
+def resync_master(weight: Tensor, written: Tensor) -> Tensor:
     """The master, and what the model holds where that is no longer what the master rounds to: someone wrote it."""
     return torch.where(weight.to(written.dtype) == written, weight, written.to(weight.dtype))
 
@@ -63,7 +63,7 @@ class _Chunk:
 
     has_model = False
     """Whether the model's weights lie apart from the masters."""
-    is_split = False
+    uses_remainders = False
     """Whether the masters are remainders of the model's weights."""
 
     def kept(self, kind: str) -> Tensor:
@@ -80,18 +80,18 @@ class _Chunk:
 
     def adopt_written_weights(self) -> None:
         """Weights that were written from outside win over their masters; with remainders they always do."""
-        if self.has_model and not self.is_split:
-            self.store("weight", adopted(self.kept("weight"), self.kept("model")))
+        if self.has_model and not self.uses_remainders:
+            self.store("weight", resync_master(self.kept("weight"), self.kept("model")))
 
     def load_masters(self) -> Tensor:
         """In the compute dtype."""
-        if self.is_split:
+        if self.uses_remainders:
             return remainders.joined(self.kept("model"), self.kept("weight"))
         return self.load("weight")
 
     def store_masters(self, weight: Tensor) -> None:
         """Writes ``weight``, and the model's copy of it, where there is one."""
-        if self.is_split:
+        if self.uses_remainders:
             model, remainder = remainders.split(weight)
             self.store("model", model)
             self.store("weight", remainder)
@@ -108,7 +108,7 @@ class _FlatChunk(_Chunk):
         super().__init__(table, block_param)
         self.flat, self.span = flat, slice(low * BLOCK, (low + len(block_param)) * BLOCK)
         self.has_model = flat["model"] is not None
-        self.is_split = self.kept("weight").dtype == remainders.DTYPE
+        self.uses_remainders = self.kept("weight").dtype == remainders.DTYPE
 
     def kept(self, kind: str) -> Tensor:
         flat = self.flat[kind]
@@ -125,10 +125,12 @@ class _FlatChunk(_Chunk):
 class _PackedChunk(_Chunk):
     """Runs of several pieces, their blocks side by side in a copy; short blocks are filled with 0."""
 
-    def __init__(self, shard: PieceShard, runs: packing.Chunk, table: Tensor, block_param: Tensor) -> None:
+    def __init__(
+        self, shard: ScatteredShard, runs: packing.Chunk, table: Tensor, block_param: Tensor
+    ) -> None:
         super().__init__(table, block_param)
         self.shard, self.runs, self.has_model = shard, runs, shard.model is not None
-        self.is_split = shard.is_split
+        self.uses_remainders = shard.uses_remainders
         self.sizes = [size for run in runs for size in (run.length, run.padding)]
 
     def _places(self, kind: str) -> list[Tensor]:
@@ -168,7 +170,7 @@ def _flat_chunks(shard: FlatShard, table: Tensor) -> Iterator[_Chunk]:
         yield _FlatChunk(flat, table, shard.block_param[low : low + size], low)
 
 
-def _piece_chunks(shard: PieceShard, table: Tensor) -> Iterator[_Chunk]:
+def _piece_chunks(shard: ScatteredShard, table: Tensor) -> Iterator[_Chunk]:
     lengths, device = shard.lengths, shard.device
     blocks = sum(-(-length // BLOCK) for length in lengths)
     param_of = torch.tensor(shard.params).to(device, non_blocking=True)

@@ -23,7 +23,7 @@ class FlatShard:
     block_param: Tensor  # [n / BLOCK] int64: the parameter each block belongs to
 
     @property
-    def is_split(self) -> bool:
+    def uses_remainders(self) -> bool:
         """Whether ``weight`` holds `remainders`."""
         return self.weight.dtype == remainders.DTYPE
 
@@ -38,7 +38,7 @@ class FlatShard:
 
 
 @dataclass(frozen=True, slots=True)
-class OwnPart:
+class LocalContribution:
     """This rank's own gradients where they lie: summed after the first ``row`` rows of what others handed over."""
 
     row: int
@@ -46,16 +46,16 @@ class OwnPart:
 
 
 @dataclass(frozen=True, slots=True)
-class Received:
+class ReceivedShards:
     """What is averaged to a shard's gradient: the sum of all parts, in order, over ``divisor``."""
 
     parts: Tensor  # [k, n] any floating-point dtype
     divisor: int
-    own: OwnPart | None = None  # one part more, which lies elsewhere
+    own: LocalContribution | None = None  # one part more, which lies elsewhere
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
-class PieceShard:
+class ScatteredShard:
     """Pieces of memory on one device: DTensors' local parts, another framework's partitions, or whole tensors.
 
     A piece is a contiguous run of elements of one parameter. Its blocks are counted from its own start and its last
@@ -74,7 +74,7 @@ class PieceShard:
         return tuple(piece.numel() for piece in self.weight)
 
     @property
-    def is_split(self) -> bool:
+    def uses_remainders(self) -> bool:
         """Whether ``weight`` holds `remainders`."""
         return len(self.weight) > 0 and self.weight[0].dtype == remainders.DTYPE
 
@@ -88,4 +88,4 @@ class PieceShard:
         return self.weight[0].device
 
 
-Shard = FlatShard | PieceShard
+Shard = FlatShard | ScatteredShard

@@ -246,9 +246,9 @@ def _adopted(
         WIDE: tl.constexpr = COMPUTE
     written = _widened(tl.load(model + places, mask=mask, other=0), MODEL, WIDE)
     known = _widened(_rounded(_widened(kept, WEIGHT, WIDE), MODEL), MODEL, WIDE) == written
-    adopted = _rounded(written, WEIGHT)
-    tl.store(memory + places, adopted, mask=mask & (known == 0))
-    return tl.where(known, kept, adopted)
+    resync_master = _rounded(written, WEIGHT)
+    tl.store(memory + places, resync_master, mask=mask & (known == 0))
+    return tl.where(known, kept, resync_master)
 
 
 @triton.jit

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.core.layout import Segment
-from sharded_lamb.kernels.incoming import StockIncoming, rows_with_own
-from sharded_lamb.kernels.shard import FlatShard, Received, Shard
+from sharded_lamb.kernels.incoming import StockIncoming, with_local_contribution
+from sharded_lamb.kernels.shard import FlatShard, ReceivedShards, Shard
 from sharded_lamb.kernels.triton_runs import Table, Tables
 
 if TYPE_CHECKING:
@@ -74,12 +74,18 @@ class TritonKernel(StockIncoming):
         self._tables = Tables(triton_device.TILE.value)
 
     def average(
-        self, shard: FlatShard, segments: Sequence[Segment], received: Received, sums: Tensor, *, add: bool
+        self,
+        shard: FlatShard,
+        segments: Sequence[Segment],
+        received: ReceivedShards,
+        sums: Tensor,
+        *,
+        add: bool,
     ) -> None:
         """grad ← the average, or grad + that, and Σg², in one sweep."""
         parts, divisor = received.parts, received.divisor
         if received.own is not None:
-            every = rows_with_own(parts, segments, received.own, shard.compute)
+            every = with_local_contribution(parts, segments, received.own, shard.compute)
             parts = torch.stack([row.to(shard.compute) for row in every])
         assert parts.is_contiguous()
         assert parts.shape[1:] == shard.grad.shape

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.core.layout import BLOCK
-from sharded_lamb.kernels.shard import FlatShard, PieceShard, Shard
+from sharded_lamb.kernels.shard import FlatShard, ScatteredShard, Shard
 
 ROW = ("weight", "model", "grad", "exp_avg", "exp_avg_sq", "numel", "first_tile", "first_block")
 """A run's row, int64: addresses (0: no model), elements, its first tile in its launch, its first block in the call."""
@@ -60,7 +60,7 @@ class Memory:
         self.addresses: Integers = (
             np.stack(pointers, axis=1)[held] if len(numels) else np.zeros((0, 5), np.int64)
         )
-        params = shard.params if isinstance(shard, PieceShard) else (0,)
+        params = shard.params if isinstance(shard, ScatteredShard) else (0,)
         self.params = np.array(params, dtype=np.int64)[held]
         odd = np.bitwise_or.reduce(self.addresses, axis=1) | self.numels
         self.aligned = odd % ALIGNMENT == 0
@@ -89,7 +89,7 @@ Column = Sequence[Tensor]
 
 def _columns(shard: Shard) -> tuple[Column, Column, Column, Column, Column]:
     """Weights, models, gradients, moments, moments of squares of a shard's runs; models may be none."""
-    if isinstance(shard, PieceShard):
+    if isinstance(shard, ScatteredShard):
         return shard.weight, shard.model or (), shard.grad, shard.exp_avg, shard.exp_avg_sq
     model = () if shard.model is None else (shard.model,)
     return (shard.weight,), model, (shard.grad,), (shard.exp_avg,), (shard.exp_avg_sq,)

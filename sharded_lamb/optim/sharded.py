@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from sharded_lamb import kernels
 from sharded_lamb.comm.collectives import Collectives, Pending, Traffic
-from sharded_lamb.comm.consistency import Description, check_agreement, describe_group, told_to_all
+from sharded_lamb.comm.consistency import Description, check_consistency, describe_group, propagate_errors
 from sharded_lamb.comm.forward_gathers import ForwardGathers, Watch
 from sharded_lamb.comm.topology import Topology
 from sharded_lamb.core import rule
@@ -32,12 +32,12 @@ from sharded_lamb.core.hyperparams import RuleOptions, check_max_grad_norm
 from sharded_lamb.gradients.averaged import AveragedGradients
 from sharded_lamb.gradients.mixed import MixedGradients
 from sharded_lamb.gradients.reducer import BackwardReducer
-from sharded_lamb.gradients.summary import GradientFacts, agree_with_norms, check_present
+from sharded_lamb.gradients.summary import GradientSummary, all_reduce_with_norms, check_present
 from sharded_lamb.kernels import Kernel
 from sharded_lamb.kernels.engine import lamb_step
-from sharded_lamb.optim.sharded_state import SavingOptimizer
+from sharded_lamb.optim.sharded_state import ShardedOptimizer
 from sharded_lamb.optim.skips import SkipCounter
-from sharded_lamb.sharding.param_store import Holdings, Plan, Settings
+from sharded_lamb.sharding.param_store import ParamStore, Plan, Settings
 from sharded_lamb.sharding.placements import materialized, root_ranks
 from sharded_lamb.timeline import Timeline
 
@@ -51,7 +51,7 @@ class _LastStep:
     grad_norm: Tensor  # fp64 scalar
 
 
-class ShardedLamb(SavingOptimizer):
+class ShardedLamb(ShardedOptimizer):
     """LAMB (arXiv 1904.00962) with optimizer state cut over ranks, exact for every parameter.
 
     Parameters become views of flat buckets. Each rank keeps moments (and fp32 masters of fp16 and bf16
@@ -130,7 +130,7 @@ class ShardedLamb(SavingOptimizer):
     ) -> None:
         params = materialized(params)
         topology = Topology.of(process_group, mesh, root_ranks(params))
-        with told_to_all(topology):
+        with propagate_errors(topology):
             self._settings = Settings(
                 stage,
                 bucket_mb,
@@ -143,7 +143,7 @@ class ShardedLamb(SavingOptimizer):
                 kernel,
                 store_param_remainders,
             )
-            self._holdings = Holdings(self, topology, self._settings)
+            self._store = ParamStore(self, topology, self._settings)
             scalars = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
             super().__init__(params, scalars, variant, options)
         plan, self._kernel = self._agreed_plan()
@@ -153,10 +153,10 @@ class ShardedLamb(SavingOptimizer):
         self._skips = SkipCounter(plan.device, max_consecutive_skips)
         self._clip: Tensor | None = None
         self._looked_at: list[Tensor] = []  # all parameters, when it was last looked which of them are
-        self._frozen: list[Tensor] = []  # not held
+        self._frozen: list[Tensor] = []  # frozen when last looked at
         self._last: _LastStep | None = None
         self._summarized = False
-        self._take_on(plan)
+        self._register(plan)
 
     # -- what is optimized --------------------------------------------------------------------------
 
@@ -165,17 +165,17 @@ class ShardedLamb(SavingOptimizer):
         super().add_param_group(param_group)
         if self._constructed:
             try:
-                self._take_on(self._agreed_plan()[0])
+                self._register(self._agreed_plan()[0])
             except (ValueError, TypeError, RuntimeError):
                 self.param_groups.pop()
                 raise
 
     def _agreed_plan(self) -> tuple[Plan, Kernel]:
-        """Where the parameters go that want gradients and are not held yet, and what they are updated with; the same on
+        """The plan for parameters that require gradients and are not in the store yet, and the kernel; the same on
         every rank. Collective."""
-        held = self._holdings
-        with told_to_all(held.topology):
-            plan = held.plan(list(self._named_parameters()))
+        store = self._store
+        with propagate_errors(store.topology):
+            plan = store.plan(list(self._named_parameters()))
             kernel = kernels.choose(self._settings.kernel, plan.device)
         description: Description = [("construction", "ok"), ("settings", self._settings.described())]
         description.append(("kernel", kernel.name))
@@ -183,39 +183,39 @@ class ShardedLamb(SavingOptimizer):
         description += [
             (f"options of group {i}", describe_group(group)) for i, group in enumerate(self.param_groups)
         ]
-        description += plan.described(len(held.params))
-        check_agreement(held.topology, description)
+        description += plan.described(len(store.params))
+        check_consistency(store.topology, description)
         return plan, kernel
 
-    def _take_on_unfrozen(self) -> None:
-        held = self._holdings
+    def _register_unfrozen(self) -> None:
+        store = self._store
         now = [p for group in self.param_groups for p in group["params"]]
         if len(now) == len(self._looked_at) and all(map(operator.is_, now, self._looked_at)):
             if not any(p.requires_grad for p in self._frozen):
                 return
         else:
-            self._looked_at, self._frozen = now, [p for p in now if p not in held.index]
+            self._looked_at, self._frozen = now, [p for p in now if p not in store.index]
         if any(p.requires_grad for p in self._frozen):
             there = set(now)
-            gone = [name for name, p in zip(held.names, held.params, strict=True) if p not in there]
+            gone = [name for name, p in zip(store.names, store.params, strict=True) if p not in there]
             if gone:
                 raise RuntimeError(
                     f"parameter {gone[0]!r} is in no parameter group any more and others are (fully_shard and "
                     f"Accelerate's prepare put new parameters in the place of old ones): construct ShardedLamb after "
                     f"that, from the parameters that the model has then"
                 )
-            self._take_on(self._agreed_plan()[0])
+            self._register(self._agreed_plan()[0])
             self._looked_at = []
 
-    def _take_on(self, plan: Plan) -> None:
+    def _register(self, plan: Plan) -> None:
         """Collective: broadcasts the weights of the first rank."""
-        held = self._holdings
+        store = self._store
         self.synchronize()
         self._gradients.settle()
-        buckets = held.adopt(plan, self._collectives)
-        self._table = self._option_table(held.rows, plan.device)
+        buckets = store.register(plan, self._collectives)
+        self._table = self._option_table(store.rows, plan.device)
         names, params = [name for name, _, _ in plan.rows], [p for _, p, _ in plan.rows]
-        self._gradients.extend(names, params, buckets, held.replicas())
+        self._gradients.extend(names, params, buckets, store.replicas())
         self._show_state()
 
     # -- the step -----------------------------------------------------------------------------------
@@ -233,52 +233,52 @@ class ShardedLamb(SavingOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        held = self._holdings
+        store = self._store
         self.synchronize()
-        self._take_on_unfrozen()
-        if not held.params:
+        self._register_unfrozen()
+        if not store.params:
             return loss
-        held.check_attached()
-        self._skips.check(held.names)
+        store.check_attached()
+        self._skips.check(store.names)
         found_inf = getattr(self, "found_inf", None)
         decides = self._settings.skip_nonfinite or self.max_grad_norm is not None or self._clip is not None
         may_wait = not decides and found_inf is None
         self._update(self._gradients.ready(found_inf, may_wait=may_wait), found_inf)
         self._gradients.stepped()
         self._clip = None
-        if not self._summarized and held.topology.rank == 0:
-            logger.info(held.summary(self._table, self._kernel.name, str(self.defaults["variant"])))
+        if not self._summarized and store.topology.rank == 0:
+            logger.info(store.summary(self._table, self._kernel.name, str(self.defaults["variant"])))
         self._summarized = True
         return loss
 
-    def _update(self, facts: GradientFacts, found_inf: Tensor | None) -> None:
-        held, collectives = self._holdings, self._collectives
-        skip = self._must_skip(facts, found_inf)
-        self._skips.record(skip, facts.bad)
+    def _update(self, summary: GradientSummary, found_inf: Tensor | None) -> None:
+        store, collectives = self._store, self._collectives
+        skip = self._must_skip(summary, found_inf)
+        self._skips.record(skip, summary.bad)
         inverse = self._inverse_scale()
         wide = self._table.options().wide
-        grad_norm = facts.norm(wide, inverse)
-        moved = (facts.present > 0) & ~skip
-        if held.device.type == "cpu" and skip:
-            self._last = _LastStep(torch.ones_like(held.step), moved, grad_norm)
+        grad_norm = summary.norm(wide, inverse)
+        moved = (summary.present > 0) & ~skip
+        if store.device.type == "cpu" and skip:
+            self._last = _LastStep(torch.ones_like(store.step), moved, grad_norm)
             return
         clip = torch.ones_like(grad_norm) if self._clip is None else self._clip
         clip = clip * rule.clip_factor(grad_norm * clip, self.max_grad_norm)
-        step = held.step + moved
+        step = store.step + moved
         gathers: dict[int, Pending] = {}
 
         def sum_over_ranks(norms: Tensor) -> None:
-            nonlocal facts
-            facts = self._sum_norms(norms, facts)
+            nonlocal summary
+            summary = self._sum_norms(norms, summary)
 
         def gather(index: int) -> None:
-            if index < len(held.buckets):
-                gathers[index] = collectives.all_gather(held.buckets[index].flat)
+            if index < len(store.buckets):
+                gathers[index] = collectives.all_gather(store.buckets[index].flat)
 
         laps = collectives.traffic.laps()
         ratios = lamb_step(
             self._kernel,
-            held.shards(),
+            store.shards(),
             self._table.options(),
             lr=self._table.lr(),
             step=step,
@@ -287,36 +287,36 @@ class ShardedLamb(SavingOptimizer):
             sum_over_ranks=laps.before("pass 1", sum_over_ranks),
             written=laps.before("pass 2", gather),
         )
-        held.step.copy_(step)
-        self._gathers.take(gathers, lambda index: held.buckets[index].params)
+        store.step.copy_(step)
+        self._gathers.take(gathers, lambda index: store.buckets[index].params)
         # A graph made before the step must not go unnoticed.
-        torch.autograd.graph.increment_version(held.params)
-        self._last = _LastStep(ratios, moved, facts.norm(wide, inverse))
+        torch.autograd.graph.increment_version(store.params)
+        self._last = _LastStep(ratios, moved, summary.norm(wide, inverse))
 
-    def _sum_norms(self, square_sums: Tensor, facts: GradientFacts) -> GradientFacts:
+    def _sum_norms(self, square_sums: Tensor, summary: GradientSummary) -> GradientSummary:
         """(b): every element counts once, so of the ranks that hold it all but the first add nothing."""
-        square_sums *= self._holdings.speaks
-        if facts.agreed:
+        square_sums *= self._store.owner_mask
+        if summary.agreed:
             self._collectives.all_reduce_small(square_sums)
-            return facts
-        facts = agree_with_norms(self._collectives, facts, square_sums)
-        if facts.present.device.type == "cpu":
-            world, names = self._collectives.world_size, self._holdings.names
-            check_present(facts, names, world, placed=range(len(names)))
-        return facts
+            return summary
+        summary = all_reduce_with_norms(self._collectives, summary, square_sums)
+        if summary.present.device.type == "cpu":
+            world, names = self._collectives.world_size, self._store.names
+            check_present(summary, names, world, placed=range(len(names)))
+        return summary
 
-    def _must_skip(self, facts: GradientFacts, found_inf: Tensor | None) -> Tensor:
+    def _must_skip(self, summary: GradientSummary, found_inf: Tensor | None) -> Tensor:
         """Bool scalar on the device, the same on every rank."""
-        skip = facts.found_inf | self._gradients.is_partial(facts)
+        skip = summary.found_inf | self._gradients.is_partial(summary)
         if self._settings.skip_nonfinite:
-            skip = skip | facts.bad.any()
+            skip = skip | summary.bad.any()
         if found_inf is not None:
             skip = skip | (found_inf.to(skip.device).reshape(()) > 0)
         return skip
 
     def _inverse_scale(self) -> Tensor:
-        """What turns the held gradients into the true ones: GradScaler's inverse scale, or 1. fp64 scalar, or [P]."""
-        inverse = torch.ones((), dtype=torch.float64, device=self._holdings.device)
+        """The factor from stored gradients to true ones: GradScaler's inverse scale, or 1. fp64 scalar, or [P]."""
+        inverse = torch.ones((), dtype=torch.float64, device=self._store.device)
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             inverse = inverse / scale.to(inverse.device, torch.float64).reshape(())
@@ -326,17 +326,19 @@ class ShardedLamb(SavingOptimizer):
     # -- gradients ----------------------------------------------------------------------------------
 
     def _make_gradients(self) -> AveragedGradients | MixedGradients:
-        held, collectives = self._holdings, self._collectives
+        store, collectives = self._store, self._collectives
         if self._settings.stage == 1:
-            return AveragedGradients(collectives, self._kernel, self._spoken, held.pieces)
+            return AveragedGradients(collectives, self._kernel, self._mask_replicas, store.pieces)
         return MixedGradients(
-            BackwardReducer(collectives, self._kernel, self._spoken, overlap=self._settings.overlap),
-            AveragedGradients(collectives, self._kernel, self._spoken, held.pieces, only_placed=True),
+            BackwardReducer(collectives, self._kernel, self._mask_replicas, overlap=self._settings.overlap),
+            AveragedGradients(
+                collectives, self._kernel, self._mask_replicas, store.pieces, dtensors_only=True
+            ),
         )
 
-    def _spoken(self, square_sums: Tensor) -> Tensor:
+    def _mask_replicas(self, square_sums: Tensor) -> Tensor:
         """Of sums over what this rank holds, what counts. Non-finite on any rank that holds it: 0 x inf is nan."""
-        return square_sums * self._holdings.speaks
+        return square_sums * self._store.owner_mask
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients: ``.grad``, and in stage 2 what was reduced, once nothing is in flight any more."""
@@ -366,13 +368,13 @@ class ShardedLamb(SavingOptimizer):
             The norm before clipping (fp32 scalar), the same bits on every rank.
         """
         check_max_grad_norm(max_norm)
-        self._take_on_unfrozen()
-        if not self._holdings.params:
+        self._register_unfrozen()
+        if not self._store.params:
             return torch.zeros(())
-        facts = self._gradients.ready(None)
+        summary = self._gradients.ready(None)
         unscaled = self._gradients.unscale_factor()
-        one = torch.ones((), dtype=torch.float64, device=self._holdings.device)
-        norm = facts.norm(self._table.options().wide, one if unscaled is None else unscaled)
+        one = torch.ones((), dtype=torch.float64, device=self._store.device)
+        norm = summary.norm(self._table.options().wide, one if unscaled is None else unscaled)
         self._clip = rule.clip_factor(norm, max_norm)
         return norm.float()
 
@@ -392,8 +394,8 @@ class ShardedLamb(SavingOptimizer):
         Raises:
             ValueError: this optimizer gathers none of the module's parameters.
         """
-        held = self._holdings
-        bucket_of = {p: index for index, bucket in enumerate(held.buckets) for p in bucket.params}
+        store = self._store
+        bucket_of = {p: index for index, bucket in enumerate(store.buckets) for p in bucket.params}
         return self._gathers.watch(module, bucket_of)
 
     def synchronize(self) -> None:
@@ -406,7 +408,7 @@ class ShardedLamb(SavingOptimizer):
         """{name: ratio} of the parameters that the last step moved; the same on every rank. Reads the device."""
         if self._last is None:
             return {}
-        rows = zip(self._holdings.names, self._last.ratios.tolist(), self._last.moved.tolist(), strict=False)
+        rows = zip(self._store.names, self._last.ratios.tolist(), self._last.moved.tolist(), strict=False)
         return {name: ratio for name, ratio, moved in rows if moved}
 
     @property
@@ -435,8 +437,8 @@ class ShardedLamb(SavingOptimizer):
         The first two steps add 2 W fp64 to the small ones for each way in which ranks hold the same gradients
         (stage 1's plain ones; replicated DTensors). The sum of gradients that came as ``Partial`` is not foreseen.
         """
-        return self._holdings.bytes_on_wire(clips=self.max_grad_norm is not None)
+        return self._store.bytes_on_wire(clips=self.max_grad_norm is not None)
 
     def memory(self) -> dict[str, int]:
         """Bytes on this rank: parameters, masters, moments, gradient_shards, staging."""
-        return {**self._holdings.bytes_by_kind(), "staging": self._gradients.staging_bytes()}
+        return {**self._store.bytes_by_kind(), "staging": self._gradients.staging_bytes()}

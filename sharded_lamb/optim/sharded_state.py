@@ -9,19 +9,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_lamb.comm.collectives import Collectives
-from sharded_lamb.comm.consistency import told_to_all
+from sharded_lamb.comm.consistency import propagate_errors
 from sharded_lamb.core.options import OptionTable
 from sharded_lamb.optim.base import LambOptimizer
 from sharded_lamb.optim.skips import SkipCounter
 from sharded_lamb.sharding import state
-from sharded_lamb.sharding.param_store import Holdings, Settings
+from sharded_lamb.sharding.param_store import ParamStore, Settings
 
 
-class SavingOptimizer(LambOptimizer):
+class ShardedOptimizer(LambOptimizer):
     """The part of `ShardedLamb` that knows what state is made of and not how a step is made."""
 
     _settings: Settings
-    _holdings: Holdings
+    _store: ParamStore
     _collectives: Collectives
     _skips: SkipCounter
     _table: OptionTable
@@ -32,29 +32,27 @@ class SavingOptimizer(LambOptimizer):
 
     def _show_state(self) -> None:
         """``self.state`` of all parameters, over the memory of now."""
-        held = self._holdings
-        world = held.topology
-        states = state.local_states(held.layout, held.buckets, held.step)
-        states |= state.placed_states(
-            held.layout, held.pieces, held.cuts, world.rank, len(world.everyone), held.step
+        store = self._store
+        world = store.topology
+        states = state.local_states(store.layout, store.buckets, store.step)
+        states |= state.dtensor_states(
+            store.layout, store.pieces, store.cuts, world.rank, len(world.everyone), store.step
         )
         for param, entry in sorted(states.items()):
-            self.state[held.params[param]] = entry
+            self.state[store.params[param]] = entry
 
     def _load_tensors(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        held = self._holdings
-        for name, p in zip(held.names, held.params, strict=True):
+        store = self._store
+        for name, p in zip(store.names, store.params, strict=True):
             if p not in states:
                 raise ValueError(f"the state dict has no state of {name!r}: it is of another model")
             state.check_local(name, self.state[p], states[p])
-        for p in held.params:
+        for p in store.params:
             state.load_local(self.state[p], states[p])
 
     def _load_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         super()._load_groups(saved_groups)
-        self._table = self._option_table(
-            self._holdings.rows, self._holdings.device
-        )  # patterns may have changed
+        self._table = self._option_table(self._store.rows, self._store.device)  # patterns may have changed
         self._skips.reset()
 
     def state_dict(self) -> dict[str, Any]:
@@ -74,7 +72,7 @@ class SavingOptimizer(LambOptimizer):
         packed = super().state_dict()
         self._join_masters(packed["state"])
         if self._collectives.world_size > 1 and asked_for_whole():
-            if self._holdings.buckets:
+            if self._store.buckets:
                 raise TypeError(
                     "StateDictOptions(full_state_dict=True) would take this rank's slices for whole tensors: use "
                     "ShardedLamb.full_state_dict() and load_full_state_dict(), or leave the option out"
@@ -88,12 +86,12 @@ class SavingOptimizer(LambOptimizer):
 
     def _join_masters(self, entries: dict[int, dict[str, Any]]) -> None:
         """Put masters in the place of remainders. ``entries``: of a packed state, by place in the groups."""
-        held = self._holdings
-        masters = state.joined_masters(held.buckets, held.pieces)
+        store = self._store
+        masters = state.joined_masters(store.buckets, store.pieces)
         order = [p for group in self.param_groups for p in group["params"]]
         for place, p in enumerate(order):
-            if p in held.index and held.index[p] in masters and place in entries:
-                joined = {"remainder": masters[held.index[p]]}
+            if p in store.index and store.index[p] in masters and place in entries:
+                joined = {"remainder": masters[store.index[p]]}
                 entries[place] = {state.saved_key(k): joined.get(k, v) for k, v in entries[place].items()}
 
     def full_state_dict(self) -> dict[str, Any] | None:
@@ -102,13 +100,13 @@ class SavingOptimizer(LambOptimizer):
         Collective; streamed, so that no rank but the first ever holds more than a bucket of others' state.
         ``master`` entries (fp32 weights of fp16 and bf16 parameters) are there beside the moments.
         """
-        held = self._holdings
-        states = state.gather_full(self._collectives, held.layout, held.buckets, held.pieces, held.step)
+        store = self._store
+        states = state.gather_full(self._collectives, store.layout, store.buckets, store.pieces, store.step)
         if states is None:
             return None
         packed = super().state_dict()
         order = [p for group in self.param_groups for p in group["params"]]
-        whole = {place: states[held.index[p]] for place, p in enumerate(order) if p in held.index}
+        whole = {place: states[store.index[p]] for place, p in enumerate(order) if p in store.index}
         return {"state": whole, "param_groups": packed["param_groups"]}
 
     def load_full_state_dict(self, state_dict: dict[str, Any] | None) -> None:
@@ -120,30 +118,32 @@ class SavingOptimizer(LambOptimizer):
         Raises:
             ValueError: on every rank, where the first rank's state does not fit.
         """
-        held = self._holdings
-        first = held.topology.rank == 0
-        with told_to_all(held.topology, always=True):
+        store = self._store
+        first = store.topology.rank == 0
+        with propagate_errors(store.topology, always=True):
             if first:
                 saved = state.check_complete(state_dict)
                 self._check_saved_groups(saved["param_groups"])
                 order = [p for group in self.param_groups for p in group["params"]]
-                states = state.by_index(saved["state"], [held.index.get(p) for p in order])
-                state.check_full(held.names, [tuple(p.shape) for p in held.params], states)
+                states = state.by_index(saved["state"], [store.index.get(p) for p in order])
+                state.check_full(store.names, [tuple(p.shape) for p in store.params], states)
         groups: list[Any] = [state_dict["param_groups"] if first and state_dict is not None else None]
-        if held.topology.everyone[1:]:
-            dist.broadcast_object_list(groups, held.topology.everyone[0], group=self._collectives.everyone)
-        state.scatter_full(self._collectives, held.buckets, held.pieces, held.step, states if first else None)
+        if store.topology.everyone[1:]:
+            dist.broadcast_object_list(groups, store.topology.everyone[0], group=self._collectives.everyone)
+        state.scatter_full(
+            self._collectives, store.buckets, store.pieces, store.step, states if first else None
+        )
         self._load_groups(groups[0])
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """Global ranks that hold a part of the state."""
-        return self._holdings.topology.everyone
+        return self._store.topology.everyone
 
     @property
     def stages(self) -> str:
         """ "1", "2" or "3", or two of them: see ``stage``."""
-        return self._holdings.stages
+        return self._store.stages
 
     @property
     def skipped_steps(self) -> int:

@@ -125,7 +125,7 @@ def run(chosen: argparse.Namespace, device: torch.device) -> int:
         from sharded_lamb.plan.picture import draw
 
         draw(rows, title, chosen.png)
-    print("\n".join([title, _spoken(machine, chosen), "", text_table(rows), "", *NOTES]))
+    print("\n".join([title, _mask_replicas(machine, chosen), "", text_table(rows), "", *NOTES]))
     return 0
 
 
@@ -197,7 +197,7 @@ def _described(found: Shapes, choices: Choices) -> str:
     )
 
 
-def _spoken(machine: Machine, chosen: argparse.Namespace) -> str:
+def _mask_replicas(machine: Machine, chosen: argparse.Namespace) -> str:
     return (
         f"update {machine.update_bytes_per_second / 1e9:,.5g} GB/s, inside a node "
         f"{machine.intra_bytes_per_second / 1e9:,.5g} GB/s and {machine.intra_latency * 1e6:.3g} us, between nodes "

@@ -13,7 +13,7 @@ from torch import Tensor
 from sharded_lamb.core.footprint import Widths
 from sharded_lamb.core.layout import BLOCK, Bucket, Segment
 from sharded_lamb.kernels import FlatShard, remainders
-from sharded_lamb.kernels.incoming import Taking
+from sharded_lamb.kernels.incoming import GradientCopy
 from sharded_lamb.sharding.flat_memory import zeros
 
 
@@ -167,7 +167,7 @@ class FlatBucket:
         offset = flat.storage_offset() + self.plan.offsets[position]
         return flat.as_strided(self.params[position].shape, self.strides[position], offset)
 
-    def own_gradients(self, grads: Sequence[Tensor | None]) -> Taking:
+    def own_gradients(self, grads: Sequence[Tensor | None]) -> GradientCopy:
         """Whole gradients of which this rank's slices go into the gradient shard. ``grads``: [P] of all parameters."""
         return self.shard, self.segments, self.in_memory_order([grads[s.param] for s in self.segments])
 

@@ -16,13 +16,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from sharded_lamb.comm.collectives import Traffic
-from sharded_lamb.kernels import PieceShard
+from sharded_lamb.kernels import ScatteredShard
 from sharded_lamb.sharding.buckets import Precision, flattened, masters_of, memory_strides
 from sharded_lamb.sharding.placements import local_part, mesh_device
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class LocalShard:
     """One parameter's local part: where it lies, and its state; all flat, in the local part's memory order."""
 
     p: DTensor
@@ -33,7 +33,7 @@ class Piece:
     exp_avg_sq: Tensor  # [n] state dtype
 
     @staticmethod
-    def of(p: DTensor, precision: Precision) -> "Piece":
+    def of(p: DTensor, precision: Precision) -> "LocalShard":
         local = local_part(p)
         strides = memory_strides(local)
 
@@ -43,7 +43,7 @@ class Piece:
         master = None if precision.apart is None else zeros(precision.apart)
         if master is not None:
             masters_of(flattened(local, strides), master)
-        return Piece(p, precision, strides, master, zeros(precision.state), zeros(precision.state))
+        return LocalShard(p, precision, strides, master, zeros(precision.state), zeros(precision.state))
 
     def weight(self) -> Tensor:
         """[n] the model's own memory."""
@@ -85,18 +85,18 @@ def check_dense(name: str, p: DTensor) -> None:
         )
 
 
-class LocalPieces:
+class DTensorShards:
     """The DTensor parameters of an optimizer on this rank, by their place among all parameters."""
 
     def __init__(self) -> None:
-        self.pieces: dict[int, Piece] = {}
+        self.pieces: dict[int, LocalShard] = {}
         self.grads: dict[int, Tensor] = {}
         """{parameter: local gradient} as last taken, placed as the parameter is."""
-        self.shards: list[PieceShard] = []
+        self.shards: list[ScatteredShard] = []
         """What the kernels run over: the parts that have elements and, as last taken, gradients."""
 
     def add(self, param: int, p: DTensor, precision: Precision) -> None:
-        self.pieces[param] = Piece.of(p, precision)
+        self.pieces[param] = LocalShard.of(p, precision)
 
     def check_attached(self, names: Sequence[str]) -> None:
         """Raises RuntimeError where a local part is no longer what state was made for."""
@@ -111,12 +111,12 @@ class LocalPieces:
                     f"Shard, convert and move the model first and construct the optimizer after"
                 )
 
-    def take_gradients(self, names: Sequence[str], traffic: Traffic) -> None:
+    def read_gradients(self, names: Sequence[str], traffic: Traffic) -> None:
         """Look at every ``.grad``. Collective only where some are not placed as their parameters are."""
         params = [param for param, piece in self.pieces.items() if piece.p.grad is not None]
         found = local_gradients({names[param]: self.pieces[param].p for param in params}, traffic)
         self.grads = dict(zip(params, found, strict=True))
-        columns: dict[Any, list[tuple[int, Piece, Tensor]]] = {}
+        columns: dict[Any, list[tuple[int, LocalShard, Tensor]]] = {}
         for param, grad in self.grads.items():
             piece = self.pieces[param]
             if grad.numel():
@@ -135,10 +135,10 @@ class LocalPieces:
         }
 
 
-def _shard(rows: Sequence[tuple[int, Piece, Tensor]]) -> PieceShard:
+def _shard(rows: Sequence[tuple[int, LocalShard, Tensor]]) -> ScatteredShard:
     weights = [piece.weight() for _, piece, _ in rows]
     masters = [piece.master for _, piece, _ in rows if piece.master is not None]
-    return PieceShard(
+    return ScatteredShard(
         params=tuple(param for param, _, _ in rows),
         weight=masters or weights,
         grad=[grad for _, _, grad in rows],

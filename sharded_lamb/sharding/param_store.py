@@ -20,8 +20,15 @@ from sharded_lamb.core.options import OptionTable
 from sharded_lamb.core.parameters import NamedParameter, check_parameter
 from sharded_lamb.kernels import Shard
 from sharded_lamb.sharding.buckets import FlatBucket, Precision
-from sharded_lamb.sharding.local_shards import LocalPieces, check_dense
-from sharded_lamb.sharding.placements import Cut, Replicas, local_part, mesh_device, ranks_of_mesh, speakers
+from sharded_lamb.sharding.local_shards import DTensorShards, check_dense
+from sharded_lamb.sharding.placements import (
+    Replicas,
+    ShardSpec,
+    local_part,
+    mesh_device,
+    owners,
+    ranks_of_mesh,
+)
 
 _owners: Any = WeakIdKeyDictionary()  # parameter → weak reference to the optimizer that holds it
 
@@ -97,7 +104,7 @@ class Plan:
     rows: list[NamedParameter]
     layout: ShardLayout
     buckets: tuple[Bucket, ...]
-    cuts: dict[int, Cut]  # of the DTensors
+    cuts: dict[int, ShardSpec]  # of the DTensors
     device: torch.device
     wire_device: torch.device  # where small all-reduces run
 
@@ -113,7 +120,7 @@ class Plan:
         return [*described, ("parameters", len(self.layout.numels)), ("layout", self.layout.digest())]
 
 
-def _pieces_numel(p: Tensor) -> int:
+def _local_numel(p: Tensor) -> int:
     return local_part(p).numel() if isinstance(p, DTensor) else 0
 
 
@@ -122,7 +129,7 @@ def _pointer(p: Tensor) -> int:
     return local_part(p).data_ptr() if isinstance(p, DTensor) else p.data_ptr()
 
 
-def _check_counted(plan: Plan, counted: Sequence[float], first: int) -> None:
+def _check_all_elements_owned(plan: Plan, counted: Sequence[float], first: int) -> None:
     """Raises ValueError unless the ranks that speak hold every element of every DTensor, by their number."""
     for row, (name, p, _) in enumerate(plan.rows):
         if first + row in plan.cuts and int(counted[row]) != p.numel():
@@ -133,7 +140,7 @@ def _check_counted(plan: Plan, counted: Sequence[float], first: int) -> None:
             )
 
 
-class Holdings:
+class ParamStore:
     """Parameters in the order in which they were adopted; ``index`` finds a parameter's place."""
 
     def __init__(self, owner: Any, topology: Topology, settings: Settings) -> None:
@@ -143,10 +150,10 @@ class Holdings:
         self.rows: list[NamedParameter] = []
         self.index: dict[Tensor, int] = {}
         self.buckets: list[FlatBucket] = []
-        self.pieces = LocalPieces()
-        self.cuts: dict[int, Cut] = {}  # of the DTensors
-        self.cells: dict[Cut, tuple[int, ...]] = {}  # of every rank
-        self.speaks = torch.zeros(0, dtype=torch.float64)  # [P] 1 where this rank's sums count, else 0
+        self.pieces = DTensorShards()
+        self.cuts: dict[int, ShardSpec] = {}  # of the DTensors
+        self.cells: dict[ShardSpec, tuple[int, ...]] = {}  # of every rank
+        self.owner_mask = torch.zeros(0, dtype=torch.float64)  # [P] 1 where this rank's sums count, else 0
         self.layout = ShardLayout((), (), topology.shard_rank, len(topology.shard_ranks))
         self.step = torch.zeros(0, dtype=torch.float64)
         self._owner = weakref.ref(owner)
@@ -183,8 +190,8 @@ class Holdings:
         wire = next((mesh_device(cut.mesh) for cut in cuts.values()), device)
         return Plan(found, layout, plans, cuts, device, wire)
 
-    def _cut(self, name: str, p: DTensor) -> Cut:
-        cut = Cut.of(name, p)
+    def _cut(self, name: str, p: DTensor) -> ShardSpec:
+        cut = ShardSpec.of(name, p)
         check_dense(name, p)
         beyond = sorted(set(ranks_of_mesh(cut.mesh)) - set(self.topology.everyone))
         if beyond:
@@ -227,7 +234,7 @@ class Holdings:
         gc.collect()  # an optimizer that was deleted may be part of a cycle
         return owner() is not None
 
-    def adopt(self, plan: Plan, collectives: Collectives) -> list[FlatBucket]:
+    def register(self, plan: Plan, collectives: Collectives) -> list[FlatBucket]:
         """Move the plan's plain parameters into buckets, with the first rank's values; DTensors stay where they are.
 
         Collective: a broadcast a bucket, and two small all-reduces where there are DTensors.
@@ -235,7 +242,7 @@ class Holdings:
         Raises:
             ValueError: the ranks do not hold every element of a DTensor, on every rank alike.
         """
-        speaks = self._who_speaks(plan, collectives)
+        owner_mask = self._find_owners(plan, collectives)
         for name, p, group in plan.rows:
             self.index[p] = len(self.params)
             self.names.append(name)
@@ -256,7 +263,7 @@ class Holdings:
             self.pieces.add(param, p, self._precision(p.dtype))
             self.cuts[param] = cut
         self.buckets.extend(made)
-        self.speaks = torch.cat([self.speaks.to(speaks.device), speaks])
+        self.owner_mask = torch.cat([self.owner_mask.to(owner_mask.device), owner_mask])
         self.layout = plan.layout
         grown = torch.zeros(len(self.params), dtype=torch.float64, device=self.device)
         grown[: len(self.step)] = self.step
@@ -273,10 +280,10 @@ class Holdings:
             store_param_remainders=settings.store_param_remainders,
         )
 
-    def _who_speaks(self, plan: Plan, collectives: Collectives) -> Tensor:
+    def _find_owners(self, plan: Plan, collectives: Collectives) -> Tensor:
         """[new P] fp64: 1 where this rank's sums over a parameter count; proved: every element counts once."""
         rank, world = self.topology.rank, len(self.topology.everyone)
-        speaks = torch.full((len(plan.rows),), float(self.topology.is_first_replica), dtype=torch.float64)
+        owner_mask = torch.full((len(plan.rows),), float(self.topology.is_first_replica), dtype=torch.float64)
         if plan.cuts:
             new = [cut for cut in dict.fromkeys(plan.cuts.values()) if cut not in self.cells]
             cells = torch.zeros(len(new), world, dtype=torch.float64)
@@ -288,11 +295,11 @@ class Holdings:
             counted = torch.zeros(len(plan.rows), dtype=torch.float64)
             for row, param in enumerate(range(len(self.params), len(self.params) + len(plan.rows))):
                 if param in plan.cuts:
-                    speaks[row] = speakers(self.cells[plan.cuts[param]])[rank]
-                    counted[row] = speaks[row] * _pieces_numel(plan.rows[row][1])
+                    owner_mask[row] = owners(self.cells[plan.cuts[param]])[rank]
+                    counted[row] = owner_mask[row] * _local_numel(plan.rows[row][1])
             collectives.all_reduce_small(counted)
-            _check_counted(plan, counted.tolist(), len(self.params))
-        return speaks.to(plan.device)
+            _check_all_elements_owned(plan, counted.tolist(), len(self.params))
+        return owner_mask.to(plan.device)
 
     def replicas(self) -> Replicas:
         """Which ranks must hold the same gradients. Plain ones in stage 1: all."""

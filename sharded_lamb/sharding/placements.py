@@ -1,4 +1,4 @@
-"""DTensor placements → which part of a parameter a rank holds, and which rank speaks for it.
+"""DTensor placements → which part of a parameter a rank holds, and which rank owns it.
 
 The axes of the mesh that shard a parameter cut it into *cells*; ranks at the same coordinates on those axes hold the
 same cell, wherever they are on all other axes (of this mesh or of the one that it was sliced from)::
@@ -8,7 +8,7 @@ same cell, wherever they are on all other axes (of this mesh or of the one that 
         rank 0: cell 0    rank 1: cell 1                                      rank 0: cell 0    rank 1: cell 0  (TP)
         rank 2: cell 0    rank 3: cell 1                                      rank 2: cell 1    rank 3: cell 1
 
-A sum over ranks must count every element once: the first rank of each cell *speaks*, the others add 0. How a cell
+A sum over ranks must count every element once: the first rank of each cell owns it, the others add 0. How a cell
 lies in the parameter (uneven, empty, strided) does not matter for that.
 """
 
@@ -24,14 +24,14 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardSpec:
     """How some parameters are cut: the placements on a mesh, one an axis."""
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
 
     @staticmethod
-    def of(name: str, p: DTensor) -> "Cut":
+    def of(name: str, p: DTensor) -> "ShardSpec":
         """Raises ValueError for placements under which norms cannot be told, with the reason."""
         for axis, placement in enumerate(p.placements):
             if placement.is_partial():
@@ -49,7 +49,7 @@ class Cut:
                 f"parameter {name!r} lies on a mesh of ranks {ranks_of_mesh(p.device_mesh)}, and this rank is none of "
                 f"them: construct ShardedLamb on those ranks only, with the parameters that they hold"
             )
-        return Cut(p.device_mesh, tuple(p.placements))
+        return ShardSpec(p.device_mesh, tuple(p.placements))
 
     @property
     def cell(self) -> int:
@@ -57,7 +57,7 @@ class Cut:
         coordinate = self.mesh.get_coordinate()
         assert coordinate is not None
         shards = [not placement.is_replicate() for placement in self.placements]
-        return cell_index(coordinate, tuple(self.mesh.shape), shards)
+        return shard_index(coordinate, tuple(self.mesh.shape), shards)
 
     def described(self) -> dict[str, Any]:
         """As JSON can hold it, the same on every rank of the mesh."""
@@ -78,7 +78,7 @@ class Replicas:
     cells: tuple[tuple[int, ...], ...]  # [kinds][W] ranks with the same number hold the same part
 
 
-def cell_index(coordinate: Sequence[int], sizes: Sequence[int], shards: Sequence[bool]) -> int:
+def shard_index(coordinate: Sequence[int], sizes: Sequence[int], shards: Sequence[bool]) -> int:
     """The cell of a rank at ``coordinate``: a number with one digit a sharding axis."""
     index = 0
     for place, size, sharding in zip(coordinate, sizes, shards, strict=True):
@@ -87,7 +87,7 @@ def cell_index(coordinate: Sequence[int], sizes: Sequence[int], shards: Sequence
     return index
 
 
-def speakers(cells: Sequence[int]) -> list[bool]:
+def owners(cells: Sequence[int]) -> list[bool]:
     """For the cells of the ranks in order: whether each is the first that holds its cell."""
     seen: set[int] = set()
     first = []

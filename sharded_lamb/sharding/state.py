@@ -19,8 +19,8 @@ from sharded_lamb.core.layout import ShardLayout
 from sharded_lamb.kernels import remainders
 from sharded_lamb.sharding.buckets import FlatBucket, flattened
 from sharded_lamb.sharding.dcp_tensors import Region, SlicedState, Stamp
-from sharded_lamb.sharding.local_shards import LocalPieces
-from sharded_lamb.sharding.placements import Cut, local_part
+from sharded_lamb.sharding.local_shards import DTensorShards
+from sharded_lamb.sharding.placements import ShardSpec, local_part
 
 STAMP = ("rank", "shards", "start", "length", "numel", "layout")
 State = dict[str, Tensor]
@@ -39,7 +39,7 @@ def saved_key(key: str) -> str:
     return "master" if key == "remainder" else key
 
 
-def as_saved(kinds: State, model: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+def serialized(kinds: State, model: Tensor | None) -> Iterator[tuple[str, Tensor]]:
     """``kinds`` as they are saved, masters joined in new memory. ``model``: the weights beside remainders."""
     for key, kept in kinds.items():
         if key == "remainder":
@@ -48,7 +48,7 @@ def as_saved(kinds: State, model: Tensor | None) -> Iterator[tuple[str, Tensor]]
         yield saved_key(key), kept
 
 
-def room_for(kept: Tensor) -> Tensor:
+def empty_for(kept: Tensor) -> Tensor:
     """Memory for what is saved of ``kept``: itself, unless it is remainders."""
     return torch.empty_like(kept, dtype=torch.float32) if kept.dtype == remainders.DTYPE else kept
 
@@ -64,7 +64,7 @@ def take(kept: Tensor, saved: Tensor) -> None:
         kept.copy_(saved)
 
 
-def joined_masters(buckets: Sequence[FlatBucket], pieces: LocalPieces) -> dict[int, Tensor]:
+def joined_masters(buckets: Sequence[FlatBucket], pieces: DTensorShards) -> dict[int, Tensor]:
     """{parameter: master} of those of which remainders are kept: this rank's parts as in `local_states`, new memory."""
     found: dict[int, Tensor] = {}
     for bucket in buckets:
@@ -108,8 +108,13 @@ def local_states(layout: ShardLayout, buckets: Sequence[FlatBucket], step: Tenso
     return states
 
 
-def placed_states(
-    layout: ShardLayout, pieces: LocalPieces, cuts: Mapping[int, Cut], rank: int, world: int, step: Tensor
+def dtensor_states(
+    layout: ShardLayout,
+    pieces: DTensorShards,
+    cuts: Mapping[int, ShardSpec],
+    rank: int,
+    world: int,
+    step: Tensor,
 ) -> dict[int, State]:
     """The same of DTensors: tensors are DTensors like the parameter, over the memory that steps update."""
     own_layout = layout.digest()
@@ -214,7 +219,7 @@ def gather_full(
     collectives: Collectives,
     layout: ShardLayout,
     buckets: Sequence[FlatBucket],
-    pieces: LocalPieces,
+    pieces: DTensorShards,
     step: Tensor,
 ) -> dict[int, State] | None:
     """Whole state tensors in their parameters' shapes, on the first rank's CPU; None elsewhere. Collective.
@@ -224,7 +229,7 @@ def gather_full(
     states: dict[int, State] = {param: {} for param in range(len(layout.numels))}
     steps = step.cpu()
     for bucket in buckets:
-        for key, flat in as_saved(tensors_of(bucket), bucket.shard.model):
+        for key, flat in serialized(tensors_of(bucket), bucket.shard.model):
             parts = collectives.gather_to_first(flat)
             if parts is None:
                 continue
@@ -232,7 +237,7 @@ def gather_full(
             for position, param in enumerate(bucket.plan.params):
                 states[param][key] = bucket.place(position, whole).clone()
     for param, piece in pieces.pieces.items():
-        for key, flat in as_saved(piece.states(), piece.weight()):
+        for key, flat in serialized(piece.states(), piece.weight()):
             whole = piece.whole(flat)
             if collectives.topology.rank == 0:
                 states[param][key] = whole.to("cpu", copy=True)
@@ -244,7 +249,7 @@ def gather_full(
 def scatter_full(
     collectives: Collectives,
     buckets: Sequence[FlatBucket],
-    pieces: LocalPieces,
+    pieces: DTensorShards,
     step: Tensor,
     states: Mapping[int, Mapping[str, Tensor]] | None,
 ) -> None:
@@ -256,7 +261,7 @@ def scatter_full(
     saved = states or {}
     for bucket in buckets:
         for kind, kept in tensors_of(bucket).items():
-            key, flat, parts = saved_key(kind), room_for(kept), None
+            key, flat, parts = saved_key(kind), empty_for(kept), None
             if first:
                 whole = bucket.flat.to("cpu", flat.dtype, copy=True)
                 if key != "master":
@@ -267,7 +272,7 @@ def scatter_full(
                 parts = list(whole.chunk(bucket.plan.world_size))
             collectives.scatter_from_first(flat, parts)
             take(kept, flat)
-    _scatter_placed(collectives, pieces, saved)
+    _scatter_dtensors(collectives, pieces, saved)
     step.zero_()
     if first:
         for param, state in saved.items():
@@ -275,8 +280,8 @@ def scatter_full(
     collectives.broadcast(step)
 
 
-def _scatter_placed(
-    collectives: Collectives, pieces: LocalPieces, saved: Mapping[int, Mapping[str, Tensor]]
+def _scatter_dtensors(
+    collectives: Collectives, pieces: DTensorShards, saved: Mapping[int, Mapping[str, Tensor]]
 ) -> None:
     """One whole tensor at a time to every rank, which keeps its part."""
     first, device = collectives.topology.rank == 0, collectives.device
@@ -292,7 +297,7 @@ def _scatter_placed(
         if not given:
             kept.copy_(piece.weight()) if key == "master" else kept.zero_()
             continue
-        whole = torch.empty(piece.p.shape, dtype=room_for(kept[:0]).dtype, device=device)
+        whole = torch.empty(piece.p.shape, dtype=empty_for(kept[:0]).dtype, device=device)
         if first:
             whole.copy_(saved[param][saved_key(key)])
         collectives.broadcast(whole)

@@ -120,7 +120,7 @@ def watched(rank: int) -> dict[str, list[str]]:
     model = Attending()
     opt = ShardedLamb(model.named_parameters(), lr=0.05, stage=2, bucket_mb=SMALL)
     tokens = torch.arange(8).view(2, 4)
-    bucket_of = {p: i for i, bucket in enumerate(opt._holdings.buckets) for p in bucket.params}
+    bucket_of = {p: i for i, bucket in enumerate(opt._store.buckets) for p in bucket.params}
     names = {p: name for name, p in model.named_parameters()}
 
     def stale() -> list[str]:

@@ -156,7 +156,7 @@ def second_order(rank: int, kernel: str) -> tuple[bool, bool]:
     p = torch.nn.Parameter(torch.ones(5))
     opt = ShardedLamb([("p", p)], stage=2, kernel=kernel)
     (p**3).sum().backward(create_graph=True)
-    holds_graph = opt._holdings.buckets[0].shard.grad.requires_grad
+    holds_graph = opt._store.buckets[0].shard.grad.requires_grad
     opt.step()
     return not torch.equal(p.detach(), torch.ones(5)), holds_graph
 

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from sharded_lamb import ShardedLamb
 from sharded_lamb.gradients import exchange as staging
-from sharded_lamb.gradients.exchange import ByHand, Staging
+from sharded_lamb.gradients.exchange import P2PExchange, Staging
 from tests.harness import run_ranks
 
 SHAPES = {
@@ -81,10 +81,10 @@ def averaged(
             with mock.patch.object(dist, "isend", isend):
                 opt._gradients.ready(None)
             held = {}
-            for bucket in opt._holdings.buckets:
+            for bucket in opt._store.buckets:
                 for segment in bucket.segments:
                     part = bucket.slice_of(segment.param, bucket.shard.grad).clone()
-                    held[opt._holdings.names[segment.param]] = (segment.start, part)
+                    held[opt._store.names[segment.param]] = (segment.start, part)
             found.slices.append(held)
             found.sent.append(sent)
             opt.zero_grad()
@@ -149,11 +149,11 @@ def test_what_is_large_is_sent_from_where_it_lies() -> None:
 
 def _kinds(rank: int) -> list[type]:
     opt = ShardedLamb([Parameter(torch.ones(9))], stage=2)
-    (bucket,) = opt._holdings.buckets
+    (bucket,) = opt._store.buckets
     memory = Staging([bucket], opt._collectives)
     assert memory.route(0, bucket) is memory.route(0, bucket)
     return [type(memory.route(0, bucket))]
 
 
 def test_gloo_goes_by_hand() -> None:
-    assert run_ranks(2, _kinds) == [[ByHand], [ByHand]]
+    assert run_ranks(2, _kinds) == [[P2PExchange], [P2PExchange]]

@@ -12,7 +12,7 @@ from sharded_lamb import ShardedLamb, kernels
 from sharded_lamb.core import rule
 from sharded_lamb.core.layout import BLOCK, round_up
 from sharded_lamb.core.rule import COLUMNS
-from sharded_lamb.kernels import FlatShard, Kernel, PieceShard, Shard, remainders
+from sharded_lamb.kernels import FlatShard, Kernel, ScatteredShard, Shard, remainders
 
 SPLIT = remainders.DTYPE
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -71,7 +71,7 @@ def made(form: Form, first_param: int, seed: int, bad: bool, device: str = "cpu"
     memory = {kind: x.to(device) for kind, x in memory.items()}
     if not form.flat:
         pieces = {kind: [x[place] for place in places] for kind, x in memory.items()}
-        return PieceShard(tuple(range(first_param, first_param + len(places))), **pieces)
+        return ScatteredShard(tuple(range(first_param, first_param + len(places))), **pieces)
     blocks = torch.tensor([round_up(length, BLOCK) // BLOCK for length in form.lengths])
     owners = torch.arange(first_param, first_param + len(places)).repeat_interleave(blocks)
     return FlatShard(**{"model": None, **memory}, block_param=owners.to(device))

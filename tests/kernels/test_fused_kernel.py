@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sharded_lamb.core.layout import BLOCK, Segment
 from sharded_lamb.core.rule import COLUMNS
-from sharded_lamb.kernels import FlatShard, PieceShard, ReferenceKernel, Shard, choice, fused, remainders
+from sharded_lamb.kernels import FlatShard, ReferenceKernel, ScatteredShard, Shard, choice, fused, remainders
 from sharded_lamb.kernels.fused import CHUNK, CROWD, SHORT, FusedKernel
 from tests import training
 from tests.harness import run_ranks
@@ -101,7 +101,7 @@ def compare_steps(ours: Shard, theirs: Shard, table: Tensor, step_sizes: Tensor)
 def numbers_of(shard: Shard) -> list[Tensor]:
     """`memory_of`, with masters in the place of remainders."""
     found = memory_of(shard)
-    if shard.is_split:
+    if shard.uses_remainders:
         size = 1 if isinstance(shard, FlatShard) else len(shard.params)
         found[:size] = [remainders.joined(found[size + i], found[i]) for i in range(size)]
     return found
@@ -173,7 +173,7 @@ def test_crowds_of_short_runs_go_to_the_reference(make: Callable[..., Shard]) ->
     kernel._reference = Asked()
     kernel.square_sums([shard], torch.zeros(CROWD + 2, dtype=F64))
     (crowd,) = asked
-    if isinstance(crowd, PieceShard):
+    if isinstance(crowd, ScatteredShard):
         assert crowd.params == tuple(range(1, CROWD + 1))
     else:
         assert crowd.block_param.unique().tolist() == list(range(1, CROWD + 1))

@@ -19,10 +19,10 @@ from sharded_lamb.core.rule import COLUMNS
 from sharded_lamb.kernels import (
     FlatShard,
     Kernel,
-    OwnPart,
-    PieceShard,
-    Received,
+    LocalContribution,
+    ReceivedShards,
     ReferenceKernel,
+    ScatteredShard,
     Shard,
     remainders,
 )
@@ -96,7 +96,7 @@ def flat_shard(lengths: Sequence[int], dtypes: Dtypes, seed: int) -> FlatShard:
     )
 
 
-def piece_shard(lengths: Sequence[int], dtypes: Dtypes, seed: int) -> PieceShard:
+def piece_shard(lengths: Sequence[int], dtypes: Dtypes, seed: int) -> ScatteredShard:
     """The same numbers in pieces at odd addresses."""
     flat = flat_shard(lengths, dtypes, seed)
 
@@ -109,7 +109,7 @@ def piece_shard(lengths: Sequence[int], dtypes: Dtypes, seed: int) -> PieceShard
             at, odd = at + round_up(length, BLOCK), odd + length + 1
         return found
 
-    return PieceShard(
+    return ScatteredShard(
         params=tuple(range(len(lengths))),
         weight=pieces(flat.weight, dtypes.weight),
         grad=pieces(flat.grad, dtypes.grad),
@@ -325,7 +325,7 @@ def test_average_is_the_sum_in_rank_order_over_the_divisor(
     if lies_apart:
         mine = [parts[row, s.shard_start : s.shard_start + s.length].to(shard.compute) for s in segments]
         mine = [value + 1e-3 for value in mine]  # not what the wire could carry
-        own = OwnPart(row, [None, *mine[1:]])
+        own = LocalContribution(row, [None, *mine[1:]])
         parts = torch.cat([parts[:row], parts[row + 1 :]])
         for segment, value in zip(segments[1:], mine[1:], strict=True):
             rows[row][segment.shard_start : segment.shard_start + segment.length] = value
@@ -335,7 +335,7 @@ def test_average_is_the_sum_in_rank_order_over_the_divisor(
     expected = expected / ranks
     expected = shard.grad + expected if add else expected
     sums = torch.full((len(lengths),), 0.5, dtype=F64)
-    kernels.load(name).average(shard, segments, Received(parts, ranks, own), sums, add=add)
+    kernels.load(name).average(shard, segments, ReceivedShards(parts, ranks, own), sums, add=add)
     assert torch.equal(shard.grad, expected)
     squares = torch.zeros(len(lengths), dtype=F64)
     ReferenceKernel().square_sums([shard], squares)

@@ -11,7 +11,7 @@ from torch import Tensor
 from sharded_lamb.core import rule
 from sharded_lamb.core.layout import BLOCK, round_up
 from sharded_lamb.core.rule import COLUMNS
-from sharded_lamb.kernels import FlatShard, PieceShard, ReferenceKernel, packing, reference
+from sharded_lamb.kernels import FlatShard, ReferenceKernel, ScatteredShard, packing, reference
 
 LENGTHS = st.lists(st.sampled_from([1, 2, 255, 256, 257, 511, 700, 5000]), min_size=1, max_size=8)
 
@@ -34,7 +34,7 @@ def test_small_pieces_share_chunks() -> None:
     assert len(chunks) == 4
 
 
-def shards_of(lengths: list[int], seed: int, state_dtype: torch.dtype) -> tuple[FlatShard, PieceShard]:
+def shards_of(lengths: list[int], seed: int, state_dtype: torch.dtype) -> tuple[FlatShard, ScatteredShard]:
     """The same numbers in aligned flat memory, and in pieces that lie at odd places of one tensor."""
     generator = torch.Generator().manual_seed(seed)
     aligned = sum(round_up(length, BLOCK) for length in lengths)
@@ -54,7 +54,7 @@ def shards_of(lengths: list[int], seed: int, state_dtype: torch.dtype) -> tuple[
         block_param += [param] * (round_up(length, BLOCK) // BLOCK)
         at, odd_at = at + round_up(length, BLOCK), odd_at + length + 3
     shard = FlatShard(model=None, block_param=torch.tensor(block_param), **flat)
-    return shard, PieceShard(tuple(range(len(lengths))), **pieces)
+    return shard, ScatteredShard(tuple(range(len(lengths))), **pieces)
 
 
 def table_of(count: int) -> Tensor:
@@ -91,8 +91,8 @@ def test_pieces_have_the_bits_of_a_flat_shard(
 
 
 def with_model(
-    flat: FlatShard, pieces: PieceShard, dtype: torch.dtype, master: torch.dtype, written: int
-) -> tuple[FlatShard, PieceShard]:
+    flat: FlatShard, pieces: ScatteredShard, dtype: torch.dtype, master: torch.dtype, written: int
+) -> tuple[FlatShard, ScatteredShard]:
     """Masters of ``master`` with model copies apart; the first ``written`` elements of each piece are written."""
     flat = replace(
         flat, weight=flat.weight.to(master), grad=flat.grad.to(torch.promote_types(master, torch.float32))
@@ -171,7 +171,7 @@ def test_what_lies_between_pieces_is_left_alone() -> None:
 
 def test_gradients_of_another_dtype() -> None:
     _, pieces = shards_of([300, 5], 1, torch.float32)
-    lower = PieceShard(
+    lower = ScatteredShard(
         pieces.params, pieces.weight, [g.bfloat16() for g in pieces.grad], pieces.exp_avg, pieces.exp_avg_sq
     )
     sums = torch.zeros(2, dtype=torch.float64)

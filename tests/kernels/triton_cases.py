@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from sharded_lamb.core.layout import BLOCK, Segment
 from sharded_lamb.core.rule import COLUMNS
-from sharded_lamb.kernels import FlatShard, PieceShard, ReferenceKernel, triton_kernel
-from sharded_lamb.kernels.shard import OwnPart, Received
+from sharded_lamb.kernels import FlatShard, ReferenceKernel, ScatteredShard, triton_kernel
+from sharded_lamb.kernels.shard import LocalContribution, ReceivedShards
 from sharded_lamb.kernels.triton_kernel import TritonKernel
 from tests.kernels.kernel_memory import (
     F32,
@@ -120,7 +120,7 @@ def test_rounding_at_the_edges(dtype: torch.dtype) -> None:
     results = []
     for kernel in (ReferenceKernel(), TritonKernel()):
         shard = made(special(values, dtype), 0, 0, False)
-        assert isinstance(shard, PieceShard)
+        assert isinstance(shard, ScatteredShard)
         assert shard.model is not None
         shard.weight[0].copy_(torch.tensor(values))
         shard.model[0].copy_(torch.tensor(values).to(dtype))
@@ -141,7 +141,7 @@ def test_split_masters_at_the_edges() -> None:
     results = []
     for kernel in (ReferenceKernel(), TritonKernel()):
         shard = made(Form(False, (len(model),), SPLIT, torch.bfloat16, *F32[2:]), 0, 0, False)
-        assert isinstance(shard, PieceShard)
+        assert isinstance(shard, ScatteredShard)
         assert shard.model is not None
         shard.model[0].copy_(model)
         shard.weight[0].copy_(edges.repeat_interleave(2**16))
@@ -157,7 +157,7 @@ def test_split_masters_at_the_edges() -> None:
 
 def test_a_written_infinity_beside_a_remainder_is_infinite() -> None:
     shard = made(Form(False, (2,), SPLIT, torch.bfloat16, *F32[2:]), 0, 0, False)
-    assert isinstance(shard, PieceShard)
+    assert isinstance(shard, ScatteredShard)
     assert shard.model is not None
     shard.model[0].copy_(torch.tensor([math.inf, -math.inf]))
     shard.weight[0].copy_(torch.tensor([1, 0x7FFF]))
@@ -193,7 +193,7 @@ def test_adoption_at_the_edges() -> None:
     results = []
     for kernel in (ReferenceKernel(), TritonKernel()):
         shard = made(special(masters.tolist(), torch.float16), 0, 0, False)
-        assert isinstance(shard, PieceShard)
+        assert isinstance(shard, ScatteredShard)
         assert shard.model is not None
         shard.weight[0].copy_(masters)
         shard.model[0].copy_(written)
@@ -222,7 +222,7 @@ def test_what_lies_between_pieces_is_left_alone() -> None:
 
 def test_nothing_to_do() -> None:
     """No pieces, and pieces without elements; parameters that no shard of the call holds keep their sums."""
-    nothing = PieceShard((), [], [], [], [])
+    nothing = ScatteredShard((), [], [], [], [])
     empty = made(Form(False, (0, 0), *F32), 0, 0, False)
     kernel, table = TritonKernel(), table_of(3, torch.float32, False)
     sums = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], dtype=torch.float64)
@@ -252,8 +252,8 @@ def test_average_has_the_bits_of_stock_operations(
         parts = torch.randn(ranks, len(shard.grad), generator=torch.Generator().manual_seed(2)).to(wire)
         sums = torch.full((len(lengths) + 1,), 0.5, dtype=torch.float64)
         segments = [Segment(len(lengths), 0, 5, len(shard.grad) - BLOCK)]
-        own = OwnPart(1, [torch.full((5,), 2.5)]) if ranks > 1 else None
-        kernel.average(shard, segments, Received(parts, 3, own), sums, add=add)
+        own = LocalContribution(1, [torch.full((5,), 2.5)]) if ranks > 1 else None
+        kernel.average(shard, segments, ReceivedShards(parts, 3, own), sums, add=add)
         results.append([shard.grad, sums])
     assert_same(results[0], results[1])
 

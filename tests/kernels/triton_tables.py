@@ -162,7 +162,7 @@ def test_a_step_over_42_buckets_is_at_most_12_launches(
         torch.manual_seed(0)
         model = nn.ParameterList([nn.Parameter(torch.randn(3 + i)) for i in range(42)])
         optimizer = optimizer_with(kernel, model, max_grad_norm=1.0, bucket_mb=1e-6)
-        assert len(optimizer._holdings.buckets) == 42
+        assert len(optimizer._store.buckets) == 42
         for step in range(2):
             for i, p in enumerate(model):
                 p.grad = None if step == 1 and i == 5 else torch.randn(p.shape)

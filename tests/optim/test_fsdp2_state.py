@@ -351,12 +351,12 @@ def offloaded_from_another_device(rank: int) -> None:
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
     from sharded_lamb.sharding.buckets import Precision
-    from sharded_lamb.sharding.local_shards import Piece
+    from sharded_lamb.sharding.local_shards import LocalShard
 
     mesh = DeviceMesh("cuda", torch.arange(2), _init_backend=False)
     meta = TensorMeta(torch.Size((4, 3)), (3, 1), torch.float32)
     p = DTensor(torch.zeros(2, 3), DTensorSpec(mesh, (Shard(0),), tensor_meta=meta), requires_grad=False)
-    piece = Piece.of(p, Precision.of(torch.float32, torch.float32, torch.float32, None))
+    piece = LocalShard.of(p, Precision.of(torch.float32, torch.float32, torch.float32, None))
     state = piece.as_dtensor(piece.exp_avg)
     assert state.to_local().data_ptr() == piece.exp_avg.data_ptr()
     assert (state.shape, state.placements) == (p.shape, p.placements)

@@ -16,7 +16,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import Parameter
 
 from sharded_lamb import ShardedLamb
-from sharded_lamb.sharding.placements import cell_index, speakers
+from sharded_lamb.sharding.placements import owners, shard_index
 from tests import training
 from tests.harness import run_ranks, run_ranks_expecting_errors
 from tests.optim import fsdp_models as models
@@ -331,15 +331,15 @@ def test_what_cannot_be_mapped_is_refused_with_the_reason(
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.booleans()), min_size=1, max_size=4))
-def test_one_rank_speaks_for_each_cell(axes: list[tuple[int, bool]]) -> None:
-    """The rule of coordinates, written apart: a rank speaks where it is first on every axis that does not shard."""
+def test_one_rank_owns_each_cell(axes: list[tuple[int, bool]]) -> None:
+    """The rule of coordinates, apart: a rank owns its cell where it is first on every axis that does not shard."""
     sizes, shards = [size for size, _ in axes], [sharding for _, sharding in axes]
     ranks = torch.cartesian_prod(*(torch.arange(size) for size in sizes)).reshape(-1, len(sizes)).tolist()
-    cells = [cell_index(coordinate, sizes, shards) for coordinate in ranks]
+    cells = [shard_index(coordinate, sizes, shards) for coordinate in ranks]
     by_coordinates = [
         all(place == 0 for place, sharding in zip(coordinate, shards, strict=True) if not sharding)
         for coordinate in ranks
     ]
-    assert speakers(cells) == by_coordinates
-    spoken = [cell for cell, speaks in zip(cells, by_coordinates, strict=True) if speaks]
-    assert sorted(spoken) == list(range(len(spoken)))
+    assert owners(cells) == by_coordinates
+    owned = [cell for cell, owns in zip(cells, by_coordinates, strict=True) if owns]
+    assert sorted(owned) == list(range(len(owned)))
