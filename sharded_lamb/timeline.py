@@ -72,6 +72,17 @@ class Timeline:
         finally:
             self.spans.append(Span(name, lane, start, self.clock()))
 
+    def each(self, name: str, lane: str, computed: Iterator[T]) -> Iterator[T]:
+        """``computed``, with a span for the computation of each item; the loop's own body is in none of them."""
+        while True:
+            start = self.clock()
+            for item in computed:
+                self.spans.append(Span(name, lane, start, self.clock()))
+                yield item
+                break
+            else:
+                return
+
     def launched(self, name: str, sent: int) -> "Flight":
         """A collective is in flight from now until its `Flight.landing` is over."""
         return Flight(self, name, sent, self.clock())
@@ -187,30 +198,6 @@ class Flight:
         end = timeline.clock()
         timeline.spans.append(Span(self.name, EXPOSED, begin, end, self.bytes))
         timeline.spans.append(Span(self.name, WIRE, self.start, end, self.bytes))
-
-
-class Laps:
-    """Computation between callbacks: each span goes from the last callback's end to the next one's beginning.
-
-    Without a timeline nothing is wrapped.
-    """
-
-    def __init__(self, timeline: Timeline | None) -> None:
-        self._timeline = timeline
-        self._since = 0.0 if timeline is None else timeline.clock()
-
-    def before(self, name: str, callback: Callable[[T], None]) -> Callable[[T], None]:
-        """``callback``, which ends what is called ``name``."""
-        timeline = self._timeline
-        if timeline is None:
-            return callback
-
-        def call(argument: T) -> None:
-            timeline.spans.append(Span(name, COMPUTE, self._since, timeline.clock()))
-            callback(argument)
-            self._since = timeline.clock()
-
-        return call
 
 
 def covered(spans: Sequence[Span]) -> float:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from sharded_lamb import ShardedLamb
-from sharded_lamb.timeline import Laps, Span, Timeline, covered, draw
+from sharded_lamb.timeline import Span, Timeline, covered, draw
 from tests.harness import run_ranks
 
 
@@ -89,20 +90,19 @@ def test_what_raises_is_on_it_too(clock: Clock) -> None:
     assert timeline.spans == [Span("backward", "marks", 0, 1)]
 
 
-def test_laps_leave_out_the_callbacks(clock: Clock) -> None:
-    timeline, called = Timeline(clock=clock), []
+def test_spans_of_a_generator_leave_out_the_body_of_the_loop(clock: Clock) -> None:
+    timeline, done = Timeline(clock=clock), []
 
-    def callback(index: int) -> None:
-        called.append(index)
+    def computed() -> Iterator[int]:
+        for index in range(2):
+            clock.now += 1
+            yield index
+
+    for index in timeline.each("pass 2", "compute", computed()):
+        done.append(index)
         clock.now += 10
-
-    lap = Laps(timeline).before("pass 2", callback)
-    for index in range(2):
-        clock.now += 1
-        lap(index)
-    assert called == [0, 1]
+    assert done == [0, 1]
     assert timeline.spans == [Span("pass 2", "compute", 0, 1), Span("pass 2", "compute", 11, 12)]
-    assert Laps(None).before("pass 2", callback) is callback
 
 
 # -- files --------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from sharded_lamb import faults
 from sharded_lamb.comm.topology import Topology
-from sharded_lamb.timeline import COMPUTE, Flight, Laps, Timeline
+from sharded_lamb.timeline import COMPUTE, Flight, Timeline
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -49,8 +52,9 @@ class Traffic:
     def computing(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self.timeline is None else self.timeline.span(name, COMPUTE)
 
-    def laps(self) -> Laps:
-        return Laps(self.timeline)
+    def computing_each(self, name: str, computed: Iterator[T]) -> Iterator[T]:
+        """``computed``, with a span of its own for each item; the loop's own body is in none of them."""
+        return computed if self.timeline is None else self.timeline.each(name, COMPUTE, computed)
 
 
 class Pending:

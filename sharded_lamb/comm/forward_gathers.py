@@ -6,20 +6,20 @@ for in this way. Which are, shows in the first forward: buckets with a parameter
 waited for in every step.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from sharded_lamb.comm.collectives import Pending
+from sharded_lamb.comm.param_gather import ParamGather
 
 
 class ForwardGathers:
     """Gathers in flight, by bucket. Holds no optimizer: a model outlives its own."""
 
     def __init__(self) -> None:
-        self._pending: dict[int, Pending] = {}
+        self._in_flight: dict[int, ParamGather] = {}
         self._bucket_of: dict[Tensor, int] = {}  # of the parameters of watched modules
         self._read: set[Tensor] = set()  # whose module was called
         self._learning = True
@@ -63,7 +63,7 @@ class ForwardGathers:
         """A module is about to read its own parameters, which lie in these buckets."""
         if self._learning:
             self._read.update(own)
-        if self._pending:
+        if self._in_flight:
             self.wait(buckets)
 
     def __reduce__(self) -> tuple[type["ForwardGathers"], tuple[()]]:
@@ -74,25 +74,30 @@ class ForwardGathers:
     def _before_state(self, *_: Any) -> None:
         self.wait()
 
-    def take(self, gathers: Mapping[int, Pending], params_of: Callable[[int], Iterable[Tensor]]) -> None:
-        """What a step has started: leave in flight what forward waits for, and wait for the rest."""
-        assert not self._pending, "a step begins when every parameter is gathered"
+    def finish_or_defer(self, gathers: Sequence[ParamGather], params: Sequence[Iterable[Tensor]]) -> None:
+        """Leave gathers that a step started in flight where forward waits for them, and finish the rest.
+
+        Args:
+            gathers: of every bucket.
+            params: of every bucket.
+        """
+        assert not self._in_flight, "a step begins when every parameter is gathered"
         if self._learning and self._read:
             self._learning = False
             buckets = set(self._bucket_of.values())
-            self._may_wait = {b for b in buckets if all(p in self._read for p in params_of(b))}
-        for bucket, pending in gathers.items():
+            self._may_wait = {b for b in buckets if all(p in self._read for p in params[b])}
+        for bucket in reversed(range(len(gathers))):  # the order in which pass 2 starts them
             if bucket in self._may_wait:
-                self._pending[bucket] = pending
+                self._in_flight[bucket] = gathers[bucket]
             else:
-                pending.wait()
+                gathers[bucket].finish()
 
     def wait(self, buckets: Iterable[int] | None = None) -> None:
         """For the gathers of these buckets, or all."""
-        for bucket in list(self._pending) if buckets is None else buckets:
-            pending = self._pending.pop(bucket, None)
-            if pending is not None:
-                pending.wait()
+        for bucket in list(self._in_flight) if buckets is None else buckets:
+            gather = self._in_flight.pop(bucket, None)
+            if gather is not None:
+                gather.finish()
 
 
 @dataclass(frozen=True)

@@ -47,14 +47,14 @@ class OptionTable:
         group_of: Sequence[int],
         decays: Sequence[bool],
         adapts: Sequence[bool],
-        wide: Sequence[bool],
+        is_fp64: Sequence[bool],
         device: torch.device,
     ) -> None:
         self._groups = groups
         self._group_of = torch.tensor(group_of, dtype=torch.int64, device=device)
         self._decays = torch.tensor(decays, dtype=torch.float64, device=device)
         self._adapts = torch.tensor(adapts, dtype=torch.bool, device=device)
-        self._wide = torch.tensor(wide, dtype=torch.bool, device=device)
+        self._wide = torch.tensor(is_fp64, dtype=torch.bool, device=device)
         self._device = device
         self._rows: list[tuple[float, ...]] | None = None
         self._options: ParameterOptions | None = None
@@ -97,6 +97,6 @@ class OptionTable:
         l2, decay = columns[8] * self._decays, columns[9] * self._decays
         names = [field.name for field in fields(ParameterOptions)]
         named = dict(zip(names, columns[:-1], strict=False))
-        named.update(l2=l2, decay=decay, wide=self._wide)
+        named.update(l2=l2, decay=decay, is_fp64=self._wide)
         named["adapts"] = self._adapts & (columns[-1].bool() | (l2 + decay > 0))
         return ParameterOptions(**named)

@@ -42,6 +42,10 @@ class Coefficients(Generic[C]):
     decay: C  # decay added to u (adam_w_mode=True)
 
 
+SUMS = ("weight", "update")
+"""Sums of squares that pass 1 makes of every parameter, in order: Σw² and Σu². The message between the passes, kernels'
+block sums and predicted traffic are ``len(SUMS)`` numbers a parameter."""
+
 COLUMNS = tuple(field.name for field in fields(Coefficients))
 Vectors = Coefficients[Tensor]
 PerTensor = Coefficients[Coefficient]
@@ -103,7 +107,7 @@ def descend(w: list[Tensor], u: list[Tensor], step_size: Coefficient) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ParameterOptions:
-    """The options as tensors, one entry a parameter (fp64, ``adapts`` and ``wide`` bool), on one device."""
+    """The options as tensors, one entry a parameter (fp64, ``adapts`` and ``is_fp64`` bool), on one device."""
 
     beta1: Tensor
     beta2: Tensor
@@ -120,7 +124,7 @@ class ParameterOptions:
     ratio_low: Tensor
     ratio_high: Tensor
     adapts: Tensor
-    wide: Tensor  # float64 parameters: norms are not rounded to fp32
+    is_fp64: Tensor  # float64 parameters: norms are not rounded to fp32
 
 
 def coefficients(options: ParameterOptions, step: Tensor, active: Tensor, grad_scale: Tensor) -> Vectors:
@@ -148,14 +152,20 @@ def coefficients(options: ParameterOptions, step: Tensor, active: Tensor, grad_s
     )
 
 
-def norms(square_sums: Tensor, wide: Tensor) -> Tensor:
+def norms(square_sums: Tensor, is_fp64: Tensor) -> Tensor:
     """√ of fp64 sums of squares, rounded to fp32 before use.
 
     The order in which ranks' sums are added shows in fp64's last bits and not in fp32's: rounding makes
-    the same bits on any number of ranks. Norms of float64 parameters (``wide``) are left as they are.
+    the same bits on any number of ranks. Norms of float64 parameters (``is_fp64``) are left as they are.
     """
     exact = square_sums.sqrt()
-    return torch.where(wide, exact, exact.float().double())
+    return torch.where(is_fp64, exact, exact.float().double())
+
+
+def ratios_of_sums(square_sums: Tensor, options: ParameterOptions) -> Tensor:
+    """[P] fp64: `trust_ratios` of the parameters whose `SUMS` over all ranks are ``square_sums`` [SUMS, P] fp64."""
+    weight_norm, update_norm = norms(square_sums, options.is_fp64)
+    return trust_ratios(weight_norm, update_norm, options)
 
 
 def trust_ratios(weight_norm: Tensor, update_norm: Tensor, options: ParameterOptions) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from sharded_lamb.comm.collectives import Collectives, Traffic
 from sharded_lamb.comm.consistency import check_consistency, describe_group, propagate_errors
 from sharded_lamb.comm.topology import Topology
+from sharded_lamb.core import rule
 from sharded_lamb.core.hyperparams import fill
 from sharded_lamb.core.parameters import NamedParameter, check_parameter
 from sharded_lamb.deepspeed import calling, keys, whole
@@ -31,7 +32,7 @@ from sharded_lamb.deepspeed.proof import prove
 from sharded_lamb.deepspeed.stepped import StateKeeper, Stepped, params_of
 from sharded_lamb.gradients.summary import GradientSummary, agree
 from sharded_lamb.kernels import Kernel, choose
-from sharded_lamb.kernels.engine import gradient_square_sums, lamb_step
+from sharded_lamb.kernels.engine import Update, gradient_square_sums
 from sharded_lamb.optim.base import PATTERN_OPTIONS, LambOptimizer
 from sharded_lamb.optim.skips import SkipCounter
 
@@ -251,17 +252,14 @@ class DeepSpeedLamb(LambOptimizer):
                 self._record(stepped, torch.ones(len(moved)), moved)
                 return
         step, counts = stepped.next_steps(moved, self.state)
-        ratios = lamb_step(
-            self._kernel_on(stepped.device),
-            shards,
-            stepped.table.options(),
-            lr=stepped.table.lr(),
-            step=step,
-            active=moved,
-            grad_scale=torch.ones((), dtype=torch.float64, device=stepped.device),
-            sum_over_ranks=self._collectives.all_reduce_small,
-            written=lambda index: None,
-        )
+        options, one = stepped.table.options(), torch.ones((), dtype=torch.float64, device=stepped.device)
+        kernel = self._kernel_on(stepped.device)
+        update = Update(kernel, shards, options, step=step, active=moved, grad_scale=one)
+        square_sums = update.moments_and_norms()
+        self._collectives.all_reduce_small(square_sums)
+        ratios = rule.ratios_of_sums(square_sums, options)
+        for _ in update.apply(rule.step_sizes(stepped.table.lr(), ratios, options, step, moved)):
+            pass  # DeepSpeed gathers all partitions after the step
         stepped.write_steps(counts, self.state)
         self._record(stepped, ratios, moved)
 

@@ -41,14 +41,14 @@ class GradientSummary:
     def any_bad(self) -> Tensor:
         return self.bad.any() | self.found_inf
 
-    def norm(self, wide: Tensor, scale: Tensor) -> Tensor:
+    def norm(self, is_fp64: Tensor, scale: Tensor) -> Tensor:
         """Global norm of gradients times ``scale`` (scalar, or [P]), fp64.
 
-        Rounded to fp32 (see `sharded_lamb.core.rule.norms`) unless all are ``wide``.
+        Rounded to fp32 (see `sharded_lamb.core.rule.norms`) unless all are ``is_fp64``.
         """
         if scale.ndim:
-            return rule.norms((self.square_sums * scale * scale).sum(), wide.all())
-        return rule.norms(self.square_sums.sum(), wide.all()) * scale
+            return rule.norms((self.square_sums * scale * scale).sum(), is_fp64.all())
+        return rule.norms(self.square_sums.sum(), is_fp64.all()) * scale
 
     def joined(self, other: "GradientSummary") -> "GradientSummary":
         """Of both, where no parameter is in both."""

@@ -33,7 +33,7 @@ def effective_patterns(group: Mapping[str, Any], option: str) -> tuple[str, ...]
 class LambOptimizer(Optimizer):
     """The part of a LAMB optimizer that knows groups and names but no arithmetic and no ranks.
 
-    ``max_grad_norm`` (None or > 0) is optimizer-wide and may be changed between steps.
+    ``max_grad_norm`` (None or > 0) is optimizer-is_fp64 and may be changed between steps.
     """
 
     max_grad_norm: float | None
@@ -56,7 +56,7 @@ class LambOptimizer(Optimizer):
         """Add a group: its own options, else its own variant's, else the optimizer's.
 
         Raises:
-            ValueError: an option out of range, a misspelt option, or ``max_grad_norm``, which is optimizer-wide.
+            ValueError: an option out of range, a misspelt option, or ``max_grad_norm``, which is optimizer-is_fp64.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a parameter group must be a dict, got {type(param_group).__name__}")
@@ -89,7 +89,7 @@ class LambOptimizer(Optimizer):
         clip = options["max_grad_norm"]
         if clip is not None and clip != self.max_grad_norm:
             raise ValueError(
-                f"variant={group['variant']!r} in a parameter group clips at {clip} and clipping is optimizer-wide: "
+                f"variant={group['variant']!r} in a parameter group clips at {clip} and clipping is optimizer-is_fp64: "
                 f"{self._clip_remedy} {clip} (it is {self.max_grad_norm})"
             )
 
@@ -131,7 +131,7 @@ class LambOptimizer(Optimizer):
             group_of=[place[id(group)] for _, _, group in chosen],
             decays=free("exclude_from_weight_decay"),
             adapts=free("exclude_from_layer_adaptation"),
-            wide=[p.dtype == torch.float64 for _, p, _ in chosen],
+            is_fp64=[p.dtype == torch.float64 for _, p, _ in chosen],
             device=device,
         )
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from sharded_lamb import kernels
-from sharded_lamb.comm.collectives import Collectives, Pending, Traffic
+from sharded_lamb.comm.collectives import Collectives, Traffic
 from sharded_lamb.comm.consistency import Description, check_consistency, describe_group, propagate_errors
 from sharded_lamb.comm.forward_gathers import ForwardGathers, Watch
 from sharded_lamb.comm.topology import Topology
@@ -34,7 +34,7 @@ from sharded_lamb.gradients.mixed import MixedGradients
 from sharded_lamb.gradients.reducer import BackwardReducer
 from sharded_lamb.gradients.summary import GradientSummary, all_reduce_with_norms, check_present
 from sharded_lamb.kernels import Kernel
-from sharded_lamb.kernels.engine import lamb_step
+from sharded_lamb.kernels.engine import Update
 from sharded_lamb.optim.sharded_state import ShardedOptimizer
 from sharded_lamb.optim.skips import SkipCounter
 from sharded_lamb.sharding.param_store import ParamStore, Plan, Settings
@@ -252,46 +252,34 @@ class ShardedLamb(ShardedOptimizer):
         return loss
 
     def _update(self, summary: GradientSummary, found_inf: Tensor | None) -> None:
-        store, collectives = self._store, self._collectives
+        store, traffic = self._store, self._collectives.traffic
         skip = self._must_skip(summary, found_inf)
         self._skips.record(skip, summary.bad)
         inverse = self._inverse_scale()
-        wide = self._table.options().wide
-        grad_norm = summary.norm(wide, inverse)
+        is_fp64 = self._table.options().is_fp64
+        grad_norm = summary.norm(is_fp64, inverse)
         moved = (summary.present > 0) & ~skip
         if store.device.type == "cpu" and skip:
             self._last = _LastStep(torch.ones_like(store.step), moved, grad_norm)
             return
         clip = torch.ones_like(grad_norm) if self._clip is None else self._clip
         clip = clip * rule.clip_factor(grad_norm * clip, self.max_grad_norm)
-        step = store.step + moved
-        gathers: dict[int, Pending] = {}
-
-        def sum_over_ranks(norms: Tensor) -> None:
-            nonlocal summary
-            summary = self._sum_norms(norms, summary)
-
-        def gather(index: int) -> None:
-            if index < len(store.buckets):
-                gathers[index] = collectives.all_gather(store.buckets[index].flat)
-
-        laps = collectives.traffic.laps()
-        ratios = lamb_step(
-            self._kernel,
-            store.shards(),
-            self._table.options(),
-            lr=self._table.lr(),
-            step=step,
-            active=moved,
-            grad_scale=torch.where(skip, torch.zeros_like(clip), inverse * clip),
-            sum_over_ranks=laps.before("pass 1", sum_over_ranks),
-            written=laps.before("pass 2", gather),
-        )
+        options, step = self._table.options(), store.step + moved
+        scale = torch.where(skip, torch.zeros_like(clip), inverse * clip)
+        update = Update(self._kernel, store.shards(), options, step=step, active=moved, grad_scale=scale)
+        with traffic.computing("pass 1"):
+            square_sums = update.moments_and_norms()
+        summary = self._sum_norms(square_sums, summary)
+        ratios = rule.ratios_of_sums(square_sums, options)
+        step_sizes = rule.step_sizes(self._table.lr(), ratios, options, step, moved)
+        for index in traffic.computing_each("pass 2", update.apply(step_sizes)):
+            if index < len(store.gathers):
+                store.gathers[index].start()
         store.step.copy_(step)
-        self._gathers.take(gathers, lambda index: store.buckets[index].params)
+        self._gathers.finish_or_defer(store.gathers, [bucket.params for bucket in store.buckets])
         # A graph made before the step must not go unnoticed.
         torch.autograd.graph.increment_version(store.params)
-        self._last = _LastStep(ratios, moved, summary.norm(wide, inverse))
+        self._last = _LastStep(ratios, moved, summary.norm(is_fp64, inverse))
 
     def _sum_norms(self, square_sums: Tensor, summary: GradientSummary) -> GradientSummary:
         """(b): every element counts once, so of the ranks that hold it all but the first add nothing."""
@@ -374,7 +362,7 @@ class ShardedLamb(ShardedOptimizer):
         summary = self._gradients.ready(None)
         unscaled = self._gradients.unscale_factor()
         one = torch.ones((), dtype=torch.float64, device=self._store.device)
-        norm = summary.norm(self._table.options().wide, one if unscaled is None else unscaled)
+        norm = summary.norm(self._table.options().is_fp64, one if unscaled is None else unscaled)
         self._clip = rule.clip_factor(norm, max_norm)
         return norm.float()
 

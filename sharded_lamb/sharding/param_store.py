@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sharded_lamb import kernels
 from sharded_lamb.comm.collectives import Collectives
+from sharded_lamb.comm.param_gather import InPlaceGather, ParamGather
 from sharded_lamb.comm.topology import Topology
 from sharded_lamb.core.footprint import large_sends, small_sends
 from sharded_lamb.core.layout import Bucket, ShardLayout, plan_buckets
@@ -150,6 +151,7 @@ class ParamStore:
         self.rows: list[NamedParameter] = []
         self.index: dict[Tensor, int] = {}
         self.buckets: list[FlatBucket] = []
+        self.gathers: list[ParamGather] = []  # of the buckets
         self.pieces = DTensorShards()
         self.cuts: dict[int, ShardSpec] = {}  # of the DTensors
         self.cells: dict[ShardSpec, tuple[int, ...]] = {}  # of every rank
@@ -263,6 +265,7 @@ class ParamStore:
             self.pieces.add(param, p, self._precision(p.dtype))
             self.cuts[param] = cut
         self.buckets.extend(made)
+        self.gathers.extend(InPlaceGather(bucket.flat, collectives) for bucket in made)
         self.owner_mask = torch.cat([self.owner_mask.to(owner_mask.device), owner_mask])
         self.layout = plan.layout
         grown = torch.zeros(len(self.params), dtype=torch.float64, device=self.device)
