@@ -74,14 +74,15 @@ class Timeline:
 
     def each(self, name: str, lane: str, computed: Iterator[T]) -> Iterator[T]:
         """``computed``, with a span for the computation of each item; the loop's own body is in none of them."""
+        done = object()
         while True:
             start = self.clock()
-            for item in computed:
-                self.spans.append(Span(name, lane, start, self.clock()))
-                yield item
-                break
-            else:
+            with record_function(name):
+                item: Any = next(computed, done)
+            if item is done:
                 return
+            self.spans.append(Span(name, lane, start, self.clock()))
+            yield item
 
     def launched(self, name: str, sent: int) -> "Flight":
         """A collective is in flight from now until its `Flight.landing` is over."""

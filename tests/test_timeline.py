@@ -296,7 +296,7 @@ def _profiled(rank: int) -> set[str]:
 def test_the_profiler_has_the_names_that_are_said_to_be_there() -> None:
     waits = {"all_reduce_small", "reduce_scatter", "all_gather"}
     for names in run_ranks(2, _profiled):
-        assert names == {"forward", "copy gradients", "average", *waits}
+        assert names == {"forward", "copy gradients", "average", "pass 1", "pass 2", *waits}
 
 
 def test_one_rank_sends_nothing_and_computes() -> None:

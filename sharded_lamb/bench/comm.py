@@ -106,7 +106,7 @@ class Exchanges:
 
     def our_reduce_scatter(self) -> None:
         """As stage 2 does it, into the bucket's gradient shard."""
-        route = self.staging.route(0, self.bucket)
+        route = self.staging.exchange(0, self.bucket)
         route.start([self.grad]).wait()
         parts, own = self.collectives.parts_of_sum(route.full, route.received), route.own([self.grad])
         received = kernels.ReceivedShards(parts, self.world_size, own)

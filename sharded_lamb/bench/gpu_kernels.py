@@ -50,7 +50,7 @@ class Work:
     def bytes_of(self, passes: int) -> int:
         """Of pass 1 or 2: fp32 masters, gradients and moments, and the model's copy; or remainders beside it."""
         first = self.shards[0]
-        copy = 0 if first.model is None or first.uses_remainders else first.model.itemsize
+        copy = 0 if first.model is None or first.master_format.beside_weight else first.model.itemsize
         return self.elements * ((24, 16)[passes - 1] + copy)
 
 

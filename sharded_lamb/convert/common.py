@@ -55,8 +55,8 @@ def widest_weights(contents: Contents) -> Converted[dict[str, Tensor]]:
     masters = {name: state["master"] for name, state in contents.states.items() if "master" in state}
     if not masters:
         return dict(contents.weights), []
-    dtypes = sorted({_mask_replicas(contents.weights[name].dtype) for name in masters})
-    wide = sorted({_mask_replicas(master.dtype) for master in masters.values()})
+    dtypes = sorted({_dtype_name(contents.weights[name].dtype) for name in masters})
+    wide = sorted({_dtype_name(master.dtype) for master in masters.values()})
     note = (
         f"{len(masters)} weights are written as their {'/'.join(wide)} masters, since the format has no place for "
         f"masters beside {'/'.join(dtypes)} weights; the model rounds them when it loads them"
@@ -64,7 +64,7 @@ def widest_weights(contents: Contents) -> Converted[dict[str, Tensor]]:
     return {**contents.weights, **masters}, [note]
 
 
-def _mask_replicas(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 

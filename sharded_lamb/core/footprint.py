@@ -19,7 +19,7 @@ class Widths:
     state: int  # of each of the two moments
     wire: int  # gradients as they are exchanged
     compute: int  # gradients as they are summed and kept
-    splits: bool = False  # masters are the parameters and ``master`` bytes of remainders
+    beside_weight: bool = False  # a master is read from the parameter and its own bytes together
 
 
 def large_sends(
@@ -74,6 +74,6 @@ def update_bytes(numel: int, widths: Widths) -> int:
     Pass 1 reads gradient, weight, m, v and writes m, v; pass 2 reads weight, m, v and writes the weight, and the
     model's copy of it where that lies apart.
     """
-    weight = widths.model + widths.master if widths.splits else widths.master or widths.model
-    copy = widths.model if widths.master and not widths.splits else 0
+    weight = widths.model + widths.master if widths.beside_weight else widths.master or widths.model
+    copy = widths.model if widths.master and not widths.beside_weight else 0
     return numel * (widths.compute + 3 * weight + 6 * widths.state + copy)

@@ -137,21 +137,21 @@ class ShardLayout:
     """One rank's segments in every bucket, and the buckets they are cut from.
 
     Frozen, and complete: `Bucket` proves coverage over ranks, this proves that every parameter is in
-    exactly one bucket, whole, or in ``placed``.
+    exactly one bucket, whole, or in ``dtensors``.
     """
 
     numels: tuple[int, ...]  # of every parameter
     buckets: tuple[Bucket, ...]
     rank: int
     world_size: int
-    placed: frozenset[int] = (
+    dtensors: frozenset[int] = (
         frozenset()
     )  # DTensors: their placements cut them, see `sharded_lamb.sharding.placements`
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank must lie in [0, {self.world_size}), got {self.rank}")
-        seen = [param in self.placed for param in range(len(self.numels))]
+        seen = [param in self.dtensors for param in range(len(self.numels))]
         for bucket in self.buckets:
             if bucket.world_size != self.world_size:
                 raise ValueError(f"a bucket for {bucket.world_size} ranks in a layout for {self.world_size}")
@@ -175,7 +175,7 @@ class ShardLayout:
     def digest(self) -> str:
         """The same on every rank of one layout, and on no other layout (SHA-256 over its integers)."""
         buckets = [(b.params, b.offsets, b.numels, b.numel) for b in self.buckets]
-        placed = [[(param, self.numels[param]) for param in sorted(self.placed)]] if self.placed else []
+        placed = [[(param, self.numels[param]) for param in sorted(self.dtensors)]] if self.dtensors else []
         return hashlib.sha256(json.dumps([self.world_size, buckets, *placed]).encode()).hexdigest()
 
     def picture(self, names: Sequence[str], width: int = 60) -> str:

@@ -1,8 +1,7 @@
-"""Gradients that are averaged over ranks already: this rank takes its slices of whole ones (stage 1), and DTensors'
-local parts as they are (stage 3)."""
+"""Gradients that are averaged over ranks already: slices of whole ones (stage 1), DTensors' local parts (stage 3)."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from sharded_lamb import faults
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.core.parameters import check_gradients
+from sharded_lamb.gradients.source import Registration
 from sharded_lamb.gradients.summary import (
     GradientSummary,
     agree,
@@ -25,60 +25,40 @@ from sharded_lamb.sharding.local_shards import DTensorShards
 from sharded_lamb.sharding.placements import Replicas
 
 CHECKED_STEPS = 2
-"""Gradients of which ranks hold the same part are compared over them on this many first steps."""
+"""Steps at first on which ranks that hold the same part of a gradient compare it."""
 
 
 class AveragedGradients:
-    """Reads ``.grad`` at the step and leaves it as it is. Same interface as `BackwardReducer`.
+    """A `GradientSource` that reads ``.grad`` at the step and leaves it as it is."""
 
-    ``dtensors_only``: plain parameters' gradients come from elsewhere, and DTensors' alone are read here.
-    """
-
-    def __init__(
-        self,
-        collectives: Collectives,
-        kernel: Kernel,
-        mask_replicas: Callable[[Tensor], Tensor],
-        pieces: DTensorShards,
-        *,
-        dtensors_only: bool = False,
-    ) -> None:
-        self.collectives, self.kernel, self.mask_replicas = collectives, kernel, mask_replicas
-        self.pieces, self.dtensors_only = pieces, dtensors_only
-        self.params: list[Tensor] = []
+    def __init__(self, collectives: Collectives, kernel: Kernel, dtensors: DTensorShards) -> None:
+        self.collectives, self.kernel, self.dtensors = collectives, kernel, dtensors
+        self.enabled = True
         self.names: list[str] = []
-        self.mine: list[bool] = []
+        self.params: list[Tensor] = []
+        self.is_member: list[bool] = []  # [P] whether the gradient is read here
         self.buckets: list[FlatBucket] = []
         self.replicas = Replicas((), (), ())
-        self.enabled = True
+        self._owner_mask = torch.zeros(0, dtype=torch.float64)
         self._steps_seen = 0
         self._known: GradientSummary | None = None
         self._used: tuple[list[Tensor | None], list[int]] = [], []  # gradients, and their versions
 
-    def extend(
-        self,
-        names: Sequence[str],
-        params: Sequence[Tensor],
-        buckets: Sequence[FlatBucket],
-        replicas: Replicas,
-    ) -> None:
-        """Take on parameters that follow those of before: in buckets of their own, or among the pieces."""
-        self.mine += [
-            not self.dtensors_only or index in self.pieces.pieces
-            for index in range(len(self.params), len(self.params) + len(params))
-        ]
-        self.names.extend(names)
-        self.params.extend(params)
-        self.replicas = replicas
-        if not self.dtensors_only:
-            self.buckets.extend(buckets)
+    def extend(self, added: Registration) -> None:
+        """See `GradientSource`."""
+        first = len(self.params)
+        self.names.extend(added.names)
+        self.params.extend(added.params)
+        self.is_member += [index in added.members for index in range(first, len(self.params))]
+        self.buckets.extend(added.buckets)
+        self.replicas, self._owner_mask = added.replicas, added.owner_mask
         self._known = None  # of fewer parameters
 
-    def ready(self, found_inf: Tensor | None, *, may_wait: bool = False) -> GradientSummary:
-        """The summary of the gradients of now; collective (a), unless they are known and unchanged.
+    def settle(self) -> None:
+        """Nothing is ever under way."""
 
-        ``may_wait``: nobody decides anything by them before the norms are summed; with DTensors alone, they then may
-        be this rank's own.
+    def ready(self, found_inf: Tensor | None, *, may_wait: bool = False) -> GradientSummary:
+        """See `GradientSource`. With ``may_wait`` and DTensors alone, this rank's own summary.
 
         Raises:
             ValueError: gradients differ over ranks that must hold the same, or are on some ranks only.
@@ -90,7 +70,7 @@ class AveragedGradients:
             if faults.point("gradient"):
                 spoil_on_purpose(grads)
             self._used = grads, [0 if grad is None else grad._version for grad in grads]
-            square_sums = self.mask_replicas(self._take(grads))
+            square_sums = self._collect(grads) * self._owner_mask
             if may_wait and not self.buckets and not self._compares():
                 return local_summary(square_sums, [grad is not None for grad in grads])
             self._known = self._agree(grads, square_sums, found_inf)
@@ -100,9 +80,9 @@ class AveragedGradients:
         return self.collectives.world_size > 1 and self._steps_seen < CHECKED_STEPS
 
     def _grads(self) -> list[Tensor | None]:
-        if not self.dtensors_only:
-            return [p.grad for p in self.params]
-        return [p.grad if mine else None for p, mine in zip(self.params, self.mine, strict=True)]
+        return [
+            p.grad if is_member else None for p, is_member in zip(self.params, self.is_member, strict=True)
+        ]
 
     def _unchanged(self) -> bool:
         """Whether every ``.grad`` is the tensor, at the version, that the summary was made of.
@@ -111,17 +91,17 @@ class AveragedGradients:
         """
         grads, versions = self._used
         return (
-            not self.pieces.pieces
+            not self.dtensors.local
             and len(grads) == len(self.params)
             and all(map(operator.is_, self._grads(), grads))
             and versions == [0 if grad is None else grad._version for grad in grads]
         )
 
-    def _take(self, grads: Sequence[Tensor | None]) -> Tensor:
-        """[P] fp64: Σg² of what this rank holds."""
+    def _collect(self, grads: Sequence[Tensor | None]) -> Tensor:
+        """Gradients into their shards. Returns [P] fp64: Σg² of this rank's parts, replicas included."""
         check_gradients(self.names, grads)
-        self.pieces.read_gradients(self.names, self.collectives.traffic)
-        sums = gradient_square_sums(self.kernel, self.pieces.shards, len(grads), self.params[0].device)
+        self.dtensors.read_gradients(self.names, self.collectives.traffic)
+        sums = gradient_square_sums(self.kernel, self.dtensors.shards, len(grads), self.params[0].device)
         collect_gradients(self.kernel, [bucket.own_gradients(grads) for bucket in self.buckets], sums)
         return sums
 
@@ -135,7 +115,7 @@ class AveragedGradients:
         if (
             compared or summary.present.device.type == "cpu"
         ):  # elsewhere the host does not wait for the device
-            check_present(summary, self.names, self.collectives.world_size, self.pieces.pieces)
+            check_present(summary, self.names, self.collectives.world_size, self.dtensors.local)
             check_alike(summary, self.replicas)
         return summary
 
@@ -146,36 +126,33 @@ class AveragedGradients:
         for param, grad in enumerate(grads):
             kind = self.replicas.kind_of[param]
             if grad is not None and kind >= 0:
-                part = self.pieces.grads.get(param, grad)
+                part = self.dtensors.grads.get(param, grad)
                 totals[0, kind] += part.sum(dtype=torch.float64)
                 totals[1, kind] += torch.linalg.vector_norm(part, dtype=torch.float64).square()
         return totals
 
-    def settle(self) -> None:
-        """Nothing is ever under way."""
-
     def is_partial(self, summary: GradientSummary) -> Tensor:
-        """Bool, on the device: a gradient is on some ranks only, which the host has not seen on a GPU."""
+        """See `GradientSource`. On a GPU the host has not seen it."""
         if not summary.agreed or self.collectives.world_size == 1:
             return torch.zeros((), dtype=torch.bool, device=summary.present.device)
         partial = (summary.present > 0) & (summary.present < self.collectives.world_size)
-        if self.dtensors_only:
-            partial = partial & torch.tensor(self.mine).to(partial.device, non_blocking=True)
+        if not all(self.is_member):
+            partial = partial & torch.tensor(self.is_member).to(partial.device, non_blocking=True)
         return partial.any()
 
     def unscale_factor(self) -> Tensor | None:
-        """None: ``.grad`` itself is what ``GradScaler.unscale_`` wrote."""
+        """None: ``GradScaler.unscale_`` writes ``.grad`` itself."""
         return None
 
     def stepped(self) -> None:
-        """A step has used the gradients."""
+        """See `GradientSource`."""
         self._steps_seen += 1
         self.zero()
 
     def zero(self) -> None:
-        """Gradients are about to be zeroed, or have been used: forget what is known of them."""
+        """See `GradientSource`."""
         self._known, self._used = None, ([], [])
 
     def staging_bytes(self) -> int:
-        """No memory beside the gradient shards."""
+        """None beside the gradient shards."""
         return 0

@@ -49,7 +49,7 @@ class Staging:
         self.sent = torch.empty(sent, dtype=torch.uint8, device=device)
         self.received = torch.empty(received, dtype=torch.uint8, device=device)
         self._collectives = collectives
-        self._routes: dict[int, Exchange] = {}
+        self._exchanges: dict[int, Exchange] = {}
 
     @property
     def nbytes(self) -> int:
@@ -57,17 +57,17 @@ class Staging:
 
     def knows(self, index: int) -> bool:
         """Whether the bucket with number ``index`` has gone through it."""
-        return index in self._routes
+        return index in self._exchanges
 
-    def route(self, index: int, bucket: FlatBucket) -> Exchange:
+    def exchange(self, index: int, bucket: FlatBucket) -> Exchange:
         """Of the bucket with number ``index``; its views are made once."""
-        if index not in self._routes:
+        if index not in self._exchanges:
             wire, numel = bucket.precision.wire, bucket.plan.numel
             full = self.sent.view(wire)[:numel]
             received = self.received.view(wire)[: self._collectives.received_numel(numel)]
             kind = P2PExchange if self._collectives.by_hand else FusedReduceScatter
-            self._routes[index] = kind(bucket, full, received, self._collectives)
-        return self._routes[index]
+            self._exchanges[index] = kind(bucket, full, received, self._collectives)
+        return self._exchanges[index]
 
 
 class FusedReduceScatter:

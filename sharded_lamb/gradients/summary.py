@@ -149,12 +149,12 @@ def spoil_on_purpose(grads: Sequence[Tensor | None]) -> None:
 
 
 def check_present(
-    summary: GradientSummary, names: Sequence[str], world_size: int, placed: Container[int]
+    summary: GradientSummary, names: Sequence[str], world_size: int, dtensors: Container[int]
 ) -> None:
     """A gradient must be on all ranks or on none. Reads the device.
 
     Args:
-        placed: the parameters that are DTensors.
+        dtensors: the parameters that are DTensors.
 
     Raises:
         ValueError: a gradient is on some ranks only.
@@ -167,7 +167,7 @@ def check_present(
         f"a gradient of {names[first]!r} on {int(summary.present[first])} of {world_size} ranks only (and of "
         f"{len(partial) - 1} more parameters)"
     )
-    if first in placed:
+    if first in dtensors:
         raise ValueError(
             f"there is {found}, and it is a DTensor, of which every rank holds a part: run the same modules' backward "
             f"on all ranks of the mesh"
@@ -188,10 +188,10 @@ def check_alike(summary: GradientSummary, replicas: Replicas) -> None:
     if summary.totals is None or not summary.totals.isfinite().all():
         return
     sums, squares = summary.totals.tolist()
-    for kind, cells in enumerate(replicas.cells):
+    for kind, shard_indices in enumerate(replicas.shard_indices):
         scale = max(squares[kind])
-        for rank, cell in enumerate(cells):
-            first = cells.index(cell)
+        for rank, index in enumerate(shard_indices):
+            first = shard_indices.index(index)
             total, square = sums[kind][rank], squares[kind][rank]
             gap, gap_of_squares = abs(total - sums[kind][first]), abs(square - squares[kind][first])
             if gap_of_squares > TOLERANCE * scale or gap > TOLERANCE * scale**0.5:

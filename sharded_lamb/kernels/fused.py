@@ -28,7 +28,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sharded_lamb.core.layout import BLOCK, Segment
 from sharded_lamb.core.rule import Coefficients
-from sharded_lamb.kernels import remainders
+from sharded_lamb.kernels import formats
 from sharded_lamb.kernels.incoming import StockIncoming, taken
 from sharded_lamb.kernels.reference import ReferenceKernel, resync_master
 from sharded_lamb.kernels.shard import FlatShard, ScatteredShard, Shard
@@ -108,9 +108,10 @@ class _Run(NamedTuple):
 
     def joined(self) -> "_Run":
         """With whole masters, which are a copy where they are kept split; then without a model, which those follow."""
-        if self.model is None or self.weight.dtype != remainders.DTYPE:
+        masters = formats.of_memory(self.weight.dtype)
+        if self.model is None or not masters.beside_weight:
             return self
-        return self._replace(weight=remainders.joined(self.model, self.weight), model=None)
+        return self._replace(weight=masters.decode(self.weight, self.model), model=None)
 
     def take(self, other: "_Run") -> None:
         """Keep the masters of ``other``, which is `joined`, and the model's copy of them."""
@@ -119,9 +120,10 @@ class _Run(NamedTuple):
         if self.weight is other.weight:
             self.model.copy_(self.weight)
             return
-        model, remainder = remainders.split(other.weight)
+        stored, model = formats.of_memory(self.weight.dtype).encode(other.weight)
+        assert model is not None
         self.model.copy_(model)
-        self.weight.copy_(remainder)
+        self.weight.copy_(stored)
 
     def chunks(self) -> Iterator["_Run"]:
         """Runs of at most `CHUNK` elements."""
@@ -192,7 +194,7 @@ def _piece_part(shard: ScatteredShard, pieces: Sequence[int]) -> ScatteredShard:
 
 def _is_fp32(shard: Shard) -> bool:
     """Whether masters and moments are; a piece's gradients and a model's copies may be anything."""
-    kinds = [shard.exp_avg, shard.exp_avg_sq, *([] if shard.uses_remainders else [shard.weight])]
+    kinds = [shard.exp_avg, shard.exp_avg_sq, *([] if shard.master_format.beside_weight else [shard.weight])]
     return all((x if isinstance(x, Tensor) else x[0]).dtype == torch.float32 for x in kinds)
 
 

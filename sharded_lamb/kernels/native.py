@@ -13,10 +13,11 @@ from torch import Tensor
 
 from sharded_lamb.core.layout import BLOCK, Segment
 from sharded_lamb.core.rule import COLUMNS
-from sharded_lamb.kernels import compiling, remainders
+from sharded_lamb.kernels import compiling
+from sharded_lamb.kernels.remainders import RemainderFormat
 from sharded_lamb.kernels.shard import FlatShard, ReceivedShards, ScatteredShard, Shard
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, remainders.DTYPE: 4}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, RemainderFormat.storage: 4}
 NO_MODEL = -1
 SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
 

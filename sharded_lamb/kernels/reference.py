@@ -14,9 +14,10 @@ from torch import Tensor
 from sharded_lamb.core import rule
 from sharded_lamb.core.layout import BLOCK
 from sharded_lamb.core.rule import COLUMNS, Coefficients, PerTensor
-from sharded_lamb.kernels import packing, remainders
+from sharded_lamb.kernels import formats, packing
 from sharded_lamb.kernels.incoming import StockIncoming
 from sharded_lamb.kernels.shard import FlatShard, ScatteredShard, Shard
+from sharded_lamb.kernels.state_format import StateFormat
 
 CHUNK_BLOCKS = 256
 """64 K elements: the dozen temporaries of a chunk stay in a CPU's cache. On a GPU, see `_chunk_blocks`."""
@@ -61,44 +62,49 @@ class _Chunk:
         rows = self.table[self.block_param]
         return Coefficients(*([rows[:, column : column + 1]] for column in range(len(COLUMNS))))
 
+    masters: StateFormat
+    moments: StateFormat
     has_model = False
-    """Whether the model's weights lie apart from the masters."""
-    uses_remainders = False
-    """Whether the masters are remainders of the model's weights."""
+    """Whether masters are separate from the model's weights."""
 
     def kept(self, kind: str) -> Tensor:
         """In the dtype of the memory: the memory itself where it lies in whole blocks, else a copy."""
         raise NotImplementedError
 
-    def load(self, kind: str) -> Tensor:
-        """As `kept`, in the compute dtype."""
-        return self.kept(kind).to(self.table.dtype)
-
-    def store(self, kind: str, value: Tensor) -> Tensor:
-        """Writes ``value`` and returns it as it reads back, rounded to the dtype of the memory."""
+    def write(self, kind: str, value: Tensor) -> None:
+        """Copy ``value`` to where ``kind`` is stored."""
         raise NotImplementedError
 
-    def adopt_written_weights(self) -> None:
-        """Weights that were written from outside win over their masters; with remainders they always do."""
-        if self.has_model and not self.uses_remainders:
-            self.store("weight", resync_master(self.kept("weight"), self.kept("model")))
+    def load_gradients(self) -> Tensor:
+        """In the compute dtype."""
+        return self.kept("grad").to(self.table.dtype)
+
+    def load_moment(self, kind: str) -> Tensor:
+        """In the compute dtype; a copy, unless the memory holds it so."""
+        return self.moments.decode(self.kept(kind), None).to(self.table.dtype)
+
+    def store_moment(self, kind: str, value: Tensor) -> Tensor:
+        """Write ``value``, and return it as it reads back."""
+        stored, _ = self.moments.encode(value)
+        self.write(kind, stored)
+        return value if self.moments.storage == value.dtype else self.load_moment(kind)
+
+    def resync_masters(self) -> None:
+        """Weights that were written from outside win over their masters; beside a weight they always do."""
+        if self.has_model and not self.masters.beside_weight:
+            self.write("weight", resync_master(self.kept("weight"), self.kept("model")))
 
     def load_masters(self) -> Tensor:
         """In the compute dtype."""
-        if self.uses_remainders:
-            return remainders.joined(self.kept("model"), self.kept("weight"))
-        return self.load("weight")
+        weight = self.kept("model") if self.masters.beside_weight else None
+        return self.masters.decode(self.kept("weight"), weight).to(self.table.dtype)
 
-    def store_masters(self, weight: Tensor) -> None:
-        """Writes ``weight``, and the model's copy of it, where there is one."""
-        if self.uses_remainders:
-            model, remainder = remainders.split(weight)
-            self.store("model", model)
-            self.store("weight", remainder)
-            return
-        self.store("weight", weight)
+    def store_masters(self, values: Tensor) -> None:
+        """Write masters, and the model's weights where those are separate."""
+        stored, weight = self.masters.encode(values)
+        self.write("weight", stored)
         if self.has_model:
-            self.store("model", weight)
+            self.write("model", values if weight is None else weight)
 
 
 class _FlatChunk(_Chunk):
@@ -108,18 +114,18 @@ class _FlatChunk(_Chunk):
         super().__init__(table, block_param)
         self.flat, self.span = flat, slice(low * BLOCK, (low + len(block_param)) * BLOCK)
         self.has_model = flat["model"] is not None
-        self.uses_remainders = self.kept("weight").dtype == remainders.DTYPE
+        self.masters = formats.of_memory(self.kept("weight").dtype)
+        self.moments = formats.of_memory(self.kept("exp_avg").dtype)
 
     def kept(self, kind: str) -> Tensor:
         flat = self.flat[kind]
         assert flat is not None
         return flat[self.span].view(-1, BLOCK)
 
-    def store(self, kind: str, value: Tensor) -> Tensor:
+    def write(self, kind: str, value: Tensor) -> None:
         place = self.kept(kind)
         if place.data_ptr() != value.data_ptr():
             place.copy_(value)
-        return value if place.dtype == value.dtype else self.load(kind)
 
 
 class _PackedChunk(_Chunk):
@@ -130,7 +136,7 @@ class _PackedChunk(_Chunk):
     ) -> None:
         super().__init__(table, block_param)
         self.shard, self.runs, self.has_model = shard, runs, shard.model is not None
-        self.uses_remainders = shard.uses_remainders
+        self.masters, self.moments = shard.master_format, formats.of_memory(shard.exp_avg[0].dtype)
         self.sizes = [size for run in runs for size in (run.length, run.padding)]
 
     def _places(self, kind: str) -> list[Tensor]:
@@ -145,10 +151,8 @@ class _PackedChunk(_Chunk):
             parts += [place, zeros[: run.padding]]
         return torch.cat(parts).view(-1, BLOCK)
 
-    def store(self, kind: str, value: Tensor) -> Tensor:
-        places = self._places(kind)
-        torch._foreach_copy_(places, list(torch.split(value.view(-1), self.sizes)[::2]))
-        return value if places[0].dtype == value.dtype else value.to(places[0].dtype).to(value.dtype)
+    def write(self, kind: str, value: Tensor) -> None:
+        torch._foreach_copy_(self._places(kind), list(torch.split(value.view(-1), self.sizes)[::2]))
 
 
 @lru_cache(maxsize=1024)
@@ -196,17 +200,17 @@ class ReferenceKernel(StockIncoming):
         """Σg² per parameter, added to ``sums`` [P] fp64."""
         no_coefficients = sums.new_zeros(len(sums), len(COLUMNS), dtype=shards[0].compute)
         for chunk in _chunks(shards, no_coefficients):
-            add_by_parameter(sums, chunk.block_param, block_square_sums(chunk.load("grad")))
+            add_by_parameter(sums, chunk.block_param, block_square_sums(chunk.load_gradients()))
 
     def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
         """m, v ← g, and Σw², Σu² per parameter, added to ``sums`` [2, P] fp64."""
         for chunk in _chunks(shards, table):
-            chunk.adopt_written_weights()
-            w, m, v = chunk.load_masters(), chunk.load("exp_avg"), chunk.load("exp_avg_sq")
-            g = torch.where(chunk.k.grad_scale[0] == 0, 0, chunk.load("grad"))  # 0 x nan would be nan
+            chunk.resync_masters()
+            w, m, v = chunk.load_masters(), chunk.load_moment("exp_avg"), chunk.load_moment("exp_avg_sq")
+            g = torch.where(chunk.k.grad_scale[0] == 0, 0, chunk.load_gradients())  # 0 x nan would be nan
             scaled = rule.scaled_gradients([g], [w], chunk.k)
             rule.update_moments([m], [v], scaled, chunk.k)
-            m, v = chunk.store("exp_avg", m), chunk.store("exp_avg_sq", v)
+            m, v = chunk.store_moment("exp_avg", m), chunk.store_moment("exp_avg_sq", v)
             (u,) = rule.direction([m], [v], [w], chunk.k)
             add_by_parameter(sums[0], chunk.block_param, block_square_sums(w))
             add_by_parameter(sums[1], chunk.block_param, block_square_sums(u))
@@ -214,7 +218,7 @@ class ReferenceKernel(StockIncoming):
     def apply(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
         """w ← w - step_size u, u recomputed from m and v."""
         for chunk in _chunks(shards, table):
-            w, m, v = chunk.load_masters(), chunk.load("exp_avg"), chunk.load("exp_avg_sq")
+            w, m, v = chunk.load_masters(), chunk.load_moment("exp_avg"), chunk.load_moment("exp_avg_sq")
             u = rule.direction([m], [v], [w], chunk.k)
             rule.descend([w], u, [step_sizes[chunk.block_param].unsqueeze(1)])
             chunk.store_masters(w)

@@ -1,4 +1,4 @@
-"""fp32 masters kept as what bfloat16 weights lack of them: 16 bits an element, beside the weights themselves.
+"""fp32 masters stored as the low 16 bits beside bfloat16 weights, which hold the high 16.
 
 A bfloat16 number is the upper half of a float32. The master is the weight in that place and a signed remainder, both as
 integers::
@@ -9,15 +9,15 @@ The weight is the master's rounding (to nearest, ties to even), so together they
 in 131,072: a tie above an even weight would need +0x8000. It becomes its neighbour towards 0, a unit in the last place
 of float32 away, in every backend. A nan's remainder is 0.
 
-What is joined rounds to the weight, whatever the remainder: a weight that somebody wrote has another one's beside it,
-which is cut where it would lead elsewhere.
+A joined master rounds to the weight, whatever the remainder: after a user writes a weight, the remainder beside it
+belongs to the old one, and is clamped where it would round to another weight.
 """
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-
-DTYPE = torch.int16
-"""Of remainders; nothing else that kernels run over has it."""
 
 HIGHEST = 0x7FFF
 INFINITY = 0x7F80
@@ -38,4 +38,29 @@ def split(master: Tensor) -> tuple[Tensor, Tensor]:
     """[…] fp32 masters → (bfloat16 weights, int16 remainders), in new memory."""
     model = master.to(torch.bfloat16)
     lower = master.view(torch.int32) - (model.view(torch.int16).to(torch.int32) << 16)
-    return model, torch.where(master.isnan(), 0, lower.clamp(max=HIGHEST)).to(DTYPE)
+    return model, torch.where(master.isnan(), 0, lower.clamp(max=HIGHEST)).to(torch.int16)
+
+
+@dataclass(frozen=True, slots=True)
+class RemainderFormat:
+    """The `StateFormat` of masters under ``store_param_remainders``."""
+
+    storage: ClassVar[torch.dtype] = torch.int16
+    value: ClassVar[torch.dtype] = torch.float32
+    name: ClassVar[str] = "16-bit remainders of float32"
+    beside_weight: ClassVar[bool] = True
+
+    def key(self, kind: str) -> str:
+        assert kind == "master"
+        return "remainder"
+
+    def decode(self, stored: Tensor, weight: Tensor | None) -> Tensor:
+        assert weight is not None
+        return joined(weight, stored)
+
+    def encode(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight, remainder = split(values)
+        return remainder, weight
+
+    def reset(self, stored: Tensor, weight: Tensor) -> None:
+        stored.zero_()

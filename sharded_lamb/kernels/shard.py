@@ -6,26 +6,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharded_lamb.kernels import remainders
+from sharded_lamb.kernels import formats
+from sharded_lamb.kernels.state_format import StateFormat
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class FlatShard:
     """The memory that one rank updates in one bucket; flat tensors of one length, whole blocks."""
 
-    # [n] master dtype: the parameters' own memory where their dtype is the master's. int16: masters are kept as
-    # remainders of the model's bfloat16 weights
-    weight: Tensor
-    model: Tensor | None  # [n] model dtype: what is gathered, where the master is kept apart
+    weight: (
+        Tensor  # [n] masters as their format stores them; the parameters' own memory where that is updated
+    )
+    model: (
+        Tensor | None
+    )  # [n] model dtype: the parameters' memory, which is gathered, where masters are separate
     grad: Tensor  # [n] compute dtype: gradients averaged over ranks; 0 in padding
     exp_avg: Tensor  # [n] state dtype
     exp_avg_sq: Tensor  # [n] state dtype
     block_param: Tensor  # [n / BLOCK] int64: the parameter each block belongs to
 
     @property
-    def uses_remainders(self) -> bool:
-        """Whether ``weight`` holds `remainders`."""
-        return self.weight.dtype == remainders.DTYPE
+    def master_format(self) -> StateFormat:
+        """How ``weight`` stores the masters."""
+        return formats.of_memory(self.weight.dtype)
 
     @property
     def compute(self) -> torch.dtype:
@@ -63,20 +66,20 @@ class ScatteredShard:
     """
 
     params: tuple[int, ...]  # the parameter of each piece
-    weight: Sequence[Tensor]  # [n_i] master dtype; int16 as in `FlatShard`
+    weight: Sequence[Tensor]  # [n_i] as in `FlatShard`
     grad: Sequence[Tensor]  # [n_i] any floating-point dtype
     exp_avg: Sequence[Tensor]  # [n_i] state dtype
     exp_avg_sq: Sequence[Tensor]  # [n_i] state dtype
-    model: Sequence[Tensor] | None = None  # [n_i] model dtype, where the master is kept apart
+    model: Sequence[Tensor] | None = None  # [n_i] model dtype, where masters are separate
 
     @property
     def lengths(self) -> tuple[int, ...]:
         return tuple(piece.numel() for piece in self.weight)
 
     @property
-    def uses_remainders(self) -> bool:
-        """Whether ``weight`` holds `remainders`."""
-        return len(self.weight) > 0 and self.weight[0].dtype == remainders.DTYPE
+    def master_format(self) -> StateFormat:
+        """How ``weight`` stores the masters."""
+        return formats.of_memory(self.weight[0].dtype)
 
     @property
     def compute(self) -> torch.dtype:

@@ -32,13 +32,15 @@ from sharded_lamb.core.hyperparams import RuleOptions, check_max_grad_norm
 from sharded_lamb.gradients.averaged import AveragedGradients
 from sharded_lamb.gradients.mixed import MixedGradients
 from sharded_lamb.gradients.reducer import BackwardReducer
+from sharded_lamb.gradients.source import GradientSource, Registration
 from sharded_lamb.gradients.summary import GradientSummary, all_reduce_with_norms, check_present
 from sharded_lamb.kernels import Kernel
 from sharded_lamb.kernels.engine import Update
 from sharded_lamb.optim.sharded_state import ShardedOptimizer
 from sharded_lamb.optim.skips import SkipCounter
-from sharded_lamb.sharding.param_store import ParamStore, Plan, Settings
+from sharded_lamb.sharding.param_store import ParamStore
 from sharded_lamb.sharding.placements import materialized, root_ranks
+from sharded_lamb.sharding.shard_plan import Settings, ShardPlan
 from sharded_lamb.timeline import Timeline
 
 logger = logging.getLogger("sharded_lamb")
@@ -132,16 +134,16 @@ class ShardedLamb(ShardedOptimizer):
         topology = Topology.of(process_group, mesh, root_ranks(params))
         with propagate_errors(topology):
             self._settings = Settings(
-                stage,
-                bucket_mb,
-                master_dtype,
-                state_dtype,
-                reduce_dtype,
-                overlap,
-                skip_nonfinite,
-                max_consecutive_skips,
-                kernel,
-                store_param_remainders,
+                stage=stage,
+                bucket_mb=bucket_mb,
+                master_dtype=master_dtype,
+                state_dtype=state_dtype,
+                reduce_dtype=reduce_dtype,
+                overlap=overlap,
+                skip_nonfinite=skip_nonfinite,
+                max_consecutive_skips=max_consecutive_skips,
+                kernel=kernel,
+                store_param_remainders=store_param_remainders,
             )
             self._store = ParamStore(self, topology, self._settings)
             scalars = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -170,7 +172,7 @@ class ShardedLamb(ShardedOptimizer):
                 self.param_groups.pop()
                 raise
 
-    def _agreed_plan(self) -> tuple[Plan, Kernel]:
+    def _agreed_plan(self) -> tuple[ShardPlan, Kernel]:
         """The plan for parameters that require gradients and are not in the store yet, and the kernel; the same on
         every rank. Collective."""
         store = self._store
@@ -207,15 +209,25 @@ class ShardedLamb(ShardedOptimizer):
             self._register(self._agreed_plan()[0])
             self._looked_at = []
 
-    def _register(self, plan: Plan) -> None:
+    def _register(self, plan: ShardPlan) -> None:
         """Collective: broadcasts the weights of the first rank."""
         store = self._store
         self.synchronize()
         self._gradients.settle()
         buckets = store.register(plan, self._collectives)
         self._table = self._option_table(store.rows, plan.device)
-        names, params = [name for name, _, _ in plan.rows], [p for _, p, _ in plan.rows]
-        self._gradients.extend(names, params, buckets, store.replicas())
+        first = len(store.params) - len(plan.rows)
+        self._gradients.extend(
+            Registration(
+                names=store.names[first:],
+                params=store.params[first:],
+                members=frozenset(range(first, len(store.params))),
+                buckets=buckets,
+                dtensors=store.dtensors,
+                replicas=store.replicas(),
+                owner_mask=store.owner_mask,
+            )
+        )
         self._show_state()
 
     # -- the step -----------------------------------------------------------------------------------
@@ -290,7 +302,7 @@ class ShardedLamb(ShardedOptimizer):
         summary = all_reduce_with_norms(self._collectives, summary, square_sums)
         if summary.present.device.type == "cpu":
             world, names = self._collectives.world_size, self._store.names
-            check_present(summary, names, world, placed=range(len(names)))
+            check_present(summary, names, world, dtensors=range(len(names)))
         return summary
 
     def _must_skip(self, summary: GradientSummary, found_inf: Tensor | None) -> Tensor:
@@ -313,20 +325,12 @@ class ShardedLamb(ShardedOptimizer):
 
     # -- gradients ----------------------------------------------------------------------------------
 
-    def _make_gradients(self) -> AveragedGradients | MixedGradients:
-        store, collectives = self._store, self._collectives
+    def _make_gradients(self) -> GradientSource:
+        collectives, kernel, dtensors = self._collectives, self._kernel, self._store.dtensors
+        averaged = AveragedGradients(collectives, kernel, dtensors)
         if self._settings.stage == 1:
-            return AveragedGradients(collectives, self._kernel, self._mask_replicas, store.pieces)
-        return MixedGradients(
-            BackwardReducer(collectives, self._kernel, self._mask_replicas, overlap=self._settings.overlap),
-            AveragedGradients(
-                collectives, self._kernel, self._mask_replicas, store.pieces, dtensors_only=True
-            ),
-        )
-
-    def _mask_replicas(self, square_sums: Tensor) -> Tensor:
-        """Of sums over what this rank holds, what counts. Non-finite on any rank that holds it: 0 x inf is nan."""
-        return square_sums * self._store.owner_mask
+            return averaged
+        return MixedGradients(BackwardReducer(collectives, kernel, overlap=self._settings.overlap), averaged)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients: ``.grad``, and in stage 2 what was reduced, once nothing is in flight any more."""

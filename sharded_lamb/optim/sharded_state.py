@@ -14,7 +14,8 @@ from sharded_lamb.core.options import OptionTable
 from sharded_lamb.optim.base import LambOptimizer
 from sharded_lamb.optim.skips import SkipCounter
 from sharded_lamb.sharding import state
-from sharded_lamb.sharding.param_store import ParamStore, Settings
+from sharded_lamb.sharding.param_store import ParamStore
+from sharded_lamb.sharding.shard_plan import Settings
 
 
 class ShardedOptimizer(LambOptimizer):
@@ -32,23 +33,22 @@ class ShardedOptimizer(LambOptimizer):
 
     def _show_state(self) -> None:
         """``self.state`` of all parameters, over the memory of now."""
-        store = self._store
-        world = store.topology
+        store, topology = self._store, self._store.topology
         states = state.local_states(store.layout, store.buckets, store.step)
         states |= state.dtensor_states(
-            store.layout, store.pieces, store.cuts, world.rank, len(world.everyone), store.step
+            store.layout, store.dtensors, store.specs, topology.rank, len(topology.everyone), store.step
         )
         for param, entry in sorted(states.items()):
             self.state[store.params[param]] = entry
 
     def _load_tensors(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
         store = self._store
-        for name, p in zip(store.names, store.params, strict=True):
+        for param, (name, p) in enumerate(zip(store.names, store.params, strict=True)):
             if p not in states:
                 raise ValueError(f"the state dict has no state of {name!r}: it is of another model")
-            state.check_local(name, self.state[p], states[p])
-        for p in store.params:
-            state.load_local(self.state[p], states[p])
+            state.check_local(name, self.state[p], store.states_of(param), states[p])
+        for param, p in enumerate(store.params):
+            state.load_local(self.state[p]["step"], store.states_of(param), states[p])
 
     def _load_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         super()._load_groups(saved_groups)
@@ -70,7 +70,7 @@ class ShardedOptimizer(LambOptimizer):
                 stacklevel=2,
             )
         packed = super().state_dict()
-        self._join_masters(packed["state"])
+        self._decode(packed["state"])
         if self._collectives.world_size > 1 and asked_for_whole():
             if self._store.buckets:
                 raise TypeError(
@@ -84,15 +84,18 @@ class ShardedOptimizer(LambOptimizer):
             }
         return packed
 
-    def _join_masters(self, entries: dict[int, dict[str, Any]]) -> None:
-        """Put masters in the place of remainders. ``entries``: of a packed state, by place in the groups."""
+    def _decode(self, entries: dict[int, dict[str, Any]]) -> None:
+        """Put values in the place of state stored otherwise. ``entries``: of a packed state, by place in the groups."""
         store = self._store
-        masters = state.joined_masters(store.buckets, store.pieces)
+        decoded = state.decoded_states(store.buckets, store.dtensors)
         order = [p for group in self.param_groups for p in group["params"]]
         for place, p in enumerate(order):
-            if p in store.index and store.index[p] in masters and place in entries:
-                joined = {"remainder": masters[store.index[p]]}
-                entries[place] = {state.saved_key(k): joined.get(k, v) for k, v in entries[place].items()}
+            if p not in store.index or place not in entries:
+                continue
+            param = store.index[p]
+            kinds = {stored.key: stored.kind for stored in store.states_of(param)}
+            named = {kinds.get(key, key): value for key, value in entries[place].items()}
+            entries[place] = {**named, **decoded[param]}
 
     def full_state_dict(self) -> dict[str, Any] | None:
         """Whole state tensors on the first rank's CPU, as `Lamb.load_state_dict` takes them; None elsewhere.
@@ -101,7 +104,7 @@ class ShardedOptimizer(LambOptimizer):
         ``master`` entries (fp32 weights of fp16 and bf16 parameters) are there beside the moments.
         """
         store = self._store
-        states = state.gather_full(self._collectives, store.layout, store.buckets, store.pieces, store.step)
+        states = state.gather_full(self._collectives, store.layout, store.buckets, store.dtensors, store.step)
         if states is None:
             return None
         packed = super().state_dict()
@@ -131,7 +134,7 @@ class ShardedOptimizer(LambOptimizer):
         if store.topology.everyone[1:]:
             dist.broadcast_object_list(groups, store.topology.everyone[0], group=self._collectives.everyone)
         state.scatter_full(
-            self._collectives, store.buckets, store.pieces, store.step, states if first else None
+            self._collectives, store.buckets, store.dtensors, store.step, states if first else None
         )
         self._load_groups(groups[0])
 

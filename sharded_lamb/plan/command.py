@@ -125,7 +125,7 @@ def run(chosen: argparse.Namespace, device: torch.device) -> int:
         from sharded_lamb.plan.picture import draw
 
         draw(rows, title, chosen.png)
-    print("\n".join([title, _mask_replicas(machine, chosen), "", text_table(rows), "", *NOTES]))
+    print("\n".join([title, _describe_machine(machine, chosen), "", text_table(rows), "", *NOTES]))
     return 0
 
 
@@ -188,16 +188,19 @@ def _given(chosen: argparse.Namespace, option: str) -> bool:
 
 def _described(found: Shapes, choices: Choices) -> str:
     precision = choices.precision
+    masters = precision.masters
     names = [
-        str(dtype).removeprefix("torch.") for dtype in (precision.model, precision.master, precision.state)
+        str(dtype).removeprefix("torch.")
+        for dtype in (precision.model, masters.value if masters else precision.model, precision.moments.value)
     ]
+    remainders = " as remainders" if masters and masters.beside_weight else ""
     return (
         f"{len(found):,} tensors, {sum(map(prod, found.values())):,} elements, {names[0]} with {names[1]} masters"
-        f"{' as remainders' if precision.splits else ''} and {names[2]} moments, buckets of {choices.bucket_mb:g} MiB"
+        f"{remainders} and {names[2]} moments, buckets of {choices.bucket_mb:g} MiB"
     )
 
 
-def _mask_replicas(machine: Machine, chosen: argparse.Namespace) -> str:
+def _describe_machine(machine: Machine, chosen: argparse.Namespace) -> str:
     return (
         f"update {machine.update_bytes_per_second / 1e9:,.5g} GB/s, inside a node "
         f"{machine.intra_bytes_per_second / 1e9:,.5g} GB/s and {machine.intra_latency * 1e6:.3g} us, between nodes "

@@ -5,28 +5,28 @@ are kept (channels_last stays so): what is flat is memory order.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sharded_lamb.core.footprint import Widths
 from sharded_lamb.core.layout import BLOCK, Bucket, Segment
-from sharded_lamb.kernels import FlatShard, remainders
+from sharded_lamb.kernels import FlatShard, formats
 from sharded_lamb.kernels.incoming import GradientCopy
+from sharded_lamb.kernels.state_format import StateFormat, StoredState, moments
 from sharded_lamb.sharding.flat_memory import zeros
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """The dtypes of one bucket. float64 parameters are computed and kept in float64 throughout."""
+    """The dtypes and formats of one bucket, or of a DTensor. float64 parameters are float64 throughout."""
 
     model: torch.dtype
-    master: torch.dtype
-    state: torch.dtype
+    masters: StateFormat | None  # None: the parameters' own memory is what steps update
+    moments: StateFormat
     wire: torch.dtype
     compute: torch.dtype
-    splits: bool = False  # masters are kept as remainders of the model's weights
 
     @staticmethod
     def of(
@@ -37,30 +37,24 @@ class Precision:
         *,
         store_param_remainders: bool = False,
     ) -> "Precision":
-        """``store_param_remainders``: of masters, where weights are bfloat16; others are kept whole."""
+        """From `ShardedLamb`'s keywords and the parameters' dtype."""
         if model == torch.float64:
-            return Precision(model, model, model, reduce or model, model)
-        splits = store_param_remainders and (model, master) == (torch.bfloat16, torch.float32)
-        compute = torch.promote_types(master, torch.float32)
-        return Precision(model, master, state, reduce or model, compute, splits)
-
-    @property
-    def apart(self) -> torch.dtype | None:
-        """What is kept of masters beside the model's weights; None: those are what is updated."""
-        if self.splits:
-            return remainders.DTYPE
-        return self.master if self.master != self.model else None
+            master = state = model
+        masters = formats.of_masters(model, master, store_param_remainders=store_param_remainders)
+        compute = master if model == torch.float64 else torch.promote_types(master, torch.float32)
+        return Precision(model, masters, formats.of_moments(state), reduce or model, compute)
 
     @property
     def widths(self) -> Widths:
         """Bytes an element, by role."""
+        masters = self.masters
         return Widths(
-            self.model.itemsize,
-            self.apart.itemsize if self.apart else 0,
-            self.state.itemsize,
-            self.wire.itemsize,
-            self.compute.itemsize,
-            self.splits,
+            model=self.model.itemsize,
+            master=masters.storage.itemsize if masters else 0,
+            state=self.moments.storage.itemsize,
+            wire=self.wire.itemsize,
+            compute=self.compute.itemsize,
+            beside_weight=masters is not None and masters.beside_weight,
         )
 
 
@@ -83,11 +77,6 @@ def flattened(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
             tensor
         )
     return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def masters_of(model: Tensor, kept: Tensor) -> Tensor:
-    """``kept``, now the masters that the model's weights are; of remainders, none."""
-    return kept.zero_() if kept.dtype == remainders.DTYPE else kept.copy_(model)
 
 
 class FlatBucket:
@@ -120,24 +109,46 @@ class FlatBucket:
 
     def _shard(self) -> FlatShard:
         numel, precision, device = self.plan.shard_numel, self.precision, self.flat.device
-        mine, apart = self.flat[self.low : self.high], precision.apart
+        shard_flat, masters = self.flat[self.low : self.high], None
+        if precision.masters is not None:
+            masters = zeros(numel, precision.masters.storage, device, lane=4)
+            precision.masters.reset(masters, shard_flat)
         block_param = torch.full((numel // BLOCK,), self.plan.params[0], dtype=torch.int64)
         for segment in self.segments:
             first = segment.shard_start // BLOCK
             block_param[first : -(-(segment.shard_start + segment.length) // BLOCK)] = segment.param
         return FlatShard(
-            weight=mine if apart is None else masters_of(mine, zeros(numel, apart, device, lane=4)),
-            model=None if apart is None else mine,
+            weight=shard_flat if masters is None else masters,
+            model=None if masters is None else shard_flat,
             grad=zeros(numel, precision.compute, device, lane=1),
-            exp_avg=zeros(numel, precision.state, device, lane=2),
-            exp_avg_sq=zeros(numel, precision.state, device, lane=3),
+            exp_avg=zeros(numel, precision.moments.storage, device, lane=2),
+            exp_avg_sq=zeros(numel, precision.moments.storage, device, lane=3),
             block_param=block_param.to(device),
         )
 
+    def states_of(self, param: int) -> list[StoredState]:
+        """The kinds of state of this rank's segment of a parameter, each [segment], views; may be empty."""
+        return [
+            replace(
+                state,
+                stored=self.slice_of(param, state.stored),
+                weight=None if state.weight is None else self.slice_of(param, state.weight),
+            )
+            for state in self.states()
+        ]
+
     def refresh_masters(self) -> None:
-        """Masters from the model's weights, after those were written as a whole (broadcast, loading)."""
-        if self.shard.model is not None:
-            masters_of(self.shard.model, self.shard.weight)
+        """Reset masters to the model's weights, after those were written as a whole (broadcast, loading)."""
+        if self.precision.masters is not None and self.shard.model is not None:
+            self.precision.masters.reset(self.shard.weight, self.shard.model)
+
+    def states(self) -> list[StoredState]:
+        """The kinds of state of this rank's shard, each [shard]."""
+        shard, masters = self.shard, self.precision.masters
+        kinds = [*moments(self.precision.moments, shard.exp_avg, shard.exp_avg_sq)]
+        if masters is not None:
+            kinds.append(StoredState("master", masters, shard.weight, shard.model))
+        return kinds
 
     def check_attached(self, names: Sequence[str]) -> None:
         """Raises RuntimeError where a parameter no longer is the view that this bucket gathers into."""

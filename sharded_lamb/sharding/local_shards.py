@@ -17,7 +17,9 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from sharded_lamb.comm.collectives import Traffic
 from sharded_lamb.kernels import ScatteredShard
-from sharded_lamb.sharding.buckets import Precision, flattened, masters_of, memory_strides
+from sharded_lamb.kernels.state_format import StoredState
+from sharded_lamb.kernels.state_format import moments as moments_of
+from sharded_lamb.sharding.buckets import Precision, flattened, memory_strides
 from sharded_lamb.sharding.placements import local_part, mesh_device
 
 
@@ -28,9 +30,11 @@ class LocalShard:
     p: DTensor
     precision: Precision
     strides: tuple[int, ...]  # of the local part
-    master: Tensor | None  # [n] master dtype, where that is not the model's; int16: remainders of masters
-    exp_avg: Tensor  # [n] state dtype
-    exp_avg_sq: Tensor  # [n] state dtype
+    master: (
+        Tensor | None
+    )  # [n] as `Precision.masters` stores it; None: the parameter's memory is what steps update
+    exp_avg: Tensor  # [n] as `Precision.moments` stores it
+    exp_avg_sq: Tensor  # [n]
 
     @staticmethod
     def of(p: DTensor, precision: Precision) -> "LocalShard":
@@ -40,20 +44,24 @@ class LocalShard:
         def zeros(dtype: torch.dtype) -> Tensor:
             return torch.zeros(local.numel(), dtype=dtype, device=local.device)
 
-        master = None if precision.apart is None else zeros(precision.apart)
-        if master is not None:
-            masters_of(flattened(local, strides), master)
-        return LocalShard(p, precision, strides, master, zeros(precision.state), zeros(precision.state))
+        master = None
+        if precision.masters is not None:
+            master = zeros(precision.masters.storage)
+            precision.masters.reset(master, flattened(local, strides))
+        moments = precision.moments.storage
+        return LocalShard(p, precision, strides, master, zeros(moments), zeros(moments))
 
     def weight(self) -> Tensor:
         """[n] the model's own memory."""
         return flattened(local_part(self.p), self.strides)
 
-    def states(self) -> dict[str, Tensor]:
-        """The sharded kinds of state, flat, by their key."""
-        kinds = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        key = "remainder" if self.precision.splits else "master"
-        return kinds if self.master is None else {**kinds, key: self.master}
+    def states(self) -> list[StoredState]:
+        """The kinds of state of this rank's part, each [n]."""
+        masters = self.precision.masters
+        kinds = [*moments_of(self.precision.moments, self.exp_avg, self.exp_avg_sq)]
+        if masters is not None and self.master is not None:
+            kinds.append(StoredState("master", masters, self.master, self.weight()))
+        return kinds
 
     def as_dtensor(self, flat: Tensor) -> DTensor:
         """A flat tensor of this rank's as a DTensor like the parameter, over the same memory.
@@ -89,21 +97,21 @@ class DTensorShards:
     """The DTensor parameters of an optimizer on this rank, by their place among all parameters."""
 
     def __init__(self) -> None:
-        self.pieces: dict[int, LocalShard] = {}
+        self.local: dict[int, LocalShard] = {}
         self.grads: dict[int, Tensor] = {}
         """{parameter: local gradient} as last taken, placed as the parameter is."""
         self.shards: list[ScatteredShard] = []
         """What the kernels run over: the parts that have elements and, as last taken, gradients."""
 
     def add(self, param: int, p: DTensor, precision: Precision) -> None:
-        self.pieces[param] = LocalShard.of(p, precision)
+        self.local[param] = LocalShard.of(p, precision)
 
     def check_attached(self, names: Sequence[str]) -> None:
         """Raises RuntimeError where a local part is no longer what state was made for."""
-        for param, piece in self.pieces.items():
-            local = local_part(piece.p)
+        for param, local_shard in self.local.items():
+            local = local_part(local_shard.p)
             found = (local.numel(), local.dtype, local.device)
-            expected = (piece.exp_avg.numel(), piece.precision.model, piece.exp_avg.device)
+            expected = (local_shard.exp_avg.numel(), local_shard.precision.model, local_shard.exp_avg.device)
             if found != expected:
                 raise RuntimeError(
                     f"the local part of parameter {names[param]!r} is now {found[0]} elements of {found[1]} on "
@@ -113,37 +121,37 @@ class DTensorShards:
 
     def read_gradients(self, names: Sequence[str], traffic: Traffic) -> None:
         """Look at every ``.grad``. Collective only where some are not placed as their parameters are."""
-        params = [param for param, piece in self.pieces.items() if piece.p.grad is not None]
-        found = local_gradients({names[param]: self.pieces[param].p for param in params}, traffic)
+        params = [param for param, local_shard in self.local.items() if local_shard.p.grad is not None]
+        found = local_gradients({names[param]: self.local[param].p for param in params}, traffic)
         self.grads = dict(zip(params, found, strict=True))
         columns: dict[Any, list[tuple[int, LocalShard, Tensor]]] = {}
         for param, grad in self.grads.items():
-            piece = self.pieces[param]
+            local_shard = self.local[param]
             if grad.numel():
-                row = param, piece, flattened(grad, piece.strides)
-                columns.setdefault((piece.precision, grad.dtype), []).append(row)
+                row = param, local_shard, flattened(grad, local_shard.strides)
+                columns.setdefault((local_shard.precision, grad.dtype), []).append(row)
         self.shards = [_shard(rows) for rows in columns.values()]
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes on this rank. Gradients are used where they lie."""
-        pieces = self.pieces.values()
+        shards = self.local.values()
         return {
-            "parameters": sum(piece.exp_avg.numel() * piece.precision.model.itemsize for piece in pieces),
-            "masters": sum(piece.master.nbytes for piece in pieces if piece.master is not None),
-            "moments": sum(piece.exp_avg.nbytes + piece.exp_avg_sq.nbytes for piece in pieces),
+            "parameters": sum(shard.exp_avg.numel() * shard.precision.model.itemsize for shard in shards),
+            "masters": sum(shard.master.nbytes for shard in shards if shard.master is not None),
+            "moments": sum(shard.exp_avg.nbytes + shard.exp_avg_sq.nbytes for shard in shards),
             "gradient_shards": 0,
         }
 
 
 def _shard(rows: Sequence[tuple[int, LocalShard, Tensor]]) -> ScatteredShard:
-    weights = [piece.weight() for _, piece, _ in rows]
-    masters = [piece.master for _, piece, _ in rows if piece.master is not None]
+    weights = [local_shard.weight() for _, local_shard, _ in rows]
+    masters = [local_shard.master for _, local_shard, _ in rows if local_shard.master is not None]
     return ScatteredShard(
         params=tuple(param for param, _, _ in rows),
         weight=masters or weights,
         grad=[grad for _, _, grad in rows],
-        exp_avg=[piece.exp_avg for _, piece, _ in rows],
-        exp_avg_sq=[piece.exp_avg_sq for _, piece, _ in rows],
+        exp_avg=[local_shard.exp_avg for _, local_shard, _ in rows],
+        exp_avg_sq=[local_shard.exp_avg_sq for _, local_shard, _ in rows],
         model=weights if masters else None,
     )
 

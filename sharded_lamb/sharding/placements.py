@@ -1,15 +1,15 @@
-"""DTensor placements → which part of a parameter a rank holds, and which rank owns it.
+"""DTensor placements → which shard of a parameter a rank holds, and which rank owns it.
 
-The axes of the mesh that shard a parameter cut it into *cells*; ranks at the same coordinates on those axes hold the
-same cell, wherever they are on all other axes (of this mesh or of the one that it was sliced from)::
+The axes of the mesh that shard a parameter cut it into shards; ranks at the same coordinates on those axes hold the
+same shard, wherever they are on all other axes (of this mesh or of the one that it was sliced from). Shard indices::
 
     mesh (replicate 2, shard 2), placements (Replicate, Shard(0))        LayerNorm under FSDP x TP, on the FSDP axis
 
-        rank 0: cell 0    rank 1: cell 1                                      rank 0: cell 0    rank 1: cell 0  (TP)
-        rank 2: cell 0    rank 3: cell 1                                      rank 2: cell 1    rank 3: cell 1
+        rank 0: 0    rank 1: 1                                               rank 0: 0    rank 1: 0  (TP)
+        rank 2: 0    rank 3: 1                                               rank 2: 1    rank 3: 1
 
-A sum over ranks must count every element once: the first rank of each cell owns it, the others add 0. How a cell
-lies in the parameter (uneven, empty, strided) does not matter for that.
+A sum over ranks must count every element once: the first rank of each shard owns it, the others add 0. Which elements a
+shard has (uneven, empty, strided) does not matter for that.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +25,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How some parameters are cut: the placements on a mesh, one an axis."""
+    """How some parameters are sharded: the placements on a mesh, one an axis."""
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
@@ -52,12 +52,12 @@ class ShardSpec:
         return ShardSpec(p.device_mesh, tuple(p.placements))
 
     @property
-    def cell(self) -> int:
+    def shard_index(self) -> int:
         """This rank's."""
         coordinate = self.mesh.get_coordinate()
         assert coordinate is not None
         shards = [not placement.is_replicate() for placement in self.placements]
-        return shard_index(coordinate, tuple(self.mesh.shape), shards)
+        return index_of_coordinate(coordinate, tuple(self.mesh.shape), shards)
 
     def described(self) -> dict[str, Any]:
         """As JSON can hold it, the same on every rank of the mesh."""
@@ -75,11 +75,11 @@ class Replicas:
 
     kinds: tuple[str, ...]  # as messages call them; "" for plain parameters
     kind_of: tuple[int, ...]  # of every parameter; -1: each rank holds a part of its own
-    cells: tuple[tuple[int, ...], ...]  # [kinds][W] ranks with the same number hold the same part
+    shard_indices: tuple[tuple[int, ...], ...]  # [kinds][W] ranks with the same index hold the same part
 
 
-def shard_index(coordinate: Sequence[int], sizes: Sequence[int], shards: Sequence[bool]) -> int:
-    """The cell of a rank at ``coordinate``: a number with one digit a sharding axis."""
+def index_of_coordinate(coordinate: Sequence[int], sizes: Sequence[int], shards: Sequence[bool]) -> int:
+    """The shard index of a rank at ``coordinate``: a number with one digit a sharding axis."""
     index = 0
     for place, size, sharding in zip(coordinate, sizes, shards, strict=True):
         if sharding:
@@ -87,13 +87,13 @@ def shard_index(coordinate: Sequence[int], sizes: Sequence[int], shards: Sequenc
     return index
 
 
-def owners(cells: Sequence[int]) -> list[bool]:
-    """For the cells of the ranks in order: whether each is the first that holds its cell."""
+def owners(shard_indices: Sequence[int]) -> list[bool]:
+    """[ranks] whether each rank is the first that holds its shard. ``shard_indices``: of the ranks, in order."""
     seen: set[int] = set()
     first = []
-    for cell in cells:
-        first.append(cell not in seen)
-        seen.add(cell)
+    for index in shard_indices:
+        first.append(index not in seen)
+        seen.add(index)
     return first
 
 

@@ -7,7 +7,7 @@ DTensors like it, and ``start`` is then its cell (`sharded_lamb.sharding.placeme
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.core.layout import ShardLayout
-from sharded_lamb.kernels import remainders
+from sharded_lamb.kernels.state_format import StoredState
 from sharded_lamb.sharding.buckets import FlatBucket, flattened
 from sharded_lamb.sharding.dcp_tensors import Region, SlicedState, Stamp
 from sharded_lamb.sharding.local_shards import DTensorShards
@@ -26,57 +26,27 @@ STAMP = ("rank", "shards", "start", "length", "numel", "layout")
 State = dict[str, Tensor]
 
 
-def tensors_of(bucket: FlatBucket) -> dict[str, Tensor]:
-    """The sharded kinds of state of a bucket: flat tensors of this rank, by their key."""
-    kinds = {"exp_avg": bucket.shard.exp_avg, "exp_avg_sq": bucket.shard.exp_avg_sq}
-    if bucket.shard.model is not None:
-        kinds["remainder" if bucket.precision.splits else "master"] = bucket.shard.weight
-    return kinds
+def decoded_states(buckets: Sequence[FlatBucket], dtensors: DTensorShards) -> dict[int, dict[str, Tensor]]:
+    """{parameter: {kind: values}} of state that is not stored as its values, in new memory.
 
-
-def saved_key(key: str) -> str:
-    """Remainders are saved as the masters that they and the model's weights are: any optimizer can load those."""
-    return "master" if key == "remainder" else key
-
-
-def serialized(kinds: State, model: Tensor | None) -> Iterator[tuple[str, Tensor]]:
-    """``kinds`` as they are saved, masters joined in new memory. ``model``: the weights beside remainders."""
-    for key, kept in kinds.items():
-        if key == "remainder":
-            assert model is not None
-            kept = remainders.joined(model, kept)
-        yield saved_key(key), kept
-
-
-def empty_for(kept: Tensor) -> Tensor:
-    """Memory for what is saved of ``kept``: itself, unless it is remainders."""
-    return torch.empty_like(kept, dtype=torch.float32) if kept.dtype == remainders.DTYPE else kept
-
-
-def take(kept: Tensor, saved: Tensor) -> None:
-    """Copy what was saved; of masters to where remainders are kept, what their own rounding lacks.
-
-    The model's weights are left alone: they are loaded too, before or after.
+    This rank's parts, of the classes that `local_states` and `dtensor_states` give.
     """
-    if kept.dtype == remainders.DTYPE:
-        saved = remainders.split(saved.detach().to(torch.float32))[1]
-    if kept is not saved:
-        kept.copy_(saved)
-
-
-def joined_masters(buckets: Sequence[FlatBucket], pieces: DTensorShards) -> dict[int, Tensor]:
-    """{parameter: master} of those of which remainders are kept: this rank's parts as in `local_states`, new memory."""
-    found: dict[int, Tensor] = {}
+    decoded: dict[int, dict[str, Tensor]] = {}
     for bucket in buckets:
-        model = bucket.shard.model
-        if bucket.precision.splits and model is not None:
-            for position, param in enumerate(bucket.plan.params):
-                own, kept = (bucket.slice_of(param, flat) for flat in (model, bucket.shard.weight))
-                found[param] = SlicedState.of(remainders.joined(own, kept), _region(bucket, position))
-    for param, piece in pieces.pieces.items():
-        if piece.precision.splits and piece.master is not None:
-            found[param] = piece.as_dtensor(remainders.joined(piece.weight(), piece.master))
-    return found
+        for position, param in enumerate(bucket.plan.params):
+            region = _region(bucket, position)
+            decoded[param] = {
+                state.kind: SlicedState.of(state.values(), region)
+                for state in bucket.states_of(param)
+                if state.key != state.kind
+            }
+    for param, local in dtensors.local.items():
+        decoded[param] = {
+            state.kind: local.as_dtensor(state.values())
+            for state in local.states()
+            if state.key != state.kind
+        }
+    return decoded
 
 
 def _region(bucket: FlatBucket, position: int) -> Region:
@@ -102,16 +72,16 @@ def local_states(layout: ShardLayout, buckets: Sequence[FlatBucket], step: Tenso
                 digest,
             ]
             states[param] = {"step": step[param]}
-            for key, flat in tensors_of(bucket).items():
-                states[param][key] = SlicedState.of(bucket.slice_of(param, flat), region)
+            for state in bucket.states_of(param):
+                states[param][state.key] = SlicedState.of(state.stored, region)
             states[param]["shard"] = Stamp.of(stamp)
     return states
 
 
 def dtensor_states(
     layout: ShardLayout,
-    pieces: DTensorShards,
-    cuts: Mapping[int, ShardSpec],
+    dtensors: DTensorShards,
+    specs: Mapping[int, ShardSpec],
     rank: int,
     world: int,
     step: Tensor,
@@ -119,13 +89,13 @@ def dtensor_states(
     """The same of DTensors: tensors are DTensors like the parameter, over the memory that steps update."""
     own_layout = layout.digest()
     states: dict[int, State] = {}
-    for param, piece in pieces.pieces.items():
-        cut = cuts[param]
-        digest = _short(hashlib.sha256(json.dumps([own_layout, cut.described()]).encode()).hexdigest())
-        stamp = [rank, world, cut.cell, piece.exp_avg.numel(), layout.numels[param], digest]
+    for param, local in dtensors.local.items():
+        spec = specs[param]
+        digest = _short(hashlib.sha256(json.dumps([own_layout, spec.described()]).encode()).hexdigest())
+        stamp = [rank, world, spec.shard_index, local.exp_avg.numel(), layout.numels[param], digest]
         states[param] = {"step": step[param]}
-        for key, flat in piece.states().items():
-            states[param][key] = piece.as_dtensor(flat)
+        for state in local.states():
+            states[param][state.key] = local.as_dtensor(state.stored)
         states[param]["shard"] = Stamp.of(stamp)
     return states
 
@@ -134,8 +104,11 @@ def _short(digest: str) -> int:
     return int(digest[:15], 16)
 
 
-def check_local(name: str, own: State, saved: Mapping[str, Any]) -> None:
-    """Whether one parameter's saved slices are this rank's.
+def check_local(name: str, own: State, states: Sequence[StoredState], saved: Mapping[str, Any]) -> None:
+    """Check that one parameter's saved slices are this rank's.
+
+    Args:
+        own: the parameter's entry in ``optimizer.state``; ``states``: its kinds of state.
 
     Raises:
         ValueError: the slices are another rank's, another layout's, or whole tensors.
@@ -164,20 +137,17 @@ def check_local(name: str, own: State, saved: Mapping[str, Any]) -> None:
             + ". state_dict() is one rank's slices: save and load every rank's own, with the same ranks and the same "
             "model; for other ranks use full_state_dict() and load_full_state_dict()"
         )
-    missing = {saved_key(key) for key in own} - saved.keys()
+    missing = {"step", *(state.kind for state in states)} - saved.keys()
     if missing:
         raise ValueError(f"the state of {name!r} lacks {sorted(missing)}: it was saved with other dtypes")
 
 
-def load_local(own: State, saved: Mapping[str, Any]) -> None:
+def load_local(step: Tensor, states: Sequence[StoredState], saved: Mapping[str, Any]) -> None:
     """Copy one parameter's saved slices, once checked, into its own."""
-    for key, tensor in own.items():
-        if key == "step":
-            tensor.copy_(torch.as_tensor(saved[key]).reshape(()))
-        elif isinstance(tensor, DTensor):
-            take(local_part(tensor), local_part(saved[saved_key(key)]))
-        elif key != "shard":
-            take(tensor, saved[saved_key(key)])
+    step.copy_(torch.as_tensor(saved["step"]).reshape(()))
+    for state in states:
+        values = saved[state.kind]
+        state.store(local_part(values) if isinstance(values, DTensor) else values)
 
 
 def check_complete(state_dict: dict[str, Any] | None) -> dict[str, Any]:
@@ -219,37 +189,38 @@ def gather_full(
     collectives: Collectives,
     layout: ShardLayout,
     buckets: Sequence[FlatBucket],
-    pieces: DTensorShards,
+    dtensors: DTensorShards,
     step: Tensor,
 ) -> dict[int, State] | None:
     """Whole state tensors in their parameters' shapes, on the first rank's CPU; None elsewhere. Collective.
 
     Streamed: one bucket of one kind at a time, one rank's shard at a time; of DTensors, one tensor at a time.
     """
+    first = collectives.topology.rank == 0
     states: dict[int, State] = {param: {} for param in range(len(layout.numels))}
     steps = step.cpu()
     for bucket in buckets:
-        for key, flat in serialized(tensors_of(bucket), bucket.shard.model):
-            parts = collectives.gather_to_first(flat)
+        for state in bucket.states():
+            parts = collectives.gather_to_first(state.values())
             if parts is None:
                 continue
             whole = torch.cat(parts)
             for position, param in enumerate(bucket.plan.params):
-                states[param][key] = bucket.place(position, whole).clone()
-    for param, piece in pieces.pieces.items():
-        for key, flat in serialized(piece.states(), piece.weight()):
-            whole = piece.whole(flat)
-            if collectives.topology.rank == 0:
-                states[param][key] = whole.to("cpu", copy=True)
-    for param, state in states.items():
-        state["step"] = steps[param].clone()
-    return states if collectives.topology.rank == 0 else None
+                states[param][state.kind] = bucket.place(position, whole).clone()
+    for param, local in dtensors.local.items():
+        for state in local.states():
+            whole = local.whole(state.values())
+            if first:
+                states[param][state.kind] = whole.to("cpu", copy=True)
+    for param, entry in states.items():
+        entry["step"] = steps[param].clone()
+    return states if first else None
 
 
 def scatter_full(
     collectives: Collectives,
     buckets: Sequence[FlatBucket],
-    pieces: DTensorShards,
+    dtensors: DTensorShards,
     step: Tensor,
     states: Mapping[int, Mapping[str, Tensor]] | None,
 ) -> None:
@@ -260,46 +231,46 @@ def scatter_full(
     first = collectives.topology.rank == 0
     saved = states or {}
     for bucket in buckets:
-        for kind, kept in tensors_of(bucket).items():
-            key, flat, parts = saved_key(kind), empty_for(kept), None
+        for state in bucket.states():
+            shard, parts = state.empty(), None
             if first:
-                whole = bucket.flat.to("cpu", flat.dtype, copy=True)
-                if key != "master":
+                whole = bucket.flat.to("cpu", shard.dtype, copy=True)
+                if state.kind != "master":
                     whole.zero_()
                 for position, param in enumerate(bucket.plan.params):
-                    if key in saved.get(param, {}):
-                        bucket.place(position, whole).copy_(saved[param][key])
+                    if state.kind in saved.get(param, {}):
+                        bucket.place(position, whole).copy_(saved[param][state.kind])
                 parts = list(whole.chunk(bucket.plan.world_size))
-            collectives.scatter_from_first(flat, parts)
-            take(kept, flat)
-    _scatter_dtensors(collectives, pieces, saved)
+            collectives.scatter_from_first(shard, parts)
+            state.store(shard)
+    _scatter_dtensors(collectives, dtensors, saved)
     step.zero_()
     if first:
-        for param, state in saved.items():
-            step[param] = torch.as_tensor(state["step"]).reshape(())
+        for param, entry in saved.items():
+            step[param] = torch.as_tensor(entry["step"]).reshape(())
     collectives.broadcast(step)
 
 
 def _scatter_dtensors(
-    collectives: Collectives, pieces: DTensorShards, saved: Mapping[int, Mapping[str, Tensor]]
+    collectives: Collectives, dtensors: DTensorShards, saved: Mapping[int, Mapping[str, Tensor]]
 ) -> None:
     """One whole tensor at a time to every rank, which keeps its part."""
     first, device = collectives.topology.rank == 0, collectives.device
-    rows = [(param, key) for param, piece in pieces.pieces.items() for key in piece.states()]
-    there = torch.tensor(
-        [saved_key(key) in saved.get(param, {}) for param, key in rows], dtype=torch.int64, device=device
+    rows = [(param, local, state) for param, local in dtensors.local.items() for state in local.states()]
+    given = torch.tensor(
+        [state.kind in saved.get(param, {}) for param, _, state in rows], dtype=torch.int64, device=device
     )
     if rows:
-        collectives.broadcast(there)
-    for (param, key), given in zip(rows, there.tolist(), strict=True):
-        piece = pieces.pieces[param]
-        kept = piece.states()[key]
-        if not given:
-            kept.copy_(piece.weight()) if key == "master" else kept.zero_()
+        collectives.broadcast(given)
+    for (param, local, state), is_saved in zip(rows, given.tolist(), strict=True):
+        if not is_saved:
+            state.format.reset(
+                state.stored, local.weight()
+            ) if state.kind == "master" else state.stored.zero_()
             continue
-        whole = torch.empty(piece.p.shape, dtype=empty_for(kept[:0]).dtype, device=device)
+        whole = torch.empty(local.p.shape, dtype=state.format.value, device=device)
         if first:
-            whole.copy_(saved[param][saved_key(key)])
+            whole.copy_(saved[param][state.kind])
         collectives.broadcast(whole)
-        mine = distribute_tensor(whole, piece.p.device_mesh, piece.p.placements, src_data_rank=None)
-        take(kept, flattened(local_part(mine), piece.strides))
+        part = distribute_tensor(whole, local.p.device_mesh, local.p.placements, src_data_rank=None)
+        state.store(flattened(local_part(part), local.strides))

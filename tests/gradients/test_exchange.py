@@ -151,8 +151,8 @@ def _kinds(rank: int) -> list[type]:
     opt = ShardedLamb([Parameter(torch.ones(9))], stage=2)
     (bucket,) = opt._store.buckets
     memory = Staging([bucket], opt._collectives)
-    assert memory.route(0, bucket) is memory.route(0, bucket)
-    return [type(memory.route(0, bucket))]
+    assert memory.exchange(0, bucket) is memory.exchange(0, bucket)
+    return [type(memory.exchange(0, bucket))]
 
 
 def test_gloo_goes_by_hand() -> None:

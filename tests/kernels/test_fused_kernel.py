@@ -101,7 +101,7 @@ def compare_steps(ours: Shard, theirs: Shard, table: Tensor, step_sizes: Tensor)
 def numbers_of(shard: Shard) -> list[Tensor]:
     """`memory_of`, with masters in the place of remainders."""
     found = memory_of(shard)
-    if shard.uses_remainders:
+    if shard.master_format.beside_weight:
         size = 1 if isinstance(shard, FlatShard) else len(shard.params)
         found[:size] = [remainders.joined(found[size + i], found[i]) for i in range(size)]
     return found

@@ -16,7 +16,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import Parameter
 
 from sharded_lamb import ShardedLamb
-from sharded_lamb.sharding.placements import owners, shard_index
+from sharded_lamb.sharding.placements import index_of_coordinate, owners
 from tests import training
 from tests.harness import run_ranks, run_ranks_expecting_errors
 from tests.optim import fsdp_models as models
@@ -335,7 +335,7 @@ def test_one_rank_owns_each_cell(axes: list[tuple[int, bool]]) -> None:
     """The rule of coordinates, apart: a rank owns its cell where it is first on every axis that does not shard."""
     sizes, shards = [size for size, _ in axes], [sharding for _, sharding in axes]
     ranks = torch.cartesian_prod(*(torch.arange(size) for size in sizes)).reshape(-1, len(sizes)).tolist()
-    cells = [shard_index(coordinate, sizes, shards) for coordinate in ranks]
+    cells = [index_of_coordinate(coordinate, sizes, shards) for coordinate in ranks]
     by_coordinates = [
         all(place == 0 for place, sharding in zip(coordinate, shards, strict=True) if not sharding)
         for coordinate in ranks

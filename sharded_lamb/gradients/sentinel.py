@@ -1,0 +1,92 @@
+"""The ``.grad`` that stage 2 leaves on one parameter, by which others tell of gradients that are freed."""
+
+import torch
+from torch import Tensor
+
+from sharded_lamb.gradients.summary import GradientSummary
+
+
+class Sentinel:
+    """A ``.grad`` of ones on one parameter, attached after every round. It tells
+
+    - GradScaler of a non-finite gradient on any rank (the ones become inf on every rank, alike);
+    - the reducer of the factor of ``GradScaler.unscale_``, and of gradients that were scaled otherwise (stock
+      ``clip_grad_norm_``);
+    - the reducer of ``model.zero_grad()``, which cannot reach reduced shards.
+    """
+
+    def __init__(self, name: str, p: Tensor) -> None:
+        self.name, self.p = name, p
+        self.is_set_aside = False
+        """Whether reduced gradients are held although autograd writes another ``.grad``."""
+        self._grad: Tensor | None = None
+        self._version = 0
+
+    @property
+    def is_attached(self) -> bool:
+        return self._grad is not None and self.p.grad is self._grad
+
+    def is_grad(self, grad: Tensor) -> bool:
+        """Whether ``grad`` is the sentinel, not a gradient."""
+        return grad is self._grad
+
+    def attach(self, summary: GradientSummary) -> None:
+        """Put it into ``.grad``, after a round whose gradients ``summary`` tells of."""
+        self.is_set_aside = False
+        self._grad = torch.ones_like(self.p.detach()).masked_fill_(summary.any_bad, torch.inf)
+        self._version = self._grad._version
+        self.p.grad = self._grad
+
+    def drop(self) -> None:
+        """Forget it, and free ``.grad`` where that is it."""
+        if self.is_attached:
+            self.p.grad = None
+        self._grad, self.is_set_aside = None, False
+
+    def set_aside(self, *, used: bool) -> None:
+        """Free ``.grad`` for the gradient that autograd is about to add there."""
+        if self.is_attached:
+            self.is_set_aside = self.tells_of_gradients(used=used)
+            self.p.grad = None
+
+    def tells_of_gradients(self, *, used: bool) -> bool:
+        """Whether reduced gradients are held that no one has zeroed.
+
+        Args:
+            used: a step has used them.
+
+        Raises:
+            RuntimeError: ``.grad`` was assigned, so that this cannot be known.
+        """
+        if self._grad is None or self.is_set_aside:
+            return self.is_set_aside
+        grad = self.p.grad
+        if grad is not None and grad is not self._grad:
+            if used:
+                return False
+            raise RuntimeError(
+                f"the .grad of {self.name!r} was assigned while stage=2 holds reduced gradients "
+                f"that no step has used: call opt.zero_grad() before assigning gradients"
+            )
+        # zero_grad(set_to_none=False) by the model: the value is read only after somebody wrote it.
+        written = self._grad._version != self._version
+        return grad is not None and not (written and bool((grad == 0).all()))
+
+    def unscale_factor(self) -> Tensor | None:
+        """The factor of ``GradScaler.unscale_`` since the last round: fp64 scalar; None: it is not attached.
+
+        Raises:
+            RuntimeError: gradients were changed by something else.
+        """
+        if not self.is_attached:
+            return None
+        assert self._grad is not None
+        # GradScaler's unscaling of a list of tensors counts no version; every other in-place change does.
+        if self._grad._version != self._version:
+            raise RuntimeError(
+                "gradients were changed after backward, and stage=2 has already reduced and freed them, so the "
+                "change is lost: call opt.clip_grad_norm_(max_norm) instead of torch.nn.utils.clip_grad_norm_, or "
+                "pass max_grad_norm; use stage=1 for other changes"
+            )
+        factor = self._grad.flatten()[0].to(torch.float64)
+        return torch.where(factor.isfinite(), factor, torch.ones_like(factor))  # inf only says: non-finite

@@ -1,0 +1,218 @@
+"""Where an optimizer's new parameters go: checked, and planned before anything is allocated or sent."""
+
+import gc
+import weakref
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sharded_lamb import kernels
+from sharded_lamb.comm.topology import Topology
+from sharded_lamb.core.layout import Bucket, ShardLayout, plan_buckets
+from sharded_lamb.core.parameters import NamedParameter, check_parameter
+from sharded_lamb.kernels.formats import FLOATS
+from sharded_lamb.sharding.buckets import Precision
+from sharded_lamb.sharding.local_shards import check_dense
+from sharded_lamb.sharding.placements import ShardSpec, local_part, mesh_device, ranks_of_mesh
+
+_optimizer_of: Any = WeakIdKeyDictionary()
+"""Parameter → weak reference to the optimizer that claimed it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The keywords of `ShardedLamb` that are about ranks and memory. Raises ValueError for a wrong one."""
+
+    stage: int
+    bucket_mb: float
+    master_dtype: torch.dtype
+    state_dtype: torch.dtype
+    reduce_dtype: torch.dtype | None
+    overlap: bool
+    skip_nonfinite: bool
+    max_consecutive_skips: int
+    kernel: str
+    store_param_remainders: bool
+
+    def __post_init__(self) -> None:
+        if self.stage not in (1, 2):
+            raise ValueError(
+                f"stage must be 1 (gradients are averaged already) or 2 (gradients are reduced here), "
+                f"got {self.stage!r}"
+            )
+        if not self.bucket_mb > 0:
+            raise ValueError(f"bucket_mb must be > 0 (MiB of parameters a bucket), got {self.bucket_mb!r}")
+        if self.max_consecutive_skips < 1:
+            raise ValueError(f"max_consecutive_skips must be >= 1, got {self.max_consecutive_skips!r}")
+        if self.kernel not in kernels.NAMES:
+            raise ValueError(f"kernel must be one of {kernels.NAMES}, got {self.kernel!r}")
+        for name in ("master_dtype", "state_dtype", "reduce_dtype"):
+            dtype = getattr(self, name)
+            if dtype not in FLOATS and not (name == "reduce_dtype" and dtype is None):
+                raise ValueError(f"{name} must be one of {[str(x) for x in FLOATS]}, got {dtype!r}")
+
+        if self.store_param_remainders and self.master_dtype != torch.float32:
+            raise ValueError(
+                f"store_param_remainders=True needs master_dtype=torch.float32, got {self.master_dtype}: a remainder "
+                f"is the lower half of a float32, beside a bfloat16 weight. Leave one of the two out"
+            )
+
+    def described(self) -> dict[str, Any]:
+        """As JSON can hold it, for the comparison over ranks."""
+        return {key: str(value) for key, value in asdict(self).items()}
+
+    def precision(self, model: torch.dtype) -> Precision:
+        """Of parameters of dtype ``model``."""
+        return Precision.of(
+            model,
+            self.master_dtype,
+            self.state_dtype,
+            self.reduce_dtype,
+            store_param_remainders=self.store_param_remainders,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """New parameters, the layout with them, and the buckets that the plain ones will be in."""
+
+    rows: list[NamedParameter]
+    layout: ShardLayout
+    buckets: tuple[Bucket, ...]
+    specs: dict[int, ShardSpec]  # of the DTensors
+    device: torch.device
+    wire_device: torch.device  # where small all-reduces run
+
+    def described(self, first: int) -> list[tuple[str, Any]]:
+        """What ranks must agree on, as JSON can hold it. ``first``: the index of the first row's parameter."""
+        order = list(dict.fromkeys(self.specs.values()))  # DTensors on one mesh here must be so on all ranks
+        described: list[tuple[str, Any]] = []
+        for i, (name, p, _) in enumerate(self.rows, start=first):
+            row: list[Any] = [name, list(p.shape), str(p.dtype), p.device.type]
+            if i in self.specs:
+                row.append({**self.specs[i].described(), "cut": order.index(self.specs[i])})
+            described.append((f"parameter {i}", row))
+        return [*described, ("parameters", len(self.layout.numels)), ("layout", self.layout.digest())]
+
+
+def plan_shards(
+    rows: Sequence[NamedParameter],
+    layout: ShardLayout,
+    topology: Topology,
+    bucket_mb: float,
+    device: torch.device,
+) -> ShardPlan:
+    """The plan that adds ``rows``, new parameters that require gradients, to ``layout``. Allocates nothing.
+
+    Args:
+        device: of the plan where there are no rows.
+
+    Raises:
+        ValueError: a DTensor that cannot be mapped, or whose mesh has ranks beyond ``topology``.
+    """
+    indexed = list(enumerate(rows, start=len(layout.numels)))
+    specs = {i: _shard_spec(name, p, topology) for i, (name, p, _) in indexed if isinstance(p, DTensor)}
+    plain = [(i, p) for i, (_, p, _) in indexed if i not in specs]
+    buckets = plan_buckets(
+        [p.numel() for _, p in plain],
+        [p.dtype for _, p in plain],
+        [p.element_size() for _, p in plain],
+        int(bucket_mb * 2**20),
+        layout.world_size,
+    )
+    buckets = tuple(replace(b, params=tuple(plain[place][0] for place in b.params)) for b in buckets)
+    layout = replace(
+        layout,
+        numels=(*layout.numels, *(p.numel() for _, p, _ in rows)),
+        buckets=(*layout.buckets, *buckets),
+        dtensors=layout.dtensors | specs.keys(),
+    )
+    device = rows[0][1].device if rows else device
+    wire = next((mesh_device(spec.mesh) for spec in specs.values()), device)
+    return ShardPlan(list(rows), layout, buckets, specs, device, wire)
+
+
+def _shard_spec(name: str, p: DTensor, topology: Topology) -> ShardSpec:
+    spec = ShardSpec.of(name, p)
+    check_dense(name, p)
+    beyond = sorted(set(ranks_of_mesh(spec.mesh)) - set(topology.everyone))
+    if beyond:
+        raise ValueError(
+            f"parameter {name!r} lies on a mesh of ranks {ranks_of_mesh(spec.mesh)} and this optimizer's ranks are "
+            f"{topology.everyone}: ranks {beyond} would be missing from its norms. All DTensors' meshes must "
+            f"be sliced from one root mesh; or pass process_group= with the ranks of all of them"
+        )
+    return spec
+
+
+def check_new(
+    new: Sequence[NamedParameter], names: Sequence[str], params: Sequence[Tensor], optimizer: object
+) -> None:
+    """Check that ``optimizer``, which holds ``params``, can take ``new`` ones.
+
+    Raises:
+        TypeError, ValueError: see `check_shardable`; two parameters share memory or an optimizer.
+    """
+    first: dict[Tensor, str] = {}
+    for name, p, _ in new:
+        if p in first:
+            raise ValueError(f"parameter {first[p]!r} is in the list twice: pass each parameter once")
+        first[p] = name
+    pointers = {_pointer(p): name for name, p in zip(names, params, strict=True)}
+    for name, p, _ in new:
+        check_shardable(name, p, params[0].device if params else new[0][1].device)
+        if _claimed_by_another(p, optimizer):
+            raise ValueError(
+                f"parameter {name!r} already belongs to another ShardedLamb: two would each move it into "
+                f"buckets of their own. Delete the other optimizer first, or use one with two groups"
+            )
+        if _pointer(p) and _pointer(p) in pointers:
+            raise ValueError(
+                f"parameters {pointers[_pointer(p)]!r} and {name!r} are two objects over the same memory: tie "
+                f"them by assigning one Parameter to both modules (decoder.weight = embedding.weight)"
+            )
+        pointers[_pointer(p)] = name
+
+
+def check_shardable(name: str, p: Tensor, device: torch.device) -> None:
+    """Raises for a parameter that cannot be held, with the way that can."""
+    check_parameter(name, p)
+    if hasattr(p, "ds_id") or hasattr(p, "_hp_mapping"):
+        raise ValueError(
+            f"parameter {name!r} is partitioned by DeepSpeed, which flattens parameters and sets hooks itself: "
+            f"ShardedLamb(stage=1 or 2) replaces DeepSpeed's ZeRO and cannot run inside it"
+        )
+    if p.device.type == "meta":
+        raise ValueError(
+            f"parameter {name!r} is on the meta device: call model.to_empty(device=…) and initialize it, and "
+            f"construct ShardedLamb after"
+        )
+    if p.device != device:
+        raise ValueError(
+            f"parameter {name!r} is on {p.device} and others are on {device}: one rank's parameters must share a device"
+        )
+
+
+def claim(p: Tensor, optimizer: "weakref.ref[Any]") -> None:
+    """Note that ``optimizer`` holds ``p``."""
+    _optimizer_of[p] = optimizer
+
+
+def _claimed_by_another(p: Tensor, optimizer: object) -> bool:
+    def holder() -> object:
+        return _optimizer_of[p]() if p in _optimizer_of else None
+
+    if holder() in (None, optimizer):
+        return False
+    gc.collect()  # an optimizer that was deleted may be part of a cycle
+    return holder() is not None
+
+
+def _pointer(p: Tensor) -> int:
+    """Where a parameter's memory on this rank starts; 0 where it has none."""
+    return local_part(p).data_ptr() if isinstance(p, DTensor) else p.data_ptr()
