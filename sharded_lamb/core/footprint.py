@@ -43,14 +43,16 @@ def large_sends(
     return sends
 
 
-def small_sends(parameters: int, *, agreements: int) -> list[int]:
+def small_sends(parameters: int, sums: int, *, agreements: int) -> list[int]:
     """Bytes of the packed fp64 all-reduces of a step on several ranks.
+
+    ``sums``: `sharded_lamb.core.rule.SUMS` a parameter.
 
     ``agreements``: how often (a) is made; 0: it travels with (b), see `sharded_lamb.gradients.summary`.
     """
     if not agreements:
-        return [4 * parameters * 8]
-    return [(3 * parameters + 1) * 8] * agreements + [2 * parameters * 8]
+        return [(2 + sums) * parameters * 8]
+    return [(3 * parameters + 1) * 8] * agreements + [sums * parameters * 8]
 
 
 def staging_bytes(buckets: Sequence[tuple[Bucket, Widths]], *, in_flight: int, sums_here: bool) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import torch
@@ -11,27 +11,49 @@ from torch import Tensor
 from sharded_lamb.core.rule import ParameterOptions
 
 
-def _row(group: Mapping[str, Any]) -> tuple[float, ...]:
-    """One group's options as numbers, in the order that `_assemble` reads them."""
-    beta1, beta2 = group["betas"]
-    inside = group["eps_inside_sqrt"]
-    phi = group["weight_norm_clip"] or (0.0, math.inf)
-    clip = group["trust_clip"] or (0.0, math.inf)
-    return (
-        beta1,
-        beta2,
-        1 - beta1 if group["grad_averaging"] else 1.0,
-        1 - beta2,
-        float(group["bias_correction"] is True),
-        float(group["bias_correction"] == "lr"),
-        group["eps"] if inside else 0.0,
-        0.0 if inside else group["eps"],
-        0.0 if group["adam_w_mode"] else group["weight_decay"],
-        group["weight_decay"] if group["adam_w_mode"] else 0.0,
-        *phi,
-        *clip,
-        float(group["adapt_without_decay"]),
-    )
+@dataclass(frozen=True, slots=True)
+class _GroupOptions:
+    """One group's options as numbers: fields of `ParameterOptions`, and ``adapts_without_decay``."""
+
+    beta1: float
+    beta2: float
+    c1: float
+    c2: float
+    corrects: float
+    corrects_lr: float
+    eps_inside: float
+    eps_outside: float
+    l2: float
+    decay: float
+    weight_norm_low: float
+    weight_norm_high: float
+    ratio_low: float
+    ratio_high: float
+    adapts_without_decay: float
+
+    @staticmethod
+    def of(group: Mapping[str, Any]) -> "_GroupOptions":
+        beta1, beta2 = group["betas"]
+        phi = group["weight_norm_clip"] or (0.0, math.inf)
+        clip = group["trust_clip"] or (0.0, math.inf)
+        eps, decay = group["eps"], group["weight_decay"]
+        return _GroupOptions(
+            beta1=beta1,
+            beta2=beta2,
+            c1=1 - beta1 if group["grad_averaging"] else 1.0,
+            c2=1 - beta2,
+            corrects=float(group["bias_correction"] is True),
+            corrects_lr=float(group["bias_correction"] == "lr"),
+            eps_inside=eps if group["eps_inside_sqrt"] else 0.0,
+            eps_outside=0.0 if group["eps_inside_sqrt"] else eps,
+            l2=0.0 if group["adam_w_mode"] else decay,
+            decay=decay if group["adam_w_mode"] else 0.0,
+            weight_norm_low=phi[0],
+            weight_norm_high=phi[1],
+            ratio_low=clip[0],
+            ratio_high=clip[1],
+            adapts_without_decay=float(group["adapt_without_decay"]),
+        )
 
 
 class OptionTable:
@@ -54,9 +76,9 @@ class OptionTable:
         self._group_of = torch.tensor(group_of, dtype=torch.int64, device=device)
         self._decays = torch.tensor(decays, dtype=torch.float64, device=device)
         self._adapts = torch.tensor(adapts, dtype=torch.bool, device=device)
-        self._wide = torch.tensor(is_fp64, dtype=torch.bool, device=device)
+        self._is_fp64 = torch.tensor(is_fp64, dtype=torch.bool, device=device)
         self._device = device
-        self._rows: list[tuple[float, ...]] | None = None
+        self._of_groups: list[_GroupOptions] | None = None
         self._options: ParameterOptions | None = None
         self._lrs: list[float] | None = None
         self._lr: Tensor | None = None
@@ -66,9 +88,9 @@ class OptionTable:
 
     def options(self) -> ParameterOptions:
         """The groups' options of now, one entry a parameter."""
-        rows = [_row(group) for group in self._groups]
-        if self._options is None or rows != self._rows:
-            self._rows, self._options = rows, self._assemble(rows)
+        of_groups = [_GroupOptions.of(group) for group in self._groups]
+        if self._options is None or of_groups != self._of_groups:
+            self._of_groups, self._options = of_groups, self._assemble(of_groups)
         return self._options
 
     def lr(self) -> Tensor:
@@ -91,12 +113,11 @@ class OptionTable:
         host = torch.tensor(values, dtype=torch.float64, pin_memory=self._device.type == "cuda")
         return host.to(self._device, non_blocking=True)
 
-    def _assemble(self, rows: Sequence[tuple[float, ...]]) -> ParameterOptions:
-        table = self._on_device(rows)[self._group_of]
-        columns = table.unbind(dim=1)
-        l2, decay = columns[8] * self._decays, columns[9] * self._decays
-        names = [field.name for field in fields(ParameterOptions)]
-        named = dict(zip(names, columns[:-1], strict=False))
-        named.update(l2=l2, decay=decay, is_fp64=self._wide)
-        named["adapts"] = self._adapts & (columns[-1].bool() | (l2 + decay > 0))
-        return ParameterOptions(**named)
+    def _assemble(self, of_groups: Sequence[_GroupOptions]) -> ParameterOptions:
+        table = self._on_device([astuple(options) for options in of_groups])[self._group_of]
+        names = [field.name for field in fields(_GroupOptions)]
+        named = dict(zip(names, table.unbind(dim=1), strict=True))
+        without_decay = named.pop("adapts_without_decay").bool()
+        l2, decay = named.pop("l2") * self._decays, named.pop("decay") * self._decays
+        adapts = self._adapts & (without_decay | (l2 + decay > 0))
+        return ParameterOptions(**named, l2=l2, decay=decay, adapts=adapts, is_fp64=self._is_fp64)

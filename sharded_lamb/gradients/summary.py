@@ -134,11 +134,14 @@ def local_summary(square_sums: Tensor, present: Sequence[bool]) -> GradientSumma
 def all_reduce_with_norms(
     collectives: Collectives, summary: GradientSummary, norms: Tensor
 ) -> GradientSummary:
-    """(a) and (b) in one: ``norms`` [2, P] is summed over ranks in place, and `local_summary` summary with it."""
+    """(a) and (b) in one: sums ``norms`` [SUMS, P] over ranks in place, and a `local_summary` with it."""
     vector = torch.cat([norms, torch.stack([summary.square_sums, summary.present])])
     collectives.all_reduce_small(vector)
-    norms.copy_(vector[:2])
-    return replace(summary, square_sums=vector[2], present=vector[3], bad=~vector[2].isfinite(), agreed=True)
+    norms.copy_(vector[: len(norms)])
+    square_sums, present = vector[len(norms) :]
+    return replace(
+        summary, square_sums=square_sums, present=present, bad=~square_sums.isfinite(), agreed=True
+    )
 
 
 def spoil_on_purpose(grads: Sequence[Tensor | None]) -> None:

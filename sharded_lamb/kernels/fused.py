@@ -245,7 +245,7 @@ class FusedKernel(StockIncoming):
         self._add(sums.view(1, -1), found)
 
     def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
-        """m, v ← g, and Σw², Σu² per parameter, added to ``sums`` [2, P] fp64."""
+        """m, v ← g, and Σw², Σu² per parameter, added to ``sums`` [SUMS, P] fp64."""
         calls = _Calls(table)
         for shard in shards:
             runs, rest = self._divided(shard, calls.possible)

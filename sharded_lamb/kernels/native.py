@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.core.layout import BLOCK, Segment
-from sharded_lamb.core.rule import COLUMNS
+from sharded_lamb.core.rule import COLUMNS, SUMS
 from sharded_lamb.kernels import compiling
 from sharded_lamb.kernels.remainders import RemainderFormat
 from sharded_lamb.kernels.shard import FlatShard, ReceivedShards, ScatteredShard, Shard
@@ -21,12 +21,23 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 NO_MODEL = -1
 SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
 
-RUN = 13
-"""64-bit fields of lamb.cpp's ``Run``: five pointers, block_param, numel, param, first_block, four dtypes."""
+RUN = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            *("weight", "model", "grad", "exp_avg", "exp_avg_sq"),  # addresses; model 0: there is none
+            "block_param",  # address of [blocks] int64; 0: all blocks are ``param``'s
+            *("numel", "param", "first_block"),
+            *("weight_dtype", "model_dtype", "grad_dtype", "state_dtype"),
+        )
+    ]
+)
+"""lamb.cpp's ``Run``."""
 
-
-SLICE = 6
-"""64-bit fields of lamb.cpp's ``Slice``: pointer, dtype, place in the shard, length, parameter, first block."""
+SLICE = np.dtype(
+    [(name, np.int64) for name in ("source", "dtype", "shard_start", "length", "param", "first_block")]
+)
+"""lamb.cpp's ``Slice``; ``source``: an address."""
 
 
 @lru_cache(maxsize=1)
@@ -39,8 +50,8 @@ def library() -> Any:
     found = compiling.load(Path(__file__).with_name("lamb.cpp"))
     for name in ("lamb_run_bytes", "lamb_slice_bytes", "lamb_coefficients_bytes"):
         getattr(found, name).restype = ctypes.c_int64
-    assert found.lamb_run_bytes() == RUN * 8, "lamb.cpp's Run and what is laid out here differ"
-    assert found.lamb_slice_bytes() == SLICE * 8, "lamb.cpp's Slice and what is laid out here differ"
+    assert found.lamb_run_bytes() == RUN.itemsize, "lamb.cpp's Run and what is laid out here differ"
+    assert found.lamb_slice_bytes() == SLICE.itemsize, "lamb.cpp's Slice and what is laid out here differ"
     assert found.lamb_coefficients_bytes() == len(COLUMNS) * 4, "lamb.cpp's Coefficients are not rule's"
     word, pointer = ctypes.c_int64, ctypes.c_void_p
     for suffix in SUFFIXES.values():
@@ -57,54 +68,50 @@ def library() -> Any:
 
 
 _POINTER: Any = Tensor.data_ptr
-Table = npt.NDArray[np.int64]
+Table = npt.NDArray[np.void]  # of RUN or SLICE
 
 
 def _runs(shards: Sequence[Shard]) -> Table:
-    """[runs, RUN]: where everything lies. Both moments have one dtype."""
+    """[runs] of `RUN`: where all memory of ``shards`` is. Both moments have one dtype."""
     rows: list[tuple[int, ...]] = []
-    first_block = 0
     for shard in shards:
-        for row in [_flat_run(shard)] if isinstance(shard, FlatShard) else _piece_runs(shard):
-            rows.append((*row[:8], first_block, *row[8:]))
-            first_block += -(-row[6] // BLOCK)
-    return np.array(rows, dtype=np.int64).reshape(-1, RUN)
+        rows += [_flat_run(shard)] if isinstance(shard, FlatShard) else _scattered_runs(shard)
+    runs = np.array(rows, dtype=RUN)
+    blocks = -(-runs["numel"] // BLOCK)
+    runs["first_block"] = np.cumsum(blocks) - blocks
+    return runs
 
 
 def _flat_run(shard: FlatShard) -> tuple[int, ...]:
     assert shard.exp_avg.dtype == shard.exp_avg_sq.dtype
     model = shard.model
-    return (
-        shard.weight.data_ptr(),
-        0 if model is None else model.data_ptr(),
-        shard.grad.data_ptr(),
-        shard.exp_avg.data_ptr(),
-        shard.exp_avg_sq.data_ptr(),
-        shard.block_param.data_ptr(),
-        shard.weight.numel(),
-        0,
-        DTYPES[shard.weight.dtype],
-        NO_MODEL if model is None else DTYPES[model.dtype],
-        DTYPES[shard.grad.dtype],
-        DTYPES[shard.exp_avg.dtype],
-    )
+    memory = (shard.weight, shard.grad, shard.exp_avg, shard.exp_avg_sq)
+    weight, grad, exp_avg, exp_avg_sq = map(Tensor.data_ptr, memory)
+    copy = 0 if model is None else model.data_ptr()
+    numel, owners = shard.weight.numel(), shard.block_param.data_ptr()
+    dtypes = _dtypes(shard.weight, model, shard.grad, shard.exp_avg)
+    return weight, copy, grad, exp_avg, exp_avg_sq, owners, numel, 0, 0, *dtypes
 
 
-def _piece_runs(shard: ScatteredShard) -> list[tuple[int, ...]]:
+def _scattered_runs(shard: ScatteredShard) -> list[tuple[int, ...]]:
     assert shard.exp_avg[0].dtype == shard.exp_avg_sq[0].dtype
     models = shard.model
-    dtypes = (
-        DTYPES[shard.weight[0].dtype],
-        NO_MODEL if models is None else DTYPES[models[0].dtype],
-        DTYPES[shard.grad[0].dtype],
-        DTYPES[shard.exp_avg[0].dtype],
-    )
-    model = [0] * len(shard.params) if models is None else [piece.data_ptr() for piece in models]
-    pieces = zip(shard.params, shard.weight, model, shard.grad, shard.exp_avg, shard.exp_avg_sq, strict=True)
+    dtypes = _dtypes(shard.weight[0], models[0] if models else None, shard.grad[0], shard.exp_avg[0])
+    copies = [0] * len(shard.params) if models is None else [model.data_ptr() for model in models]
+    parts = zip(shard.params, shard.weight, copies, shard.grad, shard.exp_avg, shard.exp_avg_sq, strict=True)
     return [
-        (w.data_ptr(), copy, g.data_ptr(), m.data_ptr(), v.data_ptr(), 0, w.numel(), param, *dtypes)
-        for param, w, copy, g, m, v in pieces
+        (w.data_ptr(), copy, g.data_ptr(), m.data_ptr(), v.data_ptr(), 0, w.numel(), param, 0, *dtypes)
+        for param, w, copy, g, m, v in parts
     ]
+
+
+def _dtypes(weight: Tensor, model: Tensor | None, grad: Tensor, exp_avg: Tensor) -> tuple[int, int, int, int]:
+    return (
+        DTYPES[weight.dtype],
+        NO_MODEL if model is None else DTYPES[model.dtype],
+        DTYPES[grad.dtype],
+        DTYPES[exp_avg.dtype],
+    )
 
 
 class CppKernel:
@@ -117,7 +124,7 @@ class CppKernel:
 
     def __init__(self) -> None:
         self._library = library()
-        self._places: dict[int, tuple[Sequence[Segment], Table]] = {}
+        self._places: dict[int, tuple[Sequence[Segment], Table, npt.NDArray[np.int64]]] = {}
         self._block_sums = {dtype: torch.empty(0, dtype=dtype) for dtype in SUFFIXES}
 
     def square_sums(self, shards: Sequence[Shard], sums: Tensor) -> None:
@@ -125,8 +132,8 @@ class CppKernel:
         self._summed("square_sums", shards, 1, None, sums)
 
     def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
-        """m, v ← g, and Σw², Σu² per parameter, added to ``sums`` [2, P] fp64."""
-        self._summed("moments_and_norms", shards, 2, table, sums)
+        """m, v ← g, and Σw², Σu² per parameter, added to ``sums`` [SUMS, P] fp64."""
+        self._summed("moments_and_norms", shards, len(SUMS), table, sums)
 
     def apply(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
         """w ← w - step_size u, u recomputed from m and v."""
@@ -181,32 +188,32 @@ class CppKernel:
         )
 
     def _slices(self, segments: Sequence[Segment], grads: Sequence[Tensor | None]) -> Table:
-        """[segments, SLICE]; without ``grads`` they lie nowhere."""
-        places = self._places_of(segments)
-        slices = np.zeros((len(segments), SLICE), dtype=np.int64)
-        slices[:, 2:] = places[:, 1:]
+        """[segments] of `SLICE`; without ``grads`` their source is 0."""
+        slices, starts = self._places_of(segments)
+        slices = slices.copy()
         dtypes = {grad.dtype for grad in grads if grad is not None}
         for dtype in dtypes:
-            given: Any = slice(None)
-            found = grads
+            rows: Any = slice(None)
+            sources = grads
             if len(dtypes) > 1 or any(grad is None for grad in grads):
-                given = [i for i, grad in enumerate(grads) if grad is not None and grad.dtype == dtype]
-                found = [grads[i] for i in given]
-            pointers = np.array(list(map(_POINTER, found)), dtype=np.int64)
-            slices[given, 0] = pointers + dtype.itemsize * places[given, 0]
-            slices[given, 1] = DTYPES[dtype]
+                rows = [i for i, grad in enumerate(grads) if grad is not None and grad.dtype == dtype]
+                sources = [grads[i] for i in rows]
+            pointers = np.array(list(map(_POINTER, sources)), dtype=np.int64)
+            slices["source"][rows] = pointers + dtype.itemsize * starts[rows]
+            slices["dtype"][rows] = DTYPES[dtype]
         return slices
 
-    def _places_of(self, segments: Sequence[Segment]) -> Table:
-        """[segments, 5] first element of the parameter, place in the shard, length, parameter, first block."""
-        known, table = self._places.get(id(segments), (None, None))
-        if table is None or known is not segments:
-            rows = [(s.start, s.shard_start, s.length, s.param) for s in segments]
-            table = np.zeros((len(rows), 5), dtype=np.int64)
-            table[:, :4] = np.array(rows, dtype=np.int64).reshape(-1, 4)
-            table[1:, 4] = np.cumsum(-(-table[:-1, 2] // BLOCK))
-            self._places[id(segments)] = segments, table
-        return table
+    def _places_of(self, segments: Sequence[Segment]) -> tuple[Table, npt.NDArray[np.int64]]:
+        """([segments] of `SLICE` without sources, [segments] each one's first element in its parameter)."""
+        known, slices, starts = self._places.get(id(segments), (None, None, None))
+        if slices is None or starts is None or known is not segments:
+            rows = [(0, 0, s.shard_start, s.length, s.param, 0) for s in segments]
+            slices = np.array(rows, dtype=SLICE)
+            blocks = -(-slices["length"] // BLOCK)
+            slices["first_block"] = np.cumsum(blocks) - blocks
+            starts = np.array([s.start for s in segments], dtype=np.int64)
+            self._places[id(segments)] = segments, slices, starts
+        return slices, starts
 
     def _summed(
         self, name: str, shards: Sequence[Shard], kinds: int, table: Tensor | None, sums: Tensor
@@ -219,7 +226,7 @@ class CppKernel:
             assert table.is_contiguous()
             assert table.dtype == dtype
             tables = [table.data_ptr()]
-        blocks = int(runs[-1, 8] - (-runs[-1, 6] // BLOCK)) if len(runs) else 0
+        blocks = int((-(-runs["numel"] // BLOCK)).sum())
         block_sums = self._scratch(dtype, blocks * kinds if threads > 1 else 0)
         self._function(name, dtype)(
             runs.ctypes.data,

@@ -46,7 +46,7 @@ class Kernel(Protocol):
         """Σg² of the blocks of each parameter, added to ``sums`` [P] fp64."""
 
     def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
-        """Pass 1. Σw² and Σu² are added to ``sums`` [2, P] fp64; first, weights that were written from
+        """Pass 1. Σw² and Σu² are added to ``sums`` [SUMS, P] fp64; first, weights that were written from
         outside since the last step replace their masters (`remainders` follow them by themselves)."""
 
     def apply(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:

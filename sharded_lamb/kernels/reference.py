@@ -203,7 +203,7 @@ class ReferenceKernel(StockIncoming):
             add_by_parameter(sums, chunk.block_param, block_square_sums(chunk.load_gradients()))
 
     def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
-        """m, v ← g, and Σw², Σu² per parameter, added to ``sums`` [2, P] fp64."""
+        """m, v ← g, and Σw², Σu² per parameter, added to ``sums`` [SUMS, P] fp64."""
         for chunk in _chunks(shards, table):
             chunk.resync_masters()
             w, m, v = chunk.load_masters(), chunk.load_moment("exp_avg"), chunk.load_moment("exp_avg_sq")

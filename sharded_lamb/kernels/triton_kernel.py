@@ -114,7 +114,7 @@ class TritonKernel(StockIncoming):
             self._add_up(table, sums.unsqueeze(0))
 
     def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
-        """m, v ← g, and Σw², Σu² per parameter, added to ``sums`` [2, P] fp64."""
+        """m, v ← g, and Σw², Σu² per parameter, added to ``sums`` [SUMS, P] fp64."""
         found = self._tables.of(shards, len(table))
         if found is None:
             return

@@ -135,7 +135,7 @@ class Lamb(LambOptimizer):
         u = rule.direction(m, v, w, k)
 
         options, lr = self._table(device).options(), self._table(device).lr()
-        square_sums = torch.zeros(2, len(step), dtype=torch.float64, device=device)
+        square_sums = torch.zeros(len(rule.SUMS), len(step), dtype=torch.float64, device=device)
         square_sums[:, rows] = torch.stack([_square_sums(w, device), _square_sums(u, device)])
         norms = rule.norms(square_sums, options.is_fp64)
         ratio = rule.trust_ratios(norms[0], norms[1], options)

@@ -6,6 +6,7 @@ from math import prod
 
 from sharded_lamb.core.footprint import Widths, large_sends, small_sends, staging_bytes, update_bytes
 from sharded_lamb.core.layout import Bucket, chunk_numel, plan_buckets
+from sharded_lamb.core.rule import SUMS
 from sharded_lamb.gradients.reducer import IN_FLIGHT
 from sharded_lamb.plan.sharding import Choices, Sharding
 
@@ -98,7 +99,7 @@ def _of_buckets(shapes: Shapes, widths: Widths, choices: Choices, sharding: Shar
             "staging": staging,
         },
         large=large_sends(flat, reduces=reduces, replicas=sharding.replicate),
-        small=small_sends(len(shapes), agreements=1) if sharding.world_size > 1 else [],
+        small=small_sends(len(shapes), len(SUMS), agreements=1) if sharding.world_size > 1 else [],
         around=around,
         update=update_bytes(shard, widths),
         padding=0,
@@ -120,7 +121,7 @@ def _of_chunks(shapes: Shapes, widths: Widths, choices: Choices, sharding: Shard
             "staging": 0,
         },
         large={},
-        small=small_sends(len(placed), agreements=1) if sharding.world_size > 1 else [],
+        small=small_sends(len(placed), len(SUMS), agreements=1) if sharding.world_size > 1 else [],
         around=_around_chunks(placed, widths, choices, sharding),
         update=update_bytes(held, replace(widths, compute=widths.model)),  # gradients are read where they lie
         padding=2 * (padded - held) * widths.model,

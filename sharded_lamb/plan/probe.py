@@ -74,7 +74,7 @@ def _two_passes(device: torch.device) -> Callable[[], None]:
 
     @torch.no_grad()
     def run() -> None:
-        sums = torch.zeros(2, 1, dtype=torch.float64, device=device)
+        sums = torch.zeros(len(rule.SUMS), 1, dtype=torch.float64, device=device)
         kernel.moments_and_norms(shards, table, sums)
         kernel.apply(shards, table, sizes)
 

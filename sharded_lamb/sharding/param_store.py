@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.comm.param_gather import InPlaceGather, ParamGather
 from sharded_lamb.comm.topology import Topology
+from sharded_lamb.core import rule
 from sharded_lamb.core.footprint import large_sends, small_sends
 from sharded_lamb.core.layout import ShardLayout
 from sharded_lamb.core.options import OptionTable
@@ -142,7 +143,9 @@ class ParamStore:
             decides = bool(self.buckets) or clips or self.settings.skip_nonfinite
             twice = reduces and bool(self.buckets) and bool(self.specs)
             agreements = 1 + twice if decides else 0
-            sent["all_reduce_small"] = sum(small_sends(len(self.params), agreements=agreements))
+            sent["all_reduce_small"] = sum(
+                small_sends(len(self.params), len(rule.SUMS), agreements=agreements)
+            )
         return sent
 
     @property
