@@ -92,7 +92,9 @@ class _Chunk:
     def resync_masters(self) -> None:
         """Weights that were written from outside win over their masters; beside a weight they always do."""
         if self.has_model and not self.masters.beside_weight:
-            self.write("weight", resync_master(self.kept("weight"), self.kept("model")))
+            masters = self.masters.decode(self.kept("weight"), None)
+            stored, _ = self.masters.encode(resync_master(masters, self.kept("model")))
+            self.write("weight", stored)
 
     def load_masters(self) -> Tensor:
         """In the compute dtype."""

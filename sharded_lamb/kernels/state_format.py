@@ -15,7 +15,10 @@ from torch import Tensor
 
 
 class StateFormat(Protocol):
-    """Stateless. ``stored``: [n] ``storage``; ``values``: [n] ``value``; ``weight``: [n], the model's own weights."""
+    """Stateless. ``stored``: [n] ``storage``; ``values``: [n] ``value``; ``weight``: [n], the model's own weights.
+
+    Memory of zeros stands for zeros: moments start so.
+    """
 
     @property
     def name(self) -> str:
@@ -34,7 +37,10 @@ class StateFormat(Protocol):
         """Whether values are made of ``weight`` and ``stored``: such masters always agree with their weights."""
 
     def key(self, kind: str) -> str:
-        """The key of ``kind`` in ``optimizer.state``; state dicts and checkpoints call it ``kind``."""
+        """The key of ``kind`` in ``optimizer.state``; not ``kind`` itself where ``stored`` does not hold the values.
+
+        State dicts and checkpoints hold values, and call them ``kind``.
+        """
 
     def decode(self, stored: Tensor, weight: Tensor | None) -> Tensor:
         """The values: ``stored`` itself where it holds them as they are, else new memory."""

@@ -1,0 +1,156 @@
+"""Stage 2's states: every legal transition is walked by the calls that make it, and every other one is refused."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from sharded_lamb import ShardedLamb
+from sharded_lamb.gradients.mixed import MixedGradients
+from sharded_lamb.gradients.reducer import TRANSITIONS, BackwardReducer, ReducerState
+
+EMPTY, ROUND, REDUCED, USED = ReducerState
+
+
+class Walk:
+    """A model of two parameters under stage 2 on one rank; the states that its reducer was in, in order."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Linear(4, 2)
+        self.opt = ShardedLamb(self.model.named_parameters(), lr=1e-2, stage=2)
+        gradients = self.opt._gradients
+        assert isinstance(gradients, MixedGradients)
+        self.reducer: BackwardReducer = gradients.reducer
+        self.seen = [self.reducer.state]
+        enter = self.reducer._enter
+
+        def noted(state: ReducerState) -> None:
+            enter(state)
+            self.seen.append(state)
+
+        self.reducer._enter = noted  # type: ignore[method-assign]
+
+    def backward(self) -> None:
+        self.model(torch.ones(3, 4)).square().mean().backward()
+
+    def broken_backward(self) -> None:
+        """Fails once the bias, whose gradient comes first, has opened a round."""
+        handle = self.model.weight.register_hook(self._fail)
+        with pytest.raises(ArithmeticError):
+            self.backward()
+        handle.remove()
+
+    @staticmethod
+    def _fail(grad: torch.Tensor) -> None:
+        raise ArithmeticError
+
+    def taken(self) -> list[ReducerState]:
+        """The states since the last call, the one at its end first."""
+        seen, self.seen = self.seen, self.seen[-1:]
+        return seen
+
+
+def test_a_training_step() -> None:
+    walk = Walk()
+    walk.backward()
+    assert walk.taken() == [EMPTY, ROUND, REDUCED]
+    walk.opt.step()
+    assert walk.taken() == [REDUCED, USED]
+    walk.opt.zero_grad()
+    assert walk.taken() == [USED, EMPTY]
+
+
+def test_accumulation_goes_through_a_round_each_time() -> None:
+    walk = Walk()
+    walk.backward()
+    walk.backward()
+    assert walk.taken() == [EMPTY, ROUND, REDUCED, ROUND, REDUCED]
+    walk.opt.step()
+    walk.opt.step()
+    walk.backward()
+    assert walk.taken() == [REDUCED, USED, USED, ROUND, REDUCED]
+
+
+def test_a_step_without_a_backward_makes_a_round_of_zeros() -> None:
+    walk = Walk()
+    walk.opt.step()
+    assert walk.taken() == [EMPTY, ROUND, REDUCED, USED]
+
+
+def test_zeroing_before_and_after() -> None:
+    walk = Walk()
+    walk.opt.zero_grad()
+    walk.backward()
+    walk.opt.zero_grad()
+    assert walk.taken() == [EMPTY, EMPTY, ROUND, REDUCED, EMPTY]
+
+
+def test_a_backward_that_broke_off_is_finished_before_it_is_zeroed() -> None:
+    walk = Walk()
+    walk.broken_backward()
+    assert walk.reducer.state is ROUND
+    walk.opt.zero_grad()
+    assert walk.taken() == [EMPTY, ROUND, REDUCED, EMPTY]
+    assert walk.model.weight.grad is None
+    assert walk.model.bias.grad is None
+
+
+def test_gradients_that_the_model_zeroed_do_not_add_to_the_next_round() -> None:
+    """The state stays; the sentinel tells of it."""
+    once, twice = Walk(), Walk()
+    once.backward()
+    once.opt.step()
+    twice.backward()
+    twice.model.zero_grad()
+    assert twice.reducer.state is REDUCED
+    twice.backward()
+    twice.opt.step()
+    assert torch.equal(once.model.weight, twice.model.weight)
+    assert once.opt.grad_norm == twice.opt.grad_norm
+
+
+def test_the_walks_cover_the_table() -> None:
+    walk = Walk()
+    calls = [
+        walk.opt.zero_grad,  # EMPTY → EMPTY
+        walk.backward,  # EMPTY → ROUND → REDUCED
+        walk.backward,  # REDUCED → ROUND → REDUCED
+        walk.opt.step,  # REDUCED → USED
+        walk.opt.step,  # USED → USED
+        walk.backward,  # USED → ROUND → REDUCED
+        walk.opt.zero_grad,  # REDUCED → EMPTY
+        walk.backward,
+        walk.opt.step,
+        walk.opt.zero_grad,  # USED → EMPTY
+    ]
+    for call in calls:
+        call()
+    made = set(itertools.pairwise(walk.seen))
+    assert made == {(state, to) for state, allowed in TRANSITIONS.items() for to in allowed}
+
+
+@pytest.mark.parametrize(
+    ("state", "to"),
+    [(a, b) for a in ReducerState for b in ReducerState if b not in TRANSITIONS[a]],
+    ids=lambda state: state.name,
+)
+def test_every_other_transition_is_refused(state: ReducerState, to: ReducerState) -> None:
+    reducer = Walk().reducer
+    reducer.state = state
+    with pytest.raises(AssertionError, match=f"{state.name} does not lead to {to.name}"):
+        reducer._enter(to)
+
+
+def test_the_table_of_the_docstring_is_the_table() -> None:
+    doc = ReducerState.__doc__ or ""
+    rows = {
+        line.split()[0]: line
+        for line in doc.splitlines()
+        if line.strip().split(" ")[0] in ReducerState.__members__
+    }
+    for state, allowed in TRANSITIONS.items():
+        named = {word.strip(",") for word in rows[state.name].split()[1:]} & ReducerState.__members__.keys()
+        through = {"EMPTY"} if state is ROUND else set()  # `zero` finishes the round first
+        assert named - through == {to.name for to in allowed}, state
