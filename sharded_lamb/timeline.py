@@ -1,4 +1,4 @@
-"""What a rank did when: what was on the wire, what the host waited for, what it computed meanwhile.
+"""A rank's timeline: collectives in flight, the host's waits for them, and its computation.
 
     timeline = Timeline(rank=dist.get_rank())
     with optimizer.record(timeline):
@@ -8,9 +8,9 @@
     timeline.save("trace.json")  # for chrome://tracing and ui.perfetto.dev
     print(timeline.summary())
 
-Times are the host's. On a CPU they are what happened. On CUDA they are those of launches (a wait returns once the
-stream will wait), so neither wire nor exposed time can be read from them there: run ``torch.profiler``, in whose trace
-waits, marks, "copy gradients" and "average" appear under the same names, and passes 1 and 2 as their kernels.
+Times are the host's. On CUDA the host only launches work (a wait returns once the stream will wait), so its times show
+neither wire nor exposed time: run ``torch.profiler`` there. Its trace shows waits, marks, "copy gradients" and
+"average" under the same names, and passes 1 and 2 as their kernels.
 """
 
 import json
@@ -23,21 +23,23 @@ from typing import Any, TypeVar
 
 from torch.profiler import record_function
 
+from sharded_lamb.pictures import figure
+
 WIRE, EXPOSED, COMPUTE, MARKS = "wire", "exposed", "compute", "marks"
-"""A collective in flight; the host blocked in its wait; passes 1 and 2 and copies; what the user marks."""
+"""Lanes: a collective in flight; the host blocked in its wait; passes 1 and 2 and copies; the user's marks."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """``start`` and ``end`` in seconds of the timeline's clock; ``bytes`` that this rank handed to others."""
+    """One activity, in seconds of the timeline's clock."""
 
     name: str
     lane: str
     start: float
     end: float
-    bytes: int = 0
+    bytes: int = 0  # that this rank sent
 
     @property
     def seconds(self) -> float:
@@ -46,25 +48,26 @@ class Span:
 
 @dataclass
 class Timeline:
-    """Spans of one rank, in the order in which they ended.
+    """Spans of one rank, ordered by their ends.
 
     Args:
-        rank: what its trace is called.
-        clock: seconds; by default one that all processes of a machine share.
+        rank: names the trace.
+        clock: returns seconds; the default is shared by all processes of a machine.
+        origin: the clock's time that traces show as 0.
     """
 
     rank: int = 0
     clock: Callable[[], float] = time.perf_counter
     spans: list[Span] = field(default_factory=list)
-    origin: float = 0.0  # what `save` counts from
+    origin: float = 0.0
 
     def align(self) -> None:
-        """Count from now. For ranks on several machines: call it on each right after a barrier."""
+        """Set the origin to now. With several machines, call it on every rank right after a barrier."""
         self.origin = self.clock()
 
     @contextmanager
     def span(self, name: str, lane: str = MARKS) -> Iterator[None]:
-        """What happens inside, under a name."""
+        """Record the body as a span; also if it raises."""
         start = self.clock()
         try:
             with record_function(name):
@@ -85,26 +88,27 @@ class Timeline:
             yield item
 
     def launched(self, name: str, sent: int) -> "Flight":
-        """A collective is in flight from now until its `Flight.landing` is over."""
+        """Record a collective of ``sent`` bytes, in flight from now until its `Flight.landing` ends."""
         return Flight(self, name, sent, self.clock())
 
     @contextmanager
     def blocking(self, name: str, sent: int) -> Iterator[None]:
-        """A collective that the host waits for at once."""
+        """Record the body as a collective that the host waits for at once."""
         with self.launched(name, sent).landing():
             yield
 
-    # -- what comes of it ----------------------------------------------------------------------------
+    # -- sums, traces, pictures ----------------------------------------------------------------------------
 
     def summary(self) -> dict[str, Any]:
         """Seconds, calls and bytes.
 
-        ``collectives``: for each kind, and ``total`` over all: ``calls``, ``bytes``; ``wire``: seconds in which at
-        least one was in flight; ``exposed``: seconds that the host was blocked for them; ``hidden``: the part of
-        ``wire`` that it was not (None where nothing was in flight). ``seconds``: {lane: {name: sum}} of other lanes.
+        Returns:
+            ``collectives``: for each kind, and ``total`` over all: ``calls``, ``bytes``; ``wire``: seconds in which at
+            least one was in flight; ``exposed``: seconds in which the host was blocked for them; ``hidden``: the share
+            of ``wire`` in which it was not (None if none was in flight). ``seconds``: {other lane: {name: sum}}.
 
-        No backend tells when a collective arrived, so it counts as in flight until its wait is over: ``wire`` and
-        ``hidden`` are upper bounds. What the link needs at least is bytes over its rate.
+        Backends do not report when a collective arrives, so it counts as in flight until its wait ends: ``wire`` and
+        ``hidden`` are upper bounds. The link's least time is bytes over its rate.
         """
         kinds = dict.fromkeys(span.name for span in self._of(WIRE))
         collectives = {kind: self._collective(kind) for kind in kinds}
@@ -130,7 +134,7 @@ class Timeline:
         }
 
     def trace(self) -> dict[str, Any]:
-        """Chrome's trace format: a process a rank, a thread a lane (more where spans of a lane overlap)."""
+        """Chrome's trace format: a process per rank, a thread per lane (several if its spans overlap)."""
         events: list[dict[str, Any]] = [_named("process_name", self.rank, 0, f"rank {self.rank}")]
         for thread, (title, spans) in enumerate(rows(self.spans).items()):
             events.append(_named("thread_name", self.rank, thread, title))
@@ -150,39 +154,47 @@ class Timeline:
         return {"traceEvents": events, "displayTimeUnit": "ms"}
 
     def save(self, path: str | Path) -> None:
-        """Write `trace` as JSON."""
+        """Write `trace` as JSON.
+
+        Raises:
+            OSError: the path cannot be written.
+        """
         Path(path).write_text(json.dumps(self.trace()) + "\n")
 
     @staticmethod
     def merge(paths: Sequence[str | Path], into: str | Path) -> None:
-        """One trace of several ranks' files, beginning at 0.
+        """Merge several ranks' files into one trace that begins at 0.
 
         Raises:
-            ValueError: a file that `save` did not write, or two of one rank.
+            ValueError: `save` did not write one of the files, or two are of one rank.
         """
         owners: dict[int, str | Path] = {}
         events: list[dict[str, Any]] = []
         for path in paths:
-            found = _events(path)
-            for rank in {event["pid"] for event in found}:
+            of_rank = _events(path)
+            for rank in {event["pid"] for event in of_rank}:
                 if rank in owners:
                     raise ValueError(
                         f"{owners[rank]} and {path} are both of rank {rank}: give every rank's Timeline its rank"
                     )
                 owners[rank] = path
-            events += found
+            events += of_rank
         first = min((event["ts"] for event in events if event["ph"] == "X"), default=0.0)
         moved = [{**event, "ts": event["ts"] - first} if event["ph"] == "X" else event for event in events]
         Path(into).write_text(json.dumps({"traceEvents": moved, "displayTimeUnit": "ms"}) + "\n")
 
     def draw(self, path: str | Path) -> None:
-        """A picture (PNG) of the lanes. Needs matplotlib."""
+        """Write a picture (PNG) of the lanes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
         draw({f"rank {self.rank}": self}, path)
 
 
 @dataclass(slots=True)
 class Flight:
-    """A collective between its launch and the end of its wait."""
+    """A collective, from its launch to the end of its wait."""
 
     timeline: Timeline
     name: str
@@ -191,7 +203,7 @@ class Flight:
 
     @contextmanager
     def landing(self) -> Iterator[None]:
-        """The wait for it."""
+        """Record the body as the wait for it."""
         timeline = self.timeline
         begin = timeline.clock()
         with record_function(self.name):
@@ -211,10 +223,10 @@ def covered(spans: Sequence[Span]) -> float:
 
 
 def rows(spans: Sequence[Span]) -> dict[str, list[Span]]:
-    """{title: spans in order of time that do not overlap}: a lane, and "lane 2" … where its spans overlap."""
+    """{title: spans that do not overlap, ordered by time}; a lane with overlaps has several: "lane", "lane 2" …"""
     lanes = [MARKS, COMPUTE, EXPOSED, WIRE]
     lanes += sorted({span.lane for span in spans} - set(lanes))
-    found: dict[str, list[Span]] = {}
+    titled: dict[str, list[Span]] = {}
     for lane in lanes:
         of_lane: list[list[Span]] = []
         for span in sorted((span for span in spans if span.lane == lane), key=lambda span: span.start):
@@ -223,37 +235,37 @@ def rows(spans: Sequence[Span]) -> dict[str, list[Span]]:
                 of_lane.append([span])
             else:
                 free.append(span)
-        found.update({lane if i == 0 else f"{lane} {i + 1}": row for i, row in enumerate(of_lane)})
-    return found
+        titled.update({lane if i == 0 else f"{lane} {i + 1}": row for i, row in enumerate(of_lane)})
+    return titled
 
 
 def draw(timelines: Mapping[str, Timeline], path: str | Path) -> None:
-    """A picture (PNG) of several, under one another and to one scale. Needs matplotlib."""
-    from matplotlib.figure import Figure
+    """Write a picture (PNG) of several timelines, one below the other, to one scale.
 
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     lanes = [rows(timeline.spans) for timeline in timelines.values()]
-    heights = [1.2 + 0.3 * len(found) for found in lanes]
-    figure = Figure(figsize=(12, sum(heights)), layout="constrained")
-    axes = figure.subplots(len(lanes), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    drawing, axes = figure.stacked(12, [1.2 + 0.3 * len(titled) for titled in lanes], share_x=True)
     colors: dict[str, str] = {}
-    for axis, title, found in zip(axes, timelines, lanes, strict=True):
-        first = min((row[0].start for row in found.values()), default=0.0)
-        for height, spans in enumerate(found.values()):
+    for axis, title, titled in zip(axes, timelines, lanes, strict=True):
+        first = min((row[0].start for row in titled.values()), default=0.0)
+        for height, spans in enumerate(titled.values()):
             for span in spans:
                 color = colors.setdefault(span.name, f"C{len(colors) % 10}")
                 start = 1e3 * (span.start - first)
                 axis.barh(
                     height, 1e3 * span.seconds, left=start, color=color, edgecolor="white", linewidth=0.3
                 )
-        axis.set_yticks(range(len(found)), list(found))
+        axis.set_yticks(range(len(titled)), list(titled))
         axis.invert_yaxis()
         axis.set_title(title, fontsize=10, loc="left")
         axis.grid(axis="x", alpha=0.3)
     axes[-1].set_xlabel("milliseconds")
-    handles = [figure.gca().barh([0], [0], color=color, label=name) for name, color in colors.items()]
+    handles = [drawing.gca().barh([0], [0], color=color, label=name) for name, color in colors.items()]
     if handles:
-        figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6), fontsize=8)
-    figure.savefig(path, dpi=120)
+        drawing.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6), fontsize=8)
+    figure.save(drawing, path)
 
 
 def _named(kind: str, rank: int, thread: int, name: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ PACKAGE = "sharded_lamb"
 # From the ground up. A unit is a folder of the package, or a module in its root; units on one floor do not know
 # each other, and imports within a folder are free (but never a cycle).
 FLOORS = (
+    {"pictures"},
     {"shapes", "timeline", "faults"},
     {"core", "watchdog", "cluster"},
     {"kernels", "comm"},

@@ -1,6 +1,7 @@
 """Timelines: sums and traces of spans made by hand, and what a step of two ranks leaves on one."""
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,6 +179,14 @@ def test_what_is_no_trace_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "broken.json").write_text(text)
     with pytest.raises(ValueError, match=r"broken\.json is (no|a) trace"):
         Timeline.merge([tmp_path / "broken.json"], tmp_path / "all.json")
+
+
+def test_a_picture_without_matplotlib_is_refused_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="a picture needs matplotlib: pip install matplotlib"):
+        Timeline().draw(tmp_path / "none.png")
 
 
 def test_pictures(tmp_path: Path, clock: Clock) -> None:

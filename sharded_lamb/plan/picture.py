@@ -1,8 +1,9 @@
-"""Memory a rank and time a step over the number of ranks."""
+"""Memory per rank and time per step over the number of ranks."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from sharded_lamb.pictures import figure
 from sharded_lamb.plan.sharding import Sharding
 from sharded_lamb.plan.table import Row
 
@@ -10,14 +11,12 @@ COLORS = {1: "tab:blue", 2: "tab:orange", 3: "tab:green"}
 
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Writes a PNG. Raises ImportError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f"--png needs matplotlib (pip install matplotlib): {error}") from None
+    """Write memory and time over ranks as a PNG.
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    memory, seconds = figure.subplots(1, 2)
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    drawing, (memory, seconds) = figure.beside(11, 4.6, 2)
     lines: dict[tuple[int, str], list[Row]] = {}
     for row in rows:
         lines.setdefault(_line(row.costs.sharding), []).append(row)
@@ -41,10 +40,10 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
     memory.legend(fontsize=8)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120, format="png")
+    drawing.suptitle(title)
+    figure.save(drawing, path)
 
 
 def _line(sharding: Sharding) -> tuple[int, str]:
-    """Rows of one stage and kind of mesh are points of one line; a 2-D mesh of one replica belongs to the 1-D ones."""
+    """The line that a sharding is a point of: its stage and kind of mesh; a 2-D mesh of one replica counts as 1-D."""
     return sharding.stage, f"(replicate, {sharding.shard})" if sharding.replicate > 1 else "1-D"

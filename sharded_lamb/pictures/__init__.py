@@ -1,0 +1,1 @@
+"""Pictures of measurements and plans, drawn with matplotlib, which is optional."""
