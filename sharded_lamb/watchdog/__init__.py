@@ -1,8 +1,8 @@
-"""A watchdog over ranks: when none comes further, each says which one hangs, and where, and ends.
+"""Detects a job in which no rank makes progress: every rank reports which rank is stuck and where, then exits.
 
-A rank that hangs makes all others wait in a collective, until its timeout (30 minutes in gloo, which then names nobody;
-NCCL's watchdog names the collective). Ranks that say "I am here, doing this" through the rendezvous store know more:
-the one that hangs is the one that does not wait for the others.
+A rank that hangs makes all others wait in a collective until its timeout (30 minutes in gloo, which then names no rank;
+NCCL's watchdog names the collective). Ranks that report their position through the rendezvous store know more: the
+stuck rank is the one that does not wait for the others.
 """
 
 from sharded_lamb.watchdog.watchdog import EXIT_CODE, Watchdog

@@ -1,17 +1,17 @@
-"""`AwakeClock`: seconds in which a process could run."""
+"""`AwakeClock`: seconds in which this process could run."""
 
 import threading
 import time
 
 
 class AwakeClock:
-    """``time.monotonic`` without what this process missed while it was stopped as a whole.
+    """``time.monotonic`` without the time in which the whole process was stopped.
 
-    SIGSTOP, ``scontrol suspend``, ``docker pause`` and a VM that is moved stop every thread: a job that goes on after
-    an hour of that has not hung for an hour. Threads that look every ``period_s`` see it as a gap.
+    SIGSTOP, ``scontrol suspend``, ``docker pause`` and a migrated VM stop every thread. A job that resumes after
+    an hour of that has not hung for an hour. Threads that read the clock every ``period_s`` see the stop as a gap.
 
     Args:
-        period_s: the longest time between two looks, some thread's, of a process that runs.
+        period_s: the longest time between two reads, by any thread, in a process that runs; seconds.
     """
 
     def __init__(self, period_s: float) -> None:

@@ -1,4 +1,4 @@
-"""Where this process's training thread is, whether it waits for other ranks there, and whether a process is alive."""
+"""The training thread's position, whether it waits for other ranks there, and whether a process is alive."""
 
 import linecache
 import os
@@ -8,14 +8,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import torch
 
 COMPUTES, MAY_WAIT, WAITS = 0, 1, 2
-"""For other ranks: no; perhaps, in code of C++ that shows no frames; yes."""
+"""Whether a thread waits for other ranks: no; perhaps, in C++ code that shows no frames; yes."""
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _WATCHDOG = str(Path(__file__).parent) + os.sep
@@ -34,49 +34,48 @@ _DEVICE_CALL = re.compile(r"\.(item|tolist|cpu|synchronize|numpy)\(")
 
 
 @dataclass(frozen=True)
-class Place:
-    """``at``: the innermost Python frame outside torch, as "file:line function"."""
+class Location:
+    """A thread's position."""
 
-    at: str
+    at: str  # the innermost Python frame outside torch, as "file:line function"
     waits: int  # COMPUTES, MAY_WAIT or WAITS
 
 
-def place_of_thread(ident: int) -> Place:
-    """Where the thread is now."""
+def locate_thread(ident: int) -> Location:
+    """The thread's current position."""
     frames = sys._current_frames()
     frame = frames.pop(ident, None)
     if frame is None:
-        return Place("a thread that has ended", COMPUTES)
-    place = _place(list(_outwards(frame)))
-    if place.waits == MAY_WAIT and "backward" in place.at:
-        # On a GPU hooks run in threads of autograd's own.
+        return Location("a thread that has ended", COMPUTES)
+    location = _locate(list(_outwards(frame)))
+    if location.waits == MAY_WAIT and "backward" in location.at:
+        # On a GPU autograd runs hooks in threads of its own.
         own = threading.get_ident()
-        for other, there in frames.items():
-            outwards = list(_outwards(there))
-            found = _place(outwards)
-            if other != own and found.waits == WAITS:
-                return Place(f"{found.at}, in {place.at}", WAITS)
-    return place
+        for other, other_frame in frames.items():
+            hook = _locate(list(_outwards(other_frame)))
+            if other != own and hook.waits == WAITS:
+                return Location(f"{hook.at}, in {location.at}", WAITS)
+    return location
 
 
 def stack_of_thread(ident: int) -> str:
-    """As in a traceback."""
+    """The thread's stack as in a traceback; "" once it has ended."""
     frame = sys._current_frames().get(ident)
     return "".join(traceback.format_stack(frame)) if frame is not None else ""
 
 
 def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
-    """From the innermost; without the watchdog's own, where the thread looks at itself."""
+    """From the innermost; skips the watchdog's own frames, where the thread locates itself."""
     while frame is not None:
         if not _file(frame).startswith(_WATCHDOG):
             yield frame
         frame = frame.f_back
 
 
-def _place(frames: list[FrameType]) -> Place:
+def _locate(frames: list[FrameType]) -> Location:
     """``frames``: from the innermost."""
     if not frames:
-        return Place("the end of the program", COMPUTES)
+        return Location("the end of the program", COMPUTES)
     inside = []
     for frame in frames:
         if not _file(frame).startswith(_TORCH):
@@ -87,11 +86,11 @@ def _place(frames: list[FrameType]) -> Place:
     if _file(outside).startswith(_PACKAGE):
         user = next((f for f in frames if not _file(f).startswith((_TORCH, _PACKAGE, "<"))), None)
         at += f", from {_named(user)}" if user is not None else ""
-    return Place(at, _waits(inside, outside))
+    return Location(at, _waits(inside, outside))
 
 
 def _waits(inside: list[FrameType], outside: FrameType) -> int:
-    """``inside``: torch's frames below ``outside``; empty where a call of C is innermost, or nothing is called."""
+    """``inside``: torch's frames below ``outside``; empty if ``outside`` calls C code or nothing."""
     if any(os.path.basename(_file(frame)) in _COLLECTIVE_FILES for frame in inside):
         return WAITS
     if any(frame.f_code.co_name == "_engine_run_backward" for frame in inside[:1]):
@@ -117,29 +116,26 @@ def _named(frame: FrameType) -> str:
 
 @dataclass(frozen=True)
 class Member:
-    """A rank's process, as others know it."""
+    """A rank's process, as the other ranks know it."""
 
     rank: int
     host: str
     pid: int
-    machine: str  # processes with the same one see each other's pids
+    machine: str  # processes with equal ones see each other's pids
 
     @staticmethod
     def here(rank: int) -> "Member":
         return Member(rank, socket.gethostname(), os.getpid(), _machine())
 
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
-
     def __str__(self) -> str:
         return f"rank {self.rank} (host {self.host}, pid {self.pid})"
 
-    def fate(self) -> str | None:
-        """ "has ended" or "is stopped"; None: neither, or on another machine."""
+    def process_state(self) -> str | None:
+        """ "has ended" or "is stopped"; None if it runs or is on another machine."""
         if self.machine != _machine():
             return None
         try:
-            # pid (name) state …; a name may hold anything
+            # pid (name) state …; a name may contain any character
             state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
         except FileNotFoundError:
             return "has ended"
@@ -153,4 +149,4 @@ def _machine() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return f"unknown {socket.gethostname()} {os.getpid()}"  # nobody else's
+        return f"unknown {socket.gethostname()} {os.getpid()}"  # equal to no other process's

@@ -1,7 +1,7 @@
-"""What ranks tell each other through the rendezvous store, on a connection of its own.
+"""The ranks' reports in the rendezvous store, over a connection of its own.
 
-Each rank writes its own report a period, and reads its predecessor's and the verdict. The first rank reads everyone's;
-so does a rank whose predecessor does not answer or has left, so that the first one that lives always does.
+Every period each rank posts its own report and reads its predecessor's and the diagnosis. The first rank reads every
+report; so does a rank whose predecessor does not respond or has left. The first live rank therefore always does.
 """
 
 import logging
@@ -20,19 +20,22 @@ from sharded_lamb.watchdog.stack_probe import Member
 logger = logging.getLogger("sharded_lamb")
 
 TIMEOUT = timedelta(minutes=5)
-"""Of the store's operations; one that waits in vain ends only when the store answers or is gone."""
+"""Of the store's operations. An operation on a store that does not answer ends only once it answers or is gone."""
 
-_NO_VERDICT = "-"
+_NO_DIAGNOSIS = "-"
 
 
-class Talk:
-    """Reports of one rank, sent by a thread of its own: an operation on a store that does not answer never returns.
+class StoreChannel:
+    """One rank's reports, posted by a thread of its own: an operation on a store that does not answer never returns.
 
     Args:
-        store: shared by the ranks; ``prefix`` is nobody else's.
-        place: of this rank in ``members``.
-        report: what this rank says now; without its number.
-        clock: seconds, of `AwakeClock`.
+        store: shared by the ranks.
+        prefix: of the keys; no other channel uses it.
+        index: of this rank in ``members``.
+        report: returns this rank's current state; ``posts`` is filled in here.
+        clock: returns seconds, see `AwakeClock`.
+        period_s: seconds between two reports.
+        silent_s, timeout_s: see `Ledger`.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class Talk:
         store: Store,
         prefix: str,
         members: Sequence[Member],
-        place: int,
+        index: int,
         report: Callable[[], Report],
         clock: Callable[[], float],
         *,
@@ -49,43 +52,43 @@ class Talk:
         timeout_s: float,
     ) -> None:
         self._store = PrefixStore(prefix, _own_connection(store))
-        self._place, self._report, self._clock, self.period_s = place, report, clock, period_s
+        self._index, self._report, self._clock, self.period_s = index, report, clock, period_s
         self.ledger = Ledger(members, silent_s, timeout_s)
-        self.verdict: str | None = None
-        self.spoke = self._clock()  # when the store last answered
-        self._reads_all = place == 0
+        self.diagnosis: str | None = None
+        self.answered_at = self._clock()  # when the store last answered
+        self._reads_all = index == 0
         self._posts = 0
         self._over = threading.Event()
         self._round_done = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="sharded_lamb watchdog: talk", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="sharded_lamb watchdog: store", daemon=True)
 
-    def introduce(self) -> None:
-        """The first report. Ranks meet after it and before `start`: reading waits for keys that are not there."""
+    def announce(self) -> None:
+        """Post the first report. Synchronize the ranks between this and `start`: a read waits for missing keys."""
         self._post()
-        if self._place == 0:
-            self._store.set("verdict", _NO_VERDICT)
+        if self._index == 0:
+            self._store.set("diagnosis", _NO_DIAGNOSIS)
 
     def start(self) -> None:
         self._thread.start()
 
     def read_all(self, until: Callable[[], bool], wait_s: float) -> None:
-        """From another thread: wait for rounds in which everyone's reports are read, until one is enough."""
+        """Read every rank's report until ``until`` returns True, at most ``wait_s``. Call it from another thread."""
         self._reads_all = True
         with self._round_done:
             self._round_done.wait_for(until, wait_s)
 
     def close(self, farewell: Callable[[Report], Report] | None) -> None:
-        """The last report, if the store answers, and the end of the thread."""
+        """End the thread and, if the store answers, post the last report, changed by ``farewell``."""
         self._over.set()
         self._thread.join(2.0)
         if farewell is not None and not self._thread.is_alive():
-            with suppress(Exception):  # an error that ends the training must not be hidden behind one of ours
+            with suppress(Exception):  # an error of ours must not hide the one that ends the training
                 self._post(farewell)
 
-    def linger(self) -> None:
-        """Before this process ends for a verdict: until all that answer have read it, or some periods are over.
+    def wait_for_readers(self) -> None:
+        """Before this process exits: wait a few periods until every rank that responds has read the diagnosis.
 
-        The store may go with this process, and a launcher that sees one end ends the others.
+        The store may end with this process, and a launcher ends all ranks when one exits.
         """
         thread = threading.Thread(target=self._await_readers, daemon=True)  # the store may not answer
         thread.start()
@@ -93,12 +96,12 @@ class Talk:
 
     def _await_readers(self) -> None:
         with suppress(RuntimeError):
-            self._store.set(f"read {self._place}", "")
+            self._store.set(f"read {self._index}", "")
             now = self._clock()
-            places = range(len(self.ledger.members))
-            # A rank that reads its predecessor's reports alone waits for those that may read all.
-            readers = [p for p in places if p not in self.ledger.reports or self.ledger.answers(p, now)]
-            while not self._store.check([f"read {place}" for place in readers]):
+            indices = range(len(self.ledger.members))
+            # A rank that reads only its predecessor's report waits for those that may read all.
+            readers = [i for i in indices if i not in self.ledger.reports or self.ledger.responds(i, now)]
+            while not self._store.check([f"read {index}" for index in readers]):
                 time.sleep(self.period_s / 10)
 
     def _run(self) -> None:
@@ -107,10 +110,10 @@ class Talk:
                 self._round()
             except RuntimeError as error:
                 if "timeout" in str(error):
-                    continue  # it comes when a store that was stopped, with us or not, goes on
+                    continue  # raised once a store that was stopped, with or without this process, resumes
                 if not self._over.is_set():
                     logger.warning(
-                        f"watchdog: the store of the ranks is gone ({error}): each watches itself alone now"
+                        f"watchdog: the ranks' store is gone ({error}): each rank now watches only itself"
                     )
                 return
 
@@ -118,30 +121,30 @@ class Talk:
         self._post()
         now = self._clock()
         reads_all = self._reads_all
-        places = range(len(self.ledger.members)) if reads_all else [self._place - 1]
-        *texts, verdict = self._store.multi_get([*map(str, places), "verdict"])
+        indices = range(len(self.ledger.members)) if reads_all else [self._index - 1]
+        *texts, diagnosis = self._store.multi_get([*map(str, indices), "diagnosis"])
         with self._round_done:
-            for place, text in zip(places, texts, strict=True):
-                self.ledger.note(place, Report.loaded(text.decode()), now)
+            for index, text in zip(indices, texts, strict=True):
+                self.ledger.record(index, Report.loaded(text.decode()), now)
             self._round_done.notify_all()
-        if self._place and not self.ledger.answers(self._place - 1, now):
+        if self._index and not self.ledger.responds(self._index - 1, now):
             self._reads_all = True
-        if reads_all and verdict.decode() == _NO_VERDICT:
-            found = self.ledger.verdict(now)
-            if found is not None:
-                found = found.encode(errors="backslashreplace").decode()
-                verdict = self._store.compare_set("verdict", _NO_VERDICT, found)
-        self.spoke = now
-        if verdict.decode() != _NO_VERDICT:
-            self.verdict = verdict.decode()
+        if reads_all and diagnosis.decode() == _NO_DIAGNOSIS:
+            own = self.ledger.diagnosis(now)
+            if own is not None:
+                own = own.encode(errors="backslashreplace").decode()
+                diagnosis = self._store.compare_set("diagnosis", _NO_DIAGNOSIS, own)
+        self.answered_at = now
+        if diagnosis.decode() != _NO_DIAGNOSIS:
+            self.diagnosis = diagnosis.decode()
 
     def _post(self, change: Callable[[Report], Report] = lambda report: report) -> None:
         self._posts += 1
-        self._store.set(str(self._place), change(replace(self._report(), posts=self._posts)).dumped())
+        self._store.set(str(self._index), change(replace(self._report(), posts=self._posts)).dumped())
 
 
 def _own_connection(store: Store) -> Store:
-    """A store's operations exclude each other: one in which the training thread waits must not hold ours."""
+    """A store runs one operation at a time: one that the training thread waits in must not block ours."""
     try:
         own: Store = store.clone()  # type: ignore[attr-defined]
     except RuntimeError:  # a kind that cannot be cloned

@@ -1,4 +1,4 @@
-"""`Watchdog`: the beats of one rank, and what is done when nobody's move any more."""
+"""`Watchdog`: one rank's beats, and the exit of all ranks once none makes progress."""
 
 import atexit
 import os
@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from sharded_lamb.watchdog.clock import AwakeClock
-from sharded_lamb.watchdog.diagnosis import DOES, DONE, Report
-from sharded_lamb.watchdog.stack_probe import Member, place_of_thread, stack_of_thread
-from sharded_lamb.watchdog.store_channel import Talk
+from sharded_lamb.watchdog.diagnosis import ACTIVITY, DONE, Report
+from sharded_lamb.watchdog.stack_probe import Member, locate_thread, stack_of_thread
+from sharded_lamb.watchdog.store_channel import StoreChannel
 
 EXIT_CODE = 70
-"""Of a process that its watchdog ends: EX_SOFTWARE. Any but 0 makes torchrun start the ranks again."""
+"""Exit code of a process that its watchdog ends: EX_SOFTWARE. torchrun restarts the ranks on any code but 0."""
 
 _LOST_PEER = re.compile(
     r"connection (closed|reset|refused)|broken pipe|timed out waiting|timeout after|socket|NCCL|remote process|peer",
@@ -30,35 +30,36 @@ _Error = TypeVar("_Error", bound=BaseException)
 
 
 class Watchdog:
-    """Ends all ranks, each with one message that names the rank that hangs, when no rank beats for ``timeout_s``.
+    """Ends all ranks, each with one message that names the stuck rank, once no rank beats for ``timeout_s``.
 
         with Watchdog(timeout_s=600) as watchdog:
             for step in range(steps):
                 ...
                 watchdog.beat(f"step {step}")
 
-    A rank that beats, if slowly, keeps all of them alive. Time in which this process was stopped (SIGSTOP, ``scontrol
-    suspend``, a VM's pause) does not count. What takes longer than ``timeout_s`` on some rank beats in
-    between, or is done in `paused`. Ranks talk through the rendezvous store, on connections of their own, from daemon
-    threads: O(ranks) store operations a period in all, and one read of everyone's by one rank, the first that lives.
+    A rank that beats, however slowly, keeps all ranks alive. Time in which this process is stopped (SIGSTOP, ``scontrol
+    suspend``, a VM's pause) does not count. Work that takes longer than ``timeout_s`` on some rank must beat in between
+    or run in `paused`. Daemon threads exchange reports through the rendezvous store, over connections of their own:
+    O(ranks) store operations a period in all, and every report is read by one rank, the first live one.
 
-    Named are, in this order: ranks that failed; ranks that do not answer (the process is stopped or dead, its machine
-    is cut off, or a call holds the GIL); ranks that are not in a collective while others wait in one. The process then
-    ends with ``exit_code``, from whatever it hangs in; torchrun with ``--max-restarts`` starts all ranks again. Where
-    the store itself is gone (the process that holds it died or was stopped: torchrun's agent on the first node, or
-    rank 0), each rank watches itself.
+    The message names, in this order: ranks that failed; ranks that do not respond (the process is stopped or dead, its
+    machine is cut off, or a call holds the GIL); ranks that are not in a collective while others wait in one. The
+    process then exits with ``exit_code``, whatever call it hangs in; torchrun's ``--max-restarts`` restarts all ranks.
+    If the store itself is gone (the process that serves it died or was stopped: torchrun's agent on the first node, or
+    rank 0), each rank watches only itself.
 
     Args:
-        timeout_s: seconds without a beat of any rank. Steps, evaluations and checkpoints must beat more often. None:
-            nothing is watched, and nobody asked.
+        timeout_s: seconds without a beat of any rank. Steps, evaluations and checkpoints must beat more often. None
+            disables the watchdog: no thread, no collective.
         group: the ranks that wait for each other; default: all. Without torch.distributed: this process alone.
         exit_code: 1 to 255.
 
     Raises:
-        ValueError: ``timeout_s`` or ``exit_code`` out of range; this rank is not in ``group``.
+        ValueError: ``timeout_s`` or ``exit_code`` is out of range, or this rank is not in ``group``.
 
-    Construction is collective over ``group``, and starts it in the thread that trains. `close` it, or leave the
-    ``with``, in that thread. An error that leaves the ``with`` is told to the others, and explained (`explain`).
+    Construction is collective over ``group`` (two all-gathers of small objects) and belongs in the training thread, as
+    does `close` or the end of the ``with``. An error that leaves the ``with`` is reported to the other ranks and
+    gets the note of `explain`.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class Watchdog:
         exit_code: int = EXIT_CODE,
     ) -> None:
         if timeout_s is not None and not 0 < timeout_s < float("inf"):
-            raise ValueError(f"timeout_s={timeout_s!r}: expected seconds > 0, or None for no watching")
+            raise ValueError(
+                f"timeout_s={timeout_s!r}: expected seconds > 0, or None to disable the watchdog"
+            )
         if not 0 < exit_code < 256:
             raise ValueError(f"exit_code={exit_code!r}: expected 1 to 255, so that launchers see a failure")
         self.timeout_s = float("inf") if timeout_s is None else timeout_s
@@ -79,52 +82,52 @@ class Watchdog:
         self._clock = AwakeClock(self._period_s)
         self._beat, self._beaten, self._patience_s = "none yet", self._clock(), self.timeout_s
         self._over = threading.Event()
-        self._talk: Talk | None = None
+        self._channel: StoreChannel | None = None
         self._timer = threading.Thread(target=self._watch, name="sharded_lamb watchdog", daemon=True)
         if timeout_s is None:
             self._over.set()
             return
-        self._talk = self._introduced(group)
-        if self._talk is not None:
-            self._talk.start()
+        self._channel = self._open_channel(group)
+        if self._channel is not None:
+            self._channel.start()
         self._timer.start()
         atexit.register(self._at_exit)
 
-    def _introduced(self, group: dist.ProcessGroup | None) -> Talk | None:
-        """With everyone's first report in the store, under a name that no earlier attempt has used."""
-        self._here = Member.here(0)
+    def _open_channel(self, group: dist.ProcessGroup | None) -> StoreChannel | None:
+        """A channel once every rank has announced itself, under a prefix that no earlier attempt used. Collective."""
+        self._member = Member.here(0)
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
             return None
-        self._here = Member.here(dist.get_rank())
+        self._member = Member.here(dist.get_rank())
         if dist.get_rank(group) < 0:
             raise ValueError(f"rank {dist.get_rank()} is not in group: make a Watchdog on its ranks only")
-        told: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(told, (self._here, uuid.uuid4().hex), group=group)
-        members, prefix = [member for member, _ in told], f"sharded_lamb watchdog {told[0][1]}"
-        talk = Talk(
+        gathered: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, (self._member, uuid.uuid4().hex), group=group)
+        members, prefix = [member for member, _ in gathered], f"sharded_lamb watchdog {gathered[0][1]}"
+        channel = StoreChannel(
             dist.distributed_c10d._get_default_store(),
             prefix,
             members,
-            members.index(self._here),
+            members.index(self._member),
             self._report,
             self._clock,
             period_s=self._period_s,
             silent_s=self.timeout_s / 3,
             timeout_s=self.timeout_s,
         )
-        talk.introduce()
-        dist.all_gather_object(told, None, group=group)
-        return talk
+        channel.announce()
+        dist.all_gather_object(gathered, None, group=group)
+        return channel
 
-    # -- what training calls ------------------------------------------------------------------------
+    # -- called by training ------------------------------------------------------------------------
 
     def beat(self, what: str = "") -> None:
-        """This rank has come further: ``what`` is shown if it comes no further. Costs nothing to speak of."""
+        """Report progress. The message shows the last ``what`` of a stuck rank. Takes about a microsecond."""
         self._beat, self._beaten = what, self._clock()
 
     @contextmanager
     def paused(self, what: str, timeout_s: float | None = None) -> Iterator[None]:
-        """Inside, this rank may be without a beat for ``timeout_s``; None: for as long as its process answers."""
+        """Allow this rank ``timeout_s`` seconds without a beat inside; None: as long as its process responds."""
         before = self._patience_s
         self.beat(what)
         self._patience_s = float("inf") if timeout_s is None else timeout_s
@@ -135,36 +138,36 @@ class Watchdog:
             self._patience_s = before
 
     def explain(self, error: _Error) -> _Error:
-        """The error, with a note that names the rank whose loss it comes from, if it is of that kind and one is gone.
+        """Returns ``error``; adds a note that names the lost rank if it is a lost connection.
 
-        gloo says "Connection closed by peer" and an address. Takes some periods where all ranks answer.
+        gloo reports "Connection closed by peer" and an address. Takes a few periods if all ranks respond.
         """
-        if self._talk is None or not _comes_from_a_peer(error):
+        if self._channel is None or not _comes_from_a_peer(error):
             return error
-        ledger = self._talk.ledger.stricter(2.5 * self._period_s)
-        self._talk.read_all(lambda: ledger.story(self._clock()) is not None, 4 * self._period_s + 1)
-        story = ledger.story(self._clock()) or "; ".join(ledger.fates())
-        if not story:
-            answers = self._clock() - self._talk.spoke < 3 * self._period_s
-            story = "every rank still answers" if answers else "the store of the ranks does not answer"
-        error.add_note(f"sharded_lamb watchdog: {story}")
+        ledger = self._channel.ledger.stricter(2.5 * self._period_s)
+        self._channel.read_all(lambda: ledger.explanation(self._clock()) is not None, 4 * self._period_s + 1)
+        note = ledger.explanation(self._clock()) or "; ".join(ledger.dead_processes())
+        if not note:
+            answers = self._clock() - self._channel.answered_at < 3 * self._period_s
+            note = "every rank still responds" if answers else "the ranks' store does not answer"
+        error.add_note(f"sharded_lamb watchdog: {note}")
         return error
 
     def close(self, error: BaseException | None = None) -> None:
-        """The end of it on this rank, which the others are told; ``error``: what ended it. Not collective."""
+        """Stop watching on this rank and report its end, and the ``error`` that caused it. Not collective."""
         if self._over.is_set() or os.getpid() != self._process:
             return
         self._over.set()
         atexit.unregister(self._at_exit)
         self._timer.join(2.0)
-        if self._talk is not None:
-            fine = error is None or (isinstance(error, SystemExit) and not error.code)
-            ended = DONE if fine else f"{type(error).__name__}: {error}"[:400]
-            lost = error is not None and _comes_from_a_peer(error)
-            self._talk.close(lambda report: replace(report, ended=ended, lost=lost))
+        if self._channel is not None:
+            succeeded = error is None or (isinstance(error, SystemExit) and not error.code)
+            ended = DONE if succeeded else f"{type(error).__name__}: {error}"[:400]
+            lost_peer = error is not None and _comes_from_a_peer(error)
+            self._channel.close(lambda report: replace(report, ended=ended, lost_peer=lost_peer))
 
     def _at_exit(self) -> None:
-        self.close(getattr(sys, "last_value", None))  # an exception that nobody caught
+        self.close(getattr(sys, "last_value", None))  # an uncaught exception
 
     def __enter__(self) -> "Watchdog":
         return self
@@ -179,54 +182,56 @@ class Watchdog:
     # -- the threads --------------------------------------------------------------------------------
 
     def _report(self) -> Report:
-        place = place_of_thread(self._thread_id)
+        location = locate_thread(self._thread_id)
         idle_s = self._clock() - self._beaten
-        return Report(0, idle_s, self._patience_s, str(self._beat), place.at, place.waits)
+        return Report(0, idle_s, self._patience_s, str(self._beat), location.at, location.waits)
 
     def _watch(self) -> None:
         while not self._over.wait(self._period_s):
             self._clock()
-            found = self._talk.verdict if self._talk is not None else None
-            if found is None and self._stuck_alone():
-                found = self._own_verdict()
-            if found is not None and not self._over.is_set():
-                self._end(found)
+            diagnosis = self._channel.diagnosis if self._channel is not None else None
+            if diagnosis is None and self._is_stuck_alone():
+                diagnosis = self._own_diagnosis()
+            if diagnosis is not None and not self._over.is_set():
+                self._end(diagnosis)
 
-    def _stuck_alone(self) -> bool:
-        """Whether this rank comes no further and nobody can be asked."""
+    def _is_stuck_alone(self) -> bool:
+        """Whether this rank makes no progress and the store does not answer."""
         now = self._clock()
         limit = self._patience_s
-        if self._talk is not None:
-            if now - self._talk.spoke < self.timeout_s / 2:
+        if self._channel is not None:
+            if now - self._channel.answered_at < self.timeout_s / 2:
                 return False
-            limit *= 1.2  # others may have found a verdict while the store answered
+            limit *= 1.2  # others may have written a diagnosis while the store answered
         return now - self._beaten > limit
 
-    def _own_verdict(self) -> str:
+    def _own_diagnosis(self) -> str:
         report = self._report()
-        where = f'{DOES[report.waits]} {report.at}, last beat "{self._beat}"'
-        if self._talk is None:
-            return f"{self._here} has not come further for {report.idle_s:.3g} s: {where}"
-        fates = self._talk.ledger.fates()
-        text = f"the store of the ranks does not answer, and this rank has not come further for {report.idle_s:.3g} s"
-        return "\n  ".join([text, *fates, f"{self._here}: {where}"])
+        where = f'{ACTIVITY[report.waits]} {report.at}, last beat "{self._beat}"'
+        if self._channel is None:
+            return f"{self._member} has made no progress for {report.idle_s:.3g} s: {where}"
+        dead = self._channel.ledger.dead_processes()
+        text = (
+            f"the ranks' store does not answer, and this rank has made no progress for {report.idle_s:.3g} s"
+        )
+        return "\n  ".join([text, *dead, f"{self._member}: {where}"])
 
-    def _end(self, verdict: str) -> None:
-        """The process ends here, whatever its other threads hold or wait for."""
-        named = re.match(r"ranks? ([\d, -]+)", verdict)
-        text = f"sharded_lamb watchdog (on rank {self._here.rank}): {verdict}\n"
-        if named is not None and _among(self._here.rank, named[1]):
+    def _end(self, diagnosis: str) -> None:
+        """Exit the process, whatever its other threads hold or wait for."""
+        named = re.match(r"ranks? ([\d, -]+)", diagnosis)
+        text = f"sharded_lamb watchdog (on rank {self._member.rank}): {diagnosis}\n"
+        if named is not None and _contains(self._member.rank, named[1]):
             text += stack_of_thread(self._thread_id)
-        flush = threading.Thread(target=_say, args=[text], daemon=True)  # nobody may read what we write
+        flush = threading.Thread(target=_print_error, args=[text], daemon=True)  # a full pipe blocks
         flush.start()
-        if self._talk is not None:
-            self._talk.linger()
+        if self._channel is not None:
+            self._channel.wait_for_readers()
         flush.join(1.0)
         os._exit(self._exit_code)
 
 
-def _among(rank: int, named: str) -> bool:
-    """Whether `verdict.spans` of ranks has the rank."""
+def _contains(rank: int, named: str) -> bool:
+    """Whether ``named``, from `diagnosis.rank_ranges`, contains the rank."""
     for part in named.split(","):
         first, _, last = part.strip().partition("-")
         if first and int(first) <= rank <= int(last or first):
@@ -234,9 +239,9 @@ def _among(rank: int, named: str) -> bool:
     return False
 
 
-def _say(text: str) -> None:
+def _print_error(text: str) -> None:
     with suppress(OSError):
-        # sys.stderr may be held by the thread that hangs
+        # the stuck thread may hold sys.stderr
         os.write(2, text.encode(errors="backslashreplace"))
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):

@@ -1,13 +1,16 @@
-"""Ranks in tests of the watchdog: python -m tests.watchdog.watchdog_cases TROUBLE RANK TIMEOUT_S, a process each."""
+"""Functions that tests of the watchdog run in processes of their own.
+
+`train` is one rank's training, with trouble on one of the ranks.
+"""
 
 import ctypes
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from multiprocessing.connection import Connection
 
 import torch
 import torch.distributed as dist
@@ -40,17 +43,17 @@ def complain() -> None:
 
 
 def load_slowly() -> None:
-    """Longer than the timeout, with signs of life."""
+    """For longer than the timeout, with beats; then for longer than the timeout, paused."""
     assert watchdog is not None
-    for _ in range(8):
+    for _ in range(6):
         time.sleep(watchdog.timeout_s / 4)
         watchdog.beat(torch.tensor(3))  # type: ignore[arg-type]
     with watchdog.paused("validating"):
-        time.sleep(watchdog.timeout_s * 1.5)
+        time.sleep(watchdog.timeout_s * 1.25)
 
 
 def announce() -> None:
-    """And then compute for less than the timeout."""
+    """Print a line, then compute for less than the timeout."""
     print("here", flush=True)
     time.sleep(1)
 
@@ -74,7 +77,7 @@ class Model(nn.Module):
         self.first, self.second, self.trouble, self.calls = nn.Linear(8, 8), nn.Linear(8, 1), trouble, 0
 
     def come_late(self) -> None:
-        """To where the others wait for this rank's buffers."""
+        """The others wait for this rank's buffers meanwhile."""
         if self.trouble is not None and self.calls == TROUBLED_STEP:
             self.trouble()
 
@@ -85,7 +88,7 @@ class Model(nn.Module):
         return self.second(self.first(batch))
 
 
-def main(trouble: str, troubled: int, timeout_s: float) -> None:
+def train(trouble: str, troubled: int, timeout_s: float) -> None:
     global watchdog
     logging.disable(logging.INFO)
     torch.set_num_threads(1)
@@ -98,7 +101,7 @@ def main(trouble: str, troubled: int, timeout_s: float) -> None:
         called.register_forward_pre_hook(lambda *_: model.come_late())
     optimizer = ShardedLamb(model.named_parameters(), stage=1 if trouble == "late" else 2)
     watchdog = Watchdog(timeout_s)
-    with nullcontext() if trouble == "slow" else watchdog:  # without: the end of the program closes it
+    with nullcontext() if trouble == "slow" else watchdog:  # the end of the program closes it
         for step in range(1, STEPS + 1):
             optimizer.zero_grad()
             called(torch.ones(4, 8)).sum().backward()
@@ -108,5 +111,38 @@ def main(trouble: str, troubled: int, timeout_s: float) -> None:
     print("finished", flush=True)
 
 
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))
+# -- alone --------------------------------------------------------------------------------------------------
+
+
+def hang_after_beat(beat: str, *, full_pipe: bool) -> None:
+    """Exits with 7. ``full_pipe``: stderr is a pipe that is full and never read."""
+    if full_pipe:
+        _, writer = os.pipe()
+        os.dup2(writer, 2)
+    with Watchdog(0.5, exit_code=7) as watchdog:
+        watchdog.beat(beat)
+        while full_pipe:
+            os.write(2, b"x" * 4096)
+        time.sleep(60)
+
+
+def beat_in_a_signal_handler() -> None:
+    count = 0
+
+    def handler(*_: object) -> None:
+        nonlocal count
+        count += 1
+        watchdog.beat("signal")
+
+    with Watchdog(60) as watchdog:
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+        while count < 2000:
+            watchdog.beat("loop")
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def serve_a_store(port: Connection) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port.send(store.port)
+    time.sleep(100)
