@@ -1,1 +1,1 @@
-"""Measurements that a user can repeat; what was measured lies in ``results/``, with machine and date."""
+"""Benchmarks that a user can repeat; ``results/`` holds our measurements, each with its machine and date."""

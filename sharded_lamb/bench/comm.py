@@ -1,4 +1,4 @@
-"""``sharded-lamb bench comm``: our exchanges against torch's collectives, by bucket size."""
+"""``sharded-lamb bench comm``: compares our exchanges with torch's collectives, by bucket size."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ ALL_REDUCE = "all_reduce"
 PAIR = "point to point"
 
 SMALLEST = 8
-"""Bytes of the message whose time is the latency."""
+"""Bytes of the message that measures the latency."""
 
 COUNTED = (
     "MB/s: bytes of the bucket over the time of the slowest rank. A reduce-scatter is counted until the averaged fp32 "
@@ -33,15 +33,15 @@ COUNTED = (
 
 
 def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Measures, prints and writes. Returns what the JSON holds. Collective.
+    """Measures, prints, writes; returns the content of the JSON. Collective.
 
     Raises:
-        ValueError: one rank, or sizes that are not numbers > 0.
+        ValueError: there is one rank, or a size is not a number > 0.
     """
     _, world_size = world()
     sizes = _sizes(chosen.mb)
     if world_size == 1:
-        raise ValueError("comm measures what several ranks exchange: run it under torchrun")
+        raise ValueError("comm measures exchanges between ranks, and there is one: run it under torchrun")
     collectives, clock = Collectives(Topology.of(None, None), device), Clock(device)
     turns = {}
     for size in sizes:
@@ -51,7 +51,7 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         )
     report.progress(f"{SMALLEST} B")
     smallest = take_turns({PAIR: _smallest(device)}, clock, rounds=chosen.rounds)[PAIR]
-    summary = {size: summarize(of_size, float(size), world_size) for size, of_size in turns.items()}
+    summary = {size: summarize(each, float(size), world_size) for size, each in turns.items()}
     content = {
         **report.about(device),
         "benchmark": "comm",
@@ -78,7 +78,7 @@ def _sizes(text: str) -> list[float]:
 
 
 class Exchanges:
-    """Everything that is timed on one bucket of fp32, and its memory."""
+    """The timed actions on one fp32 bucket of ``size_mb`` MB, and their memory."""
 
     def __init__(self, collectives: Collectives, size_mb: float, device: torch.device) -> None:
         self.collectives, self.world_size = collectives, collectives.world_size
@@ -86,8 +86,10 @@ class Exchanges:
         precision = Precision.of(torch.float32, torch.float32, torch.float32, None)
         param = torch.zeros(plan.numels[0], device=device)
         self.bucket = FlatBucket(plan, [param], precision, collectives.topology.shard_rank, device)
-        self.grad = torch.zeros_like(param)  # what ours reduce
-        self.full = torch.zeros(plan.numel, device=device)  # what torch's do
+        self.grad = torch.zeros_like(param)  # source of our reductions
+        self.full = torch.zeros(
+            plan.numel, device=device
+        )  # source of torch's reductions, target of its gathers
         self.shard = torch.zeros(plan.shard_numel, device=device)
         self.kernel, self.staging = kernels.choose("auto", device), Staging([self.bucket], collectives)
         self.sums = torch.zeros(1, dtype=torch.float64, device=device)
@@ -105,10 +107,13 @@ class Exchanges:
         }
 
     def our_reduce_scatter(self) -> None:
-        """As stage 2 does it, into the bucket's gradient shard."""
-        route = self.staging.exchange(0, self.bucket)
-        route.start([self.grad]).wait()
-        parts, own = self.collectives.parts_of_sum(route.full, route.received), route.own([self.grad])
+        """As stage 2: averages into the bucket's gradient shard."""
+        exchange = self.staging.exchange(0, self.bucket)
+        exchange.start([self.grad]).wait()
+        parts, own = (
+            self.collectives.parts_of_sum(exchange.full, exchange.received),
+            exchange.own([self.grad]),
+        )
         received = kernels.ReceivedShards(parts, self.world_size, own)
         self.kernel.average(self.bucket.shard, self.bucket.segments, received, self.sums, add=False)
 
@@ -126,7 +131,7 @@ class Exchanges:
 
 
 def _pass_on(sent: Tensor, arrived: Tensor) -> None:
-    """To the next rank, and from the one before, at once. Collective."""
+    """Send to the next rank and receive from the previous one at once. Collective."""
     rank, world_size = world()
     works = [
         dist.irecv(arrived, (rank - 1) % world_size),
@@ -144,15 +149,15 @@ def _smallest(device: torch.device) -> Callable[[], None]:
 
 
 def wire_bytes_per_second(summary: Mapping[str, Mapping[str, Any]]) -> float:
-    """What a rank sends one way while it receives as much: point to point, at the largest size."""
+    """Bytes a second that a rank sends while it receives as much: point to point, at the largest size."""
     largest = max(summary, key=float)
     return float(summary[largest][PAIR]["mb_per_s"]["median"]) * 1e6
 
 
 def summarize(turns: Mapping[str, Turns], size_mb: float, world_size: int) -> dict[str, dict[str, Any]]:
-    """For every action: time, rate, and time over all_reduce's by round."""
+    """For each action: spreads of the time, of the rate, and of the time over all_reduce's by round."""
     moved = {name: size_mb * (1 - 1 / world_size) if name == PAIR else size_mb for name in turns}
-    rounds = {name: by_round(of_one) for name, of_one in turns.items()}
+    rounds = {name: by_round(each) for name, each in turns.items()}
     return {
         name: {
             "ms": asdict(Spread.of(times)),
@@ -166,9 +171,9 @@ def summarize(turns: Mapping[str, Turns], size_mb: float, world_size: int) -> di
 def _text(content: Mapping[str, Any]) -> str:
     names = list(next(iter(content["summary"].values())))
     rows = []
-    for size, found in content["summary"].items():
+    for size, actions in content["summary"].items():
         cells = [
-            f"{found[name]['mb_per_s']['median']:,.0f} ({found[name]['ratio']['median']:.2f}x)"
+            f"{actions[name]['mb_per_s']['median']:,.0f} ({actions[name]['ratio']['median']:.2f}x)"
             for name in names
         ]
         rows.append([f"{size} MB", *cells])
@@ -178,10 +183,10 @@ def _text(content: Mapping[str, Any]) -> str:
 
 def _panels(content: Mapping[str, Any]) -> Sequence[report.Panel]:
     panels = []
-    for size, found in content["summary"].items():
+    for size, actions in content["summary"].items():
         bars = {
             name: tuple(row["mb_per_s"][key] for key in ("median", "low", "high"))
-            for name, row in found.items()
+            for name, row in actions.items()
         }
         ours = [name for name in bars if name.startswith("ours")]
         panels.append(report.Panel(f"buckets of {size} MB", "MB/s", bars, ours))

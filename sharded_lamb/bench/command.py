@@ -1,4 +1,4 @@
-"""``sharded-lamb bench WHAT``: what is measured, and with which arguments."""
+"""``sharded-lamb bench BENCHMARK``: the benchmarks and their arguments."""
 
 import argparse
 import importlib
@@ -9,18 +9,18 @@ from sharded_lamb.bench import overlap
 from sharded_lamb.bench.report import add_output_arguments
 
 _HELP = {
-    "step": "a whole iteration, from each rank's gradients to updated weights everywhere, of ours and of others",
-    "kernels": "the two passes of every kernel on one rank, against what memory can do",
+    "step": "a whole iteration, from each rank's gradients to updated weights on every rank, of ours and of others",
+    "kernels": "the two passes of every kernel on one rank, against memory bandwidth",
     "comm": "our exchanges against torch's collectives, by bucket size",
-    "overlap": "what a slow link between two hosts (network namespaces) hides and exposes; not under torchrun",
-    "memory": "peak memory of every contestant, each in processes of its own, against the formula",
+    "overlap": "how much of a slow link between two hosts (network namespaces) is hidden; not under torchrun",
+    "memory": "peak memory of every candidate, each in processes of its own, against the formula",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The benchmarks as subcommands of ``parser``."""
+    """Add the benchmarks as subcommands of ``parser``."""
     parser.description = (
-        "Prints a table, and writes JSON and a picture where asked. Run under torchrun for several ranks, e.g. "
+        "Prints a table; --json and --png also write a file and a picture. Run under torchrun for several ranks, e.g. "
         "OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m sharded_lamb bench step."
     )
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
@@ -31,42 +31,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_output_arguments(one)
 
 
-def _add_contestants(parser: argparse.ArgumentParser) -> None:
+def _add_candidates(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes",
         default="bert-base",
         help="tiny, bert-base, bert-large, many-small, many-tiny, or a JSON file {name: shape}",
     )
-    parser.add_argument("--peers", help="names with commas; default: all that can take part here")
+    parser.add_argument("--peers", help="comma-separated names; default: all that can run here")
     parser.add_argument("--stage", choices=("1", "2", "both"), default="both", help="of ours")
     parser.add_argument("--bucket-mb", type=float, default=32, help="of ours")
 
 
 def _add_step(parser: argparse.ArgumentParser) -> None:
-    _add_contestants(parser)
+    _add_candidates(parser)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--iterations", type=int, default=3, help="timed ones in a turn")
+    parser.add_argument("--iterations", type=int, default=3, help="timed iterations of a turn")
     parser.add_argument(
-        "--alive", choices=("auto", "all", "one"), default="auto", help="contestants in memory at once"
+        "--alive", choices=("auto", "all", "one"), default="auto", help="candidates in memory at once"
     )
 
 
 def _add_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--shapes", default="bert-base,many-small,many-tiny", help="names or JSON files, with commas"
+        "--shapes", default="bert-base,many-small,many-tiny", help="comma-separated names or JSON files"
     )
-    parser.add_argument("--backends", help="names with commas; default: all there are here")
-    parser.add_argument("--threads", default="1", help="numbers with commas (CPU)")
+    parser.add_argument("--backends", help="comma-separated names; default: all that run here")
+    parser.add_argument("--threads", default="1", help="comma-separated numbers (CPU)")
     parser.add_argument("--rounds", type=int, default=9)
 
 
 def _add_comm(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mb", default="1,2,4,8,16,32,64,128", help="bucket sizes in MB, with commas")
+    parser.add_argument("--mb", default="1,2,4,8,16,32,64,128", help="comma-separated bucket sizes in MB")
     parser.add_argument("--rounds", type=int, default=7)
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:
-    _add_contestants(parser)
+    _add_candidates(parser)
     parser.add_argument("--steps", type=int, default=3)
 
 
@@ -80,11 +80,16 @@ _ARGUMENTS = {
 
 
 def run(chosen: argparse.Namespace, device: torch.device) -> int:
-    """Returns 0, or 1 where a check failed. Raises ValueError for wrong arguments."""
+    """Returns 0, or 1 if a check failed.
+
+    Raises:
+        ValueError: a wrong argument.
+    """
     for name in ("rounds", "iterations", "steps"):
         if getattr(chosen, name, 1) < 1:
             raise ValueError(f"--{name} must be >= 1, got {getattr(chosen, name)}")
     if chosen.benchmark == "overlap":
         return overlap.run(chosen)
-    importlib.import_module(f"sharded_lamb.bench.{chosen.benchmark}").measure(chosen, device)
+    module = "peak_memory" if chosen.benchmark == "memory" else chosen.benchmark
+    importlib.import_module(f"sharded_lamb.bench.{module}").measure(chosen, device)
     return 0

@@ -1,10 +1,9 @@
-"""What becomes of damaged checkpoints: each must be refused by name on every rank, or load right.
+"""Loads damaged checkpoints: every rank must refuse each by name, or load it right.
 
 torchrun --nproc-per-node 2 -m sharded_lamb.bench.corruptions --count 500 --json corruptions.json
 """
 
 import argparse
-import json
 import random
 import shutil
 import sys
@@ -19,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sharded_lamb import ShardedLamb, checkpoint
-from sharded_lamb.bench.report import about
+from sharded_lamb.bench.report import about, dumped
 
 Damage = Callable[[random.Random, Path, Path], str]
-"""(random numbers, a checkpoint, another of the same run) → what was done, for the report."""
+"""(random numbers, a checkpoint, another of the same run) → description of the damage, for the report."""
 
 
 def _any_file(rng: random.Random, folder: Path) -> Path:
@@ -95,7 +94,7 @@ def folder_for_file(rng: random.Random, folder: Path, other: Path) -> str:
     return f"{path.name} is a folder"
 
 
-def stranger(rng: random.Random, folder: Path, other: Path) -> str:
+def unexpected_file(rng: random.Random, folder: Path, other: Path) -> str:
     (folder / f"{rng.randrange(10**6)}.tmp").write_bytes(rng.randbytes(10))
     return "a file more"
 
@@ -112,11 +111,11 @@ DAMAGES: tuple[Damage, ...] = (
     from_another,
     garbage,
     folder_for_file,
-    stranger,
+    unexpected_file,
 )
 
 
-def _made() -> tuple[nn.Module, ShardedLamb]:
+def _build() -> tuple[nn.Module, ShardedLamb]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(33, 17), nn.LayerNorm(17), nn.Linear(17, 5))
     return model, ShardedLamb(model.named_parameters(), lr=0.01, stage=1)
@@ -129,13 +128,13 @@ def _step(model: nn.Module, opt: ShardedLamb, number: int) -> None:
     opt.step()
 
 
-def _held(model: nn.Module, opt: ShardedLamb) -> dict[str, Tensor]:
-    """Everything on this rank that a load writes."""
-    found = {name: p.detach().clone() for name, p in model.named_parameters()}
+def _loaded_state(model: nn.Module, opt: ShardedLamb) -> dict[str, Tensor]:
+    """The tensors on this rank that a load writes."""
+    tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
     for place, state in opt.state_dict()["state"].items():
-        found |= {f"{place}.{kind}": torch.as_tensor(value).clone() for kind, value in state.items()}
-    found |= {f"lr {i}": torch.tensor(float(group["lr"])) for i, group in enumerate(opt.param_groups)}
-    return found
+        tensors |= {f"{place}.{kind}": torch.as_tensor(value).clone() for kind, value in state.items()}
+    tensors |= {f"lr {i}": torch.tensor(float(group["lr"])) for i, group in enumerate(opt.param_groups)}
+    return tensors
 
 
 def _same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
@@ -143,69 +142,68 @@ def _same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 
 
 class Trial:
-    """A whole checkpoint, another of the same run, and a model to load damaged copies into. Collective."""
+    """An intact checkpoint, another of the same run, and a model that loads damaged copies. Collective."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.model, self.opt = _made()
+        self.model, self.opt = _build()
         for number in range(2):
             _step(self.model, self.opt, number)
             checkpoint.save(folder / f"whole-{number}", self.model, self.opt, {"position": {"step": number}})
-        self.expected = _held(self.model, self.opt)
+        self.expected = _loaded_state(self.model, self.opt)
 
     def run(self, seed: int) -> dict[str, Any]:
-        """Damage a copy and load it: what was done, and what this rank saw."""
-        damaged, did = self.folder / "damaged", ""
+        """Damage a copy and load it; returns the damage and this rank's outcome. Collective."""
+        damaged, damage = self.folder / "damaged", ""
         if self.rank == 0:
             rng = random.Random(seed)
             shutil.rmtree(damaged, ignore_errors=True)
             shutil.copytree(self.folder / "whole-1", damaged)
-            did = rng.choice(DAMAGES)(rng, damaged, self.folder / "whole-0")
+            damage = rng.choice(DAMAGES)(rng, damaged, self.folder / "whole-0")
         if dist.is_initialized():
             dist.barrier()
         for p in self.model.parameters():
-            p.data.fill_(7)  # what is not loaded would show
-        before = _held(self.model, self.opt)
+            p.data.fill_(7)  # shows parameters that are not loaded
+        before = _loaded_state(self.model, self.opt)
         try:
             extra = checkpoint.load(damaged, self.model, self.opt, {"position": {}})
         except checkpoint.CheckpointError as error:
             named = str(damaged) in str(error)
-            outcome = "refused" if named and _same(_held(self.model, self.opt), before) else "refused badly"
-            return {"seed": seed, "did": did, "outcome": outcome, "message": str(error)}
+            outcome = (
+                "refused" if named and _same(_loaded_state(self.model, self.opt), before) else "refused badly"
+            )
+            return {"seed": seed, "did": damage, "outcome": outcome, "message": str(error)}
         except Exception as error:
             return {
                 "seed": seed,
-                "did": did,
+                "did": damage,
                 "outcome": "failed",
                 "message": f"{type(error).__name__}: {error}",
             }
-        right = _same(_held(self.model, self.opt), self.expected) and extra["position"] == {"step": 1}
+        right = _same(_loaded_state(self.model, self.opt), self.expected) and extra["position"] == {"step": 1}
         return {
             "seed": seed,
-            "did": did,
+            "did": damage,
             "outcome": "loaded right" if right else "loaded wrong",
             "message": "",
         }
 
 
 def _report(rows: list[dict[str, Any]], counts: Counter[str], count: int) -> str:
-    """JSON with a row a line."""
     module = "-m sharded_lamb.bench.corruptions"
     command = f"torchrun --nproc-per-node {len(rows[0]['outcomes'])} {module} --count {count}"
-    head = {**about(torch.device("cpu")), "command": command, "counts": counts}
-    lines = ",\n  ".join(json.dumps(row) for row in rows)
-    return json.dumps(head, indent=1).removesuffix("\n}") + f',\n "rows": [\n  {lines}\n ]\n}}\n'
+    return dumped({**about(torch.device("cpu")), "command": command, "counts": counts, "rows": rows})
 
 
 GOOD = ("refused", "loaded right")
 
 
 def main() -> int:
-    """Returns 1 where one of the damaged checkpoints was neither refused by name nor loaded right on some rank."""
+    """Returns 1 if some rank neither refused a damaged checkpoint by name nor loaded it right, else 0."""
     parser = argparse.ArgumentParser(prog="python -m sharded_lamb.bench.corruptions", description=__doc__)
     parser.add_argument("--count", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0, help="of the first")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first damage")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     if dist.is_torchelastic_launched():

@@ -1,10 +1,10 @@
-"""How near to a copy's bandwidth the two passes come on a GPU.
+"""Bandwidth of the two passes on a GPU, relative to that of a copy.
 
     python -m sharded_lamb.bench.gpu_kernels --shapes bert-large --model bfloat16
 
-One rank's share of a model, in buckets of 32 MiB as `ShardedLamb` makes them. Every round times a copy on the device,
-pass 1 with its sums, and pass 2 in the calls of a step, in turn. Bandwidth counts the bytes that must move; a ratio to
-the copy is the median of those of the rounds.
+Updates one rank's share of a model, in 32 MiB buckets as `ShardedLamb` plans them. Every round times a copy on the
+device, pass 1 with its sums, and pass 2 in the calls of a step, in turn. Bandwidth counts the bytes that must move; a
+ratio to the copy is the median of the rounds' ratios.
 """
 
 import argparse
@@ -29,7 +29,7 @@ BUCKET_BYTES = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one round runs over."""
+    """The memory that one round updates."""
 
     shards: list[FlatShard]
     table: Tensor
@@ -48,7 +48,7 @@ class Work:
             kernel.apply([self.shards[index] for index in together], self.table, self.step_sizes)
 
     def bytes_of(self, passes: int) -> int:
-        """Of pass 1 or 2: fp32 masters, gradients and moments, and the model's copy; or remainders beside it."""
+        """Bytes that pass 1 or 2 moves: fp32 masters (or remainders), gradients, moments, and the model's copy."""
         first = self.shards[0]
         copy = 0 if first.model is None or first.master_format.beside_weight else first.model.itemsize
         return self.elements * ((24, 16)[passes - 1] + copy)
@@ -68,7 +68,7 @@ def work(name: str, model: torch.dtype | None, ranks: int, device: torch.device,
 
 
 def _shard(bucket: Bucket, model: torch.dtype | None, device: torch.device, splits: bool) -> FlatShard:
-    """The first rank's."""
+    """The first rank's shard of a bucket, filled with random numbers."""
     numel = bucket.shard_numel
     owners = torch.full((numel // BLOCK,), bucket.params[0])
     for segment in bucket.segments(0):
@@ -82,7 +82,7 @@ def _shard(bucket: Bucket, model: torch.dtype | None, device: torch.device, spli
 
 
 def milliseconds(run: Callable[[], object], repeats: int) -> float:
-    """Of one run, on the device."""
+    """Device time of one run, averaged over ``repeats``."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     for _ in range(repeats):
@@ -92,14 +92,14 @@ def milliseconds(run: Callable[[], object], repeats: int) -> float:
     return float(start.elapsed_time(end)) / repeats
 
 
-def measured(kernel: Kernel, done: Work, rounds: int, repeats: int) -> str:
-    """A line about one backend."""
-    source = torch.empty(256 << 20, dtype=torch.uint8, device=done.table.device)
+def measured(kernel: Kernel, share: Work, rounds: int, repeats: int) -> str:
+    """One backend's times and bandwidths, as a line of text."""
+    source = torch.empty(256 << 20, dtype=torch.uint8, device=share.table.device)
     target = torch.empty_like(source)
-    runs = (lambda: target.copy_(source)), (lambda: done.pass_1(kernel)), (lambda: done.pass_2(kernel))
-    moved = 2 * source.nbytes, done.bytes_of(1), done.bytes_of(2)
+    runs = (lambda: target.copy_(source)), (lambda: share.pass_1(kernel)), (lambda: share.pass_2(kernel))
+    moved = 2 * source.nbytes, share.bytes_of(1), share.bytes_of(2)
     for run in runs:
-        milliseconds(run, 3)  # compiles, and tells the device where memory lies
+        milliseconds(run, 3)  # compiles, and copies the addresses of the shards to the device
     times = [[milliseconds(run, repeats) for run in runs] for _ in range(rounds)]
     speeds = [[size / time * 1e-6 for size, time in zip(moved, row, strict=True)] for row in times]
     copy, first, second = (statistics.median(column) for column in zip(*speeds, strict=True))
@@ -111,7 +111,7 @@ def measured(kernel: Kernel, done: Work, rounds: int, repeats: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints one line a backend. Returns 0, or 1 where there is no GPU."""
+    """Prints one line per backend. Returns 0, or 1 without a GPU."""
     parser = argparse.ArgumentParser(prog="sharded_lamb.bench.gpu_kernels")
     parser.add_argument("--shapes", default="bert-large")
     parser.add_argument(
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--store-param-remainders", action="store_true", help="16 bits of the masters (--model bfloat16)"
     )
-    parser.add_argument("--ranks", type=int, default=1, help="of which one's share is updated")
+    parser.add_argument("--ranks", type=int, default=1, help="shards of the model, of which one is updated")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=10, help="runs timed together")
     chosen = parser.parse_args(arguments)
@@ -133,11 +133,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"cannot measure: {reason}", file=sys.stderr)
         return 1
     model = None if chosen.model is None else getattr(torch, chosen.model)
-    done = work(chosen.shapes, model, chosen.ranks, device, splits=splits)
-    print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}: {done.elements:,} elements")
+    share = work(chosen.shapes, model, chosen.ranks, device, splits=splits)
+    print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}: {share.elements:,} elements")
     backends: list[Kernel] = [TritonKernel(), ReferenceKernel()]
     for kernel in backends:
-        print(measured(kernel, done, chosen.rounds, chosen.repeats))
+        print(measured(kernel, share, chosen.rounds, chosen.repeats))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""``sharded-lamb bench kernels``: the two passes of every kernel on one rank, against what memory can do."""
+"""``sharded-lamb bench kernels``: times the two passes of every kernel on one rank, against memory bandwidth."""
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sharded_lamb import ShardedLamb, kernels, shapes
 from sharded_lamb.bench import report
-from sharded_lamb.bench.contestants import LAMB
+from sharded_lamb.bench.candidates import LAMB
 from sharded_lamb.bench.timing import Clock, Spread, Turns, by_round, quotients, take_turns, world
 from sharded_lamb.bench.workload import Workload
 from sharded_lamb.core import rule
@@ -21,10 +21,10 @@ from sharded_lamb.kernels import FlatShard, Kernel
 SCALE, ADAMW, STEP = "in-place scale", "fused AdamW", "ShardedLamb.step(), "  # and the kernel's name
 
 BYTES = {SCALE: 8, ADAMW: 28}
-"""Bytes an fp32 element that must travel. Scale: one read, one written. AdamW: w, g, m, v read, w, m, v written."""
+"""Memory traffic, bytes per fp32 element. Scale: one read, one write. AdamW reads w, g, m, v and writes w, m, v."""
 
 LAMB_BYTES = 40
-"""Pass 1 reads w, g, m, v and writes m, v; pass 2 reads w, m, v and writes w."""
+"""Bytes per fp32 element: pass 1 reads w, g, m, v and writes m, v; pass 2 reads w, m, v and writes w."""
 
 COUNTED = (
     "roofline: an in-place scale of a tensor larger than the caches, at 8 B an element. A kernel's row is its two "
@@ -37,10 +37,10 @@ _SCALED = {"cpu": 1 << 28, "cuda": 1 << 29}
 
 
 def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Measures, prints and writes. Returns what the JSON holds.
+    """Measures, prints, writes; returns the content of the JSON.
 
     Raises:
-        ValueError: several ranks, or a shape or a backend that is not known.
+        ValueError: there are several ranks, or a shape list or a backend is unknown.
     """
     if world()[1] > 1:
         raise ValueError("kernels measures one rank: run it without torchrun")
@@ -50,15 +50,16 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     loaded = [kernels.load(name, device) for name in names]
     turns: dict[str, dict[str, Turns]] = {}
     sizes = {
-        name: {"tensors": len(of), "elements": Workload(of, 0, device).numel} for name, of in lists.items()
+        name: {"tensors": len(listed), "elements": Workload(listed, 0, device).numel}
+        for name, listed in lists.items()
     }
-    for name, of in lists.items():
-        actions = _actions(Workload(of, 0, device), loaded, device)
+    for name, listed in lists.items():
+        actions = _actions(Workload(listed, 0, device), loaded, device)
         for count in threads:
             report.progress(f"{name}, {count} threads")
             with _threads_set(count):
                 turns[f"{name}, {count} threads"] = take_turns(actions, Clock(device), rounds=chosen.rounds)
-    summary = {key: summarize(of, sizes[key.rpartition(", ")[0]], device) for key, of in turns.items()}
+    summary = {key: summarize(each, sizes[key.rpartition(", ")[0]], device) for key, each in turns.items()}
     automatic = kernels.choose("auto", device).name
     content = {
         **report.about(device),
@@ -78,11 +79,11 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def _names(text: str | None, device: torch.device) -> list[str]:
-    there = kernels.available(device)
-    names = there if text is None else [name.strip() for name in text.split(",")]
-    unknown = [name for name in names if name not in there]
+    available = kernels.available(device)
+    names = available if text is None else [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in available]
     if unknown:
-        raise ValueError(f"--backends: {unknown[0]!r} is none of those that run here: {', '.join(there)}")
+        raise ValueError(f"--backends: {unknown[0]!r} is none of those that run here: {', '.join(available)}")
     return names
 
 
@@ -105,7 +106,7 @@ def _threads_set(count: int) -> Iterator[None]:
 def _actions(
     workload: Workload, loaded: Sequence[Kernel], device: torch.device
 ) -> dict[str, Callable[[], None]]:
-    """Everything that is timed on one list of shapes, by name. All share one set of gradients."""
+    """The timed actions on one list of shapes, by name. All share one set of gradients."""
     model = workload.model()
     model().backward()
     optimizer = ShardedLamb(model.named_parameters(), **LAMB)
@@ -133,22 +134,22 @@ def _step(optimizer: ShardedLamb, kernel: Kernel) -> Callable[[], None]:
 
 
 def _discard(_: object) -> None:
-    """For a lambda whose value nobody wants."""
+    """Turn a lambda's value into None."""
 
 
 def _two_passes(optimizer: ShardedLamb, kernel: Kernel) -> Callable[[], None]:
-    """Pass 1 and pass 2 with coefficients that are made once, as a step makes them."""
-    held, table = optimizer._store, optimizer._table
-    shards = [shard for shard in held.shards() if isinstance(shard, FlatShard)]
-    active = torch.ones(len(held.params), dtype=torch.bool, device=held.device)
-    one = torch.ones((), dtype=torch.float64, device=held.device)
-    vectors = rule.coefficients(table.options(), held.step + 1, active, one)
+    """Passes 1 and 2 with coefficients that are computed once, as in a step."""
+    store, table = optimizer._store, optimizer._table
+    shards = [shard for shard in store.shards() if isinstance(shard, FlatShard)]
+    active = torch.ones(len(store.params), dtype=torch.bool, device=store.device)
+    one = torch.ones((), dtype=torch.float64, device=store.device)
+    vectors = rule.coefficients(table.options(), store.step + 1, active, one)
     rows = rule.table(vectors, torch.float32)
-    sizes = torch.full((len(held.params),), 1e-4, device=held.device)
+    sizes = torch.full((len(store.params),), 1e-4, device=store.device)
 
     @torch.no_grad()
     def run() -> None:
-        sums: Tensor = torch.zeros(2, len(sizes), dtype=torch.float64, device=held.device)
+        sums: Tensor = torch.zeros(2, len(sizes), dtype=torch.float64, device=store.device)
         kernel.moments_and_norms(shards, rows, sums)
         kernel.apply(shards, rows, sizes)
 
@@ -158,11 +159,11 @@ def _two_passes(optimizer: ShardedLamb, kernel: Kernel) -> Callable[[], None]:
 def summarize(
     turns: Mapping[str, Turns], size: Mapping[str, int], device: torch.device
 ) -> dict[str, dict[str, Any]]:
-    """For everyone: time, ns an element, µs a tensor, and percent of the roofline by round."""
-    rounds = {name: by_round(of_one) for name, of_one in turns.items()}
+    """For each action: spreads of the time, ns an element, µs a tensor, and percent of the roofline by round."""
+    rounds = {name: by_round(each) for name, each in turns.items()}
     scaled = _SCALED[device.type]
     least = [ms / (scaled * BYTES[SCALE]) for ms in rounds[SCALE]]  # ms a byte, by round
-    found: dict[str, dict[str, Any]] = {}
+    summary: dict[str, dict[str, Any]] = {}
     for name, times in rounds.items():
         elements = scaled if name == SCALE else size["elements"]
         row: dict[str, Any] = {"ms": asdict(Spread.of(times)), "to_adamw": None, "roofline_percent": None}
@@ -176,8 +177,8 @@ def summarize(
             moved = elements * BYTES.get(name, LAMB_BYTES)
             percents = [100 * a for a in quotients([moved * ms for ms in least], times)]
             row["roofline_percent"] = asdict(Spread.of(percents))
-        found[name] = row
-    return found
+        summary[name] = row
+    return summary
 
 
 def kernel_speed(
@@ -185,7 +186,7 @@ def kernel_speed(
 ) -> dict[str, float]:
     """``kernel_bytes_per_second`` of ``kernel`` on the list with most elements, with the first number of threads.
 
-    Empty where it was not measured.
+    Empty if it was not measured.
     """
     largest = max(sizes, key=lambda name: sizes[name]["elements"])
     rows = next(rows for key, rows in summary.items() if key.rpartition(", ")[0] == largest)

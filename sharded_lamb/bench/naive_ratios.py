@@ -1,16 +1,15 @@
-"""How wrong a LAMB is that takes DeepSpeed's flat partitions for parameters.
+"""Trust ratios of a LAMB that takes DeepSpeed's flat partitions for parameters, relative to the exact ones.
 
     torchrun --nproc-per-node 2 -m sharded_lamb.bench.naive_ratios
 
-LAMB's step of a tensor is η (‖w‖/‖u‖) u, so its length is η ‖w‖: no optimizer needs to be trusted to see whether a
-ratio is right. A BERT encoder trains for some steps under each ZeRO stage; at the last one, ‖w after - w before‖ /
-(η ‖w before‖) of every tensor is the quotient of the ratio that was used and the exact one. "naive" is a LAMB that
-knows nothing of partitions (`sharded_lamb.Lamb`; every LAMB for whole tensors does the same there).
+LAMB's step of a tensor is η (‖w‖/‖u‖) u, so its length is η ‖w‖, whichever optimizer computes it. A BERT encoder trains
+for some steps under each ZeRO stage; at the last one, ‖w after - w before‖ / (η ‖w before‖) of every tensor is the
+quotient of the used and the exact ratio. "naive" is a LAMB that does not know partitions (`sharded_lamb.Lamb`; every
+LAMB for whole tensors behaves alike there).
 """
 
 import argparse
 import datetime
-import json
 import os
 import platform
 import sys
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 import sharded_lamb.deepspeed as plugin
 from sharded_lamb import Lamb
+from sharded_lamb.bench.report import dumped
 
 LR = 1e-3
 
@@ -80,22 +80,22 @@ def quotients(stage: int, naive: bool, arguments: argparse.Namespace) -> dict[st
 
 
 def masters(module: nn.Module) -> dict[str, Tensor]:
-    found = {}
+    weights = {}
     for name, p in module.named_parameters():
         value = safe_get_full_fp32_param(p)
-        found[name] = (p if value is None else value).detach().double().clone()
-    return found
+        weights[name] = (p if value is None else value).detach().double().clone()
+    return weights
 
 
-def summarize(found: Mapping[str, float]) -> dict[str, Any]:
-    ordered = sorted(found, key=lambda name: found[name])
-    within = sum(abs(quotient - 1) <= 0.1 for quotient in found.values())
+def summarize(by_name: Mapping[str, float]) -> dict[str, Any]:
+    ordered = sorted(by_name, key=lambda name: by_name[name])
+    within = sum(abs(quotient - 1) <= 0.1 for quotient in by_name.values())
     return {
         "tensors": len(ordered),
-        "least": found[ordered[0]],
+        "least": by_name[ordered[0]],
         "least_of": ordered[0],
-        "median": found[ordered[len(ordered) // 2]],
-        "most": found[ordered[-1]],
+        "median": by_name[ordered[len(ordered) // 2]],
+        "most": by_name[ordered[-1]],
         "most_of": ordered[-1],
         "within_10_percent": within / len(ordered),
     }
@@ -111,7 +111,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the table on the first rank. Returns 0."""
+    """Prints the table on the first rank; returns 0."""
     parser = argparse.ArgumentParser(prog="sharded_lamb.bench.naive_ratios")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256, help="a multiple of 64")
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write the numbers there as JSON")
+    parser.add_argument("--out", type=Path, help="write the numbers to this file as JSON")
     chosen = parser.parse_args(arguments)
     deepspeed.logger.setLevel("ERROR")
     deepspeed.init_distributed(verbose=False)
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 **model,
                 "ratio over exact ratio": rows,
             }
-            chosen.out.write_text(json.dumps(content, indent=1) + "\n")
+            chosen.out.write_text(dumped(content))
     dist.barrier()
     dist.destroy_process_group()
     return 0

@@ -1,10 +1,10 @@
-"""What of the wire is hidden behind computation, on a slow network: two hosts on one machine, their link limited.
+"""How much communication overlaps with computation on a slow network: two hosts on one machine, their link limited.
 
     OMP_NUM_THREADS=1 sharded-lamb bench overlap --rate 1e9
 
-Stage 2 trains a small BERT on hosts of `sharded_lamb.cluster.namespaces` under three configurations, in turn: gradients
-exchanged after backward (``overlap=False``), behind it, and parameters gathered behind the next forward as well
-(``overlap_forward``). They send the same bytes and end at the same weights, bit for bit, which is checked. Needs root.
+Stage 2 trains a small BERT on hosts of `sharded_lamb.cluster.namespaces` under three configurations, in turn: exchange
+gradients after backward (``overlap=False``), during it, and also gather parameters during the next forward
+(``overlap_forward``). All send the same bytes and end at bit-equal weights, which is checked. Needs root.
 """
 
 import argparse
@@ -23,16 +23,18 @@ from typing import Any
 import torch
 
 from sharded_lamb.bench.overlapped import CONFIGURATIONS, Work, compare
-from sharded_lamb.bench.report import about, add_output_arguments
+from sharded_lamb.bench.report import about, add_output_arguments, dumped
 from sharded_lamb.cluster.namespaces import network, one_rank_a_host, run_together
 
 TIMEOUT = 1800.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of this benchmark, but for those of its output."""
+    """Add this benchmark's options, except those of its output."""
     parser.add_argument("--hosts", type=int, default=2, help="one rank on each")
-    parser.add_argument("--rate", type=float, default=1e9, help="of a host's link, bits a second each way")
+    parser.add_argument(
+        "--rate", type=float, default=1e9, help="rate of a host's link, bits a second each way"
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256, help="a multiple of 64")
     parser.add_argument("--vocabulary", type=int, default=4096)
@@ -42,23 +44,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of every configuration")
     parser.add_argument("--iterations", type=int, default=4, help="of a turn")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--traces", type=Path, metavar="FOLDER", help="Chrome traces of the same, all ranks")
+    parser.add_argument(
+        "--traces", type=Path, metavar="FOLDER", help="write Chrome traces of all ranks to FOLDER"
+    )
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Prints the table. Returns 0, or 1 where the weights differ or a rank failed.
+    """Prints the table; returns 0, or 1 if the weights differ or a rank failed.
 
     Raises:
-        ValueError: under torchrun, a wrong argument, or a package that is not installed.
-        NetworkError: no such network can be made here.
+        ValueError: under torchrun, a wrong argument, or a missing package.
+        NetworkError: this machine cannot make such a network.
     """
     if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ValueError(
-            f"overlap starts its own ranks, a host each: run it without torchrun (WORLD_SIZE is {ranks})"
+            f"overlap starts its own ranks, one per host: run it without torchrun (WORLD_SIZE is {ranks})"
         )
     work = _work(chosen)
     if chosen.hosts < 2:
-        raise ValueError(f"--hosts must be >= 2, got {chosen.hosts}: one alone sends nothing")
+        raise ValueError(f"--hosts must be >= 2, got {chosen.hosts}: one host sends nothing")
     for module, wanted in (("transformers", True), ("matplotlib", chosen.png is not None)):
         if wanted and importlib.util.find_spec(module) is None:
             raise ValueError(f"{module} is needed and not installed: pip install {module}")
@@ -90,7 +94,7 @@ def _spelled(work: Work) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(work).items()]
 
 
-# -- what is shown ------------------------------------------------------------------------------------
+# -- output ------------------------------------------------------------------------------------
 
 
 def _publish(chosen: argparse.Namespace, work: Work, result: Mapping[str, Any], folder: Path) -> None:
@@ -111,7 +115,7 @@ def _publish(chosen: argparse.Namespace, work: Work, result: Mapping[str, Any], 
             "summary": summary,
             **result,
         }
-        chosen.json.write_text(json.dumps(content, indent=1) + "\n")
+        chosen.json.write_text(dumped(content))
     if chosen.png is not None:
         chosen.png.write_bytes((folder / "overlap.png").read_bytes())
     if chosen.traces is not None:
@@ -128,16 +132,16 @@ def _command() -> str:
 
 
 def summarize(rounds: Sequence[Mapping[str, Any]], rate: float) -> dict[str, dict[str, Any]]:
-    """Of each configuration on the first rank: medians over rounds; ``…_ratio``: of each round's ratios to none.
+    """Medians over rounds of each configuration on the first rank; ``…_ratio``: medians of the rounds' ratios to none.
 
-    ``hidden``: of the seconds that the link needs at least (bytes over rate), the part that the host was not blocked.
+    ``hidden``: the share of the link's least time (bytes over rate) in which the host was not blocked.
     """
 
     def values(*path: str) -> list[float]:
-        found: list[Any] = list(rounds)
+        nested: list[Any] = list(rounds)
         for key in path:
-            found = [each[key] for each in found]
-        return found
+            nested = [each[key] for each in nested]
+        return nested
 
     def median(*path: str) -> float:
         return statistics.median(values(*path))
@@ -164,7 +168,7 @@ def summarize(rounds: Sequence[Mapping[str, Any]], rate: float) -> dict[str, dic
 
 
 def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """Two Markdown tables, in milliseconds an iteration."""
+    """Two Markdown tables, in milliseconds per iteration."""
     head = ["iteration", "forward", "backward", "step"]
     lines = [f"| ms | {' | '.join(head)} | of no overlap |", "|---|" + "---:|" * 5]
     for name, row in summary.items():
@@ -176,17 +180,18 @@ def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
         "|---|" + "---:|" * 5,
     ]
     for name, row in summary.items():
-        for kind, found in row["collectives"].items():
+        for kind, collective in row["collectives"].items():
             parts = ("bytes_over_rate", "wire", "exposed")
-            cells = " | ".join(f"{1e3 * found[part]:.1f}" for part in parts)
+            cells = " | ".join(f"{1e3 * collective[part]:.1f}" for part in parts)
             lines.append(
-                f"| {kind}: {CONFIGURATIONS[name]} | {cells} | {found['exposed_ratio']:.2f} | {found['hidden']:.0%} |"
+                f"| {kind}: {CONFIGURATIONS[name]} | {cells} | {collective['exposed_ratio']:.2f} | "
+                f"{collective['hidden']:.0%} |"
             )
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 failed, 2 wrong usage or no such network here."""
+    """Returns the exit code: 0 passed, 1 failed, 2 wrong usage or no such network here."""
     parser = argparse.ArgumentParser(
         prog="sharded_lamb.bench.overlap", description=__doc__.partition("\n")[0]
     )

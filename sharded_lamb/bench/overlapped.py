@@ -1,4 +1,4 @@
-"""One rank of `sharded_lamb.bench.overlap`: the same training under each configuration, in turn, each on a timeline."""
+"""One rank of `sharded_lamb.bench.overlap`: trains under each configuration in turn and records timelines."""
 
 import importlib.util
 import json
@@ -20,15 +20,15 @@ CONFIGURATIONS = {
     "backward": "gradients behind backward",
     "both": "and parameters behind the next forward",
 }
-"""Name in files: title."""
+"""{name in files: title}."""
 
 TRACED = 5
-"""Iterations from which one is drawn; the one before them fills the wire."""
+"""Recorded iterations, from which one is drawn; one more precedes them and fills the link."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained, and how often. ``bucket_mb`` in MiB; ``batch`` sequences a rank."""
+    """The model and the number of iterations. ``bucket_mb``: MiB; ``batch``: sequences a rank."""
 
     layers: int
     hidden: int
@@ -49,7 +49,7 @@ class Work:
 
 
 def build(work: Work) -> nn.Module:
-    """A BERT in small, without dropout.
+    """A small BERT without dropout.
 
     Raises:
         ImportError: transformers is not installed.
@@ -71,7 +71,7 @@ def build(work: Work) -> nn.Module:
     return model
 
 
-class Trainee:
+class Configured:
     """A model and its optimizer under one configuration."""
 
     def __init__(self, name: str, work: Work) -> None:
@@ -103,7 +103,7 @@ class Trainee:
         self._done += 1
 
     def block(self) -> dict[str, Any]:
-        """Some iterations, to the end of the last gather: what one of them took, in seconds and bytes."""
+        """Run ``iterations`` to the end of the last gather; returns seconds and bytes per iteration. Collective."""
         timeline, count = Timeline(dist.get_rank()), self.work.iterations
         dist.barrier()
         start = time.perf_counter()
@@ -112,20 +112,20 @@ class Trainee:
                 self.iterate(timeline)
             self.optimizer.synchronize()
         seconds = time.perf_counter() - start
-        found = timeline.summary()
-        marks: dict[str, float] = found["seconds"]["marks"]
+        summary = timeline.summary()
+        marks: dict[str, float] = summary["seconds"]["marks"]
         return {
             "iteration": seconds / count,
             **{name: marks[name] / count for name in ("forward", "backward", "step")},
-            "compute": {name: value / count for name, value in found["seconds"]["compute"].items()},
+            "compute": {name: value / count for name, value in summary["seconds"]["compute"].items()},
             "collectives": {
                 kind: {name: value if name == "hidden" else value / count for name, value in row.items()}
-                for kind, row in found["collectives"].items()
+                for kind, row in summary["collectives"].items()
             },
         }
 
     def typical_iteration(self) -> Timeline:
-        """What overlaps one iteration, with the gathers of the step before it: that of median length, on all ranks."""
+        """Spans that overlap the iteration of median length, gathers of the step before included. Collective."""
         timeline = Timeline(dist.get_rank())
         dist.barrier()
         edges = []
@@ -146,24 +146,24 @@ class Trainee:
 
 
 def compare(work: Work, folder: Path) -> None:
-    """Writes ``result.json``, and a trace and a picture of one iteration of each configuration, to ``folder``.
+    """Write ``result.json``, a trace of one iteration of each configuration, and a picture to ``folder``.
 
-    Joins the process group that the environment describes.
+    Joins the process group that the environment describes. Collective.
     """
     dist.init_process_group("gloo")
-    trainees = {name: Trainee(name, work) for name in CONFIGURATIONS}
-    for trainee in trainees.values():  # hooks and order are learnt, gradients compared, memory touched
-        trainee.block()
+    configured = {name: Configured(name, work) for name in CONFIGURATIONS}
+    for each in configured.values():  # learns the order of hooks, compares gradients, touches memory
+        each.block()
     rounds = []
     for index in range(work.rounds):
-        order = list(trainees)[index % len(trainees) :] + list(trainees)[: index % len(trainees)]
-        rounds.append({name: trainees[name].block() for name in order})
-    timelines = {name: trainee.typical_iteration() for name, trainee in trainees.items()}
-    same = _same([list(trainee.model.parameters()) for trainee in trainees.values()])
+        order = list(configured)[index % len(configured) :] + list(configured)[: index % len(configured)]
+        rounds.append({name: configured[name].block() for name in order})
+    timelines = {name: each.typical_iteration() for name, each in configured.items()}
+    same = _same([list(each.model.parameters()) for each in configured.values()])
     for name, timeline in timelines.items():
         timeline.save(folder / f"{name}.rank{dist.get_rank()}.json")
     dist.barrier()
-    _on_first(lambda: _write(folder, rounds, timelines, same, trainees["none"]))
+    _on_first(lambda: _write(folder, rounds, timelines, same, configured["none"]))
     dist.destroy_process_group()
 
 
@@ -172,7 +172,7 @@ def _write(
     rounds: Sequence[dict[str, Any]],
     timelines: dict[str, Timeline],
     same: bool,
-    trainee: Trainee,
+    configured: Configured,
 ) -> None:
     for name in timelines:
         parts = [folder / f"{name}.rank{rank}.json" for rank in range(dist.get_world_size())]
@@ -181,13 +181,13 @@ def _write(
             part.unlink()
     if importlib.util.find_spec("matplotlib") is not None:
         draw({CONFIGURATIONS[name]: timeline for name, timeline in timelines.items()}, folder / "overlap.png")
-    numel = sum(p.numel() for p in trainee.model.parameters())
+    numel = sum(p.numel() for p in configured.model.parameters())
     content = {"rounds": rounds, "same_weights": same, "parameters": numel}
     (folder / "result.json").write_text(json.dumps(content))
 
 
 def _same(models: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether all have the same bits, on every rank. Collective."""
+    """Whether all models have the same bits on every rank. Collective."""
     equal = all(torch.equal(p, q) for model in models[1:] for p, q in zip(models[0], model, strict=True))
     agreed = torch.tensor(int(equal))
     dist.all_reduce(agreed, dist.ReduceOp.MIN)

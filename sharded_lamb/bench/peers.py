@@ -1,4 +1,4 @@
-"""Other people's LAMB, and what torch.compile makes of a plain one."""
+"""Other implementations of LAMB: timm's, and a plain one under torch.compile."""
 
 import functools
 import importlib
@@ -22,7 +22,7 @@ def is_installed(name: str) -> bool:
 
 @functools.cache
 def timm_lamb() -> type[torch.optim.Optimizer]:
-    """timm's `Lamb`, from timm's folder of optimizers imported as a package of its own.
+    """timm's `Lamb`, imported from timm's folder of optimizers as a package of its own.
 
     ``import timm`` needs torchvision; this needs torch alone.
 
@@ -36,8 +36,8 @@ def timm_lamb() -> type[torch.optim.Optimizer]:
     package = ModuleType(_PACKAGE)
     package.__path__ = [str(Path(str(distribution.locate_file("timm/optim"))))]
     sys.modules[_PACKAGE] = package
-    found: type[torch.optim.Optimizer] = importlib.import_module(f"{_PACKAGE}.lamb").Lamb
-    return found
+    lamb: type[torch.optim.Optimizer] = importlib.import_module(f"{_PACKAGE}.lamb").Lamb
+    return lamb
 
 
 def _lamb(
@@ -61,9 +61,10 @@ def _lamb(
 
 
 class CompiledLamb:
-    """One compiled call a tensor, dynamic in its length.
+    """One compiled call per tensor, dynamic in its length.
 
-    (All tensors in one foreach graph: compiling BERT-base's 206 took two minutes on a CPU and ran at 0.6 of the speed.)
+    One foreach graph of all tensors is worse: compiling BERT-base's 206 took two minutes on a CPU and ran at 0.6 of the
+    speed.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: a table that pastes into Markdown, JSON with all that was measured, a picture."""
+"""The output of a benchmark: a Markdown table, JSON with every measurement, and a picture."""
 
 import argparse
 import datetime
@@ -15,11 +15,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sharded_lamb.pictures import figure
+
 _VERSIONED = ("torch", "sharded-lamb", "timm", "deepspeed", "triton", "numpy")
+
+ROW_WIDTH = 500
+"""Characters of JSON that stay on one line."""
 
 
 def about(device: torch.device) -> dict[str, Any]:
-    """Command, date, machine and versions: what a number means nothing without."""
+    """Command, date, machine and versions, without which a number means nothing."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     return {
         "command": shlex.join(["sharded-lamb", *sys.argv[1:]]),
@@ -32,7 +37,7 @@ def about(device: torch.device) -> dict[str, Any]:
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    machine: dict[str, Any] = {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -40,8 +45,8 @@ def _machine(device: torch.device) -> dict[str, Any]:
         "device": device.type,
     }
     if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
+        machine["gpu"] = torch.cuda.get_device_name(device)
+    return machine
 
 
 def _cpu() -> str:
@@ -53,17 +58,17 @@ def _cpu() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in _VERSIONED:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell, so that it reads as plain text too; all but the first to the right."""
+    """A Markdown table that also reads as plain text: aligned columns, all but the first to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -78,36 +83,52 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """--json and --png, which every benchmark takes."""
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write all measurements there")
-    parser.add_argument("--png", type=Path, metavar="PATH", help="draw them there (needs matplotlib)")
+    """Add --json and --png, which every benchmark takes."""
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all measurements to PATH")
+    parser.add_argument("--png", type=Path, metavar="PATH", help="draw them to PATH (needs matplotlib)")
 
 
 def publish(
     chosen: argparse.Namespace, text: str, content: Mapping[str, Any], bars: Sequence["Panel"]
 ) -> None:
-    """Prints, writes and draws on the first rank what was asked for.
+    """Print, and write and draw where ``--json`` and ``--png`` ask for it, on the first rank.
 
     Raises:
-        OSError: a path that cannot be written.
+        OSError: a path cannot be written.
     """
     if dist.is_initialized() and dist.get_rank() != 0:
         return
     print(text, flush=True)
     if chosen.json is not None:
-        chosen.json.write_text(json.dumps(content, indent=1) + "\n")
+        chosen.json.write_text(dumped(content))
     if chosen.png is not None:
         _draw(bars, chosen.png)
 
 
+def dumped(content: Any, indent: int = 0) -> str:
+    """JSON with one row a line: a container of scalars, or one that fits into `ROW_WIDTH`, is not broken up."""
+    text = json.dumps(content)
+    nested = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    is_row = not any(isinstance(value, dict | list) for value in nested)
+    if is_row or (indent and len(text) <= ROW_WIDTH):
+        return text + "\n" * (not indent)
+    margin, (start, end) = " " * (indent + 1), "{}" if isinstance(content, dict) else "[]"
+    if isinstance(content, dict):
+        lines = [f"{json.dumps(key)}: {dumped(value, indent + 1)}" for key, value in content.items()]
+    else:
+        lines = [dumped(value, indent + 1) for value in content]
+    body = ",\n".join(margin + line for line in lines)
+    return f"{start}\n{body}\n{' ' * indent}{end}" + "\n" * (not indent)
+
+
 def progress(text: str) -> None:
-    """One line on the first rank's stderr: some measurements take minutes."""
+    """Print one line to the first rank's stderr: some measurements take minutes."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"{datetime.datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
 
 
 class Panel:
-    """One picture of bars: a label, a length and its spread (low, high) for each."""
+    """A bar chart: {label: (length, low end of its spread, high end)} in ``unit``; ``ours`` are highlighted."""
 
     def __init__(
         self, title: str, unit: str, bars: Mapping[str, tuple[float, float, float]], ours: Sequence[str]
@@ -117,23 +138,20 @@ class Panel:
 
 def _draw(panels: Sequence[Panel], path: Path) -> None:
     try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        print(f"no picture: {error}; pip install matplotlib, and run it again", file=sys.stderr)
+        drawing, axes = figure.stacked(9, [1 + 0.35 * len(panel.bars) for panel in panels])
+    except ImportError as error:  # the measurements took minutes and are written
+        print(f"no picture: {error}; run it again", file=sys.stderr)
         return
-    heights = [1 + 0.35 * len(panel.bars) for panel in panels]
-    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
-    rows = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
-    for axis, panel in zip(rows[:, 0], panels, strict=True):
+    for axis, panel in zip(axes, panels, strict=True):
         labels = list(panel.bars)
         values = [panel.bars[label][0] for label in labels]
         spread = [[max(v - low, 0), max(high - v, 0)] for v, low, high in panel.bars.values()]
         colors = ["tab:orange" if label in panel.ours else "tab:blue" for label in labels]
         axis.barh(labels, values, color=colors, xerr=list(zip(*spread, strict=True)), capsize=3)
-        written = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values]
-        axis.bar_label(axis.containers[-1], written, padding=6)
+        texts = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values]
+        axis.bar_label(axis.containers[-1], texts, padding=6)
         axis.invert_yaxis()
         axis.margins(x=0.12)
         axis.set(title=panel.title, xlabel=panel.unit)
         axis.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.save(drawing, path)

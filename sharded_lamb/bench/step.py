@@ -1,4 +1,4 @@
-"""``sharded-lamb bench step``: whole iterations of all contestants, in turn, in one run."""
+"""``sharded-lamb bench step``: times whole iterations of all candidates, in turn, in one run."""
 
 import argparse
 import gc
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from sharded_lamb import shapes
 from sharded_lamb.bench import report
-from sharded_lamb.bench.contestants import BARE, PEERS, Contestant, Kind, Setting, choose
+from sharded_lamb.bench.candidates import BARE, PEERS, Candidate, Kind, Setting, choose
 from sharded_lamb.bench.timing import Clock, Spread, Turns, by_round, quotients, world
 from sharded_lamb.bench.workload import Workload
 
@@ -23,17 +23,17 @@ COUNTED = (
 )
 
 WARM_UP = 2
-"""Untimed iterations of a new contestant: DDP rebuilds its buckets, stage 1 compares gradients over ranks."""
+"""Untimed iterations of a new candidate: DDP rebuilds its buckets, stage 1 compares gradients over ranks."""
 
 _BYTES_PER_ELEMENT = 28
-"""What a contestant holds at most between its turns: parameters, gradients, moments, buckets, masters."""
+"""Upper bound of a candidate's memory between its turns: parameters, gradients, moments, buckets, masters."""
 
 
 def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Measures, prints and writes. Returns what the JSON holds. Collective.
+    """Measures, prints, writes; returns the content of the JSON. Collective.
 
     Raises:
-        ValueError: a shape or a peer that is not known.
+        ValueError: an unknown shape list or peer.
     """
     rank, world_size = world()
     parameters = shapes.load(chosen.shapes)
@@ -41,7 +41,7 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     setting = Setting(Workload(parameters, rank, device), world_size, chosen.bucket_mb)
     kinds = [BARE, *kinds]
     keep = chosen.alive == "all" or (
-        chosen.alive == "auto" and _everywhere(_fit(len(kinds), setting), device)
+        chosen.alive == "auto" and _on_all_ranks(_fit(len(kinds), setting), device)
     )
     turns, kernel, failed = _take_turns(
         kinds, setting, keep=keep, rounds=chosen.rounds, iterations=chosen.iterations
@@ -68,7 +68,7 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def _fit(count: int, setting: Setting) -> bool:
-    """Whether all contestants of all ranks on this machine may be alive at once."""
+    """Whether the memory of this machine holds all candidates of all its ranks at once."""
     each = setting.workload.numel * _BYTES_PER_ELEMENT
     if setting.workload.device.type == "cuda":
         return count * each < 0.7 * torch.cuda.mem_get_info()[0]
@@ -76,24 +76,24 @@ def _fit(count: int, setting: Setting) -> bool:
     return count * each * here < 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _everywhere(here: bool, device: torch.device) -> bool:
-    """Whether it is so on all ranks, which must do the same. Collective."""
-    found = torch.tensor(int(here), device=device)
+def _on_all_ranks(here: bool, device: torch.device) -> bool:
+    """Whether ``here`` is True on every rank. Collective."""
+    everywhere = torch.tensor(int(here), device=device)
     if dist.is_initialized():
-        dist.all_reduce(found, dist.ReduceOp.MIN)
-    return bool(found.item())
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+    return bool(everywhere.item())
 
 
 def _take_turns(
     kinds: Sequence[Kind], setting: Setting, *, keep: bool, rounds: int, iterations: int
 ) -> tuple[dict[str, Turns], str | None, dict[str, str]]:
-    """All contestants' turns, the name of our kernel, and why others could not be made, by name. Collective.
+    """(turns of each candidate, name of our kernel, {failed candidate: reason}). Collective.
 
-    Those that are not kept are made anew for each turn.
+    Without ``keep`` each turn builds its candidate anew.
     """
     clock = Clock(setting.workload.device)
     turns: dict[str, Turns] = {kind.name: [] for kind in kinds}
-    alive: dict[str, Contestant] = {}
+    alive: dict[str, Candidate] = {}
     failed: dict[str, str] = {}
     kernel = None
     for number in range(rounds):
@@ -101,64 +101,64 @@ def _take_turns(
             if kind.name in failed:
                 continue
             report.progress(f"round {number + 1} of {rounds}: {kind.name}")
-            contestant = alive.get(kind.name) or _warm(kind, setting)
-            if isinstance(contestant, str):
-                failed[kind.name] = contestant
+            candidate = alive.get(kind.name) or _warm(kind, setting)
+            if isinstance(candidate, str):
+                failed[kind.name] = candidate
                 del turns[kind.name]
                 continue
-            turns[kind.name].append(clock.milliseconds(contestant.iterate, iterations))
-            kernel = contestant.kernel or kernel
+            turns[kind.name].append(clock.milliseconds(candidate.iterate, iterations))
+            kernel = candidate.kernel or kernel
             if keep:
-                alive[kind.name] = contestant
+                alive[kind.name] = candidate
             else:
-                contestant.close()
-                del contestant
+                candidate.close()
+                del candidate
                 gc.collect()
-    for contestant in alive.values():
-        contestant.close()
+    for candidate in alive.values():
+        candidate.close()
     return turns, kernel, failed
 
 
-def _warm(kind: Kind, setting: Setting) -> Contestant | str:
-    """A contestant after its first iterations, or why a peer cannot be made, the same on every rank. Collective."""
-    contestant, reason = None, None
+def _warm(kind: Kind, setting: Setting) -> Candidate | str:
+    """A candidate after its first iterations, or the reason why a peer fails, equal on every rank. Collective."""
+    candidate, reason = None, None
     try:
-        contestant = kind.build(setting)
+        candidate = kind.build(setting)
         if (
             setting.world_size == 1
-        ):  # torch.compile compiles here; of several ranks, others may wait for this one's part
-            contestant.iterate()
+        ):  # torch.compile compiles here; with several ranks, others may wait for this one's part
+            candidate.iterate()
     except Exception as error:
         if kind.name not in PEERS:
             raise
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-    reasons = _everyones(reason)
-    if contestant is None or any(reasons):
+    reasons = _all_reasons(reason)
+    if candidate is None or any(reasons):
         return next(reason for reason in reasons if reason)
     for _ in range(WARM_UP - (setting.world_size == 1)):
-        contestant.iterate()
-    return contestant
+        candidate.iterate()
+    return candidate
 
 
-def _everyones(reason: str | None) -> list[str | None]:
-    """Each rank's. Collective."""
-    found: list[str | None] = [reason] * world()[1]
+def _all_reasons(reason: str | None) -> list[str | None]:
+    """Every rank's reason, in rank order. Collective."""
+    reasons: list[str | None] = [reason] * world()[1]
     if dist.is_initialized():
-        dist.all_gather_object(found, reason)
-    return found
+        dist.all_gather_object(reasons, reason)
+    return reasons
 
 
 def summarize(turns: Mapping[str, Turns], reference: str) -> dict[str, dict[str, Any]]:
-    """For everyone: spreads of the iteration, of the net time, and of both over the reference's, by round.
+    """For each candidate: spreads of the iteration, of the net time, and of both over the reference's, by round.
 
-    ``net_ratio`` is None where a round's net time, or the reference's, is not > 0: noise was more than the update.
+    ``net_ratio`` is None if the net time of a round, or the reference's, is not > 0: noise exceeds the update.
     """
-    rounds = {name: by_round(of_one) for name, of_one in turns.items()}
+    rounds = {name: by_round(each) for name, each in turns.items()}
     bare = rounds[BARE.name]
     net = {name: [a - b for a, b in zip(times, bare, strict=True)] for name, times in rounds.items()}
-    found = {}
+    summary = {}
     for name in rounds:
-        found[name] = {
+        summary[name] = {
             "iteration_ms": asdict(Spread.of(rounds[name])),
             "net_ms": asdict(Spread.of(net[name])),
             "iteration_ratio": asdict(Spread.of(quotients(rounds[name], rounds[reference]))),
@@ -166,7 +166,7 @@ def summarize(turns: Mapping[str, Turns], reference: str) -> dict[str, dict[str,
             if min(*net[name], *net[reference]) > 0
             else None,
         }
-    return found
+    return summary
 
 
 def _text(content: Mapping[str, Any], kinds: Sequence[Kind]) -> str:
@@ -204,7 +204,7 @@ def _text(content: Mapping[str, Any], kinds: Sequence[Kind]) -> str:
 
 
 def _net(milliseconds: float, ratio: Mapping[str, float] | None) -> list[str]:
-    """A dash for what noise swallowed."""
+    """A dash if noise exceeds the net time."""
     return [f"{milliseconds:.0f}" if milliseconds > 0 else "—", f"{ratio['median']:.2f}x" if ratio else "—"]
 
 

@@ -1,6 +1,6 @@
 """Clocks, turns and ratios.
 
-Machines drift, so contestants take turns (A B A B …) within one run, and what is quoted of two is the median of the
+Machines drift, so candidates take turns (A B A B …) within one run. A ratio of two candidates is the median of the
 quotients of their turns in the same round.
 """
 
@@ -14,47 +14,47 @@ import torch
 import torch.distributed as dist
 
 Turns = list[list[float]]
-"""Milliseconds of every iteration: an entry a round, in it an entry an iteration."""
+"""Milliseconds, [round][iteration]."""
 
 
 def world() -> tuple[int, int]:
-    """This rank and how many there are; (0, 1) without a process group."""
+    """(rank, world size); (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 class Clock:
-    """Times what all ranks do together: from the moment the last one is ready until the last one is done."""
+    """Times a joint action of all ranks, from the moment the last rank is ready until the last one is done."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def _settle(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def milliseconds(self, action: Callable[[], object], iterations: int) -> list[float]:
-        """The slowest rank's time of each of ``iterations`` calls; the same on every rank. Collective."""
+        """The slowest rank's time of each of ``iterations`` calls; the same list on every rank. Collective."""
         gc.collect()
-        found = []
+        times = []
         for _ in range(iterations):
-            self._settle()
+            self._synchronize()
             if dist.is_initialized():
                 dist.barrier()
             start = time.perf_counter()
             action()
-            self._settle()
-            found.append(1e3 * (time.perf_counter() - start))
+            self._synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
         if dist.is_initialized():
-            slowest = torch.tensor(found, dtype=torch.float64, device=self.device)
+            slowest = torch.tensor(times, dtype=torch.float64, device=self.device)
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
-            found = slowest.tolist()
-        return found
+            times = slowest.tolist()
+        return times
 
 
 def take_turns(
     actions: Mapping[str, Callable[[], object]], clock: Clock, *, rounds: int, iterations: int = 1
 ) -> dict[str, Turns]:
-    """Every action once untimed, then ``rounds`` times in turn. Collective."""
+    """Run every action once untimed, then ``rounds`` times in turn. Collective."""
     for action in actions.values():
         action()
     turns: dict[str, Turns] = {name: [] for name in actions}
@@ -81,7 +81,7 @@ class Spread:
 
 
 def by_round(turns: Turns) -> list[float]:
-    """One time a round: the median of its iterations."""
+    """The median over iterations of each round, milliseconds."""
     return [statistics.median(turn) for turn in turns]
 
 

@@ -1,8 +1,7 @@
-"""What every contestant trains: parameters of given shapes, and a backward that yields known gradients.
+"""The workload of every candidate: parameters of given shapes, and a backward that yields known gradients.
 
-Gradients are runs of a small pool of random numbers that is each rank's own, written by backward into fresh memory
-as a model's backward writes them. Nothing else is computed, and no copy of them is kept, so time and memory
-are the optimizer's and the reduction's alone.
+Backward fills gradients from a small pool of random numbers, one pool a rank, into fresh memory, as a model's backward
+does. It computes nothing else and keeps no copy, so time and memory are those of the optimizer and the reduction.
 """
 
 import math
@@ -13,21 +12,21 @@ import torch
 from torch import Tensor, nn
 
 POOL = 1_000_003
-"""Numbers in a pool, 4 MB of fp32: a prime, so that no two large parameters see the same runs."""
+"""Numbers in a pool, 4 MB of fp32: a prime, so that no two large parameters get the same sequence."""
 
 LAYER_NUMEL = 1 << 20
-"""Parameters are given gradients in layers of at least this many elements, the last layer first."""
+"""Parameters get gradients in layers of at least this many elements, the last layer first."""
 
 
 class Workload:
-    """Shapes, and the pools that weights (the same on every rank) and gradients (each rank's own) are made of."""
+    """Shapes, and the pools of weights (the same on every rank) and of gradients (one a rank)."""
 
     def __init__(
         self, shapes: Mapping[str, Sequence[int]], rank: int, device: torch.device, seed: int = 0
     ) -> None:
         self.shapes = [tuple(shape) for shape in shapes.values()]
         self.device = device
-        self.weights = _pool(seed, device)  # large enough for decay to be seen in two steps
+        self.weights = _pool(seed, device)  # large enough that two steps show decay
         self.gradients = _pool(seed + 1 + rank, device) * 0.01
 
     @property
@@ -35,11 +34,11 @@ class Workload:
         return sum(math.prod(shape) for shape in self.shapes)
 
     def model(self) -> "Synthetic":
-        """A new model with the first weights."""
+        """A new model with the initial weights."""
         return Synthetic(self)
 
     def gradient(self, param: int, step: int) -> Tensor:
-        """[shape of ``param``] fp32, what this rank contributes at ``step``, in fresh memory."""
+        """[shape of ``param``] fp32, this rank's gradient at ``step``, in fresh memory."""
         return _runs(self.gradients, self.shapes[param], start=7919 * param + 104_729 * step)
 
     def weight(self, param: int) -> Tensor:
@@ -48,7 +47,7 @@ class Workload:
 
 
 class Synthetic(nn.Module):
-    """Calling it counts a step and returns a loss whose backward gives every parameter its gradient of that step."""
+    """Each call counts a step and returns a loss; its backward gives every parameter its gradient of that step."""
 
     def __init__(self, workload: Workload) -> None:
         super().__init__()
@@ -69,26 +68,26 @@ class Synthetic(nn.Module):
 
 
 class _Given(torch.autograd.Function):
-    """The zero whose gradients are the workload's, whatever comes from above."""
+    """Returns 0; its backward returns the workload's gradients, whatever the incoming one is."""
 
     @staticmethod
     def forward(ctx: Any, workload: Workload, step: int, layer: range, *params: Tensor) -> Tensor:
-        ctx.of = workload, step, layer
+        ctx.source = workload, step, layer
         return params[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        workload, step, layer = ctx.of
+        workload, step, layer = ctx.source
         return (None, None, None, *(workload.gradient(index, step) for index in layer))
 
 
 def _layers(numels: Sequence[int]) -> list[range]:
-    layers, first, held = [], 0, 0
+    layers, first, elements = [], 0, 0
     for index, numel in enumerate(numels):
-        held += numel
-        if held >= LAYER_NUMEL:
+        elements += numel
+        if elements >= LAYER_NUMEL:
             layers.append(range(first, index + 1))
-            first, held = index + 1, 0
+            first, elements = index + 1, 0
     return [*layers, range(first, len(numels))] if first < len(numels) else layers
 
 
@@ -97,7 +96,7 @@ def _pool(seed: int, device: torch.device) -> Tensor:
 
 
 def _runs(pool: Tensor, shape: tuple[int, ...], start: int) -> Tensor:
-    """A new tensor filled with the pool from ``start`` on, over and over."""
+    """A new tensor, filled from the pool, cyclically, from ``start`` on."""
     filled = torch.empty(shape, device=pool.device)
     flat, done, place = filled.view(-1), 0, start % len(pool)
     while done < len(flat):

@@ -12,7 +12,7 @@ import torch
 
 from sharded_lamb import shapes
 from sharded_lamb.__main__ import main
-from sharded_lamb.bench import comm, kernels, memory, report
+from sharded_lamb.bench import comm, kernels, peak_memory, report
 from tests.harness import run_ranks
 
 CPU = torch.device("cpu")
@@ -89,9 +89,9 @@ def test_threads_are_set_and_set_back() -> None:
 
 
 def test_two_passes_are_a_step() -> None:
-    """What is timed as a kernel moves every weight and every moment, and by the kernel that it names."""
+    """The timed action of a kernel moves every weight and every moment, with the kernel that it names."""
     from sharded_lamb import ShardedLamb
-    from sharded_lamb.bench.contestants import LAMB
+    from sharded_lamb.bench.candidates import LAMB
     from sharded_lamb.bench.workload import Workload
     from sharded_lamb.kernels import ReferenceKernel
 
@@ -129,7 +129,7 @@ def test_comm(tmp_path: Path) -> None:
 
 
 def exchanged(rank: int) -> dict[str, list[float]]:
-    """What every action of `comm` leaves, from memory filled with the rank's number + 1."""
+    """The result of every action of `comm` on memory filled with the rank's number + 1."""
     from sharded_lamb.comm.collectives import Collectives
     from sharded_lamb.comm.topology import Topology
 
@@ -174,7 +174,7 @@ def remembered(rank: int, folder: str) -> dict[str, Any]:
         json=Path(folder, "memory.json"),
         png=None,
     )
-    return memory.measure(chosen, CPU)
+    return peak_memory.measure(chosen, CPU)
 
 
 def test_memory(tmp_path: Path) -> None:
@@ -234,6 +234,26 @@ def test_an_unknown_benchmark_is_exit_code_2(capsys: pytest.CaptureFixture[str])
     assert "invalid choice: 'everything'" in capsys.readouterr().err
 
 
+def test_json_has_one_row_a_line() -> None:
+    rows = [{"seed": seed, "message": "m" * report.ROW_WIDTH} for seed in range(3)]
+    content = {"machine": {"cores": 2}, "summary": {"a": {"ms": {"median": 1.5}}}, "rows": rows, "none": []}
+    written = report.dumped(content)
+    assert json.loads(written) == content
+    assert written.splitlines() == [
+        "{",
+        ' "machine": {"cores": 2},',
+        ' "summary": {"a": {"ms": {"median": 1.5}}},',
+        ' "rows": [',
+        f"  {json.dumps(rows[0])},",
+        f"  {json.dumps(rows[1])},",
+        f"  {json.dumps(rows[2])}",
+        " ],",
+        ' "none": []',
+        "}",
+    ]
+    assert written.endswith("}\n")
+
+
 def test_the_table_is_markdown() -> None:
     lines = report.table(["what", "ms"], [["a", "1"], ["longer", "12.5"]]).splitlines()
     assert lines == ["| what   |   ms |", "|--------|-----:|", "| a      |    1 |", "| longer | 12.5 |"]
@@ -242,4 +262,4 @@ def test_the_table_is_markdown() -> None:
 def test_the_formula_is_the_documented_one() -> None:
     """BERT-base on 2 ranks: 4 + 4 + 4 + 2 B an element."""
     elements = sum(torch.Size(shape).numel() for shape in shapes.named("bert-base").values())
-    assert memory.formula(elements, 2, staging=7) == 14 * elements + 7
+    assert peak_memory.formula(elements, 2, staging=7) == 14 * elements + 7

@@ -1,4 +1,4 @@
-"""The benchmark of overlap: its sums on rounds made by hand, and all of it once, in small."""
+"""The benchmark of overlap: its sums on hand-made rounds, and one small run."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sharded_lamb.bench.overlap import main, summarize, table
-from sharded_lamb.bench.overlapped import CONFIGURATIONS, Trainee, Work
+from sharded_lamb.bench.overlapped import CONFIGURATIONS, Configured, Work
 from sharded_lamb.cluster.namespaces import NetworkError, network
 from sharded_lamb.timeline import Span, Timeline
 from tests.harness import run_ranks
@@ -60,28 +60,33 @@ def test_wrong_arguments_are_refused(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["sharded_lamb.bench.overlap", "sharded_lamb bench overlap"])
-def test_under_torchrun_it_is_refused(command: str) -> None:
-    """By every rank, at once: hosts within ranks would each wait for the others' ranks."""
-    module, *words = command.split()
+def test_under_torchrun_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On every rank, at once: each would start hosts of its own."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    done = subprocess.run([*launch, module, *words], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*launch, "sharded_lamb", "bench", "overlap"], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode != 0
     assert "run it without torchrun (WORLD_SIZE is 2)" in done.stderr
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([]) == 2
+    assert "run it without torchrun (WORLD_SIZE is 2)" in capsys.readouterr().err
 
 
 def _order(rank: int, name: str) -> tuple[int, int, int, int]:
-    """Of the last of three iterations: exchanges, those launched before the last gradient was there; gathers of the
-    step before it, those that were waited for in its forward."""
+    """Counts in the last of three iterations: exchanges, exchanges launched before the last gradient, gathers of the
+    previous step, gathers whose wait is in forward."""
     small = {"layers": 1, "hidden": 64, "vocabulary": 64, "batch": 1, "sequence": 8, "bucket_mb": 0.05}
-    trainee = Trainee(name, Work(**small, rounds=1, iterations=1, seed=0))
+    configured = Configured(name, Work(**small, rounds=1, iterations=1, seed=0))
     timeline, gradients = Timeline(), [0.0]
-    for p in trainee.model.parameters():
+    for p in configured.model.parameters():
         p.register_post_accumulate_grad_hook(lambda _: gradients.append(timeline.clock()))
-    with trainee.optimizer.record(timeline):
+    with configured.optimizer.record(timeline):
         for _ in range(3):
-            trainee.iterate(timeline)
-        trainee.optimizer.synchronize()
+            configured.iterate(timeline)
+        configured.optimizer.synchronize()
 
     def of(kind: str, lane: str) -> list[Span]:
         return [span for span in timeline.spans if (span.name, span.lane) == (kind, lane)]

@@ -1,4 +1,4 @@
-"""`bench step`: contestants train what they claim to, and what is quoted follows from what was recorded."""
+"""`bench step`: candidates train what they claim to, and what is quoted follows from what was recorded."""
 
 import argparse
 import json
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sharded_lamb import shapes
 from sharded_lamb.__main__ import main
-from sharded_lamb.bench import contestants, peers, step
-from sharded_lamb.bench.contestants import LAMB, OURS, PEERS, Kind, Setting, choose
+from sharded_lamb.bench import candidates, peers, step
+from sharded_lamb.bench.candidates import LAMB, OURS, PEERS, Kind, Setting, choose
 from sharded_lamb.bench.timing import Spread
 from sharded_lamb.bench.workload import LAYER_NUMEL, Workload
 from tests.harness import run_ranks
@@ -42,11 +42,11 @@ def arguments(**more: Any) -> argparse.Namespace:
 
 
 def trained(kind: Kind, setting: Setting, steps: int = 2) -> list[Tensor]:
-    contestant = kind.build(setting)
+    candidate = kind.build(setting)
     for _ in range(steps):
-        contestant.iterate()
-    weights = contestant.weights()
-    contestant.close()
+        candidate.iterate()
+    weights = candidate.weights()
+    candidate.close()
     return weights
 
 
@@ -100,11 +100,11 @@ def test_all_that_claim_to_be_lamb_end_with_the_same_weights(world_size: int) ->
 
 
 def test_two_steps_are_seen() -> None:
-    """What the comparison above would say of a contestant that does not move, or steps once: the tolerance is tight."""
+    """The comparison above rejects a candidate that does not move, or steps once: its tolerance is tight."""
     setting = Setting(Workload(shapes.named("tiny"), 0, CPU), 1)
     expected = oracle_after_two_steps(1)
     assert error(trained(OURS[2], setting, steps=1), expected, setting.workload) > 0.1
-    assert error(trained(contestants.BARE, setting), expected, setting.workload) > 1
+    assert error(trained(candidates.BARE, setting), expected, setting.workload) > 1
 
 
 def test_the_compiled_one_is_lamb() -> None:
@@ -211,7 +211,7 @@ def test_ratios_are_of_the_same_round() -> None:
 
 
 def test_a_net_time_that_is_none_has_no_ratio() -> None:
-    """In one round "fast" took less than the bare backward; to a reference that did nobody has a ratio."""
+    """In one round "fast" takes less than the bare backward; no candidate has a ratio to such a reference."""
     turns = {"bare": [[2.0], [2.0]], "ours-2": [[4.0], [3.0]], "fast": [[1.0], [2.5]], "slow": [[6.0], [5.0]]}
     found = step.summarize(turns, "ours-2")
     assert (found["fast"]["net_ratio"], found["slow"]["net_ratio"]["median"]) == (None, 2.5)
@@ -281,7 +281,7 @@ def test_what_cannot_take_part_is_left_out_with_the_reason(monkeypatch: pytest.M
     assert "neither scalars" in choose(None, "2", 2, [()])[1]["deepspeed2-ours"]
 
 
-def broken(setting: Setting) -> contestants.Contestant:
+def broken(setting: Setting) -> candidates.Candidate:
     made = PEERS["adamw"].build(setting)  # which every rank takes part in
     if dist.get_rank():
         raise RuntimeError("no compiler\nand more of it")
@@ -320,7 +320,7 @@ def test_ours_must_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(self: Any, closure: None = None) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(contestants.ShardedLamb, "step", fails)
+    monkeypatch.setattr(candidates.ShardedLamb, "step", fails)
     with pytest.raises(RuntimeError, match="broken"):
         step.measure(arguments(peers="adamw"), CPU)
 

@@ -1,7 +1,7 @@
-"""Who takes part: ours and the others behind one interface.
+"""The optimizers that benchmarks compare, ours and others, behind one interface.
 
-Whoever needs averaged gradients gets them as users do, from DistributedDataParallel (its buckets are the gradients'
-memory), so that its all-reduce is counted and overlaps with backward.
+A candidate that needs averaged gradients gets them as users do, from DistributedDataParallel (its buckets are the
+gradients' memory), so that its all-reduce is counted and overlaps with backward.
 """
 
 import functools
@@ -22,26 +22,26 @@ from sharded_lamb.bench import peers
 from sharded_lamb.bench.workload import Synthetic, Workload
 
 LAMB: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01}
-"""Everybody's options. No clipping: ranks of ZeroRedundancyOptimizer would clip each by a norm of its own."""
+"""Every candidate's options. No clipping: each rank of ZeroRedundancyOptimizer would clip by its own norm."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What contestants are made for."""
+    """The workload that candidates are built for."""
 
     workload: Workload
     world_size: int
     bucket_mb: float = 32
 
 
-class Contestant:
-    """A model and what trains it."""
+class Candidate:
+    """A model and the optimizer that trains it."""
 
     def __init__(self, model: Synthetic, forward: Callable[[], Tensor], optimizer: Any) -> None:
         self.model, self.forward, self.optimizer = model, forward, optimizer
 
     def iterate(self) -> None:
-        """Zero the gradients, backward, and everything up to updated weights on this rank. Collective."""
+        """Zero the gradients, run backward, and update this rank's weights. Collective."""
         self.optimizer.zero_grad()
         self.forward().backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -50,20 +50,20 @@ class Contestant:
         return [p.detach().clone() for p in self.model.parameters()]
 
     def close(self) -> None:
-        """Let go of what outlives the object. Collective."""
+        """Release resources that outlive the object. Collective."""
 
     def bytes_by_kind(self) -> dict[str, int] | None:
-        """What the optimizer itself says that it holds, where it can."""
+        """Bytes by kind, as `ShardedLamb.memory` reports them; None for other optimizers."""
         return self.optimizer.memory() if isinstance(self.optimizer, ShardedLamb) else None
 
     @property
     def kernel(self) -> str | None:
-        """The name of our kernel."""
+        """The name of our kernel; None for other optimizers."""
         return self.optimizer._kernel.name if isinstance(self.optimizer, ShardedLamb) else None
 
 
 class _NoOptimizer:
-    """Backward alone: what every iteration contains whoever trains."""
+    """Backward alone, which every candidate's iteration contains."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -75,33 +75,33 @@ class _NoOptimizer:
         pass
 
 
-def _bare(setting: Setting) -> Contestant:
+def _bare(setting: Setting) -> Candidate:
     model = setting.workload.model()
-    return Contestant(model, model, _NoOptimizer(model))
+    return Candidate(model, model, _NoOptimizer(model))
 
 
-def _ours(stage: Literal[1, 2]) -> Callable[[Setting], Contestant]:
-    def build(setting: Setting) -> Contestant:
+def _ours(stage: Literal[1, 2]) -> Callable[[Setting], Candidate]:
+    def build(setting: Setting) -> Candidate:
         model = setting.workload.model()
         optimizer = ShardedLamb(model.named_parameters(), stage=stage, bucket_mb=setting.bucket_mb, **LAMB)
-        return Contestant(model, _averaging(model, setting) if stage == 1 else model, optimizer)
+        return Candidate(model, _averaging(model, setting) if stage == 1 else model, optimizer)
 
     return build
 
 
 def _averaging(model: Synthetic, setting: Setting) -> Callable[[], Tensor]:
-    """The model whose backward averages gradients over ranks."""
+    """The model, wrapped so that its backward averages gradients over ranks."""
     if setting.world_size == 1:
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def _replicated(optimizer: Callable[[Sequence[nn.Parameter]], Any]) -> Callable[[Setting], Contestant]:
-    """The whole state and the whole update on every rank."""
+def _replicated(optimizer: Callable[[Sequence[nn.Parameter]], Any]) -> Callable[[Setting], Candidate]:
+    """Every rank holds the whole state and computes the whole update."""
 
-    def build(setting: Setting) -> Contestant:
+    def build(setting: Setting) -> Candidate:
         model = setting.workload.model()
-        return Contestant(model, _averaging(model, setting), optimizer(list(model.parameters())))
+        return Candidate(model, _averaging(model, setting), optimizer(list(model.parameters())))
 
     return build
 
@@ -111,8 +111,8 @@ def _timm(params: Sequence[nn.Parameter]) -> Any:
     return timm(params, max_grad_norm=None, **LAMB)
 
 
-def _zero(*, views: bool) -> Callable[[Setting], Contestant]:
-    def build(setting: Setting) -> Contestant:
+def _zero(*, views: bool) -> Callable[[Setting], Candidate]:
+    def build(setting: Setting) -> Candidate:
         model = setting.workload.model()
         forward = _averaging(model, setting)
         optimizer = ZeroRedundancyOptimizer(
@@ -122,13 +122,13 @@ def _zero(*, views: bool) -> Callable[[Setting], Contestant]:
             max_grad_norm=None,
             **LAMB,
         )
-        return Contestant(model, forward, optimizer)
+        return Candidate(model, forward, optimizer)
 
     return build
 
 
-def _engine(stage: int, *, ours: bool) -> Callable[[Setting], Contestant]:
-    def build(setting: Setting) -> Contestant:
+def _engine(stage: int, *, ours: bool) -> Callable[[Setting], Candidate]:
+    def build(setting: Setting) -> Candidate:
         return Engine(setting.workload.model(), stage, LAMB, timm=None if ours else peers.timm_lamb())
 
     return build
@@ -136,24 +136,20 @@ def _engine(stage: int, *, ours: bool) -> Callable[[Setting], Contestant]:
 
 @dataclass(frozen=True)
 class Kind:
-    """One that can be chosen.
-
-    ``exact``: it is LAMB, step for step the same as ours in exact arithmetic.
-    ``needs``: the modules it imports; "ranks": several of them; "one rank"; "compiler".
-    """
+    """A candidate that can be chosen by name."""
 
     name: str
     title: str
-    build: Callable[[Setting], Contestant]
-    exact: bool = True
-    needs: tuple[str, ...] = ()
+    build: Callable[[Setting], Candidate]
+    exact: bool = True  # in exact arithmetic it equals ours, step for step
+    needs: tuple[str, ...] = ()  # modules that it imports; "ranks" (several), "one rank", "compiler"
 
     def titled(self, world_size: int) -> str:
-        """Its title; alone nobody needs DDP."""
+        """Its title; one rank needs no DDP."""
         return self.title if world_size > 1 else self.title.removeprefix("DDP + ")
 
     def missing(self, world_size: int, shapes: Sequence[Sequence[int]]) -> str | None:
-        """Why it cannot take part here, or None."""
+        """Why it cannot run here; None if it can."""
         for need in self.needs:
             if need == "deepspeed" and not all(math.prod(shape) and shape for shape in shapes):
                 return "takes neither scalars nor empty tensors"
@@ -193,7 +189,7 @@ PEERS = {
             "deepspeed1-timm",
             "DeepSpeed ZeRO-1 + timm (wrong ratios)",
             _engine(1, ours=False),
-            exact=False,  # a ratio for each flat partition, not for each parameter
+            exact=False,  # one ratio per flat partition, not per parameter
             needs=("ranks", "timm", "deepspeed"),
         ),
         Kind(
@@ -222,13 +218,13 @@ PEERS = {
 def choose(
     names: str | None, stage: Literal["1", "2", "both"], world_size: int, shapes: Sequence[Sequence[int]]
 ) -> tuple[list[Kind], dict[str, str]]:
-    """Ours of ``stage`` first, then the peers called ``names`` (with commas; None: all).
+    """Ours of ``stage`` first, then the peers in ``names`` (comma-separated; None: all).
 
     Returns:
-        Those that can take part, and {name: why not} of the others.
+        The kinds that can run here, and {name: reason} for the others.
 
     Raises:
-        ValueError: a name that is nobody's.
+        ValueError: an unknown name.
     """
     ours = list(OURS.values()) if stage == "both" else [OURS[int(stage)]]
     chosen = list(PEERS) if names is None else [name.strip() for name in names.split(",") if name.strip()]
@@ -236,14 +232,15 @@ def choose(
     if unknown:
         raise ValueError(f"--peers: {unknown[0]!r} is none of {', '.join(PEERS)}")
     missing = {name: PEERS[name].missing(world_size, shapes) for name in chosen}
-    there = [PEERS[name] for name in dict.fromkeys(chosen) if missing[name] is None]
-    return [*ours, *there], {name: reason for name, reason in missing.items() if reason is not None}
+    peers_here = [PEERS[name] for name in dict.fromkeys(chosen) if missing[name] is None]
+    return [*ours, *peers_here], {name: reason for name, reason in missing.items() if reason is not None}
 
 
-class Engine(Contestant):
-    """DeepSpeed's engine with ZeRO 1 or 2 in fp32, without clipping. Imports deepspeed when made, which takes seconds.
+class Engine(Candidate):
+    """DeepSpeed's engine with ZeRO 1 or 2 in fp32, without clipping. Construction takes seconds: it imports deepspeed.
 
-    ``timm``: the class that steps DeepSpeed's flat partitions, which it takes for parameters; None: our plugin.
+    Args:
+        timm: the optimizer class that steps DeepSpeed's flat partitions as if they were parameters; None: our plugin.
     """
 
     def __init__(
@@ -261,7 +258,7 @@ class Engine(Contestant):
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": stage},
-            "gradient_clipping": 0.0,  # DeepSpeed clips at 1.0 where a config says nothing
+            "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
         }
         keywords: dict[str, Any] = {}
         if timm is None:
@@ -270,13 +267,13 @@ class Engine(Contestant):
             config["optimizer"] = {"type": "ShardedLamb", "params": params}
         else:
             config["zero_allow_untested_optimizer"] = True
-            made: Any = timm
-            keywords["optimizer"] = made(model.parameters(), max_grad_norm=None, **options)
+            optimizer: Any = timm
+            keywords["optimizer"] = optimizer(model.parameters(), max_grad_norm=None, **options)
         engine, *_ = deepspeed.initialize(model=model, config=config, **keywords)
         super().__init__(model, engine, engine)
 
     def iterate(self) -> None:
-        """As DeepSpeed's users write it; `step` zeroes the gradients."""
+        """In DeepSpeed's idiom; its `step` zeroes the gradients."""
         self.optimizer.backward(self.forward())
         self.optimizer.step()
 
