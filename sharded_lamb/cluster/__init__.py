@@ -1,1 +1,1 @@
-"""Hosts that are network namespaces of this machine."""
+"""Several hosts on one machine: network namespaces joined by links of a given rate."""

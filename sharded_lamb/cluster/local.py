@@ -1,6 +1,8 @@
-"""A cluster on one machine: `launch/torchrun.sh` on hosts that are network namespaces, joined by slow links.
+"""A cluster on one machine: `launch/torchrun.sh` on network namespaces, joined by slow links.
 
 launch/cluster-local --hosts 2 --gbits 1 -m sharded_lamb.bert --config configs/bert-quickstart.yaml
+
+Needs a checkout: wheels lack launch/.
 """
 
 import argparse
@@ -17,7 +19,13 @@ SCRIPT = Path(__file__).parents[2] / "launch" / "torchrun.sh"
 def tasks(
     hosts: Sequence[Host], program: Sequence[str], *, ranks: int, rendezvous: str = "c10d"
 ) -> list[Task]:
-    """``launch/torchrun.sh`` on every host, with what it asks for in the environment."""
+    """``launch/torchrun.sh`` on every host, with its settings in the environment.
+
+    Raises:
+        FileNotFoundError: this is not a checkout.
+    """
+    if not SCRIPT.is_file():
+        raise FileNotFoundError(f"no file {SCRIPT}: run it from a checkout, wheels lack launch/")
     settings = {
         "NNODES": str(len(hosts)),
         "NPROC_PER_NODE": str(ranks),
@@ -32,7 +40,7 @@ def tasks(
             {
                 **sockets(),
                 **settings,
-                # The hosts have one name, which no host can tell from its own.
+                # All hosts share one host name, so none recognizes its own by name.
                 "LOCAL_ADDR": host.address,
                 "IS_HOST": str(int(host.index == 0)),
                 "NODE_RANK": str(host.index),
@@ -43,7 +51,7 @@ def tasks(
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Our options, and the program, which begins with what is none of them."""
+    """(our options, the program and its arguments); the program is the first word that is no option."""
     own = list(arguments)
     at = 0
     while at < len(own) and own[at].startswith("--"):
@@ -54,26 +62,26 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the first exit code that is not 0, else 0."""
+    """Returns 0 if every host's program returned 0, else the first exit code > 0; 2 if the network cannot be made."""
     parser = argparse.ArgumentParser(prog="launch/cluster-local", description=__doc__)
     parser.add_argument("--hosts", type=int, default=2)
-    parser.add_argument("--gbits", type=float, default=1.0, help="of every host's link, each way")
-    parser.add_argument("--ranks", type=int, default=1, help="on every host")
+    parser.add_argument("--gbits", type=float, default=1.0, help="rate of every host's link, each way")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks on every host")
     parser.add_argument("--rdzv", choices=("c10d", "static"), default="c10d")
     parser.add_argument("--timeout-s", type=float, default=86400.0)
-    parser.add_argument("--dry-run", action="store_true", help="print what runs on every host")
+    parser.add_argument("--dry-run", action="store_true", help="print the command of every host")
     parser.usage = "launch/cluster-local [options] PROGRAM ..., PROGRAM as torchrun takes it"
     own, program = _split(sys.argv[1:] if arguments is None else arguments)
     chosen = parser.parse_args(own)
     if not program:
-        parser.error("what should run? e.g. launch/cluster-local -m sharded_lamb verify")
-    if chosen.dry_run:
-        hosts = [Host(index, 0, f"10.111.0.{index + 1}") for index in range(chosen.hosts)]
-        for task in tasks(hosts, program, ranks=chosen.ranks, rendezvous=chosen.rdzv):
-            settings = [f"{name}={value}" for name, value in sorted(task.environment.items())]
-            print(f"host {task.host.index}:", shlex.join(["env", *settings, *task.command]))
-        return 0
+        parser.error("expected a program, e.g. launch/cluster-local -m sharded_lamb verify")
     try:
+        if chosen.dry_run:
+            hosts = [Host(index, 0, f"10.111.0.{index + 1}") for index in range(chosen.hosts)]
+            for task in tasks(hosts, program, ranks=chosen.ranks, rendezvous=chosen.rdzv):
+                settings = [f"{name}={value}" for name, value in sorted(task.environment.items())]
+                print(f"host {task.host.index}:", shlex.join(["env", *settings, *task.command]))
+            return 0
         with network(chosen.hosts, rate=chosen.gbits * 1e9) as hosts:
             started = tasks(hosts, program, ranks=chosen.ranks, rendezvous=chosen.rdzv)
             codes = run_together(started, timeout=chosen.timeout_s)

@@ -3,8 +3,8 @@
     with network(2, rate=1e9) as hosts:
         run_together([Task(host, ["hostname"], {}) for host in hosts], timeout=60)
 
-Every host has one interface, "wire", to a bridge in a namespace of its own; each end of the link is limited, so that a
-host sends and receives at ``rate`` at once, as with a network card. Nothing is made in the machine's own namespace, and
+Every host has one interface, "wire", to a bridge in a namespace of its own; both ends of the link are limited, so a
+host sends and receives at ``rate`` at once, as with a network card. The machine's own namespace stays untouched, and
 the new ones have no names: each lives as long as a process that waits in it, which ends with this one even if that is
 killed. Processes on "hosts" share files, memory, cores and clock.
 """
@@ -25,55 +25,55 @@ from typing import Any
 
 INTERFACE = "wire"
 MAX_HOSTS = 200
-"""Addresses are 10.111.0.1 … on one /24."""
+"""Addresses are 10.111.0.1 … in one /24."""
 
 _END_TIMEOUT = 5.0
 _SWEEPS = 20
-"""What forks while it is looked for is seen by the next sweep."""
+"""A process that forks during one sweep is found by the next."""
 _BURST_SECONDS = 1e-3
 _SMALLEST_BURST = 2 * 65536
-"""Bytes: a segment that the kernel has put together is up to 64 KiB, and one larger than the burst is cut up again."""
+"""Bytes: a segment of the kernel's offload is up to 64 KiB, and one larger than the burst is split again."""
 _QUEUE = "50ms"
 
 
 class NetworkError(OSError):
-    """Such a network cannot be made here; the message says what is missing."""
+    """This machine cannot make such a network; the message names what is missing."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """A network namespace. ``holder``: the process that keeps it; ``address``: on its interface "wire"."""
+    """A network namespace."""
 
     index: int
-    holder: int
-    address: str
+    holder: int  # pid of the process that keeps it
+    address: str  # of its interface "wire"
 
     def command(self, command: Sequence[str]) -> list[str]:
-        """``command`` on this host; it is killed when whoever started it ends."""
+        """``command`` on this host; the kernel kills it when its parent ends."""
         return ["setpriv", "--pdeathsig", "KILL", *_inside(self.holder), *command]
 
     def cut(self) -> None:
-        """Pull its cable: nothing arrives any more, and nobody is told."""
+        """Pull its cable: packets no longer arrive, and neither side gets an error."""
         _run([*_inside(self.holder), "ip", "link", "set", INTERFACE, "down"])
 
     def mend(self) -> None:
-        """Put the cable back."""
+        """Plug its cable in again."""
         _run([*_inside(self.holder), "ip", "link", "set", INTERFACE, "up"])
 
     def links(self) -> list[dict[str, Any]]:
-        """Counters of the limit on what it sends, as ``tc -s -j`` gives them: bytes, packets, overlimits, drops."""
+        """Counters of its outgoing limit, from ``tc -s -j``: bytes, packets, overlimits, drops."""
         text = _run([*_inside(self.holder), "tc", "-s", "-j", "qdisc", "show", "dev", INTERFACE])
-        found: list[dict[str, Any]] = json.loads(text)
-        return found
+        counters: list[dict[str, Any]] = json.loads(text)
+        return counters
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one process runs where. ``environment`` is added to this process's own without torchrun's part."""
+    """One process on one host."""
 
     host: Host
     command: Sequence[str]
-    environment: Mapping[str, str]
+    environment: Mapping[str, str]  # added to this process's own, without torchrun's part
 
 
 def one_rank_a_host(hosts: Sequence[Host], command: Sequence[str], *, port: int = 29500) -> list[Task]:
@@ -95,11 +95,11 @@ def sockets() -> dict[str, str]:
 
 @contextmanager
 def network(count: int, *, rate: float) -> Iterator[list[Host]]:
-    """``count`` hosts, each linked at ``rate`` bits a second. At the end all is gone, processes on them included.
+    """``count`` hosts, each linked at ``rate`` bits a second. On exit it removes them and kills processes on them.
 
     Raises:
-        ValueError: a wrong ``count`` or ``rate``.
-        NetworkError: it cannot be made on this machine, and why.
+        ValueError: ``count`` or ``rate`` is out of range.
+        NetworkError: this machine cannot make it; names the reason.
     """
     if not 1 <= count <= MAX_HOSTS:
         raise ValueError(f"count must be 1 to {MAX_HOSTS} hosts, got {count!r}")
@@ -120,7 +120,11 @@ def network(count: int, *, rate: float) -> Iterator[list[Host]]:
 
 
 def check_possible() -> None:
-    """Raises NetworkError with what to do, where `network` cannot work."""
+    """Check that `network` can work here.
+
+    Raises:
+        NetworkError: it cannot; names the remedy.
+    """
     if sys.platform != "linux":
         raise NetworkError(f"network namespaces are Linux's, and this is {sys.platform}")
     packages = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
@@ -138,7 +142,7 @@ def _inside(holder: int) -> list[str]:
 
 
 def _new_namespace(holders: list[subprocess.Popen[bytes]]) -> int:
-    """A process in a namespace of its own, which waits for the end of its input: of this process."""
+    """The pid of a process in a namespace of its own. It ends with its input, which ends with this process."""
     command = ["unshare", "--net", "cat"]
     holder = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
@@ -147,10 +151,10 @@ def _new_namespace(holders: list[subprocess.Popen[bytes]]) -> int:
     assert holder.stdin is not None
     assert holder.stdout is not None
     assert holder.stderr is not None
-    with contextlib.suppress(BrokenPipeError):  # it failed: its answer is empty
+    with contextlib.suppress(BrokenPipeError):  # it failed: stdout is empty
         holder.stdin.write(b"\n")
         holder.stdin.flush()
-    if holder.stdout.readline() != b"\n":  # once it answers, it is there
+    if holder.stdout.readline() != b"\n":  # it echoes once the namespace exists
         problem = holder.stderr.read().decode().strip()
         raise NetworkError(
             f"a network namespace cannot be made: {problem} (in a container: it needs --privileged, or "
@@ -161,7 +165,7 @@ def _new_namespace(holders: list[subprocess.Popen[bytes]]) -> int:
 
 
 def _link(switch: int, host: Host, rate: float) -> None:
-    """A pair of interfaces between host and bridge, limited at both ends."""
+    """Make a pair of interfaces between host and bridge, limited at both ends."""
     port = f"port{host.index}"
     ends = ["ip", "link", "add", port, "type", "veth", "peer", "name", INTERFACE, "netns", str(host.holder)]
     _run([*_inside(switch), *ends])
@@ -182,9 +186,9 @@ def _run(command: Sequence[str]) -> str:
 
 
 def _remove(holders: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Kill what runs in the namespaces; with their last process they and their interfaces are gone."""
+    """Kill the processes in the namespaces; these and their interfaces end with their last process."""
     spaces = {space for holder in holders if (space := _namespace(holder.pid)) is not None}
-    spaces.discard(_namespace(os.getpid()))  # of a holder that did not get one
+    spaces.discard(_namespace(os.getpid()))  # the namespace of a holder without one
     for _ in range(_SWEEPS):
         inside = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
         inside = [process for process in inside if _namespace(process) in spaces]
@@ -199,7 +203,7 @@ def _remove(holders: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _namespace(process: int) -> str | None:
-    """None where the process is gone."""
+    """The process's network namespace; None if it has ended."""
     try:
         return os.readlink(f"/proc/{process}/ns/net")
     except OSError:
@@ -207,15 +211,13 @@ def _namespace(process: int) -> str | None:
 
 
 def run_together(tasks: Sequence[Task], *, timeout: float) -> list[int]:
-    """Run all at once and wait for all; their output goes where this process's goes.
-
-    The first that fails ends the others.
+    """Run all tasks at once and wait for them; the first that fails ends the others. They share this process's output.
 
     Returns:
-        exit codes by task: of a failed run, that of the ones which were ended is negative.
+        exit codes by task; negative for tasks that a failure ended.
 
     Raises:
-        TimeoutError: some were still running after ``timeout`` seconds; they are killed.
+        TimeoutError: tasks still ran after ``timeout`` seconds; they are killed.
     """
     started: list[subprocess.Popen[bytes]] = []
     try:
@@ -236,12 +238,12 @@ def run_together(tasks: Sequence[Task], *, timeout: float) -> list[int]:
 
 
 def _without_launcher() -> dict[str, str]:
-    """This process's environment, but for torchrun's own part: with it ranks look for a store that torchrun keeps."""
+    """This process's environment without torchrun's part, with which ranks would look for torchrun's store."""
     return {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Its session: asked first, so that a launcher can end its workers."""
+    """End its session: SIGTERM first, so that a launcher can end its workers."""
     for way in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return

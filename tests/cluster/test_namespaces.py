@@ -1,4 +1,4 @@
-"""Hosts that are network namespaces: they talk, their link is limited, and nothing of them stays."""
+"""Network namespaces as hosts: they exchange data, their link is limited, and none of them remains."""
 
 import os
 import shutil
@@ -127,7 +127,7 @@ def test_a_rank_on_every_host_knows_where_the_first_is(hosts: list[Host]) -> Non
 def test_ranks_do_not_take_the_launcher_for_theirs(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """With TORCHELASTIC_USE_AGENT_STORE a first rank waits for a store that nobody has."""
+    """With TORCHELASTIC_USE_AGENT_STORE a first rank waits for a store that does not exist."""
     monkeypatch.setattr(Host, "command", lambda self, command: list(command))
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("OF_THE_USER", "kept")
