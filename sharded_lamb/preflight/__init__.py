@@ -1,1 +1,1 @@
-"""``sharded-lamb preflight``, before a long job: do all ranks mean the same, and does the network do its part?"""
+"""``sharded-lamb preflight``: before a long job, compares ranks with each other and the network with its plan."""

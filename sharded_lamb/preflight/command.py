@@ -1,4 +1,4 @@
-"""``sharded-lamb preflight``, under torchrun or srun, before the job and with its arguments."""
+"""``sharded-lamb preflight``: run under torchrun or srun, before the job and with its arguments."""
 
 import argparse
 import json
@@ -16,43 +16,52 @@ import torch
 import torch.distributed as dist
 
 from sharded_lamb.plan.machine import PRESETS, Machine, calibrated
-from sharded_lamb.preflight import facts, network
-from sharded_lamb.preflight.facts import Facts
+from sharded_lamb.preflight import network, rank_report
+from sharded_lamb.preflight.rank_report import RankReport
+from sharded_lamb.watchdog.diagnosis import rank_ranges
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of ``sharded-lamb preflight``."""
+    """Add the options of ``sharded-lamb preflight``."""
     parser.description = (
-        "Run it as the job will be run, e.g. torchrun --nnodes 2 --nproc-per-node 8 … -m sharded_lamb preflight. "
-        "Exit code 1, with the hosts named, where something is wrong."
+        "Run it as the job will run, e.g. torchrun --nnodes 2 --nproc-per-node 8 … -m sharded_lamb preflight. "
+        "Exit code 1, with the hosts named, if there is a problem."
     )
     parser.add_argument(
-        "--config", type=Path, action="append", default=[], help="a file that must be the same"
+        "--config", type=Path, action="append", default=[], help="a file that must be equal on all ranks"
     )
     parser.add_argument(
         "--data",
         type=Path,
         action="append",
         default=[],
-        help="a folder whose files and manifests must be the same",
+        help="a folder whose files and manifests must be equal on all ranks",
+    )
+    parser.add_argument("--writes", type=Path, help="the run's folder; all ranks must see it")
+    parser.add_argument("--free-gb", type=float, default=1.0, help="free space that --writes needs")
+    parser.add_argument("--world-size", type=int, help="the expected number of ranks")
+    parser.add_argument("--timeout-s", type=float, default=60.0, help="seconds to wait for ranks")
+    parser.add_argument(
+        "--mb", type=float, default=32.0, help="message size that measures the network; 0: skip it"
     )
     parser.add_argument(
-        "--writes", type=Path, help="the folder that the run writes to; all ranks must see it"
+        "--preset", choices=sorted(PRESETS), help="the plan that the network is compared with"
     )
-    parser.add_argument("--free-gb", type=float, default=1.0, help="that --writes must have")
-    parser.add_argument("--world-size", type=int, help="ranks that there must be")
-    parser.add_argument("--timeout-s", type=float, default=60.0, help="for ranks to come")
-    parser.add_argument("--mb", type=float, default=32.0, help="sent to measure the network; 0: it is not")
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="what the network should do")
-    parser.add_argument("--gbits", type=float, help="instead: Gbit/s that a rank should send to other hosts")
+    parser.add_argument(
+        "--gbits", type=float, help="instead of --preset: Gbit/s that a rank should send to other hosts"
+    )
     parser.add_argument("--calibrate", action="append", default=[], help="JSON of sharded-lamb bench comm")
     parser.add_argument("--at-least", type=float, default=0.5, help="share of the plan, and of links like it")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--json", type=Path, help="where rank 0 writes what was found")
+    parser.add_argument("--json", type=Path, help="rank 0 writes all reports there")
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Returns 0, or 1 where something is wrong. Raises ValueError for wrong arguments."""
+    """Returns 0, or 1 if there is a problem.
+
+    Raises:
+        ValueError: a wrong argument.
+    """
     for name in ("timeout_s", "at_least"):
         if not getattr(chosen, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be > 0, got {getattr(chosen, name)}")
@@ -69,7 +78,7 @@ def run(chosen: argparse.Namespace) -> int:
 
 
 def _machine(chosen: argparse.Namespace) -> Machine | None:
-    """None where nothing was said of what the network should do."""
+    """The network's planned speeds; None without --preset, --gbits and --calibrate."""
     if chosen.gbits is not None and not chosen.gbits > 0:
         raise ValueError(f"--gbits must be > 0, got {chosen.gbits}")
     if chosen.preset is None and chosen.gbits is None and not chosen.calibrate:
@@ -81,7 +90,7 @@ def _machine(chosen: argparse.Namespace) -> Machine | None:
 
 
 def _join(chosen: argparse.Namespace) -> str | None:
-    """Join the ranks that the launcher describes; what is wrong where some do not come."""
+    """Join the launcher's ranks; returns None, or the problem if some do not come."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     kind = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda":
@@ -105,7 +114,7 @@ def _join(chosen: argparse.Namespace) -> str | None:
 
 
 def _store(rank: int, timeout: timedelta) -> Any:
-    """torchrun's; without it, one that rank 0 serves: not waiting for the others, so that it can say who is missing."""
+    """torchrun's store; without torchrun, one that rank 0 serves and that does not wait, to report missing ranks."""
     if "RANK" not in os.environ:
         return dist.TCPStore("127.0.0.1", 0, is_master=True)  # type: ignore[attr-defined]
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -116,69 +125,70 @@ def _store(rank: int, timeout: timedelta) -> Any:
 
 
 def _present(store: Any, rank: int, world: int, timeout: timedelta) -> str | None:
-    """Everyone says that it is here; the first rank waits for all and says who is not. O(ranks) store operations."""
+    """None once every rank has come; else which ranks are missing or mismatched. O(ranks) store operations."""
     store.set(f"here/{rank}", f"{socket.gethostname()} {world}")
     if rank == 0:
-        deadline, hosts, absent, odd = time.monotonic() + timeout.total_seconds(), set(), [], []
+        deadline, hosts, absent, mismatched = time.monotonic() + timeout.total_seconds(), set(), [], []
         for other in range(world):
             try:
                 store.wait([f"here/{other}"], timedelta(seconds=max(0.01, deadline - time.monotonic())))
             except (RuntimeError, dist.DistStoreError):
                 absent.append(other)
                 continue
-            host, theirs = store.get(f"here/{other}").decode().rsplit(" ", 1)
+            host, other_world = store.get(f"here/{other}").decode().rsplit(" ", 1)
             hosts.add(host)
-            if int(theirs) != world:
-                odd.append(
-                    f"rank {other} on host {host} was started for {theirs} ranks and rank 0 for {world}"
+            if int(other_world) != world:
+                mismatched.append(
+                    f"rank {other} on host {host} was started for {other_world} ranks and rank 0 for {world}"
                 )
-        verdict = "; ".join(odd)
+        problem = "; ".join(mismatched)
         if absent:
-            verdict = (
-                f"ranks {facts.spans(absent)} did not come in {timeout.total_seconds():g} s; those on "
+            problem = (
+                f"ranks {rank_ranges(absent)} did not come in {timeout.total_seconds():g} s; those on "
                 f"{', '.join(sorted(hosts))} did: look at the hosts that are not among them"
             )
-        store.set("verdict", verdict)
+        store.set("problem", problem)
     try:
-        store.wait(["verdict"], timeout * 2)
+        store.wait(["problem"], timeout * 2)
     except (RuntimeError, dist.DistStoreError):
         return f"rank 0 did not answer in {2 * timeout.total_seconds():g} s: look at its host"
-    return store.get("verdict").decode() or None
+    return store.get("problem").decode() or None
 
 
 def _together(chosen: argparse.Namespace, machine: Machine | None, began: float) -> int:
+    """Compare reports and measure the network; returns the exit code, the same on every rank. Collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
     kind = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = (
         torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
     )
     token = _leave_token(chosen.writes) if rank == 0 else None
-    own = facts.collect(rank, device, chosen.config, chosen.data, chosen.writes)
+    own = rank_report.collect(rank, device, chosen.config, chosen.data, chosen.writes)
     gathered: list[Any] = [None] * world
     dist.all_gather_object(gathered, (own, token))
-    found: list[Facts] = [one for one, _ in gathered]
-    hosts = [one.host for one in found]
+    reports: list[RankReport] = [report for report, _ in gathered]
+    hosts = [report.host for report in reports]
     unseen = _does_not_see(chosen.writes, gathered[0][1])
-    lines = facts.complaints(found, int(chosen.free_gb * 1e9)) if rank == 0 else []
+    problems = rank_report.problems_of(reports, int(chosen.free_gb * 1e9)) if rank == 0 else []
     speeds = network.measure(device, int(chosen.mb * 1e6)) if world > 1 and chosen.mb else None
     if speeds is not None and rank == 0:
-        lines += network.complaints(speeds, hosts, machine, at_least=chosen.at_least)
-    everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, (unseen, lines))
-    lines = everyone[0][1]
-    blind = [one for one, (missing, _) in zip(found, everyone, strict=True) if missing]
+        problems += network.problems_of(speeds, hosts, machine, at_least=chosen.at_least)
+    outcomes: list[Any] = [None] * world
+    dist.all_gather_object(outcomes, (unseen, problems))
+    problems = outcomes[0][1]
+    blind = [report for report, (missing, _) in zip(reports, outcomes, strict=True) if missing]
     if blind:
-        lines = [
-            *lines,
-            f"{facts.who(blind)} does not see what rank 0 writes to {chosen.writes}: checkpoints need a "
+        problems = [
+            *problems,
+            f"{rank_report.hosts_of(blind)} does not see what rank 0 writes to {chosen.writes}: checkpoints need a "
             f"folder that all ranks see",
         ]
     if rank == 0:
         _tidy(chosen.writes, token)
-        _report(chosen, found, speeds, lines, time.monotonic() - began)
-    elif lines and os.environ.get("LOCAL_RANK") == "0":
-        print("preflight: " + "; ".join(lines), file=sys.stderr, flush=True)
-    return 1 if lines else 0
+        _show(chosen, reports, speeds, problems, time.monotonic() - began)
+    elif problems and os.environ.get("LOCAL_RANK") == "0":
+        print("preflight: " + "; ".join(problems), file=sys.stderr, flush=True)
+    return 1 if problems else 0
 
 
 def _leave_token(folder: Path | None) -> str | None:
@@ -189,12 +199,12 @@ def _leave_token(folder: Path | None) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     except OSError:
-        return None  # the facts say so
+        return None  # this rank's report names the problem
     return name
 
 
 def _does_not_see(folder: Path | None, token: str | None) -> bool:
-    # Listed, which NFS asks its server for; whether one file is there it may remember.
+    # NFS asks its server for a listing; it may cache whether one file exists.
     return folder is not None and token is not None and not (folder.is_dir() and token in os.listdir(folder))
 
 
@@ -203,30 +213,35 @@ def _tidy(folder: Path | None, token: str | None) -> None:
         (folder / token).unlink(missing_ok=True)
 
 
-def _report(
+def _show(
     chosen: argparse.Namespace,
-    found: list[Facts],
+    reports: list[RankReport],
     speeds: network.Speeds | None,
-    lines: list[str],
+    problems: list[str],
     took: float,
 ) -> None:
-    hosts = list(dict.fromkeys(one.host for one in found))
+    """Print the summary and the problems; write both to ``--json``."""
+    hosts = list(dict.fromkeys(report.host for report in reports))
+    same = reports[0].same
     print(
-        f"preflight: {len(found)} ranks on {len(hosts)} hosts, {found[0].same['device']}, code "
-        f"{found[0].same['code']}, torch {found[0].same['version of torch']}: "
-        f"{'ok' if not lines else f'{len(lines)} problems'} in {took:.1f} s, {network.COLLECTIVES} collectives"
+        f"preflight: {len(reports)} ranks on {len(hosts)} hosts, {same['device']}, code "
+        f"{same['code']}, torch {same['version of torch']}: "
+        f"{'ok' if not problems else f'{len(problems)} problems'} in {took:.1f} s, {network.COLLECTIVES} collectives"
     )
     if speeds is not None:
-        busy = 2 * (len(found) - 1) / len(found) * speeds.bytes / speeds.all_reduce_seconds
+        sent = 2 * (len(reports) - 1) / len(reports) * speeds.bytes / speeds.all_reduce_seconds
         print(
             f"preflight: an all-reduce of {speeds.bytes / 1e6:.0f} MB takes {speeds.all_reduce_seconds * 1e3:.1f} ms "
-            f"({busy / 1e6:,.0f} MB/s sent by a rank); to the next rank arrive {min(speeds.links) / 1e6:,.0f} to "
+            f"({sent / 1e6:,.0f} MB/s sent by a rank); the next rank receives {min(speeds.links) / 1e6:,.0f} to "
             f"{max(speeds.links) / 1e6:,.0f} MB/s"
         )
     sys.stdout.flush()
-    for line in lines:
-        print(f"preflight: {line}", file=sys.stderr, flush=True)
+    for problem in problems:
+        print(f"preflight: {problem}", file=sys.stderr, flush=True)
     if chosen.json:
-        network_found = None if speeds is None else asdict(speeds)
-        whole = {"ranks": [asdict(one) for one in found], "network": network_found, "problems": lines}
-        chosen.json.write_text(json.dumps(whole, indent=1) + "\n")
+        content = {
+            "ranks": [asdict(report) for report in reports],
+            "network": None if speeds is None else asdict(speeds),
+            "problems": problems,
+        }
+        chosen.json.write_text(json.dumps(content, indent=1) + "\n")

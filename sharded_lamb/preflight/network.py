@@ -1,4 +1,4 @@
-"""How fast ranks talk: one all-reduce over all, and every rank to the next at once, so that a slow link has a name."""
+"""The network's speed: an all-reduce over all ranks, and all links to the next rank at once, which names slow ones."""
 
 import statistics
 import time
@@ -13,20 +13,20 @@ from sharded_lamb.plan.machine import Group, Machine
 
 ROUNDS = 3
 COLLECTIVES = 2 + (1 + ROUNDS) + (1 + ROUNDS) + 2
-"""Of a preflight, whatever the number of ranks: facts (2), all-reduces, exchanges with neighbours, numbers (2)."""
+"""Of a preflight on any number of ranks: reports (2), all-reduces, exchanges with neighbours, numbers (2)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """Bytes a second. ``links[r]``: from rank r to the next one, all links at once."""
+    """Measured speeds."""
 
     all_reduce_seconds: float
-    bytes: int
-    links: tuple[float, ...]
+    bytes: int  # of the message
+    links: tuple[float, ...]  # [ranks] bytes a second from rank r to the next one, all links at once
 
 
 def measure(device: torch.device, size: int) -> Speeds:
-    """Collective, over the default group: the best of `ROUNDS`, of the slowest rank."""
+    """The best of `ROUNDS` rounds, of the slowest rank. Collective over the default group."""
     rank, world = dist.get_rank(), dist.get_world_size()
     buffer = torch.zeros(max(1, size // 4), device=device)
     incoming = torch.empty_like(buffer)
@@ -44,9 +44,9 @@ def measure(device: torch.device, size: int) -> Speeds:
     reduced = _best(lambda: dist.all_reduce(buffer), device)
     received = _best(exchange, device)
     numbers = torch.tensor([reduced, received], dtype=torch.float64, device=device)
-    everyone = [torch.empty_like(numbers) for _ in range(world)]
-    dist.all_gather(everyone, numbers)
-    seconds: Tensor = torch.stack(everyone).cpu()
+    gathered = [torch.empty_like(numbers) for _ in range(world)]
+    dist.all_gather(gathered, numbers)
+    seconds: Tensor = torch.stack(gathered).cpu()  # [ranks, 2]
     nbytes = buffer.numel() * 4
     into = [nbytes / seconds[(sender + 1) % world, 1].item() for sender in range(world)]
     return Speeds(seconds[:, 0].max().item(), nbytes, tuple(into))
@@ -65,10 +65,10 @@ def _best(work: Callable[[], object], device: torch.device) -> float:
     return min(times[1:])
 
 
-def complaints(
+def problems_of(
     speeds: Speeds, hosts: Sequence[str], machine: Machine | None, *, at_least: float
 ) -> list[str]:
-    """What is slower than ``at_least`` times the plan, or than that of the median of links like it."""
+    """A line for an all-reduce below ``at_least`` times the plan, and for each link below that of the median."""
     lines = []
     world = len(hosts)
     if machine is not None and world > 1:
@@ -98,10 +98,9 @@ def complaints(
 
 
 def seconds(machine: Machine, world: int, size: int) -> float:
-    """That a preflight spends on the network, by its own count of collectives. Not counted: starting, the
-    rendezvous."""
+    """Predicted seconds of a preflight's own collectives, without start and rendezvous."""
     group = Group.of(machine, world)
     reduced = sum(group.all_reduce_seconds(machine, [size] * (1 + ROUNDS)))
     exchanged = (1 + ROUNDS) * (machine.inter_latency + size / machine.inter_bytes_per_second)
-    facts = group.ring_seconds(machine, [2048 * world, 8 * world, 16 * world, 8 * world])
-    return reduced + exchanged + sum(facts)
+    reports = group.ring_seconds(machine, [2048 * world, 8 * world, 16 * world, 8 * world])
+    return reduced + exchanged + sum(reports)

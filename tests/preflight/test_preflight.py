@@ -5,35 +5,40 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from sharded_lamb.__main__ import main
 from sharded_lamb.plan.machine import PRESETS, Machine
-from sharded_lamb.preflight import facts, network
-from sharded_lamb.preflight.facts import Facts
+from sharded_lamb.preflight import network, rank_report
 from sharded_lamb.preflight.network import Speeds
+from sharded_lamb.preflight.rank_report import RankReport
+from sharded_lamb.watchdog.diagnosis import rank_ranges
+from tests.forked import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def cluster(hosts: int, each: int = 8) -> list[Facts]:
+def cluster(hosts: int, each: int = 8) -> list[RankReport]:
     same = {"code": "c0de", "config a.yaml": "c0nf", "data d": "da7a"}
-    return [Facts(rank, f"node{rank // each}", same, 10**12) for rank in range(hosts * each)]
+    return [RankReport(rank, f"node{rank // each}", same, 10**12) for rank in range(hosts * each)]
 
 
 def test_512_ranks_that_agree() -> None:
-    assert facts.complaints(cluster(64), 10**9) == []
+    assert rank_report.problems_of(cluster(64), 10**9) == []
 
 
 @pytest.mark.parametrize("name", ["code", "config a.yaml", "data d"])
 def test_a_host_that_differs_is_named_with_its_ranks(name: str) -> None:
-    found = cluster(64)
+    reports = cluster(64)
     for rank in range(88, 96):
-        found[rank] = replace(found[rank], same={**found[rank].same, name: "0dd"})
-    (line,) = facts.complaints(found, 10**9)
+        reports[rank] = replace(reports[rank], same={**reports[rank].same, name: "0dd"})
+    (line,) = rank_report.problems_of(reports, 10**9)
     assert line.startswith(f"{name} differs: host node11 (ranks 88-95) has 0dd, 504 ranks have ")
 
 
@@ -42,7 +47,7 @@ def test_full_disks_and_what_cannot_be_read() -> None:
     found[9] = replace(found[9], free=5 * 10**8)
     found[17] = replace(found[17], problem="/data: Permission denied")
     found[30] = replace(found[30], problem="/data: Permission denied")
-    assert facts.complaints(found, 10**9) == [
+    assert rank_report.problems_of(found, 10**9) == [
         "host node2 (rank 17), host node3 (rank 30) cannot use /data: Permission denied",
         "host node1 (rank 9) has 0.5 GB free, 1.0 are needed",
     ]
@@ -50,10 +55,10 @@ def test_full_disks_and_what_cannot_be_read() -> None:
 
 def test_many_hosts_are_counted() -> None:
     found = [replace(one, same={"code": str(one.rank // 8)}) for one in cluster(40)]
-    lines = facts.complaints(found, 0)
+    lines = rank_report.problems_of(found, 0)
     assert len(lines) == 39
-    odd = [replace(one, same={"code": "x" if one.rank >= 168 else "y"}) for one in cluster(40)]
-    (line,) = facts.complaints(odd, 0)
+    mismatched = [replace(one, same={"code": "x" if one.rank >= 168 else "y"}) for one in cluster(40)]
+    (line,) = rank_report.problems_of(mismatched, 0)
     assert "and 11 more hosts has x, 168 ranks have y" in line
 
 
@@ -64,11 +69,11 @@ def test_slow_links_are_named() -> None:
     for rank in (3, 11, 15):
         links[rank] = 4e8
     speeds = Speeds(0.01, 10**6, tuple(links))
-    (line,) = network.complaints(speeds, hosts, None, at_least=0.5)
+    (line,) = network.problems_of(speeds, hosts, None, at_least=0.5)
     assert line == (
         "from host node1 (rank 7) to host node2 (rank 8) 100 MB/s arrive, over links like it 400 are usual"
     )
-    assert network.complaints(replace(speeds, links=(1e9,) * 16), hosts, None, at_least=0.5) == []
+    assert network.problems_of(replace(speeds, links=(1e9,) * 16), hosts, None, at_least=0.5) == []
 
 
 def test_a_network_below_the_plan() -> None:
@@ -76,9 +81,9 @@ def test_a_network_below_the_plan() -> None:
     hosts = ["a", "b"]
     planned = 2 * 0.5e6 / 1e9  # a reduce-scatter and an all-gather of half of it each
     slow, right = (Speeds(seconds, 10**6, (1e9, 1e9)) for seconds in (planned / 0.4, planned / 0.6))
-    (line,) = network.complaints(slow, hosts, machine, at_least=0.5)
+    (line,) = network.problems_of(slow, hosts, machine, at_least=0.5)
     assert line == "an all-reduce of 1 MB takes 2.5 ms over 2 ranks, and the plan says 1.0 ms"
-    assert network.complaints(right, hosts, machine, at_least=0.5) == []
+    assert network.problems_of(right, hosts, machine, at_least=0.5) == []
 
 
 @pytest.mark.parametrize("machine", [*PRESETS.values(), Machine(1e10, 1e9, 1.25e8, 1e-4, 1e-4, 8)])
@@ -90,11 +95,11 @@ def test_512_ranks_take_less_than_a_minute_by_their_own_count(machine: Machine) 
 @pytest.mark.parametrize(
     ("numbers", "text"), [([], ""), ([3], "3"), ([0, 1, 2, 5], "0-2, 5"), ([7, 6], "6-7")]
 )
-def test_spans(numbers: list[int], text: str) -> None:
-    assert facts.spans(numbers) == text
+def test_rank_ranges(numbers: list[int], text: str) -> None:
+    assert rank_ranges(numbers) == text
 
 
-def test_what_a_rank_says_of_itself(tmp_path: Path) -> None:
+def test_the_report_of_a_rank(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "shard.bin").write_bytes(b"1234")
     (tmp_path / "data" / "manifest.json").write_text("{}")
@@ -102,7 +107,7 @@ def test_what_a_rank_says_of_itself(tmp_path: Path) -> None:
     config.write_text("a: 1")
 
     def collected() -> dict[str, str]:
-        found = facts.collect(0, torch.device("cpu"), [config], [tmp_path / "data"], tmp_path)
+        found = rank_report.collect(0, torch.device("cpu"), [config], [tmp_path / "data"], tmp_path)
         assert found.problem is None
         assert found.free
         return dict(found.same)
@@ -118,29 +123,48 @@ def test_what_a_rank_says_of_itself(tmp_path: Path) -> None:
     }
     (tmp_path / "data" / "shard.bin").write_bytes(b"12345")
     assert collected()[f"data {tmp_path / 'data'}"] != after[f"data {tmp_path / 'data'}"]
-    missing = facts.collect(0, torch.device("cpu"), [tmp_path / "none"], [], None)
+    missing = rank_report.collect(0, torch.device("cpu"), [tmp_path / "none"], [], None)
     assert missing.problem == f"{tmp_path / 'none'}: No such file or directory"
 
 
 # -- for real ------------------------------------------------------------------------------------------------------
 
 
-def call(*arguments: str, ranks: int = 2, **env: str) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
-    return subprocess.run(
-        [sys.executable, *launcher, "-m", "sharded_lamb", "preflight", "--device", "cpu", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+def preflight(*arguments: str) -> None:
+    sys.exit(main(["preflight", "--device", "cpu", *arguments]))
+
+
+def run_forked(*arguments: str, ranks: Sequence[int], world: int) -> list[tuple[int, str]]:
+    """(exit code, output) of ``ranks`` of a job of ``world`` ranks, without a launcher."""
+    job = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(forked(preflight, *arguments, **job, RANK=str(rank), LOCAL_RANK=str(rank)))
+            for rank in ranks
+        ]
+        return [process.ended() for process in processes]
 
 
 def test_all_is_well_on_two_ranks(tmp_path: Path) -> None:
     writes = tmp_path / "run"
-    done = call(
-        "--config", "pyproject.toml", "--writes", str(writes), "--mb", "1", "--json", str(tmp_path / "j")
+    arguments = [
+        "--config",
+        "pyproject.toml",
+        "--writes",
+        str(writes),
+        "--mb",
+        "1",
+        "--json",
+        str(tmp_path / "j"),
+    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, "-m", "sharded_lamb", "preflight", "--device", "cpu", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert done.returncode == 0, done.stderr
     assert "preflight: 2 ranks on 1 hosts" in done.stdout
@@ -153,34 +177,26 @@ def test_all_is_well_on_two_ranks(tmp_path: Path) -> None:
 
 
 def test_problems_fail_with_their_names() -> None:
-    failed = call("--config", "nowhere.yaml", "--mb", "1", "--gbits", "1000000", "--at-least", "0.9")
-    assert failed.returncode != 0
-    assert "(ranks 0-1) cannot use nowhere.yaml: No such file" in failed.stderr
-    failed = call("--world-size", "3", "--mb", "0")
-    assert failed.returncode != 0
-    assert "there are 2 ranks and 3 were expected" in failed.stderr
+    wrong = ["--config", "nowhere.yaml", "--mb", "1", "--gbits", "1000000", "--at-least", "0.9"]
+    for code, output in run_forked(*wrong, ranks=[0, 1], world=2):
+        assert code == 1
+        assert "(ranks 0-1) cannot use nowhere.yaml: No such file" in output
+    for code, output in run_forked("--world-size", "3", "--mb", "0", ranks=[0, 1], world=2):
+        assert code == 1
+        assert "there are 2 ranks and 3 were expected" in output
 
 
 def test_ranks_that_do_not_come_are_named() -> None:
-    alone = {
-        "RANK": "0",
-        "WORLD_SIZE": "3",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-        "LOCAL_RANK": "0",
-    }
-    with_port = {**alone, "MASTER_PORT": str(_free_port())}
-    failed = call("--timeout-s", "1", ranks=0, **with_port)
-    assert failed.returncode != 0
-    assert "ranks 1-2 did not come in 1 s" in failed.stderr, failed.stderr
+    ((code, output),) = run_forked("--timeout-s", "1", ranks=[0], world=3)
+    assert code == 1
+    assert "ranks 1-2 did not come in 1 s" in output
 
 
-def test_a_store_that_is_not_there_is_named() -> None:
-    there = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    failed = call("--timeout-s", "1", ranks=0, **there)
-    assert failed.returncode != 0
-    assert "does not reach the store at 127.0.0.1:" in failed.stderr
-    assert "Traceback" not in failed.stderr
+def test_a_store_that_does_not_exist_is_named() -> None:
+    ((code, output),) = run_forked("--timeout-s", "1", ranks=[1], world=2)
+    assert code == 1
+    assert "does not reach the store at 127.0.0.1:" in output
+    assert "Traceback" not in output
 
 
 def _free_port() -> int:
@@ -190,6 +206,22 @@ def _free_port() -> int:
 
 
 def test_one_process_needs_no_launcher() -> None:
-    done = call(ranks=0)
-    assert done.returncode == 0, done.stderr
-    assert "preflight: 1 ranks on 1 hosts" in done.stdout
+    with forked(preflight) as process:
+        code, output = process.ended()
+    assert code == 0, output
+    assert "preflight: 1 ranks on 1 hosts" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--timeout-s", "0"], "--timeout-s must be > 0, got 0.0"),
+        (["--gbits", "-1"], "--gbits must be > 0, got -1.0"),
+        (["--calibrate", "missing.json"], "missing.json"),
+    ],
+)
+def test_wrong_arguments_are_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["preflight", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a rank says of itself, and in what ranks must not differ."""
+"""One rank's report of its code, versions, files and disk, and the comparison of all ranks' reports."""
 
 import hashlib
 import os
@@ -13,27 +13,29 @@ from pathlib import Path
 
 import torch
 
+from sharded_lamb.watchdog.diagnosis import rank_ranges
+
 VERSIONED = ("sharded-lamb", "torch", "numpy", "transformers", "deepspeed", "triton")
 _SOURCES = (".py", ".cpp")
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """One rank's. ``same``: what must not differ, by its name; ``free``: bytes on the disk that is written to."""
+class RankReport:
+    """One rank's state before a job."""
 
     rank: int
     host: str
-    same: Mapping[str, str] = field(default_factory=dict)
-    free: int | None = None
-    problem: str | None = None  # what this rank could not even look at
+    same: Mapping[str, str] = field(default_factory=dict)  # {name: value}, equal on all ranks of a sound job
+    free: int | None = None  # bytes on the disk of the run's folder
+    problem: str | None = None  # a path that this rank cannot use, and why
 
 
 def collect(
     rank: int, device: torch.device, configs: Sequence[Path], data: Sequence[Path], writes: Path | None
-) -> Facts:
-    """This rank's. What cannot be read is a ``problem``, so that every rank gets to say its own."""
+) -> RankReport:
+    """This rank's report. An unreadable path becomes its ``problem``, so that every rank reports."""
     same = {"code": _digest_of_tree(Path(__file__).parent.parent), "device": _device(device)}
-    same |= {f"version of {name}": found for name, found in _versions().items()}
+    same |= {f"version of {name}": number for name, number in _versions().items()}
     free, problem = None, None
     try:
         same |= {f"config {path}": _digest(path) for path in configs}
@@ -42,19 +44,19 @@ def collect(
             free = _writable(writes)
     except OSError as error:
         problem = f"{error.filename}: {error.strerror}"
-    return Facts(rank, socket.gethostname(), same, free, problem)
+    return RankReport(rank, socket.gethostname(), same, free, problem)
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in VERSIONED:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "none"
+            versions[name] = "none"
     if torch.version.cuda is not None:
-        found["CUDA"] = torch.version.cuda
-    return found
+        versions["CUDA"] = torch.version.cuda
+    return versions
 
 
 def _device(device: torch.device) -> str:
@@ -69,7 +71,7 @@ def _digest(path: Path) -> str:
 
 
 def _digest_of_tree(folder: Path) -> str:
-    """Of a package's sources: what is installed may have been edited since."""
+    """A digest of a package's sources, since an installed package may have been edited."""
     hashed = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in _SOURCES):
         hashed.update(f"{path.relative_to(folder)} {_digest(path)}\n".encode())
@@ -77,7 +79,7 @@ def _digest_of_tree(folder: Path) -> str:
 
 
 def digest_of_data(folder: Path) -> str:
-    """Of a data set: the names and sizes of its files, and what its manifests (JSON files) hold."""
+    """A digest of a data set: its files' names and sizes, and the content of its manifests (JSON files)."""
     if folder.is_file():
         return _digest(folder)
     hashed = hashlib.sha256()
@@ -94,7 +96,11 @@ def _files(folder: Path) -> Iterable[Path]:
 
 
 def _writable(folder: Path) -> int:
-    """Free bytes. Raises OSError where this rank cannot write."""
+    """Free bytes.
+
+    Raises:
+        OSError: this rank cannot write to ``folder``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".preflight-{socket.gethostname()}-{os.getpid()}"
     probe.write_bytes(b"x")
@@ -102,42 +108,34 @@ def _writable(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def complaints(found: Sequence[Facts], free_needed: int) -> list[str]:
-    """What is wrong, hosts named; [] if nothing is. The value of most ranks counts as the right one."""
-    problems = dict.fromkeys(one.problem for one in found if one.problem)
-    lines = [f"{who([one for one in found if one.problem == what])} cannot use {what}" for what in problems]
-    for name in dict.fromkeys(name for one in found for name in one.same):
-        values = Counter(one.same[name] for one in found if name in one.same)
+def problems_of(reports: Sequence[RankReport], free_needed: int) -> list[str]:
+    """A line for each problem, with its hosts; [] without problems. The majority's value counts as the right one."""
+    problems = dict.fromkeys(report.problem for report in reports if report.problem)
+    lines = [
+        f"{hosts_of([report for report in reports if report.problem == problem])} cannot use {problem}"
+        for problem in problems
+    ]
+    for name in dict.fromkeys(name for report in reports for name in report.same):
+        values = Counter(report.same[name] for report in reports if name in report.same)
         (common, count), *others = values.most_common()
         for value, _ in others:
-            odd = [one for one in found if one.same.get(name) == value]
-            lines.append(f"{name} differs: {who(odd)} has {value}, {count} ranks have {common}")
-    short = [one for one in found if one.free is not None and one.free < free_needed]
-    for host in dict.fromkeys(one.host for one in short):
-        least = min(one.free or 0 for one in short if one.host == host)
+            mismatched = [report for report in reports if report.same.get(name) == value]
+            lines.append(f"{name} differs: {hosts_of(mismatched)} has {value}, {count} ranks have {common}")
+    short = [report for report in reports if report.free is not None and report.free < free_needed]
+    for host in dict.fromkeys(report.host for report in short):
+        least = min(report.free or 0 for report in short if report.host == host)
         lines.append(
-            f"{who([one for one in short if one.host == host])} has {least / 1e9:.1f} GB free, "
+            f"{hosts_of([report for report in short if report.host == host])} has {least / 1e9:.1f} GB free, "
             f"{free_needed / 1e9:.1f} are needed"
         )
     return lines
 
 
-def who(ranks: Sequence[Facts]) -> str:
+def hosts_of(reports: Sequence[RankReport]) -> str:
     """``host a (ranks 0-3, 5)``, hosts by their first rank."""
     by_host: dict[str, list[int]] = {}
-    for one in ranks:
-        by_host.setdefault(one.host, []).append(one.rank)
-    named = [f"host {host} (rank{'s' * (len(own) > 1)} {spans(own)})" for host, own in by_host.items()]
+    for report in reports:
+        by_host.setdefault(report.host, []).append(report.rank)
+    named = [f"host {host} (rank{'s' * (len(own) > 1)} {rank_ranges(own)})" for host, own in by_host.items()]
     shown = ", ".join(named[:8])
     return shown if len(named) <= 8 else f"{shown} and {len(named) - 8} more hosts"
-
-
-def spans(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] → ``0-2, 5``."""
-    found: list[list[int]] = []
-    for number in sorted(numbers):
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in found)
