@@ -1,1 +1,1 @@
-"""`sharded-lamb plan`: what a model costs on any number of ranks, computed from the layout that would be used there."""
+"""`sharded-lamb plan`: memory, bytes and time of a model on any number of ranks, from the layout that it would have."""

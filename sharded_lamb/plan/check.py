@@ -1,4 +1,4 @@
-"""``sharded-lamb plan --check``: what was predicted beside what real ranks hold, send and take."""
+"""``sharded-lamb plan --check``: compares predictions with the memory, traffic and time of real ranks."""
 
 import gc
 import statistics
@@ -24,14 +24,14 @@ from sharded_lamb.plan.times import Computation, times
 from sharded_lamb.sharding.placements import local_part
 
 WARM_STEPS = 2
-"""In which gradients are compared over ranks, which costs bytes of its own."""
+"""Steps that also compare gradients over ranks, which sends bytes of its own."""
 
 TIMED_STEPS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One number of one rank."""
+    """A predicted and a measured number of one rank."""
 
     what: str
     predicted: int
@@ -40,11 +40,11 @@ class Compared:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one rank holds and sent in one step, and how long ``step()`` took."""
+    """One rank's memory, its traffic in one step, and the time of ``step()``."""
 
-    memory: Mapping[str, int]
-    wire: Mapping[str, int]
-    calls: Mapping[str, int]
+    memory: Mapping[str, int]  # {kind: bytes}
+    wire: Mapping[str, int]  # {collective: bytes}
+    calls: Mapping[str, int]  # {collective: calls}
     allocated: int  # bytes of distinct storages that model, gradients and optimizer refer to
     seconds: float = field(compare=False)
 
@@ -56,17 +56,17 @@ def check(
     device: torch.device,
     stages: Sequence[int] = (1, 2, 3),
 ) -> int:
-    """Compare stages, and each on a 2-D mesh where ranks are enough. Collective.
+    """Compare every stage, also on a 2-D mesh if there are enough ranks. Collective.
 
     Args:
-        choices: but for ``sums_here``, which the ranks' own backend decides.
-        machine: None: its speeds are measured first.
+        choices: ``sums_here`` is ignored; the ranks' backend decides it.
+        machine: None measures its speeds first.
 
     Returns:
-        0: all bytes and calls are as predicted on all ranks; else 1. Times are shown and not judged.
+        0 if all bytes and calls on all ranks equal the prediction, else 1. Times are shown, not judged.
 
     Raises:
-        ValueError: not under torchrun.
+        ValueError: there is no process group.
     """
     if not dist.is_initialized():
         raise ValueError("--check needs ranks: torchrun --nproc-per-node 4 -m sharded_lamb plan --check")
@@ -77,19 +77,19 @@ def check(
     for sharding in _shardings(world, stages):
         measured = measure(shapes, choices, sharding, device, timed_steps=TIMED_STEPS)
         cost = costs(shapes, choices, sharding, dist.get_rank())
-        mine = compare(cost, measured)
-        everyones: list[list[Compared]] = [[] for _ in range(world)]
-        dist.all_gather_object(everyones, mine)
+        own = compare(cost, measured)
+        all_rows: list[list[Compared]] = [[] for _ in range(world)]
+        dist.all_gather_object(all_rows, own)
         name = f"stage {sharding.stage}, mesh {sharding.mesh}"
         failed += [
             f"{name}, rank {rank}: {row.what} {row.measured:,}, predicted {row.predicted:,}"
-            for rank, rows in enumerate(everyones)
+            for rank, rows in enumerate(all_rows)
             for row in rows
             if row.predicted != row.measured
         ]
         if first:
             seconds = times(cost, choices, machine, Computation()).in_step
-            print(_table(name, mine, seconds, measured.seconds), flush=True)
+            print(_table(name, own, seconds, measured.seconds), flush=True)
     if first:
         print(
             "\n".join(
@@ -108,7 +108,7 @@ def _shardings(world: int, stages: Sequence[int]) -> list[Sharding]:
 
 
 def _table(name: str, rows: Sequence[Compared], predicted: float, measured: float) -> str:
-    """One sharding's numbers, and the seconds of ``step()``."""
+    """One sharding's numbers; times of ``step()`` come in as seconds."""
     lines = [[name, "predicted", "measured", "ratio"]]
     lines += [[row.what, f"{row.predicted:,}", f"{row.measured:,}", _ratio(row)] for row in rows]
     milliseconds = (f"{seconds * 1e3:,.2f}" for seconds in (predicted, measured))
@@ -124,12 +124,12 @@ def compare(cost: Costs, measured: Measured) -> list[Compared]:
     """Every predicted number beside the measured one."""
     rows = [Compared(f"{kind}, bytes", size, measured.memory[kind]) for kind, size in cost.memory.items()]
     rows.append(Compared("allocated, bytes", cost.total_memory + cost.padding, measured.allocated))
-    for unit, predicted, found in (
+    for unit, predicted, counted in (
         ("bytes", cost.wire, measured.wire),
         ("calls", cost.calls, measured.calls),
     ):
-        for name in sorted({*predicted, *found}):
-            rows.append(Compared(f"{name}, {unit}", predicted.get(name, 0), found.get(name, 0)))
+        for name in sorted({*predicted, *counted}):
+            rows.append(Compared(f"{name}, {unit}", predicted.get(name, 0), counted.get(name, 0)))
     return rows
 
 
@@ -144,15 +144,15 @@ class Weights(nn.Module):
         self.weights = nn.ParameterList(torch.full(size, 0.5, dtype=dtype, device=device) for size in sizes)
 
     def forward(self) -> Tensor:
-        """The sum of all of them, times a constant."""
+        """The sum of all weights times a constant: a scalar, fp32."""
         return torch.stack([weight.sum(dtype=torch.float32) for weight in self.weights]).sum() * 1e-3
 
 
 def measure(
     shapes: Shapes, choices: Choices, sharding: Sharding, device: torch.device, *, timed_steps: int
 ) -> Measured:
-    """Train made-up weights for some steps. Collective over the default group."""
-    gc.collect()  # the model before: modules and their hooks refer to each other
+    """Train synthetic weights for some steps. Collective over the default group."""
+    gc.collect()  # frees the previous model: modules and their hooks refer to each other
     model = Weights(trainable(shapes, sharding).values(), choices.model_dtype, device)
     mesh = _mesh(sharding, device)
     if sharding.stage == 3:
@@ -192,7 +192,7 @@ def _mesh(sharding: Sharding, device: torch.device) -> DeviceMesh:
 
 
 def _train(model: nn.Module, optimizer: ShardedLamb) -> float:
-    """One step; the seconds of ``step()`` from the last rank's backward on."""
+    """Run one step; returns the seconds of ``step()`` from the last rank's backward on."""
     optimizer.zero_grad()
     model().backward()
     dist.barrier()
@@ -219,36 +219,36 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
 
 
 _SMALL = (torch.uint8, torch.int16)
-"""Integers an element: bytes of staging, remainders of masters."""
+"""Integer dtypes that hold data: bytes of staging, remainders of masters."""
 
 
 def _tensors(roots: Sequence[Any]) -> Iterator[Tensor]:
     """Tensors that ``roots`` refer to through containers, modules and this package's objects.
 
-    Numbers a parameter or a block (fp64 and wide integers), of which nobody keeps an account, are left out.
+    Per-parameter and per-block scalars (fp64 and wide integers) are not counted.
     """
     seen: set[int] = set()
     todo = list(roots)
     while todo:
-        found = todo.pop()
-        if id(found) in seen:
+        item = todo.pop()
+        if id(item) in seen:
             continue
-        seen.add(id(found))
-        if isinstance(found, Tensor):
-            if found.dtype in _SMALL or (found.is_floating_point() and found.dtype != torch.float64):
-                yield found
-        elif isinstance(found, Mapping):
-            todo += [*found.keys(), *found.values()]
-        elif isinstance(found, list | tuple | set | frozenset) or type(found).__name__ == "deque":
-            todo += found
-        elif isinstance(found, nn.Module):
-            todo += found.parameters()
-        elif type(found).__module__.startswith("sharded_lamb."):
-            names = [*getattr(found, "__dict__", ()), *(n for k in type(found).__mro__ for n in _slots(k))]
-            todo += [getattr(found, name) for name in names if hasattr(found, name)]
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            if item.dtype in _SMALL or (item.is_floating_point() and item.dtype != torch.float64):
+                yield item
+        elif isinstance(item, Mapping):
+            todo += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple | set | frozenset) or type(item).__name__ == "deque":
+            todo += item
+        elif isinstance(item, nn.Module):
+            todo += item.parameters()
+        elif type(item).__module__.startswith("sharded_lamb."):
+            names = [*getattr(item, "__dict__", ()), *(n for k in type(item).__mro__ for n in _slots(k))]
+            todo += [getattr(item, name) for name in names if hasattr(item, name)]
 
 
 def _slots(kind: type[Any]) -> Sequence[str]:
     names: str | Sequence[str] = kind.__dict__.get("__slots__", ())
-    # Python 3.11.2 raises TypeError where a dataclass's own "__weakref__" is asked for.
+    # Python 3.11.2 raises TypeError for a dataclass's own "__weakref__".
     return [name for name in ((names,) if isinstance(names, str) else names) if name != "__weakref__"]

@@ -1,4 +1,4 @@
-"""``sharded-lamb plan``: arguments, and what is printed and written."""
+"""``sharded-lamb plan``: its arguments and its output."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ from sharded_lamb.plan.times import Computation, times
 
 WORLD_SIZES = [2**power for power in range(13)]
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-_SPEEDS = {  # option → what it is of `Machine`, and its unit
+_SPEEDS = {  # option → (field of `Machine`, unit of the option)
     "update_gb_s": ("update_bytes_per_second", 1e9),
     "intra_gb_s": ("intra_bytes_per_second", 1e9),
     "inter_gb_s": ("inter_bytes_per_second", 1e9),
@@ -34,10 +34,10 @@ _SPEEDS = {  # option → what it is of `Machine`, and its unit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``plan``."""
+    """Add the options of ``plan``."""
     parser.description = (
-        "Memory a rank, bytes on the wire and predicted time of a step, from the layout that ShardedLamb would use. "
-        "No ranks and no memory for the model are needed; with --check, run under torchrun to compare with real ranks."
+        "Memory per rank, bytes on the wire and predicted time of a step, from the layout that ShardedLamb would use. "
+        "Needs neither ranks nor memory for the model; with --check, run under torchrun to compare with real ranks."
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--config", help="path of a Hugging Face config.json")
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     ranks.add_argument("--ranks-per-node", type=int, help="default: the preset's")
     memory = parser.add_argument_group("memory")
-    memory.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the parameters")
+    memory.add_argument("--dtype", choices=_DTYPES, default="float32", help="dtype of the parameters")
     memory.add_argument("--master-dtype", choices=_DTYPES, default="float32")
     memory.add_argument("--state-dtype", choices=_DTYPES, default="float32")
     memory.add_argument("--reduce-dtype", choices=_DTYPES, help="default: the parameters'")
@@ -69,13 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--backend", choices=("nccl", "gloo"), default="nccl", help="staging differs")
     _add_time_arguments(parser.add_argument_group("time"))
     output = parser.add_argument_group("output")
-    output.add_argument("--json", type=Path, help="write everything there")
-    output.add_argument("--png", type=Path, help="draw memory and time over ranks there")
+    output.add_argument("--json", type=Path, help="write all rows to this file")
+    output.add_argument("--png", type=Path, help="draw memory and time over ranks to this file")
     check = parser.add_argument_group("check")
     check.add_argument(
         "--check",
         action="store_true",
-        help="under torchrun: compare with what these ranks hold and send (--shapes tiny)",
+        help="under torchrun: compare with the memory and traffic of these ranks (--shapes tiny)",
     )
     check.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
 
@@ -87,15 +87,19 @@ def _add_time_arguments(group: Any) -> None:
         nargs="+",
         action="extend",
         metavar="JSON",
-        help="of sharded-lamb bench kernels and bench comm, read over the preset",
+        help="results of sharded-lamb bench kernels and bench comm, which override the preset",
     )
     group.add_argument("--update-gb-s", type=float, help="memory bandwidth of the two passes, GB/s")
-    group.add_argument("--intra-gb-s", type=float, help="what a rank sends inside a node, GB/s")
-    group.add_argument("--inter-gb-s", type=float, help="what a rank sends to other nodes, GB/s")
+    group.add_argument("--intra-gb-s", type=float, help="a rank's bandwidth inside a node, GB/s")
+    group.add_argument("--inter-gb-s", type=float, help="a rank's bandwidth to other nodes, GB/s")
     group.add_argument("--intra-us", type=float, help="latency of a hop inside a node, microseconds")
     group.add_argument("--inter-us", type=float, help="latency of a hop between nodes, microseconds")
-    group.add_argument("--forward-ms", type=float, default=0.0, help="what may hide gathers (default: 0)")
-    group.add_argument("--backward-ms", type=float, default=0.0, help="what may hide reductions (default: 0)")
+    group.add_argument(
+        "--forward-ms", type=float, default=0.0, help="computation that may hide gathers (default: 0)"
+    )
+    group.add_argument(
+        "--backward-ms", type=float, default=0.0, help="computation that may hide reductions (default: 0)"
+    )
     group.add_argument("--no-overlap", action="store_true", help="stage 2: reduce after backward")
     group.add_argument("--overlap-forward", action="store_true", help="gather behind the next forward")
 
@@ -104,7 +108,9 @@ def run(chosen: argparse.Namespace, device: torch.device) -> int:
     """Returns the exit code. Collective with ``--check``.
 
     Raises:
-        ValueError, OSError, ImportError: a wrong argument.
+        ValueError: a wrong argument.
+        OSError: a file cannot be read or written.
+        ImportError: transformers (``--config``) or matplotlib (``--png``) is not installed.
     """
     if chosen.check:
         from sharded_lamb.plan.check import check
@@ -112,13 +118,13 @@ def run(chosen: argparse.Namespace, device: torch.device) -> int:
         return check(_shapes(chosen, "tiny"), _choices(chosen), _known_machine(chosen), device, chosen.stages)
     if dist.is_initialized() and dist.get_rank():
         return 0
-    found, choices, machine = _shapes(chosen, "bert-large"), _choices(chosen), _machine(chosen)
+    parameters, choices, machine = _shapes(chosen, "bert-large"), _choices(chosen), _machine(chosen)
     computation = Computation(chosen.forward_ms / 1e3, chosen.backward_ms / 1e3)
     rows = []
     for sharding in shardings(chosen.world_sizes, chosen.stages, chosen.shard, machine.ranks_per_node):
-        cost = costs(found, choices, sharding)
+        cost = costs(parameters, choices, sharding)
         rows.append(Row(cost, times(cost, choices, machine, computation)))
-    title = f"{chosen.config or chosen.shapes or 'bert-large'}: {_described(found, choices)}"
+    title = f"{chosen.config or chosen.shapes or 'bert-large'}: {_described(parameters, choices)}"
     if chosen.json:
         chosen.json.write_text(json.dumps(_content(title, rows, machine, computation), indent=1) + "\n")
     if chosen.png:
@@ -130,14 +136,14 @@ def run(chosen: argparse.Namespace, device: torch.device) -> int:
 
 
 def _shapes(chosen: argparse.Namespace, default: str) -> Shapes:
-    found: Mapping[str, Sequence[int]]
-    found = shapes_of_config(chosen.config) if chosen.config else shapes.load(chosen.shapes or default)
-    for name, shape in found.items():
+    parameters: Mapping[str, Sequence[int]]
+    parameters = shapes_of_config(chosen.config) if chosen.config else shapes.load(chosen.shapes or default)
+    for name, shape in parameters.items():
         if not all(isinstance(size, int) and size >= 0 for size in shape):
             raise ValueError(f"the shape of {name!r} must be sizes >= 0, got {shape!r}")
-    if not found:
+    if not parameters:
         raise ValueError(f"{chosen.config or chosen.shapes} has no parameters: there is nothing to plan")
-    return found
+    return parameters
 
 
 def _choices(chosen: argparse.Namespace) -> Choices:
@@ -146,7 +152,7 @@ def _choices(chosen: argparse.Namespace) -> Choices:
     reduce, splits = chosen.reduce_dtype, chosen.store_param_remainders
     if splits and (chosen.dtype, chosen.master_dtype) != ("bfloat16", "float32"):
         raise ValueError(
-            f"--store-param-remainders keeps what bfloat16 parameters lack of float32 masters, got --dtype "
+            f"--store-param-remainders needs bfloat16 parameters with float32 masters, got --dtype "
             f"{chosen.dtype} --master-dtype {chosen.master_dtype}: leave it out"
         )
     return Choices(
@@ -163,22 +169,22 @@ def _choices(chosen: argparse.Namespace) -> Choices:
 
 
 def _machine(chosen: argparse.Namespace) -> Machine:
-    """The preset, over it what was measured, over that what was said."""
+    """The preset, overridden by measurements, overridden by options."""
     machine = PRESETS[chosen.preset]
     if chosen.calibrate:
         machine = calibrated(machine, chosen.calibrate)
-    said = {
+    options = {
         name: getattr(chosen, option) * unit
         for option, (name, unit) in _SPEEDS.items()
         if _given(chosen, option)
     }
     if _given(chosen, "ranks_per_node"):
-        said["ranks_per_node"] = chosen.ranks_per_node
-    return replace(machine, **said)
+        options["ranks_per_node"] = chosen.ranks_per_node
+    return replace(machine, **options)
 
 
 def _known_machine(chosen: argparse.Namespace) -> Machine | None:
-    """None where nothing is said of this machine: a preset is another one."""
+    """This machine's speeds if options or measurements give any, else None: a preset is another machine."""
     return _machine(chosen) if chosen.calibrate or any(_given(chosen, option) for option in _SPEEDS) else None
 
 
@@ -186,7 +192,7 @@ def _given(chosen: argparse.Namespace, option: str) -> bool:
     return getattr(chosen, option) is not None
 
 
-def _described(found: Shapes, choices: Choices) -> str:
+def _described(parameters: Shapes, choices: Choices) -> str:
     precision = choices.precision
     masters = precision.masters
     names = [
@@ -195,8 +201,8 @@ def _described(found: Shapes, choices: Choices) -> str:
     ]
     remainders = " as remainders" if masters and masters.beside_weight else ""
     return (
-        f"{len(found):,} tensors, {sum(map(prod, found.values())):,} elements, {names[0]} with {names[1]} masters"
-        f"{remainders} and {names[2]} moments, buckets of {choices.bucket_mb:g} MiB"
+        f"{len(parameters):,} tensors, {sum(map(prod, parameters.values())):,} elements, {names[0]} with {names[1]} "
+        f"masters{remainders} and {names[2]} moments, buckets of {choices.bucket_mb:g} MiB"
     )
 
 

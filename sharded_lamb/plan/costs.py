@@ -1,4 +1,4 @@
-"""Memory, bytes on the wire and calls of one rank: the real layout of a model, planned for ranks that are not there."""
+"""Memory, bytes on the wire and calls of one rank, from the layout that a model would have on any number of ranks."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from sharded_lamb.plan.sharding import Choices, Sharding
 Shapes = Mapping[str, Sequence[int]]
 
 KINDS = ("parameters", "gradients", "masters", "moments", "gradient_shards", "staging")
-"""Of memory: those of `ShardedLamb.memory`, and gradients: what ``.grad`` holds once backward is done."""
+"""Kinds of memory: those of `ShardedLamb.memory`, and gradients: the ``.grad`` of all parameters after backward."""
 
 DDP_BUCKET_BYTES = 25 * 2**20
 """DistributedDataParallel's default ``bucket_cap_mb``."""
@@ -21,38 +21,38 @@ DDP_BUCKET_BYTES = 25 * 2**20
 
 @dataclass(frozen=True)
 class Costs:
-    """One rank's. Bytes by kind; a list holds the bytes sent by every call, in order."""
+    """One rank's costs. Bytes by kind; a list holds the bytes that each call sends, in order."""
 
     sharding: Sharding
     memory: Mapping[str, int]
-    large: Mapping[str, Sequence[int]]  # the optimizer's, by the names of its traffic
+    large: Mapping[str, Sequence[int]]  # the optimizer's, by collective
     small: Sequence[int]
     around: Mapping[str, Sequence[int]]  # DistributedDataParallel's (stage 1), fully_shard's (stage 3)
     update: int  # bytes that the two passes read and write
-    padding: int  # bytes of weights and gradients that fully_shard pads its shards with
+    padding: int  # bytes of weights and gradients in the padding of fully_shard's shards
 
     @property
     def total_memory(self) -> int:
-        """Without activations, and without what DDP and fully_shard gather and copy for a while."""
+        """Bytes without activations and without temporary buffers of DDP and fully_shard."""
         return sum(self.memory.values())
 
     @property
     def wire(self) -> dict[str, int]:
-        """Bytes a step by name, the optimizer's."""
+        """The optimizer's bytes per step, by collective."""
         sums = {name: sum(sends) for name, sends in self.large.items() if sends}
         return {**sums, "all_reduce_small": sum(self.small)} if self.small else sums
 
     @property
     def calls(self) -> dict[str, int]:
-        """Collectives a step by name, the optimizer's."""
+        """The optimizer's calls per step, by collective."""
         counts = {name: len(sends) for name, sends in self.large.items() if sends}
         return {**counts, "all_reduce_small": len(self.small)} if self.small else counts
 
 
 def costs(shapes: Shapes, choices: Choices, sharding: Sharding, rank: int = 0) -> Costs:
-    """What ``rank`` has, sends and reads with gradients for every parameter; in stages 1 and 2 the same on all ranks.
+    """The costs of ``rank`` if every parameter has a gradient; equal on all ranks in stages 1 and 2.
 
-    In stage 3 the first rank has the most; see `trainable`.
+    In stage 3 the first rank has the highest; see `trainable`.
     """
     widths = choices.precision.widths
     if sharding.stage == 3:
@@ -61,14 +61,14 @@ def costs(shapes: Shapes, choices: Choices, sharding: Sharding, rank: int = 0) -
 
 
 def trainable(shapes: Shapes, sharding: Sharding) -> dict[str, tuple[int, ...]]:
-    """The parameters, as fully_shard takes them in stage 3: scalars as vectors of one, none without elements."""
+    """The parameters; in stage 3 as fully_shard takes them: scalars become vectors of one, empty ones are dropped."""
     if sharding.stage != 3:
         return {name: tuple(shape) for name, shape in shapes.items()}
     return {name: tuple(shape) or (1,) for name, shape in shapes.items() if prod(shape)}
 
 
 def buckets_of(shapes: Iterable[Sequence[int]], choices: Choices, ranks: int) -> tuple[Bucket, ...]:
-    """As `ShardedLamb` plans them for a model of one dtype on one device."""
+    """The buckets that `ShardedLamb` plans for a model of one dtype on one device."""
     numels = [prod(shape) for shape in shapes]
     count = len(numels)
     return plan_buckets(
@@ -83,11 +83,11 @@ def _of_buckets(shapes: Shapes, widths: Widths, choices: Choices, sharding: Shar
     full, shard = sum(bucket.numel for bucket in buckets), sum(bucket.shard_numel for bucket in buckets)
     reduces = sharding.stage == 2
     staging = staging_bytes(flat, in_flight=IN_FLIGHT, sums_here=choices.sums_here) if reduces else 0
-    # What stage 2 leaves in .grad is its sentinel, the smallest parameter's.
+    # Stage 2 leaves only its sentinel, the smallest parameter, in .grad.
     kept = min(filter(None, numels), default=0) if reduces else sum(numels)
     around = {}
     if not reduces and sharding.world_size > 1:
-        around["ddp_all_reduce"] = _cut(sum(numels) * widths.model, DDP_BUCKET_BYTES)
+        around["ddp_all_reduce"] = _split(sum(numels) * widths.model, DDP_BUCKET_BYTES)
     return Costs(
         sharding,
         memory={
@@ -108,30 +108,30 @@ def _of_buckets(shapes: Shapes, widths: Widths, choices: Choices, sharding: Shar
 
 def _of_chunks(shapes: Shapes, widths: Widths, choices: Choices, sharding: Sharding, rank: int) -> Costs:
     placed = list(trainable(shapes, sharding).values())
-    held = sum(chunk_numel(shape, sharding.shard, rank % sharding.shard) for shape in placed)
+    own = sum(chunk_numel(shape, sharding.shard, rank % sharding.shard) for shape in placed)
     padded = sum(chunk_numel(shape, sharding.shard, 0) for shape in placed)
     return Costs(
         sharding,
         memory={
-            "parameters": held * widths.model,
-            "gradients": held * widths.model,
-            "masters": held * widths.master,
-            "moments": 2 * held * widths.state,
+            "parameters": own * widths.model,
+            "gradients": own * widths.model,
+            "masters": own * widths.master,
+            "moments": 2 * own * widths.state,
             "gradient_shards": 0,
             "staging": 0,
         },
         large={},
         small=small_sends(len(placed), len(SUMS), agreements=1) if sharding.world_size > 1 else [],
         around=_around_chunks(placed, widths, choices, sharding),
-        update=update_bytes(held, replace(widths, compute=widths.model)),  # gradients are read where they lie
-        padding=2 * (padded - held) * widths.model,
+        update=update_bytes(own, replace(widths, compute=widths.model)),  # gradients are read in place
+        padding=2 * (padded - own) * widths.model,
     )
 
 
 def _around_chunks(
     placed: Sequence[Sequence[int]], widths: Widths, choices: Choices, sharding: Sharding
 ) -> dict[str, list[int]]:
-    """What fully_shard sends, padding included. How a model is wrapped is its own choice: groups are as our buckets."""
+    """The bytes that fully_shard sends, padding included. Users choose its groups; here they equal our buckets."""
     units = [
         sum(chunk_numel(placed[param], sharding.shard, 0) for param in bucket.params)
         for bucket in buckets_of(placed, choices, 1)
@@ -146,6 +146,6 @@ def _around_chunks(
     return {name: sizes for name, sizes in sends.items() if sum(sizes)}
 
 
-def _cut(size: int, most: int) -> list[int]:
+def _split(size: int, most: int) -> list[int]:
     whole, rest = divmod(size, most)
     return [most] * whole + ([rest] if rest else [])

@@ -1,4 +1,4 @@
-"""Speeds of a machine, and what a collective takes on it.
+"""Speeds of a machine, and the time of a collective on it.
 
 A collective over ``n`` ranks on ``k`` nodes, after the model by which NCCL chooses algorithms (src/graph/tuning.cc):
 
@@ -6,8 +6,8 @@ A collective over ``n`` ranks on ``k`` nodes, after the model by which NCCL choo
     small   tree   2 ((n/k - 1) a + log2(k) b)  +  2 bytes / bandwidth
 
 with a and b the latency of a hop inside and between nodes. A large all-reduce is two rings, or a tree if that is less.
-Rings run through all ranks of a node at once: over several nodes they have the bandwidth of a rank inside, or that of
-a node's ranks together between nodes, whichever is less.
+Rings run through all ranks of a node at once: over several nodes their bandwidth is the smaller of a rank's inside a
+node and of all the node's ranks together between nodes.
 """
 
 import json
@@ -20,7 +20,11 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Speeds, one rank's, each > 0 (latencies >= 0)."""
+    """One rank's speeds, each > 0 (latencies >= 0).
+
+    Raises:
+        ValueError: a field is out of range.
+    """
 
     update_bytes_per_second: float  # of memory, in the two passes
     intra_bytes_per_second: float  # sent to ranks of the same node
@@ -52,16 +56,17 @@ PRESETS = {
 }
 
 CALIBRATED = ("kernel_bytes_per_second", "wire_bytes_per_second", "latency_seconds")
-"""Top-level keys of what `sharded-lamb bench kernels` (the first) and `bench comm` write."""
+"""Top-level keys of the JSON of `sharded-lamb bench kernels` (the first) and `bench comm`."""
 
 
 def calibrated(machine: Machine, paths: Sequence[str]) -> Machine:
-    """``machine`` with what the JSON files say was measured; wire speed and latency go for both levels.
+    """``machine`` with the measurements of the JSON files; wire speed and latency apply to both levels.
 
-    Where two files have the same key, the later one counts.
+    If two files have the same key, the later one counts.
 
     Raises:
-        ValueError: a file has none of `CALIBRATED`, or one is no positive number. OSError: it cannot be read.
+        ValueError: a file has none of `CALIBRATED`, or one of them is not a number > 0.
+        OSError: a file cannot be read.
     """
     read: dict[str, float] = {}
     for path in paths:
@@ -79,10 +84,10 @@ def calibrated(machine: Machine, paths: Sequence[str]) -> Machine:
 
 def _read(path: str) -> dict[str, float]:
     try:
-        found: Any = json.loads(Path(path).read_text())
+        content: Any = json.loads(Path(path).read_text())
     except ValueError as error:
         raise ValueError(f"--calibrate {path} is not JSON: {error}") from None
-    read = {key: found[key] for key in CALIBRATED if key in found} if isinstance(found, dict) else {}
+    read = {key: content[key] for key in CALIBRATED if key in content} if isinstance(content, dict) else {}
     if not read:
         raise ValueError(
             f"--calibrate {path} has none of {', '.join(CALIBRATED)}: write it with sharded-lamb bench kernels or comm"
@@ -95,7 +100,7 @@ def _read(path: str) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The ranks of a collective; ``members`` of them on each of ``nodes`` nodes."""
+    """The ranks of a collective, ``members`` of them on each of ``nodes`` nodes."""
 
     ranks: int
     members: int
@@ -106,7 +111,7 @@ class Group:
 
     @staticmethod
     def of(machine: Machine, ranks: int, stride: int = 1) -> "Group":
-        """Every ``stride``-th of consecutive ranks; the others meanwhile do the same among themselves."""
+        """Every ``stride``-th of consecutive ranks, while the others run the same collective in groups of their own."""
         return Group(ranks, max(1, min(ranks, machine.ranks_per_node // stride)))
 
     def bandwidth(self, machine: Machine) -> float:
@@ -116,20 +121,20 @@ class Group:
         return min(machine.intra_bytes_per_second, self.members * machine.inter_bytes_per_second)
 
     def ring_seconds(self, machine: Machine, sends: Sequence[int]) -> list[float]:
-        """Of all-gathers and reduce-scatters in which a rank sends so many bytes each."""
+        """Seconds of each all-gather or reduce-scatter in which a rank sends ``sends`` bytes."""
         if self.ranks == 1:
             return [0.0] * len(sends)
         latency = (self.ranks - self.nodes) * machine.intra_latency + (self.nodes - 1) * machine.inter_latency
         return [latency + sent / self.bandwidth(machine) for sent in sends]
 
     def all_reduce_seconds(self, machine: Machine, sizes: Sequence[int]) -> list[float]:
-        """Of all-reduces of so many bytes each: a reduce-scatter and an all-gather, or a tree if that is faster."""
+        """Seconds of each all-reduce of ``sizes`` bytes: a reduce-scatter and an all-gather, or a tree if faster."""
         parts = self.ring_seconds(machine, [ceil(size * (self.ranks - 1) / self.ranks) for size in sizes])
         trees = self.small_seconds(machine, sizes)
         return [min(2 * ring, tree) for ring, tree in zip(parts, trees, strict=True)]
 
     def small_seconds(self, machine: Machine, sizes: Sequence[int]) -> list[float]:
-        """Of all-reduces of a few KB."""
+        """Seconds of each small all-reduce of ``sizes`` bytes."""
         if self.ranks == 1:
             return [0.0] * len(sizes)
         latency = 2 * (

@@ -1,4 +1,4 @@
-"""A Hugging Face config → the shapes of its model's parameters, without their memory."""
+"""The parameter shapes of a Hugging Face config's model, without memory for them."""
 
 import json
 from pathlib import Path
@@ -10,26 +10,28 @@ from sharded_lamb.shapes import Shapes
 
 
 def shapes_of_config(path: str) -> Shapes:
-    """Names and shapes of a model's parameters; tied ones once.
+    """{name: shape} of a model's parameters; tied ones once.
 
     Args:
-        path: of a config.json, or of the folder that holds it. The model is the first of its ``architectures``, or
-            without those what AutoModel makes of it.
+        path: of a config.json or its folder. The model is the first of its ``architectures``; without any, that of
+            AutoModel.
 
     Raises:
-        ImportError: transformers is not installed. ValueError, OSError: no config that it knows.
+        ImportError: transformers is not installed.
+        ValueError: transformers does not know the config.
+        OSError: there is no such file.
     """
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise OSError(f"--config {path}: no such file. Give the path of a Hugging Face config.json")
-    if "model_type" not in (found := json.loads(file.read_text())):
-        raise ValueError(f"--config {path} has no model_type, which tells Hugging Face models apart")
+    if "model_type" not in (content := json.loads(file.read_text())):
+        raise ValueError(f"--config {path} has no model_type, by which Hugging Face finds the model")
     try:
         import transformers
     except ImportError as error:
         raise ImportError(f"--config needs transformers (pip install transformers): {error}") from None
     config = transformers.AutoConfig.from_pretrained(file)
-    named = next(iter(found.get("architectures") or ()), None)
+    named = next(iter(content.get("architectures") or ()), None)
     model: nn.Module
     with torch.device("meta"):
         if named is None:

@@ -1,4 +1,4 @@
-"""This machine's speeds, in a second: what `--check` predicts times with where nothing else is said."""
+"""Measures this machine's speeds in about a second, for `--check` without other speeds."""
 
 import statistics
 import time
@@ -19,7 +19,7 @@ from sharded_lamb.plan.machine import Machine
 from sharded_lamb.plan.sharding import Choices
 
 _UPDATED = 1 << 23
-"""Elements: their 128 MiB fit into no cache."""
+"""Elements: their 128 MiB exceed every cache."""
 
 _SENT = 1 << 21
 _ROUNDS = 5
@@ -28,8 +28,8 @@ _ROUNDS = 5
 def probed(device: torch.device) -> Machine:
     """Speeds of the default group's ranks while all are busy, each the slowest rank's. Collective.
 
-    The update by the two passes of the kernel that optimizers choose, over one shard in fp32; the wire by all-gathers
-    of 8 MiB and of next to nothing.
+    Times the update as the two passes of the optimizers' kernel over one fp32 shard, and the wire as all-gathers of
+    8 MiB and of a few bytes.
     """
     world = dist.get_world_size()
     collectives = Collectives(Topology.of(None, None), device)
@@ -50,7 +50,7 @@ def probed(device: torch.device) -> Machine:
 
 
 def _two_passes(device: torch.device) -> Callable[[], None]:
-    """Pass 1 and pass 2 over the whole of one parameter."""
+    """Passes 1 and 2 over one whole parameter."""
     weight = torch.ones(_UPDATED, device=device)
     grad, exp_avg, exp_avg_sq = (torch.full_like(weight, value) for value in (1e-2, 0.0, 0.0))
     owners = torch.zeros(_UPDATED // BLOCK, dtype=torch.int64, device=device)
@@ -82,13 +82,13 @@ def _two_passes(device: torch.device) -> Callable[[], None]:
 
 
 def _median(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds, after one run that is not counted; ranks begin together."""
-    found = []
+    """Median seconds over rounds after an untimed one; ranks begin together. Collective."""
+    seconds = []
     for _ in range(1 + _ROUNDS):
         dist.barrier()
         start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
-    return statistics.median(found[1:])
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])

@@ -1,4 +1,4 @@
-"""How one optimizer is spread over ranks, and with which dtypes: what a row of the table is about."""
+"""How an optimizer is sharded over ranks and which dtypes it has: the subject of one row of the table."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from sharded_lamb.sharding.buckets import Precision
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """A stage on a mesh (replicate, shard) of consecutive ranks; ``replicate`` 1: the mesh is 1-D."""
+    """A stage on a mesh (replicate, shard) of consecutive ranks."""
 
     stage: int
     shard: int
-    replicate: int = 1
+    replicate: int = 1  # 1: the mesh is 1-D
 
     @property
     def world_size(self) -> int:
@@ -22,16 +22,13 @@ class Sharding:
 
     @property
     def mesh(self) -> str:
-        """As tables show it."""
+        """The mesh in tables: "2x4" or "8"."""
         return f"{self.replicate}x{self.shard}" if self.replicate > 1 else str(self.shard)
 
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What is the same on any number of ranks. Names as `ShardedLamb`'s keywords.
-
-    ``sums_here``: as gloo's path; other backends reduce-scatter themselves.
-    """
+    """Options that do not depend on the number of ranks, named as `ShardedLamb`'s keywords."""
 
     model_dtype: torch.dtype = torch.float32
     master_dtype: torch.dtype = torch.float32
@@ -41,7 +38,7 @@ class Choices:
     bucket_mb: float = 32
     overlap: bool = True
     overlap_forward: bool = False
-    sums_here: bool = False
+    sums_here: bool = False  # as on gloo's path; other backends reduce-scatter themselves
 
     @property
     def precision(self) -> Precision:
@@ -57,23 +54,23 @@ class Choices:
 def shardings(
     world_sizes: Iterable[int], stages: Sequence[int], shards: Sequence[str], ranks_per_node: int
 ) -> list[Sharding]:
-    """Every stage at every world size and way to shard, each once.
+    """Every combination of stage, world size and way to shard, each once.
 
     Args:
         shards: ranks that share one copy of the state: "all", "node", or a number, which must divide every world size
-            that is larger; smaller ones are left out.
+            that is larger; smaller world sizes are dropped.
 
     Raises:
-        ValueError: nothing is left, or a number does not divide.
+        ValueError: no combination is left, or a number does not divide a world size.
     """
-    found = []
+    combinations = []
     for stage in stages:
         for shard in shards:
             for world in sorted(set(world_sizes)):
-                found += list(_one(stage, world, shard, ranks_per_node))
-    if not found:
+                combinations += list(_one(stage, world, shard, ranks_per_node))
+    if not combinations:
         raise ValueError(f"no world size has as many ranks as --shard {' '.join(shards)} asks for")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(combinations))
 
 
 def _one(stage: int, world: int, shard: str, ranks_per_node: int) -> Iterator[Sharding]:

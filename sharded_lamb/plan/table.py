@@ -13,12 +13,12 @@ _COLUMNS = (
 )
 
 NOTES = (
-    "MiB a rank without activations: weights, .grad after backward, masters, moments, gradient shard, staging; in all.",
-    "MiB sent: by a rank a step, DistributedDataParallel's (stage 1) or fully_shard's (stage 3) included; of an",
-    "all-reduce over n ranks 2 (n - 1) / n of its buffer, as in a ring.",
-    "large, small: the optimizer's own collectives. Milliseconds: the two passes, communication, what of it neither",
-    "forward nor backward hides, and the update and that together.",
-    "Stage 3 shows the first rank, which has the most; fully_shard's groups are taken to be as large as a bucket.",
+    "MiB a rank without activations: weights, .grad after backward, masters, moments, gradient shard, staging; total.",
+    "MiB sent: by a rank per step, DistributedDataParallel's (stage 1) or fully_shard's (stage 3) included; an",
+    "all-reduce over n ranks sends 2 (n - 1) / n of its buffer, as in a ring.",
+    "large, small: the optimizer's own collectives. Milliseconds: the two passes, communication, its part that neither",
+    "forward nor backward hides, and the sum of the update and that part.",
+    "Stage 3 shows the first rank, which has the most; fully_shard's groups are assumed as large as a bucket.",
 )
 
 
@@ -31,7 +31,7 @@ class Row:
 
     @property
     def sent(self) -> int:
-        """Bytes a step that leave a rank. `Costs` count an all-reduce's buffer, of which a ring sends 2 (n - 1) / n."""
+        """Bytes that a rank sends per step. `Costs` count an all-reduce's buffer; a ring sends 2 (n - 1) / n of it."""
         sharding = self.costs.sharding
         ranks = {
             "all_reduce_small": sharding.world_size,
@@ -39,14 +39,14 @@ class Row:
             "ddp_all_reduce": sharding.world_size,
             "fsdp_all_reduce": sharding.replicate,
         }
-        handed = {**self.costs.wire, **{name: sum(sends) for name, sends in self.costs.around.items()}}
+        sizes = {**self.costs.wire, **{name: sum(sends) for name, sends in self.costs.around.items()}}
         return sum(
             2 * size * (ranks[name] - 1) // ranks[name] if name in ranks else size
-            for name, size in handed.items()
+            for name, size in sizes.items()
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Bytes, calls and seconds by kind; ``wire_bytes`` have an all-reduce's buffer once."""
+        """Bytes, calls and seconds by kind; ``wire_bytes`` count an all-reduce's buffer once."""
         costs = self.costs
         return {
             "stage": costs.sharding.stage,
@@ -63,7 +63,7 @@ class Row:
         }
 
     def cells(self) -> list[str]:
-        """As `_COLUMNS`."""
+        """One cell for each of `_COLUMNS`."""
         costs, times, sharding = self.costs, self.times, self.costs.sharding
         large = sum(count for name, count in costs.calls.items() if name != "all_reduce_small")
         memory = [costs.memory[kind] for kind in KINDS]
@@ -79,7 +79,7 @@ class Row:
 
 
 def text_table(rows: Sequence[Row]) -> str:
-    """One line a row, an empty one between stages and kinds of mesh."""
+    """One line per row, an empty one between stages and kinds of mesh."""
     lines: list[list[str]] = [list(_COLUMNS)]
     last = None
     for row in rows:
@@ -92,7 +92,7 @@ def text_table(rows: Sequence[Row]) -> str:
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns to the right, two spaces apart."""
+    """Right-aligned columns, two spaces apart."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

@@ -1,4 +1,4 @@
-"""Costs and a machine → seconds: what a step takes, and which part of it no computation hides."""
+"""Seconds of a step, and of its communication that no computation hides, from costs and a machine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,11 @@ from sharded_lamb.plan.sharding import Choices
 
 @dataclass(frozen=True, slots=True)
 class Computation:
-    """Seconds that one rank computes in a step without any communication; 0 hides nothing."""
+    """Seconds of one rank's computation in a step, without communication; 0 hides nothing.
+
+    Raises:
+        ValueError: a field is negative.
+    """
 
     forward: float = 0.0
     backward: float = 0.0
@@ -27,10 +31,10 @@ class Times:
 
     update: float  # the two passes
     small: float  # the packed all-reduces
-    gradients: float  # reduced: by the optimizer (stage 2), DistributedDataParallel (1) or fully_shard (3)
-    gathers: float  # of parameters: by the optimizer, or by fully_shard, twice
-    exposed: float  # of the three above, what neither forward nor backward hides
-    in_step: float  # what `step()` takes: without what runs during forward and backward
+    gradients: float  # reductions by the optimizer (stage 2), DistributedDataParallel (1) or fully_shard (3)
+    gathers: float  # of parameters, by the optimizer, or twice by fully_shard
+    exposed: float  # the part of the three above that neither forward nor backward hides
+    in_step: float  # time of `step()`: without communication during forward and backward
 
     @property
     def communication(self) -> float:
@@ -38,18 +42,18 @@ class Times:
 
     @property
     def optimizer(self) -> float:
-        """What a step takes beyond computing gradients: the update, and communication that is exposed."""
+        """Time of a step beyond computing gradients: the update and exposed communication."""
         return self.update + self.exposed
 
 
 def times(costs: Costs, choices: Choices, machine: Machine, computation: Computation) -> Times:
-    """Of one step. Hidden is what fits: at least one bucket's exchange is exposed on each side, since the last bucket
-    is full when backward ends and forward cannot begin without the first."""
+    """The times of one step. At least one bucket's exchange is exposed on each side: the last bucket fills when
+    backward ends, and forward cannot begin without the first."""
     sharding = costs.sharding
-    everyone, shard = Group.of(machine, sharding.world_size), Group.of(machine, sharding.shard)
+    all_ranks, shard = Group.of(machine, sharding.world_size), Group.of(machine, sharding.shard)
     replicas = Group.of(machine, sharding.replicate, stride=sharding.shard)
     update = costs.update / machine.update_bytes_per_second
-    small = sum(everyone.small_seconds(machine, costs.small))
+    small = sum(all_ranks.small_seconds(machine, costs.small))
     if sharding.stage == 3:
         first = shard.ring_seconds(machine, costs.around.get("fsdp_all_gather", ()))
         again = shard.ring_seconds(machine, costs.around.get("fsdp_all_gather_again", ()))
@@ -59,7 +63,7 @@ def times(costs: Costs, choices: Choices, machine: Machine, computation: Computa
         gathered = sum(first) + sum(again)
         return Times(update, small, sum(reductions), gathered, small + exposed, update + small)
     if sharding.stage == 1:
-        reductions = everyone.all_reduce_seconds(machine, costs.around.get("ddp_all_reduce", ()))
+        reductions = all_ranks.all_reduce_seconds(machine, costs.around.get("ddp_all_reduce", ()))
     else:
         scatters = shard.ring_seconds(machine, costs.large["reduce_scatter"])
         sums = replicas.all_reduce_seconds(machine, costs.large["all_reduce_replicas"])

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ def test_table_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[st
     width, height = (int.from_bytes(png.read_bytes()[at : at + 4]) for at in (16, 20))
     assert width > 800
     assert height > 300
+
+
+def test_a_picture_without_matplotlib_is_refused_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["plan", "--world-sizes", "2", "--png", str(tmp_path / "plan.png")]) == 2
+    assert "a picture needs matplotlib: pip install matplotlib" in capsys.readouterr().err
 
 
 def test_a_hugging_face_config_without_its_memory(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is predicted is what real ranks hold and send, to the byte; and `--check` sees where it is not."""
+"""Predictions equal the memory and traffic of real ranks, to the byte, and `--check` detects differences."""
 
 import gc
 from collections import Counter
@@ -183,7 +183,7 @@ def test_check_passes_and_fails(planted: tuple[str, Callable[..., Any]] | None, 
 
 
 def probed_by_hand(rank: int) -> tuple[Any, ...]:
-    """What the probe times, each said to take so long; and what the chosen kernel was called with."""
+    """The probe's machine from given times, and the arguments of the chosen kernel."""
     kernel = mock.MagicMock(wraps=ReferenceKernel())
     seconds = iter([0.5, 0.125, 0.375])
 
@@ -218,5 +218,5 @@ def one_rank_differs(rank: int) -> int:
     return checked(rank, planted)
 
 
-def test_every_rank_hears_of_one_that_differs() -> None:
+def test_one_rank_that_differs_fails_all() -> None:
     assert run_ranks(2, one_rank_differs) == [1, 1]
