@@ -1,4 +1,4 @@
-"""``python -m sharded_lamb COMMAND``: the package's commands, also under torchrun."""
+"""``python -m sharded_lamb COMMAND``: the package's commands, alone or under torchrun."""
 
 import argparse
 import importlib
@@ -35,22 +35,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_arguments(commands.add_parser("bench", help="measure against other optimizers on this machine"))
     preflight.add_arguments(
         commands.add_parser(
-            "preflight", help="before a job: same code, config and data on all ranks, and the network"
+            "preflight",
+            help="before a job: compare code, config and data of all ranks, and measure the network",
         )
     )
-    convert.add_arguments(commands.add_parser("convert", help="from and to other programs' checkpoints"))
-    inspect.add_arguments(
-        commands.add_parser("inspect", help="what is in a checkpoint, and whether it is whole")
+    convert.add_arguments(
+        commands.add_parser("convert", help="convert checkpoints from and to other programs")
     )
-    together = {"verify": _verify, "plan": plan.run, "bench": bench.run}
-    # They join the ranks themselves, or need none.
-    alone = {"preflight": preflight.run, "convert": convert.run, "inspect": inspect.run}
+    inspect.add_arguments(
+        commands.add_parser("inspect", help="show the content of a checkpoint and verify it")
+    )
+    collective = {"verify": _verify, "plan": plan.run, "bench": bench.run}
+    # These join the ranks themselves, or need none.
+    others = {"preflight": preflight.run, "convert": convert.run, "inspect": inspect.run}
     chosen = parser.parse_args(arguments)
-    device = _join_ranks(chosen.device) if chosen.command in together else None
+    device = _join_ranks(chosen.device) if chosen.command in collective else None
     try:
         if device is None:
-            return alone[chosen.command](chosen)
-        return together[chosen.command](chosen, device)
+            return others[chosen.command](chosen)
+        return collective[chosen.command](chosen, device)
     except (ValueError, TypeError, ImportError, AttributeError, OSError) as error:
         print(f"sharded-lamb {chosen.command}: {error}", file=sys.stderr)
         return 2
@@ -81,7 +84,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _join_ranks(device: str | None) -> torch.device:
-    """Join the process group that torchrun describes, if there is one; this rank's device."""
+    """Join torchrun's process group, if there is one; returns this rank's device. Collective."""
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "cuda":

@@ -1,4 +1,4 @@
-"""Lists of parameter shapes to try an optimizer on, without a model."""
+"""Lists of parameter shapes: test inputs for an optimizer without a model."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ def _bert_layer(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def bert(layers: int, width: int, vocabulary: int = 30_528) -> Shapes:
-    """BERT for pretraining (Devlin et al.), tied decoder; the vocabulary padded to a multiple of 8 as NVIDIA's."""
+    """BERT for pretraining (Devlin et al.) with a tied decoder; vocabulary padded to a multiple of 8, as NVIDIA's."""
 
     def parts() -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "embeddings.word_embeddings.weight", (vocabulary, width)
@@ -47,7 +47,7 @@ def bert(layers: int, width: int, vocabulary: int = 30_528) -> Shapes:
 
 
 def _tiny() -> Shapes:
-    """Small and awkward: primes, one element, a scalar, nothing, more than a block, and a layer of each kind."""
+    """Edge cases: primes, one element, a scalar, an empty tensor, more than a block, and a layer of each kind."""
     awkward: Shapes = {
         "scalar": (),
         "one": (1,),
@@ -60,7 +60,11 @@ def _tiny() -> Shapes:
 
 
 def named(name: str) -> Shapes:
-    """The list called ``name``. Raises ValueError for another name."""
+    """The shapes {name: shape} of the list called ``name``.
+
+    Raises:
+        ValueError: there is no such list.
+    """
     makers: dict[str, Callable[[], Shapes]] = {
         "tiny": _tiny,
         "bert-base": lambda: bert(layers=12, width=768),
@@ -74,10 +78,15 @@ def named(name: str) -> Shapes:
 
 
 def load(name: str) -> Mapping[str, Sequence[int]]:
-    """The list called ``name``, or that of a JSON file ``{name: shape}``. Raises ValueError, OSError."""
+    """The list called ``name``, or that of a JSON file ``{name: shape}`` (``name`` ends in .json).
+
+    Raises:
+        ValueError: there is no such list, or the file holds no JSON object of shapes.
+        OSError: the file cannot be read.
+    """
     if not name.endswith(".json"):
         return named(name)
-    found = json.loads(Path(name).read_text())
-    if not isinstance(found, dict) or not all(isinstance(shape, list) for shape in found.values()):
+    listed = json.loads(Path(name).read_text())
+    if not isinstance(listed, dict) or not all(isinstance(shape, list) for shape in listed.values()):
         raise ValueError(f"{name} must hold a JSON object {{name: [size, …]}}")
-    return found
+    return listed

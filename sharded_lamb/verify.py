@@ -1,7 +1,7 @@
-"""Proof on the user's own machine: a few steps of `ShardedLamb` against a single-process fp64 LAMB.
+"""Verification on the user's machine: compares some steps of `ShardedLamb` with a single-process fp64 LAMB.
 
-Rank 0 computes what all ranks should have computed, from the same gradients, with `Reference`, which is
-written apart from the optimizer: whole fp64 tensors, one parameter at a time, straight from the paper.
+Rank 0 computes the expected result from the same gradients with `Reference`, which shares no code with the optimizer:
+whole fp64 tensors, one parameter at a time, straight from the paper.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from sharded_lamb.comm.collectives import Traffic
 from sharded_lamb.optim.sharded import ShardedLamb
 
 TOLERANCE = 2e-6
-"""Relative, norm-wise, of fp32 masters after 20 steps; moments and ratios have their own below."""
+"""Relative, norm-wise, of fp32 masters after 20 steps; moments and ratios have their own."""
 MOMENT_TOLERANCE = 1e-5
 RATIO_TOLERANCE = 1e-5
 MAX_SMALL_ALL_REDUCES = 2
@@ -36,7 +36,7 @@ class Reference:
         self.t, self.lr, self.max_grad_norm = 0, lr, max_grad_norm
 
     def step(self, gradients: Sequence[Tensor]) -> None:
-        """One step with gradients that are averaged already, fp64."""
+        """One step with averaged gradients: fp64, one per weight, of its shape."""
         self.t += 1
         self.grad_norm = math.sqrt(sum(float((g * g).sum()) for g in gradients))
         clip = 1.0
@@ -55,7 +55,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class ParameterError:
-    """How far one parameter is from the reference; relative, norm-wise, but for the ratios themselves."""
+    """One parameter's errors to the reference, relative and norm-wise, and its two trust ratios."""
 
     name: str
     numel: int
@@ -67,7 +67,7 @@ class ParameterError:
 
     @property
     def ok(self) -> bool:
-        """nan fails."""
+        """Whether all errors are within tolerance; nan is not."""
         return (
             self.weight <= TOLERANCE
             and max(self.exp_avg, self.exp_avg_sq) <= MOMENT_TOLERANCE
@@ -77,7 +77,7 @@ class ParameterError:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found; on every rank the same verdict, parameters on rank 0 only."""
+    """The outcome: the same verdict on every rank; ``parameters`` on rank 0 only."""
 
     setting: str
     problems: tuple[str, ...]
@@ -99,7 +99,7 @@ class Report:
                     f"{p.ratio:>10.4g}"
                 )
             if len(worst) > 20:
-                lines.append(f"… and {len(worst) - 20} more, none of them further off")
+                lines.append(f"… and {len(worst) - 20} more with smaller errors")
             lines.append("")
         lines += [f"{name:<28} {value:>16,.10g}" for name, value in self.per_step.items()]
         lines += [f"problem: {problem}" for problem in self.problems]
@@ -118,28 +118,31 @@ def verify(
     max_grad_norm: float | None = 1.0,
     seed: int = 0,
 ) -> Report:
-    """Run ``steps`` steps on made-up gradients and compare with the reference. Collective over the default group.
+    """Run ``steps`` steps on synthetic gradients and compare with the reference. Collective over the default group.
 
     Args:
-        parameters: a model (its parameters are moved to ``device`` and ``dtype``, and are changed), or shapes by name.
+        parameters: a model, which is moved to ``device`` and ``dtype`` and trained in place, or {name: shape}.
+        stage: ZeRO stage, 1 or 2.
         dtype: of the parameters; the masters are fp32.
 
     Returns:
-        A report with the same verdict on every rank. An error that the optimizer itself raises is a problem in it.
+        A report with the same verdict on every rank. A ValueError or RuntimeError of the optimizer is one of its
+        problems.
     """
-    run = _Run(parameters, dtype, torch.device(device), seed)
+    comparison = _Comparison(parameters, dtype, torch.device(device), seed)
     setting = (
-        f"stage {stage}, {run.world_size} ranks, {str(dtype).removeprefix('torch.')}, {_backend(run.device)}, "
-        f"{len(run.params)} tensors, {sum(p.numel() for p in run.params):,} elements, {steps} steps"
+        f"stage {stage}, {comparison.world_size} ranks, {str(dtype).removeprefix('torch.')}, "
+        f"{_backend(comparison.device)}, "
+        f"{len(comparison.params)} tensors, {sum(p.numel() for p in comparison.params):,} elements, {steps} steps"
     )
     try:
-        problems, rows, per_step = run.compare(steps, stage, bucket_mb, lr, max_grad_norm)
+        problems, rows, per_step = comparison.compare(steps, stage, bucket_mb, lr, max_grad_norm)
     except (ValueError, RuntimeError) as error:
         problems, rows, per_step = [f"{type(error).__name__}: {error}"], [], {}
-    return Report(setting, tuple(run.everyones(problems)), tuple(rows), per_step)
+    return Report(setting, tuple(comparison.all_problems(problems)), tuple(rows), per_step)
 
 
-class _Run:
+class _Comparison:
     def __init__(
         self,
         parameters: nn.Module | Mapping[str, Sequence[int]],
@@ -160,16 +163,16 @@ class _Run:
         self.names, self.params = list(named), list(named.values())
 
     def _random(self, what: str, index: int, shape: tuple[int, ...]) -> Tensor:
-        """The same fp32 numbers on every rank that asks; every parameter has a scale of its own."""
+        """[shape] fp32 random numbers, the same on every rank; each parameter has a scale of its own."""
         key = hashlib.sha256(f"{self.seed}/{what}/{index}".encode()).digest()[:7]
         generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
         return torch.randn(shape, generator=generator) * 10.0 ** (-(index % 4))
 
     def gradient(self, step: int, rank: int, index: int) -> Tensor:
-        """What ``rank`` contributes, rounded to the parameter's dtype, on the CPU.
+        """The gradient of ``rank``, in the parameter's shape and dtype, on the CPU.
 
-        Signs stay over steps, with noise on top: where a moment of a small tensor cancels to nothing, its
-        ratio is ill-conditioned, and would say more of the numbers than of the optimizer.
+        Signs stay over steps, with noise on top: if a moment of a small tensor cancels to nothing, its ratio is
+        ill-conditioned, which says nothing about the optimizer.
         """
         shape = tuple(self.params[index].shape)
         scale = 10.0 ** (-(index % 4))
@@ -178,12 +181,12 @@ class _Run:
         return (signs * (scale + 0.2 * noise)).to(self.params[index].dtype)
 
     def averaged(self, step: int, index: int) -> Tensor:
-        """fp64 mean over ranks of `gradient`."""
+        """The mean of `gradient` over ranks, fp64."""
         total = sum(self.gradient(step, rank, index).double() for rank in range(self.world_size))
         return torch.as_tensor(total) / self.world_size
 
     def give_gradients(self, step: int, stage: int) -> None:
-        """Stage 1: averages in ``.grad``, the same everywhere. Stage 2: a backward whose gradients are this rank's."""
+        """Stage 1: set ``.grad`` to the averages. Stage 2: run a backward that yields this rank's gradients."""
         if stage == 1:
             for index, p in enumerate(self.params):
                 p.grad = self.averaged(step, index).to(p.device, p.dtype)
@@ -258,35 +261,35 @@ class _Run:
         self, per_step: Mapping[str, float], optimizer: ShardedLamb, stage: int
     ) -> list[str]:
         small = per_step.get("all_reduce_small calls", 0)
-        found = []
+        problems = []
         if small > MAX_SMALL_ALL_REDUCES:
-            found.append(f"{small} small all-reduces a step, at most {MAX_SMALL_ALL_REDUCES} were promised")
+            problems.append(f"{small} small all-reduces a step, expected at most {MAX_SMALL_ALL_REDUCES}")
         for name, expected in optimizer.expected_bytes().items():
             if name == "all_reduce_small" and stage == 1:
                 continue  # its first steps also compare gradients over ranks
             sent = per_step.get(f"{name} bytes", 0)
             if sent != expected:
-                found.append(f"{sent} bytes a step sent by {name}, expected {expected}")
-        return found
+                problems.append(f"{sent} bytes a step sent by {name}, expected {expected}")
+        return problems
 
     def _bit_problems(self) -> list[str]:
-        """Parameters must have the same bits on every rank."""
+        """A line if parameters differ in any bit between ranks. Collective."""
         bits = hashlib.sha256()
         for p in self.params:
             bits.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         digests = self._gathered(bits.hexdigest())
-        unlike = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-        return [f"rank {unlike} holds other bits than rank 0"] if unlike else []
+        mismatched = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        return [f"rank {mismatched} holds other bits than rank 0"] if mismatched else []
 
     def _gathered(self, value: Any) -> list[Any]:
         if self.world_size == 1:
             return [value]
-        found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, value)
-        return found
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
 
-    def everyones(self, problems: list[str]) -> list[str]:
-        """All ranks' problems, each once, in rank order."""
+    def all_problems(self, problems: list[str]) -> list[str]:
+        """All ranks' problems, each once, in rank order. Collective."""
         return list(dict.fromkeys(problem for rank in self._gathered(problems) for problem in rank))
 
 
@@ -294,8 +297,8 @@ def _backend(device: torch.device) -> str:
     return f"{dist.get_backend()} on {device.type}" if dist.is_initialized() else device.type
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
-    gap, size = float((found.double() - expected).norm()), float(expected.norm())
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    gap, size = float((actual.double() - expected).norm()), float(expected.norm())
     return gap / size if size > 0 else gap
 
 

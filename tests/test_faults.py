@@ -37,8 +37,8 @@ def test_the_grammar() -> None:
         ("kill", "expected ACTION@POINT"),
         ("burn@step", "expected ACTION@POINT with one of kill, freeze"),
         ("kill@stap", "did you mean 'step'"),
-        ("nan@step", "only nan@gradient"),
-        ("full@step", "a disk is full where it is written to"),
+        ("nan@step", "nan needs the point gradient"),
+        ("full@step", "full needs a point that writes: checkpoint-"),
         ("slow@step", "slow needs seconds"),
         ("kill@step:seconds=1", "expected key=value, once each of attempt, delay, rank, step, visit"),
         ("kill@step:rank=1:rank=2", "'rank=2': expected key=value, once each"),
@@ -105,7 +105,7 @@ def test_a_loop_that_never_says_its_step_is_told_once(caplog: pytest.LogCaptureF
     assert here is not None
     for _ in range(5):
         assert here.passed("gradient", None) is False
-    assert caplog.text.count("this loop does not say which step it is") == 1
+    assert caplog.text.count("this loop does not report its steps") == 1
 
 
 def test_ranks_are_read_only_for_a_fault() -> None:
