@@ -16,7 +16,7 @@ from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.ds_config import ds_config
 from sharded_lamb.bert.model import Losses, parameters_to_train
 from sharded_lamb.bert.optim import restart_steps, set_lr
-from sharded_lamb.checkpoint import Checkpoints, Contents, Ranks, read_contents, write_contents
+from sharded_lamb.checkpoint import Checkpoints, InMemoryCheckpoint, RankGroup, read_contents, write_contents
 
 
 class EngineTrainee:
@@ -87,7 +87,9 @@ class EngineTrainee:
 
         self._ranks().first(write)
 
-    def _contents(self, weights: dict[str, Tensor], full: dict[str, Any], extra: dict[str, Any]) -> Contents:
+    def _contents(
+        self, weights: dict[str, Tensor], full: dict[str, Any], extra: dict[str, Any]
+    ) -> InMemoryCheckpoint:
         own = self.bert.state_dict(keep_vars=True)  # under ZeRO 3 of empty parameters
         first = {id(tensor): name for name, tensor in reversed(own.items())}
         aliases = {name: first[id(tensor)] for name, tensor in own.items() if first[id(tensor)] != name}
@@ -109,14 +111,14 @@ class EngineTrainee:
         ]
         whole = {name: weights.get(name, tensor.cpu()) for name, tensor in own.items() if name not in aliases}
         wide = {"max_grad_norm": self._lamb.max_grad_norm, "skipped_steps": self._lamb.skipped_steps}
-        return Contents(whole, states, groups, wide, extra, aliases)
+        return InMemoryCheckpoint(whole, states, groups, wide, extra, aliases)
 
     def load(self, path: Path, *, options: bool) -> dict[str, Any]:
         def read() -> tuple[dict[str, Any], int]:
             found.append(read_contents(path))
             return found[0].extra, found[0].optimizer.get("skipped_steps", 0)
 
-        found: list[Contents] = []
+        found: list[InMemoryCheckpoint] = []
         extra, skipped = self._ranks().first(read)
         template = self._lamb.full_state_dict()
         state = self._ranks().each(lambda: self._state(found[0], template, path, options) if found else None)
@@ -125,7 +127,9 @@ class EngineTrainee:
             self._lamb.skipped_steps = skipped
         return extra
 
-    def _state(self, found: Contents, template: dict[str, Any], path: Path, options: bool) -> dict[str, Any]:
+    def _state(
+        self, found: InMemoryCheckpoint, template: dict[str, Any], path: Path, options: bool
+    ) -> dict[str, Any]:
         """As `DeepSpeedLamb.load_full_state_dict` takes it. Raises ValueError for another model's."""
         names = [name for name, _ in self._trained]
         if sorted(name for group in found.groups for name in group["names"]) != sorted(names):
@@ -142,8 +146,8 @@ class EngineTrainee:
                 group.update(saved["options"])
         return {"state": states, "param_groups": groups}
 
-    def _ranks(self) -> Ranks:
-        return Ranks.of()
+    def _ranks(self) -> RankGroup:
+        return RankGroup.of()
 
     def close(self) -> None:
         self._engine.destroy()

@@ -24,7 +24,7 @@ from sharded_lamb.checkpoint import saving, tensorfile
 from sharded_lamb.checkpoint.errors import CheckpointError
 from sharded_lamb.checkpoint.loading import load
 from sharded_lamb.checkpoint.manifest import SUMS
-from sharded_lamb.checkpoint.ranks import ranks_of
+from sharded_lamb.checkpoint.rank_group import ranks_of
 
 logger = logging.getLogger("sharded_lamb")
 
@@ -65,7 +65,7 @@ class Checkpoints:
         if keep < 0:
             raise ValueError(f"keep must be >= 0 (0 keeps all), got {keep!r}")
         self.root, self.keep, self._resumed = Path(root).absolute(), keep, resumed
-        self._pending: saving.Saving | None = None
+        self._pending: saving.AsyncSave | None = None
 
     def path(self, step: int) -> Path:
         if step < 0:
@@ -83,7 +83,7 @@ class Checkpoints:
 
     def async_save(
         self, step: int, model: nn.Module, optimizer: Any = None, extra: Mapping[str, Any] | None = None
-    ) -> saving.Saving:
+    ) -> saving.AsyncSave:
         """As `save`, behind training. The next save, `wait` or `resume` raises what went wrong."""
         self._prepare(step, optimizer)
         path = self.path(step)

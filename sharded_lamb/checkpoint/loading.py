@@ -15,11 +15,11 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.tensor import DTensor
 
 from sharded_lamb.checkpoint import manifest, parts, plain
-from sharded_lamb.checkpoint.contents import read_tensor
 from sharded_lamb.checkpoint.errors import CheckpointError
+from sharded_lamb.checkpoint.in_memory import read_tensor
 from sharded_lamb.checkpoint.manifest import Manifest, read_manifest
-from sharded_lamb.checkpoint.parts import Filling
-from sharded_lamb.checkpoint.ranks import Ranks, unwrapped
+from sharded_lamb.checkpoint.parts import ReadRequest
+from sharded_lamb.checkpoint.rank_group import RankGroup, unwrapped
 from sharded_lamb.checkpoint.saving import prepared
 from sharded_lamb.checkpoint.storage import Reader
 from sharded_lamb.core.hyperparams import check_max_grad_norm, validate_group
@@ -68,13 +68,13 @@ def load(
     if isinstance(known, ShardedOptimizer):
         known.synchronize()
     loading = ranks.each(lambda: _Loading(folder, found, model, known, extra or {}, options))
-    _read(folder, found, ranks, loading.fillings)
+    _read(folder, found, ranks, loading.requests)
     return ranks.each(loading.finish)
 
 
-def _read(folder: Path, found: Manifest, ranks: Ranks, fillings: list[Filling]) -> None:
+def _read(folder: Path, found: Manifest, ranks: RankGroup, requests: list[ReadRequest]) -> None:
     try:
-        for state in parts.rounds(fillings):
+        for state in parts.rounds(requests):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 dcp_load(
@@ -107,7 +107,7 @@ class _Loading:
         parts.check_same_model(found, held, self.where)
         self._check_ties(folder)
         self._check_memory()
-        self.fillings = list(parts.weight_fillings(found, held))
+        self.requests = list(parts.weight_requests(found, held))
         self.packed: dict[str, Any] = {}
         self.zeros: list[Tensor] = []
         self._check_extra()
@@ -117,7 +117,7 @@ class _Loading:
         }
         if optimizer is not None:
             self._plan_optimizer(optimizer, held)
-        self.fillings += [Filling(name, tensor) for name, tensor in self.tensors.items()]
+        self.requests += [ReadRequest(name, tensor) for name, tensor in self.tensors.items()]
 
     def _plan_optimizer(self, optimizer: LambOptimizer, held: parts.ModelParts) -> None:
         names = parts.names_of_groups(optimizer, held)
@@ -133,15 +133,15 @@ class _Loading:
             if saved is None:
                 if state is not None:  # it was frozen, or had had no gradient: it is as new
                     self.zeros += [state[kind] for kind in ("step", *parts.KINDS)]
-                    self.fillings += (
-                        [Filling(f"model.{source}", state["master"])] if "master" in state else []
+                    self.requests += (
+                        [ReadRequest(f"model.{source}", state["master"])] if "master" in state else []
                     )
                 continue
             if state is None:
                 if isinstance(optimizer, ShardedOptimizer):  # frozen here
                     continue
                 state = self.packed["state"][place] = _room_of_lamb(params[place])
-            self.fillings += parts.state_fillings(self.found, source, saved, state, self.where)
+            self.requests += parts.state_requests(self.found, source, saved, state, self.where)
 
     def _check_memory(self) -> None:
         """Raises ValueError for a tensor that cannot be written to element by element."""

@@ -119,7 +119,7 @@ def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Filling:
+class ReadRequest:
     """``target`` is filled from the checkpoint's tensor ``source``, in its own dtype."""
 
     source: str
@@ -160,38 +160,38 @@ def _listed(what: str, names: list[str]) -> str:
     return f"{what} {', '.join(names[:5])}{more}."
 
 
-def weight_fillings(found: Manifest, model: ModelParts) -> Iterator[Filling]:
+def weight_requests(found: Manifest, model: ModelParts) -> Iterator[ReadRequest]:
     """The model's tensors. Where the dtype differs and the checkpoint has a master, that is what is rounded."""
     for name, tensor in model.tensors.items():
         saved_name = found.aliases.get(name, name)
         source, master = f"model.{saved_name}", f"optimizer.{saved_name}.master"
         if tensor.dtype != found.tensors[source].dtype and master in found.tensors:
             source = master
-        yield Filling(source, tensor)
+        yield ReadRequest(source, tensor)
 
 
-def state_fillings(
+def state_requests(
     found: Manifest, name: str, saved: Mapping[str, SavedTensor], state: Mapping[str, Tensor], where: str
-) -> Iterator[Filling]:
+) -> Iterator[ReadRequest]:
     """One parameter's state. A master that was not saved is the saved weight itself."""
     missing = [kind for kind in ("step", *KINDS) if kind not in saved]
     if missing:
         raise ValueError(f"{where} has no {missing[0]} of {name}: it was not made by Lamb or ShardedLamb")
     for kind, target in state.items():
         if kind == "master" and kind not in saved:
-            yield Filling(f"model.{name}", target)
+            yield ReadRequest(f"model.{name}", target)
         elif kind in ("step", "master", *KINDS):
-            yield Filling(f"optimizer.{name}.{kind}", target)
+            yield ReadRequest(f"optimizer.{name}.{kind}", target)
 
 
-def rounds(fillings: Iterable[Filling]) -> list[dict[str, Tensor]]:
+def rounds(requests: Iterable[ReadRequest]) -> list[dict[str, Tensor]]:
     """State dicts to load one after the other: in each, a source fills one target."""
     made: list[dict[str, Tensor]] = []
-    for filling in fillings:
-        free = next((one for one in made if filling.source not in one), None)
+    for request in requests:
+        free = next((one for one in made if request.source not in one), None)
         if free is None:
             made.append(free := {})
-        free[filling.source] = filling.target
+        free[request.source] = request.target
     return made
 
 

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
 from sharded_lamb.checkpoint import parts, plain
-from sharded_lamb.checkpoint.ranks import Ranks, ranks_of, unwrapped
-from sharded_lamb.checkpoint.storage import About, AfterwardsError, Writer
+from sharded_lamb.checkpoint.rank_group import RankGroup, ranks_of, unwrapped
+from sharded_lamb.checkpoint.storage import AfterwardsError, ManifestHeader, Writer
 from sharded_lamb.optim.lamb import Lamb
 from sharded_lamb.optim.sharded_state import ShardedOptimizer
 
@@ -35,8 +35,8 @@ class _Snapshot:
     """What is saved. ``tensors`` are live memory: this rank's parts."""
 
     tensors: dict[str, Tensor]
-    about: About
-    ranks: Ranks
+    header: ManifestHeader
+    ranks: RankGroup
     buffers: frozenset[str]  # of ``tensors``: those that are no parameters, and whole on each rank
 
 
@@ -73,7 +73,7 @@ def save(
             on every rank.
     """
     snapshot = _snapshot(path, model, optimizer, extra, process_group)
-    writer = Writer(path, snapshot.about, written)
+    writer = Writer(path, snapshot.header, written)
     try:
         with warnings.catch_warnings():
             _quieten()
@@ -82,10 +82,10 @@ def save(
         _explain(error, writer, snapshot.ranks)
 
 
-class Saving:
+class AsyncSave:
     """A checkpoint that is being written. `result` must be called, or nobody learns that it could not be written."""
 
-    def __init__(self, future: "Future[Any]", writer: Writer, ranks: Ranks) -> None:
+    def __init__(self, future: "Future[Any]", writer: Writer, ranks: RankGroup) -> None:
         self._future, self._writer, self._ranks = future, writer, ranks
         self.told = False  # `result` has returned or raised
         ranks.behind.append(writer.target)
@@ -116,22 +116,22 @@ def async_save(
     *,
     written: Callable[[Path], None] | None = None,
     process_group: dist.ProcessGroup | None = None,
-) -> Saving:
+) -> AsyncSave:
     """As `save`, behind training: returns when this rank's parts are copied to CPU memory. Collective.
 
-    One at a time: wait for its `Saving.result` before the next.
+    One at a time: wait for its `AsyncSave.result` before the next.
     """
     snapshot = _snapshot(path, model, optimizer, extra, process_group)
     # On all ranks or on none: before anything communicates behind training.
     staged: Any = snapshot.ranks.each(
         lambda: DefaultStager(StagingOptions(False, False, False, False)).stage(snapshot.tensors)
     )
-    writer = Writer(path, snapshot.about, written)
+    writer = Writer(path, snapshot.header, written)
     _quieten()  # for good: filters are the whole process's, and training may set some meanwhile
     thread = ThreadPoolExecutor(1, thread_name_prefix="sharded_lamb checkpoint")
     future = thread.submit(_write, replace(snapshot, tensors=staged), writer, snapshot.ranks.group_behind())
     thread.shutdown(wait=False)
-    return Saving(future, writer, snapshot.ranks)
+    return AsyncSave(future, writer, snapshot.ranks)
 
 
 def _write(snapshot: _Snapshot, writer: Writer, group: dist.ProcessGroup | None) -> None:
@@ -149,7 +149,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
-def _explain(error: CheckpointException, writer: Writer, ranks: Ranks) -> None:
+def _explain(error: CheckpointException, writer: Writer, ranks: RankGroup) -> None:
     """Raises what `save` raises."""
     if ranks.rank == 0:
         writer.abandon()
@@ -169,7 +169,7 @@ def _named(found: Exception, target: Path) -> Exception:
 
 def prepared(
     path: str | os.PathLike[str], optimizer: Any, group: Any
-) -> tuple[Ranks, Path, Lamb | ShardedOptimizer | None]:
+) -> tuple[RankGroup, Path, Lamb | ShardedOptimizer | None]:
     """The ranks of a save or load, once they agree on what they were called with. Collective."""
     ranks = ranks_of(optimizer, group)
 
@@ -200,7 +200,7 @@ def _snapshot(
     ]
     digest = hashlib.sha256(repr(weights).encode()).hexdigest()[:16]
     ranks.agree("the model", f"{len(weights)} tensors (names, shapes and dtypes: {digest})")
-    groups = [group["names"] for group in snapshot.about.groups]
+    groups = [group["names"] for group in snapshot.header.groups]
     digest = hashlib.sha256(repr(groups).encode()).hexdigest()[:16]
     ranks.agree("the optimizer", f"{len(groups)} parameter groups (names: {digest})")
     if ranks.rank == 0:
@@ -210,7 +210,7 @@ def _snapshot(
     return replace(snapshot, tensors=own)
 
 
-def _collected(ranks: Ranks, model: nn.Module, optimizer: Any, extra: Mapping[str, Any]) -> _Snapshot:
+def _collected(ranks: RankGroup, model: nn.Module, optimizer: Any, extra: Mapping[str, Any]) -> _Snapshot:
     if isinstance(optimizer, ShardedOptimizer):
         optimizer.synchronize()
     found = parts.ModelParts.of(model)
@@ -244,7 +244,7 @@ def _collected(ranks: Ranks, model: nn.Module, optimizer: Any, extra: Mapping[st
     if found.plain:
         wide["model"] = plain.encoded(found.plain, "model", kept)
     stage = optimizer.stages if isinstance(optimizer, ShardedOptimizer) else None
-    about = About(
+    header = ManifestHeader(
         written_by(ranks.size, type(optimizer).__name__ if optimizer else None, stage),
         found.aliases,
         tuple(groups),
@@ -252,7 +252,7 @@ def _collected(ranks: Ranks, model: nn.Module, optimizer: Any, extra: Mapping[st
         encoded,
     )
     buffers = frozenset(f"model.{name}" for name in found.buffers)
-    return _Snapshot({**tensors, **kept.tensors}, about, ranks, buffers)
+    return _Snapshot({**tensors, **kept.tensors}, header, ranks, buffers)
 
 
 def _state_of(value: Any) -> Any:

@@ -53,7 +53,7 @@ _OURS = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class About:
+class ManifestHeader:
     """What a manifest says beside tensors; `Manifest` has the fields' meanings."""
 
     written_by: Mapping[str, Any] = field(default_factory=dict)
@@ -86,17 +86,17 @@ class Writer(StorageWriter):
     Args:
         path: the checkpoint's folder, on storage that all ranks see. One that is there is replaced, when the new one is
             whole.
-        about: what the manifest says beside tensors; of the first rank.
+        header: what the manifest says beside tensors; of the first rank.
         written: called on the first rank with the folder once it is whole and in its place.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
-        about: About | None = None,
+        header: ManifestHeader | None = None,
         written: Callable[[Path], None] | None = None,
     ) -> None:
-        self.target, self.about, self.written = _real(path), about or About(), written
+        self.target, self.header, self.written = _real(path), header or ManifestHeader(), written
         self._part: Path | None = None  # on the first rank
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -161,14 +161,14 @@ class Writer(StorageWriter):
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        about = self.about
+        header = self.header
         text = Manifest(
             tensors,
-            about.written_by,
-            about.aliases,
-            about.groups,
-            about.optimizer,
-            about.extra,
+            header.written_by,
+            header.aliases,
+            header.groups,
+            header.optimizer,
+            header.extra,
             {name: file.bytes for name, file in files.items()},
         ).text()
         faults.point("checkpoint-manifest")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert import positional
 from sharded_lamb.convert.common import (
     Converted,
@@ -21,7 +21,7 @@ from sharded_lamb.convert.grouping import lost_options, plain_groups
 
 def from_adam(
     file: Mapping[str, Any], names: Sequence[str] | None = None, variant: str | None = None
-) -> Converted[Contents]:
+) -> Converted[InMemoryCheckpoint]:
     """{"model", "optimizer"} → contents; the variant is "adamw" unless another is asked for.
 
     Raises:
@@ -51,7 +51,7 @@ def from_adam(
             "the file does not say whether decay was decoupled (AdamW) or added to gradients (Adam): the latter is "
             "assumed; --set adam_w_mode=true for AdamW"
         )
-    contents = Contents(
+    contents = InMemoryCheckpoint(
         read.weights,
         read.states(lambda group, state: state.get("step", group.get("step"))),
         read.named_groups(options),
@@ -62,8 +62,8 @@ def from_adam(
     return contents, notes
 
 
-def to_adam(contents: Contents) -> Converted[dict[str, Any]]:
-    """Contents → {"model", "optimizer"}, the latter for ``load_state_dict`` of Adam or AdamW."""
+def to_adam(contents: InMemoryCheckpoint) -> Converted[dict[str, Any]]:
+    """InMemoryCheckpoint → {"model", "optimizer"}, the latter for ``load_state_dict`` of Adam or AdamW."""
     weights, notes = widest_weights(contents)
     groups, cut = plain_groups(contents)
     packed = [

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert import positional
 from sharded_lamb.convert.common import (
     Converted,
@@ -28,7 +28,7 @@ MASTERS = "master params"
 
 def from_apex(
     file: Mapping[str, Any], names: Sequence[str] | None = None, variant: str | None = None
-) -> Converted[Contents]:
+) -> Converted[InMemoryCheckpoint]:
     """{"model", "optimizer"}, and "master params" if amp kept them → contents.
 
     Raises:
@@ -55,7 +55,7 @@ def from_apex(
         _add_masters(
             list(file[MASTERS]), [name for group in read.names for name in group], read.weights, states
         )
-    contents = Contents(
+    contents = InMemoryCheckpoint(
         read.weights,
         states,
         read.named_groups(options),
@@ -84,8 +84,8 @@ def _add_masters(
             states[name]["master"] = master.detach().contiguous()
 
 
-def to_apex(contents: Contents) -> Converted[dict[str, Any]]:
-    """Contents → {"model", "optimizer"}, the latter for ``FusedLAMB.load_state_dict``."""
+def to_apex(contents: InMemoryCheckpoint) -> Converted[dict[str, Any]]:
+    """InMemoryCheckpoint → {"model", "optimizer"}, the latter for ``FusedLAMB.load_state_dict``."""
     weights, notes = widest_weights(contents)
     groups, cut = plain_groups(contents)
     steps, behind = positional.group_steps([group.names for group in groups], contents.states)

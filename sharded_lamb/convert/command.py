@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sharded_lamb.checkpoint.contents import Contents, read_contents, write_contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint, read_contents, write_contents
 from sharded_lamb.convert import adam, apex, files, lamb, timm
 from sharded_lamb.convert.common import Converted, Note
 from sharded_lamb.convert.deepspeed import WHY, read_deepspeed
@@ -18,8 +18,8 @@ from sharded_lamb.convert.tensorflow import from_tensorflow
 from sharded_lamb.convert.weights import from_weights, read_weights, to_weights
 from sharded_lamb.core.hyperparams import VARIANTS, check_max_grad_norm, validate_group
 
-Read = Callable[[argparse.Namespace], Converted[Contents]]
-Write = Callable[[Path, Contents], list[Note]]
+Read = Callable[[argparse.Namespace], Converted[InMemoryCheckpoint]]
+Write = Callable[[Path, InMemoryCheckpoint], list[Note]]
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Format:
     takes: tuple[str, ...] = ()  # options of reading that mean something
 
 
-def _positional(convert: Callable[..., Converted[Contents]]) -> Read:
-    def read(chosen: argparse.Namespace) -> Converted[Contents]:
+def _positional(convert: Callable[..., Converted[InMemoryCheckpoint]]) -> Read:
+    def read(chosen: argparse.Namespace) -> Converted[InMemoryCheckpoint]:
         file = dict(files.read_torch(Path(chosen.source)))
         if {"state", "param_groups"} <= file.keys():  # the optimizer's state dict by itself
             file = {"optimizer": file}
@@ -53,8 +53,8 @@ def _weights(path: Path) -> Mapping[str, Tensor]:
     return found["model"] if isinstance(found.get("model"), Mapping) else found
 
 
-def _to_torch(convert: Callable[[Contents], Converted[dict[str, Any]]]) -> Write:
-    def write(target: Path, contents: Contents) -> list[Note]:
+def _to_torch(convert: Callable[[InMemoryCheckpoint], Converted[dict[str, Any]]]) -> Write:
+    def write(target: Path, contents: InMemoryCheckpoint) -> list[Note]:
         content, notes = convert(contents)
         files.write_torch(target, content)
         return notes
@@ -62,29 +62,29 @@ def _to_torch(convert: Callable[[Contents], Converted[dict[str, Any]]]) -> Write
     return write
 
 
-def _read_folder(chosen: argparse.Namespace) -> Converted[Contents]:
+def _read_folder(chosen: argparse.Namespace) -> Converted[InMemoryCheckpoint]:
     return read_contents(Path(chosen.source)), []
 
 
-def _write_folder(target: Path, contents: Contents) -> list[Note]:
+def _write_folder(target: Path, contents: InMemoryCheckpoint) -> list[Note]:
     target.parent.mkdir(parents=True, exist_ok=True)
     write_contents(target, contents)
     return []
 
 
-def _read_deepspeed(chosen: argparse.Namespace) -> Converted[Contents]:
+def _read_deepspeed(chosen: argparse.Namespace) -> Converted[InMemoryCheckpoint]:
     if not chosen.trust_pickle:
         raise ValueError(WHY)
     names = None if chosen.names is None else files.read_names(chosen.names)
     return read_deepspeed(Path(chosen.source), names, chosen.variant)
 
 
-def _read_tensorflow(chosen: argparse.Namespace) -> Converted[Contents]:
+def _read_tensorflow(chosen: argparse.Namespace) -> Converted[InMemoryCheckpoint]:
     renames = [_pair(rename, "--rename", "REGEX=REPLACEMENT") for rename in chosen.rename]
     return from_tensorflow(files.read_npz(Path(chosen.source)), renames, chosen.variant)
 
 
-def _write_weights(target: Path, contents: Contents) -> list[Note]:
+def _write_weights(target: Path, contents: InMemoryCheckpoint) -> list[Note]:
     weights, notes = to_weights(contents)
     files.write_safetensors(target, weights)
     return notes
@@ -197,7 +197,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _read(reader: Read, chosen: argparse.Namespace) -> Converted[Contents]:
+def _read(reader: Read, chosen: argparse.Namespace) -> Converted[InMemoryCheckpoint]:
     """Raises ValueError, whatever the libraries that read files stumble over in one that is damaged or another's."""
     try:
         return reader(chosen)
@@ -256,7 +256,7 @@ def _pair(given: str, flag: str, form: str) -> tuple[str, str]:
     return key, value
 
 
-def _set(contents: Contents, given: Sequence[tuple[str, str]]) -> Contents:
+def _set(contents: InMemoryCheckpoint, given: Sequence[tuple[str, str]]) -> InMemoryCheckpoint:
     """The contents with the user's options. Raises ValueError for those that are none."""
     options, optimizer = {}, dict(contents.optimizer)
     for key, text in given:
@@ -296,7 +296,7 @@ def _over(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     return {**own, **both, **given}
 
 
-def described(contents: Contents) -> str:
+def described(contents: InMemoryCheckpoint) -> str:
     """One line of what there is."""
     elements = sum(value.numel() for value in contents.weights.values())
     steps = sorted({int(state["step"]) for state in contents.states.values()})

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.core.hyperparams import GROUP_OPTIONS, validate_group, variant_options
 from sharded_lamb.core.names import normalize
 
@@ -50,7 +50,7 @@ def state_dict_of(weights: Mapping[str, Tensor], aliases: Mapping[str, str]) -> 
     return {**weights, **{name: weights[first] for name, first in aliases.items() if first in weights}}
 
 
-def widest_weights(contents: Contents) -> Converted[dict[str, Tensor]]:
+def widest_weights(contents: InMemoryCheckpoint) -> Converted[dict[str, Tensor]]:
     """Weights for a format without masters: the masters themselves where there are any."""
     masters = {name: state["master"] for name, state in contents.states.items() if "master" in state}
     if not masters:
@@ -166,7 +166,7 @@ def moment_state(name: str, weight: Tensor, state: Mapping[str, Any], step: Any)
     return found
 
 
-def left_out(contents: Contents) -> list[Note]:
+def left_out(contents: InMemoryCheckpoint) -> list[Note]:
     """A note of what only this package's own formats hold."""
     notes = []
     if contents.extra:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert import positional
 from sharded_lamb.convert.common import (
     MOMENTS,
@@ -36,8 +36,8 @@ _COUNTS = ("global_steps", "global_samples")
 
 def read_deepspeed(
     source: Path, names: Sequence[str] | None = None, variant: str | None = None
-) -> Converted[Contents]:
-    """Contents of a checkpoint. Pickles are trusted.
+) -> Converted[InMemoryCheckpoint]:
+    """InMemoryCheckpoint of a checkpoint. Pickles are trusted.
 
     Args:
         source: the folder given to ``save_checkpoint``, whose ``latest`` is followed, or that of one tag.
@@ -94,7 +94,9 @@ def _parallel(model: Mapping[str, Any]) -> bool:
 # -- ZeRO 1, 2, 3 --------------------------------------------------------------------------------------------
 
 
-def _of_partitions(folder: Path, model: Mapping[str, Any], variant: str | None) -> Converted[Contents]:
+def _of_partitions(
+    folder: Path, model: Mapping[str, Any], variant: str | None
+) -> Converted[InMemoryCheckpoint]:
     partitions = _Partitions(folder)
     shapes = model["param_shapes"]  # a {name: shape} a group, or a subgroup in ZeRO 3
     base = partitions.bases[0]
@@ -122,7 +124,9 @@ def _of_partitions(folder: Path, model: Mapping[str, Any], variant: str | None) 
     groups = [{"names": names, "options": own} for names, own in zip(members, options, strict=True)]
     clip = _clip(partitions.optimizers[0], model)
     wide = {"max_grad_norm": clip, "skipped_steps": int(model.get("skipped_steps", 0))}
-    return Contents(weights, states, groups, wide, _extra(model), aliases), notes + said + _left_out(model)
+    return InMemoryCheckpoint(
+        weights, states, groups, wide, _extra(model), aliases
+    ), notes + said + _left_out(model)
 
 
 class _Partitions:
@@ -227,7 +231,7 @@ def _weights(
 
 def _of_whole(
     model: Mapping[str, Any], names: Sequence[str] | None, variant: str | None
-) -> Converted[Contents]:
+) -> Converted[InMemoryCheckpoint]:
     """An optimizer by place; fp16 and bf16 runs of DeepSpeed's Lamb keep masters beside it."""
     optimizer = model.get("optimizer")
     if optimizer is None:
@@ -248,7 +252,7 @@ def _of_whole(
     options, said = _options(read.groups, variant)
     groups = [{"names": own, "options": chosen} for own, chosen in zip(read.names, options, strict=True)]
     wide = {"max_grad_norm": _clip(optimizer, model), "skipped_steps": int(model.get("skipped_steps", 0))}
-    contents = Contents(read.weights, states, groups, wide, _extra(model), read.aliases)
+    contents = InMemoryCheckpoint(read.weights, states, groups, wide, _extra(model), read.aliases)
     return contents, notes + said + _left_out(model)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert.common import Converted, Note
 from sharded_lamb.core.names import matching
 from sharded_lamb.optim.base import effective_patterns
@@ -20,7 +20,7 @@ class PlainGroup:
     adapts: bool  # whether they have a trust ratio
 
 
-def plain_groups(contents: Contents) -> Converted[list[PlainGroup]]:
+def plain_groups(contents: InMemoryCheckpoint) -> Converted[list[PlainGroup]]:
     """The groups, cut where patterns cut them. A group without patterns stays as it is."""
     found: list[PlainGroup] = []
     for group in contents.groups:

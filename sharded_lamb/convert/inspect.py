@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from sharded_lamb.checkpoint import plain, problem_with, tensorfile
-from sharded_lamb.checkpoint.contents import read_tensor
 from sharded_lamb.checkpoint.errors import CheckpointError
 from sharded_lamb.checkpoint.folder import LATEST, Checkpoints
+from sharded_lamb.checkpoint.in_memory import read_tensor
 from sharded_lamb.checkpoint.manifest import MANIFEST, SUMS, SavedTensor, read_manifest, read_sums, replaced
 
 SHOWN = 24

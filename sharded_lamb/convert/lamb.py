@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert import positional
 from sharded_lamb.convert.common import Converted, check_format, group_options, left_out
 from sharded_lamb.core.hyperparams import variant_options
@@ -15,7 +15,7 @@ from sharded_lamb.core.hyperparams import variant_options
 _OWN_KEYS = ("params", "param_names")
 
 
-def from_lamb(file: Mapping[str, Any], names: Sequence[str] | None = None) -> Converted[Contents]:
+def from_lamb(file: Mapping[str, Any], names: Sequence[str] | None = None) -> Converted[InMemoryCheckpoint]:
     """{"model", "optimizer"}, and "max_grad_norm", "skipped_steps", "extra" if they are there → contents.
 
     Raises:
@@ -46,11 +46,13 @@ def from_lamb(file: Mapping[str, Any], names: Sequence[str] | None = None) -> Co
             f"the file does not hold max_grad_norm: {clip}, as the variant has it; --set max_grad_norm=… for another"
         )
     optimizer = {"max_grad_norm": clip, "skipped_steps": int(file.get("skipped_steps", 0))}
-    return Contents(read.weights, states, groups, optimizer, dict(file.get("extra", {})), read.aliases), notes
+    return InMemoryCheckpoint(
+        read.weights, states, groups, optimizer, dict(file.get("extra", {})), read.aliases
+    ), notes
 
 
-def to_lamb(contents: Contents) -> Converted[dict[str, Any]]:
-    """Contents → the file; nothing is lost but what is no tensor in the model."""
+def to_lamb(contents: InMemoryCheckpoint) -> Converted[dict[str, Any]]:
+    """InMemoryCheckpoint → the file; nothing is lost but what is no tensor in the model."""
     groups = [positional.PositionalGroup(group["names"], group["options"]) for group in contents.groups]
     file = positional.write(contents.weights, contents.aliases, groups, contents.states)
     masters = sum("master" in state for state in contents.states.values())

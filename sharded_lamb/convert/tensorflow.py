@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert.common import Converted, Note, group_options, moment_state
 
 SLOTS = {"lamb_m": "exp_avg", "lamb_v": "exp_avg_sq", "adam_m": "exp_avg", "adam_v": "exp_avg_sq"}
@@ -42,7 +42,7 @@ EXCLUDED = ("LayerNorm", "layer_norm", "bias")
 
 def from_tensorflow(
     arrays: Mapping[str, np.ndarray], renames: Sequence[tuple[str, str]] = (), variant: str | None = None
-) -> Converted[Contents]:
+) -> Converted[InMemoryCheckpoint]:
     """{variable: array} → contents. ``renames``: (regex, replacement) on variables' names, before the table.
 
     Raises:
@@ -80,7 +80,9 @@ def from_tensorflow(
         )
     tied = {name: first for name, first in TIED.items() if first in weights and _has_head(weights)}
     groups = [{"names": list(states), "options": options}]
-    return Contents(weights, states, groups, {"max_grad_norm": None, "skipped_steps": 0}, {}, tied), notes
+    return InMemoryCheckpoint(
+        weights, states, groups, {"max_grad_norm": None, "skipped_steps": 0}, {}, tied
+    ), notes
 
 
 def _has_head(weights: Mapping[str, Tensor]) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert import positional
 from sharded_lamb.convert.common import (
     Converted,
@@ -22,7 +22,7 @@ _ITS_CLIP = (0.0, 1.0)  # trust_clip=True there: the ratio is at most 1
 
 def from_timm(
     file: Mapping[str, Any], names: Sequence[str] | None = None, variant: str | None = None
-) -> Converted[Contents]:
+) -> Converted[InMemoryCheckpoint]:
     """{"model", "optimizer"} → contents.
 
     Raises:
@@ -53,7 +53,7 @@ def from_timm(
         }
         return group_options(variant or "timm", {**scalars_of(group), **own})
 
-    contents = Contents(
+    contents = InMemoryCheckpoint(
         read.weights,
         read.states(lambda group, state: group.get("step")),
         read.named_groups(options),
@@ -64,8 +64,8 @@ def from_timm(
     return contents, notes
 
 
-def to_timm(contents: Contents) -> Converted[dict[str, Any]]:
-    """Contents → {"model", "optimizer"}, the latter for ``timm.optim.Lamb.load_state_dict``."""
+def to_timm(contents: InMemoryCheckpoint) -> Converted[dict[str, Any]]:
+    """InMemoryCheckpoint → {"model", "optimizer"}, the latter for ``timm.optim.Lamb.load_state_dict``."""
     weights, notes = widest_weights(contents)
     groups, cut = plain_groups(contents)
     steps, behind = positional.group_steps([group.names for group in groups], contents.states)

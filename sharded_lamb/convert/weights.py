@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert.common import Converted, left_out, widest_weights
 from sharded_lamb.core.names import normalize
 
@@ -61,15 +61,15 @@ def _of_file(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def from_weights(weights: dict[str, Tensor]) -> Converted[Contents]:
+def from_weights(weights: dict[str, Tensor]) -> Converted[InMemoryCheckpoint]:
     """Weights → contents without an optimizer."""
     named = {normalize(name): value for name, value in weights.items()}
     note = "weights only: load the checkpoint with optimizer=None, and start the optimizer anew"
-    return Contents(named, {}, [], {"max_grad_norm": None, "skipped_steps": 0}, {}, {}), [note]
+    return InMemoryCheckpoint(named, {}, [], {"max_grad_norm": None, "skipped_steps": 0}, {}, {}), [note]
 
 
-def to_weights(contents: Contents) -> Converted[dict[str, Tensor]]:
-    """Contents → weights for one .safetensors file, each in memory of its own."""
+def to_weights(contents: InMemoryCheckpoint) -> Converted[dict[str, Tensor]]:
+    """InMemoryCheckpoint → weights for one .safetensors file, each in memory of its own."""
     weights, notes = widest_weights(contents)
     if contents.states:
         notes.append("safetensors hold weights only: moments, steps and options are left out")

@@ -93,22 +93,29 @@ def whole(model: nn.Module, opt: Any) -> Whole:
 
 
 def saved(rank: int, layout: Layout, folder: Path) -> tuple[Whole, Whole]:
-    """What was saved after 5 steps, and where 5 more lead."""
+    """The run after 5 steps, as saved, and after 5 more."""
     model, opt = build(layout)
     steps(model, opt, range(5))
     checkpoint.save(folder, model, opt)
-    there = whole(model, opt)
+    at_save = whole(model, opt)
     steps(model, opt, range(5, 10))
-    return there, whole(model, opt)
+    return at_save, whole(model, opt)
 
 
 def resumed(rank: int, layout: Layout, folder: Path) -> tuple[Whole, Whole]:
-    """What was loaded, and where 5 more steps lead."""
+    """The run as loaded, and after 5 more steps."""
     model, opt = build(layout)
-    steps(model, opt, range(97, 99))  # what is loaded must replace what is there
+    steps(model, opt, range(97, 99))  # loading must replace this state
     for group in opt.param_groups:
         group["lr"] = 7.0
     checkpoint.load(folder, model, opt)
-    there = whole(model, opt)
+    at_load = whole(model, opt)
     steps(model, opt, range(5, 10))
-    return there, whole(model, opt)
+    return at_load, whole(model, opt)
+
+
+def saved_and_resumed(
+    rank: int, layout: Layout, folder: Path
+) -> tuple[tuple[Whole, Whole], tuple[Whole, Whole]]:
+    """`saved`, then `resumed` in the same layout on the same ranks."""
+    return saved(rank, layout, folder), resumed(rank, layout, folder)

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from sharded_lamb import Lamb, ShardedLamb, checkpoint
-from sharded_lamb.checkpoint.contents import Contents, read_contents, write_contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint, read_contents, write_contents
 from sharded_lamb.checkpoint.manifest import read_manifest
 from tests import training
 from tests.checkpoint.cases import Layout, build, steps, whole
@@ -470,11 +470,11 @@ def test_contents_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     weights, zero = {"w": torch.zeros(2)}, torch.zeros(())
     wrong = {"step": zero, "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(2)}
     with pytest.raises(ValueError, match=r"exp_avg of 'w' has shape \(3,\) and the weight \(2,\)"):
-        write_contents(tmp_path / "c", Contents(weights, {"w": wrong}, []))
+        write_contents(tmp_path / "c", InMemoryCheckpoint(weights, {"w": wrong}, []))
     with pytest.raises(ValueError, match="state of 'v' and no weight"):
-        write_contents(tmp_path / "c", Contents(weights, {"v": wrong}, []))
+        write_contents(tmp_path / "c", InMemoryCheckpoint(weights, {"v": wrong}, []))
     with pytest.raises(ValueError, match="'v' is no weight"):
-        write_contents(tmp_path / "c", Contents(weights, {}, [{"names": ["v"], "options": {}}]))
+        write_contents(tmp_path / "c", InMemoryCheckpoint(weights, {}, [{"names": ["v"], "options": {}}]))
     assert not list(tmp_path.iterdir())
 
 
@@ -575,13 +575,13 @@ def test_weights_of_some_of_the_ranks(tmp_path: Path) -> None:
 
 def before_and_after(rank: int, folder: Path) -> None:
     """A model that was loaded alone, and saved when there were ranks."""
-    from sharded_lamb.checkpoint import ranks
+    from sharded_lamb.checkpoint import rank_group
 
     model = nn.Linear(3, 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranks.dist, "is_initialized", lambda: False)
-        assert ranks.Ranks.of().size == 1
-    assert ranks.Ranks.of().size == 2
+        patch.setattr(rank_group.dist, "is_initialized", lambda: False)
+        assert rank_group.RankGroup.of().size == 1
+    assert rank_group.RankGroup.of().size == 2
     checkpoint.save(folder, model)
 
 

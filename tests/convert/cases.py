@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sharded_lamb import Lamb, checkpoint
 from sharded_lamb.__main__ import main
-from sharded_lamb.checkpoint.contents import Contents, read_contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint, read_contents
 from tests import training
 
 LAMB: dict[str, Any] = {"lr": 0.02, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1}
@@ -104,7 +104,7 @@ def groups_of(model: nn.Module, names: Sequence[Sequence[str]]) -> list[dict[str
     return [{"params": [own[name] for name in group]} for group in names]
 
 
-def same_contents(found: Contents, expected: Contents, *, groups: bool = True) -> None:
+def same_contents(found: InMemoryCheckpoint, expected: InMemoryCheckpoint, *, groups: bool = True) -> None:
     """To the bit."""
     training.assert_same_bits(found.weights, expected.weights)
     assert all(value.dtype == expected.weights[name].dtype for name, value in found.weights.items())
@@ -119,7 +119,7 @@ def same_contents(found: Contents, expected: Contents, *, groups: bool = True) -
 
 def through(
     folder: Path, form: str, start: Path, capsys: pytest.CaptureFixture[str] | None = None
-) -> tuple[Contents, str]:
+) -> tuple[InMemoryCheckpoint, str]:
     """A checkpoint in another format and back; what was said on the way there."""
     convert(start, folder / form, "sharded_lamb", form)
     said = capsys.readouterr().out if capsys else ""

@@ -11,7 +11,7 @@ import torch
 
 from sharded_lamb import Lamb, ShardedLamb, checkpoint
 from sharded_lamb.__main__ import main
-from sharded_lamb.checkpoint.contents import read_contents
+from sharded_lamb.checkpoint.in_memory import read_contents
 from sharded_lamb.convert.command import FORMATS
 from tests.convert import cases
 from tests.test_readme import README

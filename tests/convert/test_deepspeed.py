@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb import Lamb, checkpoint
-from sharded_lamb.checkpoint.contents import Contents, read_contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint, read_contents
 from tests.convert.cases import convert, refused
 from tests.deepspeed import cases
 from tests.harness import run_ranks
@@ -69,7 +69,7 @@ def adam_written(rank: int, stage: int, more: dict[str, Any], folder: str) -> di
     return found
 
 
-def check(found: Contents, engine: dict[str, Any], dtype: torch.dtype) -> None:
+def check(found: InMemoryCheckpoint, engine: dict[str, Any], dtype: torch.dtype) -> None:
     assert [sorted(group["names"]) for group in found.groups] == [sorted(group) for group in GROUPS]
     trained = [name for group in GROUPS for name in group]
     assert sorted(found.states) == sorted(trained)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sharded_lamb import Lamb, ShardedLamb, checkpoint
-from sharded_lamb.checkpoint.contents import read_contents
+from sharded_lamb.checkpoint.in_memory import read_contents
 from tests.convert import cases
 from tests.harness import run_ranks
 from tests.timm_peer import load_timm_lamb

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sharded_lamb import Lamb, checkpoint
-from sharded_lamb.checkpoint.contents import read_contents
+from sharded_lamb.checkpoint.in_memory import read_contents
 from tests import training
 from tests.convert import cases
 from tests.oracle import OracleLamb, variant_options

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sharded_lamb import Lamb
-from sharded_lamb.checkpoint.contents import read_contents
+from sharded_lamb.checkpoint.in_memory import read_contents
 from sharded_lamb.convert import files
 from tests.convert import cases
 

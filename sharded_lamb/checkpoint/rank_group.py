@@ -17,12 +17,12 @@ _behind_alone: list[Path] = []
 TIMEOUT = timedelta(hours=2)
 """How long ranks wait for the slowest writer. A rank that died is noticed at once."""
 
-# Ranks → the world they were made in, and their `Ranks`.
-_made: dict[tuple[int, ...], tuple[Any, "Ranks"]] = {}
+# RankGroup → the world they were made in, and their `RankGroup`.
+_made: dict[tuple[int, ...], tuple[Any, "RankGroup"]] = {}
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RankGroup:
     """``group``: gloo, of our own, so that checkpoints do not come between training's collectives; None: one rank
     alone."""
 
@@ -34,14 +34,14 @@ class Ranks:
     _group_behind: list[dist.ProcessGroup] = field(default_factory=list)
 
     @staticmethod
-    def of(everyone: tuple[int, ...] | None = None) -> "Ranks":
+    def of(everyone: tuple[int, ...] | None = None) -> "RankGroup":
         """Those of the given global ranks (None: all), made at their first checkpoint. Collective.
 
         Raises ValueError on a rank that is none of them.
         """
         world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         if world is None:
-            return Ranks(None, 0, 1, behind=_behind_alone)
+            return RankGroup(None, 0, 1, behind=_behind_alone)
         everyone = tuple(range(dist.get_world_size())) if everyone is None else everyone
         if dist.get_rank() not in everyone:
             raise ValueError(
@@ -51,7 +51,7 @@ class Ranks:
         made_in, found = _made.get(everyone, (None, None))
         if found is None or made_in is not world or not found.is_there():
             group = _new_group(everyone) if len(everyone) > 1 else None
-            found = Ranks(group, everyone.index(dist.get_rank()), len(everyone), everyone)
+            found = RankGroup(group, everyone.index(dist.get_rank()), len(everyone), everyone)
             _made[everyone] = (world, found)
         return found
 
@@ -144,7 +144,7 @@ def _new_group(everyone: tuple[int, ...]) -> Any:
     return dist.new_group(list(everyone), backend="gloo", timeout=TIMEOUT, use_local_synchronization=True)
 
 
-def ranks_of(optimizer: Any, group: dist.ProcessGroup | None) -> Ranks:
+def ranks_of(optimizer: Any, group: dist.ProcessGroup | None) -> RankGroup:
     """Those of a save or load: of ``group``, else of the optimizer, else all. Collective."""
     everyone: tuple[int, ...] | None = optimizer.ranks if isinstance(optimizer, ShardedOptimizer) else None
     initialized = dist.is_available() and dist.is_initialized()
@@ -157,7 +157,7 @@ def ranks_of(optimizer: Any, group: dist.ProcessGroup | None) -> Ranks:
         if not initialized or not isinstance(group, dist.ProcessGroup):
             raise ValueError("this rank is not in process_group: call save and load on its ranks only")
         everyone = tuple(sorted(dist.get_process_group_ranks(group)))
-    return Ranks.of(everyone)
+    return RankGroup.of(everyone)
 
 
 def _attempt(work: Callable[[], Result]) -> tuple[tuple[Result] | None, Exception | None]:

@@ -12,11 +12,11 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from sharded_lamb.checkpoint import plain, tensorfile
 from sharded_lamb.checkpoint.manifest import Manifest, SavedTensor, check_files, read_manifest
 from sharded_lamb.checkpoint.saving import Kept, written_by
-from sharded_lamb.checkpoint.storage import About, Writer
+from sharded_lamb.checkpoint.storage import ManifestHeader, Writer
 
 
 @dataclass(frozen=True)
-class Contents:
+class InMemoryCheckpoint:
     """What a checkpoint holds. Names are as the bare model has them."""
 
     weights: dict[str, Tensor]  # parameters and buffers, in the model's dtype
@@ -41,7 +41,7 @@ def read_tensor(folder: Path, tensor: SavedTensor) -> Tensor:
     return whole
 
 
-def read_contents(path: str | os.PathLike[str]) -> Contents:
+def read_contents(path: str | os.PathLike[str]) -> InMemoryCheckpoint:
     """Everything in a checkpoint, hashes verified.
 
     Raises:
@@ -53,7 +53,7 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     return _contents(folder, found)
 
 
-def _contents(folder: Path, found: Manifest) -> Contents:
+def _contents(folder: Path, found: Manifest) -> InMemoryCheckpoint:
     def read(name: str) -> Tensor:
         return read_tensor(folder, found.tensors[name])
 
@@ -65,7 +65,7 @@ def _contents(folder: Path, found: Manifest) -> Contents:
         name: {kind: read_tensor(folder, tensor) for kind, tensor in kinds.items()}
         for name, kinds in found.kinds().items()
     }
-    return Contents(
+    return InMemoryCheckpoint(
         {name: read(f"model.{name}") for name in found.model_names},
         states,
         groups,
@@ -76,7 +76,7 @@ def _contents(folder: Path, found: Manifest) -> Contents:
     )
 
 
-def write_contents(path: str | os.PathLike[str], contents: Contents) -> None:
+def write_contents(path: str | os.PathLike[str], contents: InMemoryCheckpoint) -> None:
     """A checkpoint that `load` takes on any number of ranks; this process writes all of it.
 
     Raises:
@@ -100,13 +100,13 @@ def write_contents(path: str | os.PathLike[str], contents: Contents) -> None:
     steps = [int(state["step"]) for state in contents.states.values()]
     wide = {"max_grad_norm": None, "skipped_steps": 0, "step": max(steps, default=0), **contents.optimizer}
     extra = plain.encoded(contents.extra, "extra", kept)
-    about = About(
+    header = ManifestHeader(
         written_by(1, None, None), contents.aliases, groups, plain.encoded(wide, "optimizer", kept), extra
     )
-    _write_alone(Writer(path, about), {**tensors, **kept.tensors})
+    _write_alone(Writer(path, header), {**tensors, **kept.tensors})
 
 
-def _check(contents: Contents) -> None:
+def _check(contents: InMemoryCheckpoint) -> None:
     for name, state in contents.states.items():
         if name not in contents.weights:
             raise ValueError(f"there is state of {name!r} and no weight of that name")
