@@ -14,7 +14,7 @@ from sharded_lamb.core.layout import BLOCK, round_up
 from sharded_lamb.core.rule import COLUMNS
 from sharded_lamb.kernels import FlatShard, Kernel, ScatteredShard, Shard, remainders
 
-SPLIT = remainders.DTYPE
+SPLIT = remainders.RemainderFormat.storage
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 F32 = (torch.float32, None, torch.float32, torch.float32, torch.float32)
 KINDS = ("weight", "model", "grad", "exp_avg", "exp_avg_sq")

@@ -120,7 +120,13 @@ def moved_by_pass_1(shard: Shard) -> list[tuple[int, Tensor]]:
     LENGTHS,
     DTYPES
     | st.just(FULL)
-    | st.builds(Dtypes, st.sampled_from([F32, remainders.DTYPE]), st.just(BF16), st.just(BF16), st.just(F32)),
+    | st.builds(
+        Dtypes,
+        st.sampled_from([F32, remainders.RemainderFormat.storage]),
+        st.just(BF16),
+        st.just(BF16),
+        st.just(F32),
+    ),
     SEEDS,
     st.data(),
 )
@@ -149,7 +155,7 @@ class _Refuses:
 
 @pytest.mark.parametrize("name", EXPRESSIBLE)
 @pytest.mark.parametrize("make", [flat_shard, piece_shard])
-@pytest.mark.parametrize("weight", [F32, remainders.DTYPE])
+@pytest.mark.parametrize("weight", [F32, remainders.RemainderFormat.storage])
 def test_what_can_be_fused_is(weight: torch.dtype, make: Callable[..., Shard], name: str) -> None:
     """Otherwise the tests above would compare the reference with itself."""
     kernel = FusedKernel()

@@ -28,7 +28,7 @@ from sharded_lamb.kernels import (
 )
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-SPLIT = remainders.DTYPE
+SPLIT = remainders.RemainderFormat.storage
 OTHERS = [name for name in kernels.available() if name not in ("torch", "fused")]
 LENGTHS = st.lists(st.sampled_from([1, 2, 255, 256, 257, 511, 700, 5000]), min_size=1, max_size=8)
 SEEDS = st.integers(0, 2**20)
