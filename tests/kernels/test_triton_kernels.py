@@ -16,7 +16,7 @@ import torch
 from sharded_lamb import ShardedLamb
 from sharded_lamb.gradients import summary as facts
 from sharded_lamb.kernels import FlatShard, ReferenceKernel, triton_kernel
-from sharded_lamb.kernels.engine import _applied_together
+from sharded_lamb.kernels.engine import _batches
 from sharded_lamb.kernels.triton_kernel import TritonKernel, usable
 from tests.kernels.kernel_memory import SPLIT, Form, assert_same, optimizer_with, stepped, trained
 
@@ -78,7 +78,7 @@ def test_pass_2_is_at_most_8_calls_on_a_device() -> None:
     empty = torch.empty(256, device="meta")
     shard = FlatShard(empty, None, empty, empty, empty, torch.empty(1, dtype=torch.int64, device="meta"))
     for count in (1, 7, 8, 9, 42, 1000):
-        calls = list(_applied_together([shard] * count))
+        calls = list(_batches([shard] * count))
         assert len(calls) <= 8
         assert sorted(index for call in calls for index in call) == list(range(count))
 
