@@ -18,6 +18,7 @@ from sharded_lamb.gradients import summary as facts
 from sharded_lamb.kernels import FlatShard, ReferenceKernel, triton_kernel
 from sharded_lamb.kernels.engine import _batches
 from sharded_lamb.kernels.triton_kernel import TritonKernel, usable
+from sharded_lamb.optim.skips import SkipCounter
 from tests.kernels.kernel_memory import SPLIT, Form, assert_same, optimizer_with, stepped, trained
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +99,7 @@ def test_gradient_flags_are_copied_to_the_device_once() -> None:
 def test_no_event_is_waited_for_while_a_graph_is_captured(
     capturing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    skips, event = facts.SkipCounter(CPU, limit=1), mock.Mock()
+    skips, event = SkipCounter(CPU, limit=1), mock.Mock()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     skips._arrived = event
     skips.check(["a"])
