@@ -15,9 +15,9 @@ from torch import Tensor
 
 
 class StateFormat(Protocol):
-    """Stateless. ``stored``: [n] ``storage``; ``values``: [n] ``value``; ``weight``: [n], the model's own weights.
+    """Stateless. ``stored``: [n] ``storage``; ``values``: [n] ``value``; ``weight``: [n], the model's weights.
 
-    Memory of zeros stands for zeros: moments start so.
+    Zeros decode to zeros: moments start from zeroed memory.
     """
 
     @property
@@ -37,9 +37,9 @@ class StateFormat(Protocol):
         """Whether ``weight`` and ``stored`` together make the values: such masters always round to their weights."""
 
     def key(self, kind: str) -> str:
-        """The key of ``kind`` in ``optimizer.state``; not ``kind`` itself where ``stored`` does not hold the values.
+        """The key of ``kind`` in ``optimizer.state``; differs from ``kind`` if ``stored`` does not hold the values.
 
-        State dicts and checkpoints hold values, and call them ``kind``.
+        State dicts and checkpoints hold values, under the key ``kind``.
         """
 
     def decode(self, stored: Tensor, weight: Tensor | None) -> Tensor:
