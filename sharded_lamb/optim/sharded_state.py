@@ -48,7 +48,7 @@ class ShardedOptimizer(LambOptimizer):
                 raise ValueError(f"the state dict has no state of {name!r}: it is of another model")
             state.check_local(name, self.state[p], store.states_of(param), states[p])
         for param, p in enumerate(store.params):
-            state.load_local(self.state[p]["step"], store.states_of(param), states[p])
+            state.load_local(self.state[p], store.states_of(param), states[p])
 
     def _load_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         super()._load_groups(saved_groups)

@@ -142,12 +142,16 @@ def check_local(name: str, own: State, states: Sequence[StoredState], saved: Map
         raise ValueError(f"the state of {name!r} lacks {sorted(missing)}: it was saved with other dtypes")
 
 
-def load_local(step: Tensor, states: Sequence[StoredState], saved: Mapping[str, Any]) -> None:
-    """Copy one parameter's saved slices, once checked, into its own."""
-    step.copy_(torch.as_tensor(saved["step"]).reshape(()))
+def load_local(own: State, states: Sequence[StoredState], saved: Mapping[str, Any]) -> None:
+    """Copy one parameter's saved slices, once checked, into its own. Arguments as of `check_local`."""
+    own["step"].copy_(torch.as_tensor(saved["step"]).reshape(()))
     for state in states:
         values = saved[state.kind]
-        state.store(local_part(values) if isinstance(values, DTensor) else values)
+        if isinstance(values, DTensor):
+            stored = own[state.key]
+            assert isinstance(stored, DTensor)
+            values = flattened(local_part(values), local_part(stored).stride())
+        state.store(values)
 
 
 def check_complete(state_dict: dict[str, Any] | None) -> dict[str, Any]:
