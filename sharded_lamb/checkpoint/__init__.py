@@ -1,4 +1,4 @@
-"""Checkpoints that any number of ranks in any stage can load, on torch.distributed.checkpoint; without pickle."""
+"""Checkpoints without pickle, on torch.distributed.checkpoint, for any number of ranks and any stage."""
 
 from sharded_lamb.checkpoint.errors import CheckpointError
 from sharded_lamb.checkpoint.folder import Checkpoints, Resumed

@@ -1,4 +1,4 @@
-"""The ranks that save and load together: what one of them finds wrong is raised on all of them."""
+"""The ranks that save and load together: an error on one of them is raised on all of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,91 +9,92 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from sharded_lamb.checkpoint.errors import CheckpointError, tellable
+from sharded_lamb.checkpoint.errors import CheckpointError, picklable
 from sharded_lamb.optim.sharded_state import ShardedOptimizer
 
 Result = TypeVar("Result")
-_behind_alone: list[Path] = []
+_pending_without_ranks: list[Path] = []
 TIMEOUT = timedelta(hours=2)
-"""How long ranks wait for the slowest writer. A rank that died is noticed at once."""
+"""Limit of the wait for the slowest writer. A dead rank ends the wait at once."""
 
-# RankGroup → the world they were made in, and their `RankGroup`.
-_made: dict[tuple[int, ...], tuple[Any, "RankGroup"]] = {}
+# Global ranks → the world group at creation, and the `RankGroup`.
+_cache: dict[tuple[int, ...], tuple[Any, "RankGroup"]] = {}
 
 
 @dataclass(frozen=True)
 class RankGroup:
-    """``group``: gloo, of our own, so that checkpoints do not come between training's collectives; None: one rank
-    alone."""
+    """Ranks and their control messages, which use a gloo group apart from training's collectives."""
 
-    group: dist.ProcessGroup | None
-    rank: int
+    group: dist.ProcessGroup | None  # None: a single rank
+    rank: int  # in the group
     size: int
-    everyone: tuple[int, ...] = (0,)  # global ranks
-    behind: list[Path] = field(default_factory=list)  # what is being saved behind training
-    _group_behind: list[dist.ProcessGroup] = field(default_factory=list)
+    global_ranks: tuple[int, ...] = (0,)
+    pending: list[Path] = field(default_factory=list)  # checkpoints that async saves are writing
+    _async_groups: list[dist.ProcessGroup] = field(default_factory=list)
 
     @staticmethod
-    def of(everyone: tuple[int, ...] | None = None) -> "RankGroup":
-        """Those of the given global ranks (None: all), made at their first checkpoint. Collective.
+    def of(global_ranks: tuple[int, ...] | None = None) -> "RankGroup":
+        """Returns the group of the given global ranks (None: all ranks), and creates it on first use. Collective.
 
-        Raises ValueError on a rank that is none of them.
+        Raises:
+            ValueError: this rank is not among them.
         """
         world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         if world is None:
-            return RankGroup(None, 0, 1, behind=_behind_alone)
-        everyone = tuple(range(dist.get_world_size())) if everyone is None else everyone
-        if dist.get_rank() not in everyone:
+            return RankGroup(None, 0, 1, pending=_pending_without_ranks)
+        global_ranks = tuple(range(dist.get_world_size())) if global_ranks is None else global_ranks
+        if dist.get_rank() not in global_ranks:
             raise ValueError(
-                f"rank {dist.get_rank()} is none of the ranks {list(everyone)} that write or read this checkpoint: "
-                f"call save and load on those only, or pass another process_group="
+                f"rank {dist.get_rank()} is not among the ranks {list(global_ranks)} that write or read this "
+                f"checkpoint: call save and load on those only, or pass another process_group="
             )
-        made_in, found = _made.get(everyone, (None, None))
-        if found is None or made_in is not world or not found.is_there():
-            group = _new_group(everyone) if len(everyone) > 1 else None
-            found = RankGroup(group, everyone.index(dist.get_rank()), len(everyone), everyone)
-            _made[everyone] = (world, found)
-        return found
+        world_at_creation, ranks = _cache.get(global_ranks, (None, None))
+        if ranks is None or world_at_creation is not world or not ranks.is_alive():
+            group = _new_group(global_ranks) if len(global_ranks) > 1 else None
+            ranks = RankGroup(group, global_ranks.index(dist.get_rank()), len(global_ranks), global_ranks)
+            _cache[global_ranks] = (world, ranks)
+        return ranks
 
-    def is_there(self) -> bool:
-        """False once somebody has destroyed the process groups."""
+    def is_alive(self) -> bool:
+        """Returns False once a process group has been destroyed."""
         try:
-            for group in (self.group, *self._group_behind):
+            for group in (self.group, *self._async_groups):
                 if group is not None:
                     dist.get_backend(group)
         except ValueError:
             return False
         return True
 
-    def group_behind(self) -> dist.ProcessGroup | None:
-        """Another, for what is written behind training while ranks may talk in `group`. The first time, collective."""
+    def async_group(self) -> dist.ProcessGroup | None:
+        """Returns a second group for async saves, which run while `group` is in use. Collective on the first call."""
         if self.group is None:
             return None
-        if not self._group_behind:
-            self._group_behind.append(_new_group(self.everyone))
-        return self._group_behind[0]
+        if not self._async_groups:
+            self._async_groups.append(_new_group(self.global_ranks))
+        return self._async_groups[0]
 
-    def check_free(self) -> None:
-        """Raises ValueError where a save behind training is not waited for yet."""
-        if self.behind:
+    def check_no_pending_save(self) -> None:
+        """Raises ValueError while an async save is unfinished, or its result was not asked for."""
+        if self.pending:
             raise ValueError(
-                f"checkpoint {self.behind[0]} is being written: call result() of what async_save gave before the "
-                f"next save or load"
+                f"checkpoint {self.pending[0]} is being written: call result() on the AsyncSave that async_save "
+                f"returned before the next save or load"
             )
 
     def agree(self, what: str, value: str) -> None:
-        """Raises ValueError on every rank, with who differs, unless ``value`` is the same on all."""
+        """Raises ValueError on every rank, naming a rank that differs, unless all ranks pass the same ``value``."""
         values = self.gathered(value)
-        odd = {rank: other for rank, other in enumerate(values) if other != values[0]}
-        if odd:
-            rank, other = next(iter(odd.items()))
+        mismatched = {rank: other for rank, other in enumerate(values) if other != values[0]}
+        if mismatched:
+            rank, other = next(iter(mismatched.items()))
             raise ValueError(
-                f"{what} differs between ranks: rank 0 has {values[0]}, rank {rank} has {other} ({len(odd)} ranks "
-                f"differ). Ranks write and read one checkpoint together; those of other models pass process_group="
+                f"{what} differs between ranks: rank 0 has {values[0]}, rank {rank} has {other} "
+                f"({len(mismatched)} ranks differ). All ranks write or read one checkpoint; ranks of another model "
+                f"pass process_group="
             )
 
     def gathered(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank."""
+        """Returns every rank's value, by rank. One all-gather."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.size
@@ -101,7 +102,7 @@ class RankGroup:
         return values
 
     def each(self, work: Callable[[], Result]) -> Result:
-        """This rank's ``work``; what it raises on any rank is raised on all of them."""
+        """Runs ``work`` on every rank, returns its own result, and raises any rank's error on all. One all-gather."""
         result, failure = _attempt(work)
         failures = {rank: error for rank, error in enumerate(self.gathered(failure)) if error is not None}
         if failures:
@@ -110,7 +111,7 @@ class RankGroup:
         return result[0]
 
     def first(self, work: Callable[[], Result]) -> Result:
-        """What ``work`` gives on the first rank, on every rank; likewise what it raises."""
+        """Runs ``work`` on the first rank; every rank returns its result or raises its error. One broadcast."""
         box: list[Any] = [None, None]
         failure: Exception | None = None
         if self.rank == 0:
@@ -120,11 +121,11 @@ class RankGroup:
             dist.broadcast_object_list(box, group_src=0, group=self.group)
         if box[1] is not None:
             self.raise_together({0: failure or box[1]})
-        found: Result = box[0]
-        return found
+        value: Result = box[0]
+        return value
 
     def raise_together(self, failures: dict[int, Exception]) -> None:
-        """Raises one error on every rank: the lowest rank's, with that rank's number where it is not this one's too."""
+        """Raises the lowest failed rank's error, with its rank number unless this rank failed alike."""
         rank, error = min(failures.items(), key=lambda item: item[0])
         own = failures.get(self.rank)
         if own is not None and (rank == self.rank or str(own) == str(error)):
@@ -138,39 +139,47 @@ class RankGroup:
         raise kind(f"on rank {rank}: {error}") from own
 
 
-def _new_group(everyone: tuple[int, ...]) -> Any:
-    if len(everyone) == dist.get_world_size():
+def _new_group(global_ranks: tuple[int, ...]) -> Any:
+    if len(global_ranks) == dist.get_world_size():
         return dist.new_group(backend="gloo", timeout=TIMEOUT)
-    return dist.new_group(list(everyone), backend="gloo", timeout=TIMEOUT, use_local_synchronization=True)
+    return dist.new_group(list(global_ranks), backend="gloo", timeout=TIMEOUT, use_local_synchronization=True)
 
 
 def ranks_of(optimizer: Any, group: dist.ProcessGroup | None) -> RankGroup:
-    """Those of a save or load: of ``group``, else of the optimizer, else all. Collective."""
-    everyone: tuple[int, ...] | None = optimizer.ranks if isinstance(optimizer, ShardedOptimizer) else None
+    """Returns the ranks of a save or load: those of ``group``, else the optimizer's, else all. Collective.
+
+    Raises:
+        ValueError: the optimizer is sharded and there is no process group, or this rank is not in ``group``.
+    """
+    global_ranks: tuple[int, ...] | None = (
+        optimizer.ranks if isinstance(optimizer, ShardedOptimizer) else None
+    )
     initialized = dist.is_available() and dist.is_initialized()
-    if everyone is not None and len(everyone) > 1 and not initialized:
+    if global_ranks is not None and len(global_ranks) > 1 and not initialized:
         raise ValueError(
-            f"the optimizer's state is sharded over ranks {list(everyone)}, and there is no process group: save before "
-            f"destroy_process_group(), load after init_process_group()"
+            f"the optimizer's state is sharded over ranks {list(global_ranks)}, and there is no process group: save "
+            f"before destroy_process_group(), load after init_process_group()"
         )
     if group is not None:
         if not initialized or not isinstance(group, dist.ProcessGroup):
             raise ValueError("this rank is not in process_group: call save and load on its ranks only")
-        everyone = tuple(sorted(dist.get_process_group_ranks(group)))
-    return RankGroup.of(everyone)
+        global_ranks = tuple(sorted(dist.get_process_group_ranks(group)))
+    return RankGroup.of(global_ranks)
 
 
 def _attempt(work: Callable[[], Result]) -> tuple[tuple[Result] | None, Exception | None]:
     try:
         return (work(),), None
     except Exception as error:
-        return None, tellable(error)
+        return None, picklable(error)
 
 
 def unwrapped(error: CheckpointException) -> dict[int, Exception]:
-    """{rank: what it raised} of what torch.distributed.checkpoint raises; not an Exception there means it was
-    killed."""
-    found: dict[int, Exception] = {}
+    """Returns {rank: error} of an error of torch.distributed.checkpoint.
+
+    A rank that raised no Exception was killed, which becomes a RuntimeError.
+    """
+    errors: dict[int, Exception] = {}
     for rank, (raised, _) in error.failures.items():
-        found[rank] = raised if isinstance(raised, Exception) else RuntimeError(repr(raised))
-    return found
+        errors[rank] = raised if isinstance(raised, Exception) else RuntimeError(repr(raised))
+    return errors

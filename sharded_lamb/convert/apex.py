@@ -1,8 +1,8 @@
-"""apex's FusedLAMB: moments by place, the step count in the group; fp16 runs of amp keep masters in a list.
+"""apex's FusedLAMB: numbered parameters, a step count per group; fp16 runs of amp hold a list of masters.
 
-Read from apex/optimizers/fused_lamb.py: groups hold lr, bias_correction, betas, eps, weight_decay, grad_averaging,
-max_grad_norm and, from the first step on, step. ``adam_w_mode`` and ``use_nvlamb`` are arguments of its constructor and
-in no file.
+As in apex/optimizers/fused_lamb.py, groups hold lr, bias_correction, betas, eps, weight_decay, grad_averaging,
+max_grad_norm and, from the first step on, step. ``adam_w_mode`` and ``use_nvlamb`` are constructor arguments, and not
+saved.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,18 +29,18 @@ MASTERS = "master params"
 def from_apex(
     file: Mapping[str, Any], names: Sequence[str] | None = None, variant: str | None = None
 ) -> Converted[InMemoryCheckpoint]:
-    """{"model", "optimizer"}, and "master params" if amp kept them → contents.
+    """{"model", "optimizer"}, and "master params" if amp wrote them → contents.
 
     Raises:
-        ValueError: parameters cannot be named, or masters are not the parameters'.
+        ValueError: parameters cannot be named, or masters do not match them.
     """
     read, notes = positional.read(file, names)
     check_format(read.groups, "apex")
     clips = [group.get("max_grad_norm") for group in read.groups]
     if variant is None:
         notes.append(
-            "apex files do not hold use_nvlamb and adam_w_mode: taken as False and True (variant apex); --variant "
-            "nvlamb for use_nvlamb=True, --set adam_w_mode=false for the other"
+            "apex files do not hold use_nvlamb and adam_w_mode: False and True are assumed (variant apex); --variant "
+            "nvlamb for use_nvlamb=True, --set adam_w_mode=false for adam_w_mode=False"
         )
 
     def options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,11 +73,13 @@ def _add_masters(
     states: dict[str, dict[str, Tensor]],
 ) -> None:
     if len(masters) != len(names):
-        raise ValueError(f"the file has {len(masters)} {MASTERS!r} and its optimizer {len(names)} parameters")
+        raise ValueError(
+            f"the file has {len(masters)} {MASTERS!r}, but its optimizer has {len(names)} parameters"
+        )
     for name, master in zip(names, masters, strict=True):
         if master.shape != weights[name].shape:
             raise ValueError(
-                f"the master of {name!r} has shape {tuple(master.shape)} and the weight {tuple(weights[name].shape)}: "
+                f"the master of {name!r} has shape {tuple(master.shape)}, its weight {tuple(weights[name].shape)}: "
                 f"{positional.HOW}"
             )
         if name in states and master.dtype != weights[name].dtype:
@@ -112,7 +114,7 @@ def _lost(groups: list[PlainGroup]) -> list[Note]:
         )
     if any(group.weight_decay and not group.adapts for group in groups):
         notes.append(
-            "FusedLAMB has a ratio wherever there is decay: parameters with decay and no ratio will have one"
+            "FusedLAMB applies a ratio wherever there is decay: parameters with decay and no ratio will have one"
         )
     return notes
 
@@ -126,5 +128,5 @@ def _constructor(groups: list[PlainGroup], clip: float | None) -> list[Note]:
         f"max_grad_norm={'a large number (it has no None)' if clip is None else clip}"
     ]
     if len(undecayed) > 1 or len(modes) > 1:
-        notes.append("groups differ in use_nvlamb or adam_w_mode, which FusedLAMB has once for all")
+        notes.append("groups differ in use_nvlamb or adam_w_mode, which FusedLAMB has only for all groups")
     return notes

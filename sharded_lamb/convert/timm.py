@@ -1,4 +1,4 @@
-"""timm's Lamb: moments by place, the step count in the group, excluded parameters in groups without decay."""
+"""timm's Lamb: numbered parameters, a step count per group, excluded parameters in groups without decay."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from sharded_lamb.convert.common import (
 )
 from sharded_lamb.convert.grouping import PlainGroup, lost_options, plain_groups
 
-_ITS_CLIP = (0.0, 1.0)  # trust_clip=True there: the ratio is at most 1
+_TIMM_CLIP = (0.0, 1.0)  # trust_clip=True in timm: the ratio is at most 1
 
 
 def from_timm(
@@ -26,7 +26,7 @@ def from_timm(
     """{"model", "optimizer"} → contents.
 
     Raises:
-        ValueError: parameters cannot be named; options that no LAMB here has.
+        ValueError: parameters cannot be named, or options are not supported.
     """
     read, notes = positional.read(file, names)
     check_format(read.groups, "timm")
@@ -34,21 +34,21 @@ def from_timm(
         refused = [key for key in ("caution", "decoupled_decay") if group.get(key)]
         if refused:
             raise ValueError(
-                f"the file's Lamb had {refused[0]}=True, which is another update rule and is not implemented here: "
-                f"moments made under it would be continued otherwise"
+                f"the file's Lamb had {refused[0]}=True, which is another update rule and is not supported: its "
+                f"moments would continue under a different rule"
             )
     clips = {group.get("max_grad_norm") for group in read.groups}
     clip = next(iter(clips)) if len(clips) == 1 else read.groups[0].get("max_grad_norm")
     if len(clips) > 1:
         notes.append(
-            f"groups have max_grad_norm {sorted(map(str, clips))}, and clipping is over all: {clip} is taken"
+            f"groups have max_grad_norm {sorted(map(str, clips))}, but clipping is over all groups: {clip} is used"
         )
 
     def options(group: Mapping[str, Any]) -> dict[str, Any]:
         own = {
             "bias_correction": bool(group.get("bias_correction", True)),
             "grad_averaging": bool(group.get("grad_averaging", True)),
-            "trust_clip": _ITS_CLIP if group.get("trust_clip") else None,
+            "trust_clip": _TIMM_CLIP if group.get("trust_clip") else None,
             "adapt_without_decay": bool(group.get("always_adapt", False)),
         }
         return group_options(variant or "timm", {**scalars_of(group), **own})
@@ -88,7 +88,7 @@ def _group(group: PlainGroup, clip: float | None) -> dict[str, Any]:
         "bias_correction": options["bias_correction"] is not False,
         "grad_averaging": options["grad_averaging"],
         "max_grad_norm": clip,
-        "trust_clip": _clip_of(options) == _ITS_CLIP,
+        "trust_clip": _clip_of(options) == _TIMM_CLIP,
         "always_adapt": group.adapts if group.weight_decay == 0 else bool(options["adapt_without_decay"]),
         "caution": False,
         "decoupled_decay": False,
@@ -108,19 +108,19 @@ def _lost(groups: list[PlainGroup]) -> list[Note]:
         "bias_correction",
         ["lr" for group in groups if group.options["bias_correction"] == "lr"],
         True,
-        "timm's Lamb has it inside the ratio only: its updates will differ",
+        "timm's Lamb corrects bias inside the ratio only: its updates will differ",
     )
     clips = [_clip_of(group.options) for group in groups]
     notes += differing(
         "trust_clip",
-        [clip for clip in clips if clip not in (None, _ITS_CLIP)],
+        [clip for clip in clips if clip not in (None, _TIMM_CLIP)],
         None,
-        f"timm's Lamb has none or {_ITS_CLIP}: ratios will not be clipped",
+        f"timm's Lamb supports only None and {_TIMM_CLIP}: ratios will not be clipped",
     )
     fixed = [name for group in groups if group.weight_decay and not group.adapts for name in group.names]
     if fixed:
         notes.append(
-            f"timm's Lamb has a ratio wherever there is decay: {len(fixed)} parameters had decay and no ratio "
+            f"timm's Lamb applies a ratio wherever there is decay: {len(fixed)} parameters had decay and no ratio "
             f"({fixed[0]}), and will have one"
         )
     return notes
