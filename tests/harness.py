@@ -38,6 +38,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+from sharded_lamb.comm import consistency
+
 _START_TIMEOUT = 120.0
 # A group whose pending work waits for a peer that waits likewise is never destroyed.
 _RENEWAL_TIMEOUT = 10.0
@@ -290,6 +292,8 @@ def _renew_groups(rank: int, generation: int) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()  # a group that is still referred to keeps its connections open
+    # Ranks meet in the store under the number of the optimizer, and an error may leave them at different numbers.
+    consistency._constructed.clear()
     _join_group(rank, int(os.environ["WORLD_SIZE"]), generation)
     dist.barrier()
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from sharded_lamb.comm import consistency
+from sharded_lamb.comm.topology import Topology
 from tests import harness
 from tests.harness import RankErrors, run_ranks, run_ranks_expecting_errors
 
@@ -84,6 +86,16 @@ def _leave_collectives_half_done(rank: int) -> None:
         dist.all_reduce(torch.ones(3), group=named, async_op=True)
         dist.irecv(torch.zeros(5), src=0)
     raise ValueError("in the middle")
+
+
+def _construct_one_more_on_rank_0(rank: int) -> None:
+    for _ in range(2 - rank):
+        consistency.check_consistency(Topology.of(None, None), [("number", 1)], timeout_s=0.5)
+    raise ValueError("in the middle")
+
+
+def _construct(rank: int) -> None:
+    consistency.check_consistency(Topology.of(None, None), [("number", 1)], timeout_s=20)
 
 
 def _wait_for_each_other(rank: int) -> None:
@@ -264,6 +276,14 @@ def test_collectives_that_errors_leave_half_done_do_not_reach_the_next_case() ->
     assert run_ranks(3, _pid) == pids
 
 
+def test_ranks_that_constructed_unlike_numbers_of_optimizers_meet_again() -> None:
+    pids = run_ranks(2, _pid)
+    kinds = {kind for kind, _ in run_ranks_expecting_errors(2, _construct_one_more_on_rank_0).values()}
+    assert kinds == {"RuntimeError", "ValueError"}
+    run_ranks(2, _construct)
+    assert run_ranks(2, _pid) == pids
+
+
 def test_a_group_that_cannot_be_destroyed_costs_new_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "_RENEWAL_TIMEOUT", 1.0)
     pids = run_ranks(2, _pid)
@@ -285,7 +305,7 @@ def test_groups_named_by_their_ranks_are_made_again_under_the_same_name() -> Non
 def test_workers_have_imported_what_their_server_preloads() -> None:
     (found,) = run_ranks(1, _preloaded)
     assert {"torch", "sharded_lamb", "tests.harness"} <= found.keys()
-    assert found == {name: importlib.util.find_spec(name) is not None for name in found}
+    assert found == {name: importlib.util.find_spec(name.split(".")[0]) is not None for name in found}
 
 
 def test_a_result_that_cannot_travel_is_an_error() -> None:
