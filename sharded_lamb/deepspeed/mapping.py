@@ -89,7 +89,7 @@ def _check_group(name: str, group: Any) -> None:
 
 
 def _check_averaging() -> None:
-    """Without ZeRO, only the group that averages gradients tells whether every rank has all parameters."""
+    """Without ZeRO, only the group that averages gradients shows whether every rank has all parameters."""
     size, world = dist.get_world_size(group=groups._get_sequence_data_parallel_group()), dist.get_world_size()
     if size != world:
         raise _unmapped(f"gradients are averaged over {size} of {world} ranks")

@@ -227,9 +227,17 @@ def from_fused_lamb(rank: int) -> list[dict[str, Any]]:
     engine = start(cases.config(2, params={"variant": "deepspeed", "lr": 0.01}))
     train(engine, rank, range(1))
     state = engine.basic_optimizer.state_dict()
-    theirs = {"lr": 0.03, "bias_correction": True, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.2}
-    theirs.update(max_grad_norm=0.0, max_coeff=0.7, min_coeff=0.1, step=3)
-    state["param_groups"] = [{**theirs, "params": group["params"]} for group in state["param_groups"]]
+    deepspeed_group = {
+        "lr": 0.03,
+        "bias_correction": True,
+        "betas": (0.8, 0.95),
+        "eps": 1e-7,
+        "weight_decay": 0.2,
+    }
+    deepspeed_group.update(max_grad_norm=0.0, max_coeff=0.7, min_coeff=0.1, step=3)
+    state["param_groups"] = [
+        {**deepspeed_group, "params": group["params"]} for group in state["param_groups"]
+    ]
     engine.basic_optimizer.load_state_dict(state)
     train(engine, rank, range(1))
     outcome = [

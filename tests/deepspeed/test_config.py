@@ -75,7 +75,7 @@ def test_every_key_has_its_effect() -> None:
             assert far > 1e-4, key
 
 
-def refused(rank: int, config: dict[str, Any]) -> str:
+def construct(rank: int, config: dict[str, Any]) -> str:
     try:
         cases.stop(cases.start(config))
     except (ValueError, TypeError) as error:
@@ -103,13 +103,13 @@ def refused(rank: int, config: dict[str, Any]) -> str:
     ],
 )
 def test_wrong_params(params: dict[str, Any], fragment: str) -> None:
-    (message,) = run_ranks(1, refused, cases.config(1, params={**cases.LAMB, **params}))
+    (message,) = run_ranks(1, construct, cases.config(1, params={**cases.LAMB, **params}))
     assert fragment in message
 
 
 def test_a_variant_that_clips_accepts_equal_clipping_in_deepspeed() -> None:
     config = cases.config(1, params={**cases.LAMB, "variant": "apex"}, gradient_clipping=1.0)
-    assert run_ranks(1, refused, config) == ["accepted"]
+    assert run_ranks(1, construct, config) == ["accepted"]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_variant_that_clips_accepts_equal_clipping_in_deepspeed() -> None:
     ],
 )
 def test_unsupported_features_raise(more: dict[str, Any], fragment: str) -> None:
-    for message in run_ranks(2, refused, cases.config(3 if "ratio" in str(more) else 2, "bf16", **more)):
+    for message in run_ranks(2, construct, cases.config(3 if "ratio" in str(more) else 2, "bf16", **more)):
         assert fragment in message
         assert "does not support" in message
 
