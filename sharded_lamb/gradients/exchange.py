@@ -1,6 +1,6 @@
 """Memory that gradients of a bucket pass through on their way to other ranks, used again from bucket to bucket.
 
-Two ways, by backend (`Collectives.by_hand`). A library's reduce-scatter takes the bucket in one piece, so all gradients
+Two ways (`Collectives.uses_p2p`). A library's reduce-scatter takes the bucket in one piece, so all gradients
 are copied into it. By hand a shard travels to its owner in messages: a large slice of a gradient by itself, from where
 it lies, and what is between such slices together, by way of staging memory.
 """
@@ -65,7 +65,7 @@ class Staging:
             wire, numel = bucket.precision.wire, bucket.plan.numel
             full = self.sent.view(wire)[:numel]
             received = self.received.view(wire)[: self._collectives.received_numel(numel)]
-            kind = P2PExchange if self._collectives.by_hand else FusedReduceScatter
+            kind = P2PExchange if self._collectives.uses_p2p else FusedReduceScatter
             self._exchanges[index] = kind(bucket, full, received, self._collectives)
         return self._exchanges[index]
 

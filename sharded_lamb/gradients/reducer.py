@@ -260,7 +260,7 @@ class BackwardReducer:
         pending = staging.exchange(index, bucket).start(grads)
         # A fused exchange has copied them already.
         current.in_flight.append(
-            _InFlight(index, pending, staging, grads if self.collectives.by_hand else [])
+            _InFlight(index, pending, staging, grads if self.collectives.uses_p2p else [])
         )
 
     @torch.no_grad()  # as `_launch`

@@ -1,6 +1,6 @@
 """The Triton backend: one launch per pass over all shards of a call, and one that sums blocks by parameter.
 
-Launches per call: one for every form of memory (`triton_runs.Form`: dtypes, aligned or not), whatever the number of
+Launches per call: one for every form of memory (`triton_runs.Form`: dtypes, aligned or not), for any number of
 shards, pieces and parameters; one more for sums. Every arithmetic step is one IEEE operation, so bits equal those of
 `reference`, except the last bits of fp64 sums over more than `triton_device.DEPTH` blocks of a parameter, which have a
 different fixed order (norms are rounded to fp32 before use).

@@ -1,7 +1,7 @@
 """The run table: addresses and sizes of a call's memory, read on the device by one launch over all of it.
 
 A *run* is contiguous memory: a flat shard, or a piece. A program computes one *tile*, a few blocks of one run. Runs
-with equal dtypes and equal alignment share a launch, whatever their shards. Integers and small tensors; independent of
+with equal dtypes and equal alignment share a launch, across shards. Integers and small tensors; independent of
 Triton.
 """
 

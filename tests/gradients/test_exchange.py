@@ -58,14 +58,14 @@ def averaged(
     dtype: torch.dtype,
     wire: torch.dtype | None,
     kernel: str = "auto",
-    by_hand: bool = True,
+    uses_p2p: bool = True,
 ) -> Averaged:
     """Three rounds without zeroing would add up; here gradients are zeroed, and staging memory is used again."""
     found = Averaged([], [])
     with mock.patch.object(staging, "ALONE_BYTES", alone_bytes):
         named = parameters(dtype)
         opt = ShardedLamb(named.items(), stage=2, bucket_mb=0.02, reduce_dtype=wire, lr=0.0, kernel=kernel)
-        opt._collectives.by_hand = by_hand
+        opt._collectives.uses_p2p = uses_p2p
         original = dist.isend
         for step in range(3):
             for name, p in named.items():
@@ -105,8 +105,8 @@ def test_every_element_is_averaged_on_the_rank_that_holds_it(
     world: int, kernel: str, alone_bytes: int | None, dtype: torch.dtype, wire: torch.dtype | None
 ) -> None:
     """None: in one piece, as on other backends than gloo."""
-    by_hand = alone_bytes is not None
-    results = run_ranks(world, averaged, alone_bytes or 0, dtype, wire, kernel, by_hand)
+    uses_p2p = alone_bytes is not None
+    results = run_ranks(world, averaged, alone_bytes or 0, dtype, wire, kernel, uses_p2p)
     expected = run_ranks(world, whole, dtype)[0]
     for step in range(3):
         held = {name: torch.full((value.numel(),), torch.nan) for name, value in expected[step].items()}
@@ -114,7 +114,7 @@ def test_every_element_is_averaged_on_the_rank_that_holds_it(
             for name, (start, part) in result.slices[step].items():
                 held[name][start : start + len(part)] = part
         for name, value in expected[step].items():
-            if by_hand:
+            if uses_p2p:
                 assert torch.equal(held[name], value), (step, name)
             else:  # the library's order, and its rounding to the wire's dtype on the way
                 narrow = torch.finfo(wire or dtype).eps
@@ -155,5 +155,5 @@ def _kinds(rank: int) -> list[type]:
     return [type(memory.exchange(0, bucket))]
 
 
-def test_gloo_goes_by_hand() -> None:
+def test_gloo_uses_p2p() -> None:
     assert run_ranks(2, _kinds) == [[P2PExchange], [P2PExchange]]

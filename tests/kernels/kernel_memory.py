@@ -129,9 +129,9 @@ def both_passes(kernel: Kernel, shards: Sequence[Shard], count: int) -> None:
     kernel.apply(shards, table, torch.ones(count))
 
 
-def assert_same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
-    assert len(ours) == len(theirs)
-    for i, (x, y) in enumerate(zip(ours, theirs, strict=True)):
+def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    assert len(actual) == len(expected)
+    for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
         assert x.dtype == y.dtype
         assert torch.equal(x, y) or torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)), (
             f"result {i}: {(x != y).sum()} of {x.numel()} differ"

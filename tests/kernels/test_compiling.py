@@ -197,7 +197,7 @@ def test_an_undefined_symbol_fails_the_build(source: Path) -> None:
         compiling.load(source)
 
 
-def test_the_error_quotes_the_compiler(source: Path, tmp_path: Path) -> None:
+def test_a_failed_build_quotes_the_compiler(source: Path, tmp_path: Path) -> None:
     source.write_text("int answer() { return undeclared; }\n")
     with pytest.raises(compiling.CompileError, match="undeclared"):
         compiling.load(source)

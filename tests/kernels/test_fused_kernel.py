@@ -70,25 +70,25 @@ def assert_sums_near(sums: Tensor, expected: Tensor, table: Tensor) -> None:
         assert_near(update[param], other_update[param], float(scale))
 
 
-def compare_steps(ours: Shard, theirs: Shard, table: Tensor, step_sizes: Tensor) -> None:
+def compare_steps(actual: Shard, reference: Shard, table: Tensor, step_sizes: Tensor) -> None:
     """Compare both passes of both kernels, each pass on equal memory."""
     kernel, pure = FusedKernel(), ReferenceKernel()
-    table, step_sizes = table.to(ours.compute), step_sizes.to(ours.compute)
-    before = [w.clone().double() for w in numbers_of(ours)]
+    table, step_sizes = table.to(actual.compute), step_sizes.to(actual.compute)
+    before = [w.clone().double() for w in numbers_of(actual)]
     results = []
-    for each, shard in ((kernel, ours), (pure, theirs)):
+    for each, shard in ((kernel, actual), (pure, reference)):
         squares, sums = torch.zeros(len(table), dtype=F64), torch.zeros(2, len(table), dtype=F64)
         each.square_sums([shard], squares)
         each.moments_and_norms([shard], table, sums)
         results.append((squares, sums))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=TOLERANCE, atol=0)
     assert_sums_near(results[0][1], results[1][1], table)
-    moments = [value.clone() for value in memory_of(ours)]
-    kernel.apply([ours], table, step_sizes)
-    pure.apply([theirs], table, step_sizes)
-    unmoved = [*moved_by_pass_1(ours)]
+    moments = [value.clone() for value in memory_of(actual)]
+    kernel.apply([actual], table, step_sizes)
+    pure.apply([reference], table, step_sizes)
+    unmoved = [*moved_by_pass_1(actual)]
     assert all(torch.equal(value, moments[i]) for i, value in unmoved)
-    for value, expected, old in zip(numbers_of(ours), numbers_of(theirs), before, strict=True):
+    for value, expected, old in zip(numbers_of(actual), numbers_of(reference), before, strict=True):
         # A 16-bit copy is rounded from fp32 values that differ by an ulp: sometimes to another value.
         exact = torch.finfo(value.dtype).bits >= 32
         assert_near(
@@ -134,8 +134,8 @@ def test_a_step_is_the_pure_one_to_rounding(
     make: Callable[..., Shard], lengths: list[int], dtypes: Dtypes, seed: int, data: st.DataObject
 ) -> None:
     names = data.draw(st.lists(st.sampled_from([*OPTIONS]), min_size=len(lengths), max_size=len(lengths)))
-    ours, theirs = make(lengths, dtypes, seed), make(lengths, dtypes, seed)
-    compare_steps(ours, theirs, table_of(names), torch.linspace(0, 0.9, len(lengths)))
+    actual, reference = make(lengths, dtypes, seed), make(lengths, dtypes, seed)
+    compare_steps(actual, reference, table_of(names), torch.linspace(0, 0.9, len(lengths)))
 
 
 @pytest.mark.parametrize("make", [flat_shard, piece_shard])
@@ -144,8 +144,8 @@ def test_a_step_is_the_pure_one_to_rounding(
 def test_every_option_on_more_than_a_chunk(make: Callable[..., Shard], name: str, step_size: float) -> None:
     dtypes = Dtypes(F32, F16, F32, F32)
     lengths = [CHUNK + 5000, 300]
-    ours, theirs = make(lengths, dtypes, 1), make(lengths, dtypes, 1)
-    compare_steps(ours, theirs, table_of([name, name]), torch.tensor([step_size, step_size]))
+    actual, reference = make(lengths, dtypes, 1), make(lengths, dtypes, 1)
+    compare_steps(actual, reference, table_of([name, name]), torch.tensor([step_size, step_size]))
 
 
 class _Refuses:

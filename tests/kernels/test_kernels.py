@@ -146,15 +146,15 @@ def memory_of(shard: Shard) -> list[Tensor]:
     ]
 
 
-def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor], compute: torch.dtype) -> None:
+def assert_same(results: Sequence[Tensor], expected: Sequence[Tensor], compute: torch.dtype) -> None:
     """Equal bits; in fp64 up to an ulp, since MKL's square root may be off by one (see `rule.root`)."""
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.dtype == theirs.dtype
+    for actual, reference in zip(results, expected, strict=True):
+        assert actual.dtype == reference.dtype
         if compute == F64:
-            tolerance = max(1e-13, 2 * torch.finfo(ours.dtype).eps)
-            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=1e-15, equal_nan=True)
+            tolerance = max(1e-13, 2 * torch.finfo(actual.dtype).eps)
+            torch.testing.assert_close(actual, reference, rtol=tolerance, atol=1e-15, equal_nan=True)
         else:
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(actual, reference, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -163,10 +163,10 @@ def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor], compute: to
 def test_a_step_has_the_bits_of_the_pure_one(
     make: Callable[..., Shard], name: str, lengths: list[int], dtypes: Dtypes, seed: int
 ) -> None:
-    ours, theirs = make(lengths, dtypes, seed), make(lengths, dtypes, seed)
-    found = one_step(kernels.load(name), [ours], len(lengths), seed)
-    expected = one_step(ReferenceKernel(), [theirs], len(lengths), seed)
-    assert_same([*found, *memory_of(ours)], [*expected, *memory_of(theirs)], ours.compute)
+    actual, reference = make(lengths, dtypes, seed), make(lengths, dtypes, seed)
+    sums = one_step(kernels.load(name), [actual], len(lengths), seed)
+    reference_sums = one_step(ReferenceKernel(), [reference], len(lengths), seed)
+    assert_same([*sums, *memory_of(actual)], [*reference_sums, *memory_of(reference)], actual.compute)
 
 
 @pytest.mark.parametrize("name", ["torch", "fused", *OTHERS])

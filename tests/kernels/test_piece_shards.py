@@ -81,8 +81,8 @@ def test_pieces_have_the_bits_of_a_flat_shard(
             results.append((squares, sums))
     finally:
         reference.CHUNK_BLOCKS = before
-    for ours, theirs in zip(results[0], results[1], strict=True):
-        assert torch.equal(ours, theirs)
+    for actual, expected in zip(results[0], results[1], strict=True):
+        assert torch.equal(actual, expected)
     at = 0
     for param, length in enumerate(lengths):
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
@@ -138,9 +138,9 @@ def test_pieces_with_masters_have_the_bits_of_a_flat_shard(
     at = 0
     for param, length in enumerate(lengths):
         for kind in ("weight", "model", "exp_avg", "exp_avg_sq"):
-            ours, theirs = getattr(pieces, kind)[param], getattr(flat, kind)[at : at + length]
-            assert ours.dtype == theirs.dtype
-            assert torch.equal(ours, theirs), kind
+            actual, expected = getattr(pieces, kind)[param], getattr(flat, kind)[at : at + length]
+            assert actual.dtype == expected.dtype
+            assert torch.equal(actual, expected), kind
         assert torch.equal(pieces.model[param], pieces.weight[param].to(dtype))
         at += round_up(length, BLOCK)
 

@@ -172,10 +172,10 @@ def test_twenty_steps_without_ties_have_the_bits_of_fp32_masters(stage: int, wor
     split = run_ranks(world, watched_run, world, stage, seed, SPLIT)
     plain = run_ranks(world, watched_run, world, stage, seed, {})
     assert sum(count for _, _, count, _ in plain) == 0, "another seed: this run meets a tie"
-    for ours, theirs in zip(split, plain, strict=True):
-        training.assert_same_bits(ours[0], theirs[0])
-        training.assert_same_bits(ours[1], theirs[1])
-        assert ours[3] == theirs[3]
+    for actual, expected in zip(split, plain, strict=True):
+        training.assert_same_bits(actual[0], expected[0])
+        training.assert_same_bits(actual[1], expected[1])
+        assert actual[3] == expected[3]
 
 
 def test_any_number_of_ranks_has_the_same_bits() -> None:
@@ -472,11 +472,11 @@ def fsdp_run(rank: int, options: dict[str, Any]) -> tuple[models.Run, int]:
 def test_fully_sharded_models_have_the_bits_of_fp32_masters() -> None:
     split, plain = run_ranks(3, fsdp_run, SPLIT), run_ranks(3, fsdp_run, {})
     assert sum(count for _, count in plain) == 0, "another seed: this run meets a tie"
-    for (ours, _), (theirs, _) in zip(split, plain, strict=True):
-        training.assert_same_bits(ours.weights, theirs.weights)
-        training.assert_same_bits(ours.masters, theirs.masters)
-        numel = sum(ours.local_sizes.values())
-        assert ours.memory == {**theirs.memory, "masters": 2 * numel}
-        assert theirs.memory["masters"] == 4 * numel
+    for (actual, _), (expected, _) in zip(split, plain, strict=True):
+        training.assert_same_bits(actual.weights, expected.weights)
+        training.assert_same_bits(actual.masters, expected.masters)
+        numel = sum(actual.local_sizes.values())
+        assert actual.memory == {**expected.memory, "masters": 2 * numel}
+        assert expected.memory["masters"] == 4 * numel
     overrides = models.overrides(split[0][0].start)
     models.check([run for run, _ in split], lr=0.02, max_grad_norm=5.0, overrides=overrides)

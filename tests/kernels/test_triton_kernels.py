@@ -227,8 +227,8 @@ def test_a_gpu_has_the_bits_of_the_reference_on_a_cpu() -> None:
         )
     ]
     for bad in (False, True):
-        ours = stepped(TritonKernel(), forms, 1, bad, "cuda")
-        assert_same(ours, stepped(ReferenceKernel(), forms, 1, bad))
+        actual = stepped(TritonKernel(), forms, 1, bad, "cuda")
+        assert_same(actual, stepped(ReferenceKernel(), forms, 1, bad))
 
 
 @gpu
@@ -237,8 +237,8 @@ def test_a_gpu_has_the_bits_of_the_reference_on_a_cpu() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_on_a_gpu_has_the_bits_of_the_reference(dtype: torch.dtype) -> None:
     """Except for the fp64 powers of the bias correction, which differ between libraries: to fp32's last bits."""
-    ours = trained(TritonKernel(), dtype, "cuda")
-    for x, y in zip(ours, trained(ReferenceKernel(), dtype), strict=True):
+    actual = trained(TritonKernel(), dtype, "cuda")
+    for x, y in zip(actual, trained(ReferenceKernel(), dtype), strict=True):
         torch.testing.assert_close(x.cpu(), y.cpu())
 
 
@@ -273,19 +273,19 @@ def test_a_step_does_not_wait_for_the_device(request: pytest.FixtureRequest) -> 
 @pytest.mark.gpu
 def test_a_captured_step_equals_an_eager_step() -> None:
     """Bit for bit, with other gradients at the same address and another learning rate."""
-    (captured, ours), (eager, theirs) = _optimizer_on_a_device(), _optimizer_on_a_device()
+    (captured, actual), (eager, expected) = _optimizer_on_a_device(), _optimizer_on_a_device()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ours.step()
+        actual.step()
     for seed in range(3):
         torch.manual_seed(seed)
         for p, q in zip(captured.parameters(), eager.parameters(), strict=True):
             assert p.grad is not None
             assert q.grad is not None
             q.grad.copy_(p.grad.copy_(torch.randn_like(p)))
-        for optimizer in (ours, theirs):
+        for optimizer in (actual, expected):
             optimizer.param_groups[0]["lr"].fill_(0.01 / (1 + seed))
         graph.replay()
-        theirs.step()
+        expected.step()
         for p, q in zip(captured.parameters(), eager.parameters(), strict=True):
             assert torch.equal(p, q)

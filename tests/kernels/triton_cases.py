@@ -69,11 +69,11 @@ def test_gradients_with_scale_0_are_not_used() -> None:
     forms = [
         Form(flat, (256, 700, 3, 1), torch.float32, None, torch.float32, *F32[3:]) for flat in (False, True)
     ]
-    ours, theirs = (
+    actual, expected = (
         stepped(kernel, forms, 2, True, steps=1) for kernel in (TritonKernel(), ReferenceKernel())
     )
-    assert_same(ours, theirs)
-    assert ours[1].isfinite().all()
+    assert_same(actual, expected)
+    assert actual[1].isfinite().all()
 
 
 PLACES = [(weight, model) for weight in FLOATS for model in (None, *FLOATS[:3]) if weight != model]
@@ -90,10 +90,10 @@ def test_every_dtype_in_every_place(flat: bool) -> None:
             for weight, model, grad, state in COMBINATIONS
             if torch.promote_types(weight, torch.float32) == compute
         ]
-        ours, theirs = (
+        actual, expected = (
             stepped(kernel, forms, 5, False, steps=1) for kernel in (TritonKernel(), ReferenceKernel())
         )
-        assert_same(ours, theirs)
+        assert_same(actual, expected)
 
 
 def special(values: Sequence[float], dtype: torch.dtype) -> Form:
@@ -301,5 +301,7 @@ def test_sums_over_many_blocks_are_accurate_and_deterministic(dtype: torch.dtype
 def test_training_has_the_bits_of_the_reference(dtype: torch.dtype) -> None:
     everything = {"stage": 2, "max_grad_norm": 1.0, "state_dtype": torch.bfloat16}
     for options in ({}, everything, {**everything, "store_param_remainders": True}):
-        ours, theirs = (trained(kernel, dtype, **options) for kernel in (TritonKernel(), ReferenceKernel()))
-        assert_same(ours, theirs)
+        actual, expected = (
+            trained(kernel, dtype, **options) for kernel in (TritonKernel(), ReferenceKernel())
+        )
+        assert_same(actual, expected)
