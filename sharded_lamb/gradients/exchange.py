@@ -75,7 +75,7 @@ class FusedReduceScatter:
 
     def __init__(self, bucket: FlatBucket, full: Tensor, received: Tensor, collectives: Collectives) -> None:
         self.full, self.received, self._collectives = full, received, collectives
-        self._places = [bucket.place(position, full) for position in range(len(bucket.params))]
+        self._places = [bucket.param_view(position, full) for position in range(len(bucket.params))]
         gaps = bucket.plan.gaps()
         if len(gaps) * GAP_ELEMENTS > bucket.plan.numel:
             gaps = ((0, bucket.plan.numel),)
