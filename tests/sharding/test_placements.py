@@ -315,7 +315,7 @@ def two_optimizers(rank: int) -> None:
         (on_the_meta_device, "ValueError", "is on the meta device: call model.to_empty"),
         (plain_gradient, "TypeError", "the placements of the gradient are unknown"),
         (gradient_on_some_ranks, "ValueError", "it is a DTensor, of which every rank holds a part"),
-        (replicas_with_their_own_gradients, "ValueError", "these ranks would drift apart"),
+        (replicas_with_their_own_gradients, "ValueError", "these ranks would diverge"),
         (converted_after_construction, "RuntimeError", "convert and move the model first"),
         (two_optimizers, "ValueError", "already belongs to another ShardedLamb"),
     ],
