@@ -254,8 +254,8 @@ class ShardedLamb(ShardedOptimizer):
         self._skips.check(store.names)
         found_inf = getattr(self, "found_inf", None)
         decides = self._settings.skip_nonfinite or self.max_grad_norm is not None or self._clip is not None
-        may_wait = not decides and found_inf is None
-        self._update(self._gradients.ready(found_inf, may_wait=may_wait), found_inf)
+        may_defer = not decides and found_inf is None
+        self._update(self._gradients.ready(found_inf, may_defer=may_defer), found_inf)
         self._gradients.stepped()
         self._clip = None
         if not self._summarized and store.topology.rank == 0:
