@@ -83,24 +83,12 @@ def build_optimizer(config: RunConfig, bert: Any, stage: Literal[1, 2]) -> Any:
     """ShardedLamb over the model's parameters, named as the model names them."""
     from sharded_lamb import ShardedLamb
 
-    settings = config.optimizer
-    options: dict[str, Any] = {}
-    for name in ("adapt_without_decay", "bias_correction"):
-        if getattr(settings, name) is not None:  # null leaves it to the variant
-            options[name] = getattr(settings, name)
     return ShardedLamb(
         parameters_to_train(bert),
         lr=0.0,  # the schedule sets it before every step
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        variant=settings.variant,
-        max_grad_norm=settings.max_grad_norm,
-        exclude_from_weight_decay=settings.exclude_from_weight_decay,
-        exclude_from_layer_adaptation=settings.exclude_from_layer_adaptation,
         stage=stage,
-        bucket_mb=settings.bucket_mb,
-        **options,
+        bucket_mb=config.optimizer.bucket_mb,
+        **config.optimizer.keywords(),
     )
 
 

@@ -16,6 +16,7 @@ from sharded_lamb.convert.common import (
     Converted,
     Note,
     check_format,
+    flags_of,
     group_options,
     left_out,
     scalars_of,
@@ -44,10 +45,7 @@ def from_apex(
         )
 
     def options(group: Mapping[str, Any]) -> dict[str, Any]:
-        own = {
-            "bias_correction": bool(group.get("bias_correction", True)),
-            "grad_averaging": bool(group.get("grad_averaging", True)),
-        }
+        own = flags_of(group, {name: name for name in ("bias_correction", "grad_averaging")})
         return group_options(variant or "apex", {**scalars_of(group), **own})
 
     states = read.states(lambda group, state: group.get("step"))

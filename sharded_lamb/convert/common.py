@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.checkpoint.contents import Contents
-from sharded_lamb.core.hyperparams import GROUP_OPTIONS, validate_group, variant_options
+from sharded_lamb.core.hyperparams import GROUP_OPTIONS, SCALAR_DEFAULTS, validate_group, variant_options
 from sharded_lamb.core.names import normalize
 
 Note = str
@@ -76,10 +76,7 @@ def group_options(variant: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     filled = variant_options(variant)
     options = {
-        "lr": 1e-3,
-        "betas": (0.9, 0.999),
-        "eps": 1e-6,
-        "weight_decay": 0.01,
+        **SCALAR_DEFAULTS,
         "variant": variant,
         **{name: filled[name] for name in GROUP_OPTIONS},
         **given,
@@ -110,6 +107,14 @@ def scalars_of(group: Mapping[str, Any]) -> dict[str, Any]:
         if key in group:
             found[key] = float(group[key])
     return found
+
+
+def flags_of(group: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, bool]:
+    """{our option: value} of the switches that the group has, from {our option: its key}.
+
+    One that it has not is the variant's to fill.
+    """
+    return {ours: bool(group[theirs]) for ours, theirs in names.items() if theirs in group}
 
 
 _MARKS = {

@@ -281,11 +281,10 @@ def _options(groups: Sequence[Mapping[str, Any]], variant: str | None) -> Conver
 
 
 def _of_their_lamb(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **scalars_of(group),
-        "bias_correction": "lr" if group.get("bias_correction", True) else False,
-        "trust_clip": (float(group["min_coeff"]), float(group["max_coeff"])),
-    }
+    own = {**scalars_of(group), "trust_clip": (float(group["min_coeff"]), float(group["max_coeff"]))}
+    if "bias_correction" in group:
+        own["bias_correction"] = "lr" if group["bias_correction"] else False
+    return own
 
 
 def _clip(optimizer: Mapping[str, Any], model: Mapping[str, Any]) -> float | None:

@@ -10,6 +10,7 @@ from sharded_lamb.convert.common import (
     Note,
     check_format,
     differing,
+    flags_of,
     group_options,
     left_out,
     scalars_of,
@@ -17,6 +18,11 @@ from sharded_lamb.convert.common import (
 )
 from sharded_lamb.convert.grouping import PlainGroup, lost_options, plain_groups
 
+_FLAGS = {
+    "bias_correction": "bias_correction",
+    "grad_averaging": "grad_averaging",
+    "adapt_without_decay": "always_adapt",
+}
 _ITS_CLIP = (0.0, 1.0)  # trust_clip=True there: the ratio is at most 1
 
 
@@ -45,12 +51,9 @@ def from_timm(
         )
 
     def options(group: Mapping[str, Any]) -> dict[str, Any]:
-        own = {
-            "bias_correction": bool(group.get("bias_correction", True)),
-            "grad_averaging": bool(group.get("grad_averaging", True)),
-            "trust_clip": _ITS_CLIP if group.get("trust_clip") else None,
-            "adapt_without_decay": bool(group.get("always_adapt", False)),
-        }
+        own: dict[str, Any] = flags_of(group, _FLAGS)
+        if "trust_clip" in group:
+            own["trust_clip"] = _ITS_CLIP if group["trust_clip"] else None
         return group_options(variant or "timm", {**scalars_of(group), **own})
 
     contents = Contents(

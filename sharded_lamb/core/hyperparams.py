@@ -27,6 +27,11 @@ class RuleOptions(TypedDict, total=False):
     adapt_without_decay: bool
 
 
+SCALAR_DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
+    {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01}
+)
+"""What the signatures of `Lamb` and `ShardedLamb` say; no variant fills these."""
+
 DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
     {
         "bias_correction": True,

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
-from sharded_lamb.core.hyperparams import DEFAULTS, RuleOptions, variant_options
+from sharded_lamb.core.hyperparams import DEFAULTS, SCALAR_DEFAULTS, RuleOptions, variant_options
 
 DEFAULT_COEFFICIENTS = (0.01, 10.0)
 """DeepSpeed's min_coeff and max_coeff, where a config sets only one of them."""
@@ -33,13 +33,9 @@ RULE_KEYS = (*DEFAULTS, *DEEPSPEED, *ONE_BIT)
 
 def scalar_defaults(variant: str) -> dict[str, Any]:
     """lr, betas, eps and weight_decay where a config leaves them out: the variant's own authors' choice."""
-    theirs = variant == "deepspeed"
-    return {
-        "lr": 1e-3,
-        "betas": (0.9, 0.999),
-        "eps": 1e-8 if theirs else 1e-6,
-        "weight_decay": 0.0 if theirs else 0.01,
-    }
+    # microsoft/DeepSpeed deepspeed/ops/lamb/fused_lamb.py: eps=1e-8, weight_decay=0.
+    theirs = {"eps": 1e-8, "weight_decay": 0.0} if variant == "deepspeed" else {}
+    return {**SCALAR_DEFAULTS, **theirs}
 
 
 def translate(variant: str, given: Mapping[str, Any]) -> RuleOptions:
