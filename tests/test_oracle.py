@@ -61,7 +61,7 @@ def one_step(**options: Any) -> OracleLamb:
     return oracle
 
 
-def test_one_step_uses_p2p() -> None:
+def test_one_step_by_hand() -> None:
     u = np.array([0.6 / 1.6, 0.8 / 1.8])
     ratio = 5 / math.hypot(*u)
     oracle = one_step()
@@ -70,12 +70,12 @@ def test_one_step_uses_p2p() -> None:
     np.testing.assert_allclose(oracle.params["w"], [3, 4] - 0.5 * ratio * u, rtol=1e-15)
 
 
-def test_eps_inside_the_root_uses_p2p() -> None:
+def test_eps_inside_the_root_by_hand() -> None:
     u = np.array([0.6 / math.sqrt(1.36), 0.8 / math.sqrt(1.64)])
     np.testing.assert_allclose(one_step(eps_inside_sqrt=True).ratios["w"], 5 / math.hypot(*u), rtol=1e-15)
 
 
-def test_clipping_uses_p2p() -> None:
+def test_clipping_by_hand() -> None:
     u = np.array([0.3 / 1.3, 0.4 / 1.4])
     oracle = one_step(max_grad_norm=0.5)
     assert oracle.grad_norm == pytest.approx(1.0, rel=1e-15)
@@ -83,12 +83,12 @@ def test_clipping_uses_p2p() -> None:
 
 
 @pytest.mark.parametrize(("bounds", "phi"), [((0.0, 2.0), 2.0), ((7.0, 9.0), 7.0), ((0.0, 10.0), 5.0)])
-def test_weight_norm_clip_uses_p2p(bounds: tuple[float, float], phi: float) -> None:
+def test_weight_norm_clip_by_hand(bounds: tuple[float, float], phi: float) -> None:
     u_norm = math.hypot(0.6 / 1.6, 0.8 / 1.8)
     np.testing.assert_allclose(one_step(weight_norm_clip=bounds).ratios["w"], phi / u_norm, rtol=1e-15)
 
 
-def test_correction_in_the_learning_rate_uses_p2p() -> None:
+def test_correction_in_the_learning_rate_by_hand() -> None:
     """m = g / 2 and v = g² / 16: without eps u is 2 · sign(g), and lr is multiplied by (1 / 4) / (1 / 2)."""
     oracle = one_step(betas=(0.5, 0.9375), eps=0.0, bias_correction="lr")
     ratio = 5 / math.hypot(2, 2)

@@ -1,4 +1,4 @@
-"""`parallel: deepspeed`: BERT in DeepSpeed's engine, whose ZeRO shards and whose optimizer is `DeepSpeedLamb`."""
+"""`parallel: deepspeed`: BERT in DeepSpeed's engine. DeepSpeed's ZeRO shards it; the optimizer is `DeepSpeedLamb`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from sharded_lamb.bert.optim import restart_steps, set_lr
 from sharded_lamb.checkpoint import Checkpoints, InMemoryCheckpoint, RankGroup, read_contents, write_contents
 
 
-class EngineTrainee:
-    """A `Trainee`. Under ZeRO 3 parameters are whole only while the module that holds them runs."""
+class EngineBackend:
+    """A `TrainBackend`. ZeRO 3 gathers parameters only while their module runs."""
 
     def __init__(self, config: RunConfig, losses: Losses, world_size: int) -> None:
         if importlib.util.find_spec("deepspeed") is None:
@@ -29,11 +29,13 @@ class EngineTrainee:
             )
         import sharded_lamb.deepspeed
 
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists; without a launcher there is one rank
+        os.environ.setdefault(
+            "LOCAL_RANK", "0"
+        )  # DeepSpeed requires it; without a launcher there is one rank
         self.bert, self.losses = losses.module, losses
-        # DeepSpeed's master of an fp32 parameter is the parameter itself: checkpoints have it already.
+        # The master of an fp32 parameter equals the parameter, which checkpoints contain already.
         self._trained = [(name, p.dtype == torch.float32) for name, p in parameters_to_train(self.bert)]
-        self._linear = torch.nn.functional.linear  # ZeRO 3 puts its own in its place, for the whole process
+        self._linear = torch.nn.functional.linear  # ZeRO 3 replaces it, for the whole process
         self._engine: Any = sharded_lamb.deepspeed.initialize(
             model=losses, config=ds_config(config, world_size)
         )[0]
@@ -45,7 +47,7 @@ class EngineTrainee:
         self._engine.set_gradient_accumulation_boundary(last)
         out: Tensor = self._engine(batch)
         faults.point("backward")
-        # Scaled by the whole global batch already: not again by the number of micro-batches.
+        # `scale` already divides by the global batch: do not divide by the number of micro-batches.
         self._engine.backward((out[:2] * scale).sum(), scale_wrt_gas=False)
         return out.detach()
 
@@ -70,13 +72,13 @@ class EngineTrainee:
         first = torch.distributed.get_rank() == 0
         whole = {}
         for name, p in self.bert.named_parameters():
-            with zero.GatheredParameters([p]):  # nothing is done to what is whole already
+            with zero.GatheredParameters([p]):  # a no-op for unpartitioned parameters
                 if first:
                     whole[name] = p.detach().cpu().clone().contiguous()
         return whole if first else None
 
     def save(self, checkpoints: Checkpoints, step: int, extra: dict[str, Any]) -> None:
-        """Whole tensors, written by the first rank: partitions are DeepSpeed's."""
+        """The first rank writes unsharded tensors: partitions are DeepSpeed's format."""
         weights, full = self.weights(), self._lamb.full_state_dict()
 
         def write() -> None:
@@ -90,7 +92,7 @@ class EngineTrainee:
     def _contents(
         self, weights: dict[str, Tensor], full: dict[str, Any], extra: dict[str, Any]
     ) -> InMemoryCheckpoint:
-        own = self.bert.state_dict(keep_vars=True)  # under ZeRO 3 of empty parameters
+        own = self.bert.state_dict(keep_vars=True)  # ZeRO 3 leaves its parameters empty
         first = {id(tensor): name for name, tensor in reversed(own.items())}
         aliases = {name: first[id(tensor)] for name, tensor in own.items() if first[id(tensor)] != name}
         states = {}
@@ -102,7 +104,7 @@ class EngineTrainee:
         names = [name for name, _ in self._trained]
         groups = [
             {
-                "names": [names[place] for place in group["params"]],
+                "names": [names[index] for index in group["params"]],
                 "options": {
                     key: value for key, value in group.items() if key not in ("params", "param_names")
                 },

@@ -18,8 +18,8 @@ from sharded_lamb.checkpoint import Checkpoints
 STAGES: dict[str, Literal[1, 2]] = {"ddp+zero1": 1, "zero2": 2}
 
 
-class OptimizerTrainee:
-    """What the ways of sharding with `ShardedLamb` share of a `Trainee`."""
+class OptimizerBackend:
+    """The part of a `TrainBackend` that every sharding with `ShardedLamb` shares."""
 
     def __init__(self, losses: Losses, optimizer: Any) -> None:
         self.bert, self.losses = losses.module, losses
@@ -50,23 +50,23 @@ class OptimizerTrainee:
         pass
 
 
-class ShardedTrainee(OptimizerTrainee):
-    """A `Trainee`: with stage 1, DDP averages gradients; with stage 2, the optimizer does."""
+class ShardedBackend(OptimizerBackend):
+    """A `TrainBackend`. Stage 1: DDP averages gradients; stage 2: the optimizer does."""
 
     def __init__(self, config: RunConfig, losses: Losses) -> None:
-        self._called: Any = losses  # wrapped as configured; what training calls
+        self._wrapped: Any = losses  # in DDP or compiled, as configured
         stage = STAGES[config.parallel]
         if stage == 1:
-            self._called = torch.nn.parallel.DistributedDataParallel(losses)
+            self._wrapped = torch.nn.parallel.DistributedDataParallel(losses)
         super().__init__(losses, build_optimizer(config, losses.module, stage))
-        self._unsynchronized = self._optimizer.no_sync if stage == 2 else self._called.no_sync
+        self._unsynchronized = self._optimizer.no_sync if stage == 2 else self._wrapped.no_sync
         if config.speed.compile:
-            self._called = torch.compile(self._called)
+            self._wrapped = torch.compile(self._wrapped)
 
     def accumulate(self, batch: MicroBatch, scale: Tensor, *, last: bool) -> Tensor:
         context: AbstractContextManager[Any] = nullcontext() if last else self._unsynchronized()
         with context:
-            out: Tensor = self._called(batch)
+            out: Tensor = self._wrapped(batch)
             loss: Tensor = (out[:2] * scale).sum()
             faults.point("backward")
             loss.backward()  # type: ignore[no-untyped-call]
@@ -75,7 +75,7 @@ class ShardedTrainee(OptimizerTrainee):
     def weights(self) -> dict[str, Tensor] | None:
         if torch.distributed.get_rank() != 0:
             return None
-        # Copies: parameters are views of flat buckets, which would be written whole for each of them.
+        # Copies: parameters are views of flat buckets, and writing a view writes its whole bucket.
         return {name: p.detach().cpu().clone().contiguous() for name, p in self.bert.named_parameters()}
 
 

@@ -15,7 +15,7 @@ from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.model import build_bert
 from sharded_lamb.bert.ranks import Ranks
 from sharded_lamb.bert.train import run
-from sharded_lamb.bert.trainee import build_trainee
+from sharded_lamb.bert.train_backend import build_backend
 from sharded_lamb.core.hyperparams import GROUP_OPTIONS
 from tests.harness import run_ranks
 from tests.oracle import VARIANT_FACTS
@@ -97,18 +97,18 @@ def micro_batch() -> MicroBatch:
 
 def stepped(config: Any) -> tuple[dict[str, Any], dict[str, float]]:
     """(options in the optimizer, its trust ratios) after a step of a small BERT."""
-    pieces: Any = SimpleNamespace(size=64, pad=0)
-    trainee: Any = build_trainee(config, build_bert(config, pieces), 1)
-    trainee.accumulate(micro_batch(), torch.tensor([1 / 3, 1 / 2]), last=True)
-    trainee.step(0.01)
-    optimizer = trainee._lamb if config.parallel == "deepspeed" else trainee._optimizer
+    vocabulary: Any = SimpleNamespace(size=64, pad=0)
+    backend: Any = build_backend(config, build_bert(config, vocabulary), 1)
+    backend.accumulate(micro_batch(), torch.tensor([1 / 3, 1 / 2]), last=True)
+    backend.step(0.01)
+    optimizer = backend._lamb if config.parallel == "deepspeed" else backend._optimizer
     (group,) = optimizer.param_groups
-    found = {name: group[name] for name in (*GROUP_OPTIONS, "betas", "eps", "weight_decay")}
-    found = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
-    found["max_grad_norm"] = optimizer.max_grad_norm
-    ratios = trainee.trust_ratios()
-    trainee.close()
-    return found, ratios
+    options = {name: group[name] for name in (*GROUP_OPTIONS, "betas", "eps", "weight_decay")}
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    options["max_grad_norm"] = optimizer.max_grad_norm
+    ratios = backend.trust_ratios()
+    backend.close()
+    return options, ratios
 
 
 def steps_of(

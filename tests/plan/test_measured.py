@@ -182,7 +182,7 @@ def test_check_passes_and_fails(planted: tuple[str, Callable[..., Any]] | None, 
     assert run_ranks(2, checked, planted) == [code] * 2
 
 
-def probed_uses_p2p(rank: int) -> tuple[Any, ...]:
+def probed_by_hand(rank: int) -> tuple[Any, ...]:
     """The probe's machine from given times, and the arguments of the chosen kernel."""
     kernel = mock.MagicMock(wraps=ReferenceKernel())
     seconds = iter([0.5, 0.125, 0.375])
@@ -205,7 +205,7 @@ def probed_uses_p2p(rank: int) -> tuple[Any, ...]:
 
 
 def test_the_probe_times_the_kernel_that_optimizers_choose() -> None:
-    for machine, chosen, numel, squares, last in run_ranks(2, probed_uses_p2p):
+    for machine, chosen, numel, squares, last in run_ranks(2, probed_by_hand):
         assert chosen == ("auto", CPU)
         assert numel >= 1 << 22
         assert squares == numel  # of weights that are 1
