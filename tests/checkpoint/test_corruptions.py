@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sharded_lamb import checkpoint
-from sharded_lamb.bench.corruptions import DAMAGES, GOOD, Trial, _made
+from sharded_lamb.bench.corruptions import DAMAGES, GOOD, Trial, _build
 from tests.harness import run_ranks
 
 
@@ -37,7 +37,7 @@ def test_every_kind_alone(damage: Any, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_sizes_alone_show_a_truncation(tmp_path: Path) -> None:
-    model, opt = _made()
+    model, opt = _build()
     checkpoint.save(tmp_path / "c", model, opt)
     path = tmp_path / "c" / "shard-00000.safetensors"
     data = path.read_bytes()
@@ -99,13 +99,13 @@ def rewrite(rng: random.Random, folder: Path) -> str:
 
 def test_rewritten_manifests_are_rejected_by_name_or_load(tmp_path: Path) -> None:
     refused, unclear = 0, []
-    model, opt = _made()
+    model, opt = _build()
     checkpoint.save(tmp_path / "c", model, opt, {"position": {"step": 3, "pair": (1, 2)}})
     manifest = (tmp_path / "c" / "manifest.json").read_bytes()
     for seed in range(400):
         (tmp_path / "c" / "manifest.json").write_bytes(manifest)
         did = rewrite(random.Random(seed), tmp_path / "c")
-        model, opt = _made()
+        model, opt = _build()
         try:
             checkpoint.load(tmp_path / "c", model, opt, {"position": {}})
         except Exception as error:
@@ -117,7 +117,7 @@ def test_rewritten_manifests_are_rejected_by_name_or_load(tmp_path: Path) -> Non
 
 
 def test_a_newer_format_is_rejected_by_its_version(tmp_path: Path) -> None:
-    model, opt = _made()
+    model, opt = _build()
     checkpoint.save(tmp_path / "c", model, opt)
     manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
     (tmp_path / "c" / "manifest.json").write_text(
@@ -131,7 +131,7 @@ def test_a_newer_format_is_rejected_by_its_version(tmp_path: Path) -> None:
 @pytest.mark.parametrize("chunks", ["none", "one twice", "beyond"])
 def test_a_tensor_that_is_not_covered_is_rejected(chunks: str, tmp_path: Path) -> None:
     """Elements that no part covers would silently keep their old values."""
-    model, opt = _made()
+    model, opt = _build()
     checkpoint.save(tmp_path / "c", model, opt)
     manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
     entry = manifest["tensors"]["model.0.bias"]
@@ -153,7 +153,7 @@ def test_a_tensor_that_is_not_covered_is_rejected(chunks: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["../shard", "/etc/hostname", "a/b", "", ".."])
 def test_files_outside_the_folder_are_not_read(name: str, tmp_path: Path) -> None:
-    model, opt = _made()
+    model, opt = _build()
     checkpoint.save(tmp_path / "c", model, opt)
     manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
     manifest["tensors"]["model.0.weight"]["chunks"][0]["file"] = name
