@@ -33,7 +33,7 @@ def test_every_kind_alone(damage: Any, tmp_path: Path, monkeypatch: pytest.Monke
     trial = Trial(tmp_path)
     outcomes = {trial.run(seed)["outcome"] for seed in range(3)}
     assert outcomes <= {*GOOD}
-    assert outcomes == ({"loaded right"} if damage.__name__ == "stranger" else {"refused"})
+    assert outcomes == ({"loaded right"} if damage.__name__ == "unexpected_file" else {"refused"})
 
 
 def test_sizes_alone_show_a_truncation(tmp_path: Path) -> None:
