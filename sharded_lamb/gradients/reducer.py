@@ -175,10 +175,8 @@ class BackwardReducer:
     def _before_sentinel_gradient(self) -> None:
         """Remove the sentinel from ``.grad`` before autograd adds a gradient to it."""
         assert self.sentinel is not None
-        if (
-            self.sentinel.p.grad is None and self._round is None
-        ):  # the model zeroed it, also a sentinel set aside
-            self.sentinel.drop()
+        if self.sentinel.p.grad is None and self._round is None:
+            self.sentinel.drop()  # the model zeroed it; drops a sentinel set aside too
         if self.enabled:
             self._open_round()
         self.sentinel.set_aside(used=self.state is ReducerState.USED)
@@ -303,9 +301,7 @@ class BackwardReducer:
             if late_buckets:
                 current.fresh = False
                 for index in sorted(late_buckets):
-                    current.square_sums[list(self.buckets[index].plan.params)] = (
-                        0  # the kernel sums them again
-                    )
+                    current.square_sums[list(self.buckets[index].plan.params)] = 0  # summed again
                     self._launch(current, index)
                 self._drain(current)
                 summary = self._agree(current, [False] * len(self.params))

@@ -89,6 +89,5 @@ class Sentinel:
                 "pass max_grad_norm; use stage=1 for other changes"
             )
         factor = self._grad.flatten()[0].to(torch.float64)
-        return torch.where(
-            factor.isfinite(), factor, torch.ones_like(factor)
-        )  # inf means a non-finite gradient
+        # inf marks a non-finite gradient and is no factor.
+        return torch.where(factor.isfinite(), factor, torch.ones_like(factor))

@@ -1,4 +1,4 @@
-"""`Lamb` and `ShardedLamb` against the golden vectors, and its table of variants against what the sources do."""
+"""`Lamb` and `ShardedLamb` against the golden vectors, and the table of variants against the original sources."""
 
 import inspect
 import json
@@ -21,7 +21,7 @@ from tests.oracle import PLAIN, VARIANT_FACTS
 
 FOLDER = Path(__file__).parent / "golden"
 INPUTS = json.loads((FOLDER / "inputs.json").read_text())
-# dtype -> how far a parameter may be off (relative, norm-wise), and a ratio or norm (relative)
+# dtype → relative tolerance of a parameter (norm-wise), and of a ratio or norm
 TOLERANCES = {torch.float64: (1e-12, 1e-12), torch.float32: (2e-6, 5e-6)}
 
 
@@ -39,10 +39,10 @@ def set_gradients(params: Mapping[str, torch.nn.Parameter], grads: Mapping[str, 
         p.grad = None if grads[name] is None else torch.tensor(grads[name], dtype=p.dtype)
 
 
-def assert_near(p: torch.Tensor, value: Any, tolerance: float, where: str) -> None:
+def assert_near(p: torch.Tensor, value: Any, tolerance: float, label: str) -> None:
     expected = np.asarray(value, dtype=np.float64)
     gap = np.linalg.norm(np.ravel(p.detach().double().numpy() - expected))
-    assert gap <= tolerance * np.linalg.norm(np.ravel(expected)), f"{where}: {gap}"
+    assert gap <= tolerance * np.linalg.norm(np.ravel(expected)), f"{label}: {gap}"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -112,13 +112,13 @@ def test_parameters_keep_their_dtype(dtype: torch.dtype) -> None:
     assert {p.dtype for p in params.values()} == {dtype}
 
 
-def test_every_variant_is_known_here() -> None:
+def test_every_variant_has_facts() -> None:
     assert set(VARIANTS) == set(VARIANT_FACTS)
 
 
 @pytest.mark.parametrize("variant", VARIANT_FACTS)
-def test_variant_sets_what_its_source_does(variant: str) -> None:
-    """How a variant says "no adaptation here" is its own affair; the vectors test that by its effect."""
+def test_variant_has_the_options_of_its_source(variant: str) -> None:
+    """Except "adaptation_excludes", which variants express in different ways; the vectors test its effect."""
     entry = VARIANTS[variant]
     chosen = asdict(entry) if is_dataclass(entry) and not isinstance(entry, type) else dict(entry)
     facts = {k: v for k, v in VARIANT_FACTS[variant].items() if k != "adaptation_excludes"}
