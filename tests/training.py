@@ -69,7 +69,7 @@ def backward(
     gradients: Mapping[str, Tensor | None],
     order: Iterable[str] | None = None,
 ) -> None:
-    """A backward that leaves ``gradients``; hooks fire in the reverse of ``order``."""
+    """A backward that produces ``gradients``; hooks fire in the reverse of ``order``."""
     used = [name for name in (order or params) if gradients.get(name) is not None]
     if used:
         loss_of(params, gradients, used).backward()

@@ -14,7 +14,7 @@ from sharded_lamb.sharding.placements import Replicas
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """New parameters of an optimizer, and the properties of all its parameters that include them."""
+    """New parameters of an optimizer, and the DTensors, replicas and owner mask of all its parameters."""
 
     names: Sequence[str]  # of the new parameters
     params: Sequence[Tensor]  # [new P]

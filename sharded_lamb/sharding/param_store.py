@@ -161,5 +161,5 @@ class ParamStore:
         return (
             f"ShardedLamb stage {self.stages}: {len(self.topology.everyone)} ranks, {len(self.params)} tensors "
             f"({no_decay} without decay, {no_ratio} without ratio), {sizes['moments'] + sizes['masters']:,} bytes of "
-            f"state a rank, kernel {kernel}, variant {variant}"
+            f"state per rank, kernel {kernel}, variant {variant}"
         )

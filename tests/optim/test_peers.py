@@ -345,7 +345,7 @@ def test_zero_initialised_tensors_are_updated(stage: int) -> None:
 
 @STAGES
 def test_ratios_above_one_scale_updates_up(stage: int) -> None:
-    """The ratio is ‖w‖/‖u‖ above 1 too, not only a bound on ‖u‖."""
+    """The ratio equals ‖w‖/‖u‖ above 1 as well; it does not only bound ‖u‖."""
     for _, ratios in run_ranks(2, train_from_zero, stage):
         assert 40 < ratios["embed.weight"] < 120
 

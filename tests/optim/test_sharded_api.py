@@ -401,5 +401,5 @@ def test_first_step_logs_one_line_on_the_first_rank() -> None:
     assert others == [[]]
     assert line == (
         "INFO ShardedLamb stage 2: 2 ranks, 3 tensors (2 without decay, 1 without ratio), "
-        f"{2 * 4 * 512:,} bytes of state a rank, kernel {choose('auto', torch.device('cpu')).name}, variant nvlamb"
+        f"{2 * 4 * 512:,} bytes of state per rank, kernel {choose('auto', torch.device('cpu')).name}, variant nvlamb"
     )
