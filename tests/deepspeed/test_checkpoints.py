@@ -408,7 +408,7 @@ def test_a_full_state_that_does_not_fit_raises_on_every_rank(tmp_path: Path) -> 
         (3, lambda: full["state"][2].update(step=torch.tensor(7.0)), "one step count"),
         (1, lambda: full["state"].update({999: full["state"][2]}), "state of parameters [999]"),
         (2, lambda: full["state"][2].update(exp_avg="x"), "AttributeError"),
-        (2, lambda: full["param_groups"].pop(), "holds groups of"),
+        (2, lambda: full["param_groups"].pop(), "has groups of"),
     ):
         kept = {key: dict(value) for key, value in full["state"].items()}
         change()
