@@ -259,7 +259,7 @@ def test_other_dtypes_have_fp32_masters() -> None:
 
 def test_another_master_dtype_raises() -> None:
     p = Parameter(torch.ones(3, dtype=BF16))
-    with pytest.raises(ValueError, match=r"needs master_dtype=torch.float32, got torch.bfloat16.*Leave one"):
+    with pytest.raises(ValueError, match=r"needs master_dtype=torch.float32, got torch.bfloat16.*Omit one"):
         ShardedLamb([("p", p)], master_dtype=BF16, **SPLIT)
 
 
