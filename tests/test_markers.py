@@ -9,6 +9,7 @@ from tests.conftest import SYSTEM, TESTS
 PROGRAMS = re.compile(r"subprocess\.(run|Popen)\(|\bcluster\.tasks\(|\bslurm\(\)")
 UNIT_ALL_THE_SAME = {
     "checkpoint/test_folder.py",  # sha256sum, mount
+    "convert/test_command.py",  # one of each command
     "checkpoint/test_saving.py",
     "test_architecture.py",  # git
     "test_harness.py",
