@@ -334,7 +334,7 @@ class BackwardReducer:
                 "GradScaler read gradients that stage=2 had not reduced, and would unscale them separately from the "
                 "reduced ones: run the last backward before a step outside no_sync()"
             )
-        is_attached = self.sentinel is not None and self.sentinel.is_attached
+        is_attached = self.sentinel is None or self.sentinel.is_attached  # None: no parameter has elements
         if self._round is not None or self.summary is None or not is_attached or any(self._left_over()):
             return self.flush()
         return self.summary
