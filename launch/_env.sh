@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# Sourced by the launch scripts. Checks the machine, makes .venv in the repository root (once: a stamp of
-# everything that decides its content lets later runs reuse it without calling pip) and puts it first on PATH.
+# Sourced by the launch scripts. Checks the machine, creates .venv in the repository root (once: a hash of all
+# inputs lets later runs reuse it without calling pip) and puts it first on PATH.
 
 REPO_ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python3}
 readonly VENV=$REPO_ROOT/.venv
-# With .venv active, it is the one that .venv was made with: another stamp would remake it, under whatever uses it.
+# With .venv active, use the Python that created it: another stamp would recreate .venv while it is in use.
 if [[ $(command -v -- "$PYTHON") == "$VENV"/* ]]; then
     PYTHON=$("$PYTHON" -c 'import sys; print(sys._base_executable)') || PYTHON=python3
 fi
@@ -40,7 +40,7 @@ check_c_compiler() {
         "install one (Debian and Ubuntu: apt-get install build-essential) or name one with CC=/path/to/cc"
 }
 
-# Everything that decides what the environment holds, hashed; the tools' own settings in pyproject.toml do not.
+# Hash of all inputs of the environment; tool settings in pyproject.toml are not among them.
 env_stamp() {
     "$PYTHON" - "$1" "$REPO_ROOT" <<'PY'
 import hashlib, pathlib, sys, tomllib
@@ -54,18 +54,18 @@ print(hashlib.sha256(repr(parts).encode()).hexdigest())
 PY
 }
 
-# The commands are chained: `set -e` does not act inside a function whose status is tested.
+# The commands are chained: `set -e` has no effect inside a function whose status is tested.
 install_env() {
     local extras=$1 pip=("$VENV/bin/python" -m pip --disable-pip-version-check --quiet)
     printf '%s: installing into %s (minutes, the first time)\n' "${0##*/}" "$VENV" >&2
     "$PYTHON" -m venv --clear "$VENV" &&
         "${pip[@]}" install -c "$CONSTRAINTS" setuptools wheel &&
         "${pip[@]}" install -c "$CONSTRAINTS" --no-build-isolation -e "${REPO_ROOT}[$extras]" &&
-        # A peer the tests compare with. Its dependency torchvision would replace torch, and is not needed.
+        # The tests compare with timm. Its dependency torchvision is not needed and would replace torch.
         "${pip[@]}" install -c "$CONSTRAINTS" --no-deps timm
 }
 
-# prepare_env [--use-current-env]: afterwards `python` is the one to use.
+# prepare_env [--use-current-env]: afterwards `python` is the environment's.
 prepare_env() {
     if [[ ${1:-} == --use-current-env ]]; then
         python -c 'import sharded_lamb' 2>/dev/null ||

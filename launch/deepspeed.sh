@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs a program with DeepSpeed's launcher, which reaches the hosts by ssh: launch/deepspeed.sh [--dry-run] [OPTION ...] PROGRAM ...
+# Runs a program with DeepSpeed's launcher, which connects to hosts by ssh: launch/deepspeed.sh [--dry-run] [OPTION ...] PROGRAM ...
 # OPTION is any of deepspeed's (--include=node-0@node-1:0,2, --exclude=node-1:7, --num_nodes 2, --ssh_port 22 ...). PROGRAM is a script with its
-# arguments, or `-m` and a module; "type": "ShardedLamb" is known in it. Call it on one host, in a folder that all hosts have. Settings, from the environment:
+# arguments, or `-m` and a module; "type": "ShardedLamb" is registered in it. Call it on one host, in a folder that exists on all hosts. Settings, from the environment:
 #   HOSTFILE        hosts and their ranks, as launch/hostfile; without it, this machine's GPUs
 #   MASTER_ADDR     the first host, as others reach it (asked by ssh)    MASTER_PORT     (29500)
 #   INTERFACE       network interface that ranks talk over               NODE_RANK       of this host: without ssh, the same line on each host
-#   PREFLIGHT       0 leaves the preflight out (1)                       PREFLIGHT_ARGS  more of its arguments
-# Hosts get this shell's NCCL_* and PYTHON*, what INTERFACE sets, and the lines NAME=VALUE of ~/.deepspeed_env and ./.deepspeed_env.
+#   PREFLIGHT       0 skips the preflight (1)                            PREFLIGHT_ARGS  more of its arguments
+# Hosts receive this shell's NCCL_* and PYTHON*, the variables that INTERFACE sets, and the lines NAME=VALUE of ~/.deepspeed_env and ./.deepspeed_env.
 set -euo pipefail
 # shellcheck source=launch/_env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/_env.sh"
@@ -70,7 +70,7 @@ fi
 
 use_interface "${INTERFACE:-}"
 if [[ -n ${INTERFACE:-} && -z $dry_run ]]; then
-    # DeepSpeed carries NCCL's variables over by itself, others only from such a file.
+    # DeepSpeed forwards NCCL's variables itself, and others only from this file.
     DS_ENV_FILE=$(mktemp)
     export DS_ENV_FILE
     trap 'rm -f -- "$DS_ENV_FILE"' EXIT
@@ -78,7 +78,7 @@ if [[ -n ${INTERFACE:-} && -z $dry_run ]]; then
     printf '%s_SOCKET_IFNAME=%s\n' NCCL "$INTERFACE" GLOO "$INTERFACE" TP "$INTERFACE" >>"$DS_ENV_FILE"
 fi
 
-# run COMMAND ...: in a process group of its own, which gets the SIGTERM that this script gets.
+# run COMMAND ...: in a separate process group, to which this script forwards SIGTERM.
 run() {
     if [[ -n $dry_run ]]; then
         execute "$@"
@@ -104,6 +104,6 @@ if [[ ${PREFLIGHT:-1} == 1 ]]; then
     read -ra more <<<"${PREFLIGHT_ARGS:-}"
     run "${deepspeed[@]}" --no_local_rank --module sharded_lamb preflight "${more[@]}" || die "the preflight failed; what it says is above"
 fi
-# This package's commands read LOCAL_RANK, and take no --local_rank.
+# This package's commands read LOCAL_RANK and accept no --local_rank.
 [[ -z ${module[*]} || $1 != sharded_lamb* ]] || module=(--no_local_rank --module)
 run "${deepspeed[@]}" "${module[@]}" "$@"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Runs a program on all GPUs of one or many hosts, the same line on each: launch/torchrun.sh [--dry-run] PROGRAM ...
-# PROGRAM is what torchrun takes, e.g. `-m sharded_lamb.bert --config configs/bert-large-phase1.yaml`. Settings, from the environment:
-#   NNODES          hosts, or MIN:MAX to go on with fewer (1)    NPROC_PER_NODE  processes a host (its GPUs, else 1)
+# PROGRAM is a torchrun program, e.g. `-m sharded_lamb.bert --config configs/bert-large-phase1.yaml`. Settings, from the environment:
+#   NNODES          hosts, or MIN:MAX to continue with fewer (1)    NPROC_PER_NODE  processes a host (its GPUs, else 1)
 #   RDZV            static or c10d (static)                      NODE_RANK       of this host, static only (0)
 #   MASTER_ADDR     the first host, as others reach it           MASTER_PORT     (29500)
-#   RDZV_ID         of this job, c10d only (sharded-lamb)        IS_HOST         1 on the first host, 0 elsewhere: where names do not resolve
-#   INTERFACE       network interface that ranks talk over       LOCAL_ADDR      this host's address, where its name does not resolve
-#   MAX_RESTARTS    after a rank has failed (3)                  LOG_DIR         torchrun's logs a rank
-#   PREFLIGHT       0 leaves the preflight out (1)               PREFLIGHT_ARGS  more of its arguments
+#   RDZV_ID         of this job, c10d only (sharded-lamb)        IS_HOST         1 on the first host, 0 elsewhere: if names do not resolve
+#   INTERFACE       network interface that ranks talk over       LOCAL_ADDR      this host's address, if its name does not resolve
+#   MAX_RESTARTS    after a rank has failed (3)                  LOG_DIR         torchrun's logs per rank
+#   PREFLIGHT       0 skips the preflight (1)                    PREFLIGHT_ARGS  more of its arguments
 set -euo pipefail
 # shellcheck source=launch/_env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/_env.sh"
@@ -53,6 +53,6 @@ if [[ ${PREFLIGHT:-1} == 1 && $nnodes != *:* ]]; then
     preflight=("${preflight[@]/#--rdzv-id=*/--rdzv-id=${RDZV_ID:-sharded-lamb}-preflight}" -m sharded_lamb preflight --world-size="$((nnodes * ranks))" "${more[@]}")
     execute "${preflight[@]}"
 fi
-# In this shell's place: who ends the script (a pod's end, a scheduler) reaches torchrun, which hands SIGTERM on to ranks that save.
+# exec: signals to this script (from a pod or a scheduler) reach torchrun, which forwards SIGTERM to ranks that save.
 [[ -n $dry_run ]] || exec "${torchrun[@]}" "${logged[@]}" "$@"
 execute "${torchrun[@]}" "${logged[@]}" "$@"

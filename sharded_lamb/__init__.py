@@ -1,4 +1,4 @@
-"""LAMB whose state is sharded over ranks (ZeRO) and whose trust ratios are exact."""
+"""ZeRO-sharded LAMB for PyTorch with exact trust ratios."""
 
 from sharded_lamb.core.hyperparams import VARIANTS
 from sharded_lamb.optim.lamb import Lamb

@@ -1,7 +1,8 @@
-"""Settings and fixtures of the whole suite."""
+"""Settings, markers and fixtures of the whole suite."""
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -13,6 +14,40 @@ from tests import harness
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None, print_blob=True)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+TESTS = Path(__file__).parent
+# The longest first: workers of pytest-xdist take files in this order, so that none is left with a long one at the end.
+SYSTEM = (
+    "launching/test_slurm.py",
+    "watchdog/test_watchdog.py",
+    "preflight/test_preflight.py",
+    "launching/test_deepspeed_launcher.py",
+    "bert/test_command.py",
+    "bert/test_faults.py",
+    "bench/test_overlap.py",
+    "bert/test_hosts.py",
+    "kernels/test_triton_kernels.py",
+    "deepspeed/test_launcher.py",
+    "kernels/test_compiling.py",
+    "cluster/test_namespaces.py",
+    "launching/test_env.py",
+    "launching/test_kubernetes.py",
+    "launching/test_scripts.py",
+    "launching/test_torchrun.py",
+)
+"""Files whose tests start programs: torchrun, launchers, SLURM, hosts that are namespaces, compilers."""
+
+
+def file_of(item: pytest.Item) -> str:
+    return item.path.relative_to(TESTS).as_posix()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {file: number for number, file in enumerate(SYSTEM)}
+    for item in items:
+        item.add_marker("system" if file_of(item) in place else "unit")
+    items.sort(key=lambda item: place.get(file_of(item), len(place)))
 
 
 @pytest.fixture(scope="session", autouse=True)

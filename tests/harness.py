@@ -2,10 +2,11 @@
 
     results = run_ranks(3, case, arg)          # case(rank, arg) on each of 3 ranks; results[rank]
 
-The workers of a world size are started at its first use and stay until the session ends. A case that raises,
-hangs or breaks its process group may leave collectives half done, so its workers are then killed and the next
-use starts new ones. Arguments and results travel as plain pickles: tensors arrive as copies, no memory is
-shared.
+The workers of a world size are started at its first use and stay until the session ends. A case that raises or
+breaks its process group may leave collectives half done: where every rank has answered, the workers destroy all
+groups and meet in a new one, under a prefix of the store that no earlier group used. Where a rank hangs or dies,
+or where the groups cannot be renewed, the workers are killed and the next use starts new ones. Arguments and
+results travel as plain pickles: tensors arrive as copies, no memory is shared.
 
 `case` must be a module-level function (workers import it by name). Every case starts with the same seeds,
 default dtype and environment, and without the process groups that earlier cases made.
@@ -37,9 +38,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+from sharded_lamb.comm import consistency
+
 _START_TIMEOUT = 120.0
+# A group whose pending work waits for a peer that waits likewise is never destroyed.
+_RENEWAL_TIMEOUT = 10.0
 # Ranks that wait for one that failed will not get there; they get this long to fail by themselves.
 _GRACE_AFTER_ERROR = 5.0
+# Groups whose connections stay open poll them from threads of their own, which slow all later cases.
+_MOST_THREADS = 24
 # Above any case's own timeout, so that the harness and not gloo decides when a case hangs.
 _GROUP_TIMEOUT = timedelta(minutes=29)  # not the default, so that a test can tell
 
@@ -116,6 +123,11 @@ class _Worker:
     pipe: Connection
     log: Path  # its stdout and stderr, and its stack when it had to be killed
 
+    def threads(self) -> int:
+        """How many it has; 0 where the system does not say."""
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        return len(list(tasks.iterdir())) if tasks.is_dir() else 0
+
     def log_tail(self) -> str:
         return self.log.read_text(errors="replace")[-4000:]
 
@@ -125,6 +137,14 @@ class _Pool:
     workers: list[_Worker]
     store: dist.TCPStore  # lives in this process, so that it outlives any worker
     folder: tempfile.TemporaryDirectory[str]
+    generation: int = 0  # how often the process group was renewed
+
+    def renewed(self) -> bool:
+        """Gives the workers, which have all answered, a new process group; False where one of them fails to."""
+        self.generation += 1
+        renewal = pickle.dumps((_renew_groups, (self.generation,), {}))
+        progress = _await_replies(self, renewal, _RENEWAL_TIMEOUT, _GRACE_AFTER_ERROR)
+        return not progress.errors and progress.reusable
 
     def kill(self) -> None:
         for worker in self.workers:
@@ -144,6 +164,7 @@ class _Progress:
     results: dict[int, Any] = field(default_factory=dict)
     errors: dict[int, RankError] = field(default_factory=dict)
     reusable: bool = True
+    answered: bool = True  # by every rank: none hung or died
 
     def take_reply(self, rank: int) -> None:
         worker = self.waiting.pop(rank)
@@ -153,6 +174,7 @@ class _Progress:
             worker.process.join(5)
             died = f"exit code {worker.process.exitcode}; its output ends:\n{worker.log_tail()}"
             self.errors[rank] = RankError("Died", died, "")
+            self.answered = False
             return
         self.reusable = self.reusable and reusable
         if ok:
@@ -168,10 +190,12 @@ class _Progress:
         time.sleep(0.3)
         for rank, worker in self.waiting.items():
             self.errors[rank] = RankError(kind, f"{reason}; it was at:\n{worker.log_tail()}", "")
+            self.answered = False
         self.waiting.clear()
 
 
 _pools: dict[int, _Pool] = {}
+_store: dist.TCPStore | None = None  # in a worker, its connection to the pool's
 
 
 def _run(
@@ -188,12 +212,14 @@ def _run(
     # The pool is out of the table while it works: whatever ends this call early, it is not used again.
     _pools.pop(world_size, None)
     pool = pool or _start_pool(world_size)
-    done = False
+    clean = False
     try:
         progress = _await_replies(pool, case, timeout, grace)
-        done = not progress.errors and progress.reusable
+        clean = not progress.errors and progress.reusable
+        clean = clean or (progress.answered and pool.renewed())
+        clean = clean and not any(worker.threads() > _MOST_THREADS for worker in pool.workers)
     finally:
-        if done:
+        if clean:
             _pools[world_size] = pool
         else:
             pool.kill()
@@ -251,16 +277,33 @@ def _start_pool(world_size: int) -> _Pool:
 
 
 def _worker_context() -> multiprocessing.context.ForkServerContext:
-    """Workers are forked from a clean server process that has imported torch and done nothing else."""
+    """Workers are forked from a clean server process that has imported tests/preloaded.py and done nothing else."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # threads must not exist in the server when it forks
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.tensor", "tests.harness"])
+    context.set_forkserver_preload(["tests.preloaded"])
     return context
 
 
 def _world_size(rank: int) -> int:
     return dist.get_world_size()
+
+
+def _join_group(rank: int, world_size: int, generation: int) -> None:
+    """Names in the store repeat from one generation to the next, hence a prefix of its own for each."""
+    assert _store is not None
+    store = dist.PrefixStore(f"generation{generation}", _store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_GROUP_TIMEOUT)
+
+
+def _renew_groups(rank: int, generation: int) -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()  # a group that is still referred to keeps its connections open
+    # Ranks meet in the store under the number of the optimizer, and an error may leave them at different numbers.
+    consistency._constructed.clear()
+    _join_group(rank, int(os.environ["WORLD_SIZE"]), generation)
+    dist.barrier()
 
 
 def _worker_main(pipe: Connection, rank: int, world_size: int, port: int, log: str) -> None:
@@ -277,8 +320,9 @@ def _worker_main(pipe: Connection, rank: int, world_size: int, port: int, log: s
     )
     if Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name need not resolve
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_GROUP_TIMEOUT)
+    global _store
+    _store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    _join_group(rank, world_size, 0)
     environment = dict(os.environ)
     gc.collect()
     gc.freeze()  # later collections look at what cases made, not at all of torch

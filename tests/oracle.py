@@ -1,7 +1,7 @@
-"""An independent LAMB in numpy float64: slow, plain, and written without sight of the package.
+"""An independent LAMB in numpy float64: slow, plain, and independent of the package's code.
 
-Equations: You et al., "Large Batch Optimization for Deep Learning", arXiv 1904.00962, Algorithm 2. What each
-known implementation does differently stands in `VARIANT_FACTS`, read from that implementation's own source.
+Equations: You et al., "Large Batch Optimization for Deep Learning", arXiv 1904.00962, Algorithm 2. `VARIANT_FACTS`
+lists the differences of known implementations, read from their own sources.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PLAIN: dict[str, Any] = {
     "trust_clip": None,
     "weight_norm_clip": None,
     "adapt_without_decay": True,
-    # None, "decay patterns" (what is excluded from decay is excluded from adaptation too) or "everything"
+    # None, "decay patterns" (parameters without decay have ratio 1 too) or "everything"
     "adaptation_excludes": None,
 }
 
@@ -38,7 +38,7 @@ VARIANT_FACTS: dict[str, dict[str, Any]] = {
     # tensorflow/addons tensorflow_addons/optimizers/lamb.py: m and v corrected by iterations + 1; an unset
     # (or empty) exclude_from_layer_adaptation takes over exclude_from_weight_decay.
     "tfa": {**PLAIN, "adaptation_excludes": "decay patterns"},
-    # arXiv 1904.00962v1 has Adam's correction, dropped by v3 (fastai/swiftai PR 13 shows both). The paper
+    # arXiv 1904.00962v1 has Adam's correction, dropped in v3 (fastai/swiftai PR 13 shows both). The paper
     # gives phi's bounds no values (ymcui's and cybertronai's notes); 10 is cybertronai/pytorch-lamb's choice.
     "paper_v1": {**PLAIN, "weight_norm_clip": (0.0, 10.0)},
     # NVIDIA/apex apex/optimizers/fused_lamb.py (max_grad_norm=1.0, use_nvlamb=False, bias_correction=True)
@@ -119,7 +119,7 @@ class OracleLamb:
         self.options = {name: {**defaults, **options, **overrides.get(name, {})} for name in self.params}
 
     def step(self, grads: Mapping[str, Array | None]) -> None:
-        """One step. A parameter without a gradient is left alone, its step count included."""
+        """One step. Skips parameters without a gradient; their step counts do not change."""
         present = {name: np.array(g, dtype=np.float64) for name, g in grads.items() if g is not None}
         self.grad_norm = math.sqrt(sum(float(np.sum(g * g)) for g in present.values()))
         scale = 1.0

@@ -1,7 +1,7 @@
-"""Runs of `ShardedLamb` on random parameters, and the oracle's answer to the same runs.
+"""Runs of `ShardedLamb` on random parameters, and the oracle's results of the same runs.
 
-Values and gradients are drawn from a seed, alike in every process. Gradients lie on a coarse grid, so that
-sums over ranks and the low-precision dtypes hold them exactly: what is compared is the optimizer.
+Values and gradients are drawn from a seed, equally in every process. Gradients are multiples of a coarse step, so that
+sums over ranks and low-precision dtypes represent them exactly: the comparison tests the optimizer only.
 """
 
 import re
@@ -25,7 +25,7 @@ Groups = tuple[tuple[tuple[str, ...], dict[str, Any]], ...]
 
 @dataclass(frozen=True)
 class Case:
-    """One run. `settings` are ShardedLamb's own keywords; `options` the oracle's too; groups have their own."""
+    """One run. `settings`: keywords of ShardedLamb only; `options`: of the oracle too; groups have their own."""
 
     shapes: dict[str, tuple[int, ...]]
     options: dict[str, Any] = field(default_factory=dict)
@@ -33,11 +33,11 @@ class Case:
     no_decay: frozenset[str] = frozenset()
     no_adapt: frozenset[str] = frozenset()
     settings: dict[str, Any] = field(default_factory=dict)
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # float32 where it says nothing
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # default: float32
     channels_last: frozenset[str] = frozenset()
-    missing: float = 0.15  # how often a gradient is missing: on all ranks in stage 1, on each in stage 2
+    missing: float = 0.15  # probability of a missing gradient: on all ranks in stage 1, per rank in stage 2
     absent_until: dict[str, int] = field(default_factory=dict)  # steps for which a parameter has no gradient
-    drive: str = "assign"  # or "backward": how stage 2 gets its gradients
+    drive: str = "assign"  # or "backward": the way gradients get into ``.grad``
     bits: int = 12  # of a gradient element
     seed: int = 0
     steps: int = 20
@@ -52,7 +52,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What one rank reports: final parameters, and what it said of every step."""
+    """One rank's final parameters, and its reports of every step."""
 
     params: dict[str, Tensor]
     ratios: list[dict[str, float]]
@@ -69,7 +69,7 @@ def exact(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def initial_values(case: Case) -> dict[str, Tensor]:
-    """CPU tensors in the parameters' dtypes; now and then one of zeros."""
+    """CPU tensors in the parameters' dtypes; some are all zeros."""
     rng = np.random.default_rng([case.seed, 0])
     values = {}
     for name, shape in case.shapes.items():
@@ -81,7 +81,7 @@ def initial_values(case: Case) -> dict[str, Tensor]:
 
 
 def rank_gradients(case: Case, step: int, world_size: int) -> list[Gradients]:
-    """Every rank's own gradients; in stage 1 they are alike, as they are averaged already."""
+    """Every rank's gradients; in stage 1 they are equal, as after averaging."""
     rng = np.random.default_rng([case.seed, 1])
     scales = {name: rng.choice([2.0**-10, 1.0, 16.0]) for name in case.shapes}
     rng = np.random.default_rng([case.seed, 2, step])
@@ -99,7 +99,7 @@ def rank_gradients(case: Case, step: int, world_size: int) -> list[Gradients]:
 
 
 def average(ranks: list[Gradients]) -> Gradients:
-    """Over ranks; a gradient that some ranks lack is zero there, one that all lack is missing."""
+    """The average over ranks; None counts as zero on some ranks, and stays None on all."""
     averaged: Gradients = {}
     for name in ranks[0]:
         present = [grads[name] for grads in ranks if grads[name] is not None]
@@ -113,11 +113,11 @@ def make_parameters(case: Case) -> dict[str, Parameter]:
 
 def make_optimizer(case: Case, params: Mapping[str, Tensor], **more: Any) -> ShardedLamb:
     groups = case.groups or ((tuple(case.shapes), {}),)
-    wanted = {
+    excluded = {
         "exclude_from_weight_decay": exact(case.no_decay),
         "exclude_from_layer_adaptation": exact(case.no_adapt),
     }
-    patterns = {key: value for key, value in wanted.items() if value}
+    patterns = {key: value for key, value in excluded.items() if value}
     return ShardedLamb(
         [{"params": [(name, params[name]) for name in names], **own} for names, own in groups],
         **{**BASE, **case.options, **case.settings, **patterns, **more},
@@ -129,7 +129,7 @@ def to_tensor(grad: np.ndarray, p: Tensor) -> Tensor:
 
 
 def give_gradients(case: Case, params: Mapping[str, Tensor], grads: Gradients) -> None:
-    """This rank's gradients, by assignment or by a backward that makes exactly them."""
+    """Set this rank's gradients, by assignment or by a backward that produces exactly these."""
     if case.drive == "assign":
         for name, p in params.items():
             g = grads[name]
@@ -177,7 +177,7 @@ def take_steps(
 
 
 def run(rank: int, case: Case, world: int, threads: int = 1) -> Outcome:
-    """On every rank: the whole run."""
+    """The whole run, on one rank."""
     torch.set_num_threads(threads)
     try:
         params = make_parameters(case)
@@ -191,8 +191,8 @@ class Expected:
     params: dict[str, np.ndarray]
     ratios: list[dict[str, float]]
     grad_norms: list[float]
-    sizes: dict[str, float]  # what an error is relative to
-    moved: dict[str, bool]
+    sizes: dict[str, float]  # the norm to which an error is relative
+    updated: dict[str, bool]
     ratio_slack: list[dict[str, float]]
 
 
@@ -214,35 +214,35 @@ def make_oracle(case: Case) -> OracleLamb:
 def expect(case: Case, world: int) -> Expected:
     """The oracle's run on the averaged gradients."""
     oracle = make_oracle(case)
-    # A small tensor may pass through zero: errors are relative to its largest norm, or to the way it went.
+    # A small tensor may pass through zero: errors are relative to its largest norm, or to the length of its path.
     largest = {name: norm(value) for name, value in oracle.params.items()}
-    way = dict.fromkeys(oracle.params, 0.0)
+    path = dict.fromkeys(oracle.params, 0.0)
     longest = dict.fromkeys(oracle.params, 0.0)
-    found = Expected({}, [], [], {}, {}, [])
+    expected = Expected({}, [], [], {}, {}, [])
     for step in range(case.steps):
         before = dict(oracle.params)
         oracle.step(average(rank_gradients(case, step, world)))
-        # ||w|| and ||u|| are less exact where w, or the terms of u, cancelled to far less than they were.
+        # ||w|| and ||u|| are less exact where w, or the terms of u, cancelled to much smaller values.
         slack = {}
         for name, ratio in oracle.ratios.items():
-            moved = norm(oracle.params[name] - before[name])
-            longest[name] = max(longest[name], moved / ratio)
-            w_lost = max(largest[name], way[name]) / (norm(before[name]) or 1.0)
-            slack[name] = max(1.0, w_lost) + (longest[name] * ratio / moved if moved else 0.0)
-        found.ratio_slack.append(slack)
+            change = norm(oracle.params[name] - before[name])
+            longest[name] = max(longest[name], change / ratio)
+            w_lost = max(largest[name], path[name]) / (norm(before[name]) or 1.0)
+            slack[name] = max(1.0, w_lost) + (longest[name] * ratio / change if change else 0.0)
+        expected.ratio_slack.append(slack)
         for name, value in oracle.params.items():
-            way[name] += norm(value - before[name])
+            path[name] += norm(value - before[name])
             largest[name] = max(largest[name], norm(value))
-        found.ratios.append(dict(oracle.ratios))
-        found.grad_norms.append(oracle.grad_norm)
-    found.params = oracle.params
-    found.sizes = {name: max(largest[name], way[name]) for name in largest}
-    found.moved = {name: count > 0 for name, count in oracle.steps.items()}
-    return found
+        expected.ratios.append(dict(oracle.ratios))
+        expected.grad_norms.append(oracle.grad_norm)
+    expected.params = oracle.params
+    expected.sizes = {name: max(largest[name], path[name]) for name in largest}
+    expected.updated = {name: count > 0 for name, count in oracle.steps.items()}
+    return expected
 
 
-def check_close(found: Mapping[str, Tensor], expected: Expected, tolerance: float = FP32_TOLERANCE) -> None:
-    for name, value in found.items():
+def check_close(params: Mapping[str, Tensor], expected: Expected, tolerance: float = FP32_TOLERANCE) -> None:
+    for name, value in params.items():
         gap = norm(value.double().numpy() - expected.params[name])
         size = expected.sizes[name]
         assert gap <= tolerance * size, (
@@ -251,7 +251,7 @@ def check_close(found: Mapping[str, Tensor], expected: Expected, tolerance: floa
 
 
 def check_alike(outcomes: list[Outcome]) -> None:
-    """Ranks hold the same bits and say the same of every step."""
+    """Check that ranks have the same bits and report the same of every step."""
     for rank, outcome in enumerate(outcomes):
         for name, value in outcome.params.items():
             assert torch.equal(value, outcomes[0].params[name]), f"{name} differs on rank {rank}"
@@ -260,21 +260,23 @@ def check_alike(outcomes: list[Outcome]) -> None:
 
 
 def check_run(case: Case, outcomes: list[Outcome]) -> None:
-    """Parameters, ratios and gradient norms of every step against the oracle's; ranks against each other."""
+    """Compare parameters, ratios and gradient norms of every step with the oracle's, and ranks with each other."""
     expected = expect(case, len(outcomes))
     check_alike(outcomes)
     first, start = outcomes[0], initial_values(case)
     check_close(first.params, expected)
-    for name, moved in expected.moved.items():
-        assert moved or torch.equal(first.params[name], start[name]), f"{name} moved without a gradient"
+    for name, updated in expected.updated.items():
+        assert updated or torch.equal(first.params[name], start[name]), f"{name} changed without a gradient"
     for step, ratios in enumerate(expected.ratios):
         assert first.ratios[step].keys() == ratios.keys(), f"step {step}"
         for name, ratio in ratios.items():
             gap, slack = abs(first.ratios[step][name] - ratio), expected.ratio_slack[step][name]
             assert gap <= 1e-5 * slack * ratio, f"step {step}, {name}: {first.ratios[step][name]} for {ratio}"
-        found, wanted = first.grad_norms[step], expected.grad_norms[step]
-        assert found is not None
-        assert abs(found - wanted) <= 1e-5 * wanted, f"step {step}: gradient norm {found} for {wanted}"
+        actual, exact_norm = first.grad_norms[step], expected.grad_norms[step]
+        assert actual is not None
+        assert abs(actual - exact_norm) <= 1e-5 * exact_norm, (
+            f"step {step}: gradient norm {actual} for {exact_norm}"
+        )
 
 
 def assert_same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
@@ -293,7 +295,7 @@ def assert_differ(a: Mapping[str, Tensor], b: Mapping[str, Tensor], *names: str)
 
 
 def through_lamb(case: Case, world: int, *, zeroes: bool = True) -> dict[str, Tensor]:
-    """The same averaged gradients through `Lamb` on one device."""
+    """The result of `Lamb` on one device with the same averaged gradients."""
     params = make_parameters(case)
     groups = [{"params": [(n, params[n]) for n in names], **own} for names, own in case.groups]
     opt = Lamb(groups, **{**BASE, **case.options})

@@ -1,4 +1,4 @@
-"""The oracle against code by other hands, and against numbers worked out on paper."""
+"""The oracle against other implementations, and against hand-computed numbers."""
 
 import functools
 import json
@@ -34,23 +34,23 @@ def test_l2_mode_is_adam_with_weight_decay() -> None:
         return torch.optim.Adam(golden.decay_groups(tensors), **golden.COMMON)
 
     oracle = golden.make_oracle("adamw", PARAMS, adam_w_mode=False)
-    theirs = golden.torch_run(build, PARAMS, GRADS)
-    golden.compare("Adam with weight_decay", golden.oracle_run(oracle, GRADS), theirs, 1e-13)
+    adam = golden.torch_run(build, PARAMS, GRADS)
+    golden.compare("Adam with weight_decay", golden.oracle_run(oracle, GRADS), adam, 1e-13)
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"),
+    ("oracle_options", "timm_options"),
     [
         ({"grad_averaging": False}, {"grad_averaging": False}),
         ({"trust_clip": (0.0, 1.0)}, {"trust_clip": True}),
     ],
     ids=["grad_averaging", "trust_clip"],
 )
-def test_options_are_timms(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    build = functools.partial(golden.build_timm, load_timm_lamb(), **theirs)
-    oracle = golden.make_oracle("timm", PARAMS, **ours)
+def test_options_are_timms(oracle_options: dict[str, Any], timm_options: dict[str, Any]) -> None:
+    build = functools.partial(golden.build_timm, load_timm_lamb(), **timm_options)
+    oracle = golden.make_oracle("timm", PARAMS, **oracle_options)
     peer = golden.torch_run(build, PARAMS, FULL)
-    golden.compare(f"timm with {theirs}", golden.oracle_run(oracle, FULL), peer, 1e-12)
+    golden.compare(f"timm with {timm_options}", golden.oracle_run(oracle, FULL), peer, 1e-12)
 
 
 def one_step(**options: Any) -> OracleLamb:
@@ -61,7 +61,7 @@ def one_step(**options: Any) -> OracleLamb:
     return oracle
 
 
-def test_one_step_by_hand() -> None:
+def test_one_step_equals_hand_computed_values() -> None:
     u = np.array([0.6 / 1.6, 0.8 / 1.8])
     ratio = 5 / math.hypot(*u)
     oracle = one_step()
@@ -70,12 +70,12 @@ def test_one_step_by_hand() -> None:
     np.testing.assert_allclose(oracle.params["w"], [3, 4] - 0.5 * ratio * u, rtol=1e-15)
 
 
-def test_eps_inside_the_root_by_hand() -> None:
+def test_eps_inside_the_root_equals_hand_computed_values() -> None:
     u = np.array([0.6 / math.sqrt(1.36), 0.8 / math.sqrt(1.64)])
     np.testing.assert_allclose(one_step(eps_inside_sqrt=True).ratios["w"], 5 / math.hypot(*u), rtol=1e-15)
 
 
-def test_clipping_by_hand() -> None:
+def test_clipping_equals_hand_computed_values() -> None:
     u = np.array([0.3 / 1.3, 0.4 / 1.4])
     oracle = one_step(max_grad_norm=0.5)
     assert oracle.grad_norm == pytest.approx(1.0, rel=1e-15)
@@ -83,12 +83,12 @@ def test_clipping_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("bounds", "phi"), [((0.0, 2.0), 2.0), ((7.0, 9.0), 7.0), ((0.0, 10.0), 5.0)])
-def test_weight_norm_clip_by_hand(bounds: tuple[float, float], phi: float) -> None:
+def test_weight_norm_clip_equals_hand_computed_values(bounds: tuple[float, float], phi: float) -> None:
     u_norm = math.hypot(0.6 / 1.6, 0.8 / 1.8)
     np.testing.assert_allclose(one_step(weight_norm_clip=bounds).ratios["w"], phi / u_norm, rtol=1e-15)
 
 
-def test_correction_in_the_learning_rate_by_hand() -> None:
+def test_correction_in_the_learning_rate_equals_hand_computed_values() -> None:
     """m = g / 2 and v = g² / 16: without eps u is 2 · sign(g), and lr is multiplied by (1 / 4) / (1 / 2)."""
     oracle = one_step(betas=(0.5, 0.9375), eps=0.0, bias_correction="lr")
     ratio = 5 / math.hypot(2, 2)
@@ -96,13 +96,13 @@ def test_correction_in_the_learning_rate_by_hand() -> None:
     np.testing.assert_allclose(oracle.params["w"], np.array([3, 4]) - 0.25 * ratio * 2, rtol=1e-15)
 
 
-def test_trust_clip_spares_the_fallback() -> None:
+def test_trust_clip_leaves_the_fallback_at_one() -> None:
     oracle = OracleLamb({"zero": np.zeros(2), "w": np.ones(2)}, trust_clip=(2.0, 3.0))
     oracle.step({"zero": np.ones(2), "w": np.full(2, 1.0)})
     assert oracle.ratios == {"zero": 1.0, "w": 2.0}
 
 
-def test_a_missing_gradient_moves_nothing() -> None:
+def test_a_missing_gradient_changes_nothing() -> None:
     oracle = OracleLamb({"a": np.ones(2), "b": np.ones(2)})
     oracle.step({"a": None, "b": np.ones(2)})
     assert oracle.steps == {"a": 0, "b": 1}
@@ -112,16 +112,16 @@ def test_a_missing_gradient_moves_nothing() -> None:
     assert not oracle.v["a"].any()
 
 
-def test_stored_vectors_are_as_made() -> None:
-    made = golden.documents()
+def test_stored_vectors_equal_the_generated_ones() -> None:
+    generated = golden.documents()
     assert {path.stem for path in golden.HERE.glob("*.json")} == {"inputs", *VARIANT_FACTS}
-    for name, document in made.items():
+    for name, document in generated.items():
         stored = json.loads((golden.HERE / f"{name}.json").read_text())
         golden.same(stored, json.loads(json.dumps(document)), name)
 
 
 def test_vectors_reach_every_branch() -> None:
-    """The vectors can only convict a wrong variant if clamps, clips and fallbacks all act somewhere."""
+    """The vectors detect a wrong variant only if clamps, clips and fallbacks all act somewhere."""
     steps = {v: golden.expected(v, PARAMS, GRADS) for v in VARIANT_FACTS}
     deepspeed = [r for step in steps["deepspeed"] for r in step["ratios"].values()]
     assert 0.01 in deepspeed
@@ -131,7 +131,7 @@ def test_vectors_reach_every_branch() -> None:
     assert max(norms) > 1 > min(norm for norm in norms if norm)
     assert steps["lamb"][0]["ratios"]["LayerNorm.bias"] == 1.0  # weights of norm 0
     assert steps["lamb"][0]["ratios"]["LayerNorm.weight"] == 1.0  # an update of norm 0
-    # No update is next to zero: its ratio would only show float32's cancellation.
+    # No update is close to zero: its ratio would measure float32 cancellation only.
     assert max(row["ratios"].get("scale", 0) for rows in steps.values() for row in rows) < 20
     finals = {json.dumps(rows[-1]["params"]) for rows in steps.values()}
     assert len(finals) == len(VARIANT_FACTS) - 1  # apex and timm are one rule

@@ -1,4 +1,4 @@
-"""What README.md says is run and looked up: snippets, options, variants, commands."""
+"""Runs and checks README.md: snippets, options, variants, commands."""
 
 import inspect
 import json
@@ -35,7 +35,7 @@ def run_snippets(rank: int, folder: Path) -> dict[str, float]:
     os.chdir(folder)
     space: dict[str, Any] = {}
     for snippet in snippets("python"):
-        # The harness has joined the ranks already, as torchrun's user has after the first lines.
+        # The harness has already initialized the process group.
         code = snippet.replace("dist.init_process_group()", "pass")
         exec(compile(code, "README.md", "exec"), space)
     assert (folder / "run" / "checkpoints" / "latest").read_text() == "step-00000004\n"
@@ -64,27 +64,27 @@ def test_members_named_for_sharded_lamb_exist() -> None:
 
 
 def from_diff(which: str) -> dict[str, Any]:
-    """The ds_config of the README's diff, as it is before ("-") or after ("+")."""
+    """The ds_config of the README's diff, before ("-") or after ("+")."""
     (diff,) = snippets("diff")
     body = diff.split("ds_config.json\n", 1)[1]
     lines = [line[1:] for line in body.splitlines() if line[:1] in (" ", which)]
-    found: dict[str, Any] = json.loads(
+    config: dict[str, Any] = json.loads(
         "{" + re.sub(r",\s*$", "", re.sub(r",(\s*\n\s*})", r"\1", "\n".join(lines))) + "}"
     )
-    return found
+    return config
 
 
 def run_deepspeed_configs(rank: int, configs: list[dict[str, Any]]) -> list[str]:
     from sharded_lamb.deepspeed import initialize
 
-    found = []
+    names = []
     for take_over, config in zip((True, False), configs, strict=True):
         model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
         model = torch.nn.ModuleDict({"LayerNorm": model}) if not take_over else model
         full = {**config, "train_micro_batch_size_per_gpu": 1}
         engine, *_ = initialize(None, model, config=full, take_over_lamb=take_over)
-        found.append(type(engine.basic_optimizer).__name__)
-    return found
+        names.append(type(engine.basic_optimizer).__name__)
+    return names
 
 
 def test_deepspeed_configs_before_and_after() -> None:
@@ -111,8 +111,8 @@ def test_commands_exist(command: str) -> None:
     "line", re.findall(r"^torchrun .*-m sharded_lamb (verify.*)$", README, flags=re.MULTILINE)
 )
 def test_verify_commands_parse(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """argparse leaves with 2 on an option that is not there; --help after the others leaves with 0."""
+    """argparse exits with 2 on an unknown option; --help after valid ones exits with 0."""
     arguments = shlex.split(line, comments=True)
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         main([*arguments, "--help"])
-    assert left.value.code == 0, capsys.readouterr().err
+    assert exit_info.value.code == 0, capsys.readouterr().err

@@ -7,7 +7,7 @@ from sharded_lamb.bench import peers
 
 
 def load_timm_lamb() -> type[torch.optim.Optimizer]:
-    """timm's `Lamb` class; the test is skipped, with the reason, where timm is not installed."""
+    """timm's `Lamb` class; skips the test with the reason if timm is not installed."""
     try:
         return peers.timm_lamb()
     except ImportError as error:

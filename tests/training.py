@@ -1,7 +1,7 @@
-"""What tests that train share: parameters and gradients drawn by name, and the float64 run they must follow.
+"""Shared by tests that train: parameters and gradients drawn by name, and the float64 oracle of the same run.
 
-Losses are linear in the parameters, so that gradients are known before the run: on every rank its own, and their
-average over ranks is what the oracle is fed.
+Losses are linear in the parameters, so every rank's gradients are known before the run; the oracle gets their average
+over ranks.
 """
 
 import io
@@ -19,9 +19,9 @@ from tests.oracle import OracleLamb
 
 Shape = tuple[int, ...]
 Draw = Callable[[int, int], dict[str, Tensor | None]]
-"""(rank, step) → that rank's own gradients; None or absent: none there."""
+"""(rank, step) → that rank's gradients; None or absent: no gradient."""
 
-# One element, primes, nothing, less than a block, several blocks.
+# One element, primes, no element, less than a block, several blocks.
 SHAPES: dict[str, Shape] = {
     "embed.weight": (67, 31),
     "norm.weight": (17,),
@@ -54,7 +54,7 @@ def own_gradients(rank: int, step: int, shapes: Mapping[str, Shape] = SHAPES) ->
 
 
 def average(gradients: Iterable[Mapping[str, Tensor | None]]) -> dict[str, Tensor | None]:
-    """Over ranks, in fp64; missing on some ranks counts as zero there, missing on all is missing."""
+    """The average over ranks in fp64; None counts as zero on some ranks, and stays None on all."""
     per_rank = list(gradients)
     names = dict.fromkeys(name for grads in per_rank for name in grads)
     averaged: dict[str, Tensor | None] = {}
@@ -69,7 +69,7 @@ def backward(
     gradients: Mapping[str, Tensor | None],
     order: Iterable[str] | None = None,
 ) -> None:
-    """A backward that leaves ``gradients``; hooks fire in the reverse of ``order``."""
+    """A backward that produces ``gradients``; hooks fire in the reverse of ``order``."""
     used = [name for name in (order or params) if gradients.get(name) is not None]
     if used:
         loss_of(params, gradients, used).backward()
@@ -83,7 +83,7 @@ def loss_of(
 
 
 def give(params: Mapping[str, Parameter], gradients: Mapping[str, Tensor | None]) -> None:
-    """``.grad`` as somebody else's reduction would leave it."""
+    """Assign ``gradients`` to ``.grad``, as after a reduction by DDP."""
     for name, p in params.items():
         grad = gradients.get(name)
         p.grad = None if grad is None else grad.to(p.dtype, copy=True)
@@ -99,7 +99,7 @@ def train(
     steps: Iterable[int],
     gradients: Draw = own_gradients,
 ) -> None:
-    """``stage`` 1: averaged gradients are given; 2: each rank runs its own backward."""
+    """``stage`` 1: assign averaged gradients; 2: run this rank's backward."""
     for step in steps:
         if stage == 1:
             give(params, average(gradients(r, step) for r in range(world)))
@@ -118,7 +118,7 @@ def run(
     draw: Draw = own_gradients,
     steps: int = 4,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Weights and trust ratios after ``steps`` on one rank."""
+    """Train ``steps`` steps; return this rank's weights and trust ratios."""
     dtypes = dtypes or {}
     params = {name: Parameter(value.to(dtypes.get(name, torch.float32))) for name, value in weights().items()}
     opt = ShardedLamb(params.items(), stage=stage, bucket_mb=0.004, **options)
@@ -127,7 +127,7 @@ def run(
 
 
 def copies(params: Mapping[str, Parameter]) -> dict[str, Tensor]:
-    """The values of now, free of flat buckets."""
+    """Copies of the current values, outside flat buckets."""
     return {name: p.detach().clone() for name, p in params.items()}
 
 
@@ -143,35 +143,35 @@ def oracle_run(
 def oracle_of_ranks(
     world: int, steps: Iterable[int], gradients: Draw = own_gradients, start: Any = None, **options: Any
 ) -> OracleLamb:
-    """What `train` must give on ``world`` ranks."""
+    """The oracle of `train` on ``world`` ranks."""
     averaged = (average(gradients(rank, step) for rank in range(world)) for step in steps)
     return oracle_run(weights() if start is None else start, averaged, **options)
 
 
-def assert_follows(found: Mapping[str, Tensor], oracle: OracleLamb, tolerance: float = 2e-6) -> None:
+def assert_follows(weights: Mapping[str, Tensor], oracle: OracleLamb, tolerance: float = 2e-6) -> None:
     """Norm-wise relative error per parameter."""
-    assert found.keys() == oracle.params.keys()
-    for name, value in found.items():
+    assert weights.keys() == oracle.params.keys()
+    for name, value in weights.items():
         expected = oracle.params[name]
         gap = float(np.linalg.norm(value.detach().double().numpy() - expected))
         assert gap <= tolerance * float(np.linalg.norm(expected)), f"{name}: off by {gap}"
 
 
-def assert_same_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    unlike = [name for name, value in found.items() if not torch.equal(value, expected[name])]
-    assert not unlike, f"bits differ in {unlike}"
+def assert_same_bits(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    differing = [name for name, value in actual.items() if not torch.equal(value, expected[name])]
+    assert not differing, f"bits differ in {differing}"
 
 
 def grouped(params: Mapping[str, Parameter], stage: int, lr: float = 0.02, **options: Any) -> ShardedLamb:
-    """Two groups of their own options."""
+    """An optimizer with two groups of different options."""
     named = list(params.items())
     groups = [{"params": named[:3], "weight_decay": 0.2}, {"params": named[3:], "lr": lr / 2}]
     return ShardedLamb(groups, lr=lr, stage=stage, bucket_mb=0.004, max_grad_norm=5.0, **options)
 
 
 def renew(params: Mapping[str, Parameter]) -> dict[str, Parameter]:
-    """The same values in new parameters, as a restarted program would load them."""
+    """The same values in new parameters, as after a restart."""
     return {name: Parameter(p.detach().clone()) for name, p in params.items()}
 
 
@@ -183,7 +183,7 @@ def bits_of(opt: ShardedLamb, params: Mapping[str, Parameter]) -> dict[str, Tens
 
 
 def through_bytes(state: Any) -> Any:
-    """As a file would give it back, without pickled code."""
+    """Save and load as a file, with weights_only."""
     stream = io.BytesIO()
     torch.save(state, stream)
     stream.seek(0)

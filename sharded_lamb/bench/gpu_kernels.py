@@ -21,7 +21,7 @@ from sharded_lamb.core import rule
 from sharded_lamb.core.layout import BLOCK, Bucket, plan_buckets
 from sharded_lamb.core.rule import COLUMNS
 from sharded_lamb.kernels import FlatShard, Kernel, ReferenceKernel, remainders
-from sharded_lamb.kernels.engine import _applied_together
+from sharded_lamb.kernels.engine import _batches
 from sharded_lamb.kernels.triton_kernel import TritonKernel, usable
 
 BUCKET_BYTES = 32 << 20
@@ -44,7 +44,7 @@ class Work:
         kernel.moments_and_norms(self.shards, self.table, self.sums)
 
     def pass_2(self, kernel: Kernel) -> None:
-        for together in _applied_together(self.shards):
+        for together in _batches(self.shards):
             kernel.apply([self.shards[index] for index in together], self.table, self.step_sizes)
 
     def bytes_of(self, passes: int) -> int:

@@ -1,9 +1,9 @@
 """Large-batch BERT pretraining with ShardedLamb: the package's main recipe.
 
-Modules depend on each other in one direction only::
+Imports between modules run one way::
 
-    config -> config_io, keyed, schedule, batch -> corpus, tokenizer -> shards -> prepare -> masking, data
-           -> model, metrics -> optim, ds_config -> engine -> trainee -> checkpoint -> train -> study, __main__
+    config -> config_io, stateless_rng, schedule, batch -> corpus, tokenizer -> shards -> prepare -> masking, data
+           -> model, metrics -> optim, ds_config -> engine -> train_backend -> checkpoint -> train -> study, __main__
 
 Run it with ``torchrun … -m sharded_lamb.bert --config FILE [key=value …]``.
 """

@@ -1,8 +1,8 @@
 """Global batch → ranks × accumulation × micro-batch, as plain integers.
 
-A step takes samples `first … first + global_batch - 1` of its phase's order; rank r of W takes the r-th
-equal, contiguous part, cut into micro-batches whose sizes differ by at most one. The loss is divided by what
-the whole global batch holds, so that uneven cuts change nothing.
+A step takes samples `first … first + global_batch - 1` of its phase's order; rank r of W takes the r-th equal,
+contiguous part, cut into micro-batches whose sizes differ by at most one. The loss is divided by the counts of the
+whole global batch, so uneven cuts change nothing.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class BatchPlan:
             raise ValueError(_does_not_fit("ramp.start", self.ramp_start, self.world_size))
 
     def batch_at(self, step: int) -> int:
-        """Global batch of a step: grows linearly over the ramp, in multiples of the ramp's start."""
+        """Global batch of a step. It grows linearly over the ramp, in multiples of the ramp's start."""
         if step >= self.ramp_steps:
             return self.global_batch
-        # Multiples of the start, not of the world size: a run resumed elsewhere must see the same batches.
+        # Multiples of the start, not of the world size: a run resumed on other ranks must see the same batches.
         grown = self.ramp_start + (self.global_batch - self.ramp_start) * step // self.ramp_steps
         return max(self.ramp_start, grown // self.ramp_start * self.ramp_start)
 
     def samples_before(self, step: int) -> int:
-        """Sample index at which a step begins."""
+        """Sample index of a step's first sample."""
         ramped = sum(self.batch_at(s) for s in range(min(step, self.ramp_steps)))
         return ramped + max(0, step - self.ramp_steps) * self.global_batch
 
@@ -56,11 +56,11 @@ class BatchPlan:
         return -(-(self.batch_at(step) // self.world_size) // self.max_micro_batch)
 
     def step_plan(self, step: int, first: int, rank: int) -> StepPlan:
-        """What `rank` does in `step`, whose samples begin at `first`."""
+        """The part of `rank` in `step`, whose samples begin at `first`."""
         batch = self.batch_at(step)
-        mine = batch // self.world_size
-        begin, count = first + rank * mine, self.accumulation(step)
-        cuts = [begin + mine * i // count for i in range(count + 1)]
+        rank_batch = batch // self.world_size
+        begin, count = first + rank * rank_batch, self.accumulation(step)
+        cuts = [begin + rank_batch * i // count for i in range(count + 1)]
         return StepPlan(first, batch, tuple(pairwise(cuts)))
 
 
@@ -76,7 +76,7 @@ def _does_not_fit(name: str, batch: int, world_size: int) -> str:
 
 
 def plan_batches(config: RunConfig, phase: PhaseConfig, world_size: int) -> BatchPlan:
-    """Raises: ValueError that says which world sizes and batches fit."""
+    """Raises: ValueError that lists the world sizes and batches that fit."""
     ramp = phase.ramp
     return BatchPlan(
         steps=phase.steps,

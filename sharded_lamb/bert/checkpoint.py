@@ -1,8 +1,8 @@
-"""Saving a run so that it continues with the same bits, or on another number of ranks, or sharded in another way.
+"""Checkpoints of a run, to resume it with the same bits, on another number of ranks, or with another sharding.
 
-The format, how it survives crashes, and which one a run goes on from: `sharded_lamb.checkpoint`. Beside weights and
-state it holds the position. Random numbers are keyed by seed, step and rank, so the position is their state too; the
-schedule is a function of the step.
+`sharded_lamb.checkpoint` has the format, crash safety and the choice of a checkpoint. A run's checkpoint contains
+weights, optimizer state and the position. Random numbers are keyed by seed, step and rank, so the position is their
+state too; the schedule is a function of the step.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from types import FrameType
 from typing import Any
 
 from sharded_lamb.bert.ranks import Ranks
-from sharded_lamb.bert.trainee import Trainee
+from sharded_lamb.bert.train_backend import TrainBackend
 from sharded_lamb.checkpoint import CheckpointError, Checkpoints
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: `step` steps of phase `phase` are done."""
+    """Progress of a run: `step` steps of phase `phase` are done."""
 
     phase: int
     step: int
     total_step: int  # over all phases
-    sample: int  # global sample index of the phase at which the next step begins
+    sample: int  # global sample index of the next step's first sample
     config_digest: str
     data_digest: str
     world_size: int  # for information: it may change
@@ -35,38 +35,38 @@ class Position:
 
 
 class StopRequested:
-    """Remembers SIGTERM or SIGUSR1 (what SLURM sends before it takes the machine away)."""
+    """Records SIGTERM or SIGUSR1, which SLURM sends before it ends a job."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._remember)
+            signal.signal(number, self._record)
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
 
 
-def save(folder: Path, keep: int, position: Position, trainee: Trainee) -> None:
-    """Write one checkpoint; every rank must call it.
+def save(folder: Path, keep: int, position: Position, backend: TrainBackend) -> None:
+    """Write one checkpoint. Collective.
 
     Raises:
-        OSError, ValueError: it could not be written (disk full, say), on every rank. Older checkpoints stay.
+        OSError, ValueError: writing failed (disk full, say), on every rank. Older checkpoints stay.
     """
     try:
-        trainee.save(
+        backend.save(
             Checkpoints(folder, keep=keep, resumed=True), position.total_step, {"position": asdict(position)}
         )
     except OSError as error:
         raise OSError(
-            error.errno, f"{error.strerror}. Free space or set run_dir, then start again with --resume auto"
+            error.errno, f"{error.strerror}. Free space or set run_dir, then restart with --resume auto"
         ) from error
 
 
 def choose(folder: Path, resume: str | None, ranks: Ranks) -> list[Path]:
-    """The checkpoints to go on from, best first: the named one, or with `auto` all there are.
+    """The checkpoints to resume from, best first: the named one, or with `auto` every one in the folder.
 
     Raises:
-        ValueError: a folder that already holds a run nobody asked to resume.
+        ValueError: the folder already contains a run, and `resume` is None.
     """
 
     def pick() -> list[str]:
@@ -74,51 +74,54 @@ def choose(folder: Path, resume: str | None, ranks: Ranks) -> list[Path]:
             return [resume]
         checkpoints = Checkpoints(folder)
         checkpoints.recover()
-        found = checkpoints.candidates()
-        if found and resume is None:
+        candidates = checkpoints.candidates()
+        if candidates and resume is None:
             raise ValueError(
-                f"{folder.parent} already holds a run: continue it with --resume auto, or set another run_dir"
+                f"{folder.parent} already contains a run: continue it with --resume auto, or set another run_dir"
             )
-        return [str(path) for path in found]
+        return [str(path) for path in candidates]
 
     return [Path(name) for name in ranks.from_first(pick)]
 
 
-def load(found: Sequence[Path], trainee: Trainee, ranks: Ranks) -> Position:
-    """Put weights, state and options back from the first of ``found`` that is whole; every rank must call it.
+def load(candidates: Sequence[Path], backend: TrainBackend, ranks: Ranks) -> Position:
+    """Restore weights, state and options from the first complete checkpoint of ``candidates``. Collective.
 
     Raises:
-        CheckpointError: none is.
+        CheckpointError: none is complete.
     """
-    for path in found[:-1]:
+    for path in candidates[:-1]:
         try:
-            return _position(trainee.load(path, options=True), path)
+            return _position(backend.load(path, options=True), path)
         except CheckpointError as error:
             if ranks.is_first:
                 print(f"checkpoint {path} is broken ({error}); trying the one before it", flush=True)
-    return _position(trainee.load(found[-1], options=True), found[-1])
+    return _position(backend.load(candidates[-1], options=True), candidates[-1])
 
 
-def start_from(path: Path, trainee: Trainee) -> None:
-    """Take on weights and moments; options stay as configured. Every rank must call it. Raises CheckpointError."""
-    trainee.load(path, options=False)
-    trainee.restart_steps()
+def start_from(path: Path, backend: TrainBackend) -> None:
+    """Load weights and moments; options stay as configured. Collective. Raises CheckpointError."""
+    backend.load(path, options=False)
+    backend.restart_steps()
 
 
 def _position(extra: dict[str, Any], path: Path) -> Position:
     if "position" not in extra:
-        raise ValueError(f"checkpoint {path} has no position in a run: it was not made by this command")
+        raise ValueError(
+            f"checkpoint {path} has no position in a run: this command did not write it; continue from it with "
+            f"start_from"
+        )
     return Position(**extra["position"])
 
 
 def check_position(position: Position, config_digest: str, data_digest: str) -> None:
-    """Raises: ValueError if the run to be continued was another one."""
+    """Raises: ValueError if configuration or data differ from those of the saved run."""
     for name, saved, now in (
         ("configuration", position.config_digest, config_digest),
         ("prepared data", position.data_digest, data_digest),
     ):
         if saved != now:
             raise ValueError(
-                f"the checkpoint's {name} is {saved} and this run's is {now}: it would not continue the same "
-                f"training; restore what changed since (config.yaml in the run folder has it), or set a new run_dir"
+                f"the checkpoint's {name} is {saved} and this run's is {now}: resuming would not continue the same "
+                f"training; restore the changed settings (config.yaml in the run folder has them), or set a new run_dir"
             )

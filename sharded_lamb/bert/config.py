@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
+from sharded_lamb.core.hyperparams import VARIANTS
+
 _STRICT = ConfigDict(extra="forbid")
 
 Auto = Literal["auto"]
@@ -120,7 +122,12 @@ class MaskingConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """ShardedLamb's keywords. `variant: adamw` is the twin that leaves the trust ratio out."""
+    """ShardedLamb's keywords. `variant: adamw` is the twin that leaves the trust ratio out.
+
+    Five defaults are BERT's own and hold for every variant: betas and weight_decay (arXiv 1810.04805, appendix A.2);
+    eps, max_grad_norm and exclude_from_weight_decay (optimization.py of google-research/bert). The variant fills the
+    other rule options unless they are set.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
     variant: str = "lamb"
@@ -129,12 +136,19 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     max_grad_norm: float | None = 1.0
     exclude_from_weight_decay: tuple[str, ...] = (r"bias$", r"LayerNorm")
-    exclude_from_layer_adaptation: tuple[str, ...] = ()
-    adapt_without_decay: bool | None = None  # null: what the variant says
-    bias_correction: bool | None = None  # null: what the variant says
+    # variant: as the variant has it; null: the same patterns as for decay
+    exclude_from_layer_adaptation: tuple[str, ...] | Literal["variant"] | None = "variant"
+    adapt_without_decay: bool | None = None  # null: as the variant has it
+    bias_correction: bool | None = None  # null: as the variant has it
     bucket_mb: float = 32
 
     def __post_init__(self) -> None:
+        require(
+            self.variant in VARIANTS,
+            "optimizer.variant",
+            self.variant,
+            f"one of {', '.join(sorted(VARIANTS))}",
+        )
         require(self.eps > 0, "optimizer.eps", self.eps, "a positive number")
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         require(
@@ -146,6 +160,23 @@ class OptimizerConfig:
         )
         for beta in self.betas:
             require(0 <= beta < 1, "optimizer.betas", self.betas, "two numbers in [0, 1)")
+
+    def keywords(self) -> dict[str, Any]:
+        """The options of the LAMB rule that are set here, for every way of sharding; the variant fills the others."""
+        options = dataclasses.asdict(self)
+        del options["bucket_mb"]
+        for name, left_out in _LEFT_TO_VARIANT.items():
+            if options[name] == left_out:
+                del options[name]
+        return options
+
+
+_LEFT_TO_VARIANT = {
+    "exclude_from_layer_adaptation": "variant",
+    "adapt_without_decay": None,
+    "bias_correction": None,
+}
+"""Settings of `OptimizerConfig` → the value by which they leave theirs to the variant."""
 
 
 @dataclass(frozen=True)
@@ -343,6 +374,9 @@ class RunConfig:
         }
         kept["data"] = {k: v for k, v in kept["data"].items() if k not in ("prepared", "workers")}
         kept["optimizer"].pop("bucket_mb")
+        if self.optimizer.exclude_from_layer_adaptation == "variant":
+            filled = VARIANTS[self.optimizer.variant]["exclude_from_layer_adaptation"]
+            kept["optimizer"]["exclude_from_layer_adaptation"] = filled
         for phase in kept["phases"]:
             phase.pop("max_micro_batch")
         kept.pop("batch")

@@ -1,7 +1,7 @@
-"""Text in, documents out: the built-in corpus, and text, JSONL, Parquet and Arrow through `datasets`.
+"""Sources → documents: the built-in corpus, and text, JSONL, Parquet and Arrow through `datasets`.
 
-A source becomes `DocumentFile`s, one for each input file, that can be opened anywhere and read at any row;
-work is split by rows, so a single huge file is tokenized in parallel too.
+Each input file becomes a `DocumentFile`, which every process can open and read at any row. Work is split by rows, so a
+single huge file is tokenized in parallel too.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ _FORMATS = {
     ".arrow": "arrow",
 }
 _LOADERS = {"text": "text", "jsonl": "json", "parquet": "parquet", "arrow": "arrow"}
-_RULES = re.compile(r"([^\w\s])\1{3,}")  # underlines of headings and tables, no prose
+_RULES = re.compile(r"([^\w\s])\1{3,}")  # rules below headings and in tables, no prose
 _MIN_DOCSTRING = 40  # characters; shorter ones are labels, not prose
 
 
 @dataclass(frozen=True)
 class DocumentFile:
-    """One input: where it is, how to read it, and how many documents it holds."""
+    """One input file: its path, format and number of documents."""
 
     path: str
     format: str  # text, jsonl, parquet, arrow, arrow_folder or builtin
     field: str
-    cache: str  # folder for the Arrow form that `datasets` makes of text and JSONL
+    cache: str  # folder in which `datasets` stores text and JSONL as Arrow
     documents: int = 0
 
     def open(self) -> Any:
-        """The documents as a sequence that answers `[start:stop]` with a list of texts."""
+        """The documents, a sequence whose `[start:stop]` is a list of texts."""
         if self.format == BUILTIN:
             return _Texts(builtin_documents())
         return _Column(_load(self), self.field)
@@ -83,7 +83,7 @@ def _load(file: DocumentFile) -> Any:
         dataset = datasets.load_from_disk(file.path)
         if isinstance(dataset, datasets.DatasetDict):
             raise ValueError(
-                f"{file.path}: holds the splits {sorted(dataset)}; name one, such as {file.path}/train"
+                f"{file.path}: contains the splits {sorted(dataset)}; name one, such as {file.path}/train"
             )
     else:
         options = {"sample_by": "paragraph"} if file.format == "text" else {}
@@ -98,7 +98,7 @@ def _load(file: DocumentFile) -> Any:
 
 
 def _expand(source: str) -> list[str]:
-    """The files behind one path, glob or fsspec URL, sorted."""
+    """The files of one path, glob or fsspec URL, sorted."""
     import fsspec  # type: ignore[import-untyped]
 
     filesystem, path = fsspec.core.url_to_fs(source)
@@ -106,20 +106,20 @@ def _expand(source: str) -> list[str]:
     if filesystem.isdir(path):
         if _is_saved_dataset(filesystem, path):
             return [source]
-        found = [p for p in filesystem.find(path) if Path(p).suffix in _FORMATS]
+        paths = [p for p in filesystem.find(path) if Path(p).suffix in _FORMATS]
     elif any(c in path for c in "*?["):
-        found = [p for p in filesystem.glob(path) if filesystem.isfile(p) or _is_saved_dataset(filesystem, p)]
+        paths = [p for p in filesystem.glob(path) if filesystem.isfile(p) or _is_saved_dataset(filesystem, p)]
     else:
-        found = [path] if filesystem.exists(path) else []
-    if not found:
+        paths = [path] if filesystem.exists(path) else []
+    if not paths:
         raise ValueError(
             f"data.source {source!r}: no such file, and no {', '.join(_FORMATS)} file matches; check the path"
         )
-    return [protocol + p.removeprefix(protocol) for p in sorted(found)]
+    return [protocol + p.removeprefix(protocol) for p in sorted(paths)]
 
 
 def _is_saved_dataset(filesystem: Any, folder: str) -> bool:
-    """Whether `datasets` wrote it with save_to_disk."""
+    """Whether `save_to_disk` of `datasets` wrote the folder."""
     return any(filesystem.exists(f"{folder}/{name}") for name in ("state.json", "dataset_dict.json"))
 
 
@@ -131,17 +131,16 @@ def _format_of(path: str, config: DataConfig) -> str:
     suffix = Path(path.removesuffix(".gz")).suffix
     if suffix not in _FORMATS:
         raise ValueError(
-            f"data.source {path!r}: can't tell its format from {suffix!r}; set data.format to one of "
-            f"{sorted(_LOADERS)}"
+            f"data.source {path!r}: unknown format {suffix!r}; set data.format to one of {sorted(_LOADERS)}"
         )
     return _FORMATS[suffix]
 
 
 def find_files(config: DataConfig, cache: Path) -> list[DocumentFile]:
-    """Every input file of the configured sources, not yet opened.
+    """Every input file of the configured sources, unopened.
 
     Raises:
-        ValueError: a source that does not exist or whose format is unknown.
+        ValueError: a source does not exist, or its format is unknown.
     """
     files: list[DocumentFile] = []
     for source in config.source:
@@ -154,7 +153,7 @@ def find_files(config: DataConfig, cache: Path) -> list[DocumentFile]:
 
 
 def count_documents(file: DocumentFile) -> int | str:
-    """How many documents a file holds, or what is wrong with it."""
+    """The number of documents in a file, or the reason why it cannot be used."""
     try:
         count = len(file.open())
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -163,7 +162,7 @@ def count_documents(file: DocumentFile) -> int | str:
         if type(error).__module__.split(".")[0] in ("datasets", "pyarrow", "fsspec"):
             return _reason(error)
         raise
-    return count if count else "holds no document"
+    return count if count else "contains no document"
 
 
 def _reason(error: BaseException) -> str:
@@ -175,10 +174,10 @@ def _reason(error: BaseException) -> str:
 def check_files(
     files: Sequence[DocumentFile], counts: Sequence[int | str], on_bad: str
 ) -> list[DocumentFile]:
-    """The usable files with their document counts; bad ones are refused or reported, as configured.
+    """The usable files with their document counts. Bad files are an error or skipped, as configured.
 
     Raises:
-        ValueError: a bad file under on_bad=error, or nothing usable; every bad file is named and counted.
+        ValueError: a bad file with on_bad=error (the message names every one), or no usable file.
     """
     bad = [(f.path, c) for f, c in zip(files, counts, strict=True) if isinstance(c, str)]
     good = [replace(f, documents=c) for f, c in zip(files, counts, strict=True) if isinstance(c, int)]
@@ -186,7 +185,7 @@ def check_files(
         listing = "\n".join(f"  {path}: {why}" for path, why in bad)
         summary = f"{len(bad)} of {len(files)} input files are broken or empty:\n{listing}"
         if on_bad == "error":
-            raise ValueError(f"{summary}\nMend or remove them, or set data.on_bad=skip to go on without them")
+            raise ValueError(f"{summary}\nRepair or remove them, or set data.on_bad=skip to leave them out")
         print(f"skipped: {summary}", flush=True)
     if not good:
         raise ValueError(f"the corpus is empty: no document in {[f.path for f in files]}; check data.source")
@@ -219,17 +218,17 @@ def _module_documents(library: Path) -> Iterator[str]:
         try:
             texts = list(_docstrings(path.read_text(encoding="utf-8")))
         except (SyntaxError, UnicodeDecodeError, OSError):
-            continue  # templates and deliberately broken files
+            continue  # templates and intentionally broken files
         if texts:
             yield "\n\n".join(texts)
 
 
 @lru_cache(maxsize=1)
 def builtin_documents() -> tuple[str, ...]:
-    """English prose that every CPython carries: the language reference and the standard library's docstrings.
+    """English prose in every CPython: the language reference and the standard library's docstrings.
 
-    Paragraphs that occur twice (docstrings are copied about) are kept once, so that the held-out documents
-    have no twin among the training ones.
+    Repeated paragraphs (docstrings get copied) are kept once, so that no held-out document has a twin among those to
+    train on.
     """
     import pydoc_data.topics
 

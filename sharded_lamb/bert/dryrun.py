@@ -9,7 +9,7 @@ from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.model import ModelSize, hf_config, model_size, resolve_precision
 from sharded_lamb.bert.optim import STAGES
 from sharded_lamb.bert.schedule import build_schedule
-from sharded_lamb.bert.trainee import check_parallel
+from sharded_lamb.bert.train_backend import check_parallel
 
 _BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2}
 
@@ -32,16 +32,16 @@ def describe(config: RunConfig, world_size: int) -> str:
         plan, schedule = plan_batches(config, phase, world_size), build_schedule(phase)
         begin, end = plan.step_plan(phase.steps - 1, 0, 0).micro_batches[-1]
         count = plan.samples_before(phase.steps)
-        places = count * phase.sequence_length
+        tokens = count * phase.sequence_length
         lines.append(
             f"phase {phase.name!r}: global batch {plan.global_batch} = {world_size} ranks x "
             f"{plan.accumulation(phase.steps)} accumulated x {end - begin} (limit {plan.max_micro_batch}); "
-            f"{phase.steps:,} steps, {count:,} sequences of {phase.sequence_length}, {places:,} tokens with padding; "
+            f"{phase.steps:,} steps, {count:,} sequences of {phase.sequence_length}, {tokens:,} tokens with padding; "
             f"lr {schedule.peak:.4g}, {schedule.warmup_steps:,} steps of warmup, power {schedule.power:g} "
             f"({schedule.source})"
         )
         steps, samples = steps + phase.steps, samples + count
-        flops += size.flops(places, count * config.max_predictions(phase), phase.sequence_length)
+        flops += size.flops(tokens, count * config.max_predictions(phase), phase.sequence_length)
     lines.append(f"in all: {steps:,} steps, {samples:,} sequences, {flops:.3g} floating point operations")
     return "\n".join(lines)
 
@@ -50,8 +50,8 @@ def _size(config: RunConfig) -> ModelSize:
     from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
 
     kind = BertForPreTraining if config.data.nsp else BertForMaskedLM
-    vocabulary = -(-config.tokenizer.vocab_size // config.model.pad_vocab_to) * config.model.pad_vocab_to
-    shape = hf_config(config.model, vocabulary, 0)
+    vocab_size = -(-config.tokenizer.vocab_size // config.model.pad_vocab_to) * config.model.pad_vocab_to
+    shape = hf_config(config.model, vocab_size, 0)
     if config.model.pretrained is not None:
         shape = BertConfig.from_pretrained(config.model.pretrained)
     with torch.device("meta"):

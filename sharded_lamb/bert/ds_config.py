@@ -10,6 +10,7 @@ from sharded_lamb.bert.batch import plan_batches
 from sharded_lamb.bert.config import OptimizerConfig, RunConfig
 from sharded_lamb.bert.config_io import merged_over
 from sharded_lamb.bert.model import resolve_precision
+from sharded_lamb.core.hyperparams import VARIANTS
 
 # Sections of a ds_config that would decide what the recipe decides, and the settings that do.
 DECIDED = {
@@ -65,24 +66,11 @@ def lamb_params(settings: OptimizerConfig) -> dict[str, Any]:
     The variant is spelt out option by option: by its name, the plugin would insist on its authors' clipping, and read
     DeepSpeed's meaning into bias_correction, where here explicit settings win.
     """
-    from sharded_lamb import VARIANTS
-
-    if settings.variant not in VARIANTS:
-        raise ValueError(f"optimizer.variant={settings.variant!r}: expected one of {sorted(VARIANTS)}")
-    options = {**VARIANTS[settings.variant]}
-    del options["max_grad_norm"]
-    for name in ("adapt_without_decay", "bias_correction"):
-        if getattr(settings, name) is not None:  # null leaves it to the variant
-            options[name] = getattr(settings, name)
-    return {
-        **options,
-        "lr": 0.0,  # the schedule sets it before every step
-        "betas": list(settings.betas),
-        "eps": settings.eps,
-        "weight_decay": settings.weight_decay,
-        "exclude_from_weight_decay": list(settings.exclude_from_weight_decay),
-        "exclude_from_layer_adaptation": list(settings.exclude_from_layer_adaptation),
-    }
+    given = settings.keywords()
+    options = {**VARIANTS[given.pop("variant")], **given}
+    del options["max_grad_norm"]  # `ds_config` says it to DeepSpeed
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    return {**plain, "lr": 0.0}  # the schedule sets it before every step
 
 
 def _read(path: Path) -> dict[str, Any]:

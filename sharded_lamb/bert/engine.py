@@ -1,4 +1,4 @@
-"""`parallel: deepspeed`: BERT in DeepSpeed's engine, whose ZeRO shards and whose optimizer is `DeepSpeedLamb`."""
+"""`parallel: deepspeed`: BERT in DeepSpeed's engine. DeepSpeed's ZeRO shards it; the optimizer is `DeepSpeedLamb`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.ds_config import ds_config
 from sharded_lamb.bert.model import Losses, parameters_to_train
 from sharded_lamb.bert.optim import restart_steps, set_lr
-from sharded_lamb.checkpoint import Checkpoints, Contents, Ranks, read_contents, write_contents
+from sharded_lamb.checkpoint import Checkpoints, InMemoryCheckpoint, RankGroup, read_contents, write_contents
 
 
-class EngineTrainee:
-    """A `Trainee`. Under ZeRO 3 parameters are whole only while the module that holds them runs."""
+class EngineBackend:
+    """A `TrainBackend`. ZeRO 3 gathers parameters only while their module runs."""
 
     def __init__(self, config: RunConfig, losses: Losses, world_size: int) -> None:
         if importlib.util.find_spec("deepspeed") is None:
@@ -29,11 +29,13 @@ class EngineTrainee:
             )
         import sharded_lamb.deepspeed
 
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists; without a launcher there is one rank
+        os.environ.setdefault(
+            "LOCAL_RANK", "0"
+        )  # DeepSpeed requires it; without a launcher there is one rank
         self.bert, self.losses = losses.module, losses
-        # DeepSpeed's master of an fp32 parameter is the parameter itself: checkpoints have it already.
+        # The master of an fp32 parameter equals the parameter, which checkpoints contain already.
         self._trained = [(name, p.dtype == torch.float32) for name, p in parameters_to_train(self.bert)]
-        self._linear = torch.nn.functional.linear  # ZeRO 3 puts its own in its place, for the whole process
+        self._linear = torch.nn.functional.linear  # ZeRO 3 replaces it, for the whole process
         self._engine: Any = sharded_lamb.deepspeed.initialize(
             model=losses, config=ds_config(config, world_size)
         )[0]
@@ -45,7 +47,7 @@ class EngineTrainee:
         self._engine.set_gradient_accumulation_boundary(last)
         out: Tensor = self._engine(batch)
         faults.point("backward")
-        # Scaled by the whole global batch already: not again by the number of micro-batches.
+        # `scale` already divides by the global batch: do not divide by the number of micro-batches.
         self._engine.backward((out[:2] * scale).sum(), scale_wrt_gas=False)
         return out.detach()
 
@@ -70,13 +72,13 @@ class EngineTrainee:
         first = torch.distributed.get_rank() == 0
         whole = {}
         for name, p in self.bert.named_parameters():
-            with zero.GatheredParameters([p]):  # nothing is done to what is whole already
+            with zero.GatheredParameters([p]):  # a no-op for unpartitioned parameters
                 if first:
                     whole[name] = p.detach().cpu().clone().contiguous()
         return whole if first else None
 
     def save(self, checkpoints: Checkpoints, step: int, extra: dict[str, Any]) -> None:
-        """Whole tensors, written by the first rank: partitions are DeepSpeed's."""
+        """The first rank writes unsharded tensors: partitions are DeepSpeed's format."""
         weights, full = self.weights(), self._lamb.full_state_dict()
 
         def write() -> None:
@@ -87,8 +89,10 @@ class EngineTrainee:
 
         self._ranks().first(write)
 
-    def _contents(self, weights: dict[str, Tensor], full: dict[str, Any], extra: dict[str, Any]) -> Contents:
-        own = self.bert.state_dict(keep_vars=True)  # under ZeRO 3 of empty parameters
+    def _contents(
+        self, weights: dict[str, Tensor], full: dict[str, Any], extra: dict[str, Any]
+    ) -> InMemoryCheckpoint:
+        own = self.bert.state_dict(keep_vars=True)  # ZeRO 3 leaves its parameters empty
         first = {id(tensor): name for name, tensor in reversed(own.items())}
         aliases = {name: first[id(tensor)] for name, tensor in own.items() if first[id(tensor)] != name}
         states = {}
@@ -100,7 +104,7 @@ class EngineTrainee:
         names = [name for name, _ in self._trained]
         groups = [
             {
-                "names": [names[place] for place in group["params"]],
+                "names": [names[index] for index in group["params"]],
                 "options": {
                     key: value for key, value in group.items() if key not in ("params", "param_names")
                 },
@@ -109,14 +113,14 @@ class EngineTrainee:
         ]
         whole = {name: weights.get(name, tensor.cpu()) for name, tensor in own.items() if name not in aliases}
         wide = {"max_grad_norm": self._lamb.max_grad_norm, "skipped_steps": self._lamb.skipped_steps}
-        return Contents(whole, states, groups, wide, extra, aliases)
+        return InMemoryCheckpoint(whole, states, groups, wide, extra, aliases)
 
     def load(self, path: Path, *, options: bool) -> dict[str, Any]:
         def read() -> tuple[dict[str, Any], int]:
             found.append(read_contents(path))
             return found[0].extra, found[0].optimizer.get("skipped_steps", 0)
 
-        found: list[Contents] = []
+        found: list[InMemoryCheckpoint] = []
         extra, skipped = self._ranks().first(read)
         template = self._lamb.full_state_dict()
         state = self._ranks().each(lambda: self._state(found[0], template, path, options) if found else None)
@@ -125,7 +129,9 @@ class EngineTrainee:
             self._lamb.skipped_steps = skipped
         return extra
 
-    def _state(self, found: Contents, template: dict[str, Any], path: Path, options: bool) -> dict[str, Any]:
+    def _state(
+        self, found: InMemoryCheckpoint, template: dict[str, Any], path: Path, options: bool
+    ) -> dict[str, Any]:
         """As `DeepSpeedLamb.load_full_state_dict` takes it. Raises ValueError for another model's."""
         names = [name for name, _ in self._trained]
         if sorted(name for group in found.groups for name in group["names"]) != sorted(names):
@@ -142,8 +148,8 @@ class EngineTrainee:
                 group.update(saved["options"])
         return {"state": states, "param_groups": groups}
 
-    def _ranks(self) -> Ranks:
-        return Ranks.of()
+    def _ranks(self) -> RankGroup:
+        return RankGroup.of()
 
     def close(self) -> None:
         self._engine.destroy()

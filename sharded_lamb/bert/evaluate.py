@@ -1,4 +1,4 @@
-"""What the model has learnt: held-out loss and accuracy, and a few blanks filled in."""
+"""Evaluation: held-out loss and accuracy, and fill-mask samples."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from sharded_lamb.bert.ranks import Ranks
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Means over the predicted places of the held-out split."""
+    """Means over the masked positions of the held-out split."""
 
     loss: float
     accuracy: float
-    places: int
+    masked_positions: int
     nsp_accuracy: float | None
 
 
@@ -31,9 +31,9 @@ def held_out(
     limit: int | None,
     beat: Callable[[str], None] = lambda _: None,
 ) -> HeldOut:
-    """Masks are keyed by sample and rows cut alike everywhere: every world size sees the same batches.
+    """Evaluates the split; masks are keyed by sample and batches are world-size independent, so results are too.
 
-    ``beat`` is told of every batch.
+    ``beat`` is called before every batch.
     """
     total = len(source.samples) if limit is None else min(len(source.samples), limit * batch)
     starts = range(0, total, batch)
@@ -42,22 +42,22 @@ def held_out(
     losses.eval()
     with torch.no_grad():
         for turn in range(0, len(starts), ranks.world_size):
-            mine = turn + ranks.rank
-            beat(f"held-out batch {mine}")
-            # A rank without a batch in the last turn goes along: parameters cut over ranks are gathered in forward.
-            start = starts[min(mine, len(starts) - 1)]
+            number = turn + ranks.rank
+            beat(f"held-out batch {number}")
+            # A rank without a batch in the last turn repeats the last one: forward gathers sharded parameters together.
+            start = starts[min(number, len(starts) - 1)]
             micro = source.micro_batch(np.arange(start, min(start + batch, total)), shuffled=False)
             out = losses(micro.to(ranks.device))
-            if mine < len(starts):
+            if number < len(starts):
                 sums += [*out.double().tolist(), len(micro.labels), len(micro.tokens)]
     losses.train(was_training)
-    loss, _, right, pair_right, places, rows = ranks.sum(sums.tolist())
+    loss, _, right, pair_right, masked, rows = ranks.sum(sums.tolist())
     nsp = pair_right / rows if source.samples.manifest.nsp else None
-    return HeldOut(loss / max(1, places), right / max(1, places), int(places), nsp)
+    return HeldOut(loss / max(1, masked), right / max(1, masked), int(masked), nsp)
 
 
 def fill_mask(bert: Any, tokenizer: Any, sentences: tuple[str, ...], top: int = 5) -> list[dict[str, Any]]:
-    """The likeliest pieces for the first [MASK] of each sentence."""
+    """The `top` likeliest pieces for the first [MASK] of each sentence."""
     results: list[dict[str, Any]] = []
     device = next(bert.parameters()).device
     was_training = bert.training

@@ -1,4 +1,4 @@
-"""`parallel: fsdp2`: BERT under `fully_shard`, a layer at a time; ShardedLamb finds the cuts by itself."""
+"""`parallel: fsdp2`: BERT under `fully_shard`, layer by layer; ShardedLamb reads the shards from the DTensors."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from sharded_lamb import faults
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.model import Losses
-from sharded_lamb.bert.optim import OptimizerTrainee, build_optimizer
+from sharded_lamb.bert.optim import OptimizerBackend, build_optimizer
 from sharded_lamb.checkpoint import Checkpoints
 
 
-class FsdpTrainee(OptimizerTrainee):
-    """A `Trainee`. Parameters are whole only while the layer that holds them runs; gradients are averaged by FSDP."""
+class FsdpBackend(OptimizerBackend):
+    """A `TrainBackend`. FSDP unshards a layer's parameters while it runs, and averages gradients."""
 
     def __init__(self, config: RunConfig, losses: Losses) -> None:
         for layer in losses.module.bert.encoder.layer:
             if config.speed.compile:
                 layer.compile()
             fully_shard(layer)
-        # The rest in one piece: embeddings and decoder share a weight.
+        # The rest as one unit: embeddings and decoder share a weight.
         root = fully_shard(losses)
         assert isinstance(root, FSDPModule)
         self._root = root
@@ -41,7 +41,7 @@ class FsdpTrainee(OptimizerTrainee):
 
     def weights(self) -> dict[str, Tensor] | None:
         first, whole = torch.distributed.get_rank() == 0, {}
-        self._root.reshard()  # a forward without a backward leaves the root's parameters whole
+        self._root.reshard()  # a forward without a backward leaves the root's parameters unsharded
         for name, p in self.bert.named_parameters():
             value = p.detach().full_tensor()
             if first:

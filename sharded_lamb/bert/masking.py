@@ -1,7 +1,7 @@
-"""Dynamic masking, keyed by sample: which positions are predicted and what stands there instead.
+"""Dynamic masking, keyed by sample: which positions are predicted, and which pieces replace them.
 
-Vectorized over a batch, and a function of (key, global sample index, row) only, so that the same sample gets
-the same mask on every rank, world size, accumulation and restart, and a new one in every epoch.
+Masks are vectorized over a batch, and functions of (key, global sample index, row) only: a sample gets the same mask on
+every rank, world size, accumulation and restart, and a new one in every epoch.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sharded_lamb.bert.keyed import key_of, uniform
-from sharded_lamb.bert.tokenizer import Pieces
+from sharded_lamb.bert.stateless_rng import key_of, uniform
+from sharded_lamb.bert.tokenizer import Vocabulary
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
@@ -23,57 +23,56 @@ _AS_MASK, _AS_RANDOM = 0.8, 0.9  # [0, 0.8) → [MASK], [0.8, 0.9) → a random 
 
 @dataclass(frozen=True)
 class Masker:
-    """`probability` of a row's ordinary pieces, at most `max_predictions` of them."""
+    """Masks the share `probability` of a row's ordinary pieces, at most `max_predictions`."""
 
-    pieces: Pieces
+    vocabulary: Vocabulary
     probability: float
     max_predictions: int
     whole_word: bool
     key: int
 
     def __call__(self, rows: Ints, samples: Ints) -> tuple[Ints, Bools]:
-        """([n, length] ids, [n] global sample indices) → (ids with masks, which are predicted)."""
+        """([n, length] ids, [n] global sample indices) → (ids with masks, [n, length] whether masked)."""
         length = rows.shape[1]
-        # One counter for each place of each sample; no row is longer than 2^16.
-        place = (samples[:, None] << 16) + np.arange(length)
-        ordinary = ~np.isin(rows, self.pieces.special)
-        score = uniform(key_of(self.key, "which"), place)
+        # One number for each position of each sample; no row is longer than 2^16.
+        position = (samples[:, None] << 16) + np.arange(length)
+        ordinary = ~np.isin(rows, self.vocabulary.special)
+        score = uniform(key_of(self.key, "which"), position)
         chosen = (
-            self._whole_words(rows, ordinary, score, place)
+            self._whole_words(rows, ordinary, score, position)
             if self.whole_word
             else self._single(ordinary, score)
         )
-        return self._replace(rows, chosen, place), chosen
+        return self._replace(rows, chosen, position), chosen
 
     def _budget(self, ordinary: Bools) -> Ints:
-        """[n]: how many to predict: the rounded share, at least one, at most the cap."""
+        """[n]: number of predictions: the rounded share, at least one, at most the cap."""
         count = ordinary.sum(1)
         share = np.maximum(1, np.rint(count * self.probability)).astype(np.int64)
         budget: Ints = np.minimum(np.minimum(share, self.max_predictions), count)
         return budget
 
     def _single(self, ordinary: Bools, score: Floats) -> Bools:
-        """The places with the lowest scores."""
+        """The positions with the lowest scores."""
         score = np.where(ordinary, score, 2.0)
         return (_rank(score) < self._budget(ordinary)[:, None]) & ordinary
 
-    def _whole_words(self, rows: Ints, ordinary: Bools, score: Floats, place: Ints) -> Bools:
+    def _whole_words(self, rows: Ints, ordinary: Bools, score: Floats, position: Ints) -> Bools:
         """All pieces of the words with the lowest scores.
 
-        The word that crosses the budget is taken with the chance that keeps the expected count on it, unless
-        it exceeds the cap.
+        The word that crosses the budget is masked with the probability that keeps the expected count at the budget,
+        unless it exceeds the cap.
         """
         starts = ordinary & ~self._continues(rows, ordinary)
         word = np.where(ordinary, np.maximum.accumulate(np.where(starts, np.arange(rows.shape[1]), 0), 1), 0)
         word_score = np.where(ordinary, np.take_along_axis(score, word, 1), 2.0)
         rank = _rank(word_score)
-        # Places of one word share a score, so they have consecutive ranks: the first and last of them bound
-        # it.
+        # Positions of one word share a score, so their ranks are consecutive: the first and the size bound the word.
         first = np.take_along_axis(rank, word, 1)
         size = _word_sizes(word, ordinary)
         budget = self._budget(ordinary)[:, None]
         fits = first + size <= budget
-        coin = uniform(key_of(self.key, "crossing"), np.take_along_axis(place, word, 1))
+        coin = uniform(key_of(self.key, "crossing"), np.take_along_axis(position, word, 1))
         crossing = (
             (first < budget) & ~fits & (coin * size < budget - first) & (first + size <= self.max_predictions)
         )
@@ -81,21 +80,21 @@ class Masker:
 
     def _continues(self, rows: Ints, ordinary: Bools) -> Bools:
         """Continuations whose word begins in this row (a row may begin inside a word)."""
-        continues = self.pieces.continues_word[rows] & ordinary
+        continues = self.vocabulary.continues_word[rows] & ordinary
         continues[:, 1:] &= ordinary[:, :-1]
         continues[:, 0] = False
         return continues
 
-    def _replace(self, rows: Ints, chosen: Bools, place: Ints) -> Ints:
-        kind = uniform(key_of(self.key, "kind"), place)
-        ordinary = self.pieces.ordinary
-        other = ordinary[(uniform(key_of(self.key, "other"), place) * len(ordinary)).astype(np.int64)]
-        masked = np.where(chosen & (kind < _AS_MASK), self.pieces.mask, rows)
+    def _replace(self, rows: Ints, chosen: Bools, position: Ints) -> Ints:
+        kind = uniform(key_of(self.key, "kind"), position)
+        ordinary = self.vocabulary.ordinary
+        other = ordinary[(uniform(key_of(self.key, "other"), position) * len(ordinary)).astype(np.int64)]
+        masked = np.where(chosen & (kind < _AS_MASK), self.vocabulary.mask, rows)
         return np.where(chosen & (kind >= _AS_MASK) & (kind < _AS_RANDOM), other, masked)
 
 
 def _rank(score: Floats) -> Ints:
-    """Each place's rank in its row; equal scores rank from left to right."""
+    """Each position's rank in its row; equal scores rank from left to right."""
     order = np.argsort(score, axis=1, kind="stable")
     rank = np.empty_like(order)
     np.put_along_axis(rank, order, np.broadcast_to(np.arange(score.shape[1]), score.shape), 1)
@@ -103,7 +102,7 @@ def _rank(score: Floats) -> Ints:
 
 
 def _word_sizes(word: Ints, ordinary: Bools) -> Ints:
-    """[n, length]: pieces in the word of each place."""
+    """[n, length]: number of pieces in the word of each position."""
     n, length = word.shape
     flat = (np.arange(n)[:, None] * length + word)[ordinary]
     sizes = np.bincount(flat, minlength=n * length)

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, a progress bar and a picture. Only rank 0 writes."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, a progress bar and a picture. Only rank 0 writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
-_PROGRESS_SECONDS = 15.0  # between lines where no terminal redraws a bar
+_PROGRESS_SECONDS = 15.0  # between lines, without a terminal to redraw the bar
 
 # Dense bf16 peaks from the makers' data sheets, without sparsity.
 _KNOWN_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40": 181.0, "V100": 125.0}
@@ -77,7 +77,7 @@ class MetricsLog:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows; a last line that a kill cut short is left out."""
+    """The complete rows, without a last line that a kill cut short."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -88,7 +88,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def layer_of(name: str) -> str:
-    """The part of BERT that a parameter belongs to, for grouping trust ratios."""
+    """The part of BERT that owns a parameter, to group trust ratios."""
     parts = name.split(".")
     if "layer" in parts:
         return f"layer {parts[parts.index('layer') + 1]}"
@@ -121,7 +121,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def peak_flops(device: torch.device, configured_tflops: float | None) -> tuple[float, str]:
-    """(FLOP/s of one rank that MFU is measured against, where the number comes from)."""
+    """(peak FLOP/s of one rank, the reference of MFU; the source of the number)."""
     if configured_tflops is not None:
         return configured_tflops * 1e12, "speed.peak_tflops"
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""BERT as transformers builds it, trained on the masked places only."""
+"""BERT as transformers builds it, with the prediction head on the masked positions only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sharded_lamb.bert.config import ModelConfig, Precision, RunConfig
 from sharded_lamb.bert.data import MicroBatch
-from sharded_lamb.bert.tokenizer import Pieces
+from sharded_lamb.bert.tokenizer import Vocabulary
 
 _ATTENTION: dict[str, Any] = {"attn_implementation": "sdpa"}  # flash attention where torch has it
 
@@ -21,17 +21,17 @@ _ATTENTION: dict[str, Any] = {"attn_implementation": "sdpa"}  # flash attention 
 class Losses(torch.nn.Module):
     """The forward pass of pretraining around a Hugging Face BERT, for DDP, DeepSpeed and torch.compile to wrap.
 
-    Returns [4]: the sums of the masked-piece loss, of the next-sentence loss, and of the right guesses of
-    each. Sums, not means: only the caller knows what the whole global batch holds.
+    Returns [4]: the sums of the masked-piece loss, of the next-sentence loss, and of the right guesses of each. They
+    are no means: only the caller knows the counts of the whole global batch.
     """
 
     def __init__(self, bert: Any, *, nsp: bool, autocast: bool = False) -> None:
         super().__init__()
-        # Called `module`, as wrappers call what they wrap: parameters are known by BERT's own names.
+        # Named `module`, as in other wrappers: parameters keep BERT's own names.
         self.module, self._nsp, self._autocast = bert, nsp, autocast
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        # Inside, because DeepSpeed's engine switches off what is switched on around it.
+        # Inside forward, because DeepSpeed's engine disables autocast around it.
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self._autocast):
             return self._sums(batch)
 
@@ -46,8 +46,8 @@ class Losses(torch.nn.Module):
             token_type_ids=batch.segments,
             position_ids=batch.positions,
         )
-        # [B, L, H] -> [M, H]: the vocabulary-wide head sees nothing but predicted places.
-        picked = hidden.last_hidden_state.flatten(0, 1).index_select(0, batch.places)
+        # [B, L, H] -> [M, H]: the vocabulary-wide head runs on masked positions only.
+        picked = hidden.last_hidden_state.flatten(0, 1).index_select(0, batch.masked_positions)
         logits = self.module.cls.predictions(picked).float()
         loss = F.cross_entropy(logits, batch.labels, reduction="sum")
         right = (logits.detach().argmax(1) == batch.labels).sum()
@@ -63,7 +63,7 @@ class Losses(torch.nn.Module):
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Counts that the FLOP and memory formulas need."""
+    """Counts for the FLOP and memory formulas."""
 
     parameters: int
     layers: int
@@ -72,11 +72,11 @@ class ModelSize:
     vocabulary: int
 
     def flops(self, tokens: int, predicted: int, length: int) -> int:
-        """Floating point operations of forward and backward over `tokens` places, padding included.
+        """Floating point operations of forward and backward over `tokens` positions, padding included.
 
-        6 per weight and place (2 forward, 4 backward) for the matrices of the layers, and of the head for
-        predicted places; 12 · length · hidden per layer and place for attention (QKᵀ and AV). Lookups, norms,
-        softmax, recomputation under activation checkpointing and the optimizer are left out.
+        6 per weight and position (2 forward, 4 backward) for the matrices of the layers, and of the head at masked
+        positions; 12 · length · hidden per layer and position for attention (QKᵀ and AV). Not counted: lookups, norms,
+        softmax, recomputation under activation checkpointing, the optimizer.
         """
         layer = 4 * self.hidden**2 + 2 * self.hidden * self.intermediate
         body = self.layers * (6 * layer + 12 * length * self.hidden)
@@ -84,15 +84,15 @@ class ModelSize:
         return tokens * body + predicted * head
 
 
-def padded_vocabulary(pieces: Pieces, config: ModelConfig) -> int:
-    return -(-pieces.size // config.pad_vocab_to) * config.pad_vocab_to
+def padded_vocabulary(vocabulary: Vocabulary, config: ModelConfig) -> int:
+    return -(-vocabulary.size // config.pad_vocab_to) * config.pad_vocab_to
 
 
-def hf_config(config: ModelConfig, vocabulary: int, pad: int) -> Any:
+def hf_config(config: ModelConfig, vocab_size: int, pad: int) -> Any:
     from transformers import BertConfig
 
     return BertConfig(
-        vocab_size=vocabulary,
+        vocab_size=vocab_size,
         hidden_size=config.hidden_size,
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
@@ -118,15 +118,15 @@ def model_size(bert: Any) -> ModelSize:
 
 
 def resolve_precision(precision: Precision) -> Precision:
-    """What `auto` means here: mixed precision where bf16 is multiplied in hardware (else it is emulated)."""
+    """Resolves `auto`: mixed precision where the hardware multiplies bf16 (otherwise it is emulated), else fp32."""
     if precision != "auto":
         return precision
-    able = torch.cpu.get_capabilities()
-    fast = torch.cuda.is_available() or able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+    cpu = torch.cpu.get_capabilities()
+    fast = torch.cuda.is_available() or cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
     return "bf16_autocast" if fast else "fp32"
 
 
-def build_bert(config: RunConfig, pieces: Pieces, unigram: Path | None = None) -> Any:
+def build_bert(config: RunConfig, vocabulary: Vocabulary, unigram: Path | None = None) -> Any:
     """BertForPreTraining (with next-sentence prediction) or BertForMaskedLM, from `config.seed` or a folder.
 
     Raises:
@@ -137,9 +137,9 @@ def build_bert(config: RunConfig, pieces: Pieces, unigram: Path | None = None) -
     kind = BertForPreTraining if config.data.nsp else BertForMaskedLM
     torch.manual_seed(config.seed)
     if config.model.pretrained is not None:
-        bert = _load_pretrained(kind, config.model.pretrained, pieces)
+        bert = _load_pretrained(kind, config.model.pretrained, vocabulary)
     else:
-        bert = kind(hf_config(config.model, padded_vocabulary(pieces, config.model), pieces.pad))
+        bert = kind(hf_config(config.model, padded_vocabulary(vocabulary, config.model), vocabulary.pad))
         if config.model.unigram_bias and unigram is not None:
             _start_at_unigram(bert, np.load(unigram))
     if config.speed.activation_checkpointing:
@@ -149,31 +149,31 @@ def build_bert(config: RunConfig, pieces: Pieces, unigram: Path | None = None) -
     return bert.train()
 
 
-def _load_pretrained(kind: Any, folder: str, pieces: Pieces) -> Any:
+def _load_pretrained(kind: Any, folder: str, vocabulary: Vocabulary) -> Any:
     if not Path(folder).is_dir():
         raise ValueError(f"model.pretrained={folder!r}: no such folder; give one that save_pretrained wrote")
     bert = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    if bert.config.vocab_size < pieces.size:
+    if bert.config.vocab_size < vocabulary.size:
         raise ValueError(
             f"model.pretrained={folder!r}: its vocabulary of {bert.config.vocab_size} is smaller than the "
-            f"tokenizer's {pieces.size}; set tokenizer.path to the tokenizer it was trained with"
+            f"tokenizer's {vocabulary.size}; set tokenizer.path to the model's own tokenizer"
         )
     return bert
 
 
 def _start_at_unigram(bert: Any, counts: Any) -> None:
-    """Begin at the unigram entropy instead of log(vocabulary): what the first steps would learn anyway."""
+    """Start at the loss that the first steps would reach anyway: the unigram entropy instead of log(vocabulary)."""
     bias = bert.cls.predictions.bias
-    seen = torch.ones(bias.numel(), dtype=torch.float64)  # one more for each: no log of 0
+    seen = torch.ones(bias.numel(), dtype=torch.float64)  # add-one smoothing: no log of 0
     seen[: len(counts)] += torch.from_numpy(counts)
     with torch.no_grad():
         bias.copy_((seen / seen.sum()).log())
 
 
 def whole_bert(bert: Any, weights: dict[str, Tensor]) -> Any:
-    """A BERT of the same shape on the CPU that holds `weights` (all of its parameters, by name).
+    """A BERT of the same shape on the CPU with the values of `weights` (all of its parameters, by name).
 
-    The trained one's parameters don't save well: they are views of flat buckets, or cut over ranks.
+    The trained model's own parameters don't save well: they are views of flat buckets, or sharded over ranks.
     """
     fresh = type(bert)(bert.config).to(next(iter(weights.values())).dtype)
     with torch.no_grad():

@@ -18,8 +18,8 @@ from sharded_lamb.checkpoint import Checkpoints
 STAGES: dict[str, Literal[1, 2]] = {"ddp+zero1": 1, "zero2": 2}
 
 
-class OptimizerTrainee:
-    """What the ways of sharding with `ShardedLamb` share of a `Trainee`."""
+class OptimizerBackend:
+    """The part of a `TrainBackend` that every sharding with `ShardedLamb` shares."""
 
     def __init__(self, losses: Losses, optimizer: Any) -> None:
         self.bert, self.losses = losses.module, losses
@@ -50,23 +50,23 @@ class OptimizerTrainee:
         pass
 
 
-class ShardedTrainee(OptimizerTrainee):
-    """A `Trainee`: with stage 1, DDP averages gradients; with stage 2, the optimizer does."""
+class ShardedBackend(OptimizerBackend):
+    """A `TrainBackend`. Stage 1: DDP averages gradients; stage 2: the optimizer does."""
 
     def __init__(self, config: RunConfig, losses: Losses) -> None:
-        self._called: Any = losses  # wrapped as configured; what training calls
+        self._wrapped: Any = losses  # in DDP or compiled, as configured
         stage = STAGES[config.parallel]
         if stage == 1:
-            self._called = torch.nn.parallel.DistributedDataParallel(losses)
+            self._wrapped = torch.nn.parallel.DistributedDataParallel(losses)
         super().__init__(losses, build_optimizer(config, losses.module, stage))
-        self._unsynchronized = self._optimizer.no_sync if stage == 2 else self._called.no_sync
+        self._unsynchronized = self._optimizer.no_sync if stage == 2 else self._wrapped.no_sync
         if config.speed.compile:
-            self._called = torch.compile(self._called)
+            self._wrapped = torch.compile(self._wrapped)
 
     def accumulate(self, batch: MicroBatch, scale: Tensor, *, last: bool) -> Tensor:
         context: AbstractContextManager[Any] = nullcontext() if last else self._unsynchronized()
         with context:
-            out: Tensor = self._called(batch)
+            out: Tensor = self._wrapped(batch)
             loss: Tensor = (out[:2] * scale).sum()
             faults.point("backward")
             loss.backward()  # type: ignore[no-untyped-call]
@@ -75,7 +75,7 @@ class ShardedTrainee(OptimizerTrainee):
     def weights(self) -> dict[str, Tensor] | None:
         if torch.distributed.get_rank() != 0:
             return None
-        # Copies: parameters are views of flat buckets, which would be written whole for each of them.
+        # Copies: parameters are views of flat buckets, and writing a view writes its whole bucket.
         return {name: p.detach().cpu().clone().contiguous() for name, p in self.bert.named_parameters()}
 
 
@@ -83,24 +83,12 @@ def build_optimizer(config: RunConfig, bert: Any, stage: Literal[1, 2]) -> Any:
     """ShardedLamb over the model's parameters, named as the model names them."""
     from sharded_lamb import ShardedLamb
 
-    settings = config.optimizer
-    options: dict[str, Any] = {}
-    for name in ("adapt_without_decay", "bias_correction"):
-        if getattr(settings, name) is not None:  # null leaves it to the variant
-            options[name] = getattr(settings, name)
     return ShardedLamb(
         parameters_to_train(bert),
         lr=0.0,  # the schedule sets it before every step
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        variant=settings.variant,
-        max_grad_norm=settings.max_grad_norm,
-        exclude_from_weight_decay=settings.exclude_from_weight_decay,
-        exclude_from_layer_adaptation=settings.exclude_from_layer_adaptation,
         stage=stage,
-        bucket_mb=settings.bucket_mb,
-        **options,
+        bucket_mb=config.optimizer.bucket_mb,
+        **config.optimizer.keywords(),
     )
 
 

@@ -1,4 +1,4 @@
-"""What rank 0 prints and leaves in the run folder."""
+"""Rank 0's prints, and its files in the run folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def threads_per_rank() -> int:
 
 
 def begin(run_dir: Path, config: RunConfig, tokenizer: Any) -> None:
-    """The run folder with the configuration as resolved and the tokenizer."""
+    """Creates the run folder with the resolved configuration and the tokenizer."""
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(dump_config(config))
     tokenizer.save_pretrained(str(run_dir / "tokenizer"))
@@ -51,7 +51,7 @@ def phase_line(phase: PhaseConfig, schedule: Schedule, plan: BatchPlan, begin_at
 
 
 def finish(run_dir: Path, config: RunConfig, bert: Any, tokenizer: Any, row: dict[str, Any]) -> None:
-    """The Hugging Face folder, the filled blanks, and a summary on the screen. `bert` is whole."""
+    """Writes the Hugging Face folder and fill_mask.json, and prints a summary. `bert` is unsharded."""
     save_hugging_face(bert, tokenizer, run_dir / "hf")
     blanks = fill_mask(bert, tokenizer, config.log.fill_mask)
     (run_dir / "fill_mask.json").write_text(json.dumps(blanks, indent=1))
@@ -68,7 +68,7 @@ def finish(run_dir: Path, config: RunConfig, bert: Any, tokenizer: Any, row: dic
 
 
 def save_hugging_face(bert: Any, tokenizer: Any, folder: Path) -> None:
-    """A folder that `from_pretrained` loads."""
+    """Writes a folder for `from_pretrained`."""
     import transformers
 
     logging: Any = transformers.utils.logging

@@ -1,4 +1,4 @@
-"""Tokenize and pack once: sources → shards. Parallel over units of rows, restartable, repeatable."""
+"""Sources → shards: tokenizes and packs once, in parallel over units of rows, restartable and repeatable."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ import numpy as np
 
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.corpus import BUILTIN, DocumentFile, check_files, count_documents, find_files
-from sharded_lamb.bert.keyed import key_of, uniform
 from sharded_lamb.bert.packing import Packer
 from sharded_lamb.bert.shards import FORMAT_VERSION, Manifest, Split, entropy, read_manifest, write_atomically
+from sharded_lamb.bert.stateless_rng import key_of, uniform
 from sharded_lamb.bert.tokenizer import (
     encode,
     load_tokenizer,
-    pieces_of,
     save_tokenizer,
     tokenizer_digest,
     train_tokenizer,
+    vocabulary_of,
 )
 
 _CHUNK = 512  # documents tokenized at once
@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows [start, stop) of one file: what one worker does at a time."""
+    """Rows [start, stop) of one file: one task of a worker."""
 
     number: int
     file: DocumentFile
@@ -47,8 +47,8 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What all units of one prepared folder share."""
+class PrepareJob:
+    """The settings that all units of one prepared folder share."""
 
     folder: str
     tokenizer: str
@@ -59,12 +59,11 @@ class Job:
 
 
 def prepare(config: RunConfig, sequence_length: int, report: Callable[[str], None] = print) -> Path:
-    """The folder with shards for one sequence length; made if it is not there, finished if it was
-    interrupted.
+    """The folder with shards for one sequence length; creates it, or completes an interrupted one.
 
     Raises:
         ValueError: missing, broken or empty input, or a vocabulary that the corpus cannot fill.
-        OSError: the disk is full, or a folder cannot be written.
+        OSError: the disk is full, or a folder is not writable.
     """
     root = Path(config.data.prepared)
     root.mkdir(parents=True, exist_ok=True)
@@ -74,11 +73,11 @@ def prepare(config: RunConfig, sequence_length: int, report: Callable[[str], Non
     if (folder / "manifest.json").exists():
         read_manifest(folder)
         return folder
-    # A new process costs about as much as opening eight files.
+    # Starting a process costs about as much as opening eight files.
     counts = _parallel(count_documents, files, min(config.data.workers or _cores(), 1 + len(files) // 8))
     files = check_files(files, counts, config.data.on_bad)
     tokenizer = _ensure_tokenizer(config, files, root, fingerprint)
-    job = Job(
+    job = PrepareJob(
         folder=str(folder),
         tokenizer=str(tokenizer),
         sequence_length=sequence_length,
@@ -103,7 +102,7 @@ def prepare(config: RunConfig, sequence_length: int, report: Callable[[str], Non
 
 
 def _fingerprint(file: DocumentFile) -> str:
-    """Names the input and changes when it does, without reading it."""
+    """Identifies the input without reading it; changes with the input."""
     if file.format == BUILTIN:
         return f"builtin corpus of CPython {platform.python_version()}"
     if "://" in file.path:
@@ -129,7 +128,7 @@ def _folder_key(config: RunConfig, fingerprint: Sequence[str]) -> str:
 def _ensure_tokenizer(
     config: RunConfig, files: Sequence[DocumentFile], root: Path, fingerprint: Sequence[str]
 ) -> Path:
-    """The folder of the tokenizer: the configured one, or one trained on the corpus (once)."""
+    """The tokenizer's folder: the configured one, or that of a tokenizer trained on the corpus (once)."""
     if config.tokenizer.path is not None:
         load_tokenizer(config.tokenizer.path)
         return Path(config.tokenizer.path)
@@ -143,7 +142,7 @@ def _ensure_tokenizer(
 
 
 def _sampled(files: Sequence[DocumentFile], wanted: int | None) -> Iterator[str]:
-    """About `wanted` documents, the same ones every time; all of them if there are no more."""
+    """About `wanted` documents, the same ones every time; all of them if the corpus has no more."""
     total = sum(file.documents for file in files)
     share = 1.0 if wanted is None else wanted / total
     key, number = key_of("tokenizer sample"), 0
@@ -170,13 +169,13 @@ def _is_done(folder: Path, unit: Unit) -> bool:
     return (folder / "units" / f"{unit.number:05d}.json").exists()
 
 
-def _run_unit(task: tuple[Job, Unit]) -> None:
-    """Tokenize and pack one unit; its JSON file is written last and marks it done."""
+def _run_unit(task: tuple[PrepareJob, Unit]) -> None:
+    """Tokenizes and packs one unit; its JSON file is written last and marks it done."""
     job, unit = task
     tokenizer = load_tokenizer(job.tokenizer)
-    pieces = pieces_of(tokenizer)
+    vocabulary = vocabulary_of(tokenizer)
     packers: dict[Split, Packer] = {
-        split: Packer(pieces, job.sequence_length, nsp=job.nsp, pack=job.pack)
+        split: Packer(vocabulary, job.sequence_length, nsp=job.nsp, pack=job.pack)
         for split in ("train", "heldout")
     }
     texts = unit.file.open()
@@ -185,44 +184,44 @@ def _run_unit(task: tuple[Job, Unit]) -> None:
         chunk = texts[start : min(start + _CHUNK, unit.stop)]
         numbers = unit.first_document + start - unit.start + np.arange(len(chunk))
         is_heldout = uniform(heldout_key, numbers) < job.heldout_fraction
-        for ids, held in zip(encode(tokenizer, chunk), is_heldout, strict=True):
-            packers["heldout" if held else "train"].add(ids)
-    folder, dtype = Path(job.folder), _dtype(pieces.size)
+        for ids, heldout in zip(encode(tokenizer, chunk), is_heldout, strict=True):
+            packers["heldout" if heldout else "train"].add(ids)
+    folder, dtype = Path(job.folder), _dtype(vocabulary.size)
     done: dict[str, Any] = {"documents": unit.stop - unit.start}
     for split, packer in packers.items():
         rows = packer.rows()
         write_atomically(folder / f"{split}-{unit.number:05d}.bin", rows.astype(dtype).tobytes())
         done[split] = len(rows)
         if split == "train":
-            counts = np.bincount(rows.ravel(), minlength=pieces.size)
-            done["tokens"] = int(rows.size - counts[pieces.pad])
+            counts = np.bincount(rows.ravel(), minlength=vocabulary.size)
+            done["tokens"] = int(rows.size - counts[vocabulary.pad])
             done["counts"] = {int(i): int(counts[i]) for i in np.flatnonzero(counts)}
     done["dropped"] = sum(packer.dropped for packer in packers.values())
     write_atomically(folder / "units" / f"{unit.number:05d}.json", json.dumps(done).encode())
 
 
-def _dtype(vocabulary: int) -> str:
-    return "uint16" if vocabulary <= 1 << 16 else "uint32"
+def _dtype(vocab_size: int) -> str:
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def _finish(job: Job, units: Sequence[Unit], fingerprint: Sequence[str]) -> Manifest:
-    """Add up the units, copy the tokenizer beside the shards and write the manifest."""
+def _finish(job: PrepareJob, units: Sequence[Unit], fingerprint: Sequence[str]) -> Manifest:
+    """Sums up the units, copies the tokenizer to the shards and writes the manifest."""
     folder = Path(job.folder)
     tokenizer = load_tokenizer(job.tokenizer)
-    pieces = pieces_of(tokenizer)
+    vocabulary = vocabulary_of(tokenizer)
     done = [json.loads((folder / "units" / f"{unit.number:05d}.json").read_text()) for unit in units]
-    counts = np.zeros(pieces.size, np.int64)
+    counts = np.zeros(vocabulary.size, np.int64)
     for result in done:
         for piece, count in result["counts"].items():
             counts[int(piece)] += count
-    counts[list(pieces.special)] = 0
+    counts[list(vocabulary.special)] = 0
     manifest = Manifest(
         version=FORMAT_VERSION,
         sequence_length=job.sequence_length,
         nsp=job.nsp,
         packed=job.pack and not job.nsp,
-        vocab_size=pieces.size,
-        dtype=_dtype(pieces.size),
+        vocab_size=vocabulary.size,
+        dtype=_dtype(vocabulary.size),
         tokenizer_sha256=tokenizer_digest(tokenizer),
         sources=tuple(fingerprint),
         documents=sum(result["documents"] for result in done),
@@ -234,7 +233,7 @@ def _finish(job: Job, units: Sequence[Unit], fingerprint: Sequence[str]) -> Mani
     )
     if not manifest.samples("train"):
         raise ValueError(
-            f"the corpus is empty: {manifest.documents} documents made no training sample of "
+            f"the corpus is empty: {manifest.documents} documents gave no training sample of "
             f"{job.sequence_length} pieces; check data.source, data.text_field and data.heldout_fraction"
         )
     np.save(folder / "unigram.npy", counts)
@@ -258,7 +257,7 @@ def _cores() -> int:
 
 
 def _parallel(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> list[Result]:
-    """Results in the order of the items; in this process if there is only one thing to do."""
+    """Results in the order of the items; a single item runs in this process."""
     workers = min(workers or _cores(), len(items))
     if workers <= 1:
         return [function(item) for item in items]

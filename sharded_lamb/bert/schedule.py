@@ -20,8 +20,8 @@ _PAPER_WARMUP = 1 / 5  # at batch 32,768; halving the batch halves it
 class Schedule:
     """`lr(step)` for step 0 … steps-1 of one phase.
 
-    Warmup: lr · (step+1) / warmup_steps. After it: lr · (1 - step/steps)^power, NVIDIA's PolyWarmUpScheduler
-    up to its first and last step, which would have a rate of 0.
+    Warmup: lr · (step+1) / warmup_steps. Then: lr · (1 - step/steps)^power, NVIDIA's PolyWarmUpScheduler without the
+    rate of 0 that it has in its first and last step.
     """
 
     peak: float
@@ -45,7 +45,7 @@ def paper_rule(global_batch: int) -> tuple[float, float]:
 
 
 def build_schedule(phase: PhaseConfig) -> Schedule:
-    """The schedule of a phase; what is `auto` comes from the paper's rule, and `source` says so."""
+    """The schedule of a phase. The paper's rule replaces `auto`, and `source` names it."""
     auto_lr, auto_warmup = paper_rule(phase.global_batch)
     peak = auto_lr if phase.lr == "auto" else float(phase.lr)
     fraction = auto_warmup if phase.warmup_fraction == "auto" else float(phase.warmup_fraction)

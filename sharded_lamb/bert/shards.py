@@ -3,11 +3,11 @@
 ::
 
     FOLDER/manifest.json     written last: a folder without it is not ready
-           unigram.npy       [vocabulary] int64: how often each piece stands in the training rows
-           tokenizer/        the Hugging Face folder the rows were made with
+           unigram.npy       [vocabulary] int64: count of each piece in the training rows
+           tokenizer/        the tokenizer of the rows, a Hugging Face folder
            train-00000.bin   rows of one unit of work, [samples, sequence_length] uint16 or uint32, no header
            heldout-00000.bin
-           units/00000.json  one finished unit: what a restarted `prepare` need not do again
+           units/00000.json  one finished unit, which a restarted `prepare` skips
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Split = Literal["train", "heldout"]
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a reader needs to know, and everything that decided the rows."""
+    """The format of the rows, and everything that determined them."""
 
     version: int
     sequence_length: int
@@ -57,7 +57,7 @@ class Manifest:
 
     @property
     def fill(self) -> float:
-        """Share of the training rows that is not padding."""
+        """Share of tokens in the training rows, the rest is padding."""
         return self.train_tokens / max(1, self.samples("train") * self.sequence_length)
 
     def digest(self) -> str:
@@ -65,14 +65,12 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises: ValueError if the folder is not (completely) prepared, or a shard is missing or cut short."""
+    """Raises: ValueError if the folder is not (fully) prepared, or a shard is missing or truncated."""
     path = folder / "manifest.json"
     try:
         plain: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ValueError(
-            f"{path}: no manifest, so these shards are not ready; run `prepare` (again)"
-        ) from None
+        raise ValueError(f"{path}: no manifest, the shards are incomplete; run `prepare` (again)") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: broken ({error}); remove the folder and run `prepare` again") from None
     for split in ("train", "heldout"):
@@ -83,9 +81,9 @@ def read_manifest(folder: Path) -> Manifest:
     for name, count in (*manifest.train, *manifest.heldout):
         size = (folder / name).stat().st_size if (folder / name).is_file() else -1
         if size != row * count:
-            state = "missing" if size < 0 else f"{size} bytes"
+            state = "missing" if size < 0 else f"{size} bytes long"
             raise ValueError(
-                f"{folder / name}: expected {row * count} bytes, found it {state}; run `prepare` again"
+                f"{folder / name}: expected {row * count} bytes, but it is {state}; run `prepare` again"
             )
     return manifest
 
@@ -104,7 +102,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 class PackedSamples:
-    """Rows of one split, by sample number; nothing is read before it is asked for."""
+    """Rows of one split by sample number, mapped into memory on first use."""
 
     def __init__(self, folder: Path, split: Split) -> None:
         self.folder = folder
@@ -122,9 +120,9 @@ class PackedSamples:
         out = np.empty((len(numbers), self.manifest.sequence_length), np.int64)
         shards = np.searchsorted(self._ends, numbers, side="right")
         for shard in np.unique(shards):
-            here = shards == shard
+            selected = shards == shard
             begin = self._ends[shard] - self._shards[shard][1]
-            out[here] = self._map(int(shard))[numbers[here] - begin]
+            out[selected] = self._map(int(shard))[numbers[selected] - begin]
         return out
 
     def _map(self, shard: int) -> NDArray[Any]:
@@ -136,7 +134,7 @@ class PackedSamples:
 
 
 def entropy(counts: NDArray[np.int64]) -> float:
-    """Unigram entropy in nats: the loss of a model that knows the frequencies and nothing else."""
+    """Unigram entropy in nats: the loss of a model that knows the frequencies only."""
     present = counts[counts > 0].astype(np.float64)
     if not len(present):
         return 0.0

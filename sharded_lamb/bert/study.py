@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ from sharded_lamb.bert.picture import draw_study
 from sharded_lamb.bert.ranks import Ranks
 from sharded_lamb.bert.shards import write_atomically
 from sharded_lamb.bert.train import run
+from sharded_lamb.core.hyperparams import VARIANTS
+
+Row = dict[str, Any]
 
 BATCHES = (32, 64, 128, 256, 512, 1024)
-# Peak rates tried at the smallest batch.
+# Peak rates tried at the smallest batch. A rate in common shows whether the two are different optimizers.
 _TRIED = {"lamb": (2e-3, 5e-3, 1e-2, 2e-2), "adamw": (5e-4, 1e-3, 2e-3, 4e-3)}
 
 
@@ -29,19 +32,18 @@ def study(config: RunConfig, batches: str | None, ranks: Ranks) -> Path:
     The first phase's steps x global_batch is the number of examples of every run.
 
     Raises:
-        ValueError: batches that are not numbers, or do not split over the ranks.
+        ValueError: on every rank: batches that are not numbers, or do not split over the ranks; settings or results
+            that show two contestants to be one optimizer.
     """
     sizes = _batches(batches)
+    _refuse_equal_options(config)
     folder = Path(config.run_dir)
-    results = ranks.from_first(lambda: _read(folder))
-    best: dict[str, float] = {}
+    runs = _Runs(config, folder, ranks, ranks.from_first(lambda: _read(folder)))
+    chosen: list[Row] = []
     for optimizer, tried in _TRIED.items():
-        tuning = [_one(config, optimizer, sizes[0], lr, folder, results, ranks) for lr in tried]
-        best[optimizer] = min(tuning, key=lambda row: float(row["heldout_loss"]))["lr"]
-        for batch in sizes[1:]:
-            lr = best[optimizer] * math.sqrt(batch / sizes[0])
-            _one(config, optimizer, batch, lr, folder, results, ranks)
-    chosen = [row for row in results if _is_scaled(row, best, sizes[0])]
+        best = min((runs.row(optimizer, sizes[0], lr) for lr in tried), key=lambda row: row["heldout_loss"])
+        scaled = [(batch, best["lr"] * math.sqrt(batch / sizes[0])) for batch in sizes[1:]]
+        chosen += [best, *(runs.row(optimizer, batch, lr) for batch, lr in scaled)]
     if ranks.is_first:
         draw_study(chosen, folder / "study.png")
         (folder / "study.md").write_text(_table(chosen))
@@ -57,51 +59,95 @@ def _batches(text: str | None) -> tuple[int, ...]:
     return tuple(sorted(int(part) for part in text.split(",")))
 
 
-def _read(folder: Path) -> list[dict[str, Any]]:
+def _read(folder: Path) -> list[Row]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "study.json"
-    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
     return rows
 
 
-def _is_scaled(row: dict[str, Any], best: dict[str, float], smallest: int) -> bool:
-    return math.isclose(row["lr"], best[row["optimizer"]] * math.sqrt(row["batch"] / smallest), rel_tol=1e-9)
+@dataclass
+class _Runs:
+    """The study's runs, each trained once."""
+
+    config: RunConfig
+    folder: Path
+    ranks: Ranks
+    saved: list[Row]  # as study.json has them
+    used: list[Row] = field(default_factory=list)  # of `saved`, those of this configuration
+
+    def row(self, optimizer: str, batch: int, lr: float) -> Row:
+        """One run's results, from study.json where its row has the digest of this run's configuration.
+
+        Raises:
+            ValueError: another optimizer has the same result; the run was asked to stop.
+        """
+        one = self._config_of(optimizer, batch, lr)
+        digest = one.digest()
+        there = [row for row in self.saved if _is_of(row, batch, lr) and row["optimizer"] == optimizer]
+        found = next((row for row in there if row.get("config_digest") == digest), None)
+        if found is None:
+            if there and self.ranks.is_first:
+                print(f"study.json: {_called(there[0])} has another configuration: trained anew", flush=True)
+            metrics = run(one, "auto", self.ranks).metrics
+            if metrics is None:
+                raise ValueError("the study was asked to stop; start it again to go on with what is missing")
+            head = {"optimizer": optimizer, "batch": batch, "lr": lr, "steps": one.phases[0].steps}
+            found = {**head, "config_digest": digest, **metrics}
+            self.saved = [row for row in self.saved if row not in there] + [found]
+            if self.ranks.is_first:
+                write_atomically(self.folder / "study.json", json.dumps(self.saved, indent=1).encode())
+        _refuse_equal_results(found, self.used)
+        self.used.append(found)
+        return found
+
+    def _config_of(self, optimizer: str, batch: int, lr: float) -> RunConfig:
+        phase = self.config.phases[0]
+        steps = max(1, phase.steps * phase.global_batch // batch)
+        return replace(
+            self.config,
+            run_dir=str(self.folder / f"{optimizer}-{batch}-{lr:.4g}"),
+            phases=(replace(phase, steps=steps, global_batch=batch, lr=lr, ramp=None),),
+            optimizer=replace(self.config.optimizer, variant=optimizer),
+        )
 
 
-def _one(
-    config: RunConfig,
-    optimizer: str,
-    batch: int,
-    lr: float,
-    folder: Path,
-    results: list[dict[str, Any]],
-    ranks: Ranks,
-) -> dict[str, Any]:
-    """One run's row, from the results if it is there."""
-    for row in results:
-        if (row["optimizer"], row["batch"]) == (optimizer, batch) and math.isclose(
-            row["lr"], lr, rel_tol=1e-9
-        ):
-            return row
-    phase = config.phases[0]
-    steps = max(1, phase.steps * phase.global_batch // batch)
-    one = replace(
-        config,
-        run_dir=str(folder / f"{optimizer}-{batch}-{lr:.4g}"),
-        phases=(replace(phase, steps=steps, global_batch=batch, lr=lr, ramp=None),),
-        optimizer=replace(config.optimizer, variant=optimizer),
-    )
-    metrics = run(one, "auto", ranks).metrics
-    if metrics is None:
-        raise ValueError("the study was asked to stop; start it again to go on with what is missing")
-    row = {"optimizer": optimizer, "batch": batch, "lr": lr, "steps": steps, **metrics}
-    results.append(row)
-    if ranks.is_first:
-        write_atomically(folder / "study.json", json.dumps(results, indent=1).encode())
-    return row
+def _is_of(row: Row, batch: int, lr: float) -> bool:
+    return row["batch"] == batch and math.isclose(row["lr"], lr, rel_tol=1e-9)
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
+def _called(row: Row) -> str:
+    return f"{row['optimizer']} (batch {row['batch']}, lr {row['lr']:.4g})"
+
+
+def _refuse_equal_options(config: RunConfig) -> None:
+    """Raises ValueError where settings of ``optimizer`` leave two contestants no difference."""
+    rules: dict[str, dict[str, Any]] = {}
+    for name in _TRIED:
+        rule = {**VARIANTS[name], **replace(config.optimizer, variant=name).keywords()}
+        del rule["variant"]
+        equal = [other for other, its in rules.items() if its == rule]
+        if equal:
+            raise ValueError(
+                f"optimizer.exclude_from_layer_adaptation={config.optimizer.exclude_from_layer_adaptation!r} makes "
+                f"{equal[0]} and {name} the same optimizer, and the study compares them; remove it"
+            )
+        rules[name] = rule
+
+
+def _refuse_equal_results(row: Row, others: Sequence[Row]) -> None:
+    """Raises ValueError where another optimizer has the same result at the same batch and rate."""
+    for other in others:
+        same_run = other["optimizer"] != row["optimizer"] and _is_of(other, row["batch"], row["lr"])
+        if same_run and other["heldout_loss"] == row["heldout_loss"]:
+            raise ValueError(
+                f"{_called(other)} and {_called(row)} have the same held-out loss to the last digit, "
+                f"{row['heldout_loss']!r}: expected two optimizers to differ, so both runs trained the same one; "
+                f"compare config.yaml and the trust ratios in metrics.jsonl of both run folders"
+            )
+
+
+def _table(rows: Sequence[Row]) -> str:
     lines = ["| optimizer | batch | steps | lr | held-out loss | accuracy |", "|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda r: (r["optimizer"], r["batch"])):
         lines.append(

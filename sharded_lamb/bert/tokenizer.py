@@ -1,4 +1,4 @@
-"""WordPiece: train it so that every run gets the same pieces, or load it from a Hugging Face folder."""
+"""WordPiece: train the same pieces in every run, or load a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _COUNTED_CHARACTERS = 200_000_000
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """What the data and the model need to know of a vocabulary."""
+class Vocabulary:
+    """The properties of a vocabulary that the data and the model need."""
 
     size: int
     pad: int
@@ -34,21 +34,20 @@ class Pieces:
 
     @property
     def ordinary(self) -> NDArray[np.int64]:
-        """Ids that may stand for a masked token at random."""
+        """Ids that may replace a masked token at random."""
         keep = np.ones(self.size, bool)
         keep[list(self.special)] = False
         return np.flatnonzero(keep)
 
 
 def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Any:
-    """A WordPiece tokenizer of exactly `vocab_size` pieces, the same ones in every run.
+    """A WordPiece tokenizer of exactly `vocab_size` pieces, the same in every run.
 
-    The library's trainer numbers the first pieces in the order of a hash map, and the numbers break ties
-    between equally frequent merges. Handing it the alphabet, word-initial and continuing, in sorted order
-    fixes both.
+    The library's trainer numbers the first pieces in the order of a hash map, and the numbers break ties between
+    equally frequent merges. Passing the alphabet in sorted order, word-initial and continuing, fixes both.
 
     Raises:
-        ValueError: the corpus does not hold enough different words for the vocabulary.
+        ValueError: the corpus has too few different words for the vocabulary.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -56,7 +55,7 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Any:
     normalizer = normalizers.BertNormalizer(lowercase=config.lowercase)
     alphabet = _alphabet(texts, normalizer)
     if not alphabet:
-        raise ValueError("the corpus is empty: its documents hold nothing but space; check data.source")
+        raise ValueError("the corpus is empty: its documents contain only whitespace; check data.source")
     scratch = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     scratch.normalizer = normalizer
     scratch.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -127,7 +126,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a Hugging Face folder, as transformers wraps it.
 
     Raises:
-        ValueError: no tokenizer there, or one without BERT's special tokens.
+        ValueError: the folder has no tokenizer, or one without BERT's special tokens.
     """
     from transformers import AutoTokenizer
 
@@ -139,7 +138,8 @@ def load_tokenizer(folder: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"tokenizer.path={str(folder)!r}: no tokenizer can be loaded there ({error})"
+            f"tokenizer.path={str(folder)!r}: the tokenizer cannot be loaded ({error}); give a folder that "
+            f"save_pretrained wrote"
         ) from error
     for role in ("pad", "cls", "sep", "mask"):
         if getattr(tokenizer, f"{role}_token_id") is None:
@@ -154,13 +154,13 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
-def pieces_of(tokenizer: Any) -> Pieces:
+def vocabulary_of(tokenizer: Any) -> Vocabulary:
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     size = max(vocabulary.values()) + 1
     continues = np.zeros(size, bool)
     for piece, number in vocabulary.items():
         continues[number] = piece.startswith("##")
-    return Pieces(
+    return Vocabulary(
         size=size,
         pad=tokenizer.pad_token_id,
         cls=tokenizer.cls_token_id,

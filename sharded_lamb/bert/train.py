@@ -1,4 +1,4 @@
-"""The training loop: steps whose results don't depend on how they are split over ranks and micro-batches."""
+"""The training loop: a step's result doesn't depend on its split over ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from sharded_lamb.bert.checkpoint import Position, StopRequested
 from sharded_lamb.bert.config import PhaseConfig, RunConfig
 from sharded_lamb.bert.data import BatchSource, StepData
 from sharded_lamb.bert.evaluate import HeldOut, held_out
-from sharded_lamb.bert.keyed import key_of
 from sharded_lamb.bert.masking import Masker
 from sharded_lamb.bert.metrics import MetricsLog, peak_flops, peak_memory, summarize_ratios
 from sharded_lamb.bert.model import ModelSize, build_bert, model_size, resolve_precision, whole_bert
@@ -26,17 +25,18 @@ from sharded_lamb.bert.prepare import prepare
 from sharded_lamb.bert.ranks import Ranks
 from sharded_lamb.bert.schedule import build_schedule
 from sharded_lamb.bert.shards import Manifest, PackedSamples
-from sharded_lamb.bert.tokenizer import Pieces, load_tokenizer, pieces_of
-from sharded_lamb.bert.trainee import Trainee, build_trainee, check_parallel
+from sharded_lamb.bert.stateless_rng import key_of
+from sharded_lamb.bert.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
+from sharded_lamb.bert.train_backend import TrainBackend, build_backend, check_parallel
 from sharded_lamb.watchdog import Watchdog
 
 Beat = Callable[[str], None]
-"""Says that this rank has come further: `Watchdog.beat`."""
+"""Reports progress of this rank: `Watchdog.beat`."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `metrics` is the last object of metrics.jsonl; None if the run was asked to stop."""
+    """The result of a run. `metrics` is the last object of metrics.jsonl; None if a signal stopped the run."""
 
     run_dir: Path
     metrics: dict[str, Any] | None
@@ -44,7 +44,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Job:
-    """What stays the same during a run."""
+    """The constants of a run."""
 
     config: RunConfig
     ranks: Ranks
@@ -52,8 +52,8 @@ class Job:
     folders: tuple[Path, ...]  # prepared shards of each phase
     manifest: Manifest  # of the first phase
     tokenizer: Any
-    pieces: Pieces
-    trainee: Trainee
+    vocabulary: Vocabulary
+    backend: TrainBackend
     size: ModelSize
     flops: float  # of one rank, for MFU
     stop: StopRequested
@@ -64,47 +64,47 @@ class Job:
         key = key_of(config.seed, split, phase if split == "train" else 0)
         masking = config.masking
         cap = config.max_predictions(settings)
-        masker = Masker(self.pieces, masking.probability, cap, masking.whole_word, key_of(key, "mask"))
-        return BatchSource(samples, self.pieces, masker, key)
+        masker = Masker(self.vocabulary, masking.probability, cap, masking.whole_word, key_of(key, "mask"))
+        return BatchSource(samples, self.vocabulary, masker, key)
 
 
 def run(config: RunConfig, resume: str | None, ranks: Ranks) -> Outcome:
-    """Train as configured; on every rank.
+    """Train as configured. Collective.
 
     Raises:
-        ValueError, OSError: bad input, on every rank; what was saved before stays.
+        ValueError, OSError: bad input, on every rank. Earlier checkpoints stay.
     """
     stop = StopRequested()
     config = replace(config, speed=replace(config.speed, precision=resolve_precision(config.speed.precision)))
     check_parallel(config, ranks.world_size)
     plans = [plan_batches(config, phase, ranks.world_size) for phase in config.phases]
     run_dir = Path(config.run_dir)
-    found = checkpoint.choose(run_dir / "checkpoints", resume, ranks)
+    candidates = checkpoint.choose(run_dir / "checkpoints", resume, ranks)
     job = _set_up(config, ranks, run_dir, stop)
     try:
         with Watchdog(config.faults.hang_timeout_s) as watchdog:
-            return _train(job, plans, found, watchdog.beat)
+            return _train(job, plans, candidates, watchdog.beat)
     finally:
-        job.trainee.close()
+        job.backend.close()
 
 
-def _train(job: Job, plans: list[BatchPlan], found: list[Path], beat: Beat) -> Outcome:
-    """From the first whole one of the checkpoints `found`, if any, to the end or a request to stop."""
+def _train(job: Job, plans: list[BatchPlan], candidates: list[Path], beat: Beat) -> Outcome:
+    """Trains from the first complete checkpoint of `candidates`, if any, to the end or a request to stop."""
     config, ranks, run_dir = job.config, job.ranks, job.run_dir
     digest = ",".join(PackedSamples(folder, "train").manifest.digest() for folder in job.folders)
     ranks.agree("prepared data", digest, "data.prepared must be one folder that every node sees")
     position = Position(0, 0, 0, 0, config.digest(), digest, ranks.world_size)
-    if found:
-        position = checkpoint.load(found, job.trainee, ranks)
+    if candidates:
+        position = checkpoint.load(candidates, job.backend, ranks)
         checkpoint.check_position(position, config.digest(), digest)
     elif config.start_from is not None:
-        checkpoint.start_from(Path(config.start_from), job.trainee)
+        checkpoint.start_from(Path(config.start_from), job.backend)
     ranks.from_first(partial(outputs.begin, run_dir, config, job.tokenizer))
     log = _open_log(job, position) if ranks.is_first else None
     try:
         for number in range(position.phase, len(config.phases)):
             if number > position.phase:
-                job.trainee.restart_steps()
+                job.backend.restart_steps()
                 position = replace(position, phase=number, step=0, sample=0)
             position, stopped = _Phase(job, number, plans[number], log, beat).run(position)
             if stopped:
@@ -120,10 +120,10 @@ def _set_up(config: RunConfig, ranks: Ranks, run_dir: Path, stop: StopRequested)
     lengths = [phase.sequence_length for phase in config.phases]
     folders = ranks.from_first(lambda: [prepare(config, length) for length in lengths])
     tokenizer = load_tokenizer(folders[0] / "tokenizer")
-    pieces = pieces_of(tokenizer)
-    bert = build_bert(config, pieces, folders[0] / "unigram.npy").to(ranks.device)
+    vocabulary = vocabulary_of(tokenizer)
+    bert = build_bert(config, vocabulary, folders[0] / "unigram.npy").to(ranks.device)
     size = model_size(bert)
-    trainee = build_trainee(config, bert, ranks.world_size)
+    backend = build_backend(config, bert, ranks.world_size)
     flops, flops_source = peak_flops(ranks.device, config.speed.peak_tflops)
     if ranks.is_first:
         print(outputs.headline(config, size, ranks, flops, flops_source), flush=True)
@@ -135,8 +135,8 @@ def _set_up(config: RunConfig, ranks: Ranks, run_dir: Path, stop: StopRequested)
         tuple(folders),
         manifest,
         tokenizer,
-        pieces,
-        trainee,
+        vocabulary,
+        backend,
         size,
         flops,
         stop,
@@ -150,12 +150,22 @@ def _open_log(job: Job, position: Position) -> MetricsLog:
 
 @dataclass
 class _Clock:
-    """Seconds of one step: waiting for data, forward and backward, all of it."""
+    """Seconds of one step: waiting for data, and in total."""
 
     begin: float
     data: float = 0.0
-    compute: float = 0.0
     total: float = 0.0
+
+
+@dataclass(frozen=True)
+class _StepTotals:
+    """Sums over ranks for one step, known before its forward."""
+
+    predicted: float  # masked positions
+    tokens: float  # without padding
+    rows: float
+    stop_signals: float  # ranks that a signal asked to stop
+    due_saves: float  # 1 if checkpoint.every_minutes are up on rank 0
 
 
 class _Phase:
@@ -168,7 +178,7 @@ class _Phase:
         self._last_save = time.monotonic()
 
     def run(self, position: Position) -> tuple[Position, bool]:
-        """(position after the phase or the last step before a stop, whether it was asked to stop)."""
+        """(position after the phase or the last step before a stop, whether a signal stopped it)."""
         job = self.job
         if job.ranks.is_first:
             print(outputs.phase_line(self.settings, self.schedule, self.plan, position.step), flush=True)
@@ -177,17 +187,8 @@ class _Phase:
         for data, clock in _timed(steps):
             faults.point("step", step=position.total_step)
             self.beat(f"step {position.total_step}: data")
-            due = self._minutes_are_up()
-            totals = job.ranks.sum(
-                [
-                    data.predicted,
-                    data.tokens,
-                    _rows(data),
-                    job.stop.signal is not None,
-                    due and job.ranks.is_first,
-                ]
-            )
-            sums = self._step(data, totals[0], totals[2])
+            totals = self._totals(data)
+            sums = self._step(data, totals)
             clock.total = time.perf_counter() - clock.begin
             position = replace(
                 position,
@@ -195,38 +196,44 @@ class _Phase:
                 total_step=position.total_step + 1,
                 sample=data.first_sample + data.global_batch,
                 world_size=job.ranks.world_size,
-                tokens=position.tokens + int(totals[1]),
+                tokens=position.tokens + int(totals.tokens),
                 seconds=position.seconds + clock.total,
             )
             self._record(position, data, totals, sums, clock)
-            stopping = totals[3] > 0
+            stopping = totals.stop_signals > 0
             regular = position.total_step % job.config.checkpoint.every_steps == 0
-            if regular or stopping or totals[4] > 0 or position.step == self.plan.steps:
+            if regular or stopping or totals.due_saves > 0 or position.step == self.plan.steps:
                 self._save(position)
             if stopping:
                 return position, True
         return position, False
 
-    def _step(self, data: StepData, predicted: float, rows: float) -> torch.Tensor:
+    def _totals(self, data: StepData) -> _StepTotals:
+        job = self.job
+        rows = sum(len(micro.tokens) for micro in data.micro_batches)
+        stop, due = job.stop.signal is not None, self._save_is_due() and job.ranks.is_first
+        return _StepTotals(*job.ranks.sum([data.predicted, data.tokens, rows, stop, due]))
+
+    def _step(self, data: StepData, totals: _StepTotals) -> torch.Tensor:
         """Forward, backward and update of one global batch; returns this rank's [4] sums.
 
-        Gradients are averaged over ranks afterwards, so the loss of a place is its share of the whole global
-        batch's mean times the number of ranks: neither accumulation nor world size changes the result.
+        Backends average gradients over ranks, so each loss is divided by the count of the whole global batch and
+        multiplied by the number of ranks: neither accumulation nor world size changes the result.
         """
         job, ranks = self.job, self.job.ranks
-        scale = torch.tensor([1 / predicted, 1 / rows]) * ranks.world_size
+        scale = torch.tensor([1 / totals.predicted, 1 / totals.rows]) * ranks.world_size
         scale = scale.to(ranks.device)
-        # Keyed, so that a resumed run drops out what an uninterrupted one would.
+        # A key, so that dropout in a resumed run equals that of an uninterrupted one.
         torch.manual_seed(key_of(job.config.seed, "dropout", self.number, data.step, ranks.rank) >> 1)
         sums = torch.zeros(4, device=ranks.device)
         last = len(data.micro_batches) - 1
         for index, micro in enumerate(data.micro_batches):
             self.beat(f"step {data.step}: micro-batch {index}")
-            sums += job.trainee.accumulate(micro.to(ranks.device), scale, last=index == last)
-        job.trainee.step(self.schedule.lr(data.step))
+            sums += job.backend.accumulate(micro.to(ranks.device), scale, last=index == last)
+        job.backend.step(self.schedule.lr(data.step))
         return sums
 
-    def _minutes_are_up(self) -> bool:
+    def _save_is_due(self) -> bool:
         every = self.job.config.checkpoint.every_minutes
         return every is not None and time.monotonic() - self._last_save > 60 * every
 
@@ -234,35 +241,35 @@ class _Phase:
         job = self.job
         folder, keep = job.run_dir / "checkpoints", job.config.checkpoint.keep
         self.beat(f"checkpoint after step {position.total_step}")
-        checkpoint.save(folder, keep, position, job.trainee)
+        checkpoint.save(folder, keep, position, job.backend)
         self._last_save = time.monotonic()
 
     def _record(
-        self, position: Position, data: StepData, totals: list[float], sums: torch.Tensor, clock: _Clock
+        self, position: Position, data: StepData, totals: _StepTotals, sums: torch.Tensor, clock: _Clock
     ) -> None:
-        """Gather every rank's numbers and write the step's row."""
+        """Gathers every rank's numbers and writes the step's row."""
         job = self.job
         gathered = job.ranks.gather(
             [*sums.double().tolist(), clock.data, clock.total, peak_memory(job.ranks.device)]
         )
         ratios: dict[str, float] = {}
         if (position.total_step - 1) % job.config.log.trust_ratio_steps == 0:
-            ratios = job.trainee.trust_ratios()
-        norm = job.trainee.grad_norm()
+            ratios = job.backend.trust_ratios()
+        norm = job.backend.grad_norm()
         if self.log is None:
             return
-        places = data.global_batch * self.settings.sequence_length
+        positions = data.global_batch * self.settings.sequence_length
         loss, pair_loss, right, pair_right = gathered[:, :4].sum(0).tolist()
         seconds = gathered[:, 5].max().item()
-        work = job.size.flops(places, int(totals[0]), self.settings.sequence_length)
+        work = job.size.flops(positions, int(totals.predicted), self.settings.sequence_length)
         row = {
             "step": position.total_step,
             "phase": self.number,
-            "loss": loss / totals[0],
+            "loss": loss / totals.predicted,
             "lr": self.schedule.lr(data.step),
             "grad_norm": norm,
-            "accuracy": right / totals[0],
-            "tokens_per_s": totals[1] / seconds,
+            "accuracy": right / totals.predicted,
+            "tokens_per_s": totals.tokens / seconds,
             "tokens": position.tokens,
             "global_batch": data.global_batch,
             "sample": position.sample,
@@ -275,12 +282,12 @@ class _Phase:
             **summarize_ratios(ratios),
         }
         if job.config.data.nsp:
-            row |= {"nsp_loss": pair_loss / totals[2], "nsp_accuracy": pair_right / totals[2]}
+            row |= {"nsp_loss": pair_loss / totals.rows, "nsp_accuracy": pair_right / totals.rows}
         self.log.step(row)
 
 
 def _timed(steps: Iterator[StepData]) -> Iterator[tuple[StepData, _Clock]]:
-    """Each step's data with a clock that has been running since it was asked for."""
+    """Each step's data, and a clock started at the request for it."""
     while True:
         clock = _Clock(time.perf_counter())
         data = next(steps, None)
@@ -290,19 +297,15 @@ def _timed(steps: Iterator[StepData]) -> Iterator[tuple[StepData, _Clock]]:
         yield data, clock
 
 
-def _rows(data: StepData) -> int:
-    return sum(len(micro.tokens) for micro in data.micro_batches)
-
-
 def _finish(job: Job, position: Position, log: MetricsLog | None, beat: Beat) -> dict[str, Any]:
-    """Held-out numbers, the picture, the Hugging Face folder."""
+    """Evaluates the held-out split; writes the last metrics, the picture and the Hugging Face folder."""
     config, ranks = job.config, job.ranks
     last = len(config.phases) - 1
     result: HeldOut | None = None
     if PackedSamples(job.folders[last], "heldout").manifest.samples("heldout"):
         batch = config.max_micro_batch(config.phases[last])
         source = job.source(last, "heldout")
-        result = held_out(job.trainee.losses, source, batch, ranks, config.log.heldout_batches, beat)
+        result = held_out(job.backend.losses, source, batch, ranks, config.log.heldout_batches, beat)
     row: dict[str, Any] = {
         "step": position.total_step,
         "heldout_loss": result.loss if result else None,
@@ -316,14 +319,14 @@ def _finish(job: Job, position: Position, log: MetricsLog | None, beat: Beat) ->
         row["heldout_nsp_accuracy"] = result.nsp_accuracy
 
     beat("outputs")
-    weights = job.trainee.weights()
+    weights = job.backend.weights()
 
     def write() -> None:
         assert log is not None
         assert weights is not None
         log.final(row)
         log.picture()
-        outputs.finish(job.run_dir, config, whole_bert(job.trainee.bert, weights), job.tokenizer, row)
+        outputs.finish(job.run_dir, config, whole_bert(job.backend.bert, weights), job.tokenizer, row)
 
     ranks.from_first(write)
     return row

@@ -1,22 +1,22 @@
-"""Checkpoints that any number of ranks in any stage can load, on torch.distributed.checkpoint; without pickle."""
+"""Checkpoints without pickle, on torch.distributed.checkpoint, for any number of ranks and any stage."""
 
-from sharded_lamb.checkpoint.contents import Contents, read_contents, write_contents
 from sharded_lamb.checkpoint.errors import CheckpointError
 from sharded_lamb.checkpoint.folder import Checkpoints, Resumed
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint, read_contents, write_contents
 from sharded_lamb.checkpoint.loading import load
 from sharded_lamb.checkpoint.manifest import problem_with
-from sharded_lamb.checkpoint.ranks import Ranks
-from sharded_lamb.checkpoint.saving import Saving, async_save, save
+from sharded_lamb.checkpoint.rank_group import RankGroup
+from sharded_lamb.checkpoint.saving import AsyncSave, async_save, save
 from sharded_lamb.checkpoint.storage import Reader, Writer
 
 __all__ = [
+    "AsyncSave",
     "CheckpointError",
     "Checkpoints",
-    "Contents",
-    "Ranks",
+    "InMemoryCheckpoint",
+    "RankGroup",
     "Reader",
     "Resumed",
-    "Saving",
     "Writer",
     "async_save",
     "load",

@@ -1,17 +1,17 @@
-"""What is wrong with a checkpoint, told apart from what is wrong with a call."""
+"""Errors of a checkpoint, as opposed to errors of a call."""
 
 import pickle
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: broken, incomplete, or of a format from the future. An older one may be whole.
+    """The checkpoint is damaged, incomplete or in a newer format; an older checkpoint may still be whole.
 
-    A whole checkpoint of another model is a plain ValueError: an older one would be of that model too.
+    A whole checkpoint of another model raises a plain ValueError: older ones would not fit either.
     """
 
 
-def tellable(error: Exception) -> Exception:
-    """The error, or one that says the same and can be sent to other ranks."""
+def picklable(error: Exception) -> Exception:
+    """Returns the error, or a RuntimeError with the same text if the error cannot be sent to other ranks."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

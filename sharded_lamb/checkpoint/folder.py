@@ -1,11 +1,12 @@
-"""A run's checkpoints: the newest is committed by ``latest``, the last few are kept, the last whole one is found.
+"""A run's checkpoints by step: commit with ``latest``, keep the last few, resume from the last whole one.
 
 ::
 
-    checkpoints/latest                 the name of the checkpoint to go on from; replaced last
-                step-00000100/         older ones
+    checkpoints/latest                 the name of the checkpoint to resume from; written last
+                step-00000100/         an older checkpoint
                 step-00000200/
-                .step-00000300.part/   being written
+                .step-00000300.….part/ a save in progress
+                superseded-1-step-…/   later than the checkpoint that was resumed from; never read or deleted
 """
 
 import logging
@@ -20,28 +21,28 @@ from typing import Any
 from torch import nn
 
 from sharded_lamb import faults
-from sharded_lamb.checkpoint import saving, tensorfile
+from sharded_lamb.checkpoint import durable, saving
 from sharded_lamb.checkpoint.errors import CheckpointError
 from sharded_lamb.checkpoint.loading import load
 from sharded_lamb.checkpoint.manifest import SUMS
-from sharded_lamb.checkpoint.ranks import ranks_of
+from sharded_lamb.checkpoint.rank_group import ranks_of
 
 logger = logging.getLogger("sharded_lamb")
 
 LATEST = "latest"
 _NAME = re.compile(r"step-(\d{8,})")
-_OLD = re.compile(r"\.step-\d{8,}\.old")
-_LEFT = re.compile(r"\.step-\d{8,}(\.[0-9a-f]{8})?\.(part|dropped)")
+_REPLACED = re.compile(r"\.step-\d{8,}\.old")
+_LEFTOVER = re.compile(r"\.step-\d{8,}(\.[0-9a-f]{8})?\.(part|dropped)")
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a run goes on from."""
+    """The checkpoint that a run resumes from."""
 
     path: Path
     step: int
     extra: dict[str, Any]
-    skipped: tuple[str, ...]  # why newer checkpoints could not be used
+    skipped: tuple[str, ...]  # why each newer checkpoint was skipped
 
 
 def _step_of(path: Path) -> int:
@@ -51,11 +52,13 @@ def _step_of(path: Path) -> int:
 class Checkpoints:
     """Checkpoints of a run by step, in a folder that all ranks see.
 
+    Never deletes checkpoints of another run: those later than the latest are renamed, and `save` raises until `resume`
+    was called on a folder that holds checkpoints.
+
     Args:
-        root: the folder; made when something is saved.
-        keep: how many of the newest to keep, the one ``latest`` names always among them; 0: all.
-        resumed: what is there is this run's. Else `save` refuses a folder that holds checkpoints before `resume` was
-            called: they are of a run that somebody may want.
+        root: the folder; the first save makes it.
+        keep: number of newest checkpoints to keep, including the latest; 0: all.
+        resumed: whether the checkpoints in ``root`` are this run's, so that `save` need not wait for `resume`.
 
     Raises:
         ValueError: ``keep`` < 0.
@@ -65,9 +68,10 @@ class Checkpoints:
         if keep < 0:
             raise ValueError(f"keep must be >= 0 (0 keeps all), got {keep!r}")
         self.root, self.keep, self._resumed = Path(root).absolute(), keep, resumed
-        self._pending: saving.Saving | None = None
+        self._pending: saving.AsyncSave | None = None
 
     def path(self, step: int) -> Path:
+        """Returns the folder of a step's checkpoint. Raises ValueError for a negative step."""
         if step < 0:
             raise ValueError(f"step must be >= 0, got {step}")
         return self.root / f"step-{step:08d}"
@@ -75,7 +79,12 @@ class Checkpoints:
     def save(
         self, step: int, model: nn.Module, optimizer: Any = None, extra: Mapping[str, Any] | None = None
     ) -> Path:
-        """As `sharded_lamb.checkpoint.save`; then ``latest`` names it, and old ones are deleted. Collective."""
+        """Like `sharded_lamb.checkpoint.save`, then points ``latest`` at it and deletes old ones. Collective.
+
+        Raises:
+            ValueError: ``root`` holds checkpoints, and neither `resume` was called nor ``resumed`` passed.
+            The errors of `sharded_lamb.checkpoint.save`, and of an unfinished `async_save`.
+        """
         self._prepare(step, optimizer)
         path = self.path(step)
         saving.save(path, model, optimizer, extra, written=lambda _: self.commit(path))
@@ -83,8 +92,11 @@ class Checkpoints:
 
     def async_save(
         self, step: int, model: nn.Module, optimizer: Any = None, extra: Mapping[str, Any] | None = None
-    ) -> saving.Saving:
-        """As `save`, behind training. The next save, `wait` or `resume` raises what went wrong."""
+    ) -> saving.AsyncSave:
+        """Like `save`, but a thread writes the checkpoint. Collective.
+
+        The next `save`, `async_save`, `wait` or `resume` raises its errors, unless `AsyncSave.result` already did.
+        """
         self._prepare(step, optimizer)
         path = self.path(step)
         self._pending = saving.async_save(path, model, optimizer, extra, written=lambda _: self.commit(path))
@@ -95,61 +107,61 @@ class Checkpoints:
         ranks = ranks_of(optimizer, None)
         ranks.each(lambda: self.path(step))
         if not self._resumed:
-            ranks.first(lambda: self._check_begins(step))
+            ranks.first(lambda: self._check_no_earlier_run(step))
             self._resumed = True
 
-    def _check_begins(self, step: int) -> None:
+    def _check_no_earlier_run(self, step: int) -> None:
         self.recover()
-        there = self.candidates()
-        if there:
+        earlier = self.candidates()
+        if earlier:
             raise ValueError(
-                f"{self.root} holds {there[0].name} of an earlier run, and this one saves step {step}: call resume() "
-                f"first, to go on from there, or give this run a folder of its own"
+                f"{self.root} holds {earlier[0].name} of an earlier run, but this run saves step {step}: call resume() "
+                f"first to continue that run, or use a new folder"
             )
 
     def wait(self) -> None:
-        """Until what is being written is whole. Raises what `save` raises."""
+        """Waits for an unfinished `async_save`. Raises the errors of `save`."""
         pending = self._pending
-        if pending is not None and pending.told:
+        if pending is not None and pending.reported:
             self._pending = None
         elif pending is not None:
             try:
                 pending.result()
             finally:
-                if pending.done():  # else an interrupt came: it is still being written
+                if pending.done():  # after an interrupt the save still runs
                     self._pending = None
 
     def commit(self, written: Path) -> None:
-        """Make a whole checkpoint the one to go on from, and delete those that are not kept; on the first rank."""
+        """Points ``latest`` at a whole checkpoint and deletes those that are not kept. On the first rank.
+
+        Raises:
+            OSError: ``latest`` could not be written. Failing to delete old checkpoints is only logged.
+        """
         try:
             self._point_at(written)
         except OSError as error:
             raise OSError(
-                error.errno, f"`{LATEST}` still names the one before it: {error.strerror}"
+                error.errno, f"`{LATEST}` still names the checkpoint before it: {error.strerror}"
             ) from error
         try:
             faults.point("checkpoint-prune")
-            self._set_aside_later(written)
+            self._rename_superseded(written)
             self._prune(written)
-        except OSError as error:  # nothing is lost by it
-            logger.warning("checkpoints beside %s could not be put in order: %s", written, error)
-        for left in self.root.iterdir():
-            if _LEFT.fullmatch(left.name):
-                shutil.rmtree(left, ignore_errors=True)  # by a crash
+        except OSError as error:  # the new checkpoint is committed
+            logger.warning("old checkpoints beside %s could not be deleted or renamed: %s", written, error)
+        for path in self.root.iterdir():
+            if _LEFTOVER.fullmatch(path.name):  # of a crash
+                shutil.rmtree(path, ignore_errors=True)
 
     def _point_at(self, written: Path) -> None:
         faults.point("checkpoint-latest")
-        part = self.root / f".{LATEST}.part"
-        with part.open("wb") as file:
-            file.write(f"{written.name}\n".encode())
-            tensorfile.sync_file(file)
-        part.rename(self.root / LATEST)
-        tensorfile.sync_folder(self.root)
+        content = f"{written.name}\n".encode()
+        durable.write_aside(self.root / LATEST, lambda part: part.write_bytes(content))
 
     def _prune(self, latest: Path) -> None:
         if not self.keep:
             return
-        earlier = [path for path in self._found() if _step_of(path) < _step_of(latest)]
+        earlier = [path for path in self._steps() if _step_of(path) < _step_of(latest)]
         kept = earlier[len(earlier) - (self.keep - 1) :] if self.keep > 1 else []
         for path in earlier:
             if path not in kept:
@@ -159,30 +171,31 @@ class Checkpoints:
         old = path.with_name(f".{path.name}.dropped")
         shutil.rmtree(old, ignore_errors=True)
         try:
-            path.rename(old)  # never half a checkpoint under its name
+            path.rename(old)  # a half-deleted checkpoint must not keep its name
         except OSError as error:
             logger.warning("%s could not be deleted: %s", path, error)
         shutil.rmtree(old, ignore_errors=True)
 
-    def _set_aside_later(self, latest: Path) -> None:
-        """What lies after the latest is of a run that was given up, or could not be read: nobody's to delete."""
-        for path in self._found():
+    def _rename_superseded(self, latest: Path) -> None:
+        """Renames checkpoints later than the latest: a resume skipped them, or ``latest`` was set back."""
+        for path in self._steps():
             if _step_of(path) > _step_of(latest):
-                free = (path.with_name(f"given-up-{number}-{path.name}") for number in range(1, 10**6))
-                path.rename(next(name for name in free if not name.exists()))
-                logger.warning("%s lies after %s, of a run that was given up: set aside", path, latest.name)
+                free = (path.with_name(f"superseded-{number}-{path.name}") for number in range(1, 10**6))
+                superseded = next(name for name in free if not name.exists())
+                path.rename(superseded)
+                logger.warning("%s is later than %s: renamed to %s", path, latest.name, superseded.name)
 
-    def _found(self) -> list[Path]:
-        """Oldest first."""
-        found = (path for path in self.root.glob("step-*") if _NAME.fullmatch(path.name))
-        return sorted(found, key=_step_of)
+    def _steps(self) -> list[Path]:
+        """Returns the checkpoints of steps, oldest first."""
+        paths = (path for path in self.root.glob("step-*") if _NAME.fullmatch(path.name))
+        return sorted(paths, key=_step_of)
 
     def recover(self) -> None:
-        """Give a checkpoint its name back that was about to be replaced at a crash. By one rank, while none saves."""
+        """Restores the name of a checkpoint whose replacement crashed. On one rank, while no save runs."""
         if not self.root.is_dir():
             return
         for old in self.root.iterdir():
-            if _OLD.fullmatch(old.name) and (old / SUMS).is_file():
+            if _REPLACED.fullmatch(old.name) and (old / SUMS).is_file():
                 target = self.root / old.name.removeprefix(".").removesuffix(".old")
                 if target.exists():
                     shutil.rmtree(old, ignore_errors=True)
@@ -190,7 +203,7 @@ class Checkpoints:
                     old.rename(target)
 
     def latest(self) -> Path | None:
-        """What ``latest`` names, unseen whether it is whole; None before the first checkpoint."""
+        """Returns the checkpoint that ``latest`` names, unverified; None if it names none."""
         try:
             name = (self.root / LATEST).read_text().strip()
         except (OSError, UnicodeDecodeError):
@@ -198,10 +211,10 @@ class Checkpoints:
         return self.root / name if _NAME.fullmatch(name) else None
 
     def candidates(self) -> list[Path]:
-        """What to go on from, best first: the latest, those before it, those after it (of a run that was given up)."""
+        """Returns the checkpoints to try, best first: the latest, those before it, those after it."""
         if not self.root.is_dir():
             return []
-        newest_first, latest = self._found()[::-1], self.latest()
+        newest_first, latest = self._steps()[::-1], self.latest()
         if latest is None:
             return newest_first
         return sorted(newest_first, key=lambda path: _step_of(path) > _step_of(latest))
@@ -212,14 +225,17 @@ class Checkpoints:
         optimizer: Any = None,
         extra: Mapping[str, Any] | None = None,
     ) -> Resumed | None:
-        """Load the last whole checkpoint, and log which and why no newer one; None where there is none. Collective.
+        """Loads the last whole checkpoint and logs which, and why newer ones were skipped. Collective.
 
-        ``latest`` is the commit: what lies after it, of a run that was given up or that ended before it could commit,
-        is taken only where nothing else is whole. The next save puts it aside.
+        ``latest`` is the commit: a later checkpoint was abandoned or never committed. It is loaded only if no other is
+        whole, and the next save renames it.
+
+        Returns:
+            The checkpoint that was loaded; None if there is none.
 
         Raises:
-            CheckpointError: there are checkpoints, and none can be used: starting anew is not decided here.
-            ValueError: see `load`.
+            CheckpointError: there are checkpoints, but none is whole.
+            ValueError, TypeError: as `sharded_lamb.checkpoint.load`.
         """
         self.wait()
         ranks = ranks_of(optimizer, None)
@@ -231,13 +247,13 @@ class Checkpoints:
                 loaded = load(path, model, optimizer, extra)
             except CheckpointError as error:
                 if ranks.rank == 0:
-                    logger.warning("%s; trying the one before it", error)
+                    logger.warning("%s; trying the checkpoint before it", error)
                 skipped.append(str(error))
                 continue
             self._resumed = True
             if ranks.rank == 0:
-                logger.info("going on from %s", path)
-            return Resumed(path, int(path.name.removeprefix("step-")), loaded, tuple(skipped))
+                logger.info("resuming from %s", path)
+            return Resumed(path, _step_of(path), loaded, tuple(skipped))
         if skipped:
             raise CheckpointError(
                 f"none of the {len(skipped)} checkpoints in {self.root} can be used: {'; '.join(skipped)}. Move the "

@@ -1,4 +1,4 @@
-"""`load`: into any number of ranks, any stage, other dtypes."""
+"""`load`: into any number of ranks, any stage and any dtype."""
 
 import os
 import warnings
@@ -14,12 +14,12 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.tensor import DTensor
 
-from sharded_lamb.checkpoint import manifest, parts, plain
-from sharded_lamb.checkpoint.contents import read_tensor
+from sharded_lamb.checkpoint import parts, plain
 from sharded_lamb.checkpoint.errors import CheckpointError
-from sharded_lamb.checkpoint.manifest import Manifest, read_manifest
-from sharded_lamb.checkpoint.parts import Filling
-from sharded_lamb.checkpoint.ranks import Ranks, unwrapped
+from sharded_lamb.checkpoint.in_memory import read_tensor
+from sharded_lamb.checkpoint.manifest import Manifest, check_files, digest, read_manifest
+from sharded_lamb.checkpoint.parts import ReadRequest
+from sharded_lamb.checkpoint.rank_group import RankGroup, unwrapped
 from sharded_lamb.checkpoint.saving import prepared
 from sharded_lamb.checkpoint.storage import Reader
 from sharded_lamb.core.hyperparams import check_max_grad_norm, validate_group
@@ -37,49 +37,50 @@ def load(
     options: bool = True,
     process_group: dist.ProcessGroup | None = None,
 ) -> dict[str, Any]:
-    """Read a checkpoint into a model and an optimizer that were made as those that were saved. Collective.
+    """Loads a checkpoint into a model and an optimizer made like the saved ones. Collective.
 
-    Number of ranks, stage, mesh, buckets and dtypes may be others. Of fp16 and bf16 parameters the masters are loaded;
-    weights of another dtype than the saved ones are rounded from the saved masters.
+    The number of ranks, stage, mesh, buckets and dtypes may differ. Masters of fp16 and bf16 parameters are restored;
+    weights of another dtype than saved are rounded from the saved masters.
 
     Args:
         path: the checkpoint's folder, on storage that all ranks see.
-        model, optimizer: as `save` takes them. Groups must be of the same parameters; their options become the saved
-            ones.
-        extra: {name: object}: those with ``load_state_dict`` are given what was saved under their name.
-        verify: read all files first, divided among the ranks, and compare their hashes: nothing is loaded from a
-            checkpoint that is damaged anywhere.
-        options: whether groups' options, ``max_grad_norm`` and ``skipped_steps`` become the saved ones; False: as
-            they are.
-        process_group: as of `save`.
+        model, optimizer: as in `save`. Each group must have the saved group's parameters; it takes its options.
+        extra: {name: object}: an object with ``load_state_dict`` receives the state saved under its name.
+        verify: first compare the hashes of all files, which the ranks read between them, so that nothing is loaded
+            from a checkpoint with any damage.
+        options: restore group options, ``max_grad_norm`` and ``skipped_steps``; False: leave them unchanged.
+        process_group: as in `save`.
 
     Returns:
-        What was passed to `save` as ``extra``, objects as what their ``state_dict`` gave; tensors whole, on the CPU.
+        The ``extra`` of `save`, objects as their ``state_dict``; tensors whole, on the CPU, in their saved dtype.
+
+    Collectives: gathers and scatters of small objects on a gloo group of its own; no tensor is sent.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of a newer format; nothing was loaded.
-        ValueError: it is of another model or other groups; nothing was loaded.
+        CheckpointError: the checkpoint is missing, damaged, or in a newer format; nothing was loaded.
+        ValueError: the checkpoint is of another model or other groups, or ranks disagree; nothing was loaded.
         TypeError: ``optimizer`` is neither `Lamb` nor `ShardedLamb`.
+        Every error is raised on every rank.
     """
     ranks, folder, known = prepared(path, optimizer, process_group)
-    found = ranks.each(lambda: read_manifest(folder))
-    ranks.agree("the checkpoint", ranks.each(lambda: manifest.digest(folder)))
-    ranks.each(lambda: manifest.check_files(folder, found, part=ranks.rank, parts=ranks.size, hashes=verify))
+    manifest = ranks.each(lambda: read_manifest(folder))
+    ranks.agree("the checkpoint", ranks.each(lambda: digest(folder)))
+    ranks.each(lambda: check_files(folder, manifest, part=ranks.rank, parts=ranks.size, hashes=verify))
     if isinstance(known, ShardedOptimizer):
         known.synchronize()
-    loading = ranks.each(lambda: _Loading(folder, found, model, known, extra or {}, options))
-    _read(folder, found, ranks, loading.fillings)
+    loading = ranks.each(lambda: _Loading(folder, manifest, model, known, extra or {}, options))
+    _read(folder, manifest, ranks, loading.requests)
     return ranks.each(loading.finish)
 
 
-def _read(folder: Path, found: Manifest, ranks: Ranks, fillings: list[Filling]) -> None:
+def _read(folder: Path, manifest: Manifest, ranks: RankGroup, requests: list[ReadRequest]) -> None:
     try:
-        for state in parts.rounds(fillings):
+        for state in parts.rounds(requests):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 dcp_load(
                     state,
-                    storage_reader=Reader(folder, found),
+                    storage_reader=Reader(folder, manifest),
                     planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
                     process_group=ranks.group,
                     no_dist=ranks.group is None,
@@ -89,35 +90,44 @@ def _read(folder: Path, found: Manifest, ranks: Ranks, fillings: list[Filling]) 
 
 
 class _Loading:
-    """What goes where on this rank. Made without writing anything: what does not fit is found here."""
+    """The reads of this rank. Construction checks that everything fits, and writes nothing.
+
+    Raises:
+        CheckpointError, ValueError: the checkpoint is damaged, or does not fit the model, optimizer or ``extra``.
+    """
 
     def __init__(
         self,
         folder: Path,
-        found: Manifest,
+        manifest: Manifest,
         model: nn.Module,
         optimizer: LambOptimizer | None,
         extra: Mapping[str, Any],
         options: bool,
     ) -> None:
         self.options = options
-        self.where, self.found, self.optimizer, self.extra = f"checkpoint {folder}", found, optimizer, extra
+        self.where, self.manifest, self.optimizer, self.extra = (
+            f"checkpoint {folder}",
+            manifest,
+            optimizer,
+            extra,
+        )
         self.model = model
-        self.held = held = parts.ModelParts.of(model)
-        parts.check_same_model(found, held, self.where)
+        self.model_parts = model_parts = parts.ModelParts.of(model)
+        parts.check_same_model(manifest, model_parts, self.where)
         self._check_ties(folder)
         self._check_memory()
-        self.fillings = list(parts.weight_fillings(found, held))
+        self.requests = list(parts.weight_requests(manifest, model_parts))
         self.packed: dict[str, Any] = {}
         self.zeros: list[Tensor] = []
         self._check_extra()
-        wanted = [found.extra, found.optimizer, [group["options"] for group in found.groups]]
+        wanted = [manifest.extra, manifest.optimizer, [group["options"] for group in manifest.groups]]
         self.tensors = {
-            name: _room(found, name, _template(extra, name)) for name in plain.tensor_names(wanted)
+            name: _empty_for(manifest, name, _template(extra, name)) for name in plain.tensor_names(wanted)
         }
         if optimizer is not None:
-            self._plan_optimizer(optimizer, held)
-        self.fillings += [Filling(name, tensor) for name, tensor in self.tensors.items()]
+            self._plan_optimizer(optimizer, model_parts)
+        self.requests += [ReadRequest(name, tensor) for name, tensor in self.tensors.items()]
 
     def _plan_optimizer(self, optimizer: LambOptimizer, held: parts.ModelParts) -> None:
         names = parts.names_of_groups(optimizer, held)
@@ -125,27 +135,27 @@ class _Loading:
         self._check_options(optimizer)
         self.packed = optimizer.state_dict()
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        kinds, aliases = self.found.kinds(), self.found.aliases
+        kinds, aliases = self.manifest.kinds(), self.manifest.aliases
         for place, name in enumerate(name for group in names for name in group):
             source = aliases.get(name, name)
             saved = kinds.get(source)
             state = self.packed["state"].get(place)
             if saved is None:
-                if state is not None:  # it was frozen, or had had no gradient: it is as new
+                if state is not None:  # saved while frozen or before its first gradient: starts anew
                     self.zeros += [state[kind] for kind in ("step", *parts.KINDS)]
-                    self.fillings += (
-                        [Filling(f"model.{source}", state["master"])] if "master" in state else []
+                    self.requests += (
+                        [ReadRequest(f"model.{source}", state["master"])] if "master" in state else []
                     )
                 continue
             if state is None:
                 if isinstance(optimizer, ShardedOptimizer):  # frozen here
                     continue
-                state = self.packed["state"][place] = _room_of_lamb(params[place])
-            self.fillings += parts.state_fillings(self.found, source, saved, state, self.where)
+                state = self.packed["state"][place] = _empty_lamb_state(params[place])
+            self.requests += parts.state_requests(source, saved, state, self.where)
 
     def _check_memory(self) -> None:
-        """Raises ValueError for a tensor that cannot be written to element by element."""
-        for name, tensor in self.held.tensors.items():
+        """Raises ValueError for a tensor whose elements share memory."""
+        for name, tensor in self.model_parts.tensors.items():
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             if any(
                 stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True)
@@ -155,62 +165,62 @@ class _Loading:
                 )
 
     def _check_ties(self, folder: Path) -> None:
-        """Raises ValueError where one of two saved tensors would be lost in a parameter that this model has once."""
-        for other, first in self.held.aliases.items():
-            saved = [self.found.aliases.get(name, name) for name in (first, other)]
+        """Raises ValueError if this model ties two parameters that were saved with different values."""
+        for other, first in self.model_parts.aliases.items():
+            saved = [self.manifest.aliases.get(name, name) for name in (first, other)]
             if saved[0] != saved[1]:
-                values = [read_tensor(folder, self.found.tensors[f"model.{name}"]) for name in saved]
+                values = [read_tensor(folder, self.manifest.tensors[f"model.{name}"]) for name in saved]
                 if not torch.equal(*values):
                     raise ValueError(
-                        f"{self.where} holds {first} and {other} apart, with values of their own, and this model ties "
-                        f"them: load it into a model that does not"
+                        f"{self.where} holds different values of {first} and {other}, but this model ties them: load "
+                        f"it into a model that does not"
                     )
 
     def _check_extra(self) -> None:
-        saved = self.found.extra or {}
+        saved = self.manifest.extra or {}
         try:
-            plain.decoded([saved, self.found.optimizer], self.found.tensors.get)
+            plain.decoded([saved, self.manifest.optimizer], self.manifest.tensors.get)
         except (TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{self.where}: what was saved as extra is damaged: {error!r}") from error
+            raise CheckpointError(f"{self.where}: its extra data is damaged: {error!r}") from error
         missing = [name for name in self.extra if name not in saved]
         if missing:
             raise ValueError(
-                f"{self.where} has no extra {missing[0]!r}, only {sorted(saved)}: leave it out of extra, and set it "
-                f"up anew"
+                f"{self.where} has no extra {missing[0]!r}, only {sorted(saved)}: leave it out of extra, and "
+                f"initialize it anew"
             )
 
     def _check_options(self, optimizer: LambOptimizer) -> None:
-        """Raises CheckpointError for options that no optimizer could have been saved with."""
-        wide = self.found.optimizer
+        """Raises CheckpointError for options that no optimizer accepts."""
+        optimizer_wide = self.manifest.optimizer
         try:
-            for saved, group in zip(self.found.groups, optimizer.param_groups, strict=True):
+            for saved, group in zip(self.manifest.groups, optimizer.param_groups, strict=True):
                 own = {key: value for key, value in group.items() if key != "params"}
                 validate_group({**own, **plain.decoded(saved["options"], self.tensors.get)})
-            check_max_grad_norm(wide["max_grad_norm"])
-            if wide["skipped_steps"] < 0:
-                raise ValueError(f"skipped_steps is {wide['skipped_steps']}")
+            check_max_grad_norm(optimizer_wide["max_grad_norm"])
+            if optimizer_wide["skipped_steps"] < 0:
+                raise ValueError(f"skipped_steps is {optimizer_wide['skipped_steps']}")
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.where}: its options are damaged: {error!r}") from error
 
     def _check_groups(self, names: list[list[str]]) -> None:
-        if not self.found.groups:
+        if not self.manifest.groups:
             raise ValueError(f"{self.where} holds weights only: load it with optimizer=None")
-        alias = self.found.aliases
-        theirs = [[alias.get(n, n) for n in group["names"]] for group in self.found.groups]
+        alias = self.manifest.aliases
+        theirs = [[alias.get(n, n) for n in group["names"]] for group in self.manifest.groups]
         ours = [[alias.get(n, n) for n in group] for group in names]
         if [sorted(group) for group in theirs] == [sorted(group) for group in ours]:
             return
         if len(theirs) != len(ours):
             raise ValueError(
-                f"{self.where} has {len(theirs)} parameter groups and this optimizer {len(ours)}"
+                f"{self.where} has {len(theirs)} parameter groups, this optimizer has {len(ours)}"
             )
         for number, (saved, own) in enumerate(zip(theirs, ours, strict=True)):
-            odd = sorted(set(saved) ^ set(own))
-            if odd:
-                holder = "the checkpoint" if odd[0] in saved else "this optimizer"
+            mismatched = sorted(set(saved) ^ set(own))
+            if mismatched:
+                holder = "the checkpoint" if mismatched[0] in saved else "this optimizer"
                 raise ValueError(
-                    f"{self.where}: parameter groups differ: {odd[0]!r} is in group {number} of {holder} only (and "
-                    f"{len(odd) - 1} more): construct the optimizer with the groups that it was saved with"
+                    f"{self.where}: parameter groups differ: {mismatched[0]!r} is in group {number} of {holder} only "
+                    f"(and {len(mismatched) - 1} more): construct the optimizer with the saved groups"
                 )
 
     def _finish_optimizer(self, optimizer: LambOptimizer) -> None:
@@ -218,42 +228,46 @@ class _Loading:
             tensor.zero_()
         own_lr = [group["lr"] for group in optimizer.param_groups]
         if self.options:
-            for group, saved in zip(self.packed["param_groups"], self.found.groups, strict=True):
+            for group, saved in zip(self.packed["param_groups"], self.manifest.groups, strict=True):
                 group.update(plain.decoded(saved["options"], self.tensors.__getitem__))
         optimizer.load_state_dict(self.packed)
         for group, lr in zip(optimizer.param_groups, own_lr, strict=True):
-            if isinstance(lr, Tensor):  # a scheduler or a graph may hold it
+            if isinstance(lr, Tensor):  # schedulers and graphs may refer to this tensor
                 group["lr"] = lr.fill_(group["lr"])
         if self.options:
-            optimizer.max_grad_norm = self.found.optimizer["max_grad_norm"]
+            optimizer.max_grad_norm = self.manifest.optimizer["max_grad_norm"]
             if isinstance(optimizer, ShardedOptimizer):
-                optimizer.skipped_steps = self.found.optimizer["skipped_steps"]
+                optimizer.skipped_steps = self.manifest.optimizer["skipped_steps"]
 
     def finish(self) -> dict[str, Any]:
-        """Once every tensor is read."""
-        optimizer, wide = self.optimizer, self.found.optimizer
+        """Loads the state that is not read in place, after all reads. Returns the saved ``extra``."""
+        optimizer, optimizer_wide = self.optimizer, self.manifest.optimizer
         if optimizer is not None:
             self._finish_optimizer(optimizer)
-        if "model" in wide:
-            rest: dict[str, Any] = plain.decoded(wide["model"], self.tensors.__getitem__)
-            named = {self.held.raw[name]: value for name, value in rest.items() if name in self.held.raw}
+        if "model" in optimizer_wide:
+            rest: dict[str, Any] = plain.decoded(optimizer_wide["model"], self.tensors.__getitem__)
+            named = {
+                self.model_parts.raw[name]: value
+                for name, value in rest.items()
+                if name in self.model_parts.raw
+            }
             self.model.load_state_dict(named, strict=False)
-        loaded: dict[str, Any] = plain.decoded(self.found.extra or {}, self.tensors.__getitem__)
+        loaded: dict[str, Any] = plain.decoded(self.manifest.extra or {}, self.tensors.__getitem__)
         for name, value in self.extra.items():
             if hasattr(value, "load_state_dict"):
                 value.load_state_dict(loaded[name])
         return loaded
 
 
-def _room(found: Manifest, name: str, template: Any) -> Tensor:
-    """Where a tensor of ``extra`` is read to."""
+def _empty_for(manifest: Manifest, name: str, template: Any) -> Tensor:
+    """Returns a new tensor to read a tensor of ``extra`` into; a DTensor like ``template`` if that is one."""
     if isinstance(template, DTensor):
         return torch.empty_like(template)
-    return torch.empty(found.tensors[name].shape, dtype=found.tensors[name].dtype, device="cpu")
+    return torch.empty(manifest.tensors[name].shape, dtype=manifest.tensors[name].dtype, device="cpu")
 
 
 def _template(extra: Mapping[str, Any], name: str) -> Any:
-    """What an object's state dict has now at the place of the saved tensor ``name``, if anything."""
+    """Returns the current entry of an object's state dict for the saved tensor ``name``, if there is one."""
     steps = name.removeprefix("extra.").split(".")
     value: Any = extra.get(steps[0])
     if hasattr(value, "state_dict"):
@@ -267,8 +281,8 @@ def _template(extra: Mapping[str, Any], name: str) -> Any:
     return None if rest else value
 
 
-def _room_of_lamb(p: Tensor) -> dict[str, Tensor]:
-    """The state of a parameter in `Lamb`, which makes it at the first gradient."""
+def _empty_lamb_state(p: Tensor) -> dict[str, Tensor]:
+    """Returns zero state for a parameter of `Lamb`, which otherwise makes it at the first gradient."""
     dtype = torch.promote_types(p.dtype, torch.float32)
     return {"step": torch.zeros((), dtype=torch.float64)} | {
         kind: torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format) for kind in parts.KINDS

@@ -1,12 +1,12 @@
-"""What a checkpoint folder says of itself.
+"""The manifest and hashes of a checkpoint folder.
 
 ::
 
-    step-00000200/manifest.json              tensors and where their parts lie; options; what was passed as extra
-                  shard-00000.safetensors    what rank 0 wrote, and so on
-                  SHA256SUMS                 of all of them, written last: `sha256sum -c SHA256SUMS` checks it
+    step-00000200/manifest.json              tensors and the places of their parts; options; extra data
+                  shard-00000.safetensors    the parts that rank 0 wrote, and so on
+                  SHA256SUMS                 hashes of all files, written last: `sha256sum -c SHA256SUMS` checks them
 
-No pickle anywhere: a checkpoint from an untrusted place can be wrong, and cannot run anything.
+Nothing is pickled: a checkpoint from an untrusted source may be wrong, but cannot run code.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from sharded_lamb.checkpoint import tensorfile
+from sharded_lamb.checkpoint import durable, tensorfile
 from sharded_lamb.checkpoint.errors import CheckpointError
 from sharded_lamb.checkpoint.plain import tensor_names
 from sharded_lamb.checkpoint.tensorfile import Place
@@ -34,7 +34,7 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in tensorfile.CODE
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A box of a tensor, and where its elements lie, row-major."""
+    """A box of a tensor and the place of its elements, row-major."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -43,7 +43,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
-    """A tensor as a checkpoint holds it: boxes that cover it once."""
+    """A saved tensor: boxes that cover each of its elements once."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -56,31 +56,31 @@ class SavedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """``tensors``: ``model.NAME``, ``optimizer.NAME.KIND`` and ``extra.…``, names as the bare model has them."""
+    """Tensors are called ``model.NAME``, ``optimizer.NAME.KIND`` and ``extra.…``; NAME is the unwrapped model's."""
 
     tensors: Mapping[str, SavedTensor]
     written_by: Mapping[str, Any]  # versions, ranks, optimizer
-    aliases: Mapping[str, str]  # of parameters with two names: the other → the first
+    aliases: Mapping[str, str]  # {other name of a tied parameter: first name}
     groups: tuple[Mapping[str, Any], ...]  # {"names": [...], "options": {...}}; JSON
     optimizer: Mapping[str, Any]  # optimizer-wide options and counts; JSON
     extra: Any  # JSON; see `plain`
-    files: Mapping[str, int]  # → bytes
+    files: Mapping[str, int]  # {name: bytes}
 
     @property
     def model_names(self) -> list[str]:
         return [name.removeprefix("model.") for name in self.tensors if name.startswith("model.")]
 
     def kinds(self) -> dict[str, dict[str, SavedTensor]]:
-        """{parameter: {kind of state: tensor}}."""
-        found: dict[str, dict[str, SavedTensor]] = {}
+        """Returns {parameter: {kind of state: tensor}}."""
+        kinds: dict[str, dict[str, SavedTensor]] = {}
         for name, tensor in self.tensors.items():
             if name.startswith("optimizer."):
                 parameter, kind = name.removeprefix("optimizer.").rsplit(".", 1)
-                found.setdefault(parameter, {})[kind] = tensor
-        return found
+                kinds.setdefault(parameter, {})[kind] = tensor
+        return kinds
 
     def text(self) -> str:
-        """As JSON."""
+        """Returns the manifest as JSON."""
         tensors = {
             name: {
                 "shape": tensor.shape,
@@ -112,26 +112,26 @@ class Manifest:
 
 
 def replaced(target: Path) -> Path:
-    """Where a checkpoint waits that another of the same name replaces."""
+    """Returns the temporary name of a checkpoint while a new one replaces it."""
     return target.with_name(f".{target.name}.old")
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
-    """The manifest, its hash verified.
+    """Reads the manifest and verifies its hash.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of a newer format.
+        CheckpointError: the checkpoint is missing, its manifest is damaged, or its format is newer.
     """
     folder = Path(folder)
     _check_hash(folder, MANIFEST, read_sums(folder))
     try:
         whole = json.loads((folder / MANIFEST).read_text())
         if whole["format"] != FORMAT:
-            raise CheckpointError(f"{folder} holds {whole['format']!r} and not {FORMAT!r}")
+            raise CheckpointError(f"{folder} has format {whole['format']!r}, expected {FORMAT!r}")
         if whole["version"] > VERSION:
             raise CheckpointError(
                 f"{folder} has format version {whole['version']}, written by sharded_lamb "
-                f"{whole['written_by'].get('sharded_lamb')}, and this one reads up to version {VERSION}: upgrade "
+                f"{whole['written_by'].get('sharded_lamb')}, and this release reads up to version {VERSION}: upgrade "
                 f"sharded_lamb"
             )
         return _parsed(whole)
@@ -153,14 +153,14 @@ def _parsed(whole: dict[str, Any]) -> Manifest:
             raise ValueError(f"{group!r} is not a parameter group")
     for other, first in whole["aliases"].items():
         if f"model.{first}" not in tensors:
-            raise ValueError(f"{other!r} is another name of {first!r}, which is not there")
-    strangers = [
+            raise ValueError(f"{other!r} is another name of {first!r}, which is missing")
+    missing = [
         name
         for name in tensor_names([whole["extra"], whole["optimizer"], whole["groups"]])
         if name not in tensors
     ]
-    if strangers:
-        raise ValueError(f"tensor {strangers[0]!r} is not there")
+    if missing:
+        raise ValueError(f"tensor {missing[0]!r} is missing")
     return Manifest(
         tensors,
         dict(whole["written_by"]),
@@ -173,7 +173,7 @@ def _parsed(whole: dict[str, Any]) -> Manifest:
 
 
 def _saved_tensor(name: str, entry: Mapping[str, Any], files: Mapping[str, int]) -> SavedTensor:
-    """Raises ValueError unless its chunks cover it, and lie in the files."""
+    """Raises ValueError unless the chunks cover the tensor once and are within their files."""
     shape, dtype = _natural(entry["shape"]), _DTYPES[entry["dtype"]]
     chunks = []
     for saved in entry["chunks"]:
@@ -183,7 +183,7 @@ def _saved_tensor(name: str, entry: Mapping[str, Any], files: Mapping[str, int])
             low + size <= whole for low, size, whole in zip(at, sizes, shape, strict=True)
         )
         if not inside or end - begin != math.prod(sizes) * dtype.itemsize or end > files[chunk.place.file]:
-            raise ValueError(f"a part of {name!r} is not in it, or not in its file: {saved!r}")
+            raise ValueError(f"a part of {name!r} is outside the tensor or its file: {saved!r}")
         chunks.append(chunk)
     covered = sum(math.prod(chunk.sizes) for chunk in chunks)
     if covered != math.prod(shape) or len({chunk.offsets for chunk in chunks}) != len(chunks):
@@ -200,38 +200,42 @@ def _natural(numbers: Sequence[Any]) -> tuple[int, ...]:
 
 
 def _plain_name(name: str) -> str:
-    """Of a file in the folder itself: a checkpoint must not name files elsewhere."""
+    """Raises ValueError unless ``name`` is a file in the folder itself: a manifest must not name files elsewhere."""
     if name != Path(name).name or name in ("", ".", ".."):
         raise ValueError(f"it names the file {name!r}, which is not in its own folder")
     return name
 
 
 def digest(folder: Path) -> str:
-    """Of all that a checkpoint holds, by its hashes. Raises CheckpointError."""
+    """Returns a hash over all files, computed from their listed hashes. Raises CheckpointError."""
     return hashlib.sha256(repr(sorted(read_sums(folder).items())).encode()).hexdigest()[:16]
 
 
 def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
-    """`SHA256SUMS`, synced."""
+    """Writes and syncs `SHA256SUMS`."""
     with (folder / SUMS).open("wb") as file:
         file.write("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
-        tensorfile.sync_file(file)
+        durable.sync_file(file)
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """{file: sha256}. Raises CheckpointError."""
+    """Returns {file: sha256}.
+
+    Raises:
+        CheckpointError: the folder or `SHA256SUMS` is missing or damaged.
+    """
     if not folder.is_dir():
         if (replaced(folder) / SUMS).is_file():
             raise CheckpointError(
-                f"{folder} is not there: a save that would have replaced it was interrupted. What was there is whole: "
-                f"mv {replaced(folder)} {folder}"
+                f"{folder} is missing: a save that would have replaced it was interrupted. The old checkpoint is "
+                f"whole: mv {replaced(folder)} {folder}"
             )
-        raise CheckpointError(f"{folder} is not there: name a checkpoint folder, such as RUN/step-00001000")
+        raise CheckpointError(f"{folder} does not exist: name a checkpoint folder, such as RUN/step-00001000")
     try:
         *lines, rest = (folder / SUMS).read_bytes().decode("ascii").split("\n")
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{folder} has no {SUMS}: it was not written to the end, or is no checkpoint of sharded_lamb"
+            f"{folder} has no {SUMS}: its save did not finish, or it is not a checkpoint of sharded_lamb"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder / SUMS} cannot be read: {error}") from error
@@ -249,45 +253,53 @@ def read_sums(folder: Path) -> dict[str, str]:
     return sums
 
 
+def unlisted_files(folder: Path, sums: Mapping[str, str]) -> list[str]:
+    """Returns the sorted names in the folder that `SHA256SUMS` does not list."""
+    return sorted(path.name for path in folder.iterdir() if path.name not in (*sums, SUMS))
+
+
 def _check_hash(folder: Path, name: str, sums: Mapping[str, str]) -> None:
     if name not in sums:
         raise CheckpointError(f"{folder / SUMS} is damaged: it does not list {name}")
     try:
-        found = tensorfile.sha256(folder / name)
+        digest = tensorfile.sha256(folder / name)
     except OSError as error:
         raise CheckpointError(f"{folder / name} cannot be read: {error.strerror}") from error
-    if found != sums[name]:
+    if digest != sums[name]:
         raise CheckpointError(
-            f"{folder / name} does not have the hash it was written with: it is damaged, or was changed since"
+            f"{folder / name} does not have the hash it was written with: it was damaged or changed"
         )
 
 
 def check_files(
     folder: Path, manifest: Manifest, *, part: int = 0, parts: int = 1, hashes: bool = True
 ) -> None:
-    """Verify the sizes of all files, and the hashes of every ``parts``-th from ``part`` on.
+    """Verifies the sizes of all files, and the hashes of every ``parts``-th file from ``part`` on.
 
     Raises:
-        CheckpointError: naming the first file that is missing, truncated or damaged.
+        CheckpointError: a file is missing, truncated or damaged; the message names the first one.
     """
     sums = read_sums(folder)
     for number, (name, size) in enumerate(sorted(manifest.files.items())):
         try:
-            found = (folder / name).stat().st_size
+            actual = (folder / name).stat().st_size
         except OSError as error:
             raise CheckpointError(f"{folder / name} is missing: {error.strerror}") from error
-        if found != size:
+        if actual != size:
             raise CheckpointError(
-                f"{folder / name} has {found:,} bytes and was written with {size:,}: it is "
-                + ("truncated" if found < size else "damaged")
+                f"{folder / name} has {actual:,} bytes, but was written with {size:,}: it is "
+                + ("truncated" if actual < size else "damaged")
             )
         if hashes and number % parts == part:
             _check_hash(folder, name, sums)
 
 
 def problem_with(folder: str | os.PathLike[str], *, hashes: bool = True) -> str | None:
-    """Why a checkpoint cannot be used, or None. Without ``hashes`` only the manifest's, and files' sizes, are looked
-    at."""
+    """Returns why a checkpoint cannot be used, or None. Reads every file.
+
+    Args:
+        hashes: verify the hashes of all files; False: the manifest's hash and the sizes of files only.
+    """
     try:
         check_files(Path(folder), read_manifest(folder), hashes=hashes)
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""A model's and an optimizer's tensors by the names that a checkpoint calls them, and what goes where on loading."""
+"""Tensors of a model and an optimizer by their names in a checkpoint, and the reads that fill them."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,23 +18,27 @@ from sharded_lamb.optim.sharded_state import ShardedOptimizer
 logger = logging.getLogger("sharded_lamb")
 
 KINDS = ("exp_avg", "exp_avg_sq")
-"""State that every parameter with state has, beside its ``step``; ``master`` where the weight is not the master."""
+"""Kinds of state of every parameter with state, beside ``step``, and ``master`` if it is not the weight itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelParts:
-    """What a model's state dict holds."""
+    """A model's state dict, by kind of entry."""
 
-    tensors: dict[str, Tensor]  # by the first of their names, in the state dict's order; live memory
-    aliases: dict[str, str]  # other names of the same parameter → the first
-    plain: dict[str, Any]  # ``_extra_state``, a tensor or not, and what else is no tensor
-    raw: dict[str, str]  # names of ``plain`` → as the model has them, with what wrappers add
+    tensors: dict[str, Tensor]  # by first name, in the state dict's order; live memory
+    aliases: dict[str, str]  # {other name of a tied parameter: first name}
+    plain: dict[str, Any]  # ``_extra_state``, and entries that are not tensors
+    raw: dict[str, str]  # {name in ``plain``: name with wrappers' prefixes}
     names: dict[Tensor, str]  # of parameters
-    buffers: frozenset[str]  # of ``tensors``: no parameters, and no DTensors
+    buffers: frozenset[str]  # keys of ``tensors`` that are neither parameters nor DTensors
 
     @staticmethod
     def of(model: nn.Module) -> "ModelParts":
-        """Raises ValueError for two tensors of one name, and for tensors that are copies or have no memory."""
+        """Reads the model's state dict.
+
+        Raises:
+            ValueError: two tensors share a name, or a tensor is a copy or has no memory.
+        """
         tensors: dict[str, Tensor] = {}
         aliases: dict[str, str] = {}
         plain: dict[str, Any] = {}
@@ -51,7 +55,7 @@ class ModelParts:
                 aliases[name] = first[id(value)]
             elif name in tensors:
                 raise ValueError(
-                    f"the model has two tensors called {name!r}, as {raw!r} is without what wrappers add"
+                    f"the model has two tensors called {name!r}, which is {raw!r} without wrappers' prefixes"
                 )
             elif value.is_meta:
                 raise ValueError(
@@ -60,7 +64,7 @@ class ModelParts:
             elif id(value) not in live and _memory(value) not in memory:
                 raise ValueError(
                     f"{name} in the model's state_dict() is a copy, made by its module or a wrapper such as FSDP1 or a "
-                    f"quantised layer: nothing could be loaded into it. Give the module that holds the parameters"
+                    f"quantised layer: nothing can be loaded into it. Pass the module that holds the parameters"
                 )
             else:
                 first[id(value)] = name
@@ -75,19 +79,19 @@ class ModelParts:
 
 
 def _memory(tensor: Tensor) -> int | None:
-    """Where it lies; None for no elements."""
+    """Returns the address of the tensor's storage; None for a tensor without elements."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local.untyped_storage().data_ptr() or None
 
 
 def checked_optimizer(optimizer: Any) -> Lamb | ShardedOptimizer:
-    """Raises TypeError for an optimizer whose state this package does not know."""
+    """Returns the optimizer. Raises TypeError unless it is `Lamb` or `ShardedLamb`."""
     if isinstance(optimizer, Lamb | ShardedOptimizer):
         return optimizer
     if type(optimizer).__module__.startswith(("sharded_lamb.deepspeed", "deepspeed")):
         raise TypeError(
-            f"a {type(optimizer).__name__} steps DeepSpeed's partitions: save them with engine.save_checkpoint(), "
-            f"which `sharded-lamb convert` reads"
+            f"a {type(optimizer).__name__} steps DeepSpeed's partitions: save with engine.save_checkpoint(), which "
+            f"`sharded-lamb convert` reads"
         )
     raise TypeError(
         f"checkpoints hold the state of Lamb and ShardedLamb, got {type(optimizer).__name__}: use "
@@ -96,22 +100,25 @@ def checked_optimizer(optimizer: Any) -> Lamb | ShardedOptimizer:
 
 
 def names_of_groups(optimizer: LambOptimizer, model: ModelParts) -> list[list[str]]:
-    """The model's names of the parameters of each group. Raises ValueError for a parameter that is not the model's."""
-    found: list[list[str]] = []
+    """Returns the names of each group's parameters.
+
+    Raises:
+        ValueError: a parameter of the optimizer is not in the model.
+    """
+    names: list[list[str]] = []
     for number, group in enumerate(optimizer.param_groups):
         for place, p in enumerate(group["params"]):
             if p not in model.names:
                 raise ValueError(
                     f"parameter {place} of group {number} is not one of the model's: pass the model that the optimizer "
-                    f"optimizes, as it was when the optimizer was made (fully_shard and prepare put new parameters in "
-                    f"the place of old ones)"
+                    f"updates, as it was when the optimizer was made (fully_shard and prepare replace parameters)"
                 )
-        found.append([model.names[p] for p in group["params"]])
-    return found
+        names.append([model.names[p] for p in group["params"]])
+    return names
 
 
 def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's options, a learning rate in a tensor as a number."""
+    """Returns a group's options; a tensor ``lr`` becomes a number."""
     options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
     if isinstance(options["lr"], Tensor):
         options["lr"] = options["lr"].item()
@@ -119,37 +126,37 @@ def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Filling:
-    """``target`` is filled from the checkpoint's tensor ``source``, in its own dtype."""
+class ReadRequest:
+    """Fill ``target`` from the checkpoint's tensor ``source``, converted to the dtype of ``target``."""
 
     source: str
     target: Tensor
 
 
-def check_same_model(found: Manifest, model: ModelParts, where: str) -> None:
-    """Raises ValueError, naming what differs, where the checkpoint is of another model."""
-    theirs, ours = set(found.model_names) | set(found.aliases), set(model.tensors) | set(model.aliases)
+def check_same_model(manifest: Manifest, model: ModelParts, where: str) -> None:
+    """Raises ValueError, naming the differences, if the checkpoint is of another model."""
+    theirs, ours = set(manifest.model_names) | set(manifest.aliases), set(model.tensors) | set(model.aliases)
     if theirs != ours:
         raise ValueError(
             f"{where} is of another model:"
             + _listed(" it lacks", sorted(ours - theirs))
-            + _listed(" it has what this model lacks:", sorted(theirs - ours))
+            + _listed(" this model lacks", sorted(theirs - ours))
         )
-    saved_states = set(found.optimizer.get("model", {}))
+    saved_states = set(manifest.optimizer.get("model", {}))
     if saved_states - set(model.plain):
         raise ValueError(
-            f"{where} is of another model: it has what this model lacks:"
+            f"{where} is of another model: this model lacks"
             + _listed("", sorted(saved_states - set(model.plain)))
         )
-    if set(model.plain) - saved_states:  # converted checkpoints have none
+    if set(model.plain) - saved_states:  # as converted checkpoints do
         logger.warning(
-            "%s lacks%s They stay as they are", where, _listed("", sorted(set(model.plain) - saved_states))
+            "%s lacks%s The model keeps its own", where, _listed("", sorted(set(model.plain) - saved_states))
         )
     for name, tensor in model.tensors.items():
-        saved = found.tensors["model." + found.aliases.get(name, name)]
+        saved = manifest.tensors["model." + manifest.aliases.get(name, name)]
         if saved.shape != tuple(tensor.shape):
             raise ValueError(
-                f"{where} is of another model: {name} has shape {saved.shape} there and {tuple(tensor.shape)} here"
+                f"{where} is of another model: {name} has shape {saved.shape} there, but {tuple(tensor.shape)} here"
             )
 
 
@@ -160,42 +167,48 @@ def _listed(what: str, names: list[str]) -> str:
     return f"{what} {', '.join(names[:5])}{more}."
 
 
-def weight_fillings(found: Manifest, model: ModelParts) -> Iterator[Filling]:
-    """The model's tensors. Where the dtype differs and the checkpoint has a master, that is what is rounded."""
+def weight_requests(manifest: Manifest, model: ModelParts) -> Iterator[ReadRequest]:
+    """Reads of the model's tensors. One of another dtype than saved is rounded from the master, if saved."""
     for name, tensor in model.tensors.items():
-        saved_name = found.aliases.get(name, name)
+        saved_name = manifest.aliases.get(name, name)
         source, master = f"model.{saved_name}", f"optimizer.{saved_name}.master"
-        if tensor.dtype != found.tensors[source].dtype and master in found.tensors:
+        if tensor.dtype != manifest.tensors[source].dtype and master in manifest.tensors:
             source = master
-        yield Filling(source, tensor)
+        yield ReadRequest(source, tensor)
 
 
-def state_fillings(
-    found: Manifest, name: str, saved: Mapping[str, SavedTensor], state: Mapping[str, Tensor], where: str
-) -> Iterator[Filling]:
-    """One parameter's state. A master that was not saved is the saved weight itself."""
+def state_requests(
+    name: str, saved: Mapping[str, SavedTensor], state: Mapping[str, Tensor], where: str
+) -> Iterator[ReadRequest]:
+    """Reads of one parameter's state. A master that was not saved is the saved weight itself.
+
+    Raises:
+        ValueError: the checkpoint lacks a kind of state.
+    """
     missing = [kind for kind in ("step", *KINDS) if kind not in saved]
     if missing:
-        raise ValueError(f"{where} has no {missing[0]} of {name}: it was not made by Lamb or ShardedLamb")
+        raise ValueError(
+            f"{where} has no {missing[0]} of {name}: it was not written from Lamb or ShardedLamb"
+        )
     for kind, target in state.items():
         if kind == "master" and kind not in saved:
-            yield Filling(f"model.{name}", target)
+            yield ReadRequest(f"model.{name}", target)
         elif kind in ("step", "master", *KINDS):
-            yield Filling(f"optimizer.{name}.{kind}", target)
+            yield ReadRequest(f"optimizer.{name}.{kind}", target)
 
 
-def rounds(fillings: Iterable[Filling]) -> list[dict[str, Tensor]]:
-    """State dicts to load one after the other: in each, a source fills one target."""
+def rounds(requests: Iterable[ReadRequest]) -> list[dict[str, Tensor]]:
+    """Returns state dicts to load in turn: in each, a source fills one target."""
     made: list[dict[str, Tensor]] = []
-    for filling in fillings:
-        free = next((one for one in made if filling.source not in one), None)
+    for request in requests:
+        free = next((one for one in made if request.source not in one), None)
         if free is None:
             made.append(free := {})
-        free[filling.source] = filling.target
+        free[request.source] = request.target
     return made
 
 
 def steps_taken(states: Mapping[Any, Mapping[str, Any]]) -> int:
-    """Of the parameter that took most. Reads the device."""
+    """Returns the largest step count of all parameters. Reads the device."""
     steps = [torch.as_tensor(state["step"]).reshape(()) for state in states.values()]
     return int(torch.stack(steps).max()) if steps else 0

@@ -1,7 +1,6 @@
-"""Plain data as JSON, bit for bit: dicts, lists, tuples, strings, numbers, None, small things only. Tensors go to
-files.
+"""Small plain data as JSON, bit for bit: dicts, lists, tuples, strings, numbers, None. Tensors go to files.
 
-What JSON cannot tell apart is tagged: ``{"__tuple__": [...]}``, ``{"__items__": [[key, value], ...]}`` for keys that
+Tags mark types that JSON lacks: ``{"__tuple__": [...]}``, ``{"__items__": [[key, value], ...]}`` for keys that
 are not strings, ``{"__tensor__": name}`` for a tensor among the checkpoint's.
 """
 
@@ -21,14 +20,14 @@ _TAGS = ("__tuple__", "__items__", "__tensor__", "__float__", "__dtype__")
 
 
 def encoded(value: Any, path: str, keep: Callable[[str, Tensor], str]) -> Any:
-    """``value`` as JSON can hold it.
+    """Returns ``value`` in the types of JSON.
 
     Args:
-        path: what error messages call it.
-        keep: takes a tensor under a suggested name, and returns the name that it is kept under.
+        path: the value's name in error messages.
+        keep: stores a tensor; takes a suggested name and returns the final one.
 
     Raises:
-        TypeError: something is neither plain data nor a tensor.
+        TypeError: a value is neither plain data nor a tensor.
     """
     if value is None or isinstance(value, bool | str):
         return value
@@ -50,13 +49,13 @@ def encoded(value: Any, path: str, keep: Callable[[str, Tensor], str]) -> Any:
             return dict(pairs)
         return {"__items__": [[encoded(key, f"{path} (a key)", keep), entry] for key, entry in pairs]}
     raise TypeError(
-        f"{path} is {type(value).__name__}, and a checkpoint holds plain data (None, bool, int, float, str, list, "
+        f"{path} is {type(value).__name__}, but a checkpoint holds plain data (None, bool, int, float, str, list, "
         f"tuple, dict), tensors, and objects with state_dict() and load_state_dict(): convert it, or leave it out"
     )
 
 
 def decoded(value: Any, tensor: Callable[[str], Any]) -> Any:
-    """The reverse of `encoded`; ``tensor`` gives the tensor of a name."""
+    """Reverses `encoded`; ``tensor`` returns the tensor of a name."""
     if isinstance(value, list):
         return [decoded(entry, tensor) for entry in value]
     if not isinstance(value, dict):
@@ -77,7 +76,7 @@ def decoded(value: Any, tensor: Callable[[str], Any]) -> Any:
 
 
 def tensor_names(value: Any) -> list[str]:
-    """Of the tensors that encoded data refers to."""
+    """Returns the names of the tensors in encoded data."""
     if isinstance(value, list):
         return [name for entry in value for name in tensor_names(entry)]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""`save` and `async_save`."""
+"""`save`, `async_save` and `AsyncSave`."""
 
 import hashlib
 import logging
@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
 from sharded_lamb.checkpoint import parts, plain
-from sharded_lamb.checkpoint.ranks import Ranks, ranks_of, unwrapped
-from sharded_lamb.checkpoint.storage import About, AfterwardsError, Writer
+from sharded_lamb.checkpoint.rank_group import RankGroup, ranks_of, unwrapped
+from sharded_lamb.checkpoint.storage import ManifestHeader, PostSaveError, Writer
 from sharded_lamb.optim.lamb import Lamb
 from sharded_lamb.optim.sharded_state import ShardedOptimizer
 
@@ -32,12 +32,12 @@ logger = logging.getLogger("sharded_lamb")
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """What is saved. ``tensors`` are live memory: this rank's parts."""
+    """The input of one save on this rank."""
 
-    tensors: dict[str, Tensor]
-    about: About
-    ranks: Ranks
-    buffers: frozenset[str]  # of ``tensors``: those that are no parameters, and whole on each rank
+    tensors: dict[str, Tensor]  # this rank's parts; live memory, not copies
+    header: ManifestHeader
+    ranks: RankGroup
+    buffers: frozenset[str]  # the keys of ``tensors`` that are buffers, which every rank holds whole
 
 
 def save(
@@ -49,62 +49,61 @@ def save(
     written: Callable[[Path], None] | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Write a checkpoint that any number of ranks in any stage can `load`. Collective; every rank writes its parts.
+    """Writes a checkpoint that any number of ranks in any stage can `load`. Collective; every rank writes its parts.
+
+    The files are written aside, synced and renamed when whole; until then an existing checkpoint of that name stays.
 
     Args:
-        path: the checkpoint's folder, on storage that all ranks see; replaced, once the new one is whole, if it is
-            there.
-        model: its parameters and buffers. Names are as the bare model has them, whatever wraps it.
-        optimizer: `Lamb` or `ShardedLamb`: moments, masters, step counts, options of groups, ``max_grad_norm``,
-            ``skipped_steps``; None: weights only.
-        extra: {name: plain data, tensors, or an object with ``state_dict`` and ``load_state_dict`` such as a
-            scheduler or GradScaler}, of the first rank. (DTensors are of all ranks.)
-        written: called on the first rank once the checkpoint is whole and in its place.
-        process_group: the ranks that have this model; default: the optimizer's, without one all.
+        path: the checkpoint's folder, on storage that all ranks see. An existing checkpoint there is replaced.
+        model: saves parameters and buffers, under the names of the unwrapped model.
+        optimizer: `Lamb` or `ShardedLamb`: saves moments, masters, step counts, group options, ``max_grad_norm`` and
+            ``skipped_steps``. None: weights only.
+        extra: {name: value}: plain data, tensors, or objects with ``state_dict`` and ``load_state_dict`` such as a
+            scheduler or GradScaler. The first rank's are saved; DTensors are saved from all ranks.
+        written: called on the first rank with the folder, after the rename.
+        process_group: the ranks of this model; default: the optimizer's ranks, without an optimizer all.
 
-    It is written aside, synced and renamed when whole; until then a checkpoint of that name stays as it was.
-
-    Collectives: gathers and scatters of plans, on a gloo group of its own; no tensor is sent.
+    Collectives: gathers, scatters and broadcasts of small objects on a gloo group of its own; no tensor is sent.
 
     Raises:
-        OSError: it could not be written (a full disk, a folder that other ranks do not see), on every rank.
-        FileExistsError: there is something at ``path`` that is no checkpoint.
-        TypeError, ValueError: something in ``extra`` or the model cannot be saved, or ranks have other paths or models;
-            on every rank.
+        OSError: the checkpoint could not be written (a full disk, a folder that other ranks do not see).
+        FileExistsError: ``path`` holds something that is not part of a checkpoint.
+        TypeError, ValueError: ``extra`` or the model cannot be saved, or ranks disagree on path, model or optimizer.
+        Every error is raised on every rank.
     """
     snapshot = _snapshot(path, model, optimizer, extra, process_group)
-    writer = Writer(path, snapshot.about, written)
+    writer = Writer(path, snapshot.header, written)
     try:
         with warnings.catch_warnings():
             _quieten()
             _write(snapshot, writer, snapshot.ranks.group)
     except CheckpointException as error:
-        _explain(error, writer, snapshot.ranks)
+        _raise_together(error, writer, snapshot.ranks)
 
 
-class Saving:
-    """A checkpoint that is being written. `result` must be called, or nobody learns that it could not be written."""
+class AsyncSave:
+    """A save in progress. Only `result` raises its errors: call it before the next save or load."""
 
-    def __init__(self, future: "Future[Any]", writer: Writer, ranks: Ranks) -> None:
+    def __init__(self, future: "Future[Any]", writer: Writer, ranks: RankGroup) -> None:
         self._future, self._writer, self._ranks = future, writer, ranks
-        self.told = False  # `result` has returned or raised
-        ranks.behind.append(writer.target)
+        self.reported = False  # whether `result` has returned or raised
+        ranks.pending.append(writer.target)
 
     def done(self) -> bool:
-        """Whether `result` would not wait. Ranks may differ for a moment."""
+        """Returns whether `result` would return or raise at once. Ranks may differ briefly."""
         return self._future.done()
 
     def result(self) -> Path:
-        """The folder, once it is whole. Raises what `save` raises, every time."""
+        """Waits for the save and returns its folder. Raises the errors of `save`, on every call."""
         try:
             self._future.result()
         except CheckpointException as error:
-            _explain(error, self._writer, self._ranks)
+            _raise_together(error, self._writer, self._ranks)
         finally:
-            # Not done where an interrupt came while it was waited for: it goes on.
-            if self._future.done() and not self.told:
-                self.told = True
-                self._ranks.behind.remove(self._writer.target)
+            # An interrupt ends only the wait; the save continues, and stays pending.
+            if self._future.done() and not self.reported:
+                self.reported = True
+                self._ranks.pending.remove(self._writer.target)
         return self._writer.target
 
 
@@ -116,22 +115,25 @@ def async_save(
     *,
     written: Callable[[Path], None] | None = None,
     process_group: dist.ProcessGroup | None = None,
-) -> Saving:
-    """As `save`, behind training: returns when this rank's parts are copied to CPU memory. Collective.
+) -> AsyncSave:
+    """Like `save`, but returns once this rank's parts are copied to CPU memory; a thread writes them. Collective.
 
-    One at a time: wait for its `Saving.result` before the next.
+    One save at a time: call `AsyncSave.result` before the next save or load.
+
+    Raises:
+        TypeError, ValueError, MemoryError: as `save`, before anything is written. `AsyncSave.result` raises the rest.
     """
     snapshot = _snapshot(path, model, optimizer, extra, process_group)
-    # On all ranks or on none: before anything communicates behind training.
+    # Staging fails on all ranks or on none, before the thread communicates.
     staged: Any = snapshot.ranks.each(
         lambda: DefaultStager(StagingOptions(False, False, False, False)).stage(snapshot.tensors)
     )
-    writer = Writer(path, snapshot.about, written)
-    _quieten()  # for good: filters are the whole process's, and training may set some meanwhile
+    writer = Writer(path, snapshot.header, written)
+    _quieten()  # permanently: filters are per process, and training may change them meanwhile
     thread = ThreadPoolExecutor(1, thread_name_prefix="sharded_lamb checkpoint")
-    future = thread.submit(_write, replace(snapshot, tensors=staged), writer, snapshot.ranks.group_behind())
+    future = thread.submit(_write, replace(snapshot, tensors=staged), writer, snapshot.ranks.async_group())
     thread.shutdown(wait=False)
-    return Saving(future, writer, snapshot.ranks)
+    return AsyncSave(future, writer, snapshot.ranks)
 
 
 def _write(snapshot: _Snapshot, writer: Writer, group: dist.ProcessGroup | None) -> None:
@@ -145,36 +147,36 @@ def _write(snapshot: _Snapshot, writer: Writer, group: dist.ProcessGroup | None)
 
 
 def _quieten() -> None:
-    """Without torch's remarks on saving from one process, which is meant."""
+    """Ignores torch's warning about saving from a single process, which is intended."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
-def _explain(error: CheckpointException, writer: Writer, ranks: Ranks) -> None:
-    """Raises what `save` raises."""
+def _raise_together(error: CheckpointException, writer: Writer, ranks: RankGroup) -> None:
+    """Raises the errors of `save` on every rank, and removes what the failed save wrote."""
     if ranks.rank == 0:
         writer.abandon()
-    ranks.raise_together({rank: _named(found, writer.target) for rank, found in unwrapped(error).items()})
+    ranks.raise_together({rank: _named(raised, writer.target) for rank, raised in unwrapped(error).items()})
 
 
-def _named(found: Exception, target: Path) -> Exception:
-    if not isinstance(found, OSError):
-        return found
-    why = found.strerror or found
-    if isinstance(found, AfterwardsError):
-        return OSError(found.errno, f"checkpoint {target} is written, but what follows was not done: {why}")
+def _named(error: Exception, target: Path) -> Exception:
+    if not isinstance(error, OSError):
+        return error
+    why = error.strerror or error
+    if isinstance(error, PostSaveError):
+        return OSError(error.errno, f"checkpoint {target} was written, but the post-save step failed: {why}")
     return OSError(
-        found.errno, f"checkpoint {target} could not be written: {why}; those before it are untouched"
+        error.errno, f"checkpoint {target} could not be written: {why}; earlier checkpoints are untouched"
     )
 
 
 def prepared(
     path: str | os.PathLike[str], optimizer: Any, group: Any
-) -> tuple[Ranks, Path, Lamb | ShardedOptimizer | None]:
-    """The ranks of a save or load, once they agree on what they were called with. Collective."""
+) -> tuple[RankGroup, Path, Lamb | ShardedOptimizer | None]:
+    """Returns (ranks, folder, optimizer) once all ranks agree on path and optimizer. Collective: three all-gathers."""
     ranks = ranks_of(optimizer, group)
 
     def own() -> tuple[Path, Lamb | ShardedOptimizer | None]:
-        ranks.check_free()
+        ranks.check_no_pending_save()
         return Path(path).absolute(), None if optimizer is None else parts.checked_optimizer(optimizer)
 
     folder, known = ranks.each(own)
@@ -200,26 +202,26 @@ def _snapshot(
     ]
     digest = hashlib.sha256(repr(weights).encode()).hexdigest()[:16]
     ranks.agree("the model", f"{len(weights)} tensors (names, shapes and dtypes: {digest})")
-    groups = [group["names"] for group in snapshot.about.groups]
+    groups = [group["names"] for group in snapshot.header.groups]
     digest = hashlib.sha256(repr(groups).encode()).hexdigest()[:16]
     ranks.agree("the optimizer", f"{len(groups)} parameter groups (names: {digest})")
     if ranks.rank == 0:
         return snapshot
-    # Buffers are the first rank's, all of them: running statistics differ between ranks, and belong together.
+    # Buffers are saved from the first rank only: running statistics differ between ranks.
     own = {name: tensor for name, tensor in snapshot.tensors.items() if name not in snapshot.buffers}
     return replace(snapshot, tensors=own)
 
 
-def _collected(ranks: Ranks, model: nn.Module, optimizer: Any, extra: Mapping[str, Any]) -> _Snapshot:
+def _collected(ranks: RankGroup, model: nn.Module, optimizer: Any, extra: Mapping[str, Any]) -> _Snapshot:
     if isinstance(optimizer, ShardedOptimizer):
         optimizer.synchronize()
-    found = parts.ModelParts.of(model)
-    tensors = {f"model.{name}": tensor for name, tensor in found.tensors.items()}
+    model_parts = parts.ModelParts.of(model)
+    tensors = {f"model.{name}": tensor for name, tensor in model_parts.tensors.items()}
     groups: list[dict[str, Any]] = []
-    wide: dict[str, Any] = {}
-    kept = Kept(ranks.rank == 0)
+    optimizer_wide: dict[str, Any] = {}
+    extra_tensors = ExtraTensors(ranks.rank == 0)
     if optimizer is not None:
-        names = parts.names_of_groups(optimizer, found)
+        names = parts.names_of_groups(optimizer, model_parts)
         packed = optimizer.state_dict()
         flat = [name for group in names for name in group]
         for place, state in packed["state"].items():
@@ -228,31 +230,31 @@ def _collected(ranks: Ranks, model: nn.Module, optimizer: Any, extra: Mapping[st
                 for kind, value in state.items()
                 if kind in ("step", "master", *parts.KINDS)
             }
-        for number, (group, held) in enumerate(zip(optimizer.param_groups, names, strict=True)):
-            options = plain.encoded(parts.options_of(group), f"options of group {number}", kept)
-            groups.append({"names": held, "options": options})
-        wide = {
+        for number, (group, own_names) in enumerate(zip(optimizer.param_groups, names, strict=True)):
+            options = plain.encoded(parts.options_of(group), f"options of group {number}", extra_tensors)
+            groups.append({"names": own_names, "options": options})
+        optimizer_wide = {
             "max_grad_norm": optimizer.max_grad_norm,
             "skipped_steps": getattr(optimizer, "skipped_steps", 0),
             "step": parts.steps_taken(packed["state"]),
         }
-    odd = [name for name in extra if not isinstance(name, str)]
-    if odd:
-        raise TypeError(f"extra has the name {odd[0]!r}: names are strings")
+    unexpected = [name for name in extra if not isinstance(name, str)]
+    if unexpected:
+        raise TypeError(f"extra has the name {unexpected[0]!r}: names must be strings")
     states = {name: _state_of(value) for name, value in extra.items()}
-    encoded = plain.encoded(states, "extra", kept)
-    if found.plain:
-        wide["model"] = plain.encoded(found.plain, "model", kept)
+    encoded = plain.encoded(states, "extra", extra_tensors)
+    if model_parts.plain:
+        optimizer_wide["model"] = plain.encoded(model_parts.plain, "model", extra_tensors)
     stage = optimizer.stages if isinstance(optimizer, ShardedOptimizer) else None
-    about = About(
+    header = ManifestHeader(
         written_by(ranks.size, type(optimizer).__name__ if optimizer else None, stage),
-        found.aliases,
+        model_parts.aliases,
         tuple(groups),
-        wide,
+        optimizer_wide,
         encoded,
     )
-    buffers = frozenset(f"model.{name}" for name in found.buffers)
-    return _Snapshot({**tensors, **kept.tensors}, about, ranks, buffers)
+    buffers = frozenset(f"model.{name}" for name in model_parts.buffers)
+    return _Snapshot({**tensors, **extra_tensors.tensors}, header, ranks, buffers)
 
 
 def _state_of(value: Any) -> Any:
@@ -261,8 +263,8 @@ def _state_of(value: Any) -> Any:
     return value
 
 
-class Kept:
-    """Tensors among plain data: the first rank writes plain ones, all ranks their parts of DTensors."""
+class ExtraTensors:
+    """Collects the tensors among plain data: plain tensors on the first rank, DTensors on every rank."""
 
     def __init__(self, is_first: bool) -> None:
         self.is_first = is_first
@@ -270,6 +272,7 @@ class Kept:
         self._names: set[str] = set()
 
     def __call__(self, path: str, tensor: Tensor) -> str:
+        """Stores a tensor and returns its unique name in the checkpoint."""
         first, number = path if path.startswith("extra") else f"extra.{path}", 2
         name = first
         while name in self._names:
@@ -281,7 +284,7 @@ class Kept:
 
 
 def written_by(ranks: int, optimizer: str | None, stage: str | None) -> dict[str, Any]:
-    """What a checkpoint says of its writer."""
+    """Returns the manifest's ``written_by``: versions, number of ranks, optimizer and stage."""
     try:
         own = version("sharded-lamb")
     except PackageNotFoundError:  # run from a source tree

@@ -1,4 +1,4 @@
-"""How torch.distributed.checkpoint writes and reads our folders: a storage writer and reader without pickle.
+"""Storage writer and reader of torch.distributed.checkpoint for our folders, without pickle.
 
 Both also work with `torch.distributed.checkpoint.save` and ``load`` directly, for state dicts of tensors::
 
@@ -40,21 +40,21 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from sharded_lamb import faults
-from sharded_lamb.checkpoint import manifest, tensorfile
-from sharded_lamb.checkpoint.errors import CheckpointError, tellable
+from sharded_lamb.checkpoint import durable, manifest, tensorfile
+from sharded_lamb.checkpoint.errors import CheckpointError, picklable
 from sharded_lamb.checkpoint.manifest import Chunk, Manifest, SavedTensor, read_manifest, replaced
 from sharded_lamb.checkpoint.tensorfile import Item, Place, Written
 
 ABANDONED_S = 900.0
-"""Seconds without a write after which what is written aside is of a save that died."""
-_OURS = re.compile(
+"""Seconds without a write after which a part folder belongs to a dead save."""
+_CHECKPOINT_FILES = re.compile(
     r"manifest\.json|SHA256SUMS|shard-\d{5,}\.safetensors|\.nfs.*"
-)  # .nfs…: of files that are open
+)  # .nfs…: deleted files that are still open on NFS
 
 
 @dataclass(frozen=True, slots=True)
-class About:
-    """What a manifest says beside tensors; `Manifest` has the fields' meanings."""
+class ManifestHeader:
+    """The manifest's fields beside tensors and files; see `Manifest`."""
 
     written_by: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -65,38 +65,37 @@ class About:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """Where one item of a plan went."""
+    """The place of one written item, and its file."""
 
     place: Place
     file: Written
 
 
-class AfterwardsError(OSError):
-    """The checkpoint is written; what was to follow it could not be done."""
+class PostSaveError(OSError):
+    """The checkpoint was written, but the post-save step failed."""
 
 
 def aside(target: Path, token: str) -> Path:
-    """Where a checkpoint is written until it is whole: another save's into the same place lies elsewhere."""
+    """Returns the folder a save writes to until it is whole. ``token`` tells concurrent saves apart."""
     return target.with_name(f".{target.name}.{token}.part")
 
 
 class Writer(StorageWriter):
-    """Writes a checkpoint aside, a file a rank, and renames it when it is whole.
+    """Writes one file per rank into a part folder and renames it to ``path`` when whole.
 
     Args:
-        path: the checkpoint's folder, on storage that all ranks see. One that is there is replaced, when the new one is
-            whole.
-        about: what the manifest says beside tensors; of the first rank.
-        written: called on the first rank with the folder once it is whole and in its place.
+        path: the checkpoint's folder, on storage that all ranks see. An existing checkpoint there is replaced.
+        header: the manifest's fields beside tensors; the first rank's is written.
+        written: called on the first rank with the folder, after the rename.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
-        about: About | None = None,
+        header: ManifestHeader | None = None,
         written: Callable[[Path], None] | None = None,
     ) -> None:
-        self.target, self.about, self.written = _real(path), about or About(), written
+        self.target, self.header, self.written = _real(path), header or ManifestHeader(), written
         self._part: Path | None = None  # on the first rank
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -104,21 +103,21 @@ class Writer(StorageWriter):
             self.target = _real(checkpoint_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing is made before all ranks have planned."""
+        """Does nothing: the part folder is made after all ranks have planned."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         for item in plan.items:
             if item.type == WriteItemType.BYTE_IO:
                 raise TypeError(
-                    f"{item.index.fqn} is not a tensor, and would be pickled: checkpoints hold tensors, and plain "
-                    f"data in sharded_lamb.checkpoint.save(extra=)"
+                    f"{item.index.fqn} is not a tensor, and would be pickled: checkpoints hold tensors; pass plain "
+                    f"data to sharded_lamb.checkpoint.save(extra=)"
                 )
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         check_replaceable(self.target)
         self._part = part = aside(self.target, uuid.uuid4().hex[:8])
-        tensorfile.make_folder(part)
+        durable.make_folder(part)
         _remove_abandoned(part, self.target)
         return [replace(plan, storage_data=(rank, part.name)) for rank, plan in enumerate(plans)]
 
@@ -129,7 +128,7 @@ class Writer(StorageWriter):
             path = self.target.with_name(part) / f"shard-{rank:05d}.safetensors"
             if path.parent.name not in _listed(self.target.parent):
                 raise OSError(
-                    f"{path.parent}, which the first rank has made, is not there on host {socket.gethostname()}: "
+                    f"{path.parent}, made by the first rank, does not exist on host {socket.gethostname()}: "
                     f"checkpoints need a folder that all ranks see"
                 )
             faults.point("checkpoint-write")
@@ -150,10 +149,10 @@ class Writer(StorageWriter):
         assert part is not None
         _listed(part)
         for file in files.values():
-            found = (part / file.file).stat().st_size
-            if found != file.bytes:
+            size = (part / file.file).stat().st_size
+            if size != file.bytes:
                 raise OSError(
-                    f"{part / file.file} has {found:,} bytes where a rank wrote {file.bytes:,}: checkpoints need a "
+                    f"{part / file.file} has {size:,} bytes, but a rank wrote {file.bytes:,}: checkpoints need a "
                     f"folder that all ranks see"
                 )
         tensors = {
@@ -161,35 +160,35 @@ class Writer(StorageWriter):
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        about = self.about
+        header = self.header
         text = Manifest(
             tensors,
-            about.written_by,
-            about.aliases,
-            about.groups,
-            about.optimizer,
-            about.extra,
+            header.written_by,
+            header.aliases,
+            header.groups,
+            header.optimizer,
+            header.extra,
             {name: file.bytes for name, file in files.items()},
         ).text()
         faults.point("checkpoint-manifest")
         with (part / manifest.MANIFEST).open("wb") as out:
             out.write(text.encode())
-            tensorfile.sync_file(out)
+            durable.sync_file(out)
         sums = {name: file.sha256 for name, file in files.items()}
         manifest.write_sums(part, {**sums, manifest.MANIFEST: tensorfile.sha256(part / manifest.MANIFEST)})
-        tensorfile.sync_folder(part)
+        durable.sync_folder(part)
         faults.point("checkpoint-rename")
         put_in_place(part, self.target)
         if self.written is not None:
             try:
                 self.written(self.target)
             except OSError as error:
-                raise AfterwardsError(error.errno, error.strerror or str(error)) from error
+                raise PostSaveError(error.errno, error.strerror or str(error)) from error
             except Exception as error:
-                raise tellable(error) from error
+                raise picklable(error) from error
 
     def abandon(self) -> None:
-        """Remove what a failed save left; on the first rank."""
+        """Removes the part folder of a failed save; on the first rank."""
         if self._part is not None:
             shutil.rmtree(self._part, ignore_errors=True)
 
@@ -199,7 +198,7 @@ class Writer(StorageWriter):
 
 
 def _listed(folder: Path) -> list[str]:
-    """What is in a folder now: listing it makes NFS ask its server what this host may remember otherwise."""
+    """Returns the folder's entries. Listing makes NFS ask its server instead of this host's cache."""
     try:
         return os.listdir(folder)
     except FileNotFoundError:
@@ -213,9 +212,9 @@ def _item(write: WriteItem, planner: SavePlanner) -> Item:
     at = "" if sizes == whole else "@" + ",".join(map(str, offsets))
 
     def tensor() -> torch.Tensor:
-        found = planner.resolve_data(write)
-        assert isinstance(found, torch.Tensor)
-        return found
+        data = planner.resolve_data(write)
+        assert isinstance(data, torch.Tensor)
+        return data
 
     return Item(write.index.fqn + at, sizes, data.properties.dtype, tensor)
 
@@ -231,40 +230,45 @@ def _saved_tensor(
 
 
 def _real(path: str | os.PathLike[str]) -> Path:
-    """Not the link that leads there: it is no folder to be renamed."""
+    """Resolves links: renames need the folder itself."""
     return Path(os.path.realpath(path))
 
 
 def _remove_abandoned(part: Path, target: Path) -> None:
-    """What saves into the same place left that died: nothing in it was written for a while when ``part`` was made."""
+    """Removes part folders of dead saves to ``target``: those unwritten for `ABANDONED_S` before ``part`` was made."""
     for other in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.part"):
         try:
             times = [path.stat().st_mtime for path in (other, *other.iterdir())]
             if part.stat().st_mtime - max(times) > ABANDONED_S:
                 shutil.rmtree(other, ignore_errors=True)
-        except OSError:  # it is just being renamed
+        except OSError:  # renamed meanwhile
             continue
 
 
 def check_replaceable(target: Path) -> None:
-    """Raises FileExistsError where something is that is no checkpoint: replacing would delete it."""
+    """Raises FileExistsError if ``target`` holds anything but a checkpoint, which replacing it would delete."""
     if not target.exists():
         return
-    found = os.listdir(target) if target.is_dir() else [target.name]
-    others = sorted(name for name in found if not target.is_dir() or _OURS.fullmatch(name) is None)
-    if others:
+    names = os.listdir(target) if target.is_dir() else [target.name]
+    unexpected = sorted(
+        name for name in names if not target.is_dir() or _CHECKPOINT_FILES.fullmatch(name) is None
+    )
+    if unexpected:
         raise FileExistsError(
             errno.EEXIST,
-            f"there is something at {target} that is no part of a checkpoint ({', '.join(others[:5])}), and saving "
-            f"there would delete it: move it, or name a folder of the checkpoint's own",
+            f"{target} holds files that are not part of a checkpoint ({', '.join(unexpected[:5])}), and saving there "
+            f"would delete them: move them, or name a folder of the checkpoint's own",
         )
 
 
 def put_in_place(part: Path, target: Path) -> None:
-    """Rename a whole checkpoint to its name. One that is there is exchanged for it at once where the file system can;
-    elsewhere, a crash between two renames leaves the old one where `Checkpoints.recover` finds it."""
+    """Renames a whole checkpoint to its name.
+
+    An existing one is exchanged atomically if the file system can. Elsewhere a crash between two renames leaves the
+    old one under the name that `Checkpoints.recover` restores it from.
+    """
     old = replaced(target)
-    if target.exists() and tensorfile.exchange(part, target):
+    if target.exists() and durable.exchange(part, target):
         old = part
     elif target.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -272,15 +276,15 @@ def put_in_place(part: Path, target: Path) -> None:
         part.rename(target)
     else:
         part.rename(target)
-    tensorfile.sync_folder(target.parent)
+    durable.sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 class Reader(StorageReader):
-    """Reads what `Writer` wrote, each rank the rows that it needs. Hashes: `manifest.check_files`."""
+    """Reads the checkpoints of `Writer`, each rank the rows it needs. `manifest.check_files` verifies hashes."""
 
-    def __init__(self, path: str | os.PathLike[str], found: Manifest | None = None) -> None:
-        self.folder, self._manifest = Path(path), found
+    def __init__(self, path: str | os.PathLike[str], manifest: Manifest | None = None) -> None:
+        self.folder, self._manifest = Path(path), manifest
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
@@ -346,8 +350,8 @@ class Reader(StorageReader):
         target = planner.resolve_tensor(item).detach()
         if target.shape != box.shape:
             raise CheckpointError(
-                f"{self.folder}: the part of {index.fqn} that was read has shape {tuple(box.shape)} where "
-                f"{tuple(target.shape)} was expected"
+                f"{self.folder}: the part of {index.fqn} that was read has shape {tuple(box.shape)}, expected "
+                f"{tuple(target.shape)}"
             )
         target.copy_(box)
         planner.commit_tensor(item, target)

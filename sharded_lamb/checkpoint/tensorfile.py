@@ -1,24 +1,26 @@
 """Tensors in safetensors files (https://huggingface.co/docs/safetensors), written and read a part at a time.
 
-The format is a length, a JSON header and the tensors' bytes; anything that reads safetensors reads these. Written here
-because hashing and bounded memory come with it: no more than a tensor of one file is ever held twice.
+The format is a length, a JSON header and the tensors' bytes; any safetensors reader reads these files.
+
+The safetensors library is not used, since it is no dependency of the core, and has little to do here. `read` takes
+places from the verified manifest, parses no header, and raises an error for a truncated file; ``safe_open`` maps the
+file, so that a later truncation kills the process. `write` hashes as it writes and holds one tensor at a time;
+``save_file`` needs all of them.
 """
 
-import ctypes
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharded_lamb import faults
+from sharded_lamb.checkpoint import durable
 from sharded_lamb.checkpoint.errors import CheckpointError
 
 CODES = {
@@ -39,7 +41,7 @@ CODES = {
     torch.bool: "BOOL",
 }
 PIECE = 8 << 20
-"""Bytes that are hashed, written or read at once."""
+"""Bytes hashed, written or read at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A file as it was written."""
+    """Name, size and hash of a written file."""
 
     file: str
     bytes: int
@@ -62,7 +64,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One tensor of a file. ``tensor`` gives it when it is its turn, on any device and with any strides."""
+    """One tensor of a file. ``tensor`` returns it when it is written, on any device and with any strides."""
 
     key: str
     shape: tuple[int, ...]
@@ -74,36 +76,18 @@ class Item:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def make_folder(path: Path) -> None:
-    """With its parents, synced: a crash must not take them back. Raises FileExistsError where it is there."""
-    if not path.parent.is_dir():
-        with suppress(FileExistsError):  # made at the same time
-            make_folder(path.parent)
-    path.mkdir()
-    sync_folder(path.parent)
-
-
-def exchange(one: Path, other: Path) -> bool:
-    """Swap the names of two files or folders at once; False where it cannot be done (NFS, other than Linux)."""
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    at_fdcwd, rename_exchange = -100, 2
-    return renameat2 is not None and not renameat2(
-        at_fdcwd, os.fsencode(one.absolute()), at_fdcwd, os.fsencode(other.absolute()), rename_exchange
-    )
-
-
 def write(path: Path, items: Sequence[Item]) -> tuple[Written, list[Place]]:
-    """Write and sync a file; where each item lies in it.
+    """Writes and syncs a file; returns its size and hash, and each item's place in it.
 
     Raises:
-        TypeError: a dtype that safetensors does not know.
-        OSError: it could not be written.
+        TypeError: safetensors does not know an item's dtype.
+        OSError: the file could not be written.
     """
     header, places, at = {}, [], 0
     for item in items:
         if item.dtype not in CODES:
             raise TypeError(
-                f"{item.key} is {item.dtype}, which safetensors files cannot hold: one of {[*CODES]} can be"
+                f"{item.key} is {item.dtype}, which safetensors files cannot hold: convert it to one of {[*CODES]}"
             )
         header[item.key] = {
             "dtype": CODES[item.dtype],
@@ -124,7 +108,7 @@ def write(path: Path, items: Sequence[Item]) -> tuple[Written, list[Place]]:
                 file.write(piece)
                 hashed.update(piece)
         faults.point("checkpoint-fsync")
-        sync_file(file)
+        durable.sync_file(file)
     written = Written(path.name, start + at, hashed.hexdigest())
     return written, [Place(path.name, start + begin, start + end) for begin, end in places]
 
@@ -144,21 +128,6 @@ def _bytes_of(flat: Tensor) -> memoryview:
     return memoryview(raw)
 
 
-def sync_file(file: BinaryIO) -> None:
-    """Not before it is on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Names in a folder survive a power cut once it is synced."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def read(
     folder: Path,
     place: Place,
@@ -167,16 +136,16 @@ def read(
     offsets: Sequence[int],
     lengths: Sequence[int],
 ) -> Tensor:
-    """The box [offsets, offsets + lengths) of a tensor of ``sizes`` that lies at ``place``; a CPU tensor.
+    """Returns the box [offsets, offsets + lengths) of the tensor of shape ``sizes`` at ``place``; a CPU tensor.
 
-    Read are the rows of the first axis that the box touches.
+    Reads only the rows of the first axis that the box touches.
 
     Raises:
-        CheckpointError: the file is shorter than that.
+        CheckpointError: the file is missing or truncated, or ``place`` has another size than the tensor.
     """
     if place.end - place.begin != math.prod(sizes) * dtype.itemsize:
         raise CheckpointError(
-            f"{folder / place.file}: a tensor of shape {tuple(sizes)} and {dtype} cannot lie in bytes "
+            f"{folder / place.file}: a tensor of shape {tuple(sizes)} and {dtype} does not fit bytes "
             f"[{place.begin}, {place.end}): its manifest is damaged"
         )
     row = math.prod(sizes[1:]) * dtype.itemsize
@@ -184,10 +153,10 @@ def read(
     flat = torch.empty(rows * row, dtype=torch.uint8, device="cpu")
     if len(flat):
         _fill(folder / place.file, _bytes_of(flat), place.begin + first * row)
-    found = flat.view(dtype).view(rows, *sizes[1:]) if sizes else flat.view(dtype).view(())
+    box = flat.view(dtype).view(rows, *sizes[1:]) if sizes else flat.view(dtype).view(())
     for axis in range(1, len(sizes)):
-        found = found.narrow(axis, offsets[axis], lengths[axis])
-    return found
+        box = box.narrow(axis, offsets[axis], lengths[axis])
+    return box
 
 
 def _fill(path: Path, into: memoryview, at: int) -> None:
@@ -205,6 +174,6 @@ def _fill(path: Path, into: memoryview, at: int) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Raises OSError where it cannot be read."""
+    """Returns the file's hash, in hexadecimal. Raises OSError if it cannot be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

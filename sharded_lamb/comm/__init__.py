@@ -1,1 +1,1 @@
-"""Messages between ranks: who talks to whom, and in which order. Nothing of LAMB."""
+"""Communication between ranks: process groups, collectives, consistency checks. Independent of LAMB."""

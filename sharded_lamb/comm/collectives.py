@@ -1,9 +1,9 @@
-"""The collectives of a step, on process groups of our own, counted.
+"""The collectives of a step, counted, on dedicated process groups.
 
-A group of our own keeps our order of operations apart from the user's: gloo matches operations by their
-order alone. Paths differ by backend (measured on gloo 2.13): gloo's reduce_scatter_tensor is 2.3 times slower than
-an all_reduce and its all_gather copies everything twice, so there shards travel by send and receive, from and into
-place, and sums are taken here, in fp32 and in rank order.
+Dedicated groups separate the order of these operations from the user's: gloo matches operations by their order
+alone. The implementation depends on the backend (measured on gloo 2.13): gloo's reduce_scatter_tensor is 2.3 times
+slower than an all_reduce and its all_gather copies everything twice, so on gloo shards are sent and received point to
+point, in place, and this rank sums the received parts in fp32 and in rank order.
 """
 
 from collections import Counter
@@ -26,9 +26,9 @@ T = TypeVar("T")
 
 @dataclass
 class Traffic:
-    """What was sent since construction: calls by name, and bytes that this rank handed to others.
+    """Communication since construction: calls by name, and bytes that this rank sent.
 
-    ``timeline``: where it is noted when, and what was computed meanwhile; None: nowhere.
+    ``timeline``: records when, and the computation meanwhile; None: no recording.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
@@ -40,44 +40,45 @@ class Traffic:
         self.bytes[name] += sent
 
     def blocking(self, name: str, sent: int) -> AbstractContextManager[None]:
-        """Around a collective that returns when it is done."""
+        """Context of a blocking collective."""
         self.add(name, sent)
         return nullcontext() if self.timeline is None else self.timeline.blocking(name, sent)
 
     def launched(self, name: str, sent: int) -> Flight | None:
-        """Before a collective that is waited for later."""
+        """Count an asynchronous collective before its start."""
         self.add(name, sent)
         return None if self.timeline is None else self.timeline.launched(name, sent)
 
     def computing(self, name: str) -> AbstractContextManager[None]:
+        """Context of a computation, recorded in the timeline."""
         return nullcontext() if self.timeline is None else self.timeline.span(name, COMPUTE)
 
     def computing_each(self, name: str, computed: Iterator[T]) -> Iterator[T]:
-        """``computed``, with a span of its own for each item; the loop's own body is in none of them."""
+        """``computed``, with one recorded span per item; the loop's body is in none of them."""
         return computed if self.timeline is None else self.timeline.each(name, COMPUTE, computed)
 
 
 class Pending:
-    """A collective in flight: `wait` returns once its result may be used on this rank's stream."""
+    """A collective in flight: after `wait` its result may be used on this rank's stream."""
 
     def __init__(
-        self, works: Sequence["dist.Work | None"], flight: Flight | None = None, *, keeps: object = None
+        self, works: Sequence["dist.Work | None"], flight: Flight | None = None, *, keep_alive: object = None
     ) -> None:
         self._works = [work for work in works if work is not None]
         self._flight = flight
-        self._keeps = keeps  # memory that is sent from
+        self._keep_alive = keep_alive  # the memory that is sent
 
     def wait(self) -> None:
         with nullcontext() if self._flight is None else self._flight.landing():
             for work in self._works:
                 work.wait()
-        self._works, self._flight, self._keeps = [], None, None
+        self._works, self._flight, self._keep_alive = [], None, None
 
 
 class Collectives:
-    """The groups of one optimizer and the operations it makes on them, in one fixed order on every rank.
+    """The process groups of one optimizer and its operations on them, in one fixed order on every rank.
 
-    Construction is collective over ``topology.everyone`` (one new group a role that has several ranks).
+    Construction is collective over ``topology.everyone`` (one new group per role with several ranks).
     """
 
     def __init__(self, topology: Topology, device: torch.device) -> None:
@@ -88,17 +89,17 @@ class Collectives:
         two_level = len(topology.replica_ranks) > 1
         self._shard = self._group(topology.shard_ranks, device) if two_level else self.everyone
         self._replica = self._group(topology.replica_ranks, device) if two_level else None
-        self.by_hand = self._shard is not None and _backend(self._shard, device) == "gloo"
-        """Whether `exchange` and sums taken here stand for `reduce_scatter`."""
+        self.uses_p2p = self._shard is not None and _backend(self._shard, device) == "gloo"
+        """Whether `exchange` and local sums replace `reduce_scatter`: on gloo."""
 
     @staticmethod
     def _group(ranks: tuple[int, ...], device: torch.device) -> dist.ProcessGroup | None:
         if len(ranks) == 1:
             return None
-        # With all ranks here, torch's counted group names are safest; with some of them only, those alone can meet.
-        some = len(ranks) < dist.get_world_size()
+        # torch's counted group names are safest if all ranks take part; a subset can only synchronize locally.
+        is_subset = len(ranks) < dist.get_world_size()
         group: dist.ProcessGroup = dist.new_group(
-            list(ranks), timeout=_timeout(device), use_local_synchronization=some, sort_ranks=False
+            list(ranks), timeout=_timeout(device), use_local_synchronization=is_subset, sort_ranks=False
         )
         return group
 
@@ -112,33 +113,33 @@ class Collectives:
 
     @contextmanager
     def _on_wire(self, tensor: Tensor) -> Iterator[Tensor]:
-        """The tensor, or where it lies elsewhere than the groups (offloaded to the CPU) a copy that is written back."""
+        """The tensor; if it is not on the groups' device (CPU offload), a copy that is written back."""
         wire = tensor if tensor.device.type == self.device.type else tensor.to(self.device)
         yield wire
         if wire is not tensor:
             tensor.copy_(wire)
 
     def all_reduce_small(self, vector: Tensor) -> None:
-        """Sum a packed vector over everyone, in place."""
+        """All-reduce (sum) a packed vector over everyone, in place."""
         faults.point("all-reduce")
         if self.everyone is not None:
             with self.traffic.blocking("all_reduce_small", vector.nbytes), self._on_wire(vector) as wire:
                 dist.all_reduce(wire, group=self.everyone)
 
     def sum_to_first(self, tensor: Tensor) -> None:
-        """Sum over everyone into the first rank's tensor; what the others' hold afterwards is undefined."""
+        """Reduce (sum) over everyone into the first rank's tensor; the other ranks' tensors become undefined."""
         if self.everyone is not None:
             with self.traffic.blocking("sum_to_first", tensor.nbytes), self._on_wire(tensor) as wire:
                 dist.reduce(wire, self.topology.everyone[0], group=self.everyone)
 
     def broadcast(self, tensor: Tensor) -> None:
-        """From the first rank of everyone, in place."""
+        """Broadcast from the first rank of everyone, in place."""
         if self.everyone is not None:
             with self.traffic.blocking("broadcast", tensor.nbytes), self._on_wire(tensor) as wire:
                 dist.broadcast(wire, self.topology.everyone[0], group=self.everyone)
 
     def reduce_scatter(self, full: Tensor, received: Tensor) -> Pending:
-        """Start the exchange of which `parts_of_sum` gives what arrived.
+        """Start a reduce-scatter over the shard group; afterwards `parts_of_sum` returns the result.
 
         Args:
             full: [shard_count x n] this rank's gradients of a bucket, wire dtype.
@@ -156,40 +157,40 @@ class Collectives:
     def exchange(
         self, outgoing: Sequence[tuple[int, Tensor]], incoming: Sequence[tuple[int, Tensor]]
     ) -> Pending:
-        """`reduce_scatter` by hand: messages between ranks of the shard group, in one order between any two of them.
+        """The point-to-point `reduce_scatter`: messages within the shard group, in one order between any two ranks.
 
         Args:
             outgoing, incoming: (rank in the group, contiguous tensor).
         """
         faults.point("reduce-scatter")
         flight = self.traffic.launched("reduce_scatter", sum(tensor.nbytes for _, tensor in outgoing))
-        works = [dist.irecv(place, group=self._shard, group_src=source) for source, place in incoming]
+        works = [dist.irecv(tensor, group=self._shard, group_src=source) for source, tensor in incoming]
         faults.point("mid-reduce-scatter")
         works += [dist.isend(tensor, group=self._shard, group_dst=target) for target, tensor in outgoing]
-        return Pending(works, flight, keeps=outgoing)
+        return Pending(works, flight, keep_alive=outgoing)
 
     def received_numel(self, full_numel: int) -> int:
-        """The size of ``received`` for `reduce_scatter` of ``full_numel`` elements."""
+        """The number of elements of ``received`` for a `reduce_scatter` of ``full_numel`` elements."""
         if self._shard is None:
             return 0
-        mine = full_numel // self.shard_count
-        return full_numel - mine if self.by_hand else mine
+        shard_numel = full_numel // self.shard_count
+        return full_numel - shard_numel if self.uses_p2p else shard_numel
 
     @property
     def has_replicas(self) -> bool:
         return self._replica is not None
 
     def parts_of_sum(self, full: Tensor, received: Tensor) -> Tensor:
-        """[k, n] in the wire's dtype: what is to be summed, in order, to the sum over the ranks of the shard group.
+        """[k, n] wire dtype: parts whose sum, in order, is the sum over the ranks of the shard group.
 
-        Where sums are taken here, a part from every other rank of it; this rank's own lies elsewhere.
+        With point-to-point messages, one part from every other rank; this rank's own part is not among them.
         """
         if self._shard is None:
             return full.view(1, -1)
-        return received.view(self.shard_count - 1 if self.by_hand else 1, -1)
+        return received.view(self.shard_count - 1 if self.uses_p2p else 1, -1)
 
     def summed_over_replicas(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """[1, n] in ``dtype``: the sum of parts, in order, and over replicas."""
+        """[1, n] ``dtype``: the sum of parts, in order, all-reduced over replicas."""
         assert self._replica is not None
         total = parts[0].to(dtype, copy=True)
         for part in parts[1:]:
@@ -199,48 +200,48 @@ class Collectives:
         return total.view(1, -1)
 
     def all_gather(self, flat: Tensor) -> Pending:
-        """Every rank's shard of ``flat``, in place: rank r's is the r-th equal part."""
+        """Start an in-place all-gather of ``flat``: rank r's shard is the r-th equal part."""
         if self._shard is None:
             return Pending([])
         faults.point("all-gather")
         size, rank = flat.numel() // self.shard_count, self.topology.shard_rank
         flight = self.traffic.launched("all_gather", size * flat.element_size() * (self.shard_count - 1))
-        if not self.by_hand:
+        if not self.uses_p2p:
             work = _all_gather(flat, flat[rank * size : (rank + 1) * size], self._shard)
             faults.point("mid-all-gather")
             return Pending([work], flight)
-        mine = flat[rank * size : (rank + 1) * size]
-        # Receives first: a "ready to receive" behind data makes two ranks take turns (half as fast). Peers at the
-        # same distance at the same time, so that no rank is everyone's first.
+        shard = flat[rank * size : (rank + 1) * size]
+        # Receives first: a "ready to receive" queued behind data serializes two ranks (half the speed). Ranks pair up
+        # by distance, so that no rank is the first peer of all others.
         works: list[dist.Work | None] = []
         for distance in range(1, self.shard_count):
             source = (rank - distance) % self.shard_count
-            place = flat[source * size : (source + 1) * size]
-            works.append(dist.irecv(place, group=self._shard, group_src=source))
+            target = flat[source * size : (source + 1) * size]
+            works.append(dist.irecv(target, group=self._shard, group_src=source))
         faults.point("mid-all-gather")
         for distance in range(1, self.shard_count):
-            works.append(dist.isend(mine, group=self._shard, group_dst=(rank + distance) % self.shard_count))
+            works.append(dist.isend(shard, group=self._shard, group_dst=(rank + distance) % self.shard_count))
         return Pending(works, flight)
 
     def gather_to_first(self, shard: Tensor) -> list[Tensor] | None:
-        """All shards of a bucket on the CPU of the first rank of everyone; None on the others."""
+        """Gather all shards of a bucket to the CPU of the first rank of everyone; None on the other ranks."""
         return self._shard_with_first(shard, gather=True)
 
     def scatter_from_first(self, shard: Tensor, parts: list[Tensor] | None) -> None:
-        """The reverse: ``parts`` (one a shard rank) on the first rank of everyone; replicas get copies."""
+        """The reverse of `gather_to_first`: ``parts`` (one per shard rank) on the first rank; replicas get copies."""
         self._shard_with_first(shard, gather=False, parts=parts)
 
     def _shard_with_first(
         self, shard: Tensor, *, gather: bool, parts: list[Tensor] | None = None
     ) -> list[Tensor] | None:
-        """One rank's part at a time through a buffer of its own, so that the first rank never holds two."""
+        """Transfer one rank's part at a time, so that the first rank never holds two on its device."""
         everyone, here = self.topology.everyone, self.topology.global_rank
         first = everyone[0]
-        found = []
+        gathered = []
         for index, owner in enumerate(everyone[: self.shard_count] if gather else everyone):
             if here == first == owner:
                 if gather:
-                    found.append(shard.cpu())
+                    gathered.append(shard.cpu())
                 else:
                     assert parts is not None
                     shard.copy_(parts[0])
@@ -248,7 +249,7 @@ class Collectives:
                 buffer = torch.empty_like(shard)
                 if gather:
                     dist.recv(buffer, owner, group=self.everyone)
-                    found.append(buffer.cpu())
+                    gathered.append(buffer.cpu())
                 else:
                     assert parts is not None
                     dist.send(buffer.copy_(parts[index % self.shard_count]), owner, group=self.everyone)
@@ -257,16 +258,16 @@ class Collectives:
                     dist.send(shard.contiguous(), first, group=self.everyone)
                 else:
                     dist.recv(shard, first, group=self.everyone)
-        return found if gather and here == first else None
+        return gathered if gather and here == first else None
 
 
 def _backend(group: dist.ProcessGroup, device: torch.device) -> str:
-    """The backend that serves ``device`` in ``group``: one group may have several ("cpu:gloo,cuda:nccl")."""
+    """The backend of ``group`` for ``device``: one group may have several ("cpu:gloo,cuda:nccl")."""
     return group._get_backend(device).name().lower()
 
 
 def _timeout(device: torch.device) -> timedelta | None:
-    """What the user gave init_process_group; new groups would take the backend's default instead."""
+    """The timeout passed to init_process_group; new groups would use the backend's default instead."""
     assert dist.group.WORLD is not None
     options = getattr(dist.group.WORLD._get_backend(device), "options", None)
     return getattr(options, "_timeout", None)

@@ -1,7 +1,7 @@
-"""Ranks say what they are about to optimize, and learn within seconds whether they mean the same.
+"""Consistency check at construction: all ranks must describe the same optimizer, else all raise within seconds.
 
-Through the rendezvous store, before any collective: ranks that disagree on names, shapes or options would
-hang in a collective, or exchange bytes that mean different things. Per optimizer: O(ranks) store operations.
+It uses the rendezvous store, before any collective: ranks that disagree on names, shapes or options would hang in a
+collective or exchange mismatched bytes. Per optimizer: O(ranks) store operations.
 """
 
 import hashlib
@@ -20,47 +20,48 @@ from sharded_lamb import faults
 from sharded_lamb.comm.topology import Topology
 
 TIMEOUT_S = 60.0
-"""How long ranks that are constructing an optimizer wait for those that are not."""
+"""Seconds that a rank constructing an optimizer waits for the other ranks."""
 
 _constructed: Counter[str] = Counter()
 Description = list[tuple[str, Any]]
 
 
 def check_consistency(topology: Topology, description: Description, timeout_s: float | None = None) -> None:
-    """Compare ``description`` over ``topology.everyone``; the same outcome on every rank.
+    """Compare ``description`` over ``topology.everyone``; returns on all ranks or raises on all ranks.
 
     Args:
-        description: (what, value) pairs that JSON can hold, e.g. ("parameter 0", ["fc.weight", [3, 4], …]).
+        description: (label, value) pairs, JSON-serializable, e.g. ("parameter 0", ["fc.weight", [3, 4], …]).
 
     Raises:
-        RuntimeError: ranks did not come within ``timeout_s`` seconds; they are named.
-        ValueError: ranks disagree; the first difference of each is named.
+        RuntimeError: ranks did not call this within ``timeout_s`` seconds; the message names them.
+        ValueError: ranks disagree; the message gives each rank's first difference.
     """
     faults.point("construction")
     if len(topology.everyone) == 1:
         return
     timeout_s = TIMEOUT_S if timeout_s is None else timeout_s
-    who = ",".join(map(str, topology.everyone))
-    _constructed[who] += 1
-    key = hashlib.sha256(who.encode()).hexdigest()[:16]
-    prefix = f"sharded_lamb/{key}/{_constructed[who]}"
+    ranks = ",".join(map(str, topology.everyone))
+    _constructed[ranks] += 1
+    key = hashlib.sha256(ranks.encode()).hexdigest()[:16]
+    prefix = f"sharded_lamb/{key}/{_constructed[ranks]}"
     store = PrefixStore(prefix, dist.distributed_c10d._get_default_store())
-    talk = _Talk(store, topology, timeout_s)
+    agreement = _Agreement(store, topology, timeout_s)
     text = json.dumps(description)
     if topology.rank == 0:
-        talk.lead(text)
+        agreement.lead(text)
     else:
-        talk.follow(text)
+        agreement.follow(text)
 
 
-class _Talk:
-    """Digests first; only where they differ, the first rank's description and everyone's differences."""
+class _Agreement:
+    """Exchanges digests; only if they differ, the first rank's description and the other ranks' differences."""
 
     def __init__(self, store: Store, topology: Topology, timeout_s: float) -> None:
         self.store, self.everyone, self.rank = store, topology.everyone, topology.rank
         self.timeout_s = timeout_s
 
     def lead(self, text: str) -> None:
+        """The first rank: collect digests, publish the verdict."""
         others = range(1, len(self.everyone))
         absent = self._await([f"digest/{rank}" for rank in others])
         if absent:
@@ -71,8 +72,8 @@ class _Talk:
                 f"Look for an earlier error there"
             )
             return
-        mine = hashlib.sha256(text.encode()).hexdigest()
-        unlike = [rank for rank in others if self.store.get(f"digest/{rank}").decode() != mine]
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        unlike = [rank for rank in others if self.store.get(f"digest/{rank}").decode() != digest]
         if not unlike:
             self.store.set("verdict", "agreed")
             return
@@ -84,8 +85,9 @@ class _Talk:
         self._conclude("ranks disagree on what they optimize:\n" + "\n".join(lines))
 
     def follow(self, text: str) -> None:
+        """Any other rank: publish the digest, wait for the verdict."""
         self.store.set(f"digest/{self.rank}", hashlib.sha256(text.encode()).hexdigest())
-        # The leader may still be waiting for a slower rank when it concludes: twice its patience.
+        # The first rank may wait for a slower rank, then for its difference: twice its timeout.
         if self._await(["verdict"], 2 * self.timeout_s + 5):
             raise RuntimeError(
                 f"rank {self.everyone[0]} did not construct its ShardedLamb within {2 * self.timeout_s + 5:g} s of "
@@ -95,21 +97,21 @@ class _Talk:
         if verdict == "agreed":
             return
         if verdict != "absent" and self.rank in json.loads(verdict):
-            theirs = json.loads(self.store.get("description").decode())
-            self.store.set(f"difference/{self.rank}", self._difference(theirs, json.loads(text)))
+            first = json.loads(self.store.get("description").decode())
+            self.store.set(f"difference/{self.rank}", self._difference(first, json.loads(text)))
         self._await(["conclusion"], 2 * self.timeout_s + 5)
         self._raise(self.store.get("conclusion").decode())
 
-    def _difference(self, first: Description, mine: Description) -> str:
+    def _difference(self, first: Description, own: Description) -> str:
         """The first entry in which this rank's description differs from the first rank's."""
         a, b = f"rank {self.everyone[0]}", f"rank {self.everyone[self.rank]}"
-        for (what, value), (own_what, own_value) in zip(first, mine, strict=False):
-            if (what, value) != (own_what, own_value):
-                remedy = _kernel_remedy({value: a, own_value: b}) if what == own_what == "kernel" else ""
-                return f"  {what}: {a} has {value!r}, {b} has {own_what}: {own_value!r}{remedy}"
-        longer, rest = (a, first[len(mine) :]) if len(first) > len(mine) else (b, mine[len(first) :])
+        for (label, value), (own_label, own_value) in zip(first, own, strict=False):
+            if (label, value) != (own_label, own_value):
+                remedy = _kernel_remedy({value: a, own_value: b}) if label == own_label == "kernel" else ""
+                return f"  {label}: {a} has {value!r}, {b} has {own_label}: {own_value!r}{remedy}"
+        longer, rest = (a, first[len(own) :]) if len(first) > len(own) else (b, own[len(first) :])
         return (
-            f"  only {longer} has {rest[0][0]}: {rest[0][1]!r} ({a}: {len(first)} entries, {b}: {len(mine)})"
+            f"  only {longer} has {rest[0][0]}: {rest[0][1]!r} ({a}: {len(first)} entries, {b}: {len(own)})"
         )
 
     def _conclude(self, message: str) -> None:
@@ -126,7 +128,7 @@ class _Talk:
         )
 
     def _await(self, keys: Sequence[str], timeout_s: float | None = None) -> set[str]:
-        """Waits for all ``keys``; returns those that did not come in time."""
+        """Wait for all ``keys``; returns those that are missing after ``timeout_s``."""
         deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         for key in keys:
             left = max(deadline - time.monotonic(), 0.01)
@@ -139,22 +141,22 @@ class _Talk:
         return {key for key in keys if not self.store.check([key])}
 
 
-def _kernel_remedy(found: Mapping[str, str]) -> str:
-    """``found``: kernel → the rank that has it. Where kernels choose themselves, a host without a compiler is why."""
-    slower = next((name for name in ("torch", "fused") if name in found), None)
+def _kernel_remedy(ranks: Mapping[str, str]) -> str:
+    """``ranks``: {kernel: a rank that has it}. With kernel="auto", the cause is a host without a compiler."""
+    slower = next((name for name in ("torch", "fused") if name in ranks), None)
     if slower is None:
         return ". Choose one that every rank has by kernel=… or SHARDED_LAMB_KERNEL"
     compiler = (
-        f"Install a C++ compiler on the host of {found[slower]}, or choose" if "cpp" in found else "Choose"
+        f"Install a C++ compiler on the host of {ranks[slower]}, or choose" if "cpp" in ranks else "Choose"
     )
     return f". {compiler} kernel={slower!r} or SHARDED_LAMB_KERNEL={slower} on every rank"
 
 
 @contextmanager
 def propagate_errors(topology: Topology, *, always: bool = False) -> Iterator[None]:
-    """A mistake that this rank finds alone is told to the others, who would wait for it until a timeout.
+    """Raise a local error on every rank, so that none waits for a timeout.
 
-    ``always``: the others come to compare here too; otherwise they do in the comparison that follows.
+    ``always``: make the consistency check here, also without an error; otherwise the caller makes one afterwards.
     """
     try:
         yield
@@ -167,7 +169,7 @@ def propagate_errors(topology: Topology, *, always: bool = False) -> Iterator[No
 
 
 def describe_group(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's options as JSON can hold them."""
+    """A group's options, JSON-serializable."""
     options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
     lr = options["lr"]
     return {**{key: repr(value) for key, value in options.items()}, "lr": repr(float(lr))}

@@ -1,4 +1,4 @@
-"""How updated parameters travel to the ranks that share them: the outbound counterpart of `gradients.exchange`."""
+"""The all-gather of updated parameters: the outbound counterpart of `gradients.exchange`."""
 
 from typing import Protocol
 
@@ -8,17 +8,17 @@ from sharded_lamb.comm.collectives import Collectives, Pending
 
 
 class ParamGather(Protocol):
-    """The gather of one bucket, again in every step. Both calls are made in one order on every rank."""
+    """The all-gather of one bucket, reused in every step. All ranks make both calls in the same order."""
 
     def start(self) -> None:
-        """Send this rank's shard, whose weights are written; it must not change before `finish`."""
+        """Start to send this rank's updated shard; it must not change before `finish`."""
 
     def finish(self) -> None:
-        """Wait, and complete: the whole bucket then holds what its ranks wrote. Does nothing if none was started."""
+        """Wait, and complete the whole bucket. Does nothing if no gather was started."""
 
 
 class InPlaceGather:
-    """Weights as they are, from place to place: nothing is left to complete after the wait."""
+    """All-gather of the weights in place; needs no completion after the wait."""
 
     def __init__(self, flat: Tensor, collectives: Collectives) -> None:
         """``flat``: [bucket] model dtype; rank r's shard is the r-th equal part."""

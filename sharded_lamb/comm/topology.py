@@ -1,4 +1,4 @@
-"""Which ranks share an optimizer's state, and which replicate it."""
+"""Shard groups and replica groups: the ranks that share an optimizer's state, and those that replicate it."""
 
 import os
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 @dataclass(frozen=True)
 class Topology:
-    """Who shards with whom, and who replicates whom. Without a process group: one rank, nothing sent.
+    """This rank's shard group and replica group, as global ranks. Without a process group: one rank, no communication.
 
-    ``everyone``: all ranks that hold a part of the optimizer, in rank order, as global ranks.
-    ``shard_ranks``: the ranks between which one copy of the state is cut, this one among them.
+    ``everyone``: all ranks of the optimizer, in rank order.
+    ``shard_ranks``: the ranks that share one copy of the state, this one included.
     ``replica_ranks``: the ranks that hold the same shard as this one.
     """
 
@@ -23,7 +23,7 @@ class Topology:
 
     @property
     def rank(self) -> int:
-        """This rank's place in ``everyone``."""
+        """This rank's index in ``everyone``."""
         return self.everyone.index(self.global_rank)
 
     @property
@@ -32,7 +32,7 @@ class Topology:
 
     @property
     def is_first_replica(self) -> bool:
-        """Whether this rank owns its shard: the first of the replicas, whose sums count."""
+        """Whether this rank owns its shard: the first replica, whose sums count."""
         return self.replica_ranks[0] == self.global_rank
 
     @staticmethod
@@ -41,10 +41,10 @@ class Topology:
         mesh: DeviceMesh | None,
         default: tuple[int, ...] | None = None,
     ) -> "Topology":
-        """From the constructor's arguments; without them the ``default`` ranks, else all.
+        """The topology of the constructor's arguments; without them the ``default`` ranks, else all.
 
         Raises:
-            ValueError: both given, a mesh of other than 1 or 2 dimensions, or this rank in neither.
+            ValueError: both given, a mesh without 1 or 2 dimensions, or this rank is not a member.
             RuntimeError: more than one rank was launched and torch.distributed is not initialized.
         """
         if process_group is not None and mesh is not None:

@@ -1,7 +1,7 @@
-"""Other programs' checkpoints ↔ this package's, and what is in a checkpoint.
+"""Convert other programs' checkpoints to this package's and back, and inspect a checkpoint.
 
-A format is a module of two pure functions, between what its file holds and `Contents`; `command.py` reads, writes and
-says what a format could not hold.
+Each format is a module of two pure functions between its file's content and `InMemoryCheckpoint`; `command.py` reads,
+writes and reports what the target format cannot hold.
 """
 
 from sharded_lamb.convert.common import Converted, Note

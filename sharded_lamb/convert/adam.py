@@ -1,4 +1,4 @@
-"""torch.optim.Adam and AdamW: moments and steps by place; no trust ratio, no clipping."""
+"""torch.optim.Adam and AdamW: numbered parameters, no trust ratio, no clipping."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert import positional
 from sharded_lamb.convert.common import (
     Converted,
@@ -21,11 +21,11 @@ from sharded_lamb.convert.grouping import lost_options, plain_groups
 
 def from_adam(
     file: Mapping[str, Any], names: Sequence[str] | None = None, variant: str | None = None
-) -> Converted[Contents]:
-    """{"model", "optimizer"} → contents; the variant is "adamw" unless another is asked for.
+) -> Converted[InMemoryCheckpoint]:
+    """{"model", "optimizer"} → contents; the variant defaults to "adamw".
 
     Raises:
-        ValueError: parameters cannot be named; gradients were maximized; it is another optimizer's file.
+        ValueError: parameters cannot be named, gradients were maximized, or the file is of another optimizer.
     """
     read, notes = positional.read(file, names)
     check_format(read.groups, "adam")
@@ -33,7 +33,7 @@ def from_adam(
         raise ValueError("the file's groups have no amsgrad: they are RAdam's, which is another update rule")
     if any(group.get("maximize") for group in read.groups):
         raise ValueError(
-            "the file's Adam had maximize=True, which is not implemented here: its moments have other signs"
+            "the file's Adam had maximize=True, which is not supported: its moments have the opposite sign"
         )
     if any(group.get("amsgrad") for group in read.groups):
         notes.append("max_exp_avg_sq of amsgrad=True is left out: LAMB has no AMSGrad variant")
@@ -48,10 +48,10 @@ def from_adam(
     ]
     if undecided:
         notes.append(
-            "the file does not say whether decay was decoupled (AdamW) or added to gradients (Adam): the latter is "
+            "the file does not hold whether decay was decoupled (AdamW) or added to gradients (Adam): the latter is "
             "assumed; --set adam_w_mode=true for AdamW"
         )
-    contents = Contents(
+    contents = InMemoryCheckpoint(
         read.weights,
         read.states(lambda group, state: state.get("step", group.get("step"))),
         read.named_groups(options),
@@ -62,8 +62,8 @@ def from_adam(
     return contents, notes
 
 
-def to_adam(contents: Contents) -> Converted[dict[str, Any]]:
-    """Contents → {"model", "optimizer"}, the latter for ``load_state_dict`` of Adam or AdamW."""
+def to_adam(contents: InMemoryCheckpoint) -> Converted[dict[str, Any]]:
+    """InMemoryCheckpoint → {"model", "optimizer"}, the latter for ``load_state_dict`` of Adam or AdamW."""
     weights, notes = widest_weights(contents)
     groups, cut = plain_groups(contents)
     packed = [
@@ -90,13 +90,11 @@ def to_adam(contents: Contents) -> Converted[dict[str, Any]]:
         )
     }
     if any(group.weight_decay and not group.options["adam_w_mode"] for group in groups):
-        notes.append(
-            "decay is added to gradients: load it into Adam (AdamW decouples decay whatever a file says)"
-        )
+        notes.append("decay is added to gradients: load it into Adam (AdamW always decouples decay)")
     adapted = sum(len(group.names) for group in groups if group.adapts)
     if adapted:
         notes.append(
-            f"Adam has no trust ratio: the updates of {adapted} parameters will have another length; tune lr anew"
+            f"Adam has no trust ratio: the updates of {adapted} parameters will have another norm; tune lr again"
         )
     clip = contents.optimizer.get("max_grad_norm")
     if clip is not None:
@@ -108,10 +106,10 @@ def to_adam(contents: Contents) -> Converted[dict[str, Any]]:
 
 
 def _checked(states: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Adam's step counts are fp32: whole numbers up to 2²⁴."""
+    """Raises ValueError for step counts of 2²⁴ or more, which Adam's fp32 counts cannot hold."""
     for name, state in states.items():
         if float(state["step"]) >= 2**24:
             raise ValueError(
-                f"{name!r} has {int(state['step']):,} steps, and Adam counts them in fp32, up to 16,777,216"
+                f"{name!r} has {int(state['step']):,} steps, but Adam counts them in fp32, up to 16,777,216"
             )
     return states

@@ -1,8 +1,8 @@
-"""apex's FusedLAMB: moments by place, the step count in the group; fp16 runs of amp keep masters in a list.
+"""apex's FusedLAMB: numbered parameters, a step count per group; fp16 runs of amp hold a list of masters.
 
-Read from apex/optimizers/fused_lamb.py: groups hold lr, bias_correction, betas, eps, weight_decay, grad_averaging,
-max_grad_norm and, from the first step on, step. ``adam_w_mode`` and ``use_nvlamb`` are arguments of its constructor and
-in no file.
+As in apex/optimizers/fused_lamb.py, groups hold lr, bias_correction, betas, eps, weight_decay, grad_averaging,
+max_grad_norm and, from the first step on, step. ``adam_w_mode`` and ``use_nvlamb`` are constructor arguments, and not
+saved.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert import positional
 from sharded_lamb.convert.common import (
     Converted,
     Note,
     check_format,
+    flags_of,
     group_options,
     left_out,
     scalars_of,
@@ -28,26 +29,23 @@ MASTERS = "master params"
 
 def from_apex(
     file: Mapping[str, Any], names: Sequence[str] | None = None, variant: str | None = None
-) -> Converted[Contents]:
-    """{"model", "optimizer"}, and "master params" if amp kept them → contents.
+) -> Converted[InMemoryCheckpoint]:
+    """{"model", "optimizer"}, and "master params" if amp wrote them → contents.
 
     Raises:
-        ValueError: parameters cannot be named, or masters are not the parameters'.
+        ValueError: parameters cannot be named, or masters do not match them.
     """
     read, notes = positional.read(file, names)
     check_format(read.groups, "apex")
     clips = [group.get("max_grad_norm") for group in read.groups]
     if variant is None:
         notes.append(
-            "apex files do not hold use_nvlamb and adam_w_mode: taken as False and True (variant apex); --variant "
-            "nvlamb for use_nvlamb=True, --set adam_w_mode=false for the other"
+            "apex files do not hold use_nvlamb and adam_w_mode: False and True are assumed (variant apex); --variant "
+            "nvlamb for use_nvlamb=True, --set adam_w_mode=false for adam_w_mode=False"
         )
 
     def options(group: Mapping[str, Any]) -> dict[str, Any]:
-        own = {
-            "bias_correction": bool(group.get("bias_correction", True)),
-            "grad_averaging": bool(group.get("grad_averaging", True)),
-        }
+        own = flags_of(group, {name: name for name in ("bias_correction", "grad_averaging")})
         return group_options(variant or "apex", {**scalars_of(group), **own})
 
     states = read.states(lambda group, state: group.get("step"))
@@ -55,7 +53,7 @@ def from_apex(
         _add_masters(
             list(file[MASTERS]), [name for group in read.names for name in group], read.weights, states
         )
-    contents = Contents(
+    contents = InMemoryCheckpoint(
         read.weights,
         states,
         read.named_groups(options),
@@ -73,19 +71,21 @@ def _add_masters(
     states: dict[str, dict[str, Tensor]],
 ) -> None:
     if len(masters) != len(names):
-        raise ValueError(f"the file has {len(masters)} {MASTERS!r} and its optimizer {len(names)} parameters")
+        raise ValueError(
+            f"the file has {len(masters)} {MASTERS!r}, but its optimizer has {len(names)} parameters"
+        )
     for name, master in zip(names, masters, strict=True):
         if master.shape != weights[name].shape:
             raise ValueError(
-                f"the master of {name!r} has shape {tuple(master.shape)} and the weight {tuple(weights[name].shape)}: "
+                f"the master of {name!r} has shape {tuple(master.shape)}, its weight {tuple(weights[name].shape)}: "
                 f"{positional.HOW}"
             )
         if name in states and master.dtype != weights[name].dtype:
             states[name]["master"] = master.detach().contiguous()
 
 
-def to_apex(contents: Contents) -> Converted[dict[str, Any]]:
-    """Contents → {"model", "optimizer"}, the latter for ``FusedLAMB.load_state_dict``."""
+def to_apex(contents: InMemoryCheckpoint) -> Converted[dict[str, Any]]:
+    """InMemoryCheckpoint → {"model", "optimizer"}, the latter for ``FusedLAMB.load_state_dict``."""
     weights, notes = widest_weights(contents)
     groups, cut = plain_groups(contents)
     steps, behind = positional.group_steps([group.names for group in groups], contents.states)
@@ -112,7 +112,7 @@ def _lost(groups: list[PlainGroup]) -> list[Note]:
         )
     if any(group.weight_decay and not group.adapts for group in groups):
         notes.append(
-            "FusedLAMB has a ratio wherever there is decay: parameters with decay and no ratio will have one"
+            "FusedLAMB applies a ratio wherever there is decay: parameters with decay and no ratio will have one"
         )
     return notes
 
@@ -126,5 +126,5 @@ def _constructor(groups: list[PlainGroup], clip: float | None) -> list[Note]:
         f"max_grad_norm={'a large number (it has no None)' if clip is None else clip}"
     ]
     if len(undecayed) > 1 or len(modes) > 1:
-        notes.append("groups differ in use_nvlamb or adam_w_mode, which FusedLAMB has once for all")
+        notes.append("groups differ in use_nvlamb or adam_w_mode, which FusedLAMB has only for all groups")
     return notes

@@ -1,4 +1,4 @@
-"""``sharded-lamb convert``: which formats there are, reading, writing, and what is said about it."""
+"""``sharded-lamb convert``: the table of formats, reading, writing, and the notes on losses."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sharded_lamb.checkpoint.contents import Contents, read_contents, write_contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint, read_contents, write_contents
 from sharded_lamb.convert import adam, apex, files, lamb, timm
 from sharded_lamb.convert.common import Converted, Note
 from sharded_lamb.convert.deepspeed import WHY, read_deepspeed
@@ -18,25 +18,25 @@ from sharded_lamb.convert.tensorflow import from_tensorflow
 from sharded_lamb.convert.weights import from_weights, read_weights, to_weights
 from sharded_lamb.core.hyperparams import VARIANTS, check_max_grad_norm, validate_group
 
-Read = Callable[[argparse.Namespace], Converted[Contents]]
-Write = Callable[[Path, Contents], list[Note]]
+Read = Callable[[argparse.Namespace], Converted[InMemoryCheckpoint]]
+Write = Callable[[Path, InMemoryCheckpoint], list[Note]]
 
 
 @dataclass(frozen=True)
 class Format:
-    """One way that checkpoints are kept. A direction that is None is not supported."""
+    """A checkpoint format. A direction that is None is not supported."""
 
     what: str
     read: Read | None
     write: Write | None
     is_folder: bool = False
-    takes: tuple[str, ...] = ()  # options of reading that mean something
+    takes: tuple[str, ...] = ()  # the options of reading that the format uses
 
 
-def _positional(convert: Callable[..., Converted[Contents]]) -> Read:
-    def read(chosen: argparse.Namespace) -> Converted[Contents]:
+def _positional(convert: Callable[..., Converted[InMemoryCheckpoint]]) -> Read:
+    def read(chosen: argparse.Namespace) -> Converted[InMemoryCheckpoint]:
         file = dict(files.read_torch(Path(chosen.source)))
-        if {"state", "param_groups"} <= file.keys():  # the optimizer's state dict by itself
+        if {"state", "param_groups"} <= file.keys():  # an optimizer's state dict alone
             file = {"optimizer": file}
         if chosen.weights is not None:
             file["model"] = _weights(chosen.weights)
@@ -49,12 +49,12 @@ def _positional(convert: Callable[..., Converted[Contents]]) -> Read:
 def _weights(path: Path) -> Mapping[str, Tensor]:
     if path.suffix == ".safetensors" or path.is_dir():
         return read_weights(str(path))
-    found = files.read_torch(path)
-    return found["model"] if isinstance(found.get("model"), Mapping) else found
+    file = files.read_torch(path)
+    return file["model"] if isinstance(file.get("model"), Mapping) else file
 
 
-def _to_torch(convert: Callable[[Contents], Converted[dict[str, Any]]]) -> Write:
-    def write(target: Path, contents: Contents) -> list[Note]:
+def _to_torch(convert: Callable[[InMemoryCheckpoint], Converted[dict[str, Any]]]) -> Write:
+    def write(target: Path, contents: InMemoryCheckpoint) -> list[Note]:
         content, notes = convert(contents)
         files.write_torch(target, content)
         return notes
@@ -62,35 +62,35 @@ def _to_torch(convert: Callable[[Contents], Converted[dict[str, Any]]]) -> Write
     return write
 
 
-def _read_folder(chosen: argparse.Namespace) -> Converted[Contents]:
+def _read_folder(chosen: argparse.Namespace) -> Converted[InMemoryCheckpoint]:
     return read_contents(Path(chosen.source)), []
 
 
-def _write_folder(target: Path, contents: Contents) -> list[Note]:
+def _write_folder(target: Path, contents: InMemoryCheckpoint) -> list[Note]:
     target.parent.mkdir(parents=True, exist_ok=True)
     write_contents(target, contents)
     return []
 
 
-def _read_deepspeed(chosen: argparse.Namespace) -> Converted[Contents]:
+def _read_deepspeed(chosen: argparse.Namespace) -> Converted[InMemoryCheckpoint]:
     if not chosen.trust_pickle:
         raise ValueError(WHY)
     names = None if chosen.names is None else files.read_names(chosen.names)
     return read_deepspeed(Path(chosen.source), names, chosen.variant)
 
 
-def _read_tensorflow(chosen: argparse.Namespace) -> Converted[Contents]:
+def _read_tensorflow(chosen: argparse.Namespace) -> Converted[InMemoryCheckpoint]:
     renames = [_pair(rename, "--rename", "REGEX=REPLACEMENT") for rename in chosen.rename]
     return from_tensorflow(files.read_npz(Path(chosen.source)), renames, chosen.variant)
 
 
-def _write_weights(target: Path, contents: Contents) -> list[Note]:
+def _write_weights(target: Path, contents: InMemoryCheckpoint) -> list[Note]:
     weights, notes = to_weights(contents)
     files.write_safetensors(target, weights)
     return notes
 
 
-_PLACES = ("names", "weights", "variant")
+_POSITIONAL_OPTIONS = ("names", "weights", "variant")
 FORMATS: dict[str, Format] = {
     "sharded_lamb": Format(
         "a folder of sharded_lamb.checkpoint: everything", _read_folder, _write_folder, is_folder=True
@@ -105,22 +105,22 @@ FORMATS: dict[str, Format] = {
         "a file {model, optimizer} of timm's Lamb: no masters",
         _positional(timm.from_timm),
         _to_torch(timm.to_timm),
-        takes=_PLACES,
+        takes=_POSITIONAL_OPTIONS,
     ),
     "adam": Format(
         "a file {model, optimizer} of torch.optim.Adam or AdamW: no masters, no ratio, no clipping",
         _positional(adam.from_adam),
         _to_torch(adam.to_adam),
-        takes=_PLACES,
+        takes=_POSITIONAL_OPTIONS,
     ),
     "apex": Format(
         "a file {model, optimizer} of apex's FusedLAMB, and amp's 'master params' when read",
         _positional(apex.from_apex),
         _to_torch(apex.to_apex),
-        takes=_PLACES,
+        takes=_POSITIONAL_OPTIONS,
     ),
     "deepspeed": Format(
-        "what engine.save_checkpoint wrote, ZeRO 0 to 3: everything but schedulers; needs --trust-pickle",
+        "a folder of engine.save_checkpoint, ZeRO 0 to 3: everything but schedulers; needs --trust-pickle",
         _read_deepspeed,
         None,
         is_folder=True,
@@ -133,7 +133,7 @@ FORMATS: dict[str, Format] = {
         takes=("rename", "variant"),
     ),
     "safetensors": Format(
-        "weights only: a file, or, read, a folder or name of Hugging Face",
+        "weights only: a file; for reading also a folder or name of Hugging Face",
         lambda chosen: from_weights(read_weights(chosen.source)),
         _write_weights,
     ),
@@ -141,7 +141,7 @@ FORMATS: dict[str, Format] = {
 
 
 def directions() -> str:
-    """The table of formats."""
+    """Returns the table of formats."""
     rows = [f"  {'format':<14}from  to   what"]
     for name, form in FORMATS.items():
         read, write = ("yes" if way else "-" for way in (form.read, form.write))
@@ -150,11 +150,11 @@ def directions() -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``convert``."""
+    """Adds the options of ``convert``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = (
-        "One checkpoint as another program has it. What the target cannot hold is said, a line each. The whole "
-        "checkpoint is held in memory."
+        "Converts a checkpoint between programs. Prints a line for each thing that the target cannot hold. Holds the "
+        "whole checkpoint in memory."
     )
     parser.epilog = "formats:\n" + directions()
     parser.add_argument("source", help="a file, a folder, or with safetensors a name on Hugging Face's Hub")
@@ -163,19 +163,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from", dest="form", required=True, choices=[n for n, f in FORMATS.items() if f.read]
     )
     parser.add_argument("--to", required=True, choices=[n for n, f in FORMATS.items() if f.write])
-    parser.add_argument("--force", action="store_true", help="replace a target that is there")
-    reading = parser.add_argument_group("what a source does not say")
+    parser.add_argument("--force", action="store_true", help="replace an existing target")
+    reading = parser.add_argument_group("information that a source lacks")
     reading.add_argument(
         "--names",
         "--model-names",
         type=Path,
         metavar="FILE",
-        help="parameters' names in the optimizer's order: a JSON list, or one a line",
+        help="parameters' names in the optimizer's order: a JSON list, or one per line",
     )
     reading.add_argument(
-        "--weights", type=Path, metavar="FILE", help="weights of an optimizer that was saved by itself"
+        "--weights", type=Path, metavar="FILE", help="weights of an optimizer that was saved alone"
     )
-    reading.add_argument("--variant", choices=sorted(VARIANTS), help="default: the one of the format")
+    reading.add_argument("--variant", choices=sorted(VARIANTS), help="default: the format's own")
     reading.add_argument(
         "--set",
         action="append",
@@ -188,17 +188,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="REGEX=REPLACEMENT",
-        help="tensorflow: of variables' names, before the table for BERT",
+        help="tensorflow: applied to variables' names, before the table for BERT",
     )
     reading.add_argument(
         "--trust-pickle",
         action="store_true",
-        help="deepspeed: let its code open pickles, which can run anything",
+        help="deepspeed: let its code load pickles, which can run any code",
     )
 
 
-def _read(reader: Read, chosen: argparse.Namespace) -> Converted[Contents]:
-    """Raises ValueError, whatever the libraries that read files stumble over in one that is damaged or another's."""
+def _read(reader: Read, chosen: argparse.Namespace) -> Converted[InMemoryCheckpoint]:
+    """Runs a reader; errors of other libraries become a ValueError that names the source."""
     try:
         return reader(chosen)
     except (OSError, ImportError):
@@ -209,16 +209,16 @@ def _read(reader: Read, chosen: argparse.Namespace) -> Converted[Contents]:
         raise ValueError(f"{chosen.source}: {error}") from error
     except Exception as error:
         raise ValueError(
-            f"{chosen.source} cannot be read as {chosen.form}: {type(error).__name__}: {error}. It is damaged, or of "
+            f"{chosen.source} cannot be read as {chosen.form}: {type(error).__name__}: {error}. It is damaged, or has "
             f"another format"
         ) from error
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Returns the exit code. One process does it all: under torchrun the first, and the others leave.
+    """Returns the exit code. Under torchrun only the first rank runs.
 
     Raises:
-        ValueError, OSError, ImportError: a source that cannot be read, a target that is there, a wrong option.
+        ValueError, OSError, ImportError: the source cannot be read, the target exists, or an option is wrong.
     """
     if int(os.environ.get("RANK", "0")):
         return 0
@@ -239,8 +239,8 @@ def run(chosen: argparse.Namespace) -> int:
 
 
 def _check_options(chosen: argparse.Namespace, source: Format) -> None:
-    """Raises ValueError for an option that would have no effect."""
-    for option in (*_PLACES, "rename", "trust_pickle"):
+    """Raises ValueError for an option without effect."""
+    for option in (*_POSITIONAL_OPTIONS, "rename", "trust_pickle"):
         if getattr(chosen, option) and option not in source.takes:
             users = [name for name, form in FORMATS.items() if option in form.takes]
             flag = option.replace("_", "-")
@@ -256,8 +256,8 @@ def _pair(given: str, flag: str, form: str) -> tuple[str, str]:
     return key, value
 
 
-def _set(contents: Contents, given: Sequence[tuple[str, str]]) -> Contents:
-    """The contents with the user's options. Raises ValueError for those that are none."""
+def _set(contents: InMemoryCheckpoint, given: Sequence[tuple[str, str]]) -> InMemoryCheckpoint:
+    """Returns the contents with the options of ``--set``. Raises ValueError for unknown or invalid ones."""
     options, optimizer = {}, dict(contents.optimizer)
     for key, text in given:
         try:
@@ -268,8 +268,8 @@ def _set(contents: Contents, given: Sequence[tuple[str, str]]) -> Contents:
             ) from error
         if key == "variant":
             raise ValueError(
-                "--set variant would change a name and no option: --set the options themselves, or give --variant, "
-                "where the source's format takes it"
+                "--set variant would change a name but no option: --set the options themselves, or give --variant "
+                "if the source's format takes it"
             )
         if key == "max_grad_norm":
             check_max_grad_norm(value)
@@ -290,14 +290,13 @@ def _set(contents: Contents, given: Sequence[tuple[str, str]]) -> Contents:
 
 
 def _over(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's options, ``given`` ones over them. A new lr is ``initial_lr`` too, from which torch's schedulers go
-    on."""
+    """Returns a group's options, overridden by ``given``. A new ``lr`` also sets the schedulers' ``initial_lr``."""
     both = {"initial_lr": given["lr"]} if "lr" in given and "initial_lr" in own else {}
     return {**own, **both, **given}
 
 
-def described(contents: Contents) -> str:
-    """One line of what there is."""
+def described(contents: InMemoryCheckpoint) -> str:
+    """Returns a one-line summary."""
     elements = sum(value.numel() for value in contents.weights.values())
     steps = sorted({int(state["step"]) for state in contents.states.values()})
     masters = sum("master" in state for state in contents.states.values())

@@ -1,4 +1,4 @@
-"""What formats share: weights and tied names, options of groups, masters where a format has no place for them."""
+"""Shared by all formats: weights and tied names, group options, masters for formats without masters."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -6,25 +6,25 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sharded_lamb.checkpoint.contents import Contents
-from sharded_lamb.core.hyperparams import GROUP_OPTIONS, validate_group, variant_options
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
+from sharded_lamb.core.hyperparams import GROUP_OPTIONS, SCALAR_DEFAULTS, validate_group, variant_options
 from sharded_lamb.core.names import normalize
 
 Note = str
-"""One line for the user: what was lost, assumed or must be done by hand."""
+"""One line for the user: a loss, an assumption, or a step to do by hand."""
 
 T = TypeVar("T")
 Converted = tuple[T, list[Note]]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CARRIED = ("initial_lr",)
-"""Keys that schedulers of torch put into groups, and expect there again."""
+"""Group keys that torch's schedulers write and read."""
 
 
 def weights_of(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str], list[Note]]:
-    """A model's state dict → (tensors by the first of their names, {other name of a tied one: first}, notes).
+    """Returns (tensors by first name, {other name of a tied tensor: first name}, notes) of a model's state dict.
 
-    Tied tensors are told by their memory, which torch.save keeps shared.
+    Tied tensors share memory, which torch.save preserves.
     """
     weights: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -33,7 +33,9 @@ def weights_of(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[s
     for raw, value in state_dict.items():
         name = normalize(str(raw))
         if not isinstance(value, Tensor):
-            notes.append(f"{raw} of the model's state dict is a {type(value).__name__}, no tensor: left out")
+            notes.append(
+                f"{raw} of the model's state dict is a {type(value).__name__}, not a tensor: left out"
+            )
             continue
         value = value.detach()
         memory = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride())
@@ -46,20 +48,20 @@ def weights_of(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[s
 
 
 def state_dict_of(weights: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tensor]:
-    """The model's state dict: tied tensors under all their names, in one memory."""
+    """Returns a model's state dict, with tied tensors under all their names, sharing memory."""
     return {**weights, **{name: weights[first] for name, first in aliases.items() if first in weights}}
 
 
-def widest_weights(contents: Contents) -> Converted[dict[str, Tensor]]:
-    """Weights for a format without masters: the masters themselves where there are any."""
+def widest_weights(contents: InMemoryCheckpoint) -> Converted[dict[str, Tensor]]:
+    """Returns weights for a format without masters: the masters themselves if there are any, with a note."""
     masters = {name: state["master"] for name, state in contents.states.items() if "master" in state}
     if not masters:
         return dict(contents.weights), []
     dtypes = sorted({_dtype_name(contents.weights[name].dtype) for name in masters})
     wide = sorted({_dtype_name(master.dtype) for master in masters.values()})
     note = (
-        f"{len(masters)} weights are written as their {'/'.join(wide)} masters, since the format has no place for "
-        f"masters beside {'/'.join(dtypes)} weights; the model rounds them when it loads them"
+        f"{len(masters)} weights are written as their {'/'.join(wide)} masters, since the format cannot hold masters "
+        f"beside {'/'.join(dtypes)} weights; the model rounds them on loading"
     )
     return {**contents.weights, **masters}, [note]
 
@@ -69,17 +71,14 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def group_options(variant: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of a group: the variant's, over them ``given``.
+    """Returns all options of a group: the variant's, overridden by ``given``.
 
     Raises:
-        ValueError: no such variant, or an option out of range.
+        ValueError: the variant does not exist, or an option is out of range.
     """
     filled = variant_options(variant)
     options = {
-        "lr": 1e-3,
-        "betas": (0.9, 0.999),
-        "eps": 1e-6,
-        "weight_decay": 0.01,
+        **SCALAR_DEFAULTS,
         "variant": variant,
         **{name: filled[name] for name in GROUP_OPTIONS},
         **given,
@@ -89,18 +88,18 @@ def group_options(variant: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scalars_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """lr, betas, eps and weight_decay as plain numbers, and what schedulers keep there.
+    """Returns lr, betas, eps, weight_decay and `CARRIED` keys of a group as plain numbers.
 
     Raises:
-        ValueError: the group is of an optimizer that has other options.
+        ValueError: one is missing: the group is of another optimizer.
     """
     missing = [key for key in ("lr", "betas", "eps", "weight_decay") if key not in group]
     if missing:
         raise ValueError(
-            f"a parameter group has {_keys(group)} and no {missing[0]}: it is of another optimizer"
+            f"a parameter group has {_keys(group)} but no {missing[0]}: it is of another optimizer"
         )
     lr = group["lr"]
-    found: dict[str, Any] = {
+    scalars: dict[str, Any] = {
         "lr": lr.item() if isinstance(lr, Tensor) else float(lr),
         "betas": tuple(float(beta) for beta in group["betas"]),
         "eps": float(group["eps"]),
@@ -108,8 +107,16 @@ def scalars_of(group: Mapping[str, Any]) -> dict[str, Any]:
     }
     for key in CARRIED:
         if key in group:
-            found[key] = float(group[key])
-    return found
+            scalars[key] = float(group[key])
+    return scalars
+
+
+def flags_of(group: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, bool]:
+    """{our option: value} of the switches that the group has, from {our option: its key}.
+
+    One that it has not is the variant's to fill.
+    """
+    return {ours: bool(group[theirs]) for ours, theirs in names.items() if theirs in group}
 
 
 _MARKS = {
@@ -121,20 +128,20 @@ _MARKS = {
     "grad_averaging": "apex",
     "max_grad_norm": "apex",
 }
-"""Key of groups → the format that it tells of where none above it is there; "": torch's NAdam, which is not read."""
+"""{group key: its format}, the first match counts; "": torch's NAdam, which is not supported."""
 
 
 def check_format(groups: Iterable[Mapping[str, Any]], form: str) -> None:
-    """Raises ValueError where a group is another format's: its moments would go on under another rule."""
+    """Raises ValueError if a group is of another format, since its moments follow another update rule."""
     for group in groups:
         mark = next((key for key in _MARKS if key in group), None)
         if mark is None and form == "lamb":
             raise ValueError(
-                f"a parameter group has {_keys(group)} and no variant, as those of Lamb and ShardedLamb have: give "
-                f"--from the format that it is of"
+                f"a parameter group has {_keys(group)} but no variant, which groups of Lamb and ShardedLamb have: give "
+                f"the file's format with --from"
             )
         if mark is not None and _MARKS[mark] != form:
-            like = f"--from {_MARKS[mark]}" if _MARKS[mark] else "NAdam, which is not read"
+            like = f"--from {_MARKS[mark]}" if _MARKS[mark] else "NAdam, which is not supported"
             raise ValueError(f"a parameter group has {mark!r} and looks like {like}, not like --from {form}")
 
 
@@ -143,42 +150,42 @@ def _keys(group: Mapping[str, Any]) -> list[str]:
 
 
 def moment_state(name: str, weight: Tensor, state: Mapping[str, Any], step: Any) -> dict[str, Tensor]:
-    """One parameter's state in our form. Moments of fp16 and bf16 become fp32, which is exact.
+    """Returns one parameter's state in our form. fp16 and bf16 moments become fp32, which is exact.
 
     Raises:
         ValueError: the step or a moment is missing, or has another shape than the weight.
     """
     if step is None:
         raise ValueError(
-            f"there is no step count of {name!r}: the file is of another optimizer than --from says"
+            f"there is no step count of {name!r}: the file is not of the optimizer that --from names"
         )
-    found = {"step": torch.as_tensor(step).detach().to("cpu", torch.float64, copy=True).reshape(())}
+    moments = {"step": torch.as_tensor(step).detach().to("cpu", torch.float64, copy=True).reshape(())}
     for kind in MOMENTS:
         moment = state.get(kind)
         if not isinstance(moment, Tensor):
             raise ValueError(f"the state of {name!r} has no {kind}, only {sorted(map(str, state))}")
         if moment.shape != weight.shape:
             raise ValueError(
-                f"{kind} of {name!r} has shape {tuple(moment.shape)} and the weight {tuple(weight.shape)}: the names "
+                f"{kind} of {name!r} has shape {tuple(moment.shape)}, its weight {tuple(weight.shape)}: the names "
                 f"are not in the optimizer's order; give them with --names"
             )
-        found[kind] = moment.detach().to(torch.promote_types(moment.dtype, torch.float32)).contiguous()
-    return found
+        moments[kind] = moment.detach().to(torch.promote_types(moment.dtype, torch.float32)).contiguous()
+    return moments
 
 
-def left_out(contents: Contents) -> list[Note]:
-    """A note of what only this package's own formats hold."""
+def left_out(contents: InMemoryCheckpoint) -> list[Note]:
+    """Returns notes of content that only this package's own formats hold."""
     notes = []
     if contents.extra:
         notes.append(f"extra is left out: {', '.join(map(str, contents.extra))}")
     if contents.optimizer.get("model"):
-        notes.append(f"what is no tensor in the model is left out: {', '.join(contents.optimizer['model'])}")
+        notes.append(f"non-tensor state of the model is left out: {', '.join(contents.optimizer['model'])}")
     if contents.optimizer.get("skipped_steps"):
         notes.append(f"the count of skipped steps is left out: {contents.optimizer['skipped_steps']}")
     return notes
 
 
 def differing(what: str, values: Iterable[Any], usual: Any, remark: str) -> list[Note]:
-    """A note where any of ``values`` is not ``usual``."""
-    odd = sorted({str(value) for value in values if value != usual})
-    return [f"{what}={', '.join(odd)}: {remark}"] if odd else []
+    """Returns a note if any of ``values`` is not ``usual``."""
+    unusual = sorted({str(value) for value in values if value != usual})
+    return [f"{what}={', '.join(unusual)}: {remark}"] if unusual else []

@@ -1,7 +1,7 @@
 """DeepSpeed's checkpoints (``engine.save_checkpoint``; ZeRO 0 to 3) → contents, read by DeepSpeed's own code.
 
-ZeRO 1 to 3: `deepspeed.utils.zero_to_fp32` puts masters together from all ranks' partitions, and moments likewise. Step
-counts and options are read from the first rank's file.
+ZeRO 1 to 3: `deepspeed.utils.zero_to_fp32` joins masters from all ranks' partitions, and moments likewise. Step counts
+and options are the first rank's.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert import positional
 from sharded_lamb.convert.common import (
     MOMENTS,
@@ -28,25 +28,25 @@ from sharded_lamb.core.hyperparams import GROUP_OPTIONS
 from sharded_lamb.core.names import normalize
 
 WHY = (
-    "DeepSpeed's files are pickles and its own code opens them without limits, so that a file from an untrusted place "
-    "can run anything: give --trust-pickle if you trust it"
+    "DeepSpeed's files are pickles, and its code loads them without limits, so that a file from an untrusted source "
+    "can run any code: give --trust-pickle if you trust it"
 )
 _COUNTS = ("global_steps", "global_samples")
 
 
 def read_deepspeed(
     source: Path, names: Sequence[str] | None = None, variant: str | None = None
-) -> Converted[Contents]:
-    """Contents of a checkpoint. Pickles are trusted.
+) -> Converted[InMemoryCheckpoint]:
+    """Reads a checkpoint of DeepSpeed. Loads pickles, which can run any code.
 
     Args:
-        source: the folder given to ``save_checkpoint``, whose ``latest`` is followed, or that of one tag.
-        names: parameters' names in the optimizer's order, where ZeRO did not write them.
-        variant: of the options, where the optimizer was not this package's.
+        source: the folder passed to ``save_checkpoint``, whose ``latest`` is followed, or the folder of a tag.
+        names: parameters' names in the optimizer's order, for files without ZeRO, which lack them.
+        variant: the options' variant, if the optimizer was not this package's.
 
     Raises:
         ImportError: DeepSpeed is not installed.
-        ValueError: no such checkpoint; a universal one; one of tensor, pipeline or expert parallelism.
+        ValueError: there is no checkpoint, or it is a universal one, or of tensor, pipeline or expert parallelism.
     """
     try:
         import deepspeed  # noqa: F401
@@ -57,7 +57,7 @@ def read_deepspeed(
     folder = _tagged(source)
     if (folder / "zero").is_dir():
         raise ValueError(
-            f"{folder} is a universal checkpoint, without step counts: give the one it was made from"
+            f"{folder} is a universal checkpoint, which lacks step counts: give the checkpoint it was made from"
         )
     model = _load(_first_model_file(folder))
     if model.get("mp_world_size", 1) != 1 or _parallel(model) or any(folder.glob("*expert*")):
@@ -74,7 +74,7 @@ def _tagged(source: Path) -> Path:
         return source
     if not (source / "latest").is_file():
         raise ValueError(
-            f"{source} is no checkpoint of DeepSpeed: expected a folder with latest, or with *_model_states.pt in it"
+            f"{source} is not a checkpoint of DeepSpeed: expected a folder with latest or *_model_states.pt"
         )
     return source / (source / "latest").read_text().strip()
 
@@ -83,7 +83,7 @@ def _first_model_file(folder: Path) -> Path:
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
         if (folder / name).is_file():
             return folder / name
-    raise ValueError(f"{folder} has no file of model states of the first rank (mp_rank_00)")
+    raise ValueError(f"{folder} lacks the first rank's model states (mp_rank_00)")
 
 
 def _parallel(model: Mapping[str, Any]) -> bool:
@@ -94,9 +94,11 @@ def _parallel(model: Mapping[str, Any]) -> bool:
 # -- ZeRO 1, 2, 3 --------------------------------------------------------------------------------------------
 
 
-def _of_partitions(folder: Path, model: Mapping[str, Any], variant: str | None) -> Converted[Contents]:
+def _of_partitions(
+    folder: Path, model: Mapping[str, Any], variant: str | None
+) -> Converted[InMemoryCheckpoint]:
     partitions = _Partitions(folder)
-    shapes = model["param_shapes"]  # a {name: shape} a group, or a subgroup in ZeRO 3
+    shapes = model["param_shapes"]  # one {name: shape} per group, or per subgroup in ZeRO 3
     base = partitions.bases[0]
     owners = _owners(base["param_groups"], len(shapes))
     masters = partitions.whole("fp32")
@@ -113,8 +115,8 @@ def _of_partitions(folder: Path, model: Mapping[str, Any], variant: str | None) 
             states[name] = moment_state(name, weights[name], own, step)
             if not torch.equal(masters[name].to(weights[name].dtype), weights[name]):
                 raise ValueError(
-                    f"the master of {name!r} that DeepSpeed's partitions hold is not the model's weight: parameters "
-                    f"lie there in another order than the checkpoint says"
+                    f"the master of {name!r} in DeepSpeed's partitions is not the model's weight: the partitions hold "
+                    f"parameters in another order than the checkpoint lists"
                 )
             if weights[name].dtype != masters[name].dtype:
                 states[name]["master"] = masters[name]
@@ -122,13 +124,15 @@ def _of_partitions(folder: Path, model: Mapping[str, Any], variant: str | None) 
     groups = [{"names": names, "options": own} for names, own in zip(members, options, strict=True)]
     clip = _clip(partitions.optimizers[0], model)
     wide = {"max_grad_norm": clip, "skipped_steps": int(model.get("skipped_steps", 0))}
-    return Contents(weights, states, groups, wide, _extra(model), aliases), notes + said + _left_out(model)
+    return InMemoryCheckpoint(
+        weights, states, groups, wide, _extra(model), aliases
+    ), notes + said + _left_out(model)
 
 
 class _Partitions:
-    """The partitions of all ranks, put together by the functions of DeepSpeed's ``zero_to_fp32``.
+    """The partitions of all ranks, joined by the functions of DeepSpeed's ``zero_to_fp32``.
 
-    (Not by its `ds_to_universal`, which takes slices from a table that is wrong under ``round_robin_gradients``.)
+    `ds_to_universal` is not used: its table of slices is wrong under ``round_robin_gradients``.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -138,66 +142,68 @@ class _Partitions:
             files = zero_to_fp32.get_optim_files(str(folder))
             self.optimizers = [_load(Path(file), mmap=True)["optimizer_state_dict"] for file in files]
             self.models = zero_to_fp32.parse_model_states(zero_to_fp32.get_model_state_files(str(folder)))
-        # With grad_accum_dtype fp32, ZeRO 1 in bf16 is BF16_Optimizer: it names no stage, and lays all out as ZeRO 1.
+        # With grad_accum_dtype fp32, ZeRO 1 in bf16 is BF16_Optimizer, which names no stage and has ZeRO 1's layout.
         self.stage = int(self.optimizers[0].get("zero_stage", 1))
         count = self.optimizers[0]["partition_count"]
         self.world_size = max(count) if isinstance(count, list) else int(count)
         if self.world_size != len(files):
-            raise ValueError(f"{folder} is of {self.world_size} ranks and has the partitions of {len(files)}")
+            raise ValueError(
+                f"{folder} is of {self.world_size} ranks, but has the partitions of {len(files)}"
+            )
         key = "optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"
         self.bases = [optimizer[key] for optimizer in self.optimizers]
 
     def whole(self, kind: str) -> dict[str, Tensor]:
-        """{parameter: whole tensor} of "fp32" (masters; buffers and what is frozen with them) or of a moment."""
+        """Returns {parameter: whole tensor} of a moment, or of "fp32": masters, buffers and frozen parameters."""
         from deepspeed.utils import zero_to_fp32
 
         flat = [self._flat(rank, kind) for rank in range(self.world_size)]
         without_frozen = kind != "fp32"
         with _silence():
             if self.stage == 3:
-                found = zero_to_fp32._get_fp32_state_dict_from_zero3_checkpoint(
+                tensors = zero_to_fp32._get_fp32_state_dict_from_zero3_checkpoint(
                     self.world_size, flat, self.models, without_frozen
                 )
             else:
                 paddings = self.optimizers[0].get("param_alignment_paddings")
-                found = zero_to_fp32._get_fp32_state_dict_from_zero2_checkpoint(
+                tensors = zero_to_fp32._get_fp32_state_dict_from_zero2_checkpoint(
                     self.world_size, flat, self.models, without_frozen, paddings
                 )
-            return {normalize(n): t for n, t in zero_to_fp32.to_torch_tensor(found).items()}
+            return {normalize(n): t for n, t in zero_to_fp32.to_torch_tensor(tensors).items()}
 
     def _flat(self, rank: int, kind: str) -> list[Tensor]:
-        """A rank's partition of each group, or subgroup."""
+        """Returns a rank's partition of each group or subgroup."""
         if kind == "fp32":
             key = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
             return list(self.optimizers[rank][key])
         state = self.bases[rank]["state"]
         lacking = [place for place in sorted(state) if kind not in state[place]]
         if lacking or not state:
-            raise ValueError(f"the checkpoint has no {kind} of all groups: its optimizer was no Adam or LAMB")
+            raise ValueError(f"the checkpoint lacks {kind} of some group: its optimizer was not Adam or LAMB")
         return [state[place][kind] for place in sorted(state)]
 
 
 def _load(file: Path, **options: Any) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = torch.load(file, map_location="cpu", weights_only=False, **options)
-    return found
+    content: Mapping[str, Any] = torch.load(file, map_location="cpu", weights_only=False, **options)
+    return content
 
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """DeepSpeed's tools print, and draw progress bars of every tensor."""
+    """Suppresses the output and progress bars of DeepSpeed's tools."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
 def _owners(groups: Sequence[Mapping[str, Any]], parts: int) -> list[int]:
-    """The group of each part: ZeRO 3 cuts groups into subgroups, which are a group's "params"."""
+    """Returns the group of each part. ZeRO 3 splits groups into subgroups, which a group's "params" number."""
     by_place = {place: number for number, group in enumerate(groups) for place in group["params"]}
     if sorted(by_place) == list(range(parts)):
         return [by_place[place] for place in range(parts)]
     if len(groups) in (1, parts):
         return [0] * parts if len(groups) == 1 else list(range(parts))
     raise ValueError(
-        f"the checkpoint has {len(groups)} groups in {parts} parts, and does not say which is whose"
+        f"the checkpoint has {len(groups)} groups in {parts} parts, and does not map parts to groups"
     )
 
 
@@ -213,7 +219,7 @@ def _step(state: Mapping[str, Any], group: Mapping[str, Any]) -> Any:
 def _weights(
     model: Mapping[str, Any], masters: Mapping[str, Tensor], stage: int
 ) -> tuple[dict[str, Tensor], dict[str, str], list[Note]]:
-    """Weights and buffers in the model's dtypes, and tied names. ZeRO 3 leaves placeholders of weights in the file."""
+    """Returns weights and buffers in the model's dtypes, aliases and notes. ZeRO 3 files hold placeholder weights."""
     tied = {normalize(name): normalize(first) for name, first in (model.get("shared_params") or {}).items()}
     weights, aliases, notes = weights_of(model["module"])
     weights = {name: value for name, value in weights.items() if name not in tied}
@@ -227,16 +233,16 @@ def _weights(
 
 def _of_whole(
     model: Mapping[str, Any], names: Sequence[str] | None, variant: str | None
-) -> Converted[Contents]:
-    """An optimizer by place; fp16 and bf16 runs of DeepSpeed's Lamb keep masters beside it."""
+) -> Converted[InMemoryCheckpoint]:
+    """Reads an optimizer with numbered parameters; fp16 and bf16 runs of DeepSpeed's Lamb hold masters beside it."""
     optimizer = model.get("optimizer")
     if optimizer is None:
         raise ValueError(
-            "the checkpoint has no optimizer's state: files of its ranks' partitions are missing"
+            "the checkpoint has no optimizer state: the files of its ranks' partitions are missing"
         )
     if "fp32_groups_flat" in optimizer:
         raise ValueError(
-            "the checkpoint was written by DeepSpeed's fused fp16 optimizer, whose flat masters are not read"
+            "the checkpoint is of DeepSpeed's fused fp16 optimizer, whose flat masters are not supported"
         )
     base = optimizer.get("optimizer_state_dict", optimizer)
     read, notes = positional.read({"model": model["module"], "optimizer": base}, names)
@@ -248,7 +254,7 @@ def _of_whole(
     options, said = _options(read.groups, variant)
     groups = [{"names": own, "options": chosen} for own, chosen in zip(read.names, options, strict=True)]
     wide = {"max_grad_norm": _clip(optimizer, model), "skipped_steps": int(model.get("skipped_steps", 0))}
-    contents = Contents(read.weights, states, groups, wide, _extra(model), read.aliases)
+    contents = InMemoryCheckpoint(read.weights, states, groups, wide, _extra(model), read.aliases)
     return contents, notes + said + _left_out(model)
 
 
@@ -260,7 +266,7 @@ def _step_of(group: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
 
 
 def _options(groups: Sequence[Mapping[str, Any]], variant: str | None) -> Converted[list[dict[str, Any]]]:
-    """Ours as they are; those of DeepSpeed's Lamb, and of an Adam, as the variants that they are."""
+    """Returns our options unchanged; those of DeepSpeed's Lamb or an Adam as their variant, with a note."""
     ours = all("variant" in group for group in groups)
     lamb = all("max_coeff" in group for group in groups)
     if ours and variant is None:
@@ -275,21 +281,20 @@ def _options(groups: Sequence[Mapping[str, Any]], variant: str | None) -> Conver
     note = (
         f"the optimizer is neither ShardedLamb nor DeepSpeed's Lamb: variant {taken} is assumed (--variant)"
     )
-    mode = "decoupled_weight_decay"  # torch's; DeepSpeed's own Adam decouples unless told otherwise
+    mode = "decoupled_weight_decay"  # torch's key; DeepSpeed's Adam decouples by default
     own = [{**scalars_of(group), "adam_w_mode": bool(group.get(mode, True))} for group in groups]
     return [group_options(taken, options) for options in own], [note]
 
 
 def _of_their_lamb(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **scalars_of(group),
-        "bias_correction": "lr" if group.get("bias_correction", True) else False,
-        "trust_clip": (float(group["min_coeff"]), float(group["max_coeff"])),
-    }
+    own = {**scalars_of(group), "trust_clip": (float(group["min_coeff"]), float(group["max_coeff"]))}
+    if "bias_correction" in group:
+        own["bias_correction"] = "lr" if group["bias_correction"] else False
+    return own
 
 
 def _clip(optimizer: Mapping[str, Any], model: Mapping[str, Any]) -> float | None:
-    """What DeepSpeed clipped at: 1.0 where its config says nothing."""
+    """Returns the norm DeepSpeed clipped at; 1.0, its default, if the config has none."""
     config = model.get("ds_config") or {}
     config = config if isinstance(config, Mapping) else {}
     clip = optimizer.get("clip_grad", config.get("gradient_clipping", 1.0))

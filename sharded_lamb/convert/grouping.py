@@ -1,10 +1,10 @@
-"""Groups for optimizers that know no patterns: what a pattern excludes becomes a group of its own."""
+"""Groups for optimizers without patterns: parameters that a pattern excludes become a separate group."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert.common import Converted, Note
 from sharded_lamb.core.names import matching
 from sharded_lamb.optim.base import effective_patterns
@@ -12,17 +12,17 @@ from sharded_lamb.optim.base import effective_patterns
 
 @dataclass(frozen=True)
 class PlainGroup:
-    """Parameters that are treated alike, in the order of their group."""
+    """Parameters with equal options, in their group's order."""
 
     names: list[str]
-    options: Mapping[str, Any]  # ours
+    options: Mapping[str, Any]  # with our keys
     weight_decay: float  # 0 where a pattern excludes them
     adapts: bool  # whether they have a trust ratio
 
 
-def plain_groups(contents: Contents) -> Converted[list[PlainGroup]]:
-    """The groups, cut where patterns cut them. A group without patterns stays as it is."""
-    found: list[PlainGroup] = []
+def plain_groups(contents: InMemoryCheckpoint) -> Converted[list[PlainGroup]]:
+    """Returns the groups, split by their patterns. A group without patterns is unchanged."""
+    groups: list[PlainGroup] = []
     for group in contents.groups:
         options = group["options"]
         cells: dict[tuple[float, bool], list[str]] = {}
@@ -35,20 +35,20 @@ def plain_groups(contents: Contents) -> Converted[list[PlainGroup]]:
                 adapts = False
             cells.setdefault((decay, adapts), []).append(name)
         if not cells:
-            found.append(PlainGroup([], options, float(options["weight_decay"]), True))
-        found += [PlainGroup(names, options, *cell) for cell, names in cells.items()]
+            groups.append(PlainGroup([], options, float(options["weight_decay"]), True))
+        groups += [PlainGroup(names, options, *cell) for cell, names in cells.items()]
     notes: list[Note] = []
-    if len(found) > len(contents.groups):
-        sizes = ", ".join(str(len(group.names)) for group in found)
+    if len(groups) > len(contents.groups):
+        sizes = ", ".join(str(len(group.names)) for group in groups)
         notes.append(
-            f"patterns became groups: construct the optimizer with {len(found)} groups of {sizes} parameters, named by "
-            f"'param_names' in the file"
+            f"patterns became groups: construct the optimizer with {len(groups)} groups of {sizes} parameters, which "
+            f"'param_names' in the file lists"
         )
-    return found, notes
+    return groups, notes
 
 
 def lost_options(groups: list[PlainGroup], kept: set[str], target: str) -> list[Note]:
-    """A note an option of ours that ``target`` has no place for and that is in use. ``kept``: those it has."""
+    """Returns a note for each option in use that ``target`` lacks. ``kept``: the options it has."""
     usual = {
         "bias_correction": (True,),
         "grad_averaging": (True,),
@@ -59,7 +59,7 @@ def lost_options(groups: list[PlainGroup], kept: set[str], target: str) -> list[
     }
     notes = []
     for option, values in usual.items():
-        odd = sorted({repr(g.options[option]) for g in groups if g.options[option] not in values})
-        if odd and option not in kept:
-            notes.append(f"{target} has no {option}={', '.join(odd)}: its updates will differ")
+        unusual = sorted({repr(g.options[option]) for g in groups if g.options[option] not in values})
+        if unusual and option not in kept:
+            notes.append(f"{target} has no {option}={', '.join(unusual)}: its updates will differ")
     return notes

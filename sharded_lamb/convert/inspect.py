@@ -1,4 +1,4 @@
-"""``sharded-lamb inspect``: what is in a checkpoint, without a model; and whether it is as it was written."""
+"""``sharded-lamb inspect``: show a checkpoint without a model, and verify its files."""
 
 import argparse
 import json
@@ -12,39 +12,47 @@ from typing import Any
 from torch import Tensor
 
 from sharded_lamb.checkpoint import plain, problem_with, tensorfile
-from sharded_lamb.checkpoint.contents import read_tensor
 from sharded_lamb.checkpoint.errors import CheckpointError
 from sharded_lamb.checkpoint.folder import LATEST, Checkpoints
-from sharded_lamb.checkpoint.manifest import MANIFEST, SUMS, SavedTensor, read_manifest, read_sums, replaced
+from sharded_lamb.checkpoint.in_memory import read_tensor
+from sharded_lamb.checkpoint.manifest import (
+    MANIFEST,
+    SUMS,
+    SavedTensor,
+    read_manifest,
+    read_sums,
+    replaced,
+    unlisted_files,
+)
 
 SHOWN = 24
-"""Lines of a table before it is shortened."""
+"""Maximal lines of a shortened table."""
 
 _FEW = 16
-"""Entries of a dict or list in ``extra`` that are shown."""
+"""Maximal entries of a dict or list of ``extra`` to show."""
 
-_PIECE = 1 << 24  # elements turned to fp64 at once
+_PIECE = 1 << 24  # elements converted to fp64 at once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``inspect``."""
-    parser.description = "What is in a checkpoint: step, writer, files, tensors and their norms, options."
+    """Adds the options of ``inspect``."""
+    parser.description = "Shows a checkpoint: step, writer, files, tensors and their norms, options."
     parser.add_argument(
         "path",
         type=Path,
-        help="a checkpoint's folder, or a run's, whose latest is shown (from its checkpoints/, if it has one)",
+        help="a checkpoint's folder, or a run's folder or its checkpoints/, whose latest checkpoint is shown",
     )
-    parser.add_argument("--check", action="store_true", help="verify all hashes; exit 1 where one is wrong")
+    parser.add_argument("--check", action="store_true", help="verify all hashes; exit 1 if one is wrong")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--all", action="store_true", help="do not shorten tables")
     parser.add_argument("--no-norms", action="store_true", help="do not read the tensors")
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Returns the exit code. Under torchrun the first rank does it all.
+    """Returns the exit code. Under torchrun only the first rank runs.
 
     Raises:
-        ValueError: there is no checkpoint, or without ``--check`` one that is damaged.
+        ValueError: there is no checkpoint, or it is damaged and ``--check`` was not given.
     """
     if int(os.environ.get("RANK", "0")):
         return 0
@@ -60,25 +68,26 @@ def run(chosen: argparse.Namespace) -> int:
                 else "\n".join([*_verdicts(verdicts), f"broken: {problem}"])
             )
             return 1
-    found = contents_of(folder, norms=not chosen.no_norms)
+    summary = summary_of(folder, norms=not chosen.no_norms)
     if chosen.check:
-        found["check"] = verdicts
-    print(_json(found) if chosen.json else text(found, all_lines=chosen.all))
+        summary["check"] = verdicts
+    print(_json(summary) if chosen.json else text(summary, all_lines=chosen.all))
     return 0
 
 
 def checkpoint_of(path: Path) -> Path:
-    """The checkpoint's folder itself, or a run's best: what ``latest`` names there or in its checkpoints/, or where
-    that is missing, which is said, the newest.
+    """Returns ``path`` if it is a checkpoint, else the latest of the run in ``path`` or its checkpoints/.
+
+    Without ``latest`` it returns the newest checkpoint, and prints a warning.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no checkpoint.
     """
     if not path.is_dir():
         if replaced(path).is_dir():
-            read_sums(path)  # raises, and says what to do
+            read_sums(path)  # raises with the remedy
         raise ValueError(
-            f"{path} is not a folder: name a checkpoint's, such as RUN/step-00001000, or the run's"
+            f"{path} is not a folder: name a checkpoint's folder, such as RUN/step-00001000, or the run's"
         )
     if (path / MANIFEST).exists() or (path / SUMS).exists():
         return path
@@ -87,18 +96,21 @@ def checkpoint_of(path: Path) -> Path:
         latest = checkpoints.latest()
         if latest is not None:
             return latest
-        found = checkpoints.candidates()
-        if found:
-            print(f"{root / LATEST} is missing, or names no step: {found[0].name} is shown", file=sys.stderr)
-            return found[0]
+        candidates = checkpoints.candidates()
+        if candidates:
+            print(
+                f"{root / LATEST} is missing, or names no step: showing {candidates[0].name}",
+                file=sys.stderr,
+            )
+            return candidates[0]
     raise ValueError(
-        f"{path} has neither {MANIFEST} nor {LATEST} nor step-*, and its checkpoints/ neither: it is no checkpoint, "
-        f"and no folder of checkpoints"
+        f"{path} has neither {MANIFEST} nor {LATEST} nor step-*, nor has its checkpoints/: name a checkpoint or a "
+        f"run's folder"
     )
 
 
 def verified(folder: Path) -> tuple[dict[str, str], str | None]:
-    """({file: verdict}, why the checkpoint cannot be used or None); reads every byte."""
+    """Returns ({file: verdict}, why the checkpoint cannot be used or None). Reads every file."""
     try:
         sums = read_sums(folder)
     except CheckpointError as error:
@@ -107,43 +119,43 @@ def verified(folder: Path) -> tuple[dict[str, str], str | None]:
     for name, digest in sorted(sums.items()):
         try:
             verdicts[name] = (
-                "ok" if tensorfile.sha256(folder / name) == digest else "another hash than when written"
+                "ok" if tensorfile.sha256(folder / name) == digest else "not the hash it was written with"
             )
         except OSError as error:
             verdicts[name] = f"cannot be read: {error.strerror}"
-    for path in sorted(folder.iterdir()):
-        if path.name not in (*sums, SUMS):
-            verdicts[path.name] = f"not listed in {SUMS}"
+    verdicts |= dict.fromkeys(unlisted_files(folder, sums), f"not listed in {SUMS}")
     wrong = next(
         (f"{folder / name}: {verdict}" for name, verdict in verdicts.items() if verdict != "ok"), None
     )
     return verdicts, wrong or problem_with(folder, hashes=False)
 
 
-def contents_of(folder: Path, *, norms: bool = True) -> dict[str, Any]:
-    """Everything that is shown, as JSON can hold it. Tensors are read one at a time, for their norms."""
-    found = read_manifest(folder)
-    weights_first = sorted(found.tensors, key=lambda name: not name.startswith("model."))
-    tensors = {name: _tensor(folder, found.tensors[name], norms) for name in weights_first}
-    sizes = {MANIFEST: (folder / MANIFEST).stat().st_size, **found.files}
-    states = found.kinds()
-    held = [name for group in found.groups for name in group["names"]]
+def summary_of(folder: Path, *, norms: bool = True) -> dict[str, Any]:
+    """Returns all that is shown, in the types of JSON. Reads one tensor at a time, for its norm."""
+    manifest = read_manifest(folder)
+    weights_first = sorted(manifest.tensors, key=lambda name: not name.startswith("model."))
+    tensors = {name: _tensor(folder, manifest.tensors[name], norms) for name in weights_first}
+    sizes = {MANIFEST: (folder / MANIFEST).stat().st_size, **manifest.files}
+    states = manifest.kinds()
+    names = [name for group in manifest.groups for name in group["names"]]
     return {
         "path": str(folder),
-        "step": found.optimizer.get("step"),
-        "written_by": dict(found.written_by),
+        "step": manifest.optimizer.get("step"),
+        "written_by": dict(manifest.written_by),
         "files": sizes,
         "bytes": sum(sizes.values()),
-        "parameters": len(held) or len(found.model_names),
-        "elements": sum(math.prod(found.tensors[f"model.{n}"].shape) for n in found.model_names),
+        "parameters": len(names) or len(manifest.model_names),
+        "elements": sum(math.prod(manifest.tensors[f"model.{n}"].shape) for n in manifest.model_names),
         "with_state": len(states),
         "with_masters": sum("master" in kinds for kinds in states.values()),
-        "aliases": dict(found.aliases),
+        "aliases": dict(manifest.aliases),
         "tensors": tensors,
         "norms": _norms(tensors) if norms else None,
-        "groups": [{**_plain(group["options"]), "parameters": len(group["names"])} for group in found.groups],
-        "optimizer": {k: _plain(v) for k, v in found.optimizer.items() if k not in ("step", "model")},
-        "extra": _brief(_plain(found.extra)),
+        "groups": [
+            {**_plain(group["options"]), "parameters": len(group["names"])} for group in manifest.groups
+        ],
+        "optimizer": {k: _plain(v) for k, v in manifest.optimizer.items() if k not in ("step", "model")},
+        "extra": _brief(_plain(manifest.extra)),
     }
 
 
@@ -158,14 +170,14 @@ def _tensor(folder: Path, tensor: SavedTensor, norms: bool) -> dict[str, Any]:
 
 
 def _norm(value: Tensor) -> float:
-    """In fp64, a piece at a time."""
+    """Returns the 2-norm, computed in fp64 a piece at a time."""
     flat = value.reshape(-1)
     pieces = (flat[at : at + _PIECE] for at in range(0, len(flat), _PIECE))
     return math.sqrt(sum(float(piece.double().square().sum()) for piece in pieces))
 
 
 def _norms(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Over all tensors of a kind."""
+    """Returns {kind: norm over all its tensors}."""
     squares: dict[str, float] = {}
     for name, tensor in tensors.items():
         kind = _kind(name)
@@ -182,12 +194,12 @@ def _kind(name: str) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """Without the tags of `sharded_lamb.checkpoint.plain`; tensors by name."""
+    """Decodes the tags of `sharded_lamb.checkpoint.plain`; tensors become their names."""
     return plain.decoded(value, lambda name: f"tensor {name}")
 
 
 def _brief(value: Any) -> Any:
-    """Keys, and values that are small."""
+    """Replaces large dicts and lists by their size."""
     if isinstance(value, dict):
         if len(value) > _FEW:
             return f"{len(value)} entries: {', '.join(map(str, list(value)[:_FEW]))}, …"
@@ -197,33 +209,33 @@ def _brief(value: Any) -> Any:
     return value
 
 
-def _json(found: Mapping[str, Any]) -> str:
-    return json.dumps(found, indent=1, default=str)
+def _json(summary: Mapping[str, Any]) -> str:
+    return json.dumps(summary, indent=1, default=str)
 
 
 # -- text ----------------------------------------------------------------------------------------------------
 
 
-def text(found: Mapping[str, Any], *, all_lines: bool = False) -> str:
-    """As `contents_of` gave it, for people."""
+def text(summary: Mapping[str, Any], *, all_lines: bool = False) -> str:
+    """Returns a summary of `summary_of` as text."""
     limit = None if all_lines else SHOWN
     return "\n".join(
         [
-            f"{found['path']}: step {found['step']}",
-            f"written by {_pairs(found['written_by'])}",
-            f"{found['parameters']} parameters, {found['with_state']} with moments, {found['with_masters']} with "
-            f"masters; {found['elements']:,} elements; {found['bytes']:,} bytes",
-            *([f"tied: {_pairs(found['aliases'])}"] if found["aliases"] else []),
-            *([f"norms: {_norm_pairs(found['norms'])}"] if found["norms"] else []),
+            f"{summary['path']}: step {summary['step']}",
+            f"written by {_pairs(summary['written_by'])}",
+            f"{summary['parameters']} parameters, {summary['with_state']} with moments, {summary['with_masters']} with "
+            f"masters; {summary['elements']:,} elements; {summary['bytes']:,} bytes",
+            *([f"tied: {_pairs(summary['aliases'])}"] if summary["aliases"] else []),
+            *([f"norms: {_norm_pairs(summary['norms'])}"] if summary["norms"] else []),
             "",
-            *_shortened([f"{size:>16,}  {name}" for name, size in found["files"].items()], limit),
+            *_shortened([f"{size:>16,}  {name}" for name, size in summary["files"].items()], limit),
             "",
-            *_shortened(list(_table(found["tensors"])), limit),
+            *_shortened(list(_table(summary["tensors"])), limit),
             "",
-            *[f"group {i}: {_pairs(group)}" for i, group in enumerate(found["groups"])],
-            f"optimizer: {_pairs(found['optimizer'])}",
-            f"extra: {json.dumps(found['extra'], default=str)}",
-            *(["", *_verdicts(found["check"])] if "check" in found else []),
+            *[f"group {i}: {_pairs(group)}" for i, group in enumerate(summary["groups"])],
+            f"optimizer: {_pairs(summary['optimizer'])}",
+            f"extra: {json.dumps(summary['extra'], default=str)}",
+            *(["", *_verdicts(summary["check"])] if "check" in summary else []),
         ]
     )
 

@@ -1,13 +1,13 @@
-"""One file of everything for `Lamb`: ``torch.load(FILE, weights_only=True)`` → {"model", "optimizer", …}.
+"""A single file for `Lamb`: ``torch.load(FILE, weights_only=True)`` returns {"model", "optimizer", …}.
 
-``optimizer`` is what `Lamb.load_state_dict` and `ShardedLamb.load_full_state_dict` take.
+`Lamb.load_state_dict` and `ShardedLamb.load_full_state_dict` accept its ``optimizer``.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert import positional
 from sharded_lamb.convert.common import Converted, check_format, group_options, left_out
 from sharded_lamb.core.hyperparams import variant_options
@@ -15,19 +15,19 @@ from sharded_lamb.core.hyperparams import variant_options
 _OWN_KEYS = ("params", "param_names")
 
 
-def from_lamb(file: Mapping[str, Any], names: Sequence[str] | None = None) -> Converted[Contents]:
-    """{"model", "optimizer"}, and "max_grad_norm", "skipped_steps", "extra" if they are there → contents.
+def from_lamb(file: Mapping[str, Any], names: Sequence[str] | None = None) -> Converted[InMemoryCheckpoint]:
+    """{"model", "optimizer"}, and "max_grad_norm", "skipped_steps", "extra" if present → contents.
 
     Raises:
-        ValueError: parameters cannot be named; the state is one rank's slices.
+        ValueError: parameters cannot be named, or the state is one rank's slices.
     """
     read, notes = positional.read(file, names)
     check_format(read.groups, "lamb")
     sliced = [name for name, state in read.raw_states.items() if "shard" in state]
     if sliced:
         raise ValueError(
-            f"the state of {sliced[0]!r} is one rank's slice, as ShardedLamb.state_dict() gives it: save what "
-            f"full_state_dict() gives on the first rank"
+            f"the state of {sliced[0]!r} is one rank's slice, from ShardedLamb.state_dict(): save "
+            f"full_state_dict() of the first rank instead"
         )
 
     def options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,22 +43,24 @@ def from_lamb(file: Mapping[str, Any], names: Sequence[str] | None = None) -> Co
     if "max_grad_norm" not in file:
         clip = variant_options(groups[0]["options"]["variant"])["max_grad_norm"] if groups else None
         notes.append(
-            f"the file does not hold max_grad_norm: {clip}, as the variant has it; --set max_grad_norm=… for another"
+            f"the file does not hold max_grad_norm: the variant's {clip} is assumed; --set max_grad_norm=… to change it"
         )
     optimizer = {"max_grad_norm": clip, "skipped_steps": int(file.get("skipped_steps", 0))}
-    return Contents(read.weights, states, groups, optimizer, dict(file.get("extra", {})), read.aliases), notes
+    return InMemoryCheckpoint(
+        read.weights, states, groups, optimizer, dict(file.get("extra", {})), read.aliases
+    ), notes
 
 
-def to_lamb(contents: Contents) -> Converted[dict[str, Any]]:
-    """Contents → the file; nothing is lost but what is no tensor in the model."""
+def to_lamb(contents: InMemoryCheckpoint) -> Converted[dict[str, Any]]:
+    """InMemoryCheckpoint → the file; only non-tensor state of the model is lost."""
     groups = [positional.PositionalGroup(group["names"], group["options"]) for group in contents.groups]
     file = positional.write(contents.weights, contents.aliases, groups, contents.states)
     masters = sum("master" in state for state in contents.states.values())
     notes = left_out(replace(contents, extra={}, optimizer={**contents.optimizer, "skipped_steps": 0}))
     if masters:
         notes.append(
-            f"{masters} masters are in the optimizer's state, where ShardedLamb.load_full_state_dict takes them; Lamb "
-            f"has none and goes on from the rounded weights"
+            f"{masters} masters are in the optimizer's state, where ShardedLamb.load_full_state_dict reads them; Lamb "
+            f"has no masters and continues from the rounded weights"
         )
     wide = {
         "max_grad_norm": contents.optimizer.get("max_grad_norm"),

@@ -1,10 +1,9 @@
-"""torch's optimizer state dicts, which know parameters by their place: names for them, and back."""
+"""torch's optimizer state dicts, which number parameters: to names and back."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sharded_lamb.convert.common import Converted, Note, moment_state, state_dict_of, weights_of
@@ -12,9 +11,9 @@ from sharded_lamb.core.names import normalize
 
 MODEL_KEYS = ("model", "state_dict", "module", "model_state_dict")
 OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict")
-_NOT_TRAINED = ("running_mean", "running_var")
+_BUFFER_NAMES = ("running_mean", "running_var")
 HOW = (
-    "give --names FILE, a JSON list (or a name a line) in the optimizer's order. Where the optimizer is at hand: "
+    "give --names FILE, a JSON list (or one name per line) in the optimizer's order. To write it from the optimizer: "
     "names = {p: n for n, p in model.named_parameters()}; "
     "json.dump([names[p] for g in optimizer.param_groups for p in g['params']], open('names.json', 'w'))"
 )
@@ -22,16 +21,16 @@ HOW = (
 
 @dataclass(frozen=True)
 class PositionalFile:
-    """A file's model and optimizer, parameters named. ``groups`` are the file's own, with any keys."""
+    """A file's model and optimizer with named parameters."""
 
     weights: dict[str, Tensor]
     aliases: dict[str, str]
-    groups: list[Mapping[str, Any]]
+    groups: list[Mapping[str, Any]]  # as in the file, with any keys
     names: list[list[str]]  # of each group's parameters
-    raw_states: dict[str, Mapping[str, Any]]  # of those that have one
+    raw_states: dict[str, Mapping[str, Any]]  # of the parameters that have one
 
     def states(self, step_of: Callable[[Mapping[str, Any], Mapping[str, Any]], Any]) -> dict[str, Any]:
-        """States in our form; ``step_of(group, state)`` is a parameter's step count."""
+        """Returns {parameter: state} in our form; ``step_of(group, state)`` returns a parameter's step count."""
         return {
             name: moment_state(
                 name, self.weights[name], self.raw_states[name], step_of(group, self.raw_states[name])
@@ -42,6 +41,7 @@ class PositionalFile:
         }
 
     def named_groups(self, options: Callable[[Mapping[str, Any]], dict[str, Any]]) -> list[dict[str, Any]]:
+        """Returns groups in our form; ``options(group)`` returns a group's options."""
         return [
             {"names": names, "options": options(group)}
             for group, names in zip(self.groups, self.names, strict=True)
@@ -49,10 +49,10 @@ class PositionalFile:
 
 
 def read(file: Mapping[str, Any], names: Sequence[str] | None) -> Converted[PositionalFile]:
-    """A file's contents, ``names`` those of the user.
+    """Reads {"model", "optimizer"}; ``names`` are the user's, in the optimizer's order.
 
     Raises:
-        ValueError: the model or the optimizer is not there, or parameters cannot be named.
+        ValueError: the model or the optimizer is missing, or parameters cannot be named.
     """
     model, optimizer = _pick(file, MODEL_KEYS, "model"), _pick(file, OPTIMIZER_KEYS, "optimizer")
     if not {"state", "param_groups"} <= optimizer.keys():
@@ -76,17 +76,14 @@ def read(file: Mapping[str, Any], names: Sequence[str] | None) -> Converted[Posi
 
 
 def _pick(file: Mapping[str, Any], keys: Sequence[str], what: str) -> Mapping[str, Any]:
-    there = (file.get(key) for key in keys)
-    found = next((value for value in there if isinstance(value, Mapping)), None)
-    if found is None:
-        remedy = (
-            "give the weights with --weights FILE" if what == "model" else "it holds no optimizer's state"
-        )
+    values = (file.get(key) for key in keys)
+    content = next((value for value in values if isinstance(value, Mapping)), None)
+    if content is None:
+        remedy = "give the weights with --weights FILE" if what == "model" else "it holds no optimizer state"
         raise ValueError(
-            f"the file has {sorted(map(str, file))[:8]} and none of {', '.join(keys)}, where the {what} would be: "
-            f"{remedy}"
+            f"the file has {sorted(map(str, file))[:8]}, but none of {', '.join(keys)} for the {what}: {remedy}"
         )
-    return found
+    return content
 
 
 def _flat_names(
@@ -95,11 +92,11 @@ def _flat_names(
     weights: Mapping[str, Tensor],
     given: Sequence[str] | None,
 ) -> tuple[list[str], list[Note]]:
-    """Names in the optimizer's order: the user's, the file's own, or the model's order where it leaves no doubt."""
+    """Returns names in the optimizer's order: the user's, the file's, or the model's if counts agree."""
     if given is not None:
         if len(given) != len(places):
             raise ValueError(
-                f"--names has {len(given)} names and the optimizer {len(places)} parameters: {HOW}"
+                f"--names has {len(given)} names, but the optimizer has {len(places)} parameters: {HOW}"
             )
         return list(given), []
     if all(group.get("param_names") for group in groups):
@@ -111,14 +108,16 @@ def _flat_names(
     likely = [
         name
         for name, value in weights.items()
-        if value.is_floating_point() and name.rsplit(".", 1)[-1] not in _NOT_TRAINED
+        if value.is_floating_point() and name.rsplit(".", 1)[-1] not in _BUFFER_NAMES
     ]
     if len(likely) != len(places):
         raise ValueError(
-            f"the file names no parameters, and its model has {len(likely)} tensors where the optimizer has "
+            f"the file names no parameters, and its model has {len(likely)} tensors, but the optimizer has "
             f"{len(places)} parameters: {HOW}"
         )
-    return likely, [f"the file names no parameters: taken in the model's order, {likely[0]} to {likely[-1]}"]
+    return likely, [
+        f"the file names no parameters: the model's order is assumed, {likely[0]} to {likely[-1]}"
+    ]
 
 
 def _check(names: Sequence[str], weights: Mapping[str, Tensor]) -> None:
@@ -135,7 +134,7 @@ def _check(names: Sequence[str], weights: Mapping[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class PositionalGroup:
-    """A group to write: ``options`` are the target's keys."""
+    """A group to write; ``options`` has the target format's keys."""
 
     names: Sequence[str]
     options: Mapping[str, Any]
@@ -147,7 +146,7 @@ def write(
     groups: Sequence[PositionalGroup],
     states: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, Any]:
-    """The file's contents: {"model": …, "optimizer": …}. Groups carry their parameters' names, which loaders ignore."""
+    """Returns {"model": …, "optimizer": …}. Groups hold their parameters' names, which loaders ignore."""
     place = {name: i for i, name in enumerate(name for group in groups for name in group.names)}
     packed = [
         {**group.options, "params": [place[name] for name in group.names], "param_names": list(group.names)}
@@ -158,13 +157,14 @@ def write(
 
 
 def moments(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Returns {parameter: {"exp_avg", "exp_avg_sq"}}."""
     return {name: {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq")} for name, state in states.items()}
 
 
 def group_steps(
     groups: Sequence[Sequence[str]], states: Mapping[str, Mapping[str, Tensor]]
 ) -> Converted[list[int]]:
-    """One step count a group, for formats that have no other: the largest, and a note of parameters that differ."""
+    """Returns each group's largest step count, and a note of parameters that took fewer steps."""
     steps, behind = [], []
     for names in groups:
         own = {name: int(states[name]["step"]) for name in names if name in states}
@@ -173,10 +173,6 @@ def group_steps(
     if not behind:
         return steps, []
     return steps, [
-        f"steps are counted once a group there: {len(behind)} parameters that had fewer steps ({behind[0]} has "
-        f"{int(states[behind[0]]['step'])}) get their group's"
+        f"the format has one step count per group: {len(behind)} parameters with fewer steps ({behind[0]} has "
+        f"{int(states[behind[0]]['step'])}) take their group's"
     ]
-
-
-def as_int(step: Any) -> int:
-    return int(torch.as_tensor(step).item())

@@ -1,7 +1,7 @@
 """TensorFlow's LAMBOptimizer: an .npz of variables, their slots `<var>/lamb_m` and `<var>/lamb_v`, and global_step.
 
-BERT's names as Google's checkpoints have them become Hugging Face's; kernels are (in, out) there and (out, in) here, so
-they and their slots are transposed. `tf.train.load_checkpoint` reads the variables that ``numpy.savez`` writes.
+BERT's names in Google's checkpoints become Hugging Face's. Kernels are (in, out) in TensorFlow and (out, in) in torch,
+so they and their slots are transposed. Make the .npz with `tf.train.load_checkpoint` and ``numpy.savez``.
 """
 
 import re
@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert.common import Converted, Note, group_options, moment_state
 
 SLOTS = {"lamb_m": "exp_avg", "lamb_v": "exp_avg_sq", "adam_m": "exp_avg", "adam_v": "exp_avg_sq"}
-"""Google's ALBERT calls LAMB's slots adam_m and adam_v."""
+"""{slot: kind}. Google's ALBERT names LAMB's slots adam_m and adam_v."""
 
 TRANSPOSED = re.compile(r"(^|/)kernel$")
 BERT: tuple[tuple[str, str], ...] = (
@@ -28,25 +28,25 @@ BERT: tuple[tuple[str, str], ...] = (
     (r"/gamma$", "/weight"),
     (r"/beta$", "/bias"),
 )
-"""Variable → Hugging Face's name, in turn; then slashes become dots."""
+"""(regex, replacement) from variables to Hugging Face's names, applied in turn; then slashes become dots."""
 
 TIED = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
-"""Names that Hugging Face's heads have beside TensorFlow's one variable."""
+"""{other name in Hugging Face's heads: the name of TensorFlow's variable}."""
 
 EXCLUDED = ("LayerNorm", "layer_norm", "bias")
-"""What BERT's and ALBERT's pretraining excludes from decay."""
+"""Patterns that BERT's and ALBERT's pretraining excludes from decay."""
 
 
 def from_tensorflow(
     arrays: Mapping[str, np.ndarray], renames: Sequence[tuple[str, str]] = (), variant: str | None = None
-) -> Converted[Contents]:
-    """{variable: array} → contents. ``renames``: (regex, replacement) on variables' names, before the table.
+) -> Converted[InMemoryCheckpoint]:
+    """{variable: array} → contents. ``renames``: (regex, replacement) for variables' names, before `BERT`.
 
     Raises:
-        ValueError: a variable with one slot, two variables of one name, or no slots at all.
+        ValueError: a variable has one slot only, two variables share a name, or there are no slots.
     """
     variables = {
         name: array for name, array in arrays.items() if _slot(name) is None and name != "global_step"
@@ -61,7 +61,7 @@ def from_tensorflow(
             continue
         variable = name.rsplit("/", 1)[0]
         if variable not in names:
-            raise ValueError(f"the file has {name} and no variable {variable}")
+            raise ValueError(f"the file has {name} but no variable {variable}")
         raw.setdefault(names[variable], {})[slot] = _tensor(array, variable)
     if not raw:
         raise ValueError(
@@ -69,7 +69,7 @@ def from_tensorflow(
         )
     if step is None:
         raise ValueError(
-            "the file has no global_step, and LAMB's bias correction counts steps: add it to the .npz"
+            "the file has no global_step, which LAMB's bias correction needs: add it to the .npz"
         )
     states = {name: moment_state(name, weights[name], state, step) for name, state in raw.items()}
     options, notes = _options(weights, list(states), variant)
@@ -80,7 +80,9 @@ def from_tensorflow(
         )
     tied = {name: first for name, first in TIED.items() if first in weights and _has_head(weights)}
     groups = [{"names": list(states), "options": options}]
-    return Contents(weights, states, groups, {"max_grad_norm": None, "skipped_steps": 0}, {}, tied), notes
+    return InMemoryCheckpoint(
+        weights, states, groups, {"max_grad_norm": None, "skipped_steps": 0}, {}, tied
+    ), notes
 
 
 def _has_head(weights: Mapping[str, Tensor]) -> bool:
@@ -92,8 +94,8 @@ def _slot(name: str) -> str | None:
 
 
 def _names(variables: Sequence[str], renames: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """{variable: our name}."""
-    found: dict[str, str] = {}
+    """Returns {variable: our name}."""
+    names: dict[str, str] = {}
     for variable in variables:
         name = variable
         for pattern, replacement in (*renames, *BERT):
@@ -102,13 +104,13 @@ def _names(variables: Sequence[str], renames: Sequence[tuple[str, str]]) -> dict
             except (re.error, IndexError) as error:
                 raise ValueError(f"--rename {pattern}={replacement}: {error}") from error
         name = name.replace("/", ".")
-        if name in found.values():
-            other = next(key for key, value in found.items() if value == name)
+        if name in names.values():
+            other = next(key for key, value in names.items() if value == name)
             raise ValueError(
-                f"{variable} and {other} would both be called {name!r}: tell them apart with --rename"
+                f"{variable} and {other} would both be called {name!r}: distinguish them with --rename"
             )
-        found[variable] = name
-    return found
+        names[variable] = name
+    return names
 
 
 def _step(array: np.ndarray) -> float:
@@ -120,14 +122,14 @@ def _step(array: np.ndarray) -> float:
 def _tensor(array: np.ndarray, variable: str) -> Tensor:
     if array.dtype.kind not in "fiub":
         raise ValueError(f"{variable} is {array.dtype}, expected numbers")
-    native = array.astype(array.dtype.newbyteorder("="))  # a copy: an .npz hands out what it may close
+    native = array.astype(array.dtype.newbyteorder("="))  # copied: an .npz may free its arrays
     tensor = torch.from_numpy(native)
     if TRANSPOSED.search(variable) is None or tensor.dim() < 2:
         return tensor
     if tensor.dim() > 2:
         raise ValueError(
-            f"{variable} has shape {tuple(tensor.shape)}: kernels of more than two dimensions lie otherwise in torch, "
-            f"each kind in its own way. Put it and its slots into the .npz as torch has them, under a name without "
+            f"{variable} has shape {tuple(tensor.shape)}: kernels of more than two dimensions have another layout in "
+            f"torch, which depends on their kind. Store it and its slots in torch's layout, under a name without "
             f"'kernel', and --rename that"
         )
     return tensor.t().contiguous()

@@ -1,15 +1,16 @@
-"""timm's Lamb: moments by place, the step count in the group, excluded parameters in groups without decay."""
+"""timm's Lamb: numbered parameters, a step count per group, excluded parameters in groups without decay."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert import positional
 from sharded_lamb.convert.common import (
     Converted,
     Note,
     check_format,
     differing,
+    flags_of,
     group_options,
     left_out,
     scalars_of,
@@ -17,16 +18,21 @@ from sharded_lamb.convert.common import (
 )
 from sharded_lamb.convert.grouping import PlainGroup, lost_options, plain_groups
 
-_ITS_CLIP = (0.0, 1.0)  # trust_clip=True there: the ratio is at most 1
+_FLAGS = {
+    "bias_correction": "bias_correction",
+    "grad_averaging": "grad_averaging",
+    "adapt_without_decay": "always_adapt",
+}
+_TIMM_CLIP = (0.0, 1.0)  # trust_clip=True there: the ratio is at most 1
 
 
 def from_timm(
     file: Mapping[str, Any], names: Sequence[str] | None = None, variant: str | None = None
-) -> Converted[Contents]:
+) -> Converted[InMemoryCheckpoint]:
     """{"model", "optimizer"} → contents.
 
     Raises:
-        ValueError: parameters cannot be named; options that no LAMB here has.
+        ValueError: parameters cannot be named, or options are not supported.
     """
     read, notes = positional.read(file, names)
     check_format(read.groups, "timm")
@@ -34,26 +40,23 @@ def from_timm(
         refused = [key for key in ("caution", "decoupled_decay") if group.get(key)]
         if refused:
             raise ValueError(
-                f"the file's Lamb had {refused[0]}=True, which is another update rule and is not implemented here: "
-                f"moments made under it would be continued otherwise"
+                f"the file's Lamb had {refused[0]}=True, which is another update rule and is not supported: its "
+                f"moments would continue under a different rule"
             )
     clips = {group.get("max_grad_norm") for group in read.groups}
     clip = next(iter(clips)) if len(clips) == 1 else read.groups[0].get("max_grad_norm")
     if len(clips) > 1:
         notes.append(
-            f"groups have max_grad_norm {sorted(map(str, clips))}, and clipping is over all: {clip} is taken"
+            f"groups have max_grad_norm {sorted(map(str, clips))}, but clipping is over all groups: {clip} is used"
         )
 
     def options(group: Mapping[str, Any]) -> dict[str, Any]:
-        own = {
-            "bias_correction": bool(group.get("bias_correction", True)),
-            "grad_averaging": bool(group.get("grad_averaging", True)),
-            "trust_clip": _ITS_CLIP if group.get("trust_clip") else None,
-            "adapt_without_decay": bool(group.get("always_adapt", False)),
-        }
+        own: dict[str, Any] = flags_of(group, _FLAGS)
+        if "trust_clip" in group:
+            own["trust_clip"] = _TIMM_CLIP if group["trust_clip"] else None
         return group_options(variant or "timm", {**scalars_of(group), **own})
 
-    contents = Contents(
+    contents = InMemoryCheckpoint(
         read.weights,
         read.states(lambda group, state: group.get("step")),
         read.named_groups(options),
@@ -64,8 +67,8 @@ def from_timm(
     return contents, notes
 
 
-def to_timm(contents: Contents) -> Converted[dict[str, Any]]:
-    """Contents → {"model", "optimizer"}, the latter for ``timm.optim.Lamb.load_state_dict``."""
+def to_timm(contents: InMemoryCheckpoint) -> Converted[dict[str, Any]]:
+    """InMemoryCheckpoint → {"model", "optimizer"}, the latter for ``timm.optim.Lamb.load_state_dict``."""
     weights, notes = widest_weights(contents)
     groups, cut = plain_groups(contents)
     steps, behind = positional.group_steps([group.names for group in groups], contents.states)
@@ -88,7 +91,7 @@ def _group(group: PlainGroup, clip: float | None) -> dict[str, Any]:
         "bias_correction": options["bias_correction"] is not False,
         "grad_averaging": options["grad_averaging"],
         "max_grad_norm": clip,
-        "trust_clip": _clip_of(options) == _ITS_CLIP,
+        "trust_clip": _clip_of(options) == _TIMM_CLIP,
         "always_adapt": group.adapts if group.weight_decay == 0 else bool(options["adapt_without_decay"]),
         "caution": False,
         "decoupled_decay": False,
@@ -108,19 +111,19 @@ def _lost(groups: list[PlainGroup]) -> list[Note]:
         "bias_correction",
         ["lr" for group in groups if group.options["bias_correction"] == "lr"],
         True,
-        "timm's Lamb has it inside the ratio only: its updates will differ",
+        "timm's Lamb corrects bias inside the ratio only: its updates will differ",
     )
     clips = [_clip_of(group.options) for group in groups]
     notes += differing(
         "trust_clip",
-        [clip for clip in clips if clip not in (None, _ITS_CLIP)],
+        [clip for clip in clips if clip not in (None, _TIMM_CLIP)],
         None,
-        f"timm's Lamb has none or {_ITS_CLIP}: ratios will not be clipped",
+        f"timm's Lamb supports only None and {_TIMM_CLIP}: ratios will not be clipped",
     )
     fixed = [name for group in groups if group.weight_decay and not group.adapts for name in group.names]
     if fixed:
         notes.append(
-            f"timm's Lamb has a ratio wherever there is decay: {len(fixed)} parameters had decay and no ratio "
+            f"timm's Lamb applies a ratio wherever there is decay: {len(fixed)} parameters had decay and no ratio "
             f"({fixed[0]}), and will have one"
         )
     return notes

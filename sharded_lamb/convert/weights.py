@@ -1,11 +1,11 @@
-"""safetensors: weights alone, a file or a folder as Hugging Face's ``save_pretrained`` writes it."""
+"""safetensors: weights only, in a file or in a folder of Hugging Face's ``save_pretrained``."""
 
 import json
 from pathlib import Path
 
 from torch import Tensor
 
-from sharded_lamb.checkpoint.contents import Contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert.common import Converted, left_out, widest_weights
 from sharded_lamb.core.names import normalize
 
@@ -13,11 +13,11 @@ ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_weights(source: str) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file, of a folder that holds one or an index of several, or of a name on the Hub.
+    """Reads a .safetensors file, a folder that holds one or an index of several, or a name on the Hub.
 
     Raises:
-        ImportError: safetensors, or for a name huggingface_hub, is not installed.
-        ValueError, OSError: there is nothing of the kind.
+        ImportError: safetensors is not installed, or for a name huggingface_hub.
+        ValueError, OSError: there is no such file or folder, or it is damaged.
     """
     path = Path(source)
     if path.is_dir():
@@ -26,13 +26,13 @@ def read_weights(source: str) -> dict[str, Tensor]:
         return _of_file(path)
     if source.count("/") > 1 or source.startswith((".", "/")) or source.endswith(".safetensors"):
         raise OSError(
-            f"{source} is not there: give a .safetensors file, a folder that holds one, or a name on the Hub"
+            f"{source} does not exist: give a .safetensors file, a folder that holds one, or a name on the Hub"
         )
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ImportError(
-            f"{source} is no path, and names on the Hub need huggingface_hub: {error}"
+            f"{source} is not a path, and names on the Hub need huggingface_hub: {error}"
         ) from None
     return _of_folder(Path(snapshot_download(source, allow_patterns=["*.safetensors", INDEX])))
 
@@ -55,24 +55,24 @@ def _of_file(path: Path) -> dict[str, Tensor]:
     except ImportError as error:
         raise ImportError(f"{path} needs safetensors: pip install safetensors ({error})") from None
     try:
-        found: dict[str, Tensor] = load_file(str(path))
+        tensors: dict[str, Tensor] = load_file(str(path))
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
-    return found
+    return tensors
 
 
-def from_weights(weights: dict[str, Tensor]) -> Converted[Contents]:
+def from_weights(weights: dict[str, Tensor]) -> Converted[InMemoryCheckpoint]:
     """Weights → contents without an optimizer."""
     named = {normalize(name): value for name, value in weights.items()}
-    note = "weights only: load the checkpoint with optimizer=None, and start the optimizer anew"
-    return Contents(named, {}, [], {"max_grad_norm": None, "skipped_steps": 0}, {}, {}), [note]
+    note = "weights only: load the checkpoint with optimizer=None, and start with a new optimizer"
+    return InMemoryCheckpoint(named, {}, [], {"max_grad_norm": None, "skipped_steps": 0}, {}, {}), [note]
 
 
-def to_weights(contents: Contents) -> Converted[dict[str, Tensor]]:
-    """Contents → weights for one .safetensors file, each in memory of its own."""
+def to_weights(contents: InMemoryCheckpoint) -> Converted[dict[str, Tensor]]:
+    """InMemoryCheckpoint → weights for one .safetensors file, no two sharing memory."""
     weights, notes = widest_weights(contents)
     if contents.states:
-        notes.append("safetensors hold weights only: moments, steps and options are left out")
+        notes.append("safetensors holds weights only: moments, steps and options are left out")
     if contents.aliases:
         pairs = ", ".join(f"{name} = {first}" for name, first in list(contents.aliases.items())[:3])
         notes.append(f"tied weights are written once ({pairs}): load with strict=False, and tie them again")
@@ -81,6 +81,6 @@ def to_weights(contents: Contents) -> Converted[dict[str, Tensor]]:
 
 
 def _alone(value: Tensor) -> Tensor:
-    """Row-major, in memory of its own: safetensors refuses shared memory."""
+    """Returns the tensor row-major in its own memory: safetensors rejects shared memory."""
     value = value.contiguous()
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()

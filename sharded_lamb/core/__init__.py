@@ -1,1 +1,1 @@
-"""The algorithm and its bookkeeping: no ranks, no memory."""
+"""The LAMB rule, its options and the shard layout: no process group, no device memory."""

@@ -1,7 +1,7 @@
-"""What a layout costs: bytes and calls of a step, from integers alone. Nothing is allocated, no rank is asked.
+"""Cost of a layout: bytes and collectives of a step, computed from integers. Allocates nothing, sends nothing.
 
-The names are those of `sharded_lamb.comm.collectives.Traffic`; a list holds the bytes that one rank hands to others, a
-collective an entry.
+Names are those of `sharded_lamb.comm.collectives.Traffic`; a list holds the bytes that one rank sends, one entry a
+collective.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,24 +12,24 @@ from sharded_lamb.core.layout import Bucket
 
 @dataclass(frozen=True, slots=True)
 class Widths:
-    """Bytes an element of one bucket's or piece's memory, by role."""
+    """Bytes per element of the memory of one bucket or DTensor shard, by role."""
 
-    model: int  # the parameters, as forward reads them and as they are gathered
-    master: int  # of what is kept of it; 0 where the parameters' own memory is what is updated
-    state: int  # of each of the two moments
-    wire: int  # gradients as they are exchanged
-    compute: int  # gradients as they are summed and kept
-    beside_weight: bool = False  # a master is read from the parameter and its own bytes together
+    model: int  # parameters as forward reads them and as they are all-gathered
+    master: int  # stored masters; 0 where the update writes the parameters themselves
+    state: int  # each of the two moments
+    wire: int  # gradients in the reduce-scatter
+    compute: int  # gradients as they are summed and stored
+    beside_weight: bool = False  # decoding a master reads the parameter too (remainders)
 
 
 def large_sends(
     buckets: Iterable[tuple[Bucket, Widths]], *, reduces: bool, replicas: int
 ) -> dict[str, list[int]]:
-    """Bytes of every collective of a step that grows with the model, by name, in bucket order.
+    """Bytes of every collective of a step whose size grows with the model, by name, in bucket order.
 
     Args:
-        reduces: whether gradients are reduced here (stage 2).
-        replicas: ranks that hold the same shard.
+        reduces: whether this optimizer reduces gradients (stage 2).
+        replicas: number of ranks that hold the same shard.
     """
     sends: dict[str, list[int]] = {"all_gather": [], "reduce_scatter": [], "all_reduce_replicas": []}
     for bucket, widths in buckets:
@@ -46,9 +46,10 @@ def large_sends(
 def small_sends(parameters: int, sums: int, *, agreements: int) -> list[int]:
     """Bytes of the packed fp64 all-reduces of a step on several ranks.
 
-    ``sums``: `sharded_lamb.core.rule.SUMS` a parameter.
+    ``sums``: `sharded_lamb.core.rule.SUMS` per parameter.
 
-    ``agreements``: how often (a) is made; 0: it travels with (b), see `sharded_lamb.gradients.summary`.
+    ``agreements``: number of times that all-reduce (a) is made; 0: (a) is packed into (b), see
+    `sharded_lamb.gradients.summary`.
     """
     if not agreements:
         return [(2 + sums) * parameters * 8]
@@ -56,9 +57,9 @@ def small_sends(parameters: int, sums: int, *, agreements: int) -> list[int]:
 
 
 def staging_bytes(buckets: Sequence[tuple[Bucket, Widths]], *, in_flight: int, sums_here: bool) -> int:
-    """Memory of the exchanges of stage 2 that may be under way at once, each as large as any bucket needs.
+    """Bytes of staging for the exchanges of stage 2 in flight at once, each as large as the largest bucket needs.
 
-    ``sums_here``: the other ranks' parts of this rank's shard are received and summed here (gloo), not their sum.
+    ``sums_here``: this rank receives the other ranks' parts of its shard and sums them (gloo), instead of their sum.
     """
     if not buckets:
         return 0
@@ -69,12 +70,12 @@ def staging_bytes(buckets: Sequence[tuple[Bucket, Widths]], *, in_flight: int, s
 
 
 def update_bytes(numel: int, widths: Widths) -> int:
-    """Memory traffic of the two passes over ``numel`` elements: 40 B an element in fp32, 42 with a 16-bit model.
+    """Bytes of memory traffic of the two passes over ``numel`` elements.
 
-    40 again where the masters of that are split.
+    40 B per element in fp32; 42 with a 16-bit model and fp32 masters; 40 with a 16-bit model and remainders.
 
     Pass 1 reads gradient, weight, m, v and writes m, v; pass 2 reads weight, m, v and writes the weight, and the
-    model's copy of it where that lies apart.
+    model's copy of it where masters are separate.
     """
     weight = widths.model + widths.master if widths.beside_weight else widths.master or widths.model
     copy = widths.model if widths.master and not widths.beside_weight else 0

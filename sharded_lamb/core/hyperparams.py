@@ -1,6 +1,6 @@
-"""What a user may set: the options of LAMB, their named variants, and what is refused.
+"""The options of LAMB, their named variants and their validation.
 
-Values only; torch is imported for type checking alone.
+Plain values; imports no torch.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from sharded_lamb.core.names import validate_patterns
 
 
 class RuleOptions(TypedDict, total=False):
-    """The keywords that ``variant`` fills where they are not given. README's table says what each does."""
+    """Keywords whose defaults come from ``variant``. The README's table describes each."""
 
     bias_correction: bool | Literal["lr"]
     grad_averaging: bool
@@ -26,6 +26,11 @@ class RuleOptions(TypedDict, total=False):
     exclude_from_layer_adaptation: Sequence[str] | None
     adapt_without_decay: bool
 
+
+SCALAR_DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
+    {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01}
+)
+"""What the signatures of `Lamb` and `ShardedLamb` say; no variant fills these."""
 
 DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
     {
@@ -41,7 +46,7 @@ DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
         "adapt_without_decay": True,
     }
 )
-"""The options that a variant fills; all but ``max_grad_norm`` may differ from group to group."""
+"""Options with a default per variant; all but ``max_grad_norm`` may differ between groups."""
 
 GROUP_OPTIONS: Final = tuple(name for name in DEFAULTS if name != "max_grad_norm")
 
@@ -56,8 +61,8 @@ VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         "lamb": _variant(),
         # arXiv 1904.00962 as its reference TensorFlow LAMBOptimizer computes it.
         "paper_v3": _variant(bias_correction=False),
-        # TensorFlow Addons: bias-corrected; what is excluded from decay is excluded from adaptation
-        # (None: the same patterns) unless said otherwise.
+        # TensorFlow Addons: bias-corrected; patterns that exclude from decay also exclude from adaptation
+        # (None: the same patterns) unless given separately.
         "tfa": _variant(exclude_from_layer_adaptation=None),
         # The paper's first version: phi(|w|) = min(max(|w|, 0), 10), bias-corrected.
         "paper_v1": _variant(weight_norm_clip=(0.0, 10.0)),
@@ -73,18 +78,18 @@ VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 
 
 def variant_options(name: object) -> Mapping[str, Any]:
-    """The options of variant ``name``. Raises ValueError for a name that is none."""
+    """The options of variant ``name``. Raises ValueError for an unknown name."""
     if name not in VARIANTS:
         raise ValueError(f"variant must be one of {sorted(VARIANTS)}, got {name!r}")
     return VARIANTS[str(name)]
 
 
 def fill(variant: str, explicit: RuleOptions) -> dict[str, Any]:
-    """The options of ``variant`` with ``explicit`` ones over them.
+    """The options of ``variant``, overridden by ``explicit``.
 
     Raises:
-        ValueError: no such variant.
-        TypeError: no such option, with the nearest right name.
+        ValueError: unknown variant.
+        TypeError: unknown option; the message names the nearest valid one.
     """
     options = dict(variant_options(variant))
     for name in explicit:
@@ -104,7 +109,9 @@ def _is_number(value: object) -> bool:
 
 
 def _check_lr(lr: Any) -> None:
-    if hasattr(lr, "numel"):  # a tensor: its value may live on a device, so only its shape is looked at
+    if hasattr(
+        lr, "numel"
+    ):  # a tensor: reading its value may synchronize with a device, so only its shape is checked
         if lr.numel() != 1:
             _fail("lr", tuple(lr.shape), "a number or a tensor of one element")
     elif not _is_number(lr) or not 0.0 <= lr < math.inf:
@@ -126,11 +133,11 @@ def _check_range(name: str, value: Any) -> None:
 
 
 def validate_group(group: Mapping[str, Any]) -> None:
-    """Every option of one parameter group.
+    """Validate every option of one parameter group.
 
     Raises:
-        ValueError: a value out of range, naming the option, the value and what was expected.
-        TypeError: patterns that are no sequence of strings.
+        ValueError: a value is out of range; the message names the option, the value and the expectation.
+        TypeError: patterns are not a sequence of strings.
     """
     _check_lr(group["lr"])
     betas = group["betas"]
@@ -153,5 +160,5 @@ def validate_group(group: Mapping[str, Any]) -> None:
     _check_range("trust_clip", group["trust_clip"])
     _check_range("weight_norm_clip", group["weight_norm_clip"])
     validate_patterns("exclude_from_weight_decay", group["exclude_from_weight_decay"])
-    if group["exclude_from_layer_adaptation"] is not None:  # None: as exclude_from_weight_decay
+    if group["exclude_from_layer_adaptation"] is not None:  # None: the same as exclude_from_weight_decay
         validate_patterns("exclude_from_layer_adaptation", group["exclude_from_layer_adaptation"])

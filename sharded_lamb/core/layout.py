@@ -1,13 +1,13 @@
-"""Which rank holds which part of which parameter. Integers and strings only; proved when made.
+"""Shard layout: which rank holds which elements of which parameter. Integers and strings, validated at construction.
 
-A bucket is a flat run of memory in which parameters lie one after the other, each at a multiple of
-`BLOCK` elements, padded to ``BLOCK x world_size`` elements and cut into ``world_size`` equal shards::
+A bucket is a flat, contiguous range of memory: parameters follow each other, each at a multiple of `BLOCK`
+elements, padded to ``BLOCK x world_size`` elements and divided into ``world_size`` equal shards::
 
     bucket 0   |wwwwwwww··|bb········|wwwwwwwwwwwwwwww|···············|      · padding
                |     rank 0     |     rank 1     |       rank 2       |
 
-Cuts fall between blocks, so every block of a parameter is whole on one rank, and is the same block on
-any number of ranks: sums over blocks have the same bits (`sharded_lamb.kernels`).
+Shards end at block boundaries, so every block of a parameter is whole on one rank and is the same block on any
+number of ranks: sums over blocks have the same bits (`sharded_lamb.kernels`).
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 BLOCK = 256
-"""Elements a block. 1 KiB of fp32: sums of squares within it are fp32, over blocks fp64."""
+"""Elements per block; 1 KiB of fp32. Sums of squares are fp32 within a block, fp64 over blocks."""
 
 
 def round_up(numel: int, multiple: int) -> int:
@@ -27,9 +27,9 @@ def round_up(numel: int, multiple: int) -> int:
 
 
 def chunk_numel(shape: Sequence[int], ranks: int, rank: int) -> int:
-    """Elements that ``rank`` holds of a tensor cut along dimension 0 as ``Shard(0)`` cuts, by torch.chunk's rule.
+    """Elements that ``rank`` holds of a tensor sharded as ``Shard(0)``, by torch.chunk's rule.
 
-    Every rank but the last ones has ``ceil(rows / ranks)`` rows; those may have fewer, or none.
+    Every rank but the last ones has ``ceil(rows / ranks)`` rows; the last ones may have fewer, or none.
     """
     rows = -(-shape[0] // ranks)
     return max(min(shape[0] - rank * rows, rows), 0) * math.prod(shape[1:])
@@ -39,7 +39,7 @@ def chunk_numel(shape: Sequence[int], ranks: int, rank: int) -> int:
 class Segment:
     """Elements [start, start + length) of a flattened parameter, at ``shard_start`` of a rank's shard.
 
-    The parameter is flattened in memory order, which for a contiguous one is the order of ``view(-1)``.
+    The parameter is flattened in memory order: for a contiguous one, the order of ``view(-1)``.
     """
 
     param: int
@@ -49,17 +49,17 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """Elements [start, stop) of a rank's shard that travel together; ``segment``: what fills them, where one does."""
+class MessageRun:
+    """Elements [start, stop) of a rank's shard that one message carries."""
 
     start: int
     stop: int
-    segment: Segment | None
+    segment: Segment | None  # the one that fills the run; None: small segments and padding
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Parameters ``params`` (indices, ascending ``offsets``) in one flat run of ``numel`` elements."""
+    """Parameters ``params`` (indices, ascending ``offsets``) in one flat range of ``numel`` elements."""
 
     params: tuple[int, ...]
     offsets: tuple[int, ...]
@@ -68,9 +68,9 @@ class Bucket:
     world_size: int
 
     def __post_init__(self) -> None:
-        """The proof: parameters are disjoint, at block starts, inside; shards tile the bucket in blocks.
+        """Validate: parameters are disjoint, start at blocks and fit; shards tile the bucket in whole blocks.
 
-        Every element of every parameter is then in exactly one rank's shard.
+        Every element of every parameter is then in exactly one rank's shard. Raises ValueError.
         """
         if len({len(self.params), len(self.offsets), len(self.numels)}) != 1 or not self.params:
             raise ValueError(f"a bucket needs one offset and one size a parameter, got {self}")
@@ -97,15 +97,15 @@ class Bucket:
         return rank * self.shard_numel, (rank + 1) * self.shard_numel
 
     def gaps(self) -> tuple[tuple[int, int], ...]:
-        """[start, stop) of what no parameter fills, in memory order."""
+        """[start, stop) of the padding that no parameter fills, in memory order."""
         ends = [0, *(offset + numel for offset, numel in zip(self.offsets, self.numels, strict=True))]
         starts = [*self.offsets, self.numel]
         return tuple((end, start) for end, start in zip(ends, starts, strict=True) if end < start)
 
     def segments(self, rank: int) -> tuple[Segment, ...]:
-        """What ``rank`` holds, in memory order; work in proportion to what it holds, not to the ranks."""
+        """The segments of ``rank``, in memory order; O(segments of this rank), independent of the number of ranks."""
         low, high = self.shard_range(rank)
-        found = []
+        segments = []
         first = max(bisect_right(self.offsets, low) - 1, 0)
         for param, offset, numel in zip(
             self.params[first:], self.offsets[first:], self.numels[first:], strict=True
@@ -114,39 +114,37 @@ class Bucket:
                 break
             start, stop = max(low, offset), min(high, offset + numel)
             if start < stop:
-                found.append(Segment(param, start - offset, stop - start, start - low))
-        return tuple(found)
+                segments.append(Segment(param, start - offset, stop - start, start - low))
+        return tuple(segments)
 
-    def runs(self, rank: int, alone: int) -> tuple[Run, ...]:
-        """All of the shard of ``rank``: segments of ``alone`` elements or more by themselves, and what is between."""
-        found, at = [], 0
+    def runs(self, rank: int, alone: int) -> tuple[MessageRun, ...]:
+        """The whole shard of ``rank`` as runs: one per segment of ``alone`` elements or more, one per rest between."""
+        runs, at = [], 0
         for segment in self.segments(rank):
             if segment.length < alone:
                 continue
             if at < segment.shard_start:
-                found.append(Run(at, segment.shard_start, None))
+                runs.append(MessageRun(at, segment.shard_start, None))
             at = segment.shard_start + segment.length
-            found.append(Run(segment.shard_start, at, segment))
+            runs.append(MessageRun(segment.shard_start, at, segment))
         if at < self.shard_numel:
-            found.append(Run(at, self.shard_numel, None))
-        return tuple(found)
+            runs.append(MessageRun(at, self.shard_numel, None))
+        return tuple(runs)
 
 
 @dataclass(frozen=True, slots=True)
 class ShardLayout:
-    """One rank's segments in every bucket, and the buckets they are cut from.
+    """All buckets and this rank's place in them.
 
-    Frozen, and complete: `Bucket` proves coverage over ranks, this proves that every parameter is in
-    exactly one bucket, whole, or in ``dtensors``.
+    Frozen and complete: `Bucket` validates coverage over ranks; this class validates that every parameter is whole in
+    exactly one bucket, or in ``dtensors``.
     """
 
-    numels: tuple[int, ...]  # of every parameter
+    numels: tuple[int, ...]  # per parameter
     buckets: tuple[Bucket, ...]
     rank: int
     world_size: int
-    dtensors: frozenset[int] = (
-        frozenset()
-    )  # DTensors: their placements cut them, see `sharded_lamb.sharding.placements`
+    dtensors: frozenset[int] = frozenset()  # sharded by their placements: `sharded_lamb.sharding.placements`
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -169,24 +167,24 @@ class ShardLayout:
 
     @property
     def shard_numel(self) -> int:
-        """Elements that this rank keeps state for, padding included."""
+        """Elements of state on this rank, padding included."""
         return sum(bucket.shard_numel for bucket in self.buckets)
 
     def digest(self) -> str:
-        """The same on every rank of one layout, and on no other layout (SHA-256 over its integers)."""
+        """SHA-256 over the layout's integers: equal on all ranks of one layout, different for any other layout."""
         buckets = [(b.params, b.offsets, b.numels, b.numel) for b in self.buckets]
-        placed = [[(param, self.numels[param]) for param in sorted(self.dtensors)]] if self.dtensors else []
-        return hashlib.sha256(json.dumps([self.world_size, buckets, *placed]).encode()).hexdigest()
+        dtensors = [[(param, self.numels[param]) for param in sorted(self.dtensors)]] if self.dtensors else []
+        return hashlib.sha256(json.dumps([self.world_size, buckets, *dtensors]).encode()).hexdigest()
 
     def picture(self, names: Sequence[str], width: int = 60) -> str:
-        """Who holds what, a line a parameter: its elements from left to right, a digit (mod 10) a rank."""
+        """One line per parameter: its elements from left to right, each as its rank modulo 10."""
         lines = []
         label = max((len(name) for name in names), default=0)
         for bucket in self.buckets:
             for param, offset, numel in zip(bucket.params, bucket.offsets, bucket.numels, strict=True):
-                cells = min(width, numel)
-                at = [offset + cell * numel // cells for cell in range(cells)]
-                owners = "".join(str(place // bucket.shard_numel % 10) for place in at)
+                columns = min(width, numel)
+                elements = [offset + column * numel // columns for column in range(columns)]
+                owners = "".join(str(element // bucket.shard_numel % 10) for element in elements)
                 lines.append(f"{names[param]:<{label}}  {numel:>12,}  {owners}")
         return "\n".join(lines)
 
@@ -198,24 +196,24 @@ def plan_buckets(
     bucket_bytes: int,
     world_size: int,
 ) -> tuple[Bucket, ...]:
-    """Flat buckets of parameters of one kind (dtype and device), last parameters first.
+    """Buckets of parameters of one kind (dtype and device), last parameters first.
 
-    Backward makes gradients roughly in reverse order, so bucket 0 is full first. A bucket is closed once
-    it holds ``bucket_bytes`` of parameters; what a bucket holds does not depend on the number of ranks.
+    Backward produces gradients roughly in reverse order, so bucket 0 fills first. A bucket closes once it holds
+    ``bucket_bytes`` of parameters; its parameters do not depend on the number of ranks.
 
     Args:
-        numels, kinds, itemsizes: elements, kind and bytes an element of every parameter.
-        bucket_bytes: when to close a bucket; a larger parameter has a bucket of its own.
-        world_size: ranks that share a bucket.
+        numels, kinds, itemsizes: elements, kind and bytes per element of every parameter.
+        bucket_bytes: size at which a bucket closes; a larger parameter closes its bucket alone.
+        world_size: number of shards per bucket.
     """
     filling: dict[Hashable, tuple[list[int], int]] = {}
     closed: list[list[int]] = []
     for param in reversed(range(len(numels))):
-        members, held = filling.get(kinds[param], ([], 0))
+        members, filled = filling.get(kinds[param], ([], 0))
         members.append(param)
-        held += round_up(numels[param], BLOCK) * itemsizes[param]
-        filling[kinds[param]] = (members, held)
-        if held >= bucket_bytes:
+        filled += round_up(numels[param], BLOCK) * itemsizes[param]
+        filling[kinds[param]] = (members, filled)
+        if filled >= bucket_bytes:
             closed.append(members)
             del filling[kinds[param]]
     closed.extend(members for members, _ in filling.values())

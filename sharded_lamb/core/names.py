@@ -1,6 +1,6 @@
-"""Parameter names: what wrappers add to them, and the patterns that pick parameters by name or shape.
+"""Parameter names: wrappers' prefixes, and patterns that select parameters by name or shape.
 
-Strings and integers only; no torch at run time.
+Strings and integers; imports no torch.
 """
 
 import re
@@ -8,14 +8,14 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 WRAPPER_INFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
-"""Added anywhere in a name by torch.compile, activation checkpointing and FSDP."""
+"""Inserted anywhere in a name by torch.compile, activation checkpointing and FSDP."""
 
 BY_SHAPE: dict[str, Callable[[int], bool]] = {"ndim<=1": lambda ndim: ndim <= 1, "all": lambda ndim: True}
-"""Patterns that need no names: biases and norm weights by their shape, or every parameter."""
+"""Patterns that need no names: biases and norm weights by shape, or every parameter."""
 
 
 def normalize(name: str) -> str:
-    """The name as the bare module has it: ``module._orig_mod.fc.bias`` → ``fc.bias``."""
+    """The name in the unwrapped module: ``module._orig_mod.fc.bias`` → ``fc.bias``."""
     for infix in WRAPPER_INFIXES:
         name = name.replace(infix, "")
     while name.startswith("module."):
@@ -24,7 +24,12 @@ def normalize(name: str) -> str:
 
 
 def validate_patterns(option: str, patterns: object) -> tuple[str, ...]:
-    """``patterns`` as a tuple of compiled-once-checked regexes. Raises ValueError or TypeError."""
+    """``patterns`` as a tuple, each checked once.
+
+    Raises:
+        ValueError: a pattern is not a regular expression.
+        TypeError: ``patterns`` is not a sequence of strings.
+    """
     if isinstance(patterns, str) or not isinstance(patterns, Sequence):
         raise TypeError(
             f"{option} must be a sequence of patterns, got {patterns!r}; write {option}=({patterns!r},)"
@@ -45,30 +50,30 @@ def validate_patterns(option: str, patterns: object) -> tuple[str, ...]:
 
 
 def matching(patterns: Iterable[str], name: str | None, ndim: int) -> set[str]:
-    """Those of ``patterns`` that pick the parameter called ``name`` with ``ndim`` dimensions."""
-    found = set()
+    """The subset of ``patterns`` that match the parameter ``name`` with ``ndim`` dimensions."""
+    matches = set()
     for pattern in patterns:
         if pattern in BY_SHAPE:
             if BY_SHAPE[pattern](ndim):
-                found.add(pattern)
+                matches.add(pattern)
         elif name is not None and re.search(pattern, normalize(name)):
-            found.add(pattern)
-    return found
+            matches.add(pattern)
+    return matches
 
 
 def needs_names(patterns: Iterable[str]) -> bool:
-    """Whether any of ``patterns`` can only be decided by a name."""
+    """Whether any of ``patterns`` matches by name rather than by shape."""
     return any(pattern not in BY_SHAPE for pattern in patterns)
 
 
 def check_use(option: str, patterns: tuple[str, ...], used: set[str], example: str | None) -> None:
-    """Patterns that pick nothing are a mistake: all of them, an error; one among live ones, a warning.
+    """Raise if no pattern matches a parameter; warn about each one that matches none.
 
     Raises:
-        ValueError: none of ``patterns`` picked a parameter.
+        ValueError: none of ``patterns`` matches a parameter.
     """
-    dead = [pattern for pattern in patterns if pattern not in used]
-    if not dead:
+    unused = [pattern for pattern in patterns if pattern not in used]
+    if not unused:
         return
     hint = f"; a name here looks like {normalize(example)!r}" if example is not None else ""
     if not used:
@@ -76,4 +81,4 @@ def check_use(option: str, patterns: tuple[str, ...], used: set[str], example: s
             f"{option}={patterns!r} matches no parameter{hint}. Patterns are searched with re.search in the "
             f"names that named_parameters() gives, wrappers' prefixes removed"
         )
-    warnings.warn(f"{option}: {dead!r} matches no parameter{hint}", UserWarning, stacklevel=2)
+    warnings.warn(f"{option}: {unused!r} matches no parameter{hint}", UserWarning, stacklevel=2)

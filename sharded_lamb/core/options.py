@@ -1,4 +1,4 @@
-"""Parameter groups → `ParameterOptions`: Python values to device tensors, made anew only when a value changed."""
+"""Parameter groups → `ParameterOptions`: Python values as device tensors, rebuilt only when a value changes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -57,10 +57,9 @@ class _GroupOptions:
 
 
 class OptionTable:
-    """The options of all parameters on the device of the update.
+    """The options of all parameters, as tensors on the device of the update.
 
-    The tensors are read by the host only when they are made; a step whose groups hold the same values as
-    the step before makes none.
+    A step whose groups hold the same values as in the previous step builds no tensor and copies nothing.
     """
 
     def __init__(
@@ -87,14 +86,14 @@ class OptionTable:
         return len(self._group_of)
 
     def options(self) -> ParameterOptions:
-        """The groups' options of now, one entry a parameter."""
+        """The groups' current options, one entry per parameter."""
         of_groups = [_GroupOptions.of(group) for group in self._groups]
         if self._options is None or of_groups != self._of_groups:
             self._of_groups, self._options = of_groups, self._assemble(of_groups)
         return self._options
 
     def lr(self) -> Tensor:
-        """[P] fp64: each parameter's learning rate; a tensor lr is read on the device, never by the host."""
+        """[P] fp64: each parameter's learning rate; a tensor lr is read on the device, never on the host."""
         values = [group["lr"] for group in self._groups]
         if any(isinstance(value, Tensor) for value in values):
             self._lrs = None
@@ -109,7 +108,7 @@ class OptionTable:
         return self._lr
 
     def _on_device(self, values: Sequence[Any]) -> Tensor:
-        """Without waiting for the device, as a plain copy to it would."""
+        """Copies from pinned memory, without a device synchronization."""
         host = torch.tensor(values, dtype=torch.float64, pin_memory=self._device.type == "cuda")
         return host.to(self._device, non_blocking=True)
 

@@ -1,4 +1,4 @@
-"""Parameters as an optimizer is given them: names, groups, and which ones LAMB cannot update."""
+"""Parameters passed to an optimizer: names, groups, and the checks that LAMB can update them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -7,22 +7,28 @@ import torch
 from torch import Tensor
 
 NamedParameter = tuple[str, Tensor, dict[str, Any]]
-"""(name without wrappers' prefixes, parameter, its group)"""
+"""(name without wrappers' prefixes, parameter, its group)."""
 
 
 def named(group: Mapping[str, Any]) -> Iterable[tuple[str | None, Tensor]]:
+    """(name or None, parameter) of every parameter of ``group``."""
     params: list[Tensor] = group["params"]
     names: list[str | None] = group.get("param_names") or [None] * len(params)
     return zip(names, params, strict=True)
 
 
 def ndim_of(p: Tensor) -> int:
-    """Dimensions of the parameter as the model has it: DeepSpeed's ZeRO-3 leaves an empty tensor in its place."""
+    """Dimensions of the full parameter: DeepSpeed's ZeRO-3 replaces ``p.data`` by an empty tensor."""
     return len(getattr(p, "ds_shape", p.shape))
 
 
 def check_parameter(name: str, p: Tensor) -> None:
-    """Raises TypeError or ValueError for a parameter whose LAMB step would be silently wrong."""
+    """Reject a parameter whose LAMB step would be silently wrong.
+
+    Raises:
+        TypeError: not a real floating-point, dense parameter.
+        ValueError: a flat parameter of FSDP1.
+    """
     if p.is_complex():
         raise TypeError(
             f"parameter {name!r} is {p.dtype}: LAMB is defined for real parameters, not complex ones"
@@ -40,7 +46,7 @@ def check_parameter(name: str, p: Tensor) -> None:
 
 
 def check_gradients(names: Sequence[str], grads: Sequence[Tensor | None]) -> None:
-    """As `check_gradient`, of many; None stands for no gradient."""
+    """`check_gradient` for many; None: no gradient."""
     if {grad.layout for grad in grads if grad is not None} - {torch.strided}:
         for name, grad in zip(names, grads, strict=True):
             if grad is not None:

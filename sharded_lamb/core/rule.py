@@ -1,4 +1,4 @@
-"""LAMB's arithmetic, once, on plain tensors (You et al., arXiv 1904.00962, Algorithm 2).
+"""The LAMB update on plain tensors (You et al., arXiv 1904.00962, Algorithm 2).
 
 For every parameter w with gradient g at its step t::
 
@@ -8,11 +8,11 @@ For every parameter w with gradient g at its step t::
     r = φ(‖w‖) / ‖u‖         1 where a raw norm is 0 or adaptation is off
     w ← w - η r u
 
-Functions take lists of tensors, one entry a parameter or a chunk of a shard. A coefficient is a list as
-long: floats, or tensors that broadcast (one row a block), so that one text serves a whole parameter and
-a slice that many parameters share. Every operation is one correctly rounded IEEE operation (no fused
-multiply-add, no alpha argument), so that an element's bits depend neither on where it lies in a vector
-nor on the number of threads or ranks.
+Functions take lists of tensors, one entry per parameter or chunk of a shard. A coefficient is a list of the same
+length: floats, or tensors that broadcast (one row per block), so that the same code updates a whole parameter and
+a chunk with blocks of many parameters. Every operation is one correctly rounded IEEE operation (no fused
+multiply-add, no alpha argument), so an element's bits depend neither on its position in a vector nor on the number
+of threads or ranks.
 """
 
 from dataclasses import dataclass, fields
@@ -27,15 +27,15 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class Coefficients(Generic[C]):
-    """What pass 1 multiplies with: fp64 vectors [P], or lists with one entry a tensor (`Coefficient`)."""
+    """Coefficients of both passes: fp64 vectors [P], or lists with one entry per tensor (`Coefficient`)."""
 
-    grad_scale: C  # clip factor x inverse loss scale; 0 keeps a parameter untouched
+    grad_scale: C  # clip factor x inverse loss scale; 0 leaves a parameter unchanged
     l2: C  # decay added to the gradient (adam_w_mode=False)
     beta1: C
     c1: C
     beta2: C
     c2: C
-    unbias1: C  # 1/(1-βᵗ): a product costs a tenth of a division
+    unbias1: C  # 1/(1-βᵗ): a multiplication costs a tenth of a division
     unbias2: C
     eps_inside: C
     eps_outside: C
@@ -43,8 +43,8 @@ class Coefficients(Generic[C]):
 
 
 SUMS = ("weight", "update")
-"""Sums of squares that pass 1 makes of every parameter, in order: Σw² and Σu². The message between the passes, kernels'
-block sums and predicted traffic are ``len(SUMS)`` numbers a parameter."""
+"""Sums of squares that pass 1 computes for every parameter, in order: Σw² and Σu². The all-reduce between the passes,
+kernels' block sums and predicted traffic have ``len(SUMS)`` numbers per parameter."""
 
 COLUMNS = tuple(field.name for field in fields(Coefficients))
 Vectors = Coefficients[Tensor]
@@ -52,7 +52,7 @@ PerTensor = Coefficients[Coefficient]
 
 
 def table(vectors: Vectors, dtype: torch.dtype) -> Tensor:
-    """[P, COLUMNS] in the dtype that the elements are computed in."""
+    """[P, COLUMNS] in the compute dtype."""
     return torch.stack([getattr(vectors, name) for name in COLUMNS], dim=1).to(dtype)
 
 
@@ -80,8 +80,8 @@ def update_moments(m: list[Tensor], v: list[Tensor], g: list[Tensor], k: PerTens
 def root(x: Tensor) -> Tensor:
     """√x, correctly rounded in fp32.
 
-    On CPUs torch takes the square root from MKL, which is an ulp off in 0.6 % of values. Its root in fp64, rounded to
-    fp32, is not: a root of 24 bits is never nearer than 2⁻⁵¹ to the middle of two fp32 numbers.
+    On CPUs torch calls MKL's square root, which is off by one ulp in 0.6 % of values. The fp64 root rounded to fp32 is
+    exact: the root of a 24-bit number is never closer than 2⁻⁵¹ to the midpoint of two fp32 numbers.
     """
     if x.device.type == "cpu" and x.dtype == torch.float32:
         return x.double().sqrt_().float()
@@ -107,14 +107,14 @@ def descend(w: list[Tensor], u: list[Tensor], step_size: Coefficient) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ParameterOptions:
-    """The options as tensors, one entry a parameter (fp64, ``adapts`` and ``is_fp64`` bool), on one device."""
+    """The options as tensors [P] on one device: fp64; ``adapts`` and ``is_fp64`` bool."""
 
     beta1: Tensor
     beta2: Tensor
     c1: Tensor
     c2: Tensor
     corrects: Tensor  # 1: bias correction inside the ratio
-    corrects_lr: Tensor  # 1: bias correction on the step size (DeepSpeed's place)
+    corrects_lr: Tensor  # 1: bias correction on the step size, as in DeepSpeed
     eps_inside: Tensor
     eps_outside: Tensor
     l2: Tensor
@@ -124,26 +124,30 @@ class ParameterOptions:
     ratio_low: Tensor
     ratio_high: Tensor
     adapts: Tensor
-    is_fp64: Tensor  # float64 parameters: norms are not rounded to fp32
+    is_fp64: Tensor  # float64 parameters, whose norms are not rounded to fp32
 
 
 def coefficients(options: ParameterOptions, step: Tensor, active: Tensor, grad_scale: Tensor) -> Vectors:
-    """Pass 1's coefficients for parameters at their steps ``step`` (fp64, this step included).
+    """The coefficients of both passes.
 
-    Where ``active`` is False the coefficients leave moments as they are: m x 1 + g x 0.
-    ``grad_scale``: a scalar for all parameters.
+    Where ``active`` is False they leave moments unchanged: m x 1 + g x 0.
+
+    Args:
+        step: [P] fp64, each parameter's step, this one included.
+        active: [P] bool, the parameters to update.
+        grad_scale: fp64 scalar (or [P]): clip factor times inverse loss scale.
     """
-    moves = active.to(torch.float64)
-    one = torch.ones_like(moves)
-    # A parameter that has never moved has step 0: 1 / (1 - β⁰) would make inf x 0 of its untouched moments.
+    mask = active.to(torch.float64)
+    one = torch.ones_like(mask)
+    # A parameter that was never updated has step 0: 1 / (1 - β⁰) would give inf x 0 for its zero moments.
     correct = options.corrects.bool() & (step > 0)
     return Coefficients(
-        grad_scale=grad_scale * moves,
-        l2=options.l2 * moves,
+        grad_scale=grad_scale * mask,
+        l2=options.l2 * mask,
         beta1=torch.where(active, options.beta1, one),
-        c1=options.c1 * moves,
+        c1=options.c1 * mask,
         beta2=torch.where(active, options.beta2, one),
-        c2=options.c2 * moves,
+        c2=options.c2 * mask,
         unbias1=torch.where(correct, 1 / (1 - options.beta1**step), one),
         unbias2=torch.where(correct, 1 / (1 - options.beta2**step), one),
         eps_inside=options.eps_inside,
@@ -155,8 +159,8 @@ def coefficients(options: ParameterOptions, step: Tensor, active: Tensor, grad_s
 def norms(square_sums: Tensor, is_fp64: Tensor) -> Tensor:
     """√ of fp64 sums of squares, rounded to fp32 before use.
 
-    The order in which ranks' sums are added shows in fp64's last bits and not in fp32's: rounding makes
-    the same bits on any number of ranks. Norms of float64 parameters (``is_fp64``) are left as they are.
+    The order of summation over ranks changes fp64's last bits but not fp32's: rounding gives the same bits on any
+    number of ranks. Norms of float64 parameters (``is_fp64``) are not rounded.
     """
     exact = square_sums.sqrt()
     return torch.where(is_fp64, exact, exact.float().double())
@@ -169,7 +173,7 @@ def ratios_of_sums(square_sums: Tensor, options: ParameterOptions) -> Tensor:
 
 
 def trust_ratios(weight_norm: Tensor, update_norm: Tensor, options: ParameterOptions) -> Tensor:
-    """φ(‖w‖)/‖u‖ clipped, where both raw norms are > 0 and the parameter adapts; else 1. fp64, [P]."""
+    """[P] fp64: φ(‖w‖)/‖u‖, clipped, where both raw norms are > 0 and the parameter adapts; else 1."""
     defined = options.adapts & (weight_norm > 0) & (update_norm > 0)
     phi = weight_norm.clamp(options.weight_norm_low, options.weight_norm_high)
     ratio = (phi / torch.where(defined, update_norm, torch.ones_like(update_norm))).clamp(
@@ -179,16 +183,16 @@ def trust_ratios(weight_norm: Tensor, update_norm: Tensor, options: ParameterOpt
 
 
 def step_sizes(lr: Tensor, ratio: Tensor, options: ParameterOptions, step: Tensor, active: Tensor) -> Tensor:
-    """η r, with DeepSpeed's √(1-β2ᵗ)/(1-β1ᵗ) where asked for, and 0 where nothing may move. fp64, [P]."""
+    """[P] fp64: η r, times √(1-β2ᵗ)/(1-β1ᵗ) with ``bias_correction="lr"``; 0 where ``active`` is False."""
     correct = options.corrects_lr.bool() & (step > 0)
     one = torch.ones_like(ratio)
-    place = torch.where(correct, (1 - options.beta2**step).sqrt(), one)
-    place = place / torch.where(correct, 1 - options.beta1**step, one)
-    return torch.where(active, lr * place * ratio, torch.zeros_like(ratio))
+    correction = torch.where(correct, (1 - options.beta2**step).sqrt(), one)
+    correction = correction / torch.where(correct, 1 - options.beta1**step, one)
+    return torch.where(active, lr * correction * ratio, torch.zeros_like(ratio))
 
 
 def clip_factor(grad_norm: Tensor, max_grad_norm: float | None) -> Tensor:
-    """min(1, max_grad_norm / grad_norm), exact: no epsilon in the denominator."""
+    """min(1, max_grad_norm / grad_norm), without an epsilon in the denominator."""
     if max_grad_norm is None:
         return torch.ones_like(grad_norm)
     return torch.where(grad_norm > max_grad_norm, max_grad_norm / grad_norm, torch.ones_like(grad_norm))

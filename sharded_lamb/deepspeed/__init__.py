@@ -2,10 +2,10 @@
 ``"optimizer": {"type": "ShardedLamb", "params": {"lr": 2e-3, …}}``.
 
 Glossary: a *partition* is a tensor that DeepSpeed steps in place of parameters; a *segment* is the part of a parameter
-that lies in one; a *row* is a parameter of one call of ``step()``.
+in a partition; a *row* is a parameter of one call of ``step()``.
 """
 
-from sharded_lamb.deepspeed.calling import name_parameters
+from sharded_lamb.deepspeed.engine_probe import name_parameters
 from sharded_lamb.deepspeed.optimizer import DeepSpeedLamb
 from sharded_lamb.deepspeed.registration import initialize, register
 

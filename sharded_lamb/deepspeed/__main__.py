@@ -1,4 +1,4 @@
-"""``python -m sharded_lamb.deepspeed SCRIPT …``: a program of anyone's with the optimizer's type registered."""
+"""``python -m sharded_lamb.deepspeed SCRIPT …``: run any program with the type "ShardedLamb" registered."""
 
 import sys
 

@@ -1,14 +1,14 @@
-"""What a ds_config.json may say under ``optimizer.params``, as the options of the LAMB rule."""
+"""Translates the keys of ``optimizer.params`` in a ds_config.json to the options of the LAMB rule."""
 
 import difflib
 import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
-from sharded_lamb.core.hyperparams import DEFAULTS, RuleOptions, variant_options
+from sharded_lamb.core.hyperparams import DEFAULTS, SCALAR_DEFAULTS, RuleOptions, variant_options
 
 DEFAULT_COEFFICIENTS = (0.01, 10.0)
-"""DeepSpeed's min_coeff and max_coeff, where a config sets only one of them."""
+"""DeepSpeed's defaults of min_coeff and max_coeff, for a config that sets only one."""
 
 ONE_BIT = (
     "freeze_step",
@@ -19,38 +19,32 @@ ONE_BIT = (
     "factor_min",
     "factor_threshold",
 )
-"""What only DeepSpeed's OneBitLamb knows; nothing is compressed here."""
-
+"""Keys of DeepSpeed's OneBitLamb only; this optimizer does not compress."""
 
 SCALARS = ("lr", "betas", "eps", "weight_decay")
 OWN = ("variant", "skip_nonfinite", "max_consecutive_skips")
 DEEPSPEED = ("max_coeff", "min_coeff", "amsgrad")
 
-
 RULE_KEYS = (*DEFAULTS, *DEEPSPEED, *ONE_BIT)
-"""What `translate` takes; all but the optimizer's own switches may stand in a parameter group."""
+"""Keys of the rule, which may also be set per parameter group; `translate` also accepts `OWN`."""
 
 
 def scalar_defaults(variant: str) -> dict[str, Any]:
-    """lr, betas, eps and weight_decay where a config leaves them out: the variant's own authors' choice."""
-    theirs = variant == "deepspeed"
-    return {
-        "lr": 1e-3,
-        "betas": (0.9, 0.999),
-        "eps": 1e-8 if theirs else 1e-6,
-        "weight_decay": 0.0 if theirs else 0.01,
-    }
+    """Defaults of lr, betas, eps and weight_decay: with variant "deepspeed" those of DeepSpeed's Lamb."""
+    # microsoft/DeepSpeed deepspeed/ops/lamb/fused_lamb.py: eps=1e-8, weight_decay=0.
+    own = {"eps": 1e-8, "weight_decay": 0.0} if variant == "deepspeed" else {}
+    return {**SCALAR_DEFAULTS, **own}
 
 
 def translate(variant: str, given: Mapping[str, Any]) -> RuleOptions:
-    """DeepSpeed's keys beside our own → our own.
+    """DeepSpeed's keys and this package's own → this package's own.
 
     Args:
-        given: every key of ``optimizer.params`` but lr, betas, eps, weight_decay and variant.
+        given: all keys of ``optimizer.params`` except lr, betas, eps, weight_decay and variant.
 
     Raises:
-        TypeError: a key that nobody knows, with the nearest right one.
-        ValueError: amsgrad, max_grad_norm, or min_coeff / max_coeff beside trust_clip.
+        TypeError: unknown key; the message names the nearest valid one.
+        ValueError: amsgrad, max_grad_norm, or min_coeff / max_coeff together with trust_clip.
     """
     options = dict(given)
     accepted = {*RULE_KEYS, *SCALARS, *OWN}
@@ -61,14 +55,14 @@ def translate(variant: str, given: Mapping[str, Any]) -> RuleOptions:
     compressed = [key for key in ONE_BIT if options.pop(key, None) is not None]
     if compressed:
         warnings.warn(
-            f"{', '.join(compressed)}: 1-bit LAMB's compression is not done here, gradients and norms are exchanged in "
-            f"full; remove these keys from optimizer.params",
+            f"{', '.join(compressed)}: 1-bit LAMB's compression is not supported, gradients and norms are exchanged "
+            f"uncompressed; remove these keys from optimizer.params",
             UserWarning,
             stacklevel=3,
         )
     if options.pop("amsgrad", False):
         raise ValueError(
-            "amsgrad=True: LAMB has no AMSGrad variant (DeepSpeed's Lamb refuses it too); remove the key"
+            "amsgrad=True: LAMB has no AMSGrad variant (DeepSpeed's Lamb rejects it too); remove the key"
         )
     if options.pop("max_grad_norm", None):
         raise ValueError(
@@ -79,7 +73,7 @@ def translate(variant: str, given: Mapping[str, Any]) -> RuleOptions:
     if coefficients != (None, None):
         if options.get("trust_clip") is not None:
             raise ValueError(
-                f"trust_clip={options['trust_clip']!r} beside min_coeff or max_coeff: give one of them"
+                f"trust_clip={options['trust_clip']!r} together with min_coeff or max_coeff: give one of them"
             )
         low, high = (
             default if value is None else value
@@ -87,5 +81,5 @@ def translate(variant: str, given: Mapping[str, Any]) -> RuleOptions:
         )
         options["trust_clip"] = (low, high)
     if options.get("bias_correction") is True and variant_options(variant)["bias_correction"] == "lr":
-        options["bias_correction"] = "lr"  # DeepSpeed's key says whether, its kernel says where
+        options["bias_correction"] = "lr"  # DeepSpeed's key enables it, its kernel applies it to lr
     return cast(RuleOptions, options)

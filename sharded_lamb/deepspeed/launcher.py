@@ -1,7 +1,7 @@
-"""Scripts that know nothing of this package, run with ``"type": "ShardedLamb"`` in their DeepSpeed config.
+"""Runs unmodified scripts with ``"type": "ShardedLamb"`` in their DeepSpeed config.
 
-``sharded-lamb-deepspeed [deepspeed's options] train.py …`` is the ``deepspeed`` launcher, hostfile and all, whose ranks
-run ``python -m sharded_lamb.deepspeed train.py …``: the script, in a process where the type is registered.
+``sharded-lamb-deepspeed [deepspeed's options] train.py …`` is the ``deepspeed`` launcher, with all its options; its
+ranks run ``python -m sharded_lamb.deepspeed train.py …``: the script, in a process where the type is registered.
 """
 
 import runpy
@@ -12,14 +12,14 @@ from pathlib import Path
 USAGE = (
     "usage: python -m sharded_lamb.deepspeed SCRIPT [ARGUMENT ...]\n"
     "       python -m sharded_lamb.deepspeed -m MODULE [ARGUMENT ...]\n"
-    'Runs a program with "type": "ShardedLamb" known to DeepSpeed. Ranks come from torchrun or the deepspeed launcher.'
+    'Runs a program with "type": "ShardedLamb" registered. Start the ranks with torchrun or the deepspeed launcher.'
 )
 
 
 def run_script(arguments: Sequence[str]) -> int:
     """Run a script or, after ``-m``, a module as ``__main__``. Returns 2 on wrong usage, else 0.
 
-    The launcher's ``--local_rank=N`` comes before the script, and is handed on to it.
+    The launcher puts ``--local_rank=N`` before the script; it is passed on to the script.
     """
     rest = list(arguments)
     from_launcher = []
@@ -44,22 +44,22 @@ def run_script(arguments: Sequence[str]) -> int:
 
 
 def launcher_arguments(arguments: Sequence[str]) -> list[str]:
-    """What to call the ``deepspeed`` launcher with: the user's script becomes an argument of this package's.
+    """Arguments of the ``deepspeed`` launcher: this package's module, with the user's script as its argument.
 
     Raises:
-        ValueError: ``--no_python``, with which there is no Python process to register anything in.
+        ValueError: ``--no_python``: no Python process in which the type can be registered.
     """
     from deepspeed.launcher.runner import parse_args
 
     parsed = parse_args(list(arguments))
     if parsed.no_python:
         raise ValueError(
-            "--no_python: the program must be Python, for the optimizer's type to be registered in it"
+            "--no_python: the program must run in Python, where the optimizer's type is registered; remove the option"
         )
     options = list(arguments[: len(arguments) - len(parsed.user_args) - 1])
     program = ["-m", parsed.user_script] if parsed.module else [parsed.user_script]
-    kept = [option for option in options if option != "--module"]
-    return [*kept, "--module", "sharded_lamb.deepspeed", *program, *parsed.user_args]
+    rest = [option for option in options if option != "--module"]
+    return [*rest, "--module", "sharded_lamb.deepspeed", *program, *parsed.user_args]
 
 
 def launch(arguments: Sequence[str] | None = None) -> int:
@@ -67,9 +67,9 @@ def launch(arguments: Sequence[str] | None = None) -> int:
     from deepspeed.launcher.runner import main
 
     try:
-        found = launcher_arguments(sys.argv[1:] if arguments is None else list(arguments))
+        options = launcher_arguments(sys.argv[1:] if arguments is None else list(arguments))
     except ValueError as error:
         print(f"sharded-lamb-deepspeed: {error}", file=sys.stderr)
         return 2
-    main(found)
+    main(options)
     return 0

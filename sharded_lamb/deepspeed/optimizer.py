@@ -1,15 +1,15 @@
-"""`DeepSpeedLamb`: exact LAMB over the tensors that DeepSpeed's ZeRO 0, 1, 2, 3 makes of a model.
+"""`DeepSpeedLamb`: LAMB with exact trust ratios over the partitions of DeepSpeed's ZeRO 0, 1, 2, 3.
 
-DeepSpeed averages, clips and partitions gradients, calls `step` with its own partitions in place of the parameters, and
-sends the weights out again. What is done here::
+DeepSpeed averages, clips and partitions gradients, calls `step` with its partitions in place of the parameters, and
+all-gathers the weights. This module does the rest::
 
-    partitions, .grad ─► which parameter lies where           mapping.py, once, proved over all ranks
+    partitions, .grad ─► segments of parameters               mapping.py, once, proved over all ranks
                             │  small all-reduce (a)           summary.py: non-finite (skip_nonfinite)
                             ▼  pass 1: m, v; Σw², Σu²         engine.py → kernels
                      small all-reduce (b): [2 x P] fp64       engine.py
                             ▼  pass 2: w                      engine.py → kernels
 
-Not a line of LAMB's arithmetic is here: it is the same engine that `ShardedLamb` runs on.
+LAMB's arithmetic is in the engine, which `ShardedLamb` shares.
 """
 
 import logging
@@ -26,10 +26,10 @@ from sharded_lamb.comm.topology import Topology
 from sharded_lamb.core import rule
 from sharded_lamb.core.hyperparams import fill
 from sharded_lamb.core.parameters import NamedParameter, check_parameter
-from sharded_lamb.deepspeed import calling, keys, whole
+from sharded_lamb.deepspeed import engine_probe, full_state, keys
 from sharded_lamb.deepspeed.mapping import OptimizerPartitions, find_partitions
 from sharded_lamb.deepspeed.proof import prove
-from sharded_lamb.deepspeed.stepped import StateKeeper, Stepped, params_of
+from sharded_lamb.deepspeed.step_tensors import StateKeeper, StepTensors, params_of
 from sharded_lamb.gradients.summary import GradientSummary, agree
 from sharded_lamb.kernels import Kernel, choose
 from sharded_lamb.kernels.engine import Update, gradient_square_sums
@@ -42,39 +42,40 @@ logger = logging.getLogger("sharded_lamb")
 class DeepSpeedLamb(LambOptimizer):
     """LAMB for DeepSpeed's engine: ``"optimizer": {"type": "ShardedLamb", "params": {…}}`` in its config.
 
-    Every parameter's trust ratio is exact although ZeRO steps flat partitions in which parameters begin and end
-    anywhere: ratios of a partition as a whole, which any other LAMB computes there, are another optimizer's.
+    Every parameter's trust ratio is exact, although ZeRO steps flat partitions in which parameters start and end at any
+    element; other LAMB implementations compute the ratio of a partition there, which is a different algorithm.
 
-    Collectives a call of `step`, on a group of its own, whatever the number of parameters: one all-reduce of 2 P fp64
-    norms, and one of 3 P fp64 gradient facts unless ``skip_nonfinite=False``; none without ZeRO. DeepSpeed calls it
-    once a parameter group under ZeRO 1 and 2, once a subgroup under ZeRO 3, once in all otherwise. The first step also
-    proves the mapping: one all-reduce of 2 P fp64, and an agreement through the store.
+    Collectives per call of `step`, on a dedicated group, for any number of parameters: one all-reduce of 2 P fp64
+    norms, and one of the fp64 gradient summary (3 P + 1) unless ``skip_nonfinite=False``; none without ZeRO. DeepSpeed
+    calls it once per parameter group under ZeRO 1 and 2, once per subgroup under ZeRO 3, else once per step. The first
+    step also checks consistency through the store and proves the mapping: one all-reduce of 4 P fp64.
 
-    A parameter whose gradient is 0 on every rank counts as one without a gradient (DeepSpeed hands zeros for those) and
-    is left untouched, unless ``skip_nonfinite=False``: then it decays. Steps are counted per partition.
+    A parameter whose gradient is 0 on every rank counts as one without a gradient (DeepSpeed passes zeros for those)
+    and is unchanged; with ``skip_nonfinite=False`` it decays. Each partition has one step count.
 
     Args:
-        params: as DeepSpeed passes them. Names, for patterns, are found in the engine or by `name_parameters`.
-        lr, betas, eps, weight_decay: as for `Lamb`; with ``variant="deepspeed"`` eps is 1e-8 and weight_decay 0 if not
-            given.
+        params: as DeepSpeed passes them. Names, for patterns, come from the engine or from `name_parameters`.
+        lr, betas, eps, weight_decay: as for `Lamb`; with ``variant="deepspeed"`` the defaults are eps 1e-8 and
+            weight_decay 0.
         variant: "lamb" (the default) or any of `VARIANTS`; "deepspeed" keeps the step size of configs written for
             DeepSpeed's Lamb: bias correction on the learning rate, ratios in (0.01, 10).
-        skip_nonfinite: a call of `step` whose gradients are non-finite on any rank is left out on all. DeepSpeed itself
-            leaves the whole step out before, but in fp32 without ZeRO and where ``bf16.check_grad_overflow`` is off:
-            there, of several groups, those with finite gradients move.
-        max_consecutive_skips: after as many in a row, an error on every rank.
+        skip_nonfinite: skip a call of `step` on all ranks if gradients are non-finite on any rank. DeepSpeed itself
+            skips such a step earlier, except in fp32 without ZeRO and with ``bf16.check_grad_overflow`` off: there,
+            with several groups, those with finite gradients are updated.
+        max_consecutive_skips: raise on every rank after this many skips in a row.
         options: the rule's options as for `Lamb`, and the keys of DeepSpeed's Lamb: ``max_coeff``, ``min_coeff``,
             ``eps_inside_sqrt``, ``bias_correction``. OneBitLamb's keys are accepted with a warning.
 
     Raises:
-        ValueError: an option out of range; patterns without names; a way of sharding that is not supported. At the
-            first `step`, on every rank: partitions that cannot be mapped, ranks that disagree.
+        ValueError: an option is out of range; patterns without names; unsupported sharding. At the first `step`, on
+            every rank: partitions that cannot be mapped, ranks that disagree.
+        TypeError: an unknown option; a complex, integer or sparse parameter.
     """
 
     _clip_remedy = 'set "gradient_clipping" at the top of the DeepSpeed config to'
     _name_remedy = (
-        "DeepSpeed passes none, and neither its engine nor sharded_lamb.deepspeed.initialize made this optimizer. Call "
-        "sharded_lamb.deepspeed.name_parameters(model) before"
+        "DeepSpeed passes none, and neither its engine nor sharded_lamb.deepspeed.initialize constructed this "
+        "optimizer: call sharded_lamb.deepspeed.name_parameters(model) before"
     )
 
     def __init__(
@@ -90,11 +91,11 @@ class DeepSpeedLamb(LambOptimizer):
         max_consecutive_skips: int = 10,
         **options: Any,
     ) -> None:
-        engine = calling.calling_engine()
+        engine = engine_probe.constructing_engine()
         if engine is not None:
-            calling.check_supported(engine)
+            engine_probe.check_supported(engine)
         rule_options = keys.translate(variant, options)
-        clip = None if engine is None else calling.clipping(engine) or None
+        clip = None if engine is None else engine_probe.clipping(engine) or None
         self._check_clipping(fill(variant, rule_options)["max_grad_norm"], clip, engine is not None)
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         scalars = {**keys.scalar_defaults(variant), **{k: v for k, v in given.items() if v is not None}}
@@ -102,42 +103,44 @@ class DeepSpeedLamb(LambOptimizer):
             raise ValueError(f"max_consecutive_skips must be >= 1, got {max_consecutive_skips!r}")
         self._skip_nonfinite, self._max_skips = skip_nonfinite, max_consecutive_skips
         super().__init__(
-            calling.with_names(params, engine), scalars, variant, {**rule_options, "max_grad_norm": clip}
+            engine_probe.with_names(params, engine), scalars, variant, {**rule_options, "max_grad_norm": clip}
         )
         self._rows: list[NamedParameter] = list(self._named_parameters())
         for name, p, _ in self._rows:
             check_parameter(name, p)
-        for group in self.param_groups:  # DeepSpeed replaces "params": names of its tensors they are not
+        for group in self.param_groups:  # DeepSpeed replaces "params", so the names would no longer match
             group.pop("param_names", None)
-        self._groups = list(self.param_groups)  # DeepSpeed's steps swap the list, not the groups
-        self._keeper = StateKeeper(self.state)
-        self._kernels: dict[torch.device, Kernel] = {}  # partitions may lie on several: offload
-        self._held: OptimizerPartitions | None = None
+        self._groups = list(self.param_groups)  # DeepSpeed's steps replace the list, but not the groups
+        self._state_keeper = StateKeeper(self.state)
+        self._kernels: dict[torch.device, Kernel] = {}  # partitions may be on several devices: offload
+        self._partitions: OptimizerPartitions | None = None
         self._called = self._proved = False
         self._everyone: Collectives  # all ranks
-        self._collectives: Collectives  # those among which parameters are cut
-        self._stepped: dict[tuple[int, ...], Stepped] = {}
-        self._skipped_before = 0  # by calls that were forgotten, or as a checkpoint said
-        self._last: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # parameters of a call → ratios, moved
-        self._options_then = self._options_now()
+        self._collectives: Collectives  # the ranks that share parameters
+        self._step_tensors: dict[tuple[int, ...], StepTensors] = {}  # by the ids of the stepped tensors
+        self._skipped_before = 0  # by discarded entries of ``_step_tensors``, or from a checkpoint
+        self._last: dict[
+            tuple[int, ...], tuple[Tensor, Tensor]
+        ] = {}  # parameters of a call → ratios, updated
+        self._last_options = self._current_options()
 
     @staticmethod
     def _check_clipping(wanted: float | None, clip: float | None, known: bool) -> None:
-        """DeepSpeed clips before the optimizer sees gradients: a variant that clips needs it to do so."""
+        """DeepSpeed clips before `step`: a variant that clips needs the same value in DeepSpeed's config."""
         if wanted is None or wanted == clip:
             return
         if not known:
             logger.warning('this variant clips gradients: set "gradient_clipping": %g in the config', wanted)
             return
         raise ValueError(
-            f"this variant clips gradients at {wanted}, and under DeepSpeed clipping is DeepSpeed's: set "
+            f"this variant clips gradients at {wanted}, and DeepSpeed clips before the optimizer sees them: set "
             f'"gradient_clipping": {wanted} at the top of its config (it is {clip} now)'
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only at construction: DeepSpeed partitions the groups that it is given. Raises ValueError later.
+        """Add a group at construction; raises ValueError later, since DeepSpeed has partitioned the groups.
 
-        A group may have DeepSpeed's keys too.
+        A group may also have DeepSpeed's keys.
         """
         if self._constructed:
             raise ValueError(
@@ -153,10 +156,10 @@ class DeepSpeedLamb(LambOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One LAMB step of what DeepSpeed put into the groups. Collective under ZeRO. Returns the closure's loss.
+        """One LAMB step of the tensors that DeepSpeed put into the groups. Collective under ZeRO. Returns the loss.
 
         Raises:
-            ValueError: at the first step: partitions that cannot be mapped (on every rank).
+            ValueError: at the first step, on every rank: partitions that cannot be mapped, ranks that disagree.
             RuntimeError: too many steps in a row were skipped.
         """
         loss = None
@@ -166,102 +169,102 @@ class DeepSpeedLamb(LambOptimizer):
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         if not tensors:
             return loss
-        held = self._mapped()
-        self._take_on_state(held)
+        partitions = self._find_partitions()
+        self._ensure_state(partitions)
         first, self._called = not self._called, True
-        if first and self._is_probe(held):
+        if first and self._is_probe(partitions):
             return loss
         if not self._proved:
-            prove(self._rows, held, self._everyone)
+            prove(self._rows, partitions, self._everyone)
             self._proved = True
-        self._update(self._stepped_of(tensors, held))
-        self._options_then = self._options_now()
+        self._update(self._step_tensors_of(tensors, partitions))
+        self._last_options = self._current_options()
         return loss
 
-    def _mapped(self) -> OptimizerPartitions:
-        """What lies where; found and agreed on at the first call. Collective then."""
-        if self._held is None:
+    def _find_partitions(self) -> OptimizerPartitions:
+        """This rank's partitions. Collective at the first call, which maps and compares them."""
+        if self._partitions is None:
             world = Topology.of(None, None)
             with propagate_errors(world):
-                held = find_partitions(self, self._rows, self._groups)
-                for device in {partition.tensor.device for partition in held.partitions}:
+                partitions = find_partitions(self, self._rows, self._groups)
+                for device in {partition.tensor.device for partition in partitions.local}:
                     self._kernel_on(device)
-            check_consistency(world, self._description(held))
+            check_consistency(world, self._description(partitions))
             here = (world.global_rank,)
-            device = calling.accelerator_device()
+            device = engine_probe.accelerator_device()
             self._everyone = Collectives(world, device)
             alone = Topology(here, here, here, world.global_rank)
-            self._collectives = self._everyone if held.sharded else Collectives(alone, device)
-            self._held = held
+            self._collectives = self._everyone if partitions.sharded else Collectives(alone, device)
+            self._partitions = partitions
             if world.rank == 0:
-                logger.info(self._summary(held, len(world.everyone)))
-        return self._held
+                logger.info(self._summary(partitions, len(world.everyone)))
+        return self._partitions
 
-    def _description(self, held: OptimizerPartitions) -> list[tuple[str, Any]]:
-        described: list[tuple[str, Any]] = [("construction", "ok"), ("partitions", held.kind)]
-        described += [
+    def _description(self, partitions: OptimizerPartitions) -> list[tuple[str, Any]]:
+        description: list[tuple[str, Any]] = [("construction", "ok"), ("partitions", partitions.kind)]
+        description += [
             (f"options of group {i}", describe_group(group)) for i, group in enumerate(self._groups)
         ]
-        described += [
+        description += [
             (f"parameter {i}", [name, list(getattr(p, "ds_shape", p.shape)), str(p.dtype)])
             for i, (name, p, _) in enumerate(self._rows)
         ]
-        described.append(("kernel", self._kernel_names()))
-        return [*described, ("tensors of a step", [list(x.params) for x in held.partitions])]
+        description.append(("kernel", self._kernel_names()))
+        return [*description, ("tensors of a step", [list(x.params) for x in partitions.local])]
 
-    def _is_probe(self, held: OptimizerPartitions) -> bool:
-        """FP16_UnfusedOptimizer steps once in its constructor with all gradients 0, to have the state made.
+    def _is_probe(self, partitions: OptimizerPartitions) -> bool:
+        """Whether this is the step with zero gradients by which FP16_UnfusedOptimizer's constructor creates the state.
 
-        Moments and decay would make a real step of it: u = λw, ratio 1/λ, every weight smaller by η.
+        Decay would make it an update: u = λw, ratio 1/λ, every weight smaller by η.
         """
-        copies = all(x.tensor is not self._rows[x.params[0]][1] for x in held.partitions)
+        copies = all(x.tensor is not self._rows[x.params[0]][1] for x in partitions.local)
         return (
             copies
-            and not held.sharded
-            and not any(x.tensor.grad is not None and bool(x.tensor.grad.any()) for x in held.partitions)
+            and not partitions.sharded
+            and not any(x.tensor.grad is not None and bool(x.tensor.grad.any()) for x in partitions.local)
         )
 
-    def _stepped_of(self, tensors: list[Tensor], held: OptimizerPartitions) -> Stepped:
+    def _step_tensors_of(self, tensors: list[Tensor], partitions: OptimizerPartitions) -> StepTensors:
         key = tuple(map(id, tensors))
-        if key not in self._stepped:
-            of = {id(partition.tensor): partition for partition in held.partitions}
-            if not of.keys() >= set(key):
+        if key not in self._step_tensors:
+            by_id = {id(partition.tensor): partition for partition in partitions.local}
+            if not by_id.keys() >= set(key):
                 raise RuntimeError(
-                    "DeepSpeed steps a tensor that was not there at the first step: a partition was made anew since, "
-                    "and what lies where in it is not known. Construct the engine again and load a checkpoint"
+                    "DeepSpeed steps a tensor that did not exist at the first step: it has replaced a partition since, "
+                    "and the parameters in it are unknown. Construct the engine again and load a checkpoint"
                 )
-            partitions = [of[one] for one in key]
-            rows = [self._rows[param] for param in params_of(partitions)]
+            stepped = [by_id[tensor_id] for tensor_id in key]
+            rows = [self._rows[param] for param in params_of(stepped)]
             device = tensors[0].device
-            self._stepped[key] = Stepped(
-                partitions, self._option_table(rows, device), SkipCounter(device, self._max_skips)
+            self._step_tensors[key] = StepTensors(
+                stepped, self._option_table(rows, device), SkipCounter(device, self._max_skips)
             )
-        return self._stepped[key]
+        return self._step_tensors[key]
 
-    def _update(self, stepped: Stepped) -> None:
-        stepped.skips.check([self._rows[param][0] for param in stepped.params])
-        shards = stepped.shards(self.state)
-        facts = self._facts(stepped, shards) if self._skip_nonfinite else None
-        moved = torch.tensor(stepped.present()).to(stepped.device, non_blocking=True)
-        if facts is not None:
-            skip = facts.bad.any()
-            stepped.skips.record(skip, facts.bad)
-            # DeepSpeed hands zeros where no rank has a gradient; decay alone would shrink the weight by η a step.
-            moved = (facts.square_sums > 0) & ~skip
-            if stepped.device.type == "cpu" and skip:
-                self._record(stepped, torch.ones(len(moved)), moved)
+    def _update(self, tensors: StepTensors) -> None:
+        tensors.skips.check([self._rows[param][0] for param in tensors.params])
+        shards = tensors.shards(self.state)
+        summary = self._gradient_summary(tensors, shards) if self._skip_nonfinite else None
+        updated = torch.tensor(tensors.present()).to(tensors.device, non_blocking=True)
+        if summary is not None:
+            skip = summary.bad.any()
+            tensors.skips.record(skip, summary.bad)
+            # DeepSpeed passes zeros if no rank has a gradient; decay alone would shrink the weight by η per step.
+            updated = (summary.square_sums > 0) & ~skip
+            if tensors.device.type == "cpu" and skip:
+                self._record(tensors, torch.ones(len(updated)), updated)
                 return
-        step, counts = stepped.next_steps(moved, self.state)
-        options, one = stepped.table.options(), torch.ones((), dtype=torch.float64, device=stepped.device)
-        kernel = self._kernel_on(stepped.device)
-        update = Update(kernel, shards, options, step=step, active=moved, grad_scale=one)
+        step, counts = tensors.next_steps(updated, self.state)
+        options, one = tensors.table.options(), torch.ones((), dtype=torch.float64, device=tensors.device)
+        kernel = self._kernel_on(tensors.device)
+        update = Update(kernel, shards, options, step=step, active=updated, grad_scale=one)
         square_sums = update.moments_and_norms()
         self._collectives.all_reduce_small(square_sums)
         ratios = rule.ratios_of_sums(square_sums, options)
-        for _ in update.apply(rule.step_sizes(stepped.table.lr(), ratios, options, step, moved)):
-            pass  # DeepSpeed gathers all partitions after the step
-        stepped.write_steps(counts, self.state)
-        self._record(stepped, ratios, moved)
+        for _ in update.apply(rule.step_sizes(tensors.table.lr(), ratios, options, step, updated)):
+            pass  # DeepSpeed all-gathers the partitions after the step
+        tensors.write_steps(counts, self.state)
+        self._record(tensors, ratios, updated)
 
     def _kernel_names(self) -> str:
         return " and ".join(sorted({kernel.name for kernel in self._kernels.values()}))
@@ -271,64 +274,64 @@ class DeepSpeedLamb(LambOptimizer):
             self._kernels[device] = choose("auto", device)
         return self._kernels[device]
 
-    def _facts(self, stepped: Stepped, shards: list[Any]) -> GradientSummary:
-        """(a): what all ranks must know of the gradients before any moment is written."""
-        count = len(stepped.params)
-        sums = gradient_square_sums(self._kernel_on(stepped.device), shards, count, stepped.device)
-        return agree(self._collectives, sums, stepped.present(), [False] * count)
+    def _gradient_summary(self, tensors: StepTensors, shards: list[Any]) -> GradientSummary:
+        """All-reduce (a): the gradient summary that all ranks need before they write moments."""
+        count = len(tensors.params)
+        sums = gradient_square_sums(self._kernel_on(tensors.device), shards, count, tensors.device)
+        return agree(self._collectives, sums, tensors.present(), [False] * count)
 
-    def _record(self, stepped: Stepped, ratios: Tensor, moved: Tensor) -> None:
-        self._last[stepped.params] = ratios, moved
+    def _record(self, tensors: StepTensors, ratios: Tensor, updated: Tensor) -> None:
+        self._last[tensors.params] = ratios, updated
 
     # -- state --------------------------------------------------------------------------------------
 
-    def _take_on_state(self, held: OptimizerPartitions) -> None:
-        """State for every tensor at once: DeepSpeed links all groups' states after the first group's step."""
-        if not self._keeper.ensure([partition.tensor for partition in held.partitions]):
+    def _ensure_state(self, partitions: OptimizerPartitions) -> None:
+        """Create the state of all tensors at once: DeepSpeed links all groups' states after the first group's step."""
+        if not self._state_keeper.ensure([partition.tensor for partition in partitions.local]):
             return
-        if held.kind == "ZeRO-3":
+        if partitions.kind == "ZeRO-3":
             self._repair_groups()
-        patterns = [[options[name] for name in PATTERN_OPTIONS] for options in self._options_now()]
-        if patterns != [[options[name] for name in PATTERN_OPTIONS] for options in self._options_then]:
-            self._forget_calls()  # a universal checkpoint was loaded, and groups' options came with it
+        patterns = [[options[name] for name in PATTERN_OPTIONS] for options in self._current_options()]
+        if patterns != [[options[name] for name in PATTERN_OPTIONS] for options in self._last_options]:
+            self._discard_step_tensors()  # loading a universal checkpoint changed groups' options
 
-    def _forget_calls(self) -> None:
-        """Options or state are others now."""
+    def _discard_step_tensors(self) -> None:
+        """Call after options or state changed."""
         self._skipped_before = self.skipped_steps
-        self._stepped.clear()
+        self._step_tensors.clear()
 
     def _repair_groups(self) -> None:
-        """Loading a universal checkpoint under ZeRO-3 gives all groups the options of the first: undo that.
+        """Undo that loading a universal checkpoint under ZeRO-3 gives all groups the options of the first.
 
-        A learning rate that differed between groups keeps its share of the first group's.
+        A learning rate that differed between groups keeps its ratio to the first group's.
         """
-        now, then = self._options_now(), self._options_then
+        current, last = self._current_options(), self._last_options
         if (
-            len(now) < 2
-            or any(options != now[0] for options in now)
-            or all(options == then[0] for options in then)
+            len(current) < 2
+            or any(options != current[0] for options in current)
+            or all(options == last[0] for options in last)
         ):
             return
         logger.warning(
-            "the universal checkpoint gave all groups the options of the first; theirs are restored"
+            "the universal checkpoint gave all groups the options of the first; each group's own options are restored"
         )
-        for group, before in zip(self._groups[1:], then[1:], strict=True):
-            shares = before["lr"] / then[0]["lr"] if then[0]["lr"] else 1.0
-            group.update({**before, "lr": now[0]["lr"] * shares})
+        for group, before in zip(self._groups[1:], last[1:], strict=True):
+            ratio = before["lr"] / last[0]["lr"] if last[0]["lr"] else 1.0
+            group.update({**before, "lr": current[0]["lr"] * ratio})
 
-    def _options_now(self) -> list[dict[str, Any]]:
+    def _current_options(self) -> list[dict[str, Any]]:
         return [{key: value for key, value in group.items() if key != "params"} for group in self._groups]
 
     def _load_tensors(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
         for tensor in (tensor for group in self.param_groups for tensor in group["params"]):
-            self._keeper.load(tensor, states.get(tensor))
+            self._state_keeper.load(tensor, states.get(tensor))
 
     def _load_groups(self, saved_groups: list[dict[str, Any]]) -> None:
-        super()._load_groups([self._understood(saved) for saved in saved_groups])
-        self._forget_calls()
+        super()._load_groups([self._translated(saved) for saved in saved_groups])
+        self._discard_step_tensors()
 
-    def _understood(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """A saved group of ours as it is; of another optimizer (DeepSpeed's Lamb), what is known here, in our terms."""
+    def _translated(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """A saved group; of another optimizer (DeepSpeed's Lamb), its known options, translated."""
         if "variant" in saved:
             return saved
         rule = {key: value for key, value in saved.items() if key in keys.RULE_KEYS}
@@ -336,39 +339,39 @@ class DeepSpeedLamb(LambOptimizer):
         return {**scalars, **keys.translate(self.defaults["variant"], rule)}
 
     def full_state_dict(self) -> dict[str, Any] | None:
-        """Whole state tensors on the first rank's CPU, as `ShardedLamb.full_state_dict` gives them; None elsewhere.
+        """Full state tensors on the first rank's CPU, as from `ShardedLamb.full_state_dict`; None elsewhere.
 
-        Collective; one parameter at a time. ``master`` (the fp32 weights) is always there.
+        Collective; one parameter at a time. Always contains ``master`` (the fp32 weights).
         """
-        held = self._mapped()
-        self._take_on_state(held)
-        states = whole.gather(self._rows, held, self.state, self._collectives)
+        partitions = self._find_partitions()
+        self._ensure_state(partitions)
+        states = full_state.gather(self._rows, partitions, self.state, self._collectives)
         if dist.get_rank() != 0:
             return None
-        return {"state": states, "param_groups": whole.groups_of_rows(self._rows, self._groups)}
+        return {"state": states, "param_groups": full_state.groups_of_rows(self._rows, self._groups)}
 
     def load_full_state_dict(self, state_dict: dict[str, Any] | None) -> None:
-        """Load what `full_state_dict` gave here or in `ShardedLamb`, or `Lamb`'s state, at any stage and world size.
+        """Load a full state dict of this class or `ShardedLamb`, or `Lamb`'s state dict, at any stage and world size.
 
-        Collective; before any step or between steps. ``master`` entries are written to the model's weights too.
+        Collective; call before the first step or between steps. Also writes ``master`` entries to the model's weights.
 
         Args:
             state_dict: on the first rank; others pass None.
 
         Raises:
-            ValueError: on every rank, where the first rank's state does not fit.
+            ValueError: on every rank, if the first rank's state does not fit.
         """
-        held = self._mapped()
-        self._take_on_state(held)
+        partitions = self._find_partitions()
+        self._ensure_state(partitions)
         with propagate_errors(self._everyone.topology, always=True):
             if dist.get_rank() == 0:
-                saved_groups = whole.check(self._rows, held, state_dict)
+                saved_groups = full_state.check(self._rows, partitions, state_dict)
         groups: list[Any] = [saved_groups if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(groups, 0)
-        whole.scatter(self._rows, held, self.state, state_dict)
+        full_state.scatter(self._rows, partitions, self.state, state_dict)
         for group, saved in zip(self._groups, groups[0], strict=True):
             group.update(saved)
-        self._forget_calls()
+        self._discard_step_tensors()
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -376,25 +379,25 @@ class DeepSpeedLamb(LambOptimizer):
             "full_state_dict()"
         )
 
-    # -- what happened ------------------------------------------------------------------------------
+    # -- results ------------------------------------------------------------------------------------
 
     def trust_ratios(self) -> dict[str, float]:
-        """{name: ratio} of the parameters that the last step moved; the same on every rank. Reads the device."""
-        found: dict[str, float] = {}
-        for params, (ratios, moved) in self._last.items():
-            rows = zip(params, ratios.tolist(), moved.tolist(), strict=True)
-            found.update({self._rows[param][0]: ratio for param, ratio, moves in rows if moves})
-        return found
+        """{name: ratio} of the parameters that the last step updated; equal on all ranks. Synchronizes the device."""
+        by_name: dict[str, float] = {}
+        for params, (ratios, updated) in self._last.items():
+            rows = zip(params, ratios.tolist(), updated.tolist(), strict=True)
+            by_name.update({self._rows[param][0]: ratio for param, ratio, is_updated in rows if is_updated})
+        return by_name
 
     def get_lamb_coeffs(self) -> list[float]:
-        """The ratios of `trust_ratios`, in the order of the parameters: DeepSpeed's own name for them."""
+        """The ratios of `trust_ratios` in parameter order, under the name that DeepSpeed's Lamb uses."""
         ratios = self.trust_ratios()
         return [ratios[name] for name, _, _ in self._rows if name in ratios]
 
     @property
     def skipped_steps(self) -> int:
-        """Calls of `step` left out here for non-finite gradients, not those DeepSpeed left out. Reads the device."""
-        return self._skipped_before + sum(stepped.skips.total for stepped in self._stepped.values())
+        """Calls of `step` skipped for non-finite gradients, without those that DeepSpeed skips. Synchronizes."""
+        return self._skipped_before + sum(tensors.skips.total for tensors in self._step_tensors.values())
 
     @skipped_steps.setter
     def skipped_steps(self, total: int) -> None:
@@ -402,12 +405,12 @@ class DeepSpeedLamb(LambOptimizer):
 
     @property
     def traffic(self) -> Traffic:
-        """Collectives and bytes that this rank sent, by name, since the first step."""
-        return self._collectives.traffic if self._held is not None else Traffic()
+        """Collectives and bytes sent by this rank since the first step, by name."""
+        return self._collectives.traffic if self._partitions is not None else Traffic()
 
-    def _summary(self, held: OptimizerPartitions, ranks: int) -> str:
-        tensors = sum(len(partition.params) for partition in held.partitions)
+    def _summary(self, partitions: OptimizerPartitions, ranks: int) -> str:
+        tensors = sum(len(partition.params) for partition in partitions.local)
         return (
-            f"ShardedLamb in DeepSpeed ({held.kind}): {ranks} ranks, {tensors} tensors in {len(held.partitions)} "
-            f"partitions, kernel {self._kernel_names()}, variant {self.defaults['variant']}"
+            f"ShardedLamb in DeepSpeed ({partitions.kind}): {ranks} ranks, {tensors} tensors in "
+            f"{len(partitions.local)} partitions, kernel {self._kernel_names()}, variant {self.defaults['variant']}"
         )

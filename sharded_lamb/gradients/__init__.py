@@ -1,1 +1,1 @@
-"""How gradients arrive, and what all ranks must know of them."""
+"""How gradients arrive, and the summary of them on which all ranks agree."""

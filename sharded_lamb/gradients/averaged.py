@@ -1,4 +1,4 @@
-"""Gradients that are averaged over ranks already: slices of whole ones (stage 1), DTensors' local parts (stage 3)."""
+"""Gradients that are already averaged over ranks: whole tensors (stage 1), DTensors' local parts (stage 3)."""
 
 import operator
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from sharded_lamb.gradients.summary import (
     agree,
     check_alike,
     check_present,
+    inject_nan,
     local_summary,
-    spoil_on_purpose,
 )
 from sharded_lamb.kernels import Kernel
 from sharded_lamb.kernels.engine import collect_gradients, gradient_square_sums
@@ -25,24 +25,24 @@ from sharded_lamb.sharding.local_shards import DTensorShards
 from sharded_lamb.sharding.placements import Replicas
 
 CHECKED_STEPS = 2
-"""Steps at first on which ranks that hold the same part of a gradient compare it."""
+"""On so many first steps, ranks that hold the same part of a gradient compare it."""
 
 
 class AveragedGradients:
-    """A `GradientSource` that reads ``.grad`` at the step and leaves it as it is."""
+    """A `GradientSource` that reads ``.grad`` at the step and leaves it unchanged."""
 
     def __init__(self, collectives: Collectives, kernel: Kernel, dtensors: DTensorShards) -> None:
         self.collectives, self.kernel, self.dtensors = collectives, kernel, dtensors
         self.enabled = True
         self.names: list[str] = []
         self.params: list[Tensor] = []
-        self.is_member: list[bool] = []  # [P] whether the gradient is read here
+        self.is_member: list[bool] = []  # [P] whether this source reads the gradient
         self.buckets: list[FlatBucket] = []
         self.replicas = Replicas((), (), ())
         self._owner_mask = torch.zeros(0, dtype=torch.float64)
         self._steps_seen = 0
-        self._known: GradientSummary | None = None
-        self._used: tuple[list[Tensor | None], list[int]] = [], []  # gradients, and their versions
+        self._summary: GradientSummary | None = None
+        self._summarized_grads: tuple[list[Tensor | None], list[int]] = [], []  # gradients and their versions
 
     def extend(self, added: Registration) -> None:
         """See `GradientSource`."""
@@ -52,29 +52,29 @@ class AveragedGradients:
         self.is_member += [index in added.members for index in range(first, len(self.params))]
         self.buckets.extend(added.buckets)
         self.replicas, self._owner_mask = added.replicas, added.owner_mask
-        self._known = None  # of fewer parameters
+        self._summary = None  # it lacks the new parameters
 
     def settle(self) -> None:
-        """Nothing is ever under way."""
+        """Does nothing: no reduction is ever in flight."""
 
-    def ready(self, found_inf: Tensor | None, *, may_wait: bool = False) -> GradientSummary:
-        """See `GradientSource`. With ``may_wait`` and DTensors alone, this rank's own summary.
+    def ready(self, found_inf: Tensor | None, *, may_defer: bool = False) -> GradientSummary:
+        """See `GradientSource`. With ``may_defer`` and DTensors alone, returns this rank's own summary.
 
         Raises:
-            ValueError: gradients differ over ranks that must hold the same, or are on some ranks only.
-            TypeError: a sparse gradient, or one that is no DTensor where the parameter is.
+            ValueError: gradients differ over ranks that must hold equal ones, or exist on some ranks only.
+            TypeError: a sparse gradient, or a plain gradient of a DTensor.
         """
-        # GradScaler's unscaling counts no version: what clip_grad_norm_ saw may have been scaled.
-        if self._known is None or found_inf is not None or not self._unchanged():
+        # GradScaler's unscaling leaves the version unchanged: clip_grad_norm_ may have read scaled gradients.
+        if self._summary is None or found_inf is not None or not self._unchanged():
             grads = self._grads()
             if faults.point("gradient"):
-                spoil_on_purpose(grads)
-            self._used = grads, [0 if grad is None else grad._version for grad in grads]
+                inject_nan(grads)
+            self._summarized_grads = grads, [0 if grad is None else grad._version for grad in grads]
             square_sums = self._collect(grads) * self._owner_mask
-            if may_wait and not self.buckets and not self._compares():
+            if may_defer and not self.buckets and not self._compares():
                 return local_summary(square_sums, [grad is not None for grad in grads])
-            self._known = self._agree(grads, square_sums, found_inf)
-        return self._known
+            self._summary = self._agree(grads, square_sums, found_inf)
+        return self._summary
 
     def _compares(self) -> bool:
         return self.collectives.world_size > 1 and self._steps_seen < CHECKED_STEPS
@@ -85,11 +85,11 @@ class AveragedGradients:
         ]
 
     def _unchanged(self) -> bool:
-        """Whether every ``.grad`` is the tensor, at the version, that the summary was made of.
+        """Whether every ``.grad`` is the tensor, at the version, that the summary was computed from.
 
-        False with DTensors: what is done to them in place (torch's clip_grad_norm_) counts no version.
+        False with DTensors: in-place changes of them (torch's clip_grad_norm_) leave the version unchanged.
         """
-        grads, versions = self._used
+        grads, versions = self._summarized_grads
         return (
             not self.dtensors.local
             and len(grads) == len(self.params)
@@ -98,7 +98,7 @@ class AveragedGradients:
         )
 
     def _collect(self, grads: Sequence[Tensor | None]) -> Tensor:
-        """Gradients into their shards. Returns [P] fp64: Σg² of this rank's parts, replicas included."""
+        """Read gradients into their shards. Returns [P] fp64: Σg² of this rank's parts, replicas included."""
         check_gradients(self.names, grads)
         self.dtensors.read_gradients(self.names, self.collectives.traffic)
         sums = gradient_square_sums(self.kernel, self.dtensors.shards, len(grads), self.params[0].device)
@@ -120,7 +120,7 @@ class AveragedGradients:
         return summary
 
     def _totals(self, grads: Sequence[Tensor | None]) -> Tensor:
-        """[2, kinds] fp64: Σg and Σg² of this rank's parts of the gradients that other ranks hold too."""
+        """[2, kinds] fp64: Σg and Σg² of this rank's parts of replicated gradients."""
         device = self.params[0].device
         totals = torch.zeros(2, len(self.replicas.kinds), dtype=torch.float64, device=device)
         for param, grad in enumerate(grads):
@@ -132,7 +132,7 @@ class AveragedGradients:
         return totals
 
     def is_partial(self, summary: GradientSummary) -> Tensor:
-        """See `GradientSource`. On a GPU the host has not seen it."""
+        """See `GradientSource`. On a GPU the host does not read it."""
         if not summary.agreed or self.collectives.world_size == 1:
             return torch.zeros((), dtype=torch.bool, device=summary.present.device)
         partial = (summary.present > 0) & (summary.present < self.collectives.world_size)
@@ -151,8 +151,8 @@ class AveragedGradients:
 
     def zero(self) -> None:
         """See `GradientSource`."""
-        self._known, self._used = None, ([], [])
+        self._summary, self._summarized_grads = None, ([], [])
 
     def staging_bytes(self) -> int:
-        """None beside the gradient shards."""
+        """0: gradients need no staging memory."""
         return 0

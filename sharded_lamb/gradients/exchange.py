@@ -1,8 +1,8 @@
-"""Memory that gradients of a bucket pass through on their way to other ranks, used again from bucket to bucket.
+"""Sends a bucket's gradients to the shards' owners, through staging memory that buckets reuse.
 
-Two ways, by backend (`Collectives.by_hand`). A library's reduce-scatter takes the bucket in one piece, so all gradients
-are copied into it. By hand a shard travels to its owner in messages: a large slice of a gradient by itself, from where
-it lies, and what is between such slices together, by way of staging memory.
+Two exchanges, by backend (`Collectives.uses_p2p`). `FusedReduceScatter` copies all gradients into one flat bucket for
+the library's reduce-scatter. `P2PExchange` sends each shard to its owner in messages: a large slice of a gradient
+directly from its own memory, and the small slices between two large ones together, through staging memory.
 """
 
 from collections.abc import Sequence
@@ -18,30 +18,30 @@ from sharded_lamb.kernels import LocalContribution
 from sharded_lamb.sharding.buckets import FlatBucket, flattened
 
 GAP_ELEMENTS = 10_000
-"""To zero a gap of its own costs about as much as to zero so many elements along the way."""
+"""Zeroing one gap separately costs about as much as zeroing this many elements of the whole bucket."""
 
-ALONE_BYTES = 1 << 18
-"""A slice of at least this size is a message of its own; a copy of a smaller one costs less than a message."""
+MESSAGE_BYTES = 1 << 18
+"""A slice of at least this size is a message of its own; copying a smaller one costs less than a message."""
 
 
 class Exchange(Protocol):
-    """How the gradients of one bucket leave through one staging memory."""
+    """Sends the gradients of one bucket through one staging memory."""
 
-    full: Tensor  # [bucket] wire dtype, what is sent; not all of it is written by hand
+    full: Tensor  # [bucket] wire dtype, sent; point to point writes parts of it only
     received: Tensor  # [Collectives.received_numel]
 
     def own(self, grads: Sequence[Tensor | None]) -> LocalContribution | None:
-        """What ``received`` lacks of what was sent to this rank by itself."""
+        """This rank's contribution to its own shard, if ``received`` lacks it."""
 
     def start(self, grads: Sequence[Tensor | None]) -> Pending:
-        """Send ``grads``, one a parameter of the bucket; None stands for zeros. Meanwhile they must not change."""
+        """Send ``grads``, one per parameter of the bucket; None means zeros. They must not change meanwhile."""
 
 
 class Staging:
-    """Two byte buffers that hold what is sent and received of any bucket that they are made for."""
+    """Two byte buffers, for the sent and the received data of any of the buckets."""
 
     def __init__(self, buckets: Sequence[FlatBucket], collectives: Collectives) -> None:
-        """As large as the largest of ``buckets`` needs; pages that nothing is written to cost nothing on a CPU."""
+        """Sized for the largest of ``buckets``; on a CPU unwritten pages cost no memory."""
         sizes = [(bucket.plan.numel, bucket.precision.wire.itemsize) for bucket in buckets]
         device = buckets[0].flat.device
         sent = max(numel * size for numel, size in sizes)
@@ -55,55 +55,56 @@ class Staging:
     def nbytes(self) -> int:
         return self.sent.nbytes + self.received.nbytes
 
-    def knows(self, index: int) -> bool:
-        """Whether the bucket with number ``index`` has gone through it."""
+    def has_exchanged(self, index: int) -> bool:
+        """Whether bucket ``index`` has used this memory before."""
         return index in self._exchanges
 
     def exchange(self, index: int, bucket: FlatBucket) -> Exchange:
-        """Of the bucket with number ``index``; its views are made once."""
+        """The exchange of bucket ``index``; constructs its views once."""
         if index not in self._exchanges:
             wire, numel = bucket.precision.wire, bucket.plan.numel
             full = self.sent.view(wire)[:numel]
             received = self.received.view(wire)[: self._collectives.received_numel(numel)]
-            kind = P2PExchange if self._collectives.by_hand else FusedReduceScatter
+            kind = P2PExchange if self._collectives.uses_p2p else FusedReduceScatter
             self._exchanges[index] = kind(bucket, full, received, self._collectives)
         return self._exchanges[index]
 
 
 class FusedReduceScatter:
-    """The whole bucket at once."""
+    """One reduce-scatter of the whole bucket."""
 
     def __init__(self, bucket: FlatBucket, full: Tensor, received: Tensor, collectives: Collectives) -> None:
         self.full, self.received, self._collectives = full, received, collectives
-        self._places = [bucket.place(position, full) for position in range(len(bucket.params))]
+        self._views = [bucket.param_view(position, full) for position in range(len(bucket.params))]
         gaps = bucket.plan.gaps()
         if len(gaps) * GAP_ELEMENTS > bucket.plan.numel:
             gaps = ((0, bucket.plan.numel),)
         self._gaps = [full[low:high] for low, high in gaps]
 
     def own(self, grads: Sequence[Tensor | None]) -> None:
-        """Nothing: the library has written it."""
+        """None: the library adds this rank's contribution."""
 
     def start(self, grads: Sequence[Tensor | None]) -> Pending:
         """See `Exchange`."""
-        missing = [place for place, grad in zip(self._places, grads, strict=True) if grad is None]
-        given = [(place, grad) for place, grad in zip(self._places, grads, strict=True) if grad is not None]
+        missing = [view for view, grad in zip(self._views, grads, strict=True) if grad is None]
+        present = [(view, grad) for view, grad in zip(self._views, grads, strict=True) if grad is not None]
         with self._collectives.traffic.computing("copy gradients"):
             _zero([*self._gaps, *missing])
-            _copy(given)
+            _copy(present)
         return self._collectives.reduce_scatter(self.full, self.received)
 
 
 @dataclass(slots=True)
 class _Slice:
-    """A segment of a gradient and the staging memory that it goes to."""
+    """A segment of a gradient and the staging memory for it."""
 
     position: int  # among the bucket's parameters
     segment: Segment
-    place: Tensor  # in the parameter's shape where it is whole, else flat
+    staged: Tensor  # in the parameter's shape if it is whole, else flat
     whole: bool
 
     def of(self, grad: Tensor, strides: tuple[int, ...]) -> Tensor:
+        """The segment of ``grad``, whose parameter has ``strides``."""
         if self.whole:
             return grad
         return flattened(grad, strides)[self.segment.start : self.segment.start + self.segment.length]
@@ -112,8 +113,8 @@ class _Slice:
 @dataclass(slots=True)
 class _Message:
     peer: int
-    place: Tensor  # in staging memory
-    alone: _Slice | None  # what fills it, where that is one slice
+    staged: Tensor  # in staging memory
+    single: _Slice | None  # the large slice that it sends; None: several copied slices
 
 
 @dataclass(slots=True)
@@ -125,47 +126,47 @@ class _Plan:
 
 
 class P2PExchange:
-    """Messages to the shards' owners. This rank's own slices stay where they lie until they are summed."""
+    """Messages to the shards' owners. This rank's own slices stay in their gradients until they are summed."""
 
     def __init__(self, bucket: FlatBucket, full: Tensor, received: Tensor, collectives: Collectives) -> None:
         self.full, self.received, self._collectives = full, received, collectives
         self._bucket, self._plan = bucket, _Plan()
         self._position = {param: position for position, param in enumerate(bucket.plan.params)}
         numel, ranks, here = bucket.plan.shard_numel, collectives.shard_count, collectives.topology.shard_rank
-        self._alone = max(ALONE_BYTES // full.element_size(), 1)
-        mine = bucket.plan.runs(here, self._alone)
-        for distance in range(1, ranks):  # peers at the same distance at the same time
+        self._message_numel = max(MESSAGE_BYTES // full.element_size(), 1)
+        own_runs = bucket.plan.runs(here, self._message_numel)
+        for distance in range(1, ranks):  # all ranks exchange at the same distance at the same time
             source, target = (here - distance) % ranks, (here + distance) % ranks
             row = received.view(ranks - 1, -1)[source - (source > here)]
-            self._plan.incoming += [(source, row[run.start : run.stop]) for run in mine]
+            self._plan.incoming += [(source, row[run.start : run.stop]) for run in own_runs]
             self._send(target, full[target * numel : (target + 1) * numel])
 
-    def _slice(self, segment: Segment, shard: Tensor, *, alone: bool = False) -> _Slice:
+    def _slice(self, segment: Segment, shard: Tensor, *, single: bool = False) -> _Slice:
         position = self._position[segment.param]
-        place = shard[segment.shard_start : segment.shard_start + segment.length]
-        whole = segment.length == self._bucket.plan.numels[position] and not alone
+        staged = shard[segment.shard_start : segment.shard_start + segment.length]
+        whole = segment.length == self._bucket.plan.numels[position] and not single
         if whole:
             p, strides = self._bucket.params[position], self._bucket.strides[position]
-            place = place.as_strided(p.shape, strides)
-        return _Slice(position, segment, place, whole)
+            staged = staged.as_strided(p.shape, strides)
+        return _Slice(position, segment, staged, whole)
 
     def _send(self, rank: int, shard: Tensor) -> None:
-        """The messages to another rank; ``shard``: its part of what is sent."""
+        """Plan the messages to ``rank``; ``shard``: its part of the sent buffer."""
         segments = self._bucket.plan.segments(rank)
-        for run in self._bucket.plan.runs(rank, self._alone):
-            place, alone = shard[run.start : run.stop], None
+        for run in self._bucket.plan.runs(rank, self._message_numel):
+            staged, single = shard[run.start : run.stop], None
             if run.segment is not None:
-                alone = self._slice(run.segment, shard, alone=True)
+                single = self._slice(run.segment, shard, single=True)
             else:
                 inside = [s for s in segments if run.start <= s.shard_start < run.stop]
                 self._plan.copied += [self._slice(segment, shard) for segment in inside]
                 self._plan.gaps += _between(inside, run.start, run.stop, shard)
-            self._plan.outgoing.append(_Message(rank, place, alone))
+            self._plan.outgoing.append(_Message(rank, staged, single))
 
     def own(self, grads: Sequence[Tensor | None]) -> LocalContribution:
-        """This rank's slices where they lie."""
-        mine = [grads[self._position[segment.param]] for segment in self._bucket.segments]
-        return LocalContribution(self._collectives.topology.shard_rank, self._bucket.in_memory_order(mine))
+        """This rank's slices, in their gradients' memory."""
+        own = [grads[self._position[segment.param]] for segment in self._bucket.segments]
+        return LocalContribution(self._collectives.topology.shard_rank, self._bucket.in_memory_order(own))
 
     def start(self, grads: Sequence[Tensor | None]) -> Pending:
         """See `Exchange`."""
@@ -173,20 +174,20 @@ class P2PExchange:
         for part in self._plan.copied:
             grad = grads[part.position]
             if grad is None:
-                zeros.append(part.place)
+                zeros.append(part.staged)
             else:
-                copies.append((part.place, part.of(grad, self._bucket.strides[part.position])))
+                copies.append((part.staged, part.of(grad, self._bucket.strides[part.position])))
         for message in self._plan.outgoing:
-            alone, sent = message.alone, message.place
-            grad = None if alone is None else grads[alone.position]
-            if alone is not None and grad is None:
+            single, sent = message.single, message.staged
+            grad = None if single is None else grads[single.position]
+            if single is not None and grad is None:
                 zeros.append(sent)
-            elif alone is not None and grad is not None:
-                lies = alone.of(grad, self._bucket.strides[alone.position])
-                if lies.dtype == sent.dtype:
-                    sent = lies
+            elif single is not None and grad is not None:
+                part_of_grad = single.of(grad, self._bucket.strides[single.position])
+                if part_of_grad.dtype == sent.dtype:
+                    sent = part_of_grad
                 else:
-                    copies.append((sent, lies))
+                    copies.append((sent, part_of_grad))
             outgoing.append((message.peer, sent))
         with self._collectives.traffic.computing("copy gradients"):
             _zero(zeros)
@@ -195,17 +196,17 @@ class P2PExchange:
 
 
 def _between(segments: Sequence[Segment], start: int, stop: int, shard: Tensor) -> list[Tensor]:
-    """Views of what of [start, stop) no segment fills."""
+    """Views of the gaps in [start, stop) between segments."""
     ends = [start, *(segment.shard_start + segment.length for segment in segments)]
     starts = [*(segment.shard_start for segment in segments), stop]
     return [shard[end:begin] for end, begin in zip(ends, starts, strict=True) if end < begin]
 
 
-def _zero(places: Sequence[Tensor]) -> None:
-    if places:
-        torch._foreach_zero_(list(places))
+def _zero(views: Sequence[Tensor]) -> None:
+    if views:
+        torch._foreach_zero_(list(views))
 
 
 def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     if pairs:
-        torch._foreach_copy_([place for place, _ in pairs], [grad for _, grad in pairs])
+        torch._foreach_copy_([view for view, _ in pairs], [grad for _, grad in pairs])

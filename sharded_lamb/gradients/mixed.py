@@ -1,4 +1,4 @@
-"""Stage 2 beside DTensors: plain parameters' gradients are reduced here, DTensors' are read where FSDP left them."""
+"""Stage 2 beside DTensors: reduces plain parameters' gradients and reads DTensors' from ``.grad``."""
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from sharded_lamb.gradients.summary import GradientSummary
 
 
 class MixedGradients:
-    """Two `GradientSource`s as one. Each makes a summary of its own: with both, all-reduce (a) is made twice.
+    """Two `GradientSource`s as one. Each computes its own summary: with both, all-reduce (a) runs twice.
 
-    The reducer makes its summary at the end of backward, when FSDP may not have put its gradients into ``.grad`` yet.
+    The reducer computes its summary at the end of backward, when FSDP may not have written ``.grad`` yet.
     """
 
     def __init__(self, reducer: BackwardReducer, averaged: AveragedGradients) -> None:
@@ -45,21 +45,21 @@ class MixedGradients:
         if self.reducer.buckets:
             self.reducer.settle()
 
-    def ready(self, found_inf: Tensor | None, *, may_wait: bool = False) -> GradientSummary:
+    def ready(self, found_inf: Tensor | None, *, may_defer: bool = False) -> GradientSummary:
         """See `GradientSource`."""
         if not self._has_dtensors:
             return self.reducer.ready(found_inf)
         if not self.reducer.buckets:
-            return self.averaged.ready(found_inf, may_wait=may_wait)
+            return self.averaged.ready(found_inf, may_defer=may_defer)
         reduced = self.reducer.ready(found_inf)
         return reduced.joined(self.averaged.ready(found_inf))
 
     def is_partial(self, summary: GradientSummary) -> Tensor:
-        """See `GradientSource`. A gradient that some ranks lack counts as zero where it is reduced here."""
+        """See `GradientSource`. The reducer counts a gradient that some ranks lack as zero."""
         return (self.averaged if self._has_dtensors else self.reducer).is_partial(summary)
 
     def unscale_factor(self) -> Tensor | None:
-        """[P] or None: ``GradScaler.unscale_`` writes DTensors' ``.grad`` and cannot reach reduced shards."""
+        """Scalar, [P] or None: ``GradScaler.unscale_`` writes DTensors' ``.grad`` and cannot write reduced shards."""
         factor = self.reducer.unscale_factor()
         if factor is None or not self._has_dtensors:
             return factor

@@ -1,9 +1,9 @@
-"""Stage 2: buckets are reduce-scattered while backward runs, and full gradients freed.
+"""Stage 2: reduce-scatters buckets while backward runs, and frees full gradients.
 
 One *round* reduces every bucket once, in bucket order on every rank: gloo matches operations by order alone, and
-ranks' hooks may fire in different orders. A bucket is launched once all its parameters have fired and all buckets
-before it are launched; a callback at the end of backward launches the rest, missing gradients as zeros. Rounds add up
-until the gradients are zeroed, as ``.grad`` does.
+ranks' hooks may fire in different orders. A bucket launches once the hooks of all its parameters have fired and all
+buckets before it have launched; a callback at the end of backward launches the rest, with zeros for missing gradients.
+Like ``.grad``, rounds accumulate until the gradients are zeroed.
 """
 
 import gc
@@ -24,21 +24,21 @@ from sharded_lamb.core.parameters import check_gradient
 from sharded_lamb.gradients.exchange import Staging
 from sharded_lamb.gradients.sentinel import Sentinel
 from sharded_lamb.gradients.source import Registration
-from sharded_lamb.gradients.summary import GradientSummary, agree, spoil_on_purpose
+from sharded_lamb.gradients.summary import GradientSummary, agree, inject_nan
 from sharded_lamb.kernels import Kernel, ReceivedShards
 from sharded_lamb.kernels.incoming import with_local_contribution
 from sharded_lamb.sharding.buckets import FlatBucket
 
 IN_FLIGHT = 2
-"""Buckets whose exchange may be under way at once: one on the wire and one behind it. A third was not faster on two
-ranks of BERT-base, and held 55 MB more."""
+"""Buckets in flight at once: one on the wire and one queued. A third was not faster on two ranks of BERT-base, and
+used 55 MB more."""
 
 SYNCED_ROUNDS = 2
-"""On a GPU the host reads left-over gradients in the first rounds only; late parameters are known by then."""
+"""On a GPU the host reads left-over gradients in the first rounds only; later, `BackwardReducer.late` is complete."""
 
 
 class ReducerState(Enum):
-    """What a `BackwardReducer` holds between two calls, and what each call makes of it.
+    """The state of a `BackwardReducer` between two calls, and the transition that each call makes.
 
     ======== ==================== ========= ========== =======
     state    gradient, or `flush` `flush`   `stepped`  `zero`
@@ -50,13 +50,13 @@ class ReducerState(Enum):
     USED     ROUND                          USED       EMPTY
     ======== ==================== ========= ========== =======
 
-    ``model.zero_grad()`` reaches none of it: the sentinel tells of that when the next round opens.
+    ``model.zero_grad()`` changes no state: the sentinel reports it when the next round opens.
     """
 
-    EMPTY = auto()  # no reduced gradients are held: none yet, or they were zeroed
-    ROUND = auto()  # a round is open: buckets travel as their gradients arrive
+    EMPTY = auto()  # no reduced gradients: none yet, or they were zeroed
+    ROUND = auto()  # a round is open: buckets launch as their gradients arrive
     REDUCED = auto()  # every gradient is in its shard, and no step has used it
-    USED = auto()  # a step has used the gradients; a round that follows adds to them unless they are zeroed
+    USED = auto()  # a step has used the gradients; the next round adds to them unless they are zeroed
 
 
 TRANSITIONS = {
@@ -69,25 +69,25 @@ TRANSITIONS = {
 
 @dataclass(slots=True)
 class _InFlight:
-    """One bucket's exchange under way."""
+    """One bucket's exchange in flight."""
 
     index: int  # of the bucket
     pending: Pending
     staging: Staging
-    grads: list[Tensor | None]  # may be sent from where they lie
+    grads: list[Tensor | None]  # sent from their own memory, so they must stay alive
 
 
 @dataclass(slots=True)
 class _Round:
-    """One round; none between rounds."""
+    """The open round; None between rounds."""
 
-    fresh: bool  # its gradients replace those of rounds before, else they add up
+    fresh: bool  # its gradients replace those of earlier rounds, else they add to them
     square_sums: Tensor  # [P] fp64 Σg² of this rank's shards
     missing: list[int]  # [buckets] gradients that each bucket still waits for
     next: int = 0  # the bucket to launch next
     fired: set[int] = field(default_factory=set)  # parameters whose gradient has arrived
     in_flight: deque[_InFlight] = field(default_factory=deque)
-    is_callback_queued: bool = False  # at the end of the backward that runs
+    is_callback_queued: bool = False  # for the end of the running backward
 
 
 class BackwardReducer:
@@ -100,8 +100,8 @@ class BackwardReducer:
         self.buckets: list[FlatBucket] = []
         self.names: list[str] = []
         self.params: list[Tensor] = []
-        self.bucket_of: dict[int, int] = {}  # of the members
-        self.present: list[bool] = []  # [P] whether this rank had a gradient since they were zeroed
+        self.bucket_of: dict[int, int] = {}  # members only
+        self.present: list[bool] = []  # [P] whether this rank had a gradient since zeroing
         self.late: set[int] = set()  # parameters whose hook fires more than once in a backward
         self.summary: GradientSummary | None = None
         self.rounds = 0
@@ -111,9 +111,9 @@ class BackwardReducer:
         self._free_staging: list[Staging] = []
 
     def extend(self, added: Registration) -> None:
-        """See `GradientSource`. The smallest of the first parameters that have elements carries the sentinel."""
-        assert self._round is None, "parameters cannot join in the middle of a round"
-        self.summary = None  # of fewer parameters
+        """See `GradientSource`. The smallest non-empty one of the first parameters carries the sentinel."""
+        assert self._round is None, "parameters cannot be added during a round"
+        self.summary = None  # it lacks the new parameters
         self.names.extend(added.names)
         self.params.extend(added.params)
         self.present.extend([False] * len(added.params))
@@ -130,7 +130,7 @@ class BackwardReducer:
             self._register_sentinel_hook(self.params[param])
 
     def _register_hooks(self, members: Sequence[int]) -> None:
-        """Hooks hold this object weakly: a model outlives its optimizer unharmed."""
+        """Hooks reference this object weakly: a model may outlive its optimizer."""
         this = weakref.ref(self)
 
         def after_accumulation(index: int) -> Callable[[Tensor], None]:
@@ -153,34 +153,32 @@ class BackwardReducer:
             if reducer is not None:
                 reducer._before_sentinel_gradient()
 
-        # On the accumulation, not on the tensor: a tensor's hook fires under torch.autograd.grad too.
+        # On the AccumulateGrad node, not on the tensor: a tensor's hook fires under torch.autograd.grad too.
         edge = torch.autograd.graph.get_gradient_edge(p)
-        self._accumulation = edge.node  # the parameter holds it weakly
+        self._accumulation = edge.node  # the parameter references it weakly
         self._accumulation.register_prehook(before_accumulation)
 
     def _enter(self, state: ReducerState) -> None:
-        assert state in TRANSITIONS[self.state], f"{self.state.name} does not lead to {state.name}"
+        assert state in TRANSITIONS[self.state], f"no transition from {self.state.name} to {state.name}"
         self.state = state
 
     # -- the sentinel -------------------------------------------------------------------------------
 
     def _has_reduced(self) -> bool:
-        """Whether reduced gradients are held that no one has zeroed. Raises as `Sentinel.tells_of_gradients`."""
+        """Whether there are reduced gradients that are not zeroed. Raises as `Sentinel.has_gradients`."""
         used = self.state is ReducerState.USED
-        return self.sentinel is not None and self.sentinel.tells_of_gradients(used=used)
+        return self.sentinel is not None and self.sentinel.has_gradients(used=used)
 
     def _is_gradient(self, grad: Tensor | None) -> bool:
         return grad is not None and not (self.sentinel is not None and self.sentinel.is_grad(grad))
 
     def _before_sentinel_gradient(self) -> None:
-        """Autograd is about to add to the ``.grad`` that may be the sentinel: it must be out of the way."""
+        """Remove the sentinel from ``.grad`` before autograd adds a gradient to it."""
         assert self.sentinel is not None
-        if (
-            self.sentinel.p.grad is None and self._round is None
-        ):  # zeroed by the model, whatever was set aside
-            self.sentinel.drop()
+        if self.sentinel.p.grad is None and self._round is None:
+            self.sentinel.drop()  # the model zeroed it; drops a sentinel set aside too
         if self.enabled:
-            self._opened_round()
+            self._open_round()
         self.sentinel.set_aside(used=self.state is ReducerState.USED)
 
     def _drop_sentinel(self) -> None:
@@ -193,18 +191,18 @@ class BackwardReducer:
 
     # -- a round ------------------------------------------------------------------------------------
 
-    def _opened_round(self) -> _Round:
-        """The round that is open; a new one where none is."""
+    def _open_round(self) -> _Round:
+        """Return the open round; open a new one if there is none."""
         if self._round is not None:
             return self._round
         if self.sentinel is not None and self.sentinel.is_set_aside and self.sentinel.p.grad is None:
-            self.sentinel.drop()  # zeroed by the model after a backward in no_sync
+            self.sentinel.drop()  # the model zeroed it after a backward in no_sync
         fresh = not self._has_reduced()
         if fresh:
             self._drop_sentinel()
             self.present = [False] * len(self.params)
         missing = [len(bucket.params) for bucket in self.buckets]
-        for param in self.late:  # never early: its gradient may not be whole before backward ends
+        for param in self.late:  # launch at the end: its gradient may be incomplete before
             missing[self.bucket_of[param]] += 1
         sums = torch.zeros(len(self.params), dtype=torch.float64, device=self.params[0].device)
         self._round, self.summary = _Round(fresh, sums, missing), None
@@ -212,10 +210,10 @@ class BackwardReducer:
         return self._round
 
     def _on_gradient(self, param: int) -> None:
-        """Autograd has put the gradient of ``param`` into ``.grad``."""
+        """Count the gradient of ``param``, which autograd has accumulated, and launch complete buckets."""
         if not self.enabled:
             return
-        current = self._opened_round()
+        current = self._open_round()
         if not current.is_callback_queued:
             torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
             current.is_callback_queued = True
@@ -232,14 +230,14 @@ class BackwardReducer:
     def _end_of_backward(self) -> None:
         if self._round is not None:
             self._round.is_callback_queued = False
-        # A callback queued inside a reentrant checkpoint's own backward comes while the outer one still
-        # evaluates that checkpoint's node: more gradients follow, and `step` flushes at the latest.
+        # A callback queued inside a reentrant checkpoint's backward runs while the outer backward still
+        # evaluates the checkpoint's node: more gradients follow, and `step` flushes at the latest.
         if torch._C._current_autograd_node() is None:
             self.flush()
 
-    @torch.no_grad()  # backward(create_graph=True) makes gradients that require gradients
+    @torch.no_grad()  # after backward(create_graph=True) gradients require gradients
     def _launch(self, current: _Round, index: int) -> None:
-        """Start the exchange of a bucket: gradients into staging memory, ``.grad`` freed."""
+        """Start the exchange of a bucket and free its gradients' ``.grad``."""
         bucket = self.buckets[index]
         faults.point("mid-backward")
         if len(current.in_flight) == IN_FLIGHT:
@@ -256,11 +254,11 @@ class BackwardReducer:
             p.grad = None
             self.present[param] = True
         if faults.point("gradient"):
-            spoil_on_purpose(grads)
+            inject_nan(grads)
         pending = staging.exchange(index, bucket).start(grads)
-        # A fused exchange has copied them already.
+        # A fused exchange has already copied them.
         current.in_flight.append(
-            _InFlight(index, pending, staging, grads if self.collectives.by_hand else [])
+            _InFlight(index, pending, staging, grads if self.collectives.uses_p2p else [])
         )
 
     @torch.no_grad()  # as `_launch`
@@ -280,30 +278,30 @@ class BackwardReducer:
         self._free_staging.append(arrived.staging)
 
     def _take_staging(self, index: int) -> Staging:
-        """The one that this bucket went through before, if it is free: pages of it are those that it needs."""
+        """A free staging memory, if possible one that this bucket used before: its pages are already mapped."""
         if not self._free_staging:
             return Staging(self.buckets, self.collectives)
-        known = [place for place, staging in enumerate(self._free_staging) if staging.knows(index)]
-        return self._free_staging.pop(known[0] if known else 0)
+        reusable = [i for i, staging in enumerate(self._free_staging) if staging.has_exchanged(index)]
+        return self._free_staging.pop(reusable[0] if reusable else 0)
 
     def flush(self) -> GradientSummary:
-        """Reduce what has not been, on every rank alike, and sum the summaries (small all-reduce a).
+        """Reduce the remaining buckets, on every rank, and sum the summaries (small all-reduce a).
 
-        A second pass follows where any rank has gradients that came after their bucket went.
+        A second pass follows if any rank has gradients that arrived after their bucket's launch.
         """
         if self.rounds == 0:
-            refuse_ddp([self.params[index] for index in self.bucket_of])
-        current = self._opened_round()
+            reject_ddp([self.params[index] for index in self.bucket_of])
+        current = self._open_round()
         for index in range(current.next, len(self.buckets)):
             self._launch(current, index)
         self._drain(current)
         summary = self._agree(current, self._left_over())
         if summary.left_over.device.type == "cpu" or self.rounds < SYNCED_ROUNDS:
-            again = {self.bucket_of[param] for param in summary.left_over.nonzero().flatten().tolist()}
-            if again:
+            late_buckets = {self.bucket_of[param] for param in summary.left_over.nonzero().flatten().tolist()}
+            if late_buckets:
                 current.fresh = False
-                for index in sorted(again):
-                    current.square_sums[list(self.buckets[index].plan.params)] = 0  # they are summed anew
+                for index in sorted(late_buckets):
+                    current.square_sums[list(self.buckets[index].plan.params)] = 0  # summed again
                     self._launch(current, index)
                 self._drain(current)
                 summary = self._agree(current, [False] * len(self.params))
@@ -323,18 +321,18 @@ class BackwardReducer:
     def _left_over(self) -> list[bool]:
         return [index in self.bucket_of and self._is_gradient(p.grad) for index, p in enumerate(self.params)]
 
-    def ready(self, found_inf: Tensor | None, *, may_wait: bool = False) -> GradientSummary:
-        """See `GradientSource`: the summary of the last round, or of one that is made now.
+    def ready(self, found_inf: Tensor | None, *, may_defer: bool = False) -> GradientSummary:
+        """See `GradientSource`: the summary of the last round, or of a new one.
 
-        ``found_inf`` (GradScaler's) was made of the sentinel, so all ranks have the same.
+        GradScaler computed ``found_inf`` from the sentinel, so it is equal on all ranks.
 
         Raises:
-            RuntimeError: GradScaler has looked at gradients that were not reduced yet.
+            RuntimeError: GradScaler read gradients that were not reduced yet.
         """
         if found_inf is not None and any(self._left_over()):
             raise RuntimeError(
-                "GradScaler saw gradients that stage=2 had not reduced, and would unscale them apart from the others: "
-                "run the last backward before a step outside no_sync()"
+                "GradScaler read gradients that stage=2 had not reduced, and would unscale them separately from the "
+                "reduced ones: run the last backward before a step outside no_sync()"
             )
         is_attached = self.sentinel is not None and self.sentinel.is_attached
         if self._round is not None or self.summary is None or not is_attached or any(self._left_over()):
@@ -342,21 +340,21 @@ class BackwardReducer:
         return self.summary
 
     def settle(self) -> None:
-        """End an open round, on every rank alike."""
+        """Close an open round, on every rank."""
         if self._round is not None:
             self.flush()
 
     def is_partial(self, summary: GradientSummary) -> Tensor:
-        """False: a gradient that some ranks lack counts as zero there."""
+        """False: a gradient that some ranks lack counts as zero on them."""
         return torch.zeros((), dtype=torch.bool, device=summary.present.device)
 
     def stepped(self) -> None:
-        """A step has used the gradients; they stay, as ``.grad`` would, until they are zeroed."""
+        """Mark the gradients as used; like ``.grad`` they stay until they are zeroed."""
         self._enter(ReducerState.USED)
 
     def zero(self) -> None:
-        """Wait for what is in flight, on every rank alike, and forget reduced gradients."""
-        self.settle()  # where backward broke off; where it did not, the round was finished, and waits for us
+        """Wait for exchanges in flight, on every rank, and drop reduced gradients."""
+        self.settle()  # after an exception in backward; ranks without one have closed the round and wait for this one
         self._drop_sentinel()
         self.summary = None
         self._enter(ReducerState.EMPTY)
@@ -366,14 +364,14 @@ class BackwardReducer:
         return sum(staging.nbytes for staging in self._free_staging)
 
 
-def refuse_ddp(params: Sequence[Tensor]) -> None:
-    """Raises ValueError if a DistributedDataParallel reduces gradients of ``params`` too.
+def reject_ddp(params: Sequence[Tensor]) -> None:
+    """Raises ValueError if a DistributedDataParallel also reduces gradients of ``params``.
 
-    DDP leaves no mark on parameters, so its instances are looked for, once.
+    DDP does not mark its parameters, so this searches for its instances, once.
     """
-    ours = set(map(id, params))
-    for found in _instances(DistributedDataParallel):
-        if any(id(p) in ours for p in found.parameters()):
+    reduced = set(map(id, params))
+    for ddp in _instances(DistributedDataParallel):
+        if any(id(p) in reduced for p in ddp.parameters()):
             raise ValueError(
                 "stage=2 reduces gradients itself, and the model is wrapped in DistributedDataParallel, which "
                 "reduces them too: pass the bare model, or use stage=1 with DistributedDataParallel"
@@ -383,10 +381,10 @@ def refuse_ddp(params: Sequence[Tensor]) -> None:
 def _instances(kind: type[Any]) -> Iterator[Any]:
     """All objects of a class and its subclasses.
 
-    Objects refer to their class. Not `gc.get_objects`: to hold every object, if briefly, breaks another thread's
-    ``tuple(… for …)``, which CPython builds in place and will not finish once somebody else refers to it.
+    Objects refer to their class. `gc.get_objects` would reference every object, which breaks a ``tuple(… for …)`` in
+    other threads: CPython builds the tuple in place and fails to finish it once it has a second reference.
     """
-    yield from (found for found in gc.get_referrers(kind) if type(found) is kind)
+    yield from (instance for instance in gc.get_referrers(kind) if type(instance) is kind)
     subclasses: list[type[Any]] = kind.__subclasses__()
     for sub in subclasses:
         yield from _instances(sub)

@@ -1,4 +1,4 @@
-"""The ``.grad`` that stage 2 leaves on one parameter, by which others tell of gradients that are freed."""
+"""The ``.grad`` that stage 2 attaches to one parameter, in place of the gradients that it freed."""
 
 import torch
 from torch import Tensor
@@ -7,18 +7,18 @@ from sharded_lamb.gradients.summary import GradientSummary
 
 
 class Sentinel:
-    """A ``.grad`` of ones on one parameter, attached after every round. It tells
+    """A ``.grad`` of ones on one parameter, attached after every round. It reports
 
-    - GradScaler of a non-finite gradient on any rank (the ones become inf on every rank, alike);
-    - the reducer of the factor of ``GradScaler.unscale_``, and of gradients that were scaled otherwise (stock
-      ``clip_grad_norm_``);
-    - the reducer of ``model.zero_grad()``, which cannot reach reduced shards.
+    - to GradScaler: a non-finite gradient on any rank (the ones become inf on every rank);
+    - to the reducer: the factor of ``GradScaler.unscale_``, and other changes of gradients (stock
+      ``clip_grad_norm_``), which are errors;
+    - to the reducer: ``model.zero_grad()``, which cannot zero reduced shards.
     """
 
     def __init__(self, name: str, p: Tensor) -> None:
         self.name, self.p = name, p
         self.is_set_aside = False
-        """Whether reduced gradients are held although autograd writes another ``.grad``."""
+        """Whether reduced gradients remain while autograd accumulates a new ``.grad``."""
         self._grad: Tensor | None = None
         self._version = 0
 
@@ -38,25 +38,25 @@ class Sentinel:
         self.p.grad = self._grad
 
     def drop(self) -> None:
-        """Forget it, and free ``.grad`` where that is it."""
+        """Drop the sentinel, and free ``.grad`` if that is the sentinel."""
         if self.is_attached:
             self.p.grad = None
         self._grad, self.is_set_aside = None, False
 
     def set_aside(self, *, used: bool) -> None:
-        """Free ``.grad`` for the gradient that autograd is about to add there."""
+        """Free ``.grad`` for the gradient that autograd is about to accumulate."""
         if self.is_attached:
-            self.is_set_aside = self.tells_of_gradients(used=used)
+            self.is_set_aside = self.has_gradients(used=used)
             self.p.grad = None
 
-    def tells_of_gradients(self, *, used: bool) -> bool:
-        """Whether reduced gradients are held that no one has zeroed.
+    def has_gradients(self, *, used: bool) -> bool:
+        """Whether there are reduced gradients that are not zeroed.
 
         Args:
             used: a step has used them.
 
         Raises:
-            RuntimeError: ``.grad`` was assigned, so that this cannot be known.
+            RuntimeError: ``.grad`` was assigned while no step has used them.
         """
         if self._grad is None or self.is_set_aside:
             return self.is_set_aside
@@ -68,20 +68,20 @@ class Sentinel:
                 f"the .grad of {self.name!r} was assigned while stage=2 holds reduced gradients "
                 f"that no step has used: call opt.zero_grad() before assigning gradients"
             )
-        # zero_grad(set_to_none=False) by the model: the value is read only after somebody wrote it.
+        # the model's zero_grad(set_to_none=False): read the value only after an in-place write.
         written = self._grad._version != self._version
         return grad is not None and not (written and bool((grad == 0).all()))
 
     def unscale_factor(self) -> Tensor | None:
-        """The factor of ``GradScaler.unscale_`` since the last round: fp64 scalar; None: it is not attached.
+        """The factor of ``GradScaler.unscale_`` since the last round: fp64 scalar; None if not attached.
 
         Raises:
-            RuntimeError: gradients were changed by something else.
+            RuntimeError: gradients changed in another way.
         """
         if not self.is_attached:
             return None
         assert self._grad is not None
-        # GradScaler's unscaling of a list of tensors counts no version; every other in-place change does.
+        # GradScaler's unscaling of a list of tensors leaves the version unchanged; other in-place changes increment it.
         if self._grad._version != self._version:
             raise RuntimeError(
                 "gradients were changed after backward, and stage=2 has already reduced and freed them, so the "
@@ -89,4 +89,5 @@ class Sentinel:
                 "pass max_grad_norm; use stage=1 for other changes"
             )
         factor = self._grad.flatten()[0].to(torch.float64)
-        return torch.where(factor.isfinite(), factor, torch.ones_like(factor))  # inf only says: non-finite
+        # inf marks a non-finite gradient and is no factor.
+        return torch.where(factor.isfinite(), factor, torch.ones_like(factor))

@@ -1,12 +1,12 @@
-"""What all ranks must know of the gradients before any moment is written, in one packed all-reduce (a).
+"""The summary of gradients that all ranks need before any moment is written, in one packed all-reduce (a).
 
 Slots of the fp64 vector, for P parameters and W ranks::
 
-    [0, P)      Σg², of what each rank owns (non-finite: a gradient element was, or its square overflows)
-    [P, 2P)     on how many ranks the parameter has a gradient
-    [2P, 3P)    on how many ranks gradient is left over that no reduction took (stage 2)
-    [3P]        on how many ranks GradScaler found an inf
-    [3P+1, …)   on the first steps: Σg and Σg² of what a rank holds of gradients that others hold too, W slots a kind
+    [0, P)      Σg² of owned parts (non-finite: a gradient element was, or its square overflowed)
+    [P, 2P)     number of ranks on which the parameter has a gradient
+    [2P, 3P)    number of ranks with a left-over gradient that no reduction included (stage 2)
+    [3P]        number of ranks on which GradScaler found an inf
+    [3P+1, …)   on the first steps: Σg and Σg² of a rank's parts of replicated gradients, W slots per kind
 """
 
 from collections.abc import Container, Sequence
@@ -22,7 +22,7 @@ from sharded_lamb.core import rule
 from sharded_lamb.sharding.placements import Replicas
 
 TOLERANCE = 1e-3
-"""How far Σg² of the same averaged gradients may differ over ranks, relative; Σg likewise, of √Σg²."""
+"""Relative tolerance for Σg² of the same averaged gradients over ranks; for Σg relative to √Σg²."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class GradientSummary:
     """The agreed summary, on the device of the update, the same bits on every rank."""
 
     square_sums: Tensor  # [P] fp64
-    present: Tensor  # [P] fp64, ranks that have a gradient
-    left_over: Tensor  # [P] fp64
+    present: Tensor  # [P] fp64, number of ranks with a gradient
+    left_over: Tensor  # [P] fp64, number of ranks with a left-over gradient
     bad: Tensor  # [P] bool: non-finite
     found_inf: Tensor  # bool
-    totals: Tensor | None  # [2, kinds, W] Σg and Σg² of what every rank holds of each kind of `Replicas`
-    agreed: bool = True  # False: this rank's own, see `all_reduce_with_norms`
+    totals: Tensor | None  # [2, kinds, W] Σg and Σg² of every rank's parts, by kind of `Replicas`
+    agreed: bool = True  # False: this rank's own; see `all_reduce_with_norms`
 
     @property
     def any_bad(self) -> Tensor:
@@ -51,7 +51,7 @@ class GradientSummary:
         return rule.norms(self.square_sums.sum(), is_fp64.all()) * scale
 
     def joined(self, other: "GradientSummary") -> "GradientSummary":
-        """Of both, where no parameter is in both."""
+        """The summary of two sources, which share no parameter."""
         return GradientSummary(
             square_sums=self.square_sums + other.square_sums,
             present=self.present + other.present,
@@ -70,13 +70,13 @@ def agree(
     found_inf: Tensor | None = None,
     totals: Tensor | None = None,
 ) -> GradientSummary:
-    """Sum the ranks' summaries. One small all-reduce over everyone; none on one rank.
+    """Sum the summaries over ranks: one small all-reduce over all ranks, none if there is one rank.
 
     Args:
-        square_sums: [P] fp64, Σg² of what this rank owns.
+        square_sums: [P] fp64, Σg² of the parts that this rank owns.
         present, left_over: [P], this rank's.
         found_inf: GradScaler's, if one is in use.
-        totals: [2, kinds] Σg and Σg² of what this rank holds, to compare over ranks.
+        totals: [2, kinds] Σg and Σg² of this rank's parts, to compare over ranks.
     """
     topology, count, world = collectives.topology, len(present), collectives.world_size
     device = square_sums.device
@@ -102,23 +102,23 @@ def agree(
     )
 
 
-def _flags(given: Sequence[bool], device: torch.device) -> Tensor:
-    """[P] fp64, not to be written."""
+def _flags(flags: Sequence[bool], device: torch.device) -> Tensor:
+    """[P] fp64, read-only."""
     if device.type == "cpu":
-        return torch.from_numpy(np.array(given, dtype=np.float64))  # torch.tensor takes ten times as long
-    return _flags_on_device(tuple(given), device)
+        return torch.from_numpy(np.array(flags, dtype=np.float64))  # torch.tensor takes ten times as long
+    return _flags_on_device(tuple(flags), device)
 
 
 @lru_cache(maxsize=16)
-def _flags_on_device(given: tuple[bool, ...], device: torch.device) -> Tensor:
-    """Kept: steps hand over the same flags, and a copy from the host can't be part of a CUDA graph."""
-    return torch.tensor(given, dtype=torch.float64, pin_memory=device.type == "cuda").to(
+def _flags_on_device(flags: tuple[bool, ...], device: torch.device) -> Tensor:
+    """Cached: steps pass the same flags, and a CUDA graph cannot include a copy from the host."""
+    return torch.tensor(flags, dtype=torch.float64, pin_memory=device.type == "cuda").to(
         device, non_blocking=True
     )
 
 
 def local_summary(square_sums: Tensor, present: Sequence[bool]) -> GradientSummary:
-    """This rank's summary where no decision waits for the others': nothing clips, nothing is left out."""
+    """This rank's summary, for steps whose decisions need no other rank's: no clipping and no skipping."""
     no = torch.zeros(len(present), dtype=torch.bool, device=square_sums.device)
     return GradientSummary(
         square_sums=square_sums,
@@ -134,7 +134,7 @@ def local_summary(square_sums: Tensor, present: Sequence[bool]) -> GradientSumma
 def all_reduce_with_norms(
     collectives: Collectives, summary: GradientSummary, norms: Tensor
 ) -> GradientSummary:
-    """(a) and (b) in one: sums ``norms`` [SUMS, P] over ranks in place, and a `local_summary` with it."""
+    """(a) and (b) in one all-reduce: sum ``norms`` [SUMS, P] over ranks in place, and a `local_summary` with them."""
     vector = torch.cat([norms, torch.stack([summary.square_sums, summary.present])])
     collectives.all_reduce_small(vector)
     norms.copy_(vector[: len(norms)])
@@ -144,8 +144,8 @@ def all_reduce_with_norms(
     )
 
 
-def spoil_on_purpose(grads: Sequence[Tensor | None]) -> None:
-    """What `faults` asks for at the point "gradient"."""
+def inject_nan(grads: Sequence[Tensor | None]) -> None:
+    """Fill gradients with nan, for the point "gradient" of `faults`."""
     for grad in grads:
         if grad is not None:
             grad.fill_(torch.nan)
@@ -154,10 +154,10 @@ def spoil_on_purpose(grads: Sequence[Tensor | None]) -> None:
 def check_present(
     summary: GradientSummary, names: Sequence[str], world_size: int, dtensors: Container[int]
 ) -> None:
-    """A gradient must be on all ranks or on none. Reads the device.
+    """Check that every gradient is on all ranks or on none. Reads the device.
 
     Args:
-        dtensors: the parameters that are DTensors.
+        dtensors: indices of the parameters that are DTensors.
 
     Raises:
         ValueError: a gradient is on some ranks only.
@@ -166,24 +166,24 @@ def check_present(
     if not partial:
         return
     first = partial[0]
-    found = (
+    problem = (
         f"a gradient of {names[first]!r} on {int(summary.present[first])} of {world_size} ranks only (and of "
         f"{len(partial) - 1} more parameters)"
     )
     if first in dtensors:
         raise ValueError(
-            f"there is {found}, and it is a DTensor, of which every rank holds a part: run the same modules' backward "
-            f"on all ranks of the mesh"
+            f"there is {problem}, and it is a DTensor, of which every rank holds a part: run the same modules' "
+            f"backward on all ranks of the mesh"
         )
     raise ValueError(
-        f"stage=1 got {found}: .grad must hold gradients averaged over ranks, as "
+        f"stage=1 got {problem}: .grad must hold gradients averaged over ranks, as "
         f"DistributedDataParallel leaves them. Use DistributedDataParallel(find_unused_parameters=True), or "
         f"ShardedLamb(stage=2) on the bare model, which reduces gradients itself"
     )
 
 
 def check_alike(summary: GradientSummary, replicas: Replicas) -> None:
-    """Ranks that hold the same part of a gradient must hold the same numbers. Reads the device.
+    """Check that ranks with the same part of a gradient hold equal values. Reads the device.
 
     Raises:
         ValueError: they differ by more than `TOLERANCE`.
@@ -198,22 +198,22 @@ def check_alike(summary: GradientSummary, replicas: Replicas) -> None:
             total, square = sums[kind][rank], squares[kind][rank]
             gap, gap_of_squares = abs(total - sums[kind][first]), abs(square - squares[kind][first])
             if gap_of_squares > TOLERANCE * scale or gap > TOLERANCE * scale**0.5:
-                found = (
+                problem = (
                     f"different gradients on rank {first} (Σg = {sums[kind][first]:.6g}, "
                     f"Σg² = {squares[kind][first]:.6g}) and on rank {rank} (Σg = {total:.6g}, Σg² = {square:.6g})"
                 )
-                raise ValueError(_unlike(found, replicas.kinds[kind]))
+                raise ValueError(_mismatch_message(problem, replicas.kinds[kind]))
 
 
-def _unlike(found: str, kind: str) -> str:
+def _mismatch_message(problem: str, kind: str) -> str:
     if kind:
         return (
-            f"DTensor parameters with {kind} have {found}, which hold the same part of them: these ranks would drift "
-            f"apart. Gradients must be averaged over the axes that replicate, as fully_shard does on a 2-D mesh "
+            f"DTensor parameters with {kind} have {problem}, which hold the same part of them: these ranks would "
+            f"diverge. Gradients must be averaged over the axes that replicate, as fully_shard does on a 2-D mesh "
             f"(replicate, shard)"
         )
     return (
-        f"stage=1 got {found}: they are not averaged over ranks, and every "
-        f"rank would train on its own. Wrap the model in DistributedDataParallel, or use "
+        f"stage=1 got {problem}: they are not averaged over ranks, and the "
+        f"ranks would diverge. Wrap the model in DistributedDataParallel, or use "
         f"ShardedLamb(stage=2) on the bare model, which averages gradients itself"
     )

@@ -1,15 +1,15 @@
-"""The two passes over a rank's memory, and what every backend of them implements.
+"""Kernel backends: the two passes of a step over a rank's memory, and the interface that every backend implements.
 
-A backend is functions over memory that know neither parameters' shapes nor ranks, first of all::
+A backend is a set of functions over memory; it knows neither parameters' shapes nor ranks. The two passes are::
 
-    pass 1   moments_and_norms   m, v ← g;  Σw², Σu² per parameter     (writes m and v, nothing else)
-    pass 2   apply               u again from m and v;  w ← w - step_size[parameter] u;  model dtype written
+    pass 1   moments_and_norms   m, v ← g;  Σw², Σu² per parameter     (writes m, v and resynced masters)
+    pass 2   apply               recomputes u from m and v;  w ← w - step_size[parameter] u;  writes the model dtype
 
-then how gradients come into flat memory, and the sum of squares that clipping and the search for non-finite ones need.
-The memory is one flat run of whole blocks (our own buckets: `FlatShard`) or scattered runs (what another framework
-partitioned: `ScatteredShard`); masters are tensors of their own, or `remainders` of bfloat16 weights. `reference`
-("torch") is the pure backend, the rule on chunks that fit the cache; `native` ("cpp") and `triton_kernel` have the same
-bits, `fused` is equal but for rounding; `choice` takes the fastest that works.
+The others copy gradients into flat memory, and compute the sums of squares for clipping and the non-finite check.
+Memory is one flat range of whole blocks (this package's buckets: `FlatShard`) or scattered pieces (partitions of
+another framework: `ScatteredShard`); masters are separate tensors, or `remainders` of bfloat16 weights. `reference`
+("torch") is the pure backend, the rule on chunks that fit in cache; `native` ("cpp") and `triton_kernel` have the same
+bits, `fused` is equal up to rounding; `choice` selects the fastest that works.
 """
 
 from sharded_lamb.kernels.choice import NAMES, available, choose, load

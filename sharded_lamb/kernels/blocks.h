@@ -1,4 +1,4 @@
-// Elements of a block, however memory keeps them: vectors, dtypes, sums by halving.
+// Operations on one block: vectors, conversion of dtypes, sums by halving.
 #pragma once
 
 #include <cmath>
@@ -14,10 +14,10 @@ namespace {
 
 constexpr int BLOCK = 256;  // elements; layout.BLOCK
 
-// REMAINDER: int16, what bfloat16 weights lack of their masters; see remainders.py.
+// REMAINDER: int16, the low 16 bits of masters of bfloat16 weights; see remainders.py.
 enum Dtype : int64_t { NONE = -1, F32 = 0, BF16 = 1, F16 = 2, F64 = 3, REMAINDER = 4 };
 
-// -- vectors: 64 bytes, however wide the machine's are ------------------------------------------------
+// -- vectors of 64 bytes, on any machine --------------------------------------------------------------
 
 template <typename T>
 struct Wide {
@@ -145,7 +145,7 @@ void store(int64_t dtype, const T *from, int n, char *to) {
   }
 }
 
-// remainders.joined: the master rounds to the model's weight whatever the remainder.
+// remainders.joined: for any remainder, the master rounds to the model's weight.
 INLINE float joined(uint16_t model, int16_t remainder) {
   const int32_t magnitude = model & 0x7fff;
   const int32_t lowest = magnitude == 0 ? 0 : (model & 1) - 0x8000, highest = magnitude == 0x7f80 ? 0 : 0x7fff;
@@ -158,7 +158,7 @@ INLINE float joined(uint16_t model, int16_t remainder) {
   return master;
 }
 
-// remainders.split: what `model`, the master's rounding, lacks of it.
+// remainders.split: the master minus `model`, the rounded master, both as bits.
 INLINE int16_t remainder_of(float master, uint16_t model) {
   uint32_t bits;
   std::memcpy(&bits, &master, 4);
@@ -182,7 +182,7 @@ void split(const T *from, int n, uint16_t *model, int16_t *remainder) {
   }
 }
 
-// Elements of one kind of one block: where they lie if they are whole and of the compute dtype, else a copy.
+// One kind of memory of one block: in place if the block is whole and of the compute dtype, else a copy.
 template <typename T>
 struct View {
   T *values;
@@ -196,9 +196,9 @@ struct View {
     values = copied ? scratch : (T *)place;
     if (copied) load(dtype, place, n, scratch);
   }
-  // Of `values` that are a copy already.
+  // A view of `values` that are already a copy.
   INLINE View(char *place, int64_t dtype, int n, T *values) : values(values), place(place), dtype(dtype), n(n), copied(true) {}
-  // Writes what was copied; afterwards the values are as they read back.
+  // Stores a copy; afterwards `values` are as they read back.
   INLINE void write() {
     if (!copied) return;
     store(dtype, values, n, place);
@@ -206,7 +206,7 @@ struct View {
   }
 };
 
-// Writes a block past the cache, which then need not read what is overwritten; whether it could.
+// Stores a block with non-temporal writes, so that the cache does not read it first. Returns whether it did.
 template <typename T>
 INLINE bool stream(const T *from, T *to) {
 #if defined(__AVX512F__)
@@ -221,7 +221,7 @@ INLINE bool stream(const T *from, T *to) {
 #endif
 }
 
-// Streamed writes are seen by other threads only after this.
+// Makes non-temporal writes visible to other threads.
 INLINE void streamed() {
 #if defined(__AVX512F__)
   _mm_sfence();

@@ -1,4 +1,4 @@
-"""Which backend runs: the fastest that works on a device, or the one that was asked for."""
+"""Backend selection: the fastest that works on a device, or the requested one."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from sharded_lamb.kernels.reference import ReferenceKernel
 logger = logging.getLogger("sharded_lamb")
 
 ENVIRONMENT = "SHARDED_LAMB_KERNEL"
-"""Environment variable: the backend where a program asks for none."""
+"""Environment variable that names the backend for ``kernel="auto"``."""
 
 NAMES = ("auto", "torch", "fused", "cpp", "triton")
 CPU = torch.device("cpu")
@@ -30,8 +30,8 @@ def load(name: str, device: torch.device = CPU) -> Kernel:
     """The backend ``name`` on ``device``.
 
     Raises:
-        ValueError: there is none of that name.
-        RuntimeError: it cannot work here; the message says why.
+        ValueError: unknown name.
+        RuntimeError: the backend does not work on ``device``; the message gives the reason.
     """
     if name not in NAMES[1:]:
         raise ValueError(f"kernel must be one of {NAMES}, got {name!r}")
@@ -48,8 +48,14 @@ def load(name: str, device: torch.device = CPU) -> Kernel:
 
 
 def choose(name: str, device: torch.device) -> Kernel:
-    """As `load`; "auto" is what ``SHARDED_LAMB_KERNEL`` names, else the fastest that works, with a warning if it is not
-    the one that should."""
+    """The backend ``name``; "auto" selects the one that ``SHARDED_LAMB_KERNEL`` names, else the fastest that works.
+
+    Warns once if the fastest for this kind of device does not work.
+
+    Raises:
+        ValueError: unknown name, in ``name`` or in the environment variable.
+        RuntimeError: the named backend does not work on ``device``.
+    """
     if name == "auto":
         name = os.environ.get(ENVIRONMENT) or "auto"
         if name not in NAMES:
@@ -65,7 +71,7 @@ def choose(name: str, device: torch.device) -> Kernel:
 
 
 def why_not(name: str, device: torch.device) -> str | None:
-    """Why a backend cannot work on a device; None where it can."""
+    """The reason why a backend does not work on a device; None if it works."""
     if name == "torch":
         return None
     if name == "cpp":
@@ -86,5 +92,5 @@ def _why_no_cpp() -> str | None:
 
 @lru_cache(maxsize=8)
 def _warn(message: str) -> None:
-    """Once a process."""
+    """Log once per process."""
     logger.warning(message)

@@ -1,9 +1,9 @@
-"""Compiles a C++ file on first use and keeps the library for all later processes of this machine.
+"""Compiles a C++ file on first use and caches the library for all later processes of this machine.
 
-torch.utils.cpp_extension's ``load`` was tried and does more than a plain C interface needs: it wants ninja and Python's
-headers, compiles torch's headers (20 s instead of 2), and its lock is a file that a killed process leaves behind, for
-which every later one waits forever. Here the lock is the kernel's (``flock``), which dies with its process, and a
-library appears by renaming, whole or not at all.
+torch.utils.cpp_extension's ``load`` does more than a plain C interface needs: it requires ninja and Python's headers,
+compiles torch's headers (20 s instead of 2), and its lock is a file that a killed process leaves behind, so that every
+later process waits forever. Here the lock is ``flock``, which the kernel releases when its process ends, and a library
+is renamed into place, so it is complete or absent.
 """
 
 import contextlib
@@ -21,32 +21,32 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 CACHE = "SHARDED_LAMB_CACHE"
-"""Environment variable: the folder that compiled libraries are kept in; default: ``$XDG_CACHE_HOME/sharded_lamb``."""
+"""Environment variable: folder of compiled libraries; default: ``$XDG_CACHE_HOME/sharded_lamb``."""
 
 TIMEOUT_S = 120
-"""Seconds that a compiler may take."""
+"""Timeout of one compiler call, in seconds."""
 
 BASE = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 NATIVE = ("-march=native", "-mprefer-vector-width=512")
 ATTEMPTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
-    # The first takes OpenMP from the process: torch's own library, so that both use one pool of threads.
+    # The first resolves OpenMP from the process, i.e. torch's library, so that both use one pool of threads.
     ((*NATIVE, "-fopenmp"), ()),
     ((*NATIVE[:1], "-fopenmp"), ("-fopenmp",)),
     (NATIVE[:1], ()),
     ((), ()),
 )
-"""Flags to compile and to link with, the best first."""
+"""(compile flags, link flags), the best first."""
 
 
 class CompileError(RuntimeError):
-    """No library could be made; the message says why in one line."""
+    """Compilation failed; the message gives the reason in one line."""
 
 
 def load(source: Path) -> ctypes.CDLL:
-    """The library of ``source``, compiled if no cached one is as new.
+    """The library of ``source``, compiled unless the cache has it.
 
     Raises:
-        CompileError: no compiler, or a failed build.
+        CompileError: no compiler, or the build failed.
     """
     try:
         return _load(source)
@@ -63,7 +63,7 @@ def _load(source: Path) -> ctypes.CDLL:
     path = folder / name
     if not _usable(path):
         with _locked(folder / f"{name}.lock"):
-            if not _usable(path):  # another process may have made it meanwhile
+            if not _usable(path):  # another process may have built it meanwhile
                 built = _build(source, compiler, folder)
                 built.chmod(0o755)
                 os.replace(built, path)
@@ -71,28 +71,28 @@ def _load(source: Path) -> ctypes.CDLL:
 
 
 def _usable(path: Path) -> bool:
-    """Whether there is a library that loads: a crash may have left less, or another system more than this one knows."""
-    return path.exists() and not _loads(str(path))
+    """Whether the library exists and loads: a crash may truncate it, another system may lack its dependencies."""
+    return path.exists() and not _load_error(str(path))
 
 
 def _load_private(source: Path, compiler: list[str]) -> ctypes.CDLL:
-    """Without a folder to keep it in: compiled for this process alone."""
+    """Without a writable cache folder: compile for this process only."""
     with tempfile.TemporaryDirectory(prefix="sharded_lamb-") as folder:
         return ctypes.CDLL(str(_build(source, compiler, Path(folder))))
 
 
 def _compiler() -> list[str]:
-    named = os.environ.get("CXX")
-    for candidate in [named] if named else ["c++", "g++", "clang++"]:
+    cxx = os.environ.get("CXX")
+    for candidate in [cxx] if cxx else ["c++", "g++", "clang++"]:
         command = shlex.split(candidate)  # CXX may be "ccache g++"
         if command and shutil.which(command[0]):
             return command
-    looked = f"CXX={named}" if named else "c++, g++, clang++"
-    raise CompileError(f"no C++ compiler was found ({looked}): install one, e.g. apt-get install g++")
+    candidates = f"CXX={cxx}" if cxx else "c++, g++, clang++"
+    raise CompileError(f"no C++ compiler was found ({candidates}): install one, e.g. apt-get install g++")
 
 
 def _key(source: Path, compiler: list[str]) -> str:
-    """What the library depends on: sources, flags, compiler and, since it is compiled for it, the processor."""
+    """Hash of everything that the library depends on: sources, flags, compiler and processor (-march=native)."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=TIMEOUT_S, check=False)
     parts = [path.read_bytes() for path in _sources(source)]
     parts += [repr((BASE, ATTEMPTS)).encode(), version.stdout, _processor().encode()]
@@ -100,13 +100,13 @@ def _key(source: Path, compiler: list[str]) -> str:
 
 
 def _sources(source: Path) -> list[Path]:
-    """The file and what it includes by relative paths, or what is included does."""
-    found = [source]
-    for path in found:  # which grows
+    """The file and, recursively, the files that it includes by relative paths."""
+    sources = [source]
+    for path in sources:  # grows while it is iterated
         for name in re.findall(r'^\s*#include\s+"(.+)"', path.read_text(), re.MULTILINE):
-            if path.parent / name not in found:
-                found.append(path.parent / name)
-    return found
+            if path.parent / name not in sources:
+                sources.append(path.parent / name)
+    return sources
 
 
 def _processor() -> str:
@@ -119,7 +119,7 @@ def _processor() -> str:
 
 
 def _folder() -> Path | None:
-    """Where libraries are kept; None where nothing can be written."""
+    """The cache folder; None if it is not writable."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(os.environ.get(CACHE) or os.path.join(base, "sharded_lamb"))
     try:
@@ -132,7 +132,7 @@ def _folder() -> Path | None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; on a file system without locks several compile, and the last one's rename stands."""
+    """Hold an exclusive lock; on a file system without locks several processes compile, and the last rename wins."""
     with open(path, "w") as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -140,39 +140,40 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _build(source: Path, compiler: list[str], folder: Path) -> Path:
-    """A library with a name of its own in ``folder``, made with the first flags that work."""
-    said = ""
+    """Build a library with a unique name in ``folder``, with the first flags that work."""
+    error = ""
     for compile_flags, link_flags in ATTEMPTS:
         handle, name = tempfile.mkstemp(dir=folder, suffix=".so")
         os.close(handle)
         object_file = f"{name}.o"
         try:
-            said = _run([*compiler, *BASE, *compile_flags, "-c", str(source), "-o", object_file])
-            # Symbols that nobody has must show now, not at the first call.
-            said = said or _run([*compiler, "-shared", "-Wl,-z,now", *link_flags, object_file, "-o", name])
-            said = said or _loads(name)
-            if not said:
+            error = _run([*compiler, *BASE, *compile_flags, "-c", str(source), "-o", object_file])
+            # Undefined symbols must fail here, not at the first call.
+            error = error or _run([*compiler, "-shared", "-Wl,-z,now", *link_flags, object_file, "-o", name])
+            error = error or _load_error(name)
+            if not error:
                 return Path(name)
             os.unlink(name)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(object_file)
-    raise CompileError(f"{shlex.join(compiler)} failed: {said}")
+    raise CompileError(f"{shlex.join(compiler)} failed: {error}")
 
 
 def _run(command: Sequence[str]) -> str:
-    """What went wrong, in one line; empty if nothing did."""
+    """Run a command. Returns the error in one line; empty on success."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
-    if done.returncode == 0:
+    if result.returncode == 0:
         return ""
-    errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-    return errors[0].strip() if errors else f"exit code {done.returncode}"
+    errors = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
+    return errors[0].strip() if errors else f"exit code {result.returncode}"
 
 
-def _loads(path: str) -> str:
+def _load_error(path: str) -> str:
+    """The error of loading a library; empty on success."""
     try:
         ctypes.CDLL(path)
     except OSError as error:

@@ -1,13 +1,13 @@
-"""The two local passes of a step, and the sums of gradients before them, over any shards and by any kernel.
+"""The two local passes of a step, and the gradient sums before them, over any shards with any kernel.
 
-The caller sums over ranks between the passes::
+The caller all-reduces between the passes::
 
     update = Update(kernel, shards, options, step=…, active=…, grad_scale=…)
     square_sums = update.moments_and_norms()          pass 1: m, v; Σw², Σu² of this rank's shards
-    all_reduce(square_sums)                           the caller's: over ranks, in place
+    all_reduce(square_sums)                           by the caller: sum over ranks, in place
     ratios = rule.ratios_of_sums(square_sums, options)
-    for index in update.apply(step_sizes):            pass 2: w, shard by shard as each is written
-        gather(index)                                 the caller's
+    for index in update.apply(step_sizes):            pass 2: w, one shard after the other
+        gather(index)                                 by the caller
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,12 +23,12 @@ from sharded_lamb.kernels.incoming import GradientCopy, fill_together
 
 
 class Update:
-    """Pass 1 and pass 2 of one step over this rank's shards. Knows no process group and no parameter's shape.
+    """Pass 1 and pass 2 of one step over this rank's shards, without a process group or parameters' shapes.
 
     Args:
         step: [P] fp64, this step included.
-        active: [P] bool, which parameters are updated; the others' memory is left as it is.
-        grad_scale: fp64 scalar (or [P]) for all gradients: clip factor times inverse loss scale.
+        active: [P] bool, the parameters to update; memory of the others keeps its bits.
+        grad_scale: fp64 scalar (or [P]), multiplied with the gradients: clip factor times inverse loss scale.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Update:
         self._tables = {dtype: rule.table(vectors, dtype) for dtype in self._by_compute}
 
     def moments_and_norms(self) -> Tensor:
-        """Pass 1: writes moments. Returns [SUMS, P] fp64 on the device: this rank's part of `rule.SUMS`."""
+        """Pass 1: writes moments. Returns [SUMS, P] fp64 on the device: `rule.SUMS` of this rank's shards."""
         faults.point("pass-1")
         square_sums = torch.zeros(
             len(rule.SUMS), len(self._step), dtype=torch.float64, device=self._step.device
@@ -65,7 +65,7 @@ class Update:
         """
         faults.point("pass-2")
         rounded = {dtype: step_sizes.to(dtype) for dtype in self._by_compute}
-        for indices in _applied_together(self._shards):
+        for indices in _batches(self._shards):
             dtype = self._shards[indices[0]].compute
             self._kernel.apply([self._shards[i] for i in indices], self._tables[dtype], rounded[dtype])
             yield from indices
@@ -74,7 +74,7 @@ class Update:
 def gradient_square_sums(
     kernel: Kernel, shards: Sequence[Shard], parameters: int, device: torch.device
 ) -> Tensor:
-    """[P] fp64 on ``device``: Σg² of this rank's part of each parameter, 0 where it has none."""
+    """[P] fp64 on ``device``: Σg² over this rank's elements of each parameter, 0 if it has none."""
     sums = torch.zeros(parameters, dtype=torch.float64, device=device)
     for alike in _by_compute(shards).values():
         kernel.square_sums(alike, sums)
@@ -84,7 +84,7 @@ def gradient_square_sums(
 def collect_gradients(kernel: Kernel, copies: Sequence[GradientCopy], sums: Tensor) -> None:
     """Copy segments of whole gradients into flat shards, and add Σg² to ``sums`` [P] fp64.
 
-    On a CPU shard by shard, each in one sweep; on a GPU, where a call is a launch, all at once.
+    On a CPU shard by shard, each in one sweep; on a GPU, where every call is a launch, all shards in one call.
     """
     shards = [shard for shard, _, _ in copies]
     if _one_by_one(shards):
@@ -97,7 +97,7 @@ def collect_gradients(kernel: Kernel, copies: Sequence[GradientCopy], sums: Tens
 
 
 def _one_by_one(shards: Sequence[Shard]) -> bool:
-    """Whether all shards are on a CPU, where a call costs nothing and one shard's memory stays in the cache."""
+    """Whether all shards are on a CPU, where a call is cheap and one shard's memory stays in cache."""
     return all(shard.device.type == "cpu" for shard in shards)
 
 
@@ -108,18 +108,18 @@ def _by_compute(shards: Sequence[Shard]) -> dict[torch.dtype, list[Shard]]:
     return groups
 
 
-def _applied_together(shards: Sequence[Shard]) -> Iterator[list[int]]:
-    """The indices of the shards of each call of pass 2: one on a CPU, so that it travels while the next is computed.
+def _batches(shards: Sequence[Shard]) -> Iterator[list[int]]:
+    """The shard indices of each call of pass 2: one on a CPU, so that its all-gather overlaps the next shard's update.
 
-    On a GPU a call is a launch: an eighth of the shards, so that a step is a handful of launches. The last come first:
-    buckets are filled from a model's end, and the next forward begins at its beginning.
+    On a GPU a call is a launch: an eighth of the shards each, so that a step has few launches. The last shard is
+    first: buckets start at the model's end, and the next forward reads its beginning first.
     """
     size = 1 if _one_by_one(shards) else -(-len(shards) // 8)
-    together: list[int] = []
+    batch: list[int] = []
     for index in reversed(range(len(shards))):
-        if len(together) == size or (together and shards[index].compute != shards[together[0]].compute):
-            yield together
-            together = []
-        together.append(index)
-    if together:
-        yield together
+        if len(batch) == size or (batch and shards[index].compute != shards[batch[0]].compute):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

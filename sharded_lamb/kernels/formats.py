@@ -1,4 +1,4 @@
-"""The registry of state formats, and which one a kind of state has."""
+"""The registry of state formats, and the format of each kind of state."""
 
 import torch
 
@@ -11,23 +11,23 @@ FORMATS: dict[torch.dtype, StateFormat] = {
     **{dtype: PlainFormat(dtype) for dtype in FLOATS},
     RemainderFormat.storage: RemainderFormat(),
 }
-"""By storage dtype. Kernels load and store each (`native.DTYPES`, `triton_device`; `reference` asks the format)."""
+"""{storage dtype: format}. Kernels load and store each (`native.DTYPES`, `triton_device`; `reference` calls it)."""
 
 
 def of_memory(stored: torch.dtype) -> StateFormat:
-    """The format of memory of this dtype."""
+    """The format of memory of dtype ``stored``."""
     return FORMATS[stored]
 
 
 def of_moments(state_dtype: torch.dtype) -> StateFormat:
-    """For ``state_dtype``."""
+    """The format of both moments for the option ``state_dtype``."""
     return FORMATS[state_dtype]
 
 
 def of_masters(
     model: torch.dtype, master: torch.dtype, *, store_param_remainders: bool
 ) -> StateFormat | None:
-    """For ``master_dtype`` beside weights of dtype ``model``; None: the weights themselves are what steps update."""
+    """The format of ``master_dtype`` masters of ``model`` weights; None: steps update the weights themselves."""
     if master == model:
         return None
     if store_param_remainders and (model, master) == (torch.bfloat16, torch.float32):

@@ -1,4 +1,4 @@
-"""The two passes by `torch._fused_adamw_`: for CPUs where nothing can be compiled.
+"""The two passes with `torch._fused_adamw_`, for CPUs without a compiler.
 
 One call of torch's fused AdamW with lr = a, decoupled decay κ and epsilon ε' does, element by element::
 
@@ -29,7 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sharded_lamb.core.layout import BLOCK, Segment
 from sharded_lamb.core.rule import Coefficients
 from sharded_lamb.kernels import formats
-from sharded_lamb.kernels.incoming import StockIncoming, taken
+from sharded_lamb.kernels.incoming import StockIncoming, segment_view
 from sharded_lamb.kernels.reference import ReferenceKernel, resync_master
 from sharded_lamb.kernels.shard import FlatShard, ScatteredShard, Shard
 
@@ -50,7 +50,7 @@ LARGE = 2**-17
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What pass 1 and pass 2 tell `torch._fused_adamw_` about one parameter."""
+    """The arguments of pass 1 and pass 2 to `torch._fused_adamw_` for one parameter."""
 
     grad_scale: float
     l2: float
@@ -97,7 +97,7 @@ class _Calls:
 
 
 class _Run(NamedTuple):
-    """Elements of one parameter, wherever they lie."""
+    """Elements of one parameter, in any form of shard."""
 
     param: int
     weight: Tensor  # [n] fp32; int16: `remainders` of the model's weights
@@ -207,7 +207,7 @@ class _Scratch(NamedTuple):
 
 
 class FusedKernel(StockIncoming):
-    """CPU tensors only; what is exact, and to how much, is said at the top of this module."""
+    """CPU tensors only; the module's docstring gives its accuracy."""
 
     name = "fused"
 
@@ -218,7 +218,7 @@ class FusedKernel(StockIncoming):
         self._no_correction = [torch.tensor(math.inf)]  # the step count of a call
 
     def square_sums(self, shards: Sequence[Shard], sums: Tensor) -> None:
-        """Σg² per parameter, added to ``sums`` [P] fp64."""
+        """Adds Σg² per parameter to ``sums`` [P] fp64."""
         for shard in shards:
             runs, rest = self._divided(shard, lambda param: True)
             self._add(
@@ -240,12 +240,14 @@ class FusedKernel(StockIncoming):
             if grad is None:
                 place.zero_()
                 continue
-            chunks = zip(torch.split(place, CHUNK), torch.split(taken(segment, grad), CHUNK), strict=True)
+            chunks = zip(
+                torch.split(place, CHUNK), torch.split(segment_view(segment, grad), CHUNK), strict=True
+            )
             found += [(segment.param, self._square_sum(to.copy_(part))) for to, part in chunks]
         self._add(sums.view(1, -1), found)
 
     def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
-        """m, v ← g, and Σw², Σu² per parameter, added to ``sums`` [SUMS, P] fp64."""
+        """m, v ← g; adds Σw², Σu² per parameter to ``sums`` [SUMS, P] fp64."""
         calls = _Calls(table)
         for shard in shards:
             runs, rest = self._divided(shard, calls.possible)
@@ -363,7 +365,7 @@ class FusedKernel(StockIncoming):
             sums.index_add_(1, torch.tensor(params), torch.tensor(values, dtype=torch.float64))
 
     def _divided(self, shard: Shard, possible: Callable[[int], bool]) -> tuple[list[_Run], list[Shard]]:
-        """What calls are made for, and what goes to the reference."""
+        """(runs to update with calls, shards left to the reference)."""
         if not _is_fp32(shard):
             return [], [shard]
         if isinstance(shard, FlatShard):

@@ -1,4 +1,4 @@
-"""How gradients come into flat shards, in stock torch operations."""
+"""Gradients into flat shards, with stock torch operations."""
 
 from collections.abc import Sequence
 
@@ -9,17 +9,17 @@ from sharded_lamb.core.layout import Segment
 from sharded_lamb.kernels.shard import FlatShard, LocalContribution, ReceivedShards, Shard
 
 GradientCopy = tuple[FlatShard, Sequence[Segment], Sequence[Tensor | None]]
-"""What `Kernel.collect` takes: where to, and segments of which gradients."""
+"""Arguments of `Kernel.collect`: the destination, its segments, and the gradient of each segment."""
 
 
-def taken(segment: Segment, grad: Tensor) -> Tensor:
-    """[segment.length] its part of a gradient without gaps in memory, in memory's order."""
+def segment_view(segment: Segment, grad: Tensor) -> Tensor:
+    """[segment.length] view of the segment in a gradient without gaps in memory, in memory order."""
     run = grad.as_strided((grad.numel(),), (1,))
     return run[segment.start : segment.start + segment.length]
 
 
 class StockIncoming:
-    """`Kernel.average` and `Kernel.collect` for backends that have none of their own."""
+    """`Kernel.average` and `Kernel.collect` for backends that do not implement them."""
 
     def square_sums(self, shards: Sequence[Shard], sums: Tensor) -> None:
         """See `Kernel`."""
@@ -34,7 +34,7 @@ class StockIncoming:
         *,
         add: bool,
     ) -> None:
-        """grad ← the average, or grad + that; then Σg²."""
+        """grad ← average, or grad + average; then Σg²."""
         first, *others = with_local_contribution(received.parts, segments, received.own, shard.compute)
         total = first.to(shard.compute, copy=True)
         for part in others:
@@ -58,7 +58,7 @@ class StockIncoming:
 def with_local_contribution(
     parts: Tensor, segments: Sequence[Segment], own: LocalContribution | None, dtype: torch.dtype
 ) -> list[Tensor]:
-    """All rows in their order; this rank's own, which did not travel, as a copy in ``dtype``."""
+    """All parts in rank order; this rank's own, which no message carried, as a copy in ``dtype``."""
     rows = list(parts)
     if own is not None:
         row = torch.zeros(parts.shape[1], dtype=dtype, device=parts.device)
@@ -68,22 +68,22 @@ def with_local_contribution(
 
 
 def fill(flat: Tensor, segments: Sequence[Segment], grads: Sequence[Tensor | None]) -> None:
-    """Segments of ``grads`` to where they lie in a shard's flat memory; zeros where there is none."""
+    """Copy segments of ``grads`` to their position in a shard's flat memory; None: zeros."""
     fill_together([(flat, segments, grads)])
 
 
-def fill_together(fillings: Sequence[tuple[Tensor, Sequence[Segment], Sequence[Tensor | None]]]) -> None:
-    """As `fill`, of many: all in a few launches on a GPU."""
-    places, found, empty = [], [], []
-    for flat, segments, grads in fillings:
+def fill_together(copies: Sequence[tuple[Tensor, Sequence[Segment], Sequence[Tensor | None]]]) -> None:
+    """`fill` for many; few launches on a GPU."""
+    targets, sources, zeros = [], [], []
+    for flat, segments, grads in copies:
         for segment, grad in zip(segments, grads, strict=True):
-            place = flat[segment.shard_start : segment.shard_start + segment.length]
+            target = flat[segment.shard_start : segment.shard_start + segment.length]
             if grad is None:
-                empty.append(place)
+                zeros.append(target)
             else:
-                places.append(place)
-                found.append(taken(segment, grad))
-    if empty:
-        torch._foreach_zero_(empty)
-    if places:
-        torch._foreach_copy_(places, found)
+                targets.append(target)
+                sources.append(segment_view(segment, grad))
+    if zeros:
+        torch._foreach_zero_(zeros)
+    if targets:
+        torch._foreach_copy_(targets, sources)

@@ -1,20 +1,20 @@
-// The two passes of LAMB over a rank's memory: reference.py's IEEE operations in reference.py's order, so that bits are
-// the same, on any number of threads. Compile with -ffp-contract=off: a fused multiply-add rounds once less.
+// The two passes of LAMB over a rank's memory: reference.py's IEEE operations in reference.py's order, so results have
+// the same bits on any number of threads. Compile with -ffp-contract=off: a fused multiply-add rounds once less.
 //
-// A plain C interface, loaded by ctypes: no header of Python or torch is needed, and no version of them compiled in.
+// A plain C interface for ctypes: it needs no headers of Python or torch and does not depend on their versions.
 
 #include "blocks.h"
 
 namespace {
 
-constexpr int AHEAD = 2 * BLOCK;  // elements that are fetched before they are needed: pages end every fourth block
+constexpr int AHEAD = 2 * BLOCK;  // prefetch distance in elements: a page ends every fourth block
 
-// A run of blocks in memory, counted from its start; the last one may be short.
+// A contiguous range of memory; blocks start at its first element, and the last one may be short.
 struct Run {
   char *weight, *model, *grad, *exp_avg, *exp_avg_sq;
-  const int64_t *block_param;  // [blocks] the parameter of each block; null: all are `param`'s
+  const int64_t *block_param;  // [blocks] the parameter of each block; null: `param` for all
   int64_t numel, param;
-  int64_t first_block;  // blocks of the runs before
+  int64_t first_block;  // number of blocks in the runs before
   int64_t weight_dtype, model_dtype, grad_dtype, state_dtype;
 
   bool uses_remainders() const { return weight_dtype == REMAINDER; }
@@ -40,7 +40,7 @@ struct Scratch {
 
 INLINE void fetch(const void *memory) { __builtin_prefetch(memory, 1, 2); }
 
-// The masters of a block: as `View`, or joined.
+// The masters of a block: stored as such, or joined from weights and remainders.
 template <typename T>
 INLINE View<T> masters(const Run &run, int64_t block, int n, T *scratch) {
   if (!run.uses_remainders()) return View<T>(run.weight, run.weight_dtype, block, n, scratch);
@@ -49,7 +49,7 @@ INLINE View<T> masters(const Run &run, int64_t block, int n, T *scratch) {
   return View<T>(place, REMAINDER, n, scratch);
 }
 
-// Writes masters that may have changed, and the model's weights.
+// Stores masters, and the model's weights if masters are separate.
 template <typename T>
 INLINE void store_masters(const Run &run, int64_t block, const View<T> &w) {
   char *model = run.model + block * BLOCK * size_of(run.model_dtype);
@@ -61,9 +61,9 @@ INLINE void store_masters(const Run &run, int64_t block, const View<T> &w) {
   if (w.copied) store(w.dtype, w.values, w.n, w.place);
 }
 
-// Where the model's weight is not what its master rounds to, somebody wrote it: it wins.
+// A weight that its master no longer rounds to was written by the user: it replaces the master.
 template <typename T>
-void adopt_written(const Run &run, int64_t block, View<T> &w, Scratch<T> &scratch) {
+void resync_masters(const Run &run, int64_t block, View<T> &w, Scratch<T> &scratch) {
   View<T> model(run.model, run.model_dtype, block, w.n, scratch.model);
   T as_rounded[BLOCK];
   store(run.model_dtype, w.values, w.n, scratch.rounded);
@@ -90,7 +90,7 @@ INLINE void moments(T *w, T *g, T *m, T *v, int j, const Coefficients<T> &k) {
   at(v, j) = at(v, j) * k.beta2 + (scaled * scaled) * k.c2;
 }
 
-// Σw² and Σu² of one block, and its new moments.
+// Pass 1 of one block: updates moments, computes Σw² and Σu².
 template <typename T>
 INLINE void first_pass(const Run &run, int64_t block, const Coefficients<T> &k, Scratch<T> &scratch, T *sums) {
   constexpr int COUNT = Wide<T>::COUNT;
@@ -99,7 +99,7 @@ INLINE void first_pass(const Run &run, int64_t block, const Coefficients<T> &k, 
   View<T> g(run.grad, run.grad_dtype, block, n, scratch.grad);
   View<T> m(run.exp_avg, run.state_dtype, block, n, scratch.exp_avg);
   View<T> v(run.exp_avg_sq, run.state_dtype, block, n, scratch.exp_avg_sq);
-  if (run.model && !run.uses_remainders()) adopt_written(run, block, w, scratch);
+  if (run.model && !run.uses_remainders()) resync_masters(run, block, w, scratch);
   const bool no_gradient = k.grad_scale == T(0);  // 0 x nan would be nan
   if (no_gradient)
     for (int i = 0; i < BLOCK; i++) scratch.grad[i] = T(0);
@@ -110,7 +110,7 @@ INLINE void first_pass(const Run &run, int64_t block, const Coefficients<T> &k, 
     return Pair<T>{x * x, u * u};
   };
   Pair<T> total;
-  if (m.copied) {  // rounded to its dtype before it is used
+  if (m.copied) {  // moments are rounded to their dtype before use
     for (int j = 0; j < COUNT; j++) moments(weight, grad, avg, avg_sq, j, k);
     m.write();
     v.write();
@@ -155,7 +155,7 @@ INLINE T square_sum(T *values) {
 
 // -- all blocks ---------------------------------------------------------------------------------------
 
-// Calls visit(run, block, number) for this thread's equal part of the blocks of all runs.
+// Calls visit(run, block, number) for this thread's equal share of the blocks of all runs.
 template <typename Piece, typename Visit>
 void for_each_block(const Piece *runs, int64_t count, int64_t thread, int64_t threads, Visit visit) {
   if (count == 0) return;
@@ -176,16 +176,16 @@ void for_each_block(const Piece *runs, int64_t count, int64_t thread, int64_t th
   streamed();
 }
 
-// Runs `block_sums(run, block, number, T *sums)` on all blocks and adds its K sums of each to sums[k][parameter], in fp64
-// and in block order whatever the threads: with one of them at once, else by way of `scratch` [blocks][K].
+// Calls `block_sums(run, block, number, T *sums)` on all blocks and adds each block's K sums to sums[k][parameter], in
+// fp64 and in block order for any number of threads: directly with one thread, else through `scratch` [blocks][K].
 template <int K, typename T, typename Piece, typename BlockSums>
 void summed(const Piece *runs, int64_t count, int64_t parameters, double *sums, T *scratch, int64_t threads,
             BlockSums block_sums) {
   if (threads == 1) {
     for_each_block(runs, count, 0, 1, [&](const Piece &run, int64_t block, int64_t number) {
-      T found[K];
-      block_sums(run, block, number, found);
-      for (int k = 0; k < K; k++) sums[k * parameters + run.owner(block)] += double(found[k]);
+      T of_block[K];
+      block_sums(run, block, number, of_block);
+      for (int k = 0; k < K; k++) sums[k * parameters + run.owner(block)] += double(of_block[k]);
     });
     return;
   }
@@ -203,19 +203,19 @@ void summed(const Piece *runs, int64_t count, int64_t parameters, double *sums, 
 
 template <typename T>
 void square_sums(const Run *runs, int64_t count, int64_t parameters, double *sums, T *scratch, int64_t threads) {
-  summed<1>(runs, count, parameters, sums, scratch, threads, [&](const Run &run, int64_t block, int64_t, T *found) {
+  summed<1>(runs, count, parameters, sums, scratch, threads, [&](const Run &run, int64_t block, int64_t, T *out) {
     T copy[BLOCK];
     View<T> g(run.grad, run.grad_dtype, block, run.size(block), copy);
-    found[0] = square_sum(g.values);
+    out[0] = square_sum(g.values);
   });
 }
 
 template <typename T>
 void moments_and_norms(const Run *runs, int64_t count, const Coefficients<T> *table, int64_t parameters, double *sums,
                        T *scratch, int64_t threads) {
-  summed<2>(runs, count, parameters, sums, scratch, threads, [&](const Run &run, int64_t block, int64_t, T *found) {
+  summed<2>(runs, count, parameters, sums, scratch, threads, [&](const Run &run, int64_t block, int64_t, T *out) {
     Scratch<T> copies;
-    first_pass<T>(run, block, table[run.owner(block)], copies, found);
+    first_pass<T>(run, block, table[run.owner(block)], copies, out);
   });
 }
 
@@ -230,17 +230,17 @@ void apply(const Run *runs, int64_t count, const Coefficients<T> *table, const T
     });
 }
 
-// A parameter's segment of a shard, and where this rank's own gradient of it lies.
+// A parameter's segment of a shard, and the address of this rank's own gradient of it.
 struct Slice {
   const char *from;  // null: zeros
-  int64_t dtype;     // of what lies there
+  int64_t dtype;     // of the gradient
   int64_t start;     // in the shard
   int64_t numel, param, first_block;
 
   int64_t owner(int64_t) const { return param; }
 };
 
-// What ranks handed over: rows of one dtype, and between them in place `own_row`, unless that is -1, the slices.
+// Received parts: rows of one dtype; the slices are row `own_row` among them, unless it is -1.
 struct Parts {
   const char *rows;
   int64_t rows_count, dtype, numel, own_row;
@@ -251,11 +251,11 @@ struct Parts {
   }
 };
 
-// grad ← (Σ parts) / divisor, or grad + that, in rank order; Σ of the new squares by parameter.
+// grad ← (Σ parts) / divisor, or grad + that, in rank order; adds Σg² by parameter.
 template <typename T>
 void average(T *grad, const Slice *slices, int64_t count, Parts parts, T divisor, bool add, int64_t parameters,
              double *sums, T *scratch, int64_t threads) {
-  summed<1>(slices, count, parameters, sums, scratch, threads, [&](const Slice &slice, int64_t block, int64_t, T *found) {
+  summed<1>(slices, count, parameters, sums, scratch, threads, [&](const Slice &slice, int64_t block, int64_t, T *out) {
     T total[BLOCK], copy[BLOCK];
     const int64_t first = block * BLOCK, left = slice.numel - first;
     const int n = left < BLOCK ? int(left) : BLOCK;
@@ -271,7 +271,7 @@ void average(T *grad, const Slice *slices, int64_t count, Parts parts, T divisor
         const View<T> next(const_cast<char *>(from), dtype, block, n, copy);
         for (int i = 0; i < BLOCK; i++) total[i] += next.values[i];
       } else {
-        for (int i = 0; i < BLOCK; i++) total[i] += T(0);  // of -0 it makes 0, as a sum of tensors does
+        for (int i = 0; i < BLOCK; i++) total[i] += T(0);  // -0 + 0 is 0, as in a sum of tensors
       }
     }
     if (divisor != T(1))
@@ -280,17 +280,17 @@ void average(T *grad, const Slice *slices, int64_t count, Parts parts, T divisor
     if (add)
       for (int i = 0; i < n; i++) total[i] = to[i] + total[i];
     if (add || n < BLOCK || !stream(total, to)) std::memcpy(to, total, n * sizeof(T));
-    found[0] = square_sum(total);
+    out[0] = square_sum(total);
   });
 }
 
 }  // namespace
 
-// -- what ctypes sees ---------------------------------------------------------------------------------
+// -- C interface --------------------------------------------------------------------------------------
 
 extern "C" {
 
-// Bytes of what Python lays out.
+// Sizes of the structs that Python fills, to compare.
 int64_t lamb_run_bytes() { return sizeof(Run); }
 int64_t lamb_slice_bytes() { return sizeof(Slice); }
 int64_t lamb_coefficients_bytes() { return sizeof(Coefficients<float>); }

@@ -25,7 +25,7 @@ RUN = np.dtype(
     [
         (name, np.int64)
         for name in (
-            *("weight", "model", "grad", "exp_avg", "exp_avg_sq"),  # addresses; model 0: there is none
+            *("weight", "model", "grad", "exp_avg", "exp_avg_sq"),  # addresses; model 0: none
             "block_param",  # address of [blocks] int64; 0: all blocks are ``param``'s
             *("numel", "param", "first_block"),
             *("weight_dtype", "model_dtype", "grad_dtype", "state_dtype"),
@@ -42,17 +42,19 @@ SLICE = np.dtype(
 
 @lru_cache(maxsize=1)
 def library() -> Any:
-    """`lamb.cpp`, compiled.
+    """The compiled `lamb.cpp`.
 
     Raises:
-        compiling.CompileError: it cannot be.
+        compiling.CompileError: no compiler, or the build failed.
     """
-    found = compiling.load(Path(__file__).with_name("lamb.cpp"))
+    lib = compiling.load(Path(__file__).with_name("lamb.cpp"))
     for name in ("lamb_run_bytes", "lamb_slice_bytes", "lamb_coefficients_bytes"):
-        getattr(found, name).restype = ctypes.c_int64
-    assert found.lamb_run_bytes() == RUN.itemsize, "lamb.cpp's Run and what is laid out here differ"
-    assert found.lamb_slice_bytes() == SLICE.itemsize, "lamb.cpp's Slice and what is laid out here differ"
-    assert found.lamb_coefficients_bytes() == len(COLUMNS) * 4, "lamb.cpp's Coefficients are not rule's"
+        getattr(lib, name).restype = ctypes.c_int64
+    assert lib.lamb_run_bytes() == RUN.itemsize, "lamb.cpp's Run and native.RUN differ"
+    assert lib.lamb_slice_bytes() == SLICE.itemsize, "lamb.cpp's Slice and native.SLICE differ"
+    assert lib.lamb_coefficients_bytes() == len(COLUMNS) * 4, (
+        "lamb.cpp's Coefficients and rule.Coefficients differ"
+    )
     word, pointer = ctypes.c_int64, ctypes.c_void_p
     for suffix in SUFFIXES.values():
         signatures = {
@@ -62,9 +64,9 @@ def library() -> Any:
             "average": (pointer, pointer, word, pointer, *[word] * 7, pointer, pointer, word),
         }
         for name, arguments in signatures.items():
-            function = getattr(found, f"lamb_{name}_{suffix}")
+            function = getattr(lib, f"lamb_{name}_{suffix}")
             function.argtypes, function.restype = arguments, None
-    return found
+    return lib
 
 
 _POINTER: Any = Tensor.data_ptr
@@ -72,7 +74,7 @@ Table = npt.NDArray[np.void]  # of RUN or SLICE
 
 
 def _runs(shards: Sequence[Shard]) -> Table:
-    """[runs] of `RUN`: where all memory of ``shards`` is. Both moments have one dtype."""
+    """[runs] of `RUN`: the memory of all ``shards``. Both moments have one dtype."""
     rows: list[tuple[int, ...]] = []
     for shard in shards:
         rows += [_flat_run(shard)] if isinstance(shard, FlatShard) else _scattered_runs(shard)
@@ -115,24 +117,27 @@ def _dtypes(weight: Tensor, model: Tensor | None, grad: Tensor, exp_avg: Tensor)
 
 
 class CppKernel:
-    """Compiled on first use for this machine's processor; CPU tensors only.
+    """The C++ backend, compiled on first use for this machine's processor; CPU tensors only.
 
-    Threads are torch's (``torch.get_num_threads()``). Raises `compiling.CompileError` where nothing can be compiled.
+    Uses ``torch.get_num_threads()`` threads.
+
+    Raises:
+        compiling.CompileError: no compiler, or the build failed.
     """
 
     name = "cpp"
 
     def __init__(self) -> None:
         self._library = library()
-        self._places: dict[int, tuple[Sequence[Segment], Table, npt.NDArray[np.int64]]] = {}
+        self._templates: dict[int, tuple[Sequence[Segment], Table, npt.NDArray[np.int64]]] = {}
         self._block_sums = {dtype: torch.empty(0, dtype=dtype) for dtype in SUFFIXES}
 
     def square_sums(self, shards: Sequence[Shard], sums: Tensor) -> None:
-        """Σg² per parameter, added to ``sums`` [P] fp64."""
+        """Adds Σg² per parameter to ``sums`` [P] fp64."""
         self._summed("square_sums", shards, 1, None, sums)
 
     def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
-        """m, v ← g, and Σw², Σu² per parameter, added to ``sums`` [SUMS, P] fp64."""
+        """m, v ← g; adds Σw², Σu² per parameter to ``sums`` [SUMS, P] fp64."""
         self._summed("moments_and_norms", shards, len(SUMS), table, sums)
 
     def apply(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
@@ -154,7 +159,7 @@ class CppKernel:
         *,
         add: bool,
     ) -> None:
-        """grad ← the average, or grad + that, and Σg², in one sweep."""
+        """grad ← average, or grad + average, and Σg², in one sweep."""
         parts, own = received.parts, received.own
         assert parts.is_contiguous()
         assert parts.shape[1:] == shard.grad.shape
@@ -188,8 +193,8 @@ class CppKernel:
         )
 
     def _slices(self, segments: Sequence[Segment], grads: Sequence[Tensor | None]) -> Table:
-        """[segments] of `SLICE`; without ``grads`` their source is 0."""
-        slices, starts = self._places_of(segments)
+        """[segments] of `SLICE`; without ``grads`` the source is 0."""
+        slices, starts = self._templates_of(segments)
         slices = slices.copy()
         dtypes = {grad.dtype for grad in grads if grad is not None}
         for dtype in dtypes:
@@ -203,16 +208,16 @@ class CppKernel:
             slices["dtype"][rows] = DTYPES[dtype]
         return slices
 
-    def _places_of(self, segments: Sequence[Segment]) -> tuple[Table, npt.NDArray[np.int64]]:
-        """([segments] of `SLICE` without sources, [segments] each one's first element in its parameter)."""
-        known, slices, starts = self._places.get(id(segments), (None, None, None))
-        if slices is None or starts is None or known is not segments:
+    def _templates_of(self, segments: Sequence[Segment]) -> tuple[Table, npt.NDArray[np.int64]]:
+        """([segments] of `SLICE` without sources, [segments] first element of each in its parameter), cached."""
+        cached, slices, starts = self._templates.get(id(segments), (None, None, None))
+        if slices is None or starts is None or cached is not segments:
             rows = [(0, 0, s.shard_start, s.length, s.param, 0) for s in segments]
             slices = np.array(rows, dtype=SLICE)
             blocks = -(-slices["length"] // BLOCK)
             slices["first_block"] = np.cumsum(blocks) - blocks
             starts = np.array([s.start for s in segments], dtype=np.int64)
-            self._places[id(segments)] = segments, slices, starts
+            self._templates[id(segments)] = segments, slices, starts
         return slices, starts
 
     def _summed(
@@ -239,7 +244,7 @@ class CppKernel:
         )
 
     def _scratch(self, dtype: torch.dtype, numel: int) -> Tensor:
-        """Block sums of a call, kept: as much as the largest call needed."""
+        """Memory for the block sums of a call, reused; as large as the largest call needed."""
         if self._block_sums[dtype].numel() < numel:
             self._block_sums[dtype] = torch.empty(numel, dtype=dtype)
         return self._block_sums[dtype]

@@ -1,4 +1,4 @@
-"""What a backend provides."""
+"""The interface of a kernel backend."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -12,8 +12,8 @@ from sharded_lamb.kernels.shard import FlatShard, ReceivedShards, Shard
 class Kernel(Protocol):
     """Functions over shards of one compute dtype and one device, at least one of them.
 
-    ``table``: `sharded_lamb.core.rule.table`, [P, COLUMNS], compute dtype. Where its ``grad_scale`` is 0 a parameter's
-    gradient is taken for 0, whatever it holds. Results do not depend on how shards are grouped into calls.
+    ``table``: `sharded_lamb.core.rule.table`, [P, COLUMNS], compute dtype. Where its ``grad_scale`` is 0, a gradient
+    counts as 0 even if it is non-finite. Results do not depend on how shards are grouped into calls.
     """
 
     name: str
@@ -27,27 +27,30 @@ class Kernel(Protocol):
         *,
         add: bool,
     ) -> None:
-        """grad ← the average, or with ``add`` grad + that; Σg² per parameter added to ``sums`` [P] fp64.
+        """grad ← average, or with ``add`` grad + average; adds Σg² per parameter to ``sums`` [P] fp64.
 
-        Parts are summed in their order in the compute dtype. ``segments``: what lies in the shard, the same object from
-        step to step.
+        Sums parts in rank order in the compute dtype. ``segments``: the shard's segments, the same object in every
+        step.
         """
 
     def collect(
         self, shard: FlatShard, segments: Sequence[Segment], grads: Sequence[Tensor | None], sums: Tensor
     ) -> None:
-        """grad ← segments of gradients that lie elsewhere; Σg² per parameter added to ``sums`` [P] fp64.
+        """grad ← segments of whole gradients; adds Σg² per parameter to ``sums`` [P] fp64.
 
-        ``grads``: entry i is what ``segments[i]`` is of, without gaps in memory, any floating-point dtype; None stands
-        for zeros.
+        ``grads``: entry i is the whole gradient of the parameter of ``segments[i]``, without gaps in memory, any
+        floating-point dtype; None: zeros.
         """
 
     def square_sums(self, shards: Sequence[Shard], sums: Tensor) -> None:
-        """Σg² of the blocks of each parameter, added to ``sums`` [P] fp64."""
+        """Adds Σg² over each parameter's blocks to ``sums`` [P] fp64."""
 
     def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
-        """Pass 1. Σw² and Σu² are added to ``sums`` [SUMS, P] fp64; first, weights that were written from
-        outside since the last step replace their masters (`remainders` follow them by themselves)."""
+        """Pass 1: updates m and v, and adds Σw² and Σu² to ``sums`` [SUMS, P] fp64.
+
+        Before that, weights that the user wrote since the last step replace their masters (`remainders` need no such
+        resync).
+        """
 
     def apply(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
-        """Pass 2. ``step_sizes``: [P] compute dtype, η r; 0 leaves a weight's bits as they are."""
+        """Pass 2: updates w. ``step_sizes``: [P] compute dtype, η r; 0 keeps a weight's bits."""

@@ -1,8 +1,8 @@
-"""The two passes in stock torch operations, chunk by chunk: the definition that other backends must match.
+"""The two passes with stock torch operations, chunk by chunk: the reference that other backends must match.
 
-Sums of squares have one order: within a block of `BLOCK` elements by halving (first half plus second
-half, eight times) in the compute dtype, over blocks in fp64. Every step of it is one IEEE addition, so the
-bits of a block's sum depend on its 256 values and nothing else.
+Sums of squares have a fixed order: within a block of `BLOCK` elements by halving (first half plus second half, eight
+times) in the compute dtype, over blocks in fp64. Every step is one IEEE addition, so the bits of a block's sum depend
+only on its 256 values.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,11 +20,10 @@ from sharded_lamb.kernels.shard import FlatShard, ScatteredShard, Shard
 from sharded_lamb.kernels.state_format import StateFormat
 
 CHUNK_BLOCKS = 256
-"""64 K elements: the dozen temporaries of a chunk stay in a CPU's cache. On a GPU, see `_chunk_blocks`."""
-
+"""64 K elements: a chunk's dozen temporaries stay in a CPU's cache. For a GPU, see `_chunk_blocks`."""
 
 KINDS = ("weight", "grad", "exp_avg", "exp_avg_sq")
-"""The kinds of memory that every form of shard has."""
+"""Fields that both forms of shard have."""
 
 
 def block_square_sums(x: Tensor) -> Tensor:
@@ -42,17 +41,17 @@ def add_by_parameter(sums: Tensor, block_param: Tensor, block_sums: Tensor) -> N
 
 
 def resync_master(weight: Tensor, written: Tensor) -> Tensor:
-    """The master, and what the model holds where that is no longer what the master rounds to: someone wrote it."""
+    """The master; where it no longer rounds to the model's weight, which the user therefore wrote, that weight."""
     return torch.where(weight.to(written.dtype) == written, weight, written.to(weight.dtype))
 
 
 def _chunk_blocks(device: torch.device, blocks: int) -> int:
-    # On a GPU a chunk is bounded by memory for temporaries, not by cache: 4 M elements, a few launches.
+    # On a GPU, memory for temporaries bounds a chunk, not cache: 4 M elements, few launches.
     return CHUNK_BLOCKS if device.type == "cpu" else min(blocks, 1 << 14)
 
 
 class _Chunk:
-    """Some blocks of a shard as [blocks, BLOCK] tensors of the compute dtype. ``kind`` names a field of the shard."""
+    """Blocks of a shard as [blocks, BLOCK] tensors of the compute dtype. ``kind`` names a field of the shard."""
 
     def __init__(self, table: Tensor, block_param: Tensor) -> None:
         self.table, self.block_param = table, block_param
@@ -67,42 +66,42 @@ class _Chunk:
     has_model = False
     """Whether masters are separate from the model's weights."""
 
-    def kept(self, kind: str) -> Tensor:
-        """In the dtype of the memory: the memory itself where it lies in whole blocks, else a copy."""
+    def stored(self, kind: str) -> Tensor:
+        """[blocks, BLOCK] in the storage dtype: a view if the memory is whole blocks, else a copy."""
         raise NotImplementedError
 
     def write(self, kind: str, value: Tensor) -> None:
-        """Copy ``value`` to where ``kind`` is stored."""
+        """Copy ``value`` to the memory of ``kind``."""
         raise NotImplementedError
 
     def load_gradients(self) -> Tensor:
-        """In the compute dtype."""
-        return self.kept("grad").to(self.table.dtype)
+        """Gradients in the compute dtype."""
+        return self.stored("grad").to(self.table.dtype)
 
     def load_moment(self, kind: str) -> Tensor:
-        """In the compute dtype; a copy, unless the memory holds it so."""
-        return self.moments.decode(self.kept(kind), None).to(self.table.dtype)
+        """A moment in the compute dtype; a copy, unless it is stored as such."""
+        return self.moments.decode(self.stored(kind), None).to(self.table.dtype)
 
     def store_moment(self, kind: str, value: Tensor) -> Tensor:
-        """Write ``value``, and return it as it reads back."""
+        """Store ``value`` and return it as it reads back, rounded to the storage dtype."""
         stored, _ = self.moments.encode(value)
         self.write(kind, stored)
         return value if self.moments.storage == value.dtype else self.load_moment(kind)
 
     def resync_masters(self) -> None:
-        """Weights that were written from outside win over their masters; beside a weight they always do."""
+        """Replace masters of weights that the user wrote; a format beside the weight needs no resync."""
         if self.has_model and not self.masters.beside_weight:
-            masters = self.masters.decode(self.kept("weight"), None)
-            stored, _ = self.masters.encode(resync_master(masters, self.kept("model")))
+            masters = self.masters.decode(self.stored("weight"), None)
+            stored, _ = self.masters.encode(resync_master(masters, self.stored("model")))
             self.write("weight", stored)
 
     def load_masters(self) -> Tensor:
-        """In the compute dtype."""
-        weight = self.kept("model") if self.masters.beside_weight else None
-        return self.masters.decode(self.kept("weight"), weight).to(self.table.dtype)
+        """Masters in the compute dtype."""
+        weight = self.stored("model") if self.masters.beside_weight else None
+        return self.masters.decode(self.stored("weight"), weight).to(self.table.dtype)
 
     def store_masters(self, values: Tensor) -> None:
-        """Write masters, and the model's weights where those are separate."""
+        """Store masters, and the model's weights if masters are separate."""
         stored, weight = self.masters.encode(values)
         self.write("weight", stored)
         if self.has_model:
@@ -110,28 +109,28 @@ class _Chunk:
 
 
 class _FlatChunk(_Chunk):
-    """Blocks [low, high) of one run of memory."""
+    """Blocks from ``low`` on of one contiguous range of memory."""
 
     def __init__(self, flat: dict[str, Tensor | None], table: Tensor, block_param: Tensor, low: int) -> None:
         super().__init__(table, block_param)
         self.flat, self.span = flat, slice(low * BLOCK, (low + len(block_param)) * BLOCK)
         self.has_model = flat["model"] is not None
-        self.masters = formats.of_memory(self.kept("weight").dtype)
-        self.moments = formats.of_memory(self.kept("exp_avg").dtype)
+        self.masters = formats.of_memory(self.stored("weight").dtype)
+        self.moments = formats.of_memory(self.stored("exp_avg").dtype)
 
-    def kept(self, kind: str) -> Tensor:
+    def stored(self, kind: str) -> Tensor:
         flat = self.flat[kind]
         assert flat is not None
         return flat[self.span].view(-1, BLOCK)
 
     def write(self, kind: str, value: Tensor) -> None:
-        place = self.kept(kind)
-        if place.data_ptr() != value.data_ptr():
-            place.copy_(value)
+        stored = self.stored(kind)
+        if stored.data_ptr() != value.data_ptr():
+            stored.copy_(value)
 
 
 class _PackedChunk(_Chunk):
-    """Runs of several pieces, their blocks side by side in a copy; short blocks are filled with 0."""
+    """Runs of several pieces, copied into contiguous blocks; short blocks are padded with 0."""
 
     def __init__(
         self, shard: ScatteredShard, runs: packing.Chunk, table: Tensor, block_param: Tensor
@@ -141,25 +140,25 @@ class _PackedChunk(_Chunk):
         self.masters, self.moments = shard.master_format, formats.of_memory(shard.exp_avg[0].dtype)
         self.sizes = [size for run in runs for size in (run.length, run.padding)]
 
-    def _places(self, kind: str) -> list[Tensor]:
+    def _slices(self, kind: str) -> list[Tensor]:
         pieces: Sequence[Tensor] = getattr(self.shard, kind)
         return [pieces[run.piece][run.start : run.start + run.length] for run in self.runs]
 
-    def kept(self, kind: str) -> Tensor:
-        places = self._places(kind)
-        zeros = places[0].new_zeros(BLOCK)
+    def stored(self, kind: str) -> Tensor:
+        slices = self._slices(kind)
+        zeros = slices[0].new_zeros(BLOCK)
         parts = []
-        for place, run in zip(places, self.runs, strict=True):
-            parts += [place, zeros[: run.padding]]
+        for memory, run in zip(slices, self.runs, strict=True):
+            parts += [memory, zeros[: run.padding]]
         return torch.cat(parts).view(-1, BLOCK)
 
     def write(self, kind: str, value: Tensor) -> None:
-        torch._foreach_copy_(self._places(kind), list(torch.split(value.view(-1), self.sizes)[::2]))
+        torch._foreach_copy_(self._slices(kind), list(torch.split(value.view(-1), self.sizes)[::2]))
 
 
 @lru_cache(maxsize=1024)
 def _owners(params: tuple[int, ...], blocks: tuple[int, ...], device: torch.device) -> Tensor:
-    """[sum of blocks] int64: the parameter of each block of runs that lie side by side."""
+    """[sum of blocks] int64: the parameter of each block of packed runs."""
     return torch.tensor(params).repeat_interleave(torch.tensor(blocks)).to(device)
 
 
@@ -194,18 +193,18 @@ def _piece_chunks(shard: ScatteredShard, table: Tensor) -> Iterator[_Chunk]:
 
 
 class ReferenceKernel(StockIncoming):
-    """Stock torch on any device; every temporary is a chunk long."""
+    """The pure backend: stock torch on any device; temporaries have the length of a chunk."""
 
     name = "torch"
 
     def square_sums(self, shards: Sequence[Shard], sums: Tensor) -> None:
-        """Σg² per parameter, added to ``sums`` [P] fp64."""
+        """Adds Σg² per parameter to ``sums`` [P] fp64."""
         no_coefficients = sums.new_zeros(len(sums), len(COLUMNS), dtype=shards[0].compute)
         for chunk in _chunks(shards, no_coefficients):
             add_by_parameter(sums, chunk.block_param, block_square_sums(chunk.load_gradients()))
 
     def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
-        """m, v ← g, and Σw², Σu² per parameter, added to ``sums`` [SUMS, P] fp64."""
+        """m, v ← g; adds Σw², Σu² per parameter to ``sums`` [SUMS, P] fp64."""
         for chunk in _chunks(shards, table):
             chunk.resync_masters()
             w, m, v = chunk.load_masters(), chunk.load_moment("exp_avg"), chunk.load_moment("exp_avg_sq")

@@ -1,16 +1,16 @@
-"""fp32 masters stored as the low 16 bits beside bfloat16 weights, which hold the high 16.
+"""fp32 masters stored as their low 16 bits, beside bfloat16 weights that hold the high 16.
 
-A bfloat16 number is the upper half of a float32. The master is the weight in that place and a signed remainder, both as
-integers::
+A bfloat16 number is the upper half of a float32. As integers, a master is its weight shifted by 16 bits plus a signed
+remainder::
 
     master bits = (weight bits << 16) + remainder         -0x8000 <= remainder <= 0x7fff
 
-The weight is the master's rounding (to nearest, ties to even), so together they have the bits of every master but one
-in 131,072: a tie above an even weight would need +0x8000. It becomes its neighbour towards 0, a unit in the last place
-of float32 away, in every backend. A nan's remainder is 0.
+The weight is the rounded master (to nearest, ties to even), so the two represent every master exactly but one in
+131,072: a tie above an even weight would need +0x8000. Every backend replaces it by its neighbour towards 0, one ulp of
+float32 away. The remainder of a nan is 0.
 
-A joined master rounds to the weight, whatever the remainder: after a user writes a weight, the remainder beside it
-belongs to the old one, and is clamped where it would round to another weight.
+A joined master always rounds to its weight: after the user writes a weight, the stored remainder belongs to the old
+one, and `joined` clamps it where the master would round to another weight.
 """
 
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ from torch import Tensor
 
 HIGHEST = 0x7FFF
 INFINITY = 0x7F80
-"""Bits of bfloat16's, without the sign."""
+"""Bits of bfloat16's infinity, without the sign."""
 
 
 def joined(model: Tensor, remainder: Tensor) -> Tensor:
     """[…] bfloat16 weights and int16 remainders → fp32 masters, in new memory."""
     upper = model.view(torch.int16).to(torch.int32)
     magnitude, lower = upper & 0x7FFF, remainder.to(torch.int32)
-    # Below 0 are the largest numbers of the other sign, above infinity are nans, and a tie goes to the even neighbour.
+    # Bits below 0 are numbers of the other sign, bits above infinity are nans; a tie rounds to the even weight.
     lowest = torch.where(magnitude == 0, 0, (upper & 1) - 0x8000)
     lower = torch.where(magnitude == INFINITY, lower.clamp(max=0), torch.maximum(lower, lowest))
     return ((upper << 16) + lower).view(torch.float32)

@@ -1,4 +1,4 @@
-"""The memory that the two passes run over, in two forms: one flat run of whole blocks, or pieces that lie anywhere."""
+"""The memory of the two passes, in two forms: one flat range of whole blocks, or scattered pieces."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,27 +12,23 @@ from sharded_lamb.kernels.state_format import StateFormat
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class FlatShard:
-    """The memory that one rank updates in one bucket; flat tensors of one length, whole blocks."""
+    """The memory of one rank's shard of one bucket: flat tensors of one length, whole blocks."""
 
-    weight: (
-        Tensor  # [n] masters as their format stores them; the parameters' own memory where that is updated
-    )
-    model: (
-        Tensor | None
-    )  # [n] model dtype: the parameters' memory, which is gathered, where masters are separate
-    grad: Tensor  # [n] compute dtype: gradients averaged over ranks; 0 in padding
+    weight: Tensor  # [n] storage dtype of masters; without separate masters, the parameters' memory
+    model: Tensor | None  # [n] model dtype: the parameters' memory, if masters are separate
+    grad: Tensor  # [n] compute dtype: averaged gradients; 0 in padding
     exp_avg: Tensor  # [n] state dtype
     exp_avg_sq: Tensor  # [n] state dtype
-    block_param: Tensor  # [n / BLOCK] int64: the parameter each block belongs to
+    block_param: Tensor  # [n / BLOCK] int64: the parameter of each block
 
     @property
     def master_format(self) -> StateFormat:
-        """How ``weight`` stores the masters."""
+        """The storage format of ``weight``."""
         return formats.of_memory(self.weight.dtype)
 
     @property
     def compute(self) -> torch.dtype:
-        """The dtype that elements are computed in."""
+        """The compute dtype."""
         return self.grad.dtype
 
     @property
@@ -42,35 +38,35 @@ class FlatShard:
 
 @dataclass(frozen=True, slots=True)
 class LocalContribution:
-    """This rank's own gradients where they lie: summed after the first ``row`` rows of what others handed over."""
+    """This rank's own gradients, used in place: summed after the first ``row`` received parts."""
 
     row: int
-    grads: Sequence[Tensor | None]  # one a segment, without gaps in memory; None stands for zeros
+    grads: Sequence[Tensor | None]  # one per segment, without gaps in memory; None: zeros
 
 
 @dataclass(frozen=True, slots=True)
 class ReceivedShards:
-    """What is averaged to a shard's gradient: the sum of all parts, in order, over ``divisor``."""
+    """The parts of a shard's gradient: their sum, in order, divided by ``divisor``, is the average."""
 
     parts: Tensor  # [k, n] any floating-point dtype
     divisor: int
-    own: LocalContribution | None = None  # one part more, which lies elsewhere
+    own: LocalContribution | None = None  # one more part, which no message carried
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class ScatteredShard:
-    """Pieces of memory on one device: DTensors' local parts, another framework's partitions, or whole tensors.
+    """Pieces of memory on one device: DTensors' local shards, another framework's partitions, or whole tensors.
 
-    A piece is a contiguous run of elements of one parameter. Its blocks are counted from its own start and its last
-    one may be short. Entry i of every sequence is piece i's; all tensors of a sequence have one dtype.
+    A piece is a contiguous range of elements of one parameter. Its blocks start at its first element, and its last
+    block may be short. Entry i of every sequence belongs to piece i; all tensors of a sequence have one dtype.
     """
 
     params: tuple[int, ...]  # the parameter of each piece
-    weight: Sequence[Tensor]  # [n_i] as in `FlatShard`
+    weight: Sequence[Tensor]  # [n_i] as `FlatShard.weight`
     grad: Sequence[Tensor]  # [n_i] any floating-point dtype
     exp_avg: Sequence[Tensor]  # [n_i] state dtype
     exp_avg_sq: Sequence[Tensor]  # [n_i] state dtype
-    model: Sequence[Tensor] | None = None  # [n_i] model dtype, where masters are separate
+    model: Sequence[Tensor] | None = None  # [n_i] model dtype, if masters are separate
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -78,12 +74,12 @@ class ScatteredShard:
 
     @property
     def master_format(self) -> StateFormat:
-        """How ``weight`` stores the masters."""
+        """The storage format of ``weight``."""
         return formats.of_memory(self.weight[0].dtype)
 
     @property
     def compute(self) -> torch.dtype:
-        """The dtype that elements are computed in."""
+        """The compute dtype."""
         return torch.promote_types(self.weight[0].dtype, torch.float32)
 
     @property

@@ -1,9 +1,9 @@
-"""How a kind of state (masters, a moment) is stored. Whoever holds state asks its format, and no one else knows.
+"""Storage formats of state (masters and moments).
 
-A format gives the dtype of the memory, the dtype of the values that it stands for, and the way between the two. Flat
-memory and DTensors' local parts allocate by it, state dicts and checkpoints hold its values, plan counts its bytes, and
-the kernels' loads and stores follow it. `formats` lists all formats; kernels, which see memory alone, find a format by
-its storage dtype, so no two formats share one.
+A format defines the storage dtype, the dtype of the values, and the conversion between the two. Flat memory and
+DTensors' local shards allocate the storage, state dicts and checkpoints hold the values, plan counts the bytes, and
+kernels load and store accordingly. `formats` lists all formats; kernels, which only see memory, look a format up by its
+storage dtype, so no two formats share one.
 """
 
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from torch import Tensor
 
 
 class StateFormat(Protocol):
-    """Stateless. ``stored``: [n] ``storage``; ``values``: [n] ``value``; ``weight``: [n], the model's own weights.
+    """Stateless. ``stored``: [n] ``storage``; ``values``: [n] ``value``; ``weight``: [n], the model's weights.
 
-    Memory of zeros stands for zeros: moments start so.
+    Zeros decode to zeros: moments start from zeroed memory.
     """
 
     @property
     def name(self) -> str:
-        """For messages and tables."""
+        """Name in messages and tables."""
 
     @property
     def storage(self) -> torch.dtype:
@@ -30,26 +30,26 @@ class StateFormat(Protocol):
 
     @property
     def value(self) -> torch.dtype:
-        """Dtype of the values: what state dicts and checkpoints hold."""
+        """Dtype of the values, in state dicts and checkpoints."""
 
     @property
     def beside_weight(self) -> bool:
-        """Whether values are made of ``weight`` and ``stored``: such masters always agree with their weights."""
+        """Whether ``weight`` and ``stored`` together make the values: such masters always round to their weights."""
 
     def key(self, kind: str) -> str:
-        """The key of ``kind`` in ``optimizer.state``; not ``kind`` itself where ``stored`` does not hold the values.
+        """The key of ``kind`` in ``optimizer.state``; differs from ``kind`` if ``stored`` does not hold the values.
 
-        State dicts and checkpoints hold values, and call them ``kind``.
+        State dicts and checkpoints hold values, under the key ``kind``.
         """
 
     def decode(self, stored: Tensor, weight: Tensor | None) -> Tensor:
-        """The values: ``stored`` itself where it holds them as they are, else new memory."""
+        """The values: ``stored`` itself if it holds them unencoded, else new memory."""
 
     def encode(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(what is stored, the model's weights where the format decides them); casts are left to the copy."""
+        """(memory to store, the model's weights if the format determines them); the copy casts."""
 
     def reset(self, stored: Tensor, weight: Tensor) -> None:
-        """Write the masters of weights that were written as a whole: equal to them."""
+        """Set masters equal to weights, after the weights were overwritten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,36 +82,36 @@ class PlainFormat:
 
 @dataclass(frozen=True, slots=True)
 class StoredState:
-    """One kind of state in this rank's memory: of a bucket, or of a DTensor's local part."""
+    """One kind of state in this rank's memory, of a bucket or of a DTensor's local shard."""
 
     kind: str  # "master", "exp_avg" or "exp_avg_sq": the key in state dicts and checkpoints
     format: StateFormat
     stored: Tensor  # [n]
-    weight: Tensor | None = None  # [n] the model's, for a format beside it
+    weight: Tensor | None = None  # [n] the model's, for a format beside the weight
 
     @property
     def key(self) -> str:
-        """In ``optimizer.state``."""
+        """Key in ``optimizer.state``."""
         return self.format.key(self.kind)
 
     def values(self) -> Tensor:
-        """[n] the memory itself where the format allows it."""
+        """[n] the values; the memory itself if it holds them unencoded."""
         return self.format.decode(self.stored, self.weight)
 
     def empty(self) -> Tensor:
-        """[n] memory to receive values in: the state's own where it holds values as they are."""
+        """[n] memory to receive values: the state's own if it holds values unencoded."""
         if self.stored.dtype == self.format.value:
             return self.stored
         return torch.empty_like(self.stored, dtype=self.format.value)
 
     def store(self, values: Tensor) -> None:
-        """Take values of any floating-point dtype. Leaves weights beside alone: the model loads those."""
+        """Store values of any floating-point dtype. Does not write the model's weights: the model loads those."""
         if values is not self.stored:
             stored, _ = self.format.encode(values.detach().to(self.format.value))
             self.stored.copy_(stored)
 
 
 def moments(format: StateFormat, exp_avg: Tensor, exp_avg_sq: Tensor) -> Iterator[StoredState]:
-    """Both moments, which have one format."""
+    """Both moments; they share one format."""
     yield StoredState("exp_avg", format, exp_avg)
     yield StoredState("exp_avg_sq", format, exp_avg_sq)

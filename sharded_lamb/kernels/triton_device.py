@@ -1,13 +1,13 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, no-redef"
-# ruff: noqa: SIM300 (to ruff, capitals are constants, which ought to stand on the right)
-"""What runs on the device: `sharded_lamb.core.rule` for tiles of blocks, in Triton. Importing it imports Triton.
+# ruff: noqa: SIM300 (ruff takes capitals for constants, to be on the right of a comparison)
+"""Device code: `sharded_lamb.core.rule` for tiles of blocks, in Triton. Importing this module imports Triton.
 
-A program takes TILE blocks of one run as a [TILE, BLOCK] tensor of the compute dtype. Every arithmetic step is one
-correctly rounded IEEE operation, as in the rule: with ``div_rn`` and ``sqrt_rn``, and launched without fusion
-(``enable_fp_fusion=False``). Memory is named by its column in the table of runs (`triton_runs.ROW`) and its dtype;
-weights of int16 are `remainders`.
+A program computes TILE blocks of one run as a [TILE, BLOCK] tensor of the compute dtype. Every arithmetic step is one
+correctly rounded IEEE operation, as in the rule: ``div_rn``, ``sqrt_rn``, and no fused multiply-add
+(``enable_fp_fusion=False``). A run-table column (`triton_runs.ROW`) and a dtype identify memory; int16 weights are
+`remainders`.
 
-Arguments are without types here because Triton gives annotations of its own a meaning.
+Arguments have no types because Triton interprets annotations.
 """
 
 import triton
@@ -51,12 +51,12 @@ EPS_OUTSIDE = tl.constexpr(COLUMNS.index("eps_outside"))
 DECAY = tl.constexpr(COLUMNS.index("decay"))
 
 
-# -- where a program's tile lies -----------------------------------------------------------------------
+# -- a program's tile ----------------------------------------------------------------------------------
 
 
 @triton.jit
 def _tile(runs, tile_run, ALIGNED: tl.constexpr):
-    """(row of the run, the tile's first element in it, the tile's first block in the call, elements from there on)."""
+    """(row of the run, the tile's first element in it, the tile's first block in the call, remaining elements)."""
     tile = tl.program_id(0)
     row = runs + tl.load(tile_run + tile) * ROW_LENGTH
     first = (tile - tl.load(row + FIRST_TILE_AT)) * TILE
@@ -68,16 +68,16 @@ def _tile(runs, tile_run, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _places(left):
-    """(places of a tile's elements [TILE, BLOCK], which of them the run has, which blocks it has [TILE])."""
+def _offsets(left):
+    """(offsets of a tile's elements [TILE, BLOCK], their mask [TILE, BLOCK], the mask of its blocks [TILE])."""
     blocks = tl.arange(0, TILE)
-    places = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    return places, places < left, blocks * BLOCK < left
+    offsets = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return offsets, offsets < left, blocks * BLOCK < left
 
 
 @triton.jit
 def _memory(row, COLUMN: tl.constexpr, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address of a tile's first element. bfloat16 is read and written as its bits: see `_rounded`."""
+    """Pointer to a tile's first element. bfloat16 is loaded and stored as bits: see `_rounded`."""
     address = tl.load(row + COLUMN)
     if DTYPE == tl.bfloat16:
         memory = address.to(tl.pointer_type(tl.uint16)) + start
@@ -89,35 +89,35 @@ def _memory(row, COLUMN: tl.constexpr, start, DTYPE: tl.constexpr, ALIGNED: tl.c
 
 
 @triton.jit
-def _widened(kept, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
-    """What memory of DTYPE holds, in the compute dtype; exact but for float64 that is computed in float32."""
+def _widened(stored, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
+    """Memory of DTYPE in the compute dtype; exact, except float64 computed in float32."""
     if DTYPE == tl.bfloat16:
-        value = (kept.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        value = (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
-        value = kept
+        value = stored
     return value.to(COMPUTE)
 
 
 @triton.jit
 def _rounded(value, DTYPE: tl.constexpr):
-    """``value`` as memory of DTYPE keeps it, to nearest even; 16-bit dtypes by way of float32, as torch does.
+    """``value`` rounded to DTYPE, to nearest even; 16-bit dtypes through float32, as torch does.
 
-    bfloat16 by integers: Triton's interpreter cuts the lower bits off.
+    bfloat16 with integers: Triton's interpreter truncates.
     """
     if DTYPE == tl.bfloat16:
         bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        kept = tl.where(value != value, 0x7FC0, nearest).to(tl.uint16)  # a nan's bits would carry over
+        stored = tl.where(value != value, 0x7FC0, nearest).to(tl.uint16)  # a nan's bits would overflow
     elif DTYPE == tl.float16:
-        kept = value.to(tl.float32).to(tl.float16)
+        stored = value.to(tl.float32).to(tl.float16)
     else:
-        kept = value.to(DTYPE)
-    return kept
+        stored = value.to(DTYPE)
+    return stored
 
 
 @triton.jit
 def _joined(model, remainder):
-    """`remainders.joined` of bfloat16 as its bits."""
+    """`remainders.joined`; ``model``: bfloat16 as bits."""
     magnitude = (model & 0x7FFF).to(tl.int32)
     lower = remainder.to(tl.int32)
     lower = tl.maximum(lower, tl.where(magnitude == 0, 0, (magnitude & 1) - 0x8000))
@@ -127,7 +127,7 @@ def _joined(model, remainder):
 
 @triton.jit
 def _remainder(master, model):
-    """`remainders.split`: what ``model``, the rounded master's bits, lacks of the master."""
+    """`remainders.split`: the master minus ``model``, the rounded master, both as bits."""
     lower = (master.to(tl.uint32, bitcast=True) - (model.to(tl.uint32) << 16)).to(tl.int32, bitcast=True)
     return tl.where(master != master, 0, tl.minimum(lower, 0x7FFF)).to(tl.int16)
 
@@ -184,10 +184,10 @@ def _square_sums(x):
 def square_sums(
     runs, tile_run, block_slot, sums, GRAD: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """Σg² of each block → ``sums`` at its slot."""
+    """Writes Σg² of each block to its slot of ``sums``."""
     row, start, block, left = _tile(runs, tile_run, ALIGNED)
-    places, mask, blocks = _places(left)
-    grad = tl.load(_memory(row, GRAD_AT, start, GRAD, ALIGNED) + places, mask=mask, other=0)
+    offsets, mask, blocks = _offsets(left)
+    grad = tl.load(_memory(row, GRAD_AT, start, GRAD, ALIGNED) + offsets, mask=mask, other=0)
     slots = tl.load(block_slot + block + tl.arange(0, TILE), mask=blocks, other=0)
     tl.store(sums + slots, _square_sums(_widened(grad, GRAD, COMPUTE)), mask=blocks)
 
@@ -207,48 +207,48 @@ def average(
     ALIGNED: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """grad ← Σ parts / divisor (+ grad), Σg² of each block → ``sums`` at its slot.
+    """grad ← Σ parts / divisor (+ grad); writes Σg² of each block to its slot of ``sums``.
 
-    ``parts``: [count, numel], bfloat16 as int16; ``numel``: of the shard, whole blocks. ``grad`` has the compute dtype.
+    ``parts``: [count, numel], bfloat16 as int16; ``numel``: of the shard, whole blocks. ``grad``: compute dtype.
     """
     row, start, block, left = _tile(runs, tile_run, ALIGNED)
-    places, mask, blocks = _places(left)
+    offsets, mask, blocks = _offsets(left)
     part = parts + start
     numel = tl.multiple_of(numel, BLOCK)
-    total = _widened(tl.load(part + places, mask=mask, other=0), WIRE, COMPUTE)
+    total = _widened(tl.load(part + offsets, mask=mask, other=0), WIRE, COMPUTE)
     for _ in range(1, count):
         part += numel
-        total += _widened(tl.load(part + places, mask=mask, other=0), WIRE, COMPUTE)
+        total += _widened(tl.load(part + offsets, mask=mask, other=0), WIRE, COMPUTE)
     total = _divided(total, tl.full((1, 1), 0, COMPUTE) + divisor.to(COMPUTE), COMPUTE)
     grad = _memory(row, GRAD_AT, start, COMPUTE, ALIGNED)
     if ADD:
-        total = tl.load(grad + places, mask=mask, other=0) + total
-    tl.store(grad + places, total, mask=mask)
+        total = tl.load(grad + offsets, mask=mask, other=0) + total
+    tl.store(grad + offsets, total, mask=mask)
     slots = tl.load(block_slot + block + tl.arange(0, TILE), mask=blocks, other=0)
     tl.store(sums + slots, _square_sums(total), mask=blocks)
 
 
 @triton.jit
-def _adopted(
+def _resync_masters(
     memory,
-    kept,
+    stored,
     model,
-    places,
+    offsets,
     mask,
     WEIGHT: tl.constexpr,
     MODEL: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """The masters, of which those that the model's weights differ from are replaced, in memory too."""
+    """The masters; those that no longer round to the model's weight are replaced by it, also in memory."""
     if MODEL == tl.float64:
         WIDE: tl.constexpr = tl.float64
     else:
         WIDE: tl.constexpr = COMPUTE
-    written = _widened(tl.load(model + places, mask=mask, other=0), MODEL, WIDE)
-    known = _widened(_rounded(_widened(kept, WEIGHT, WIDE), MODEL), MODEL, WIDE) == written
-    resync_master = _rounded(written, WEIGHT)
-    tl.store(memory + places, resync_master, mask=mask & (known == 0))
-    return tl.where(known, kept, resync_master)
+    written = _widened(tl.load(model + offsets, mask=mask, other=0), MODEL, WIDE)
+    agrees = _widened(_rounded(_widened(stored, WEIGHT, WIDE), MODEL), MODEL, WIDE) == written
+    resynced = _rounded(written, WEIGHT)
+    tl.store(memory + offsets, resynced, mask=mask & (agrees == 0))
+    return tl.where(agrees, stored, resynced)
 
 
 @triton.jit
@@ -268,39 +268,39 @@ def moments_and_norms(
     COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Pass 1: m, v ← g; Σw² and Σu² of each block → the sums at its slot."""
+    """Pass 1: m, v ← g; writes Σw² and Σu² of each block to its slot of the sums."""
     row, start, block, left = _tile(runs, tile_run, ALIGNED)
-    places, mask, blocks = _places(left)
+    offsets, mask, blocks = _offsets(left)
     params = tl.load(block_param + block + tl.arange(0, TILE), mask=blocks, other=0)
 
     weight = _memory(row, WEIGHT_AT, start, WEIGHT, ALIGNED)
     grad = _memory(row, GRAD_AT, start, GRAD, ALIGNED)
     exp_avg = _memory(row, EXP_AVG_AT, start, EXP_AVG, ALIGNED)
     exp_avg_sq = _memory(row, EXP_AVG_SQ_AT, start, EXP_AVG_SQ, ALIGNED)
-    kept = tl.load(weight + places, mask=mask, other=0)
-    g = _widened(tl.load(grad + places, mask=mask, other=0), GRAD, COMPUTE)
-    m = _widened(tl.load(exp_avg + places, mask=mask, other=0), EXP_AVG, COMPUTE)
-    v = _widened(tl.load(exp_avg_sq + places, mask=mask, other=0), EXP_AVG_SQ, COMPUTE)
+    stored = tl.load(weight + offsets, mask=mask, other=0)
+    g = _widened(tl.load(grad + offsets, mask=mask, other=0), GRAD, COMPUTE)
+    m = _widened(tl.load(exp_avg + offsets, mask=mask, other=0), EXP_AVG, COMPUTE)
+    v = _widened(tl.load(exp_avg_sq + offsets, mask=mask, other=0), EXP_AVG_SQ, COMPUTE)
     if WEIGHT == tl.int16:
         model = _memory(row, MODEL_AT, start, MODEL, ALIGNED)
-        w = _joined(tl.load(model + places, mask=mask, other=0), kept)
+        w = _joined(tl.load(model + offsets, mask=mask, other=0), stored)
     elif MODEL is not None:
         model = _memory(row, MODEL_AT, start, MODEL, ALIGNED)
-        kept = _adopted(weight, kept, model, places, mask, WEIGHT, MODEL, COMPUTE)
-        w = _widened(kept, WEIGHT, COMPUTE)
+        stored = _resync_masters(weight, stored, model, offsets, mask, WEIGHT, MODEL, COMPUTE)
+        w = _widened(stored, WEIGHT, COMPUTE)
     else:
-        w = _widened(kept, WEIGHT, COMPUTE)
+        w = _widened(stored, WEIGHT, COMPUTE)
 
     scale = _coefficient(table, params, GRAD_SCALE)
     g = tl.where(scale == 0, tl.zeros_like(g), g)  # 0 x nan would be nan
     g = g * scale + w * _coefficient(table, params, L2)
     m = m * _coefficient(table, params, BETA1) + g * _coefficient(table, params, C1)
     v = v * _coefficient(table, params, BETA2) + g * g * _coefficient(table, params, C2)
-    kept_m, kept_v = _rounded(m, EXP_AVG), _rounded(v, EXP_AVG_SQ)
-    tl.store(exp_avg + places, kept_m, mask=mask)
-    tl.store(exp_avg_sq + places, kept_v, mask=mask)
+    stored_m, stored_v = _rounded(m, EXP_AVG), _rounded(v, EXP_AVG_SQ)
+    tl.store(exp_avg + offsets, stored_m, mask=mask)
+    tl.store(exp_avg_sq + offsets, stored_v, mask=mask)
 
-    m, v = _widened(kept_m, EXP_AVG, COMPUTE), _widened(kept_v, EXP_AVG_SQ, COMPUTE)
+    m, v = _widened(stored_m, EXP_AVG, COMPUTE), _widened(stored_v, EXP_AVG_SQ, COMPUTE)
     u = _direction(m, v, w, table, params, COMPUTE)
     slots = tl.load(block_slot + block + tl.arange(0, TILE), mask=blocks, other=0)
     tl.store(weight_sums + slots, _square_sums(w), mask=blocks)
@@ -321,48 +321,48 @@ def apply(
     COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Pass 2: u from m and v; w ← w - step_size u; the model's copy of it."""
+    """Pass 2: u from m and v; w ← w - step_size u; writes the model's copy of w."""
     row, start, block, left = _tile(runs, tile_run, ALIGNED)
-    places, mask, blocks = _places(left)
+    offsets, mask, blocks = _offsets(left)
     params = tl.load(block_param + block + tl.arange(0, TILE), mask=blocks, other=0)
 
     weight = _memory(row, WEIGHT_AT, start, WEIGHT, ALIGNED)
     exp_avg = _memory(row, EXP_AVG_AT, start, EXP_AVG, ALIGNED)
     exp_avg_sq = _memory(row, EXP_AVG_SQ_AT, start, EXP_AVG_SQ, ALIGNED)
-    kept = tl.load(weight + places, mask=mask, other=0)
+    stored = tl.load(weight + offsets, mask=mask, other=0)
     if WEIGHT == tl.int16:
         model = _memory(row, MODEL_AT, start, MODEL, ALIGNED)
-        w = _joined(tl.load(model + places, mask=mask, other=0), kept)
+        w = _joined(tl.load(model + offsets, mask=mask, other=0), stored)
     else:
-        w = _widened(kept, WEIGHT, COMPUTE)
-    m = _widened(tl.load(exp_avg + places, mask=mask, other=0), EXP_AVG, COMPUTE)
-    v = _widened(tl.load(exp_avg_sq + places, mask=mask, other=0), EXP_AVG_SQ, COMPUTE)
+        w = _widened(stored, WEIGHT, COMPUTE)
+    m = _widened(tl.load(exp_avg + offsets, mask=mask, other=0), EXP_AVG, COMPUTE)
+    v = _widened(tl.load(exp_avg_sq + offsets, mask=mask, other=0), EXP_AVG_SQ, COMPUTE)
 
     u = _direction(m, v, w, table, params, COMPUTE)
     w = w - u * tl.load(step_sizes + params)[:, None]
     if MODEL is not None:
         model = _memory(row, MODEL_AT, start, MODEL, ALIGNED)
         rounded = _rounded(w, MODEL)
-        tl.store(model + places, rounded, mask=mask)
+        tl.store(model + offsets, rounded, mask=mask)
     if WEIGHT == tl.int16:
-        tl.store(weight + places, _remainder(w, rounded), mask=mask)
+        tl.store(weight + offsets, _remainder(w, rounded), mask=mask)
     else:
-        tl.store(weight + places, _rounded(w, WEIGHT), mask=mask)
+        tl.store(weight + offsets, _rounded(w, WEIGHT), mask=mask)
 
 
 @triton.jit(do_not_specialize=["params", "slots"])
 def add_by_parameter(block_sums, first_slots, sums, params, slots):
     """Adds each parameter's block sums to ``sums`` [planes, params] fp64; grid (params, planes).
 
-    One order, whatever the grid: a lane adds DEPTH blocks that lie side by side, one by one, and goes on LANES x DEPTH
-    blocks further; then lanes by halving. The first lane begins with what ``sums`` holds, so that up to DEPTH blocks
-    are added one by one in the order of the call.
+    The order does not depend on the grid: a lane adds DEPTH consecutive blocks one by one, with a stride of
+    LANES x DEPTH blocks; then lanes are summed by halving. The first lane starts from the value in ``sums``, so that up
+    to DEPTH blocks are added one by one in the order of the call.
     """
     param, plane = tl.program_id(0), tl.program_id(1)
     low, high = tl.load(first_slots + param), tl.load(first_slots + param + 1)
     lane = tl.arange(0, LANES)
-    place = sums + plane * params + param
-    before = tl.load(place)
+    target = sums + plane * params + param
+    before = tl.load(target)
     total = tl.where(lane == 0, before, tl.zeros_like(before))
     source = block_sums + plane.to(tl.int64) * slots
     for first in range(low, high, LANES * DEPTH):
@@ -372,4 +372,4 @@ def add_by_parameter(block_sums, first_slots, sums, params, slots):
     total = tl.reshape(total, LANE_HALVES)
     for _ in tl.static_range(LANE_HALVINGS):
         total = tl.sum(total, axis=0)
-    tl.store(place, total)
+    tl.store(target, total)

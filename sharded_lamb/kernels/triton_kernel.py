@@ -1,15 +1,15 @@
-"""The Triton backend: each pass one launch over all shards of a call, and one that adds blocks up by parameter.
+"""The Triton backend: one launch per pass over all shards of a call, and one that sums blocks by parameter.
 
-Launches a call: one for every form of memory (`triton_runs.Form`: dtypes, and aligned or not), whatever the number of
-shards, pieces and parameters; for sums one more. Every arithmetic step is one IEEE operation, so bits are those of
-`reference`, but for the last ones of fp64 sums over more than `triton_device.DEPTH` blocks of a parameter, whose order
-is another fixed one (norms are rounded to fp32 before use).
+Launches per call: one for every form of memory (`triton_runs.Form`: dtypes, aligned or not), for any number of
+shards, pieces and parameters; one more for sums. Every arithmetic step is one IEEE operation, so bits equal those of
+`reference`, except the last bits of fp64 sums over more than `triton_device.DEPTH` blocks of a parameter, which have a
+different fixed order (norms are rounded to fp32 before use).
 
-Nothing waits for the device, and what the host must tell it (addresses) is copied once and kept. A step can be captured
-as a **CUDA graph** after a step on the same memory: weights, gradients (``zero_grad(set_to_none=False)``) and state
-stay where they are, and the learning rate, if it changes, is a tensor on the device. Otherwise capturing is an error.
+Nothing synchronizes with the device; addresses are copied to it once and cached. A step can be captured as a **CUDA
+graph** after a step on the same memory: weights, gradients (``zero_grad(set_to_none=False)``) and state keep their
+addresses, and a learning rate that changes is a tensor on the device. Otherwise capturing raises RuntimeError.
 
-Importing this module does not import Triton; making a `TritonKernel` does.
+Importing this module does not import Triton; constructing a `TritonKernel` does.
 """
 
 import importlib.util
@@ -33,11 +33,11 @@ WRITTEN = ("weight", "model", "exp_avg", "exp_avg_sq")
 
 WARPS = 4
 COMPILED_FOR = (8, 0)
-"""The least CUDA compute capability that Triton compiles for."""
+"""The lowest CUDA compute capability that Triton compiles for."""
 
 
 def usable(device: torch.device) -> str | None:
-    """Why the Triton backend cannot update memory on ``device``; None where it can."""
+    """The reason why the Triton backend does not work on ``device``; None if it works."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'sharded-lamb[gpu]')"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -46,20 +46,18 @@ def usable(device: torch.device) -> str | None:
     if device.type != "cuda" or not torch.cuda.is_available():
         return f"triton has no {device.type} device here"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < COMPILED_FOR:
-        found = "{}.{}".format(*torch.cuda.get_device_capability(device))
-        return (
-            f"triton needs compute capability {COMPILED_FOR[0]}.{COMPILED_FOR[1]}, and {device} has {found}"
-        )
+        capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
+        return f"triton needs compute capability {COMPILED_FOR[0]}.{COMPILED_FOR[1]}, and {device} has {capability}"
     return None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **constants: Any) -> None:
-    """Every launch goes through here. Without fusion: a fused multiply-add rounds once where the rule rounds twice."""
+    """Launch a kernel without fusion: a fused multiply-add rounds once where the rule rounds twice."""
     kernel[grid](*arguments, **constants, num_warps=WARPS, enable_fp_fusion=False)
 
 
 class TritonKernel(StockIncoming):
-    """A `sharded_lamb.kernels.Kernel` on CUDA memory (on a CPU's under TRITON_INTERPRET=1).
+    """A `sharded_lamb.kernels.Kernel` for CUDA memory (for CPU memory under TRITON_INTERPRET=1).
 
     Raises:
         ModuleNotFoundError: triton is not installed.
@@ -82,17 +80,17 @@ class TritonKernel(StockIncoming):
         *,
         add: bool,
     ) -> None:
-        """grad ← the average, or grad + that, and Σg², in one sweep."""
+        """grad ← average, or grad + average, and Σg², in one sweep."""
         parts, divisor = received.parts, received.divisor
         if received.own is not None:
-            every = with_local_contribution(parts, segments, received.own, shard.compute)
-            parts = torch.stack([row.to(shard.compute) for row in every])
+            all_parts = with_local_contribution(parts, segments, received.own, shard.compute)
+            parts = torch.stack([part.to(shard.compute) for part in all_parts])
         assert parts.is_contiguous()
         assert parts.shape[1:] == shard.grad.shape
-        found = self._tables.of([shard], len(sums))
-        if found is None:
+        lookup = self._tables.of([shard], len(sums))
+        if lookup is None:
             return
-        table, rows = found
+        table, rows = lookup
         slot, _ = table.slots
         constants = {"WIRE": self._dtype(parts.dtype), "COMPUTE": self._dtype(table.compute), "ADD": add}
         bits = parts.view(torch.int16) if parts.dtype == torch.bfloat16 else parts
@@ -103,48 +101,48 @@ class TritonKernel(StockIncoming):
             self._add_up(table, sums.unsqueeze(0))
 
     def square_sums(self, shards: Sequence[Shard], sums: Tensor) -> None:
-        """Σg² per parameter, added to ``sums`` [P] fp64."""
-        found = self._tables.of(shards, len(sums))
-        if found is None:
+        """Adds Σg² per parameter to ``sums`` [P] fp64."""
+        lookup = self._tables.of(shards, len(sums))
+        if lookup is None:
             return
-        table, rows = found
+        table, rows = lookup
         slot, _ = table.slots
         with _on(table.device):
             self._launches(self._device.square_sums, ("grad",), table, rows, slot, table.block_sums)
             self._add_up(table, sums.unsqueeze(0))
 
     def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
-        """m, v ← g, and Σw², Σu² per parameter, added to ``sums`` [SUMS, P] fp64."""
-        found = self._tables.of(shards, len(table))
-        if found is None:
+        """m, v ← g; adds Σw², Σu² per parameter to ``sums`` [SUMS, P] fp64."""
+        lookup = self._tables.of(shards, len(table))
+        if lookup is None:
             return
-        where, rows = found
-        slot, _ = where.slots
-        arguments = where.block_param, slot, table, *where.block_sums.unbind()
-        with _on(where.device):
-            self._launches(self._device.moments_and_norms, (*WRITTEN, "grad"), where, rows, *arguments)
-            self._add_up(where, sums)
+        runs, rows = lookup
+        slot, _ = runs.slots
+        arguments = runs.block_param, slot, table, *runs.block_sums.unbind()
+        with _on(runs.device):
+            self._launches(self._device.moments_and_norms, (*WRITTEN, "grad"), runs, rows, *arguments)
+            self._add_up(runs, sums)
 
     def apply(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
         """w ← w - step_size u, u recomputed from m and v."""
-        found = self._tables.of(shards, len(table))
-        if found is None:
+        lookup = self._tables.of(shards, len(table))
+        if lookup is None:
             return
-        where, rows = found
-        with _on(where.device):
-            self._launches(self._device.apply, WRITTEN, where, rows, where.block_param, table, step_sizes)
+        runs, rows = lookup
+        with _on(runs.device):
+            self._launches(self._device.apply, WRITTEN, runs, rows, runs.block_param, table, step_sizes)
 
     def _launches(
         self, kernel: Any, kinds: Sequence[str], table: Table, rows: Tensor, *arguments: Tensor
     ) -> None:
-        """One a form. ``kinds``: the memory whose dtypes the kernel is compiled for."""
+        """One launch per form. ``kinds``: the memory whose dtypes the kernel is compiled for."""
         for run in table.launches:
             dtypes = {kind.upper(): self._dtype(getattr(run.form, kind)) for kind in kinds}
             constants = {**dtypes, "COMPUTE": self._dtype(table.compute), "ALIGNED": run.form.aligned}
             launch(kernel, (run.tiles,), rows[run.low : run.high], run.tile_run, *arguments, **constants)
 
     def _add_up(self, table: Table, sums: Tensor) -> None:
-        """Block sums of the planes of ``sums`` [planes, P], added to it."""
+        """Adds the block sums of each plane to ``sums`` [planes, P]."""
         assert sums.is_contiguous()
         assert sums.dtype == torch.float64
         _, first_slots = table.slots
@@ -155,10 +153,10 @@ class TritonKernel(StockIncoming):
         )
 
     def _dtype(self, dtype: torch.dtype | None) -> Any:
-        """Triton's; None stands for no memory."""
+        """Triton's dtype; None: no memory."""
         return None if dtype is None else getattr(self._device.tl, str(dtype).removeprefix("torch."))
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+    """Make ``device`` current: Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

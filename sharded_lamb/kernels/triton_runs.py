@@ -1,8 +1,8 @@
-"""The table of runs: where the memory of a call's shards lies, as one launch over all of it reads it on the device.
+"""The run table: addresses and sizes of a call's memory, read on the device by one launch over all of it.
 
-A *run* is memory without gaps: a flat shard, or a piece. Programs take *tiles*, some blocks of one run. Runs that agree
-in their dtypes and in whether they are aligned share a launch, whatever shards they come from. Integers and small
-tensors; nothing here knows Triton.
+A *run* is contiguous memory: a flat shard, or a piece. A program computes one *tile*, a few blocks of one run. Runs
+with equal dtypes and equal alignment share a launch, across shards. Integers and small tensors; independent of
+Triton.
 """
 
 import weakref
@@ -22,20 +22,20 @@ from sharded_lamb.core.rule import SUMS
 from sharded_lamb.kernels.shard import FlatShard, ScatteredShard, Shard
 
 ROW = ("weight", "model", "grad", "exp_avg", "exp_avg_sq", "numel", "first_tile", "first_block")
-"""A run's row, int64: addresses (0: no model), elements, its first tile in its launch, its first block in the call."""
+"""A run's row, int64: addresses (model 0: none), elements, first tile in its launch, first block in the call."""
 
 ALIGNMENT = 16
-"""Bytes of a vector load; and elements, so that one load lies wholly inside or outside of a run."""
+"""Bytes of a vector load; also elements, so that a vector load is entirely inside or outside a run."""
 
 KEPT_TABLES, KEPT_PLACES = 64, 4
-"""Calls whose tables are kept, and places of their memory: gradients often take turns between a few."""
+"""Cached tables, and cached row sets per table: gradients often alternate between a few addresses."""
 
 Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What is compiled into a launch: the dtypes of its runs' memory, and whether all of it is aligned."""
+    """Compile-time constants of a launch: the dtypes of its runs' memory, and whether all of it is aligned."""
 
     weight: torch.dtype
     model: torch.dtype | None
@@ -46,30 +46,30 @@ class Form:
 
 
 class Memory:
-    """The runs of one shard that have elements, read off once. ``structure`` and ``where`` are keys: bytes, whose hash
-    Python computes once."""
+    """The non-empty runs of one shard, extracted once. ``structure`` and ``where`` are keys: bytes, whose hash Python
+    computes once."""
 
     def __init__(self, shard: Shard) -> None:
         columns = _columns(shard)
         self.block_param = shard.block_param if isinstance(shard, FlatShard) else None
         numels = np.array(list(map(_NUMEL, columns[0])), dtype=np.int64)
-        held = numels > 0
-        self.numels = numels[held]
+        nonempty = numels > 0
+        self.numels = numels[nonempty]
         pointers = [np.array(list(map(_POINTER, column)), dtype=np.int64) for column in columns if column]
         if not columns[1]:
             pointers.insert(1, np.zeros_like(numels))
         self.addresses: Integers = (
-            np.stack(pointers, axis=1)[held] if len(numels) else np.zeros((0, 5), np.int64)
+            np.stack(pointers, axis=1)[nonempty] if len(numels) else np.zeros((0, 5), np.int64)
         )
         params = shard.params if isinstance(shard, ScatteredShard) else (0,)
-        self.params = np.array(params, dtype=np.int64)[held]
-        odd = np.bitwise_or.reduce(self.addresses, axis=1) | self.numels
-        self.aligned = odd % ALIGNMENT == 0
+        self.params = np.array(params, dtype=np.int64)[nonempty]
+        bits = np.bitwise_or.reduce(self.addresses, axis=1) | self.numels
+        self.aligned = bits % ALIGNMENT == 0
         dtypes = tuple(column[0].dtype if column else None for column in columns)
         self.forms = [_form(dtypes, aligned) for aligned in (False, True)] if len(self.numels) else []
-        # A flat shard's owners are told by their tensor, which lives as long as this.
-        about = repr((dtypes, len(self.numels), None if self.block_param is None else id(self.block_param)))
-        parts = about.encode(), self.numels.tobytes(), self.params.tobytes(), self.aligned.tobytes()
+        # The tensor's id identifies a flat shard's block_param: this object keeps the tensor alive.
+        header = repr((dtypes, len(self.numels), None if self.block_param is None else id(self.block_param)))
+        parts = header.encode(), self.numels.tobytes(), self.params.tobytes(), self.aligned.tobytes()
         self.structure, self.where = b"".join(parts), self.addresses.tobytes()
 
 
@@ -89,7 +89,7 @@ Column = Sequence[Tensor]
 
 
 def _columns(shard: Shard) -> tuple[Column, Column, Column, Column, Column]:
-    """Weights, models, gradients, moments, moments of squares of a shard's runs; models may be none."""
+    """Weights, models, gradients, first and second moments of a shard's runs; models may be empty."""
     if isinstance(shard, ScatteredShard):
         return shard.weight, shard.model or (), shard.grad, shard.exp_avg, shard.exp_avg_sq
     model = () if shard.model is None else (shard.model,)
@@ -98,19 +98,19 @@ def _columns(shard: Shard) -> tuple[Column, Column, Column, Column, Column]:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Runs of one form: rows [low, high) of the table, and which of them each tile belongs to."""
+    """Runs of one form: rows [low, high) of the table, and the run of each tile."""
 
     form: Form
     low: int
     high: int
     tiles: int
-    tile_run: Tensor  # [tiles] int32, counted from ``low``
+    tile_run: Tensor  # [tiles] int32, relative to ``low``
 
 
 class Table:
-    """What the programs of one call read that does not depend on addresses; made without waiting for the device.
+    """The address-independent inputs of one call's programs; built without a device synchronization.
 
-    ``tile_blocks``: blocks a tile.
+    ``tile_blocks``: blocks per tile.
     """
 
     def __init__(
@@ -135,24 +135,26 @@ class Table:
         self.launches: list[Launch] = []
         low = 0
         for number, form in enumerate(forms):
-            mine = np.flatnonzero(form_of == number)
-            if len(mine):
-                first_tile[mine] = np.cumsum(tiles[mine]) - tiles[mine]
-                tile_run = self._spread(np.arange(len(mine)), tiles[mine])
-                self.launches.append(Launch(form, low, low + len(mine), int(tiles[mine].sum()), tile_run))
-                low += len(mine)
+            members = np.flatnonzero(form_of == number)
+            if len(members):
+                first_tile[members] = np.cumsum(tiles[members]) - tiles[members]
+                tile_run = self._spread(np.arange(len(members)), tiles[members])
+                self.launches.append(
+                    Launch(form, low, low + len(members), int(tiles[members].sum()), tile_run)
+                )
+                low += len(members)
         self._shapes = np.stack([numels, first_tile, first_block], axis=1)
         self.block_param = self._block_param(memories, blocks)
         self._rows: OrderedDict[tuple[bytes, ...], Tensor] = OrderedDict()
 
     def _spread(self, values: Integers, counts: Integers) -> Tensor:
-        """values[i] counts[i] times, int32."""
+        """int32: values[i] repeated counts[i] times."""
         repeats = _on_device(counts, self.device)
         spread = _on_device(values, self.device).repeat_interleave(repeats, output_size=int(counts.sum()))
         return spread.to(torch.int32)
 
     def _block_param(self, memories: Sequence[Memory], blocks: Integers) -> Tensor:
-        """[blocks] int32, the parameter of each block of the call."""
+        """[blocks] int32: the parameter of each block of the call."""
         block_param = self._spread(np.concatenate([memory.params for memory in memories]), blocks)
         first = 0
         for memory in memories:
@@ -164,8 +166,8 @@ class Table:
 
     @cached_property
     def slots(self) -> tuple[Tensor, Tensor]:
-        """([blocks] int32, [params + 1] int32): each block's place where a parameter's blocks lie side by side, in
-        the order of the call; and where those of each parameter begin."""
+        """([blocks] int32, [params + 1] int32): each block's index after a stable sort by parameter, and each
+        parameter's first index."""
         owners, blocks = torch.sort(self.block_param, stable=True)
         numbers = torch.arange(self.blocks, dtype=torch.int32, device=self.device)
         slot = torch.empty_like(numbers).scatter_(0, blocks, numbers)
@@ -179,7 +181,7 @@ class Table:
         return torch.empty(len(SUMS), padded, dtype=self.compute, device=self.device)
 
     def rows(self, memories: Sequence[Memory]) -> Tensor:
-        """[runs, 8] int64, see `ROW`; copied to the device where the memory was not there in a call before."""
+        """[runs, 8] int64, see `ROW`; copied to the device unless an earlier call used the same memory."""
         where = tuple(memory.where for memory in memories)
         if where in self._rows:
             self._rows.move_to_end(where)
@@ -194,13 +196,13 @@ class Table:
 
 
 def _form_of(memory: Memory, forms: Sequence[Form]) -> Integers:
-    """[runs] place of each run's form in ``forms``."""
+    """[runs] index of each run's form in ``forms``."""
     plain, aligned = (forms.index(form) for form in memory.forms) if memory.forms else (0, 0)
     return np.where(memory.aligned, aligned, plain)
 
 
 def _on_device(values: Integers, device: torch.device) -> Tensor:
-    """From pinned memory, so that the host does not wait."""
+    """Copy from pinned memory, without a synchronization."""
     host = torch.from_numpy(values)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
@@ -210,19 +212,19 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def refuse_in_capture(device: torch.device) -> None:
-    """Raises RuntimeError while a CUDA graph is captured: a graph would repeat the copy from memory that is gone."""
+    """Raises RuntimeError while a CUDA graph is captured: a replay would copy from freed host memory."""
     if _is_capturing(device):
         raise RuntimeError(
-            "a CUDA graph is being captured, and this step's weights, gradients or state are not where they were in a "
-            "step before: run a step on the same memory first, and keep gradients in place between steps "
+            "a CUDA graph is being captured, and this step's weights, gradients or state have other addresses than in "
+            "earlier steps: run a step on the same memory first, and keep gradients in place between steps "
             "(zero_grad(set_to_none=False))"
         )
 
 
 class Tables:
-    """The tables of the calls of late. A call whose shards are those of a call before makes nothing anew.
+    """Cache of the most recent calls' tables. A call on the shards of an earlier call builds nothing.
 
-    What a captured CUDA graph reads is kept for good: the graph may be replayed at any time.
+    Tables that a captured CUDA graph reads are never freed: the graph may be replayed at any time.
     """
 
     def __init__(self, tile_blocks: int) -> None:
@@ -232,16 +234,16 @@ class Tables:
         self._captured: list[tuple[Table, Tensor]] = []
 
     def of(self, shards: Sequence[Shard], params: int) -> tuple[Table, Tensor] | None:
-        """The table of a call and its rows; None where no shard has an element.
+        """The table of a call and its rows; None if no shard has an element.
 
         Raises:
-            RuntimeError: it must be made, and a CUDA graph is being captured.
+            RuntimeError: the table or its rows are not cached, and a CUDA graph is being captured.
         """
         memories = [self._memory(shard) for shard in shards]
-        held = [shard for shard, memory in zip(shards, memories, strict=True) if len(memory.numels)]
-        if not held:
+        nonempty = [shard for shard, memory in zip(shards, memories, strict=True) if len(memory.numels)]
+        if not nonempty:
             return None
-        compute, device = held[0].compute, held[0].device
+        compute, device = nonempty[0].compute, nonempty[0].device
         key = params, compute, device, tuple(memory.structure for memory in memories)
         if key not in self._tables:
             refuse_in_capture(device)
@@ -256,9 +258,9 @@ class Tables:
         return table, rows
 
     def _memory(self, shard: Shard) -> Memory:
-        known = self._memories.get(id(shard))
-        if known is not None and known[0]() is shard:
-            return known[1]
+        cached = self._memories.get(id(shard))
+        if cached is not None and cached[0]() is shard:
+            return cached[1]
         memories, key, memory = self._memories, id(shard), Memory(shard)
         memories[key] = weakref.ref(shard, lambda _: memories.pop(key, None)), memory
         return memory

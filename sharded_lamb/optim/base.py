@@ -1,4 +1,4 @@
-"""What `Lamb` and `ShardedLamb` share as torch optimizers: groups, variants, names, loading."""
+"""Base class of `Lamb` and `ShardedLamb` as torch optimizers: groups, variants, names, loading."""
 
 import copy
 import difflib
@@ -25,15 +25,15 @@ PATTERN_OPTIONS = ("exclude_from_weight_decay", "exclude_from_layer_adaptation")
 
 
 def effective_patterns(group: Mapping[str, Any], option: str) -> tuple[str, ...]:
-    """The group's patterns; ``exclude_from_layer_adaptation=None`` means those of weight decay."""
+    """The group's patterns; ``exclude_from_layer_adaptation=None`` means the patterns of weight decay."""
     patterns = group[option]
     return tuple(group["exclude_from_weight_decay"] if patterns is None else patterns)
 
 
 class LambOptimizer(Optimizer):
-    """The part of a LAMB optimizer that knows groups and names but no arithmetic and no ranks.
+    """Groups and names of a LAMB optimizer, without arithmetic and ranks.
 
-    ``max_grad_norm`` (None or > 0) is optimizer-is_fp64 and may be changed between steps.
+    ``max_grad_norm`` (None or > 0) applies to all groups and may change between steps.
     """
 
     max_grad_norm: float | None
@@ -41,7 +41,7 @@ class LambOptimizer(Optimizer):
     _name_remedy = "pass model.named_parameters() instead of model.parameters()"
 
     def __init__(self, params: Any, scalars: dict[str, Any], variant: str, explicit: RuleOptions) -> None:
-        """``scalars``: lr, betas, eps, weight_decay. ``explicit``: what the variant must not fill."""
+        """``scalars``: lr, betas, eps, weight_decay. ``explicit``: options that win over the variant's."""
         options = fill(variant, explicit)
         self.max_grad_norm = options.pop("max_grad_norm")
         check_max_grad_norm(self.max_grad_norm)
@@ -53,10 +53,11 @@ class LambOptimizer(Optimizer):
         self._check_patterns(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group: its own options, else its own variant's, else the optimizer's.
+        """Add a group with its own options, else its variant's, else the optimizer's.
 
         Raises:
-            ValueError: an option out of range, a misspelt option, or ``max_grad_norm``, which is optimizer-is_fp64.
+            ValueError: an option out of range, a misspelt option, or ``max_grad_norm``, which is optimizer-wide.
+            TypeError: the group is no dict.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a parameter group must be a dict, got {type(param_group).__name__}")
@@ -89,57 +90,57 @@ class LambOptimizer(Optimizer):
         clip = options["max_grad_norm"]
         if clip is not None and clip != self.max_grad_norm:
             raise ValueError(
-                f"variant={group['variant']!r} in a parameter group clips at {clip} and clipping is optimizer-is_fp64: "
+                f"variant={group['variant']!r} in a parameter group clips at {clip} and clipping is optimizer-wide: "
                 f"{self._clip_remedy} {clip} (it is {self.max_grad_norm})"
             )
 
     def _check_patterns(self, groups: list[dict[str, Any]], only: set[str] | None = None) -> None:
-        """Refuse patterns without names, and patterns that pick nothing in all the groups that hold them."""
+        """Raises ValueError for patterns that need missing names, or that match no parameter of their groups."""
         for option in PATTERN_OPTIONS:
             if only is not None and option not in only:
                 continue
-            holders: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+            groups_of: dict[tuple[str, ...], list[dict[str, Any]]] = {}
             for group in groups:
                 if group[option]:
-                    holders.setdefault(tuple(group[option]), []).append(group)
-            for patterns, holding in holders.items():
-                held = [pair for group in holding for pair in named(group)]
-                if needs_names(patterns) and any(name is None for name, _ in held):
+                    groups_of.setdefault(tuple(group[option]), []).append(group)
+            for patterns, members in groups_of.items():
+                params = [pair for group in members for pair in named(group)]
+                if needs_names(patterns) and any(name is None for name, _ in params):
                     raise ValueError(
-                        f"{option}={patterns!r} goes by names and the parameters came without: {self._name_remedy}"
+                        f"{option}={patterns!r} matches names and the parameters have none: {self._name_remedy}"
                     )
-                used = set().union(*(matching(patterns, name, ndim_of(p)) for name, p in held))
-                example = next((name for name, _ in held if name is not None), None)
+                used = set().union(*(matching(patterns, name, ndim_of(p)) for name, p in params))
+                example = next((name for name, _ in params if name is not None), None)
                 check_use(option, patterns, used, example)
 
     def _named_parameters(self) -> Iterator[NamedParameter]:
-        """(name without wrappers' prefixes, parameter, group) in order; unnamed ones are called by position."""
+        """(name without wrappers' prefixes, parameter, group) in order; unnamed parameters are named by position."""
         for index, group in enumerate(self.param_groups):
             for position, (name, p) in enumerate(named(group)):
                 yield (normalize(name) if name is not None else f"group{index}.param{position}"), p, group
 
-    def _option_table(self, chosen: Sequence[NamedParameter], device: torch.device) -> OptionTable:
-        """The options of ``chosen`` rows of `_named_parameters`, in their order."""
-        groups = list({id(group): group for _, _, group in chosen}.values())
-        place = {id(group): index for index, group in enumerate(groups)}
+    def _option_table(self, rows: Sequence[NamedParameter], device: torch.device) -> OptionTable:
+        """The options of ``rows`` of `_named_parameters`, in their order."""
+        groups = list({id(group): group for _, _, group in rows}.values())
+        index_of = {id(group): index for index, group in enumerate(groups)}
 
-        def free(option: str) -> list[bool]:
-            return [not matching(effective_patterns(g, option), name, ndim_of(p)) for name, p, g in chosen]
+        def unmatched(option: str) -> list[bool]:
+            return [not matching(effective_patterns(g, option), name, ndim_of(p)) for name, p, g in rows]
 
         return OptionTable(
             groups,
-            group_of=[place[id(group)] for _, _, group in chosen],
-            decays=free("exclude_from_weight_decay"),
-            adapts=free("exclude_from_layer_adaptation"),
-            is_fp64=[p.dtype == torch.float64 for _, p, _ in chosen],
+            group_of=[index_of[id(group)] for _, _, group in rows],
+            decays=unmatched("exclude_from_weight_decay"),
+            adapts=unmatched("exclude_from_layer_adaptation"),
+            is_fp64=[p.dtype == torch.float64 for _, p, _ in rows],
             device=device,
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state made by `state_dict`; every tensor keeps its own dtype.
+        """Load the result of `state_dict`; every tensor keeps its own dtype.
 
         Raises:
-            ValueError: groups or parameters differ from this optimizer's, or a tensor's shape does.
+            ValueError: groups, parameters or a tensor's shape differ from this optimizer's.
         """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -157,16 +158,16 @@ class LambOptimizer(Optimizer):
             post_hook(self)
 
     def _load_groups(self, saved_groups: list[dict[str, Any]]) -> None:
-        """Take on saved options, once checked; parameters and names stay this optimizer's."""
+        """Load checked, saved options; keep this optimizer's parameters and names."""
         for saved, group in zip(saved_groups, self.param_groups, strict=True):
             group.update(copy.deepcopy(_options_of(saved)))
 
     def _check_saved_groups(self, saved_groups: list[dict[str, Any]]) -> None:
-        theirs = [len(group["params"]) for group in saved_groups]
-        ours = [len(group["params"]) for group in self.param_groups]
-        if theirs != ours:
+        saved_sizes = [len(group["params"]) for group in saved_groups]
+        own_sizes = [len(group["params"]) for group in self.param_groups]
+        if saved_sizes != own_sizes:
             raise ValueError(
-                f"the state dict holds parameter groups of {theirs} parameters and this optimizer has {ours}: "
+                f"the state dict has parameter groups of {saved_sizes} parameters and this optimizer has {own_sizes}: "
                 f"construct it from the same model with the same groups"
             )
         for index, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
@@ -174,11 +175,11 @@ class LambOptimizer(Optimizer):
             names, own = saved.get("param_names"), group.get("param_names")
             if names is None or own is None:
                 continue
-            for theirs_name, our_name in zip(names, own, strict=True):
-                if normalize(theirs_name) != normalize(our_name):
+            for saved_name, own_name in zip(names, own, strict=True):
+                if normalize(saved_name) != normalize(own_name):
                     raise ValueError(
-                        f"the state dict's group {index} holds {theirs_name!r} where this optimizer has {our_name!r}: "
-                        f"pass the parameters in the order that they were saved in"
+                        f"the state dict's group {index} has {saved_name!r} where this optimizer has {own_name!r}: "
+                        f"pass the parameters in the order in which they were saved"
                     )
 
     def _load_tensors(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:

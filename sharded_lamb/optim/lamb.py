@@ -1,4 +1,4 @@
-"""`Lamb`: the optimizer on one device, whole tensors; the readable form of what `ShardedLamb` computes."""
+"""`Lamb`: the optimizer on one device, over whole tensors; the reference for `ShardedLamb`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from sharded_lamb.optim.base import LambOptimizer
 
 
 class Lamb(LambOptimizer):
-    r"""LAMB (You et al., arXiv 1904.00962, Algorithm 2) for parameters that one device holds whole.
+    r"""LAMB (You et al., arXiv 1904.00962, Algorithm 2) on one device, over whole parameters.
 
     .. math::
         m_t &= \beta_1 m_{t-1} + (1-\beta_1) g_t, \qquad v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2 \\
         u_t &= \frac{m_t/(1-\beta_1^t)}{\sqrt{v_t/(1-\beta_2^t)} + \epsilon} + \lambda w_{t-1} \\
         w_t &= w_{t-1} - \eta\, \frac{\phi(\lVert w_{t-1}\rVert)}{\lVert u_t\rVert}\, u_t
 
-    The ratio is 1 where a norm is 0. A parameter without a gradient is left untouched: no decay, no
-    moments, no step count. Moments are fp32 (fp64 for float64 parameters), whatever the parameter's dtype.
+    The ratio is 1 where a norm is 0. A step skips parameters without a gradient: no decay, no moments, no step
+    count. Moments are fp32 (fp64 for float64 parameters), whatever the parameter's dtype.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or group dicts of either.
@@ -33,15 +33,15 @@ class Lamb(LambOptimizer):
         eps: ε > 0.
         weight_decay: λ ≥ 0.
         variant: name in `VARIANTS` that fills the keywords below; explicit keywords win.
-        bias_correction: True: inside the ratio, as above. False: none. "lr": √(1-β2ᵗ)/(1-β1ᵗ) on η, DeepSpeed's way.
+        bias_correction: True: inside the ratio, as above. False: none. "lr": √(1-β2ᵗ)/(1-β1ᵗ) on η, as in DeepSpeed.
         grad_averaging: False: m = β1 m + g.
         adam_w_mode: False: decay is added to the (clipped) gradient instead of u.
         eps_inside_sqrt: √(v̂+ε) instead of √v̂+ε.
         max_grad_norm: clip gradients by their global norm over all groups, before the moments. Not per group.
-        trust_clip: (low, high) for the ratio; spares the ratio 1 of undefined cases.
+        trust_clip: (low, high) for the ratio; does not clip the ratio 1 of norms that are 0.
         weight_norm_clip: (low, high) for φ(‖w‖).
         exclude_from_weight_decay: regexes for ``re.search`` over names, or "ndim<=1", "all".
-        exclude_from_layer_adaptation: likewise: ratio 1. None: the same patterns as for decay.
+        exclude_from_layer_adaptation: likewise, with ratio 1. None: the same patterns as for decay.
         adapt_without_decay: False: parameters with no decay get ratio 1.
 
     Raises:
@@ -85,10 +85,10 @@ class Lamb(LambOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient. Returns the closure's loss, or None.
+        """Update every parameter that has a gradient. Returns the closure's loss, or None.
 
-        Under ``torch.amp.GradScaler`` gradients are unscaled here and a step with a non-finite gradient is
-        left out. Gradients themselves are not written.
+        Under ``torch.amp.GradScaler`` it unscales gradients and skips a step with a non-finite gradient.
+        Never writes gradients.
         """
         loss = None
         if closure is not None:
@@ -101,7 +101,7 @@ class Lamb(LambOptimizer):
         return loss
 
     def _entries(self) -> list["_Entry"]:
-        """What has a gradient, with its state made at its first one."""
+        """The parameters with a gradient; creates the state of a parameter at its first gradient."""
         entries = []
         for row, (name, p, _) in enumerate(self._named_parameters()):
             if p.grad is None:
@@ -153,7 +153,7 @@ class Lamb(LambOptimizer):
         return self._tables[device]
 
     def _gradient_scale(self, g: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-        """(clip factor x inverse loss scale, global norm of the unscaled gradients), fp64 scalars."""
+        """(clip factor x inverse loss scale, global norm of the unscaled gradients): fp64 scalars."""
         loss_scale = getattr(self, "grad_scale", None)
         inverse = torch.ones((), dtype=torch.float64, device=device)
         if loss_scale is not None:
@@ -177,14 +177,14 @@ class Lamb(LambOptimizer):
         self._constructed, self._tables, self._last = True, {}, None
 
     def trust_ratios(self) -> dict[str, float]:
-        """{name: ratio} of the parameters that the last step updated; reads the device."""
+        """{name: ratio} of the parameters that the last step updated. Reads the device."""
         return (
             {} if self._last is None else dict(zip(self._last.names, self._last.ratios.tolist(), strict=True))
         )
 
     @property
     def grad_norm(self) -> float | None:
-        """Global norm of the last step's gradients, unscaled and before clipping; reads the device."""
+        """Global norm of the last step's gradients, unscaled and before clipping, or None. Reads the device."""
         return None if self._last is None else self._last.grad_norm.item()
 
     def _load_tensors(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
@@ -204,7 +204,7 @@ class Lamb(LambOptimizer):
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One parameter of this step. ``row``: its place among all parameters of all groups."""
+    """One parameter of this step. ``row``: its index among all parameters of all groups."""
 
     row: int
     name: str

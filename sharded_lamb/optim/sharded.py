@@ -1,13 +1,13 @@
-"""`ShardedLamb`: LAMB whose state is cut over ranks, with exact trust ratios.
+"""`ShardedLamb`: LAMB with its state sharded over ranks and exact trust ratios.
 
-How the parts work together in a step::
+The parts of a step::
 
-    gradients ─(reduce-scatter)─► my slices, Σg²          gradients/reducer.py (stage 2), averaged.py (1, 3)
+    gradients ─(reduce-scatter)─► own slices, Σg²         gradients/reducer.py (stage 2), averaged.py (1, 3)
                      │  small all-reduce (a)              gradients/summary.py
                      ▼  pass 1: m, v; Σw², Σu²            kernels/engine.py
         small all-reduce (b): [2 x P] fp64                kernels/engine.py
                      │  pass 2: w                         kernels/engine.py
-    parameters ◄─(all-gather)── my slices                 comm/collectives.py
+    parameters ◄─(all-gather)── own slices                comm/collectives.py
 """
 
 import logging
@@ -49,58 +49,57 @@ logger = logging.getLogger("sharded_lamb")
 @dataclass(frozen=True, slots=True)
 class _LastStep:
     ratios: Tensor  # [P] fp64
-    moved: Tensor  # [P] bool
+    updated: Tensor  # [P] bool
     grad_norm: Tensor  # fp64 scalar
 
 
 class ShardedLamb(ShardedOptimizer):
-    """LAMB (arXiv 1904.00962) with optimizer state cut over ranks, exact for every parameter.
+    """LAMB (arXiv 1904.00962) with its state sharded over ranks and the exact trust ratio of every parameter.
 
-    Parameters become views of flat buckets. Each rank keeps moments (and fp32 masters of fp16 and bf16
-    parameters) for its equal part of every bucket, updates that part, and gathers the others'.
+    Parameters become views of flat buckets. Each rank stores moments (and fp32 masters of fp16 and bf16
+    parameters) for its equal shard of every bucket, updates that shard, and all-gathers the bucket.
 
-    DTensor parameters (``fully_shard``, HSDP, tensor parallel) stay where they are: stage 3, found by itself, whatever
-    ``stage`` says of plain parameters beside them. Each rank updates its local parts, with moments beside them; norms
-    are summed over the ranks that shard, each element once.
+    DTensor parameters (``fully_shard``, HSDP, tensor parallel) keep their memory: they are stage 3, detected
+    automatically, whatever ``stage`` is for plain parameters beside them. Each rank updates its local parts and stores
+    their moments; norms are summed over the ranks that shard a parameter, each element once.
 
-    Collectives a step, on groups of its own: two small all-reduces whatever the number of parameters,
-    ((a) gradient norm, finiteness and presence, 3 P fp64; (b) weight and update norms, 2 P fp64), one all-gather a
-    bucket, and in stage 2 one reduce-scatter a bucket during backward. With DTensors alone, no clipping and
-    ``skip_nonfinite=False``, (a) and (b) are one of 4 P fp64; stage 2 beside DTensors makes (a) twice.
+    Collectives per step, on process groups of its own: two small all-reduces, whatever the number P of parameters
+    ((a) gradient norm, finiteness and presence, 3 P fp64; (b) weight and update norms, 2 P fp64), one all-gather per
+    bucket, and in stage 2 one reduce-scatter per bucket during backward. With DTensors only, no clipping and
+    ``skip_nonfinite=False``, (a) and (b) are one all-reduce of 4 P fp64; stage 2 beside DTensors makes (a) twice.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or group dicts of either. Frozen parameters cost
-            nothing and join when they are unfrozen. Plain ones and DTensors mix.
+        params: parameters, ``(name, parameter)`` pairs, or group dicts of either. Frozen parameters take no
+            optimizer memory and are registered when unfrozen. Plain parameters and DTensors mix.
         lr, betas, eps, weight_decay, variant, and further rule options: as for `Lamb`.
         stage: 1: ``.grad`` holds gradients averaged over ranks, as DistributedDataParallel leaves them.
-            2: ``.grad`` is each rank's own; it is reduced during backward, averaged, and freed. (DTensors' gradients
-            are what ``fully_shard`` and autograd leave in ``.grad``.)
-        process_group: the ranks that share the state; default: those of the mesh that DTensors' meshes were sliced
-            from, else all.
-        mesh: instead of ``process_group``: 1-D, or 2-D (replicate, shard): shard inside, replicate across.
-        bucket_mb: MiB of parameters a bucket, > 0.
-        master_dtype: of the copy that is updated, where the parameters' dtype differs.
-        state_dtype: of the moments. (float64 parameters have float64 masters and moments.)
-        reduce_dtype: of gradients on the wire in stage 2; None: the parameters' dtype.
+            2: ``.grad`` is each rank's own gradient; backward reduces, averages and frees it. (DTensors' gradients are
+            read from ``.grad`` in both.)
+        process_group: the ranks that share the state; default: the ranks of the DTensors' root mesh, else all ranks.
+        mesh: instead of ``process_group``: 1-D (shard), or 2-D (replicate, shard).
+        bucket_mb: MiB of parameters per bucket, > 0.
+        master_dtype: dtype of the master weights, which exist where it differs from the parameters' dtype.
+        state_dtype: dtype of the moments. (float64 parameters have float64 masters and moments.)
+        reduce_dtype: dtype of gradients on the wire in stage 2; None: the parameters' dtype.
         overlap: stage 2: reduce buckets as backward fills them; False: all at the end of backward.
-        skip_nonfinite: a non-finite gradient on any rank leaves the step out on every rank: nothing moves. (Stage 1:
-            a non-finite averaged gradient; each rank looks at its own slices of it.)
-        max_consecutive_skips: after as many in a row, an error on every rank.
-        kernel: what computes: "cpp" (CPU, compiled on first use), "fused" (CPU, no compiler; equal but for rounding),
-            "triton" (GPU), "torch" (stock operations, anywhere), or "auto": the fastest that works, or what the
-            environment variable SHARDED_LAMB_KERNEL names. The same on all ranks.
-        store_param_remainders: keep of the float32 masters of bfloat16 parameters the 16 bits that the weights lack,
-            half as much (`sharded_lamb.kernels.remainders`). State dicts hold masters all the same. A weight that was
-            written wins to within half a step of bfloat16, before the first step exactly. Parameters of other dtypes
-            have whole masters.
+        skip_nonfinite: a non-finite gradient on any rank skips the step on every rank, which changes nothing. (Stage 1:
+            a non-finite averaged gradient; each rank checks its own slices of it.)
+        max_consecutive_skips: after so many skips in a row, `step` raises RuntimeError on every rank.
+        kernel: "cpp" (CPU, compiled on first use), "fused" (CPU, no compiler; equal except for rounding), "triton"
+            (GPU), "torch" (stock operations, any device), or "auto": the kernel that the environment variable
+            SHARDED_LAMB_KERNEL names, else the fastest that works. The same on all ranks.
+        store_param_remainders: store only the low 16 bits of each fp32 master of bfloat16 parameters; the bf16 weight
+            holds the high 16 (`sharded_lamb.kernels.remainders`): 2 bytes instead of 4. State dicts still contain fp32
+            masters. A weight written between steps wins to within half a bf16 ulp, before the first step exactly.
+            Parameters of other dtypes have whole masters.
 
     Raises:
-        ValueError, TypeError: a wrong option or parameter; ranks that disagree on names, shapes, dtypes or options
+        ValueError, TypeError: an invalid option or parameter; disagreement on names, shapes, dtypes or options
             (on every rank, within seconds).
-        RuntimeError: ranks that do not construct it; WORLD_SIZE > 1 without a process group.
+        RuntimeError: some ranks do not construct it; WORLD_SIZE > 1 without a process group.
 
-    Construction is collective: an agreement through the store, new groups, a broadcast of the plain weights of
-    the first rank.
+    Construction is collective: ranks compare options through the store, create process groups, and broadcast the first
+    rank's plain weights.
     """
 
     _step_supports_amp_scaling = True
@@ -154,16 +153,16 @@ class ShardedLamb(ShardedOptimizer):
         self._gathers = ForwardGathers()
         self._skips = SkipCounter(plan.device, max_consecutive_skips)
         self._clip: Tensor | None = None
-        self._looked_at: list[Tensor] = []  # all parameters, when it was last looked which of them are
-        self._frozen: list[Tensor] = []  # frozen when last looked at
+        self._scanned_params: list[Tensor] = []  # all groups' parameters at the last scan for unfrozen ones
+        self._frozen_params: list[Tensor] = []  # those of them that the store lacked
         self._last: _LastStep | None = None
         self._summarized = False
         self._register(plan)
 
-    # -- what is optimized --------------------------------------------------------------------------
+    # -- parameters ---------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, with the options of `ShardedLamb`'s groups. Collective after construction."""
+        """Add a group, as in torch, with `ShardedLamb`'s group options. Collective after construction."""
         super().add_param_group(param_group)
         if self._constructed:
             try:
@@ -173,8 +172,10 @@ class ShardedLamb(ShardedOptimizer):
                 raise
 
     def _agreed_plan(self) -> tuple[ShardPlan, Kernel]:
-        """The plan for parameters that require gradients and are not in the store yet, and the kernel; the same on
-        every rank. Collective."""
+        """The plan for parameters that require gradients and are not in the store yet, and the kernel.
+
+        The same on every rank. Collective.
+        """
         store = self._store
         with propagate_errors(store.topology):
             plan = store.plan(list(self._named_parameters()))
@@ -192,25 +193,25 @@ class ShardedLamb(ShardedOptimizer):
     def _register_unfrozen(self) -> None:
         store = self._store
         now = [p for group in self.param_groups for p in group["params"]]
-        if len(now) == len(self._looked_at) and all(map(operator.is_, now, self._looked_at)):
-            if not any(p.requires_grad for p in self._frozen):
+        if len(now) == len(self._scanned_params) and all(map(operator.is_, now, self._scanned_params)):
+            if not any(p.requires_grad for p in self._frozen_params):
                 return
         else:
-            self._looked_at, self._frozen = now, [p for p in now if p not in store.index]
-        if any(p.requires_grad for p in self._frozen):
-            there = set(now)
-            gone = [name for name, p in zip(store.names, store.params, strict=True) if p not in there]
-            if gone:
+            self._scanned_params, self._frozen_params = now, [p for p in now if p not in store.index]
+        if any(p.requires_grad for p in self._frozen_params):
+            grouped = set(now)
+            removed = [name for name, p in zip(store.names, store.params, strict=True) if p not in grouped]
+            if removed:
                 raise RuntimeError(
-                    f"parameter {gone[0]!r} is in no parameter group any more and others are (fully_shard and "
-                    f"Accelerate's prepare put new parameters in the place of old ones): construct ShardedLamb after "
-                    f"that, from the parameters that the model has then"
+                    f"parameter {removed[0]!r} is no longer in a parameter group and new ones are (fully_shard and "
+                    f"Accelerate's prepare replace parameters by new ones): construct ShardedLamb after that, from the "
+                    f"parameters that the model has then"
                 )
             self._register(self._agreed_plan()[0])
-            self._looked_at = []
+            self._scanned_params = []
 
     def _register(self, plan: ShardPlan) -> None:
-        """Collective: broadcasts the weights of the first rank."""
+        """Register the plan's parameters. Collective: broadcasts the first rank's weights."""
         store = self._store
         self.synchronize()
         self._gradients.settle()
@@ -228,7 +229,7 @@ class ShardedLamb(ShardedOptimizer):
                 owner_mask=store.owner_mask,
             )
         )
-        self._show_state()
+        self._refresh_state()
 
     # -- the step -----------------------------------------------------------------------------------
 
@@ -237,9 +238,10 @@ class ShardedLamb(ShardedOptimizer):
         """One LAMB step on every rank. Collective. Returns the closure's loss, or None.
 
         Raises:
-            RuntimeError: a parameter was moved out of its bucket, too many steps in a row were skipped, or (stage 2)
-                gradients were changed after they were reduced.
+            RuntimeError: a parameter is no longer in its bucket, too many steps in a row were skipped, or (stage 2)
+                gradients changed after they were reduced.
             ValueError: stage 1 got gradients that are not averaged over ranks.
+            TypeError: a sparse gradient, or a plain gradient of a DTensor.
         """
         loss = None
         if closure is not None:
@@ -254,8 +256,8 @@ class ShardedLamb(ShardedOptimizer):
         self._skips.check(store.names)
         found_inf = getattr(self, "found_inf", None)
         decides = self._settings.skip_nonfinite or self.max_grad_norm is not None or self._clip is not None
-        may_wait = not decides and found_inf is None
-        self._update(self._gradients.ready(found_inf, may_wait=may_wait), found_inf)
+        may_defer = not decides and found_inf is None
+        self._update(self._gradients.ready(found_inf, may_defer=may_defer), found_inf)
         self._gradients.stepped()
         self._clip = None
         if not self._summarized and store.topology.rank == 0:
@@ -270,31 +272,31 @@ class ShardedLamb(ShardedOptimizer):
         inverse = self._inverse_scale()
         is_fp64 = self._table.options().is_fp64
         grad_norm = summary.norm(is_fp64, inverse)
-        moved = (summary.present > 0) & ~skip
+        updated = (summary.present > 0) & ~skip
         if store.device.type == "cpu" and skip:
-            self._last = _LastStep(torch.ones_like(store.step), moved, grad_norm)
+            self._last = _LastStep(torch.ones_like(store.step), updated, grad_norm)
             return
         clip = torch.ones_like(grad_norm) if self._clip is None else self._clip
         clip = clip * rule.clip_factor(grad_norm * clip, self.max_grad_norm)
-        options, step = self._table.options(), store.step + moved
+        options, step = self._table.options(), store.step + updated
         scale = torch.where(skip, torch.zeros_like(clip), inverse * clip)
-        update = Update(self._kernel, store.shards(), options, step=step, active=moved, grad_scale=scale)
+        update = Update(self._kernel, store.shards(), options, step=step, active=updated, grad_scale=scale)
         with traffic.computing("pass 1"):
             square_sums = update.moments_and_norms()
         summary = self._sum_norms(square_sums, summary)
         ratios = rule.ratios_of_sums(square_sums, options)
-        step_sizes = rule.step_sizes(self._table.lr(), ratios, options, step, moved)
+        step_sizes = rule.step_sizes(self._table.lr(), ratios, options, step, updated)
         for index in traffic.computing_each("pass 2", update.apply(step_sizes)):
             if index < len(store.gathers):
                 store.gathers[index].start()
         store.step.copy_(step)
         self._gathers.finish_or_defer(store.gathers, [bucket.params for bucket in store.buckets])
-        # A graph made before the step must not go unnoticed.
+        # backward through a graph from before the step must raise.
         torch.autograd.graph.increment_version(store.params)
-        self._last = _LastStep(ratios, moved, summary.norm(is_fp64, inverse))
+        self._last = _LastStep(ratios, updated, summary.norm(is_fp64, inverse))
 
     def _sum_norms(self, square_sums: Tensor, summary: GradientSummary) -> GradientSummary:
-        """(b): every element counts once, so of the ranks that hold it all but the first add nothing."""
+        """All-reduce (b). Every element counts once: only its owner adds it, other replicas add 0."""
         square_sums *= self._store.owner_mask
         if summary.agreed:
             self._collectives.all_reduce_small(square_sums)
@@ -315,7 +317,7 @@ class ShardedLamb(ShardedOptimizer):
         return skip
 
     def _inverse_scale(self) -> Tensor:
-        """The factor from stored gradients to true ones: GradScaler's inverse scale, or 1. fp64 scalar, or [P]."""
+        """The factor that unscales the stored gradients: GradScaler's inverse scale, or 1; fp64 scalar, or [P]."""
         inverse = torch.ones((), dtype=torch.float64, device=self._store.device)
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
@@ -333,16 +335,16 @@ class ShardedLamb(ShardedOptimizer):
         return MixedGradients(BackwardReducer(collectives, kernel, overlap=self._settings.overlap), averaged)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients: ``.grad``, and in stage 2 what was reduced, once nothing is in flight any more."""
+        """Zero gradients: ``.grad`` and, in stage 2, reduced ones, after waiting for exchanges in flight."""
         self._gradients.zero()
         self._clip = None
         super().zero_grad(set_to_none)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Stage 2: backward inside accumulates in ``.grad`` and sends nothing; the next one outside reduces all.
+        """Stage 2: backward inside accumulates in ``.grad`` and sends nothing; the next one outside reduces the sum.
 
-        Stage 1 reduces nothing itself: there it does nothing (use DistributedDataParallel's).
+        Has no effect in stage 1, which reduces nothing itself (use DistributedDataParallel's).
         """
         before, self._gradients.enabled = self._gradients.enabled, False
         try:
@@ -352,12 +354,15 @@ class ShardedLamb(ShardedOptimizer):
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Clip the averaged gradients by their global norm, at the coming step. Collective.
+        """Clip the averaged gradients by their global norm, in the next step. Collective.
 
-        With DTensors the step agrees on gradients again: one small all-reduce more than ``max_grad_norm``.
+        With DTensors the step summarizes gradients again: one small all-reduce more than with ``max_grad_norm``.
 
         Returns:
-            The norm before clipping (fp32 scalar), the same bits on every rank.
+            The norm before clipping: fp32 scalar, the same bits on every rank.
+
+        Raises:
+            ValueError: ``max_norm`` is not > 0; or as `step`.
         """
         check_max_grad_norm(max_norm)
         self._register_unfrozen()
@@ -373,15 +378,15 @@ class ShardedLamb(ShardedOptimizer):
     # -- gathers behind the next forward ---------------------------------------------------------------
 
     def overlap_forward(self, module: nn.Module) -> Watch:
-        """From now on let parameters be gathered while the next forward of ``module`` runs, each awaited when needed.
+        """From now on all-gather parameters during the next forward of ``module``, which waits for each when needed.
 
-        Between a step and that forward parameters hold old values of other ranks' slices. A module's forward and
-        ``state_dict`` wait by themselves; code that reads parameters otherwise (an average of weights, a forward that
-        reads a parameter of a module before it calls it) must call `synchronize` first. Not for models under
-        torch.compile. The first forward shows which modules are called; others' parameters are awaited in the step.
+        Between a step and that forward, parameters hold old values of other ranks' slices. A module's forward and
+        ``state_dict`` wait automatically; other code that reads parameters (an average of weights, a forward that
+        reads a submodule's parameter before calling it) must call `synchronize` first. Not for models under
+        torch.compile. The first forward records which modules are called; the step waits for all other parameters.
 
         Returns:
-            a handle; its ``remove()`` ends this.
+            A handle whose ``remove()`` ends the overlap.
 
         Raises:
             ValueError: this optimizer gathers none of the module's parameters.
@@ -391,31 +396,31 @@ class ShardedLamb(ShardedOptimizer):
         return self._gathers.watch(module, bucket_of)
 
     def synchronize(self) -> None:
-        """Wait until every parameter is gathered; without `overlap_forward` they are when `step` returns."""
+        """Wait until every parameter is gathered; without `overlap_forward`, `step` does so before it returns."""
         self._gathers.wait()
 
-    # -- what happened ------------------------------------------------------------------------------
+    # -- reports ------------------------------------------------------------------------------------
 
     def trust_ratios(self) -> dict[str, float]:
-        """{name: ratio} of the parameters that the last step moved; the same on every rank. Reads the device."""
+        """{name: ratio} of the parameters that the last step updated; the same on every rank. Reads the device."""
         if self._last is None:
             return {}
-        rows = zip(self._store.names, self._last.ratios.tolist(), self._last.moved.tolist(), strict=False)
-        return {name: ratio for name, ratio, moved in rows if moved}
+        rows = zip(self._store.names, self._last.ratios.tolist(), self._last.updated.tolist(), strict=False)
+        return {name: ratio for name, ratio, updated in rows if updated}
 
     @property
     def grad_norm(self) -> float | None:
-        """Global norm of the last step's averaged gradients, unscaled, before clipping. Reads the device."""
+        """Global norm of the last step's averaged gradients, unscaled, before clipping; or None. Reads the device."""
         return None if self._last is None else float(self._last.grad_norm.item())
 
     @property
     def traffic(self) -> Traffic:
-        """Collectives and bytes that this rank sent, by name, since construction."""
+        """Calls and bytes that this rank has sent since construction, by collective."""
         return self._collectives.traffic
 
     @contextmanager
     def record(self, timeline: Timeline) -> Iterator[None]:
-        """Note on ``timeline`` when what is sent, waited for and computed inside. This rank's alone: not collective."""
+        """Record on ``timeline`` the sends, waits and computation inside, of this rank only. Not collective."""
         traffic = self._collectives.traffic
         before, traffic.timeline = traffic.timeline, timeline
         try:
@@ -424,10 +429,10 @@ class ShardedLamb(ShardedOptimizer):
             traffic.timeline = before
 
     def expected_bytes(self) -> dict[str, int]:
-        """Bytes that a step sends by its formula, by the names of `traffic`.
+        """Predicted bytes that this rank sends per step, by the names of `traffic`.
 
-        The first two steps add 2 W fp64 to the small ones for each way in which ranks hold the same gradients
-        (stage 1's plain ones; replicated DTensors). The sum of gradients that came as ``Partial`` is not foreseen.
+        The first two steps add 2 W fp64 to the small all-reduces for each kind of replicated gradients (stage 1's
+        plain ones; replicated DTensors). Excludes all-reduces of gradients with ``Partial`` placements.
         """
         return self._store.bytes_on_wire(clips=self.max_grad_norm is not None)
 

@@ -1,4 +1,4 @@
-"""How a `ShardedLamb` is saved and loaded: one rank's part, or whole tensors on the first rank."""
+"""Saves and loads a `ShardedLamb`: one rank's slices, or whole tensors on the first rank."""
 
 import sys
 import warnings
@@ -19,7 +19,7 @@ from sharded_lamb.sharding.shard_plan import Settings
 
 
 class ShardedOptimizer(LambOptimizer):
-    """The part of `ShardedLamb` that knows what state is made of and not how a step is made."""
+    """State dicts of a `ShardedLamb`, without its step."""
 
     _settings: Settings
     _store: ParamStore
@@ -31,8 +31,8 @@ class ShardedOptimizer(LambOptimizer):
         """Wait until every parameter is gathered."""
         raise NotImplementedError
 
-    def _show_state(self) -> None:
-        """``self.state`` of all parameters, over the memory of now."""
+    def _refresh_state(self) -> None:
+        """Set ``self.state`` of all parameters to views of the store's current memory."""
         store, topology = self._store, self._store.topology
         states = state.local_states(store.layout, store.buckets, store.step)
         states |= state.dtensor_states(
@@ -48,7 +48,7 @@ class ShardedOptimizer(LambOptimizer):
                 raise ValueError(f"the state dict has no state of {name!r}: it is of another model")
             state.check_local(name, self.state[p], store.states_of(param), states[p])
         for param, p in enumerate(store.params):
-            state.load_local(self.state[p]["step"], store.states_of(param), states[p])
+            state.load_local(self.state[p], store.states_of(param), states[p])
 
     def _load_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         super()._load_groups(saved_groups)
@@ -56,10 +56,13 @@ class ShardedOptimizer(LambOptimizer):
         self._skips.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's slices, stamped: save every rank's own, and load it on the same rank of as many.
+        """This rank's slices with stamps: save every rank's, and load each on the same rank of as many ranks.
 
-        Tensors are those that steps update, but for masters kept as remainders, which are joined: fp32, new memory.
-        Warns where a framework asks for it that saves the first rank's only (Hugging Face's Trainer).
+        Tensors are the memory that steps update, except masters stored as remainders: fp32, in new memory.
+        Warns if the calling framework saves the first rank's slices only (Hugging Face's Trainer).
+
+        Raises:
+            TypeError: torch.distributed.checkpoint asks for whole tensors of plain parameters.
         """
         if self._collectives.world_size > 1 and called_by("transformers.trainer"):
             warnings.warn(
@@ -71,37 +74,37 @@ class ShardedOptimizer(LambOptimizer):
             )
         packed = super().state_dict()
         self._decode(packed["state"])
-        if self._collectives.world_size > 1 and asked_for_whole():
+        if self._collectives.world_size > 1 and full_state_requested():
             if self._store.buckets:
                 raise TypeError(
-                    "StateDictOptions(full_state_dict=True) would take this rank's slices for whole tensors: use "
-                    "ShardedLamb.full_state_dict() and load_full_state_dict(), or leave the option out"
+                    "StateDictOptions(full_state_dict=True) would read this rank's slices as whole tensors: use "
+                    "ShardedLamb.full_state_dict() and load_full_state_dict(), or omit the option"
                 )
-            # A stamp says whose part the state is, and this will be whole.
+            # A stamp identifies a slice; the result will be whole.
             packed["state"] = {
-                place: {key: value for key, value in entry.items() if key != "shard"}
-                for place, entry in packed["state"].items()
+                position: {key: value for key, value in entry.items() if key != "shard"}
+                for position, entry in packed["state"].items()
             }
         return packed
 
     def _decode(self, entries: dict[int, dict[str, Any]]) -> None:
-        """Put values in the place of state stored otherwise. ``entries``: of a packed state, by place in the groups."""
+        """Replace encoded state by its values. ``entries``: of a packed state, by position in the groups."""
         store = self._store
         decoded = state.decoded_states(store.buckets, store.dtensors)
         order = [p for group in self.param_groups for p in group["params"]]
-        for place, p in enumerate(order):
-            if p not in store.index or place not in entries:
+        for position, p in enumerate(order):
+            if p not in store.index or position not in entries:
                 continue
             param = store.index[p]
             kinds = {stored.key: stored.kind for stored in store.states_of(param)}
-            named = {kinds.get(key, key): value for key, value in entries[place].items()}
-            entries[place] = {**named, **decoded[param]}
+            named = {kinds.get(key, key): value for key, value in entries[position].items()}
+            entries[position] = {**named, **decoded[param]}
 
     def full_state_dict(self) -> dict[str, Any] | None:
-        """Whole state tensors on the first rank's CPU, as `Lamb.load_state_dict` takes them; None elsewhere.
+        """Whole state tensors on the first rank's CPU, in the format of `Lamb.load_state_dict`; None elsewhere.
 
-        Collective; streamed, so that no rank but the first ever holds more than a bucket of others' state.
-        ``master`` entries (fp32 weights of fp16 and bf16 parameters) are there beside the moments.
+        Collective; streamed, so that only the first rank holds more than one bucket of other ranks' state.
+        Includes ``master`` entries (fp32 weights of fp16 and bf16 parameters) beside the moments.
         """
         store = self._store
         states = state.gather_full(self._collectives, store.layout, store.buckets, store.dtensors, store.step)
@@ -109,17 +112,17 @@ class ShardedOptimizer(LambOptimizer):
             return None
         packed = super().state_dict()
         order = [p for group in self.param_groups for p in group["params"]]
-        whole = {place: states[store.index[p]] for place, p in enumerate(order) if p in store.index}
+        whole = {position: states[store.index[p]] for position, p in enumerate(order) if p in store.index}
         return {"state": whole, "param_groups": packed["param_groups"]}
 
     def load_full_state_dict(self, state_dict: dict[str, Any] | None) -> None:
-        """Load what `full_state_dict` or `Lamb.state_dict` gave, at any number of ranks. Collective.
+        """Load the result of `full_state_dict` or `Lamb.state_dict`, on any number of ranks. Collective.
 
         Args:
-            state_dict: on the first rank; others pass None.
+            state_dict: on the first rank; the other ranks pass None.
 
         Raises:
-            ValueError: on every rank, where the first rank's state does not fit.
+            ValueError: the first rank's state does not fit; on every rank.
         """
         store = self._store
         first = store.topology.rank == 0
@@ -140,17 +143,17 @@ class ShardedOptimizer(LambOptimizer):
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Global ranks that hold a part of the state."""
+        """Global ranks that share the state."""
         return self._store.topology.everyone
 
     @property
     def stages(self) -> str:
-        """ "1", "2" or "3", or two of them: see ``stage``."""
+        """ "1", "2", "3", "1 and 3" or "2 and 3": see ``stage``."""
         return self._store.stages
 
     @property
     def skipped_steps(self) -> int:
-        """Steps left out for non-finite gradients, since construction or as a checkpoint said. Reads the device."""
+        """Steps skipped for non-finite gradients, since construction or from a checkpoint. Reads the device."""
         return self._skips.total
 
     @skipped_steps.setter
@@ -160,7 +163,7 @@ class ShardedOptimizer(LambOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._collectives.world_size > 1:
             raise TypeError(
-                "a ShardedLamb over several ranks holds one rank's slices and process groups, and cannot be pickled or "
+                "a ShardedLamb over several ranks has one rank's slices and process groups, and cannot be pickled or "
                 "copied: use state_dict() on every rank, or full_state_dict()"
             )
         return {
@@ -181,8 +184,8 @@ class ShardedOptimizer(LambOptimizer):
         self.load_full_state_dict(pickled["full"])
 
 
-def asked_for_whole() -> bool:
-    """Whether torch.distributed.checkpoint.state_dict is asking, with ``StateDictOptions(full_state_dict=True)``."""
+def full_state_requested() -> bool:
+    """Whether torch.distributed.checkpoint.state_dict calls with ``StateDictOptions(full_state_dict=True)``."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":

@@ -1,4 +1,4 @@
-"""Steps that are skipped for non-finite gradients, counted on the device."""
+"""Counts steps skipped for non-finite gradients, on the device."""
 
 from collections.abc import Sequence
 
@@ -7,51 +7,50 @@ from torch import Tensor
 
 
 class SkipCounter:
-    """Steps left out, counted on the device; the host reads them one step late, so that no step waits.
+    """Skipped steps, counted on the device; the host reads the counts one step late, so that no step waits.
 
-    A CUDA graph that is replayed counts them too, and nothing reads them but `total`.
+    A replayed CUDA graph counts too, and only `total` reads those counts.
     """
 
     def __init__(self, device: torch.device, limit: int) -> None:
         self.limit = limit
-        self._counts = torch.zeros(
-            3, dtype=torch.int64, device=device
-        )  # in all, in a row, the last's first bad one
-        self._seen = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda")
+        # [3]: skips in total, skips in a row, index of the first bad parameter of the last skip
+        self._counts = torch.zeros(3, dtype=torch.int64, device=device)
+        self._host_counts = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._arrived = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @property
     def total(self) -> int:
-        """Steps left out since construction. Reads the device."""
+        """Steps skipped since construction. Reads the device."""
         return int(self._counts[0].item())
 
     def record(self, skip: Tensor, bad: Tensor) -> None:
-        """``skip``: bool scalar; ``bad``: [P] bool."""
+        """Count a step. ``skip``: bool scalar; ``bad``: [P] bool, parameters with a non-finite gradient."""
         skipped = skip.to(torch.int64)
         self._counts[0] += skipped
         self._counts[1] = (self._counts[1] + 1) * skipped
         self._counts[2] = torch.where(skip, bad.to(torch.int64).argmax(), self._counts[2])
-        self._seen.copy_(self._counts, non_blocking=True)
+        self._host_counts.copy_(self._counts, non_blocking=True)
         if self._arrived is not None and not torch.cuda.is_current_stream_capturing():
             self._arrived.record()
 
     def set_total(self, total: int) -> None:
-        """As a checkpoint has it."""
+        """Set the total, as a checkpoint stores it."""
         self._counts[0] = total
-        self._seen[0] = total
+        self._host_counts[0] = total
 
     def reset(self) -> None:
-        """Other weights and state were loaded: skips in a row start again."""
+        """Reset the skips in a row, after other weights and state were loaded."""
         self._counts[1] = 0
-        self._seen[1] = 0
+        self._host_counts[1] = 0
 
     def check(self, names: Sequence[str]) -> None:
-        """Raises RuntimeError, on every rank alike, after ``limit`` skipped steps in a row."""
+        """Raises RuntimeError, on every rank, after ``limit`` skipped steps in a row."""
         if self._arrived is not None:
             if torch.cuda.is_current_stream_capturing():
                 return
-            self._arrived.synchronize()  # of the step before: long done
-        total, in_a_row, first = self._seen.tolist()
+            self._arrived.synchronize()  # recorded in the previous step, so complete by now
+        total, in_a_row, first = self._host_counts.tolist()
         if in_a_row >= self.limit:
             raise RuntimeError(
                 f"{in_a_row} steps in a row ({total} in all) had non-finite gradients and were skipped; the first bad "

@@ -1,1 +1,1 @@
-"""Who holds what, in which memory."""
+"""Which rank holds which shard, and in which memory."""

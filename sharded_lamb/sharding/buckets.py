@@ -1,7 +1,7 @@
-"""Flat memory: parameters as views of buckets, and the slices of state that this rank keeps beside them.
+"""Flat memory: parameters as views of buckets, and this rank's shard of their state.
 
-A bucket's parameters are views of one flat tensor, so the all-gather writes straight into them. Strides
-are kept (channels_last stays so): what is flat is memory order.
+A bucket's parameters are views of one flat tensor, so the all-gather writes straight into them. Parameters
+keep their strides (channels_last included): a bucket is flat in memory order.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class Precision:
     """The dtypes and formats of one bucket, or of a DTensor. float64 parameters are float64 throughout."""
 
     model: torch.dtype
-    masters: StateFormat | None  # None: the parameters' own memory is what steps update
+    masters: StateFormat | None  # None: steps update the parameters' own memory
     moments: StateFormat
     wire: torch.dtype
     compute: torch.dtype
@@ -37,7 +37,7 @@ class Precision:
         *,
         store_param_remainders: bool = False,
     ) -> "Precision":
-        """From `ShardedLamb`'s keywords and the parameters' dtype."""
+        """The precision for `ShardedLamb`'s keywords and the parameters' dtype ``model``."""
         if model == torch.float64:
             master = state = model
         masters = formats.of_masters(model, master, store_param_remainders=store_param_remainders)
@@ -46,7 +46,7 @@ class Precision:
 
     @property
     def widths(self) -> Widths:
-        """Bytes an element, by role."""
+        """Bytes per element, by role."""
         masters = self.masters
         return Widths(
             model=self.model.itemsize,
@@ -59,7 +59,7 @@ class Precision:
 
 
 def memory_strides(p: Tensor) -> tuple[int, ...]:
-    """The strides of ``p`` where its elements fill memory without gaps, else contiguous ones."""
+    """The strides of ``p`` if its elements fill memory without gaps, else contiguous ones."""
     expected = 1
     for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
         if size == 1:
@@ -71,7 +71,7 @@ def memory_strides(p: Tensor) -> tuple[int, ...]:
 
 
 def flattened(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """``tensor`` as one run in the memory order that ``strides`` give it; a copy only where it lies otherwise."""
+    """``tensor`` as a 1-D view in the memory order of ``strides``; copies only a tensor with other strides."""
     if tensor.numel() and tensor.stride() != strides:
         tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(
             tensor
@@ -80,7 +80,7 @@ def flattened(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 class FlatBucket:
-    """One bucket's memory on this rank. Construction moves the parameters' values into it."""
+    """One bucket's memory on this rank. Construction copies the parameters' values into it."""
 
     def __init__(
         self,
@@ -94,10 +94,12 @@ class FlatBucket:
         self.strides = [memory_strides(p) for p in params]
         self.segments = plan.segments(shard_rank)
         self._segment_of = {segment.param: segment for segment in self.segments}
-        position = {param: place for place, param in enumerate(plan.params)}
-        places = [position[segment.param] for segment in self.segments]
-        self._sliced = [self.strides[place] for place in places]  # of the parameter of each segment
-        self._contiguous = all(self.params[place].is_contiguous() for place in places)
+        position_of = {param: position for position, param in enumerate(plan.params)}
+        positions = [position_of[segment.param] for segment in self.segments]
+        self._segment_strides = [
+            self.strides[position] for position in positions
+        ]  # of each segment's parameter
+        self._contiguous = all(self.params[position].is_contiguous() for position in positions)
         self.flat = zeros(plan.numel, precision.model, device, lane=0)
         self.low, self.high = plan.shard_range(shard_rank)
         for p, offset, strides in zip(params, plan.offsets, self.strides, strict=True):
@@ -127,7 +129,7 @@ class FlatBucket:
         )
 
     def states_of(self, param: int) -> list[StoredState]:
-        """The kinds of state of this rank's segment of a parameter, each [segment], views; may be empty."""
+        """The kinds of state of this rank's segment of a parameter: views, each [segment]; may be empty."""
         return [
             replace(
                 state,
@@ -138,7 +140,7 @@ class FlatBucket:
         ]
 
     def refresh_masters(self) -> None:
-        """Reset masters to the model's weights, after those were written as a whole (broadcast, loading)."""
+        """Reset masters to the model's weights, after a broadcast or a load wrote the whole bucket."""
         if self.precision.masters is not None and self.shard.model is not None:
             self.precision.masters.reset(self.shard.weight, self.shard.model)
 
@@ -151,48 +153,48 @@ class FlatBucket:
         return kinds
 
     def check_attached(self, names: Sequence[str]) -> None:
-        """Raises RuntimeError where a parameter no longer is the view that this bucket gathers into."""
+        """Raises RuntimeError if a parameter is no longer a view of this bucket."""
         dtypes = {p.dtype for p in self.params}
         if list(map(Tensor.data_ptr, self.params)) == self._pointers and dtypes == {self.precision.model}:
             return
         for p, pointer, index in zip(self.params, self._pointers, self.plan.params, strict=True):
             if p.data_ptr() != pointer or p.dtype != self.precision.model:
                 raise RuntimeError(
-                    f"parameter {names[index]!r} no longer lies in its bucket (now {p.dtype} on {p.device}; it was "
+                    f"parameter {names[index]!r} is no longer in its bucket (now {p.dtype} on {p.device}; it was "
                     f"{self.precision.model} on {self.flat.device}): model.to(…), model.bfloat16() or an assignment "
                     f"to .data replaced its memory after ShardedLamb was constructed. Convert the model first and "
                     f"construct the optimizer after; write weights in place (copy_, load_state_dict)"
                 )
 
     def segment_of(self, param: int) -> Segment:
-        """This rank's segment of a parameter; of length 0 where it has none."""
+        """This rank's segment of a parameter; its length is 0 if the rank has none."""
         return self._segment_of.get(param, Segment(param, 0, 0, 0))
 
     def slice_of(self, param: int, shard_tensor: Tensor) -> Tensor:
-        """The part of a parameter in one of this rank's flat tensors; may be empty."""
+        """This rank's segment of a parameter, in a flat tensor of the shard's size; may be empty."""
         segment = self.segment_of(param)
         return shard_tensor[segment.shard_start : segment.shard_start + segment.length]
 
-    def place(self, position: int, flat: Tensor) -> Tensor:
-        """The ``position``-th parameter's region of a flat tensor of the bucket's size, in its shape."""
+    def param_view(self, position: int, flat: Tensor) -> Tensor:
+        """A view of the ``position``-th parameter, in its shape, in a flat tensor of the bucket's size."""
         offset = flat.storage_offset() + self.plan.offsets[position]
         return flat.as_strided(self.params[position].shape, self.strides[position], offset)
 
     def own_gradients(self, grads: Sequence[Tensor | None]) -> GradientCopy:
-        """Whole gradients of which this rank's slices go into the gradient shard. ``grads``: [P] of all parameters."""
+        """Whole gradients, whose slices the kernel copies into the gradient shard. ``grads``: [P], all parameters."""
         return self.shard, self.segments, self.in_memory_order([grads[s.param] for s in self.segments])
 
-    def in_memory_order(self, mine: list[Tensor | None]) -> list[Tensor | None]:
-        """Gradients, one a segment, whose elements lie as their parameters' do; a copy only of one that does not."""
-        if not (self._contiguous and all(grad is not None and grad.is_contiguous() for grad in mine)):
-            mine = [
+    def in_memory_order(self, grads: list[Tensor | None]) -> list[Tensor | None]:
+        """Gradients, one per segment, in their parameters' memory order; copies only those with other strides."""
+        if not (self._contiguous and all(grad is not None and grad.is_contiguous() for grad in grads)):
+            grads = [
                 grad if grad is None or grad.stride() == strides else flattened(grad, strides)
-                for grad, strides in zip(mine, self._sliced, strict=True)
+                for grad, strides in zip(grads, self._segment_strides, strict=True)
             ]
-        return mine
+        return grads
 
     def bytes_by_kind(self) -> dict[str, int]:
-        """Bytes of this bucket on this rank, by what they are for."""
+        """Bytes of this bucket on this rank, by kind."""
         shard = self.shard
         return {
             "parameters": self.flat.nbytes,

@@ -1,7 +1,7 @@
 """State tensors that torch.distributed.checkpoint sees as parts of their parameter, in the parameter's own shape.
 
-A flat slice is a few rectangles of it, so that a checkpoint says what it holds and any layout can load it: another
-number of ranks, another stage, DTensors. Slice [5, 18) of a 5 x 4 parameter::
+A flat slice covers a few rectangles of the parameter, so a checkpoint records the elements it holds and any layout
+can load them: another number of ranks, another stage, DTensors. Slice [5, 18) of a 5 x 4 parameter::
 
     . . . .
     . a a a        a  (1, 1) 1 x 3
@@ -9,8 +9,8 @@ number of ranks, another stage, DTensors. Slice [5, 18) of a 5 x 4 parameter::
     b b b b
     c c . .        c  (4, 0) 1 x 2
 
-To everybody else these are plain tensors: ``size()`` apart, which the checkpoint compares, they have their local shape,
-operations on them give plain tensors, and they are saved and copied as such.
+Otherwise these behave as plain tensors: they have their local shape (except ``size()``, which the checkpoint compares),
+and operations, pickle and deepcopy return plain tensors.
 """
 
 import math
@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A rectangle of a parameter, whose elements are a run of the slice that starts ``at``."""
+    """A rectangle of a parameter; its elements are contiguous in the slice, from index ``at``."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -38,28 +38,28 @@ class Box:
 
 
 def boxes(shape: Sequence[int], start: int, length: int) -> list[Box]:
-    """The rectangles that elements [start, start + length) cover, row-major; at most two an axis and one more."""
+    """The rectangles that elements [start, start + length) cover, row-major; at most 2 · ndim - 1 of them."""
     if length == 0:
         return []
     if not shape:
         return [Box((), (), 0)]
     row = math.prod(shape[1:])
     first, skipped = divmod(start, row)
-    last, left = divmod(start + length, row)
+    last, rest = divmod(start + length, row)
     if first == last:
         return _within(shape, first, skipped, length, 0)
-    found, at = [], 0
+    rectangles, at = [], 0
     if skipped:
-        found += _within(shape, first, skipped, row - skipped, 0)
+        rectangles += _within(shape, first, skipped, row - skipped, 0)
         first, at = first + 1, row - skipped
     if last > first:
-        found.append(Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]), at))
+        rectangles.append(Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]), at))
         at += (last - first) * row
-    return found + _within(shape, last, 0, left, at)
+    return rectangles + _within(shape, last, 0, rest, at)
 
 
 def _within(shape: Sequence[int], index: int, start: int, length: int, at: int) -> list[Box]:
-    """Of one row of the first axis."""
+    """`boxes` inside row ``index`` of the first axis."""
     return [
         replace(box, offsets=(index, *box.offsets), sizes=(1, *box.sizes), at=at + box.at)
         for box in boxes(shape[1:], start, length)
@@ -68,34 +68,35 @@ def _within(shape: Sequence[int], index: int, start: int, length: int, at: int) 
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Which part of a parameter a slice is."""
+    """The part of a parameter that a slice covers."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # dense: the slice runs in this memory order
     start: int
 
     def boxes(self, length: int) -> list[Box]:
-        """In the parameter's own axes."""
+        """The rectangles of a slice of ``length`` elements, in the parameter's axes."""
         order = self._memory_order()
-        found = boxes([self.shape[axis] for axis in order], self.start, length)
-        own = [order.index(axis) for axis in range(len(order))]
+        rectangles = boxes([self.shape[axis] for axis in order], self.start, length)
+        inverse = [order.index(axis) for axis in range(len(order))]
         return [
-            Box(tuple(box.offsets[i] for i in own), tuple(box.sizes[i] for i in own), box.at) for box in found
+            Box(tuple(box.offsets[i] for i in inverse), tuple(box.sizes[i] for i in inverse), box.at)
+            for box in rectangles
         ]
 
     def view(self, flat: Tensor, box: Box) -> Tensor:
-        """The elements of ``box`` in its shape, in the slice's memory."""
+        """The elements of ``box`` in its shape, a view of the slice."""
         order = self._memory_order()
         run = flat[box.at : box.at + math.prod(box.sizes)].view([box.sizes[axis] for axis in order])
         return run.permute([order.index(axis) for axis in range(len(order))])
 
     def _memory_order(self) -> list[int]:
-        """Axes from the slowest to the fastest."""
+        """Axes by descending stride."""
         return sorted(range(len(self.shape)), key=lambda axis: -self.strides[axis])
 
 
-class _Kept(Tensor):
-    """A tensor over given memory, plain in everything but what torch.distributed.checkpoint asks it."""
+class _CheckpointTensor(Tensor):
+    """A plain tensor, except for the methods that torch.distributed.checkpoint calls."""
 
     # Results of operations are plain tensors.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -107,19 +108,19 @@ class _Kept(Tensor):
         return self.as_subclass(Tensor).clone()
 
 
-class SlicedState(_Kept):
-    """A flat slice of a state tensor, over the memory that steps update."""
+class SlicedState(_CheckpointTensor):
+    """A flat slice of a state tensor, a view of the memory that steps update."""
 
     region: Region
 
     @staticmethod
     def of(flat: Tensor, region: Region) -> "SlicedState":
-        made = flat.as_subclass(SlicedState)
-        made.region = region
-        return made
+        sliced = flat.as_subclass(SlicedState)
+        sliced.region = region
+        return sliced
 
     def size(self, dim: int | None = None) -> Any:
-        """Of the whole parameter, as the checkpoint compares it; ``shape`` is the slice's."""
+        """The whole parameter's size, which the checkpoint compares; ``shape`` is the slice's."""
         whole = torch.Size(self.region.shape)
         return whole if dim is None else whole[dim]
 
@@ -127,20 +128,20 @@ class SlicedState(_Kept):
         return SlicedState.of(self.as_subclass(Tensor).to(*args, **kwargs), self.region)
 
     def new_empty(self, *args: Any, **kwargs: Any) -> "SlicedState":
-        """A slice of the same region, of this one's length: torch's asynchronous stager copies by it and `set_`."""
+        """A slice of the same region and length: torch's asynchronous stager copies with this and `set_`."""
         return SlicedState.of(self.as_subclass(Tensor).new_empty(self.shape, **kwargs), self.region)
 
     def set_(self, *args: Any, **kwargs: Any) -> "SlicedState":
-        """Over other memory, of this slice's length whatever size is given, which is the parameter's."""
+        """Replace the memory; keep this slice's length and ignore the given size, which is the parameter's."""
         storage, offset = args[:2]
         Tensor.set_(self, storage, offset, self.shape, (1,))
         return self
 
     def _chunks(self) -> list[ChunkStorageMetadata]:
-        found = self.region.boxes(self.numel())
-        if 0 in self.region.shape:  # else the checkpoint would not know the parameter
-            found = [Box((0,) * len(self.region.shape), self.region.shape, 0)]
-        return [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in found]
+        rectangles = self.region.boxes(self.numel())
+        if 0 in self.region.shape:  # without a chunk the checkpoint would lack the parameter
+            rectangles = [Box((0,) * len(self.region.shape), self.region.shape, 0)]
+        return [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in rectangles]
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
         plain = self.as_subclass(Tensor)
@@ -151,7 +152,7 @@ class SlicedState(_Kept):
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(chunk, properties, torch.Size(self.region.shape)),
             )
-            for chunk in self._chunks()  # what replicas offer alike is written by one of them
+            for chunk in self._chunks()  # one replica writes a chunk that several offer
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
@@ -162,22 +163,22 @@ class SlicedState(_Kept):
         for box in self.region.boxes(self.numel()):
             if torch.Size(box.offsets) == index.offset:
                 return self.region.view(plain, box)
-        return plain.new_empty(self.region.shape)  # of a parameter without elements
+        return plain.new_empty(self.region.shape)  # the parameter has no elements
 
 
-class Stamp(_Kept):
-    """Says whose part the state beside it is. In a checkpoint, whose parts say so themselves, it is a version."""
+class Stamp(_CheckpointTensor):
+    """Identifies the rank, layout and slice of a state. A checkpoint records them itself and stores a version only."""
 
     version: Tensor
 
     @staticmethod
     def of(numbers: Sequence[int]) -> "Stamp":
-        made = torch.tensor(numbers, dtype=torch.int64).as_subclass(Stamp)
-        made.version = torch.ones(1, dtype=torch.int64)
-        return made
+        stamp = torch.tensor(numbers, dtype=torch.int64).as_subclass(Stamp)
+        stamp.version = torch.ones(1, dtype=torch.int64)
+        return stamp
 
     def size(self, dim: int | None = None) -> Any:
-        """The version's."""
+        """The version's size."""
         return self.version.size() if dim is None else self.version.size(dim)
 
     def to(self, *args: Any, **kwargs: Any) -> "Stamp":

@@ -1,4 +1,4 @@
-"""Flat memory for state on CPUs, laid out so that the two passes run at the speed of the memory."""
+"""Flat memory for state on CPUs, aligned so that the two passes run at memory bandwidth."""
 
 import contextlib
 import mmap
@@ -7,20 +7,20 @@ import torch
 from torch import Tensor
 
 LANE_BYTES = 832
-"""How far apart in a page kinds of memory begin. Were element i of all kinds at the same place of a page, a load of one
-would wait for the store to another (processors compare 12 bits of an address first): 8 % of a step."""
+"""Distance between the page offsets at which kinds of memory begin. With element i of every kind at the same page
+offset, a load of one waits for a store to another (processors compare 12 bits of an address first): 8 % of a step."""
 
-LEAST_BYTES = 1 << 20
-"""Smaller memory is torch's own."""
+MIN_BYTES = 1 << 20
+"""torch allocates smaller tensors."""
 
 
 def zeros(numel: int, dtype: torch.dtype, device: torch.device, lane: int) -> Tensor:
-    """[numel] of zeros. ``lane``: which kind of memory it is for, another number for each.
+    """Zeros of shape [numel]. ``lane``: the kind of memory, a different number for each kind.
 
-    On Linux it lies in huge pages where the system has any to give: 6 % of a step are misses of the table of pages.
+    Uses huge pages on Linux where available: without them TLB misses cost 6 % of a step.
     """
     nbytes = numel * dtype.itemsize
-    if device.type != "cpu" or nbytes < LEAST_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if device.type != "cpu" or nbytes < MIN_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(numel, dtype=dtype, device=device)
     memory = mmap.mmap(-1, nbytes + lane * LANE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages

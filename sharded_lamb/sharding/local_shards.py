@@ -1,7 +1,7 @@
-"""DTensors as they are: this rank's local parts as pieces for the kernels, with their state beside them.
+"""DTensors on this rank: their local parts as shards for the kernels, with their state.
 
-Nothing is moved, gathered or broadcast: whoever cut the parameters (fully_shard, parallelize_module) gathers them. The
-sibling of `buckets.py`, where parameters are cut here.
+Moves, gathers and broadcasts nothing: the library that sharded the parameters (fully_shard, parallelize_module) gathers
+them. `buckets.py` is the counterpart for plain parameters, which this package shards.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,14 +25,12 @@ from sharded_lamb.sharding.placements import local_part, mesh_device
 
 @dataclass(frozen=True, slots=True)
 class LocalShard:
-    """One parameter's local part: where it lies, and its state; all flat, in the local part's memory order."""
+    """One parameter's local part and its state, all flat in the local part's memory order."""
 
     p: DTensor
     precision: Precision
     strides: tuple[int, ...]  # of the local part
-    master: (
-        Tensor | None
-    )  # [n] as `Precision.masters` stores it; None: the parameter's memory is what steps update
+    master: Tensor | None  # [n] as `Precision.masters` stores it; None: steps update the parameter's memory
     exp_avg: Tensor  # [n] as `Precision.moments` stores it
     exp_avg_sq: Tensor  # [n]
 
@@ -52,7 +50,7 @@ class LocalShard:
         return LocalShard(p, precision, strides, master, zeros(moments), zeros(moments))
 
     def weight(self) -> Tensor:
-        """[n] the model's own memory."""
+        """[n], a view of the model's own memory."""
         return flattened(local_part(self.p), self.strides)
 
     def states(self) -> list[StoredState]:
@@ -64,9 +62,9 @@ class LocalShard:
         return kinds
 
     def as_dtensor(self, flat: Tensor) -> DTensor:
-        """A flat tensor of this rank's as a DTensor like the parameter, over the same memory.
+        """A DTensor with the parameter's mesh and placements over the memory of this rank's flat tensor.
 
-        As FSDP makes its own: `DTensor.from_local` would copy what is offloaded to the mesh's device.
+        Constructed as in FSDP: `DTensor.from_local` would copy an offloaded part to the mesh's device.
         """
         local = flat.as_strided(local_part(self.p).shape, self.strides)
         meta = TensorMeta(self.p.shape, self.p.stride(), flat.dtype)
@@ -74,66 +72,66 @@ class LocalShard:
         return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
     def whole(self, flat: Tensor) -> Tensor:
-        """The whole tensor on the mesh's device, wherever this rank's part lies. Collective."""
-        kept = self.as_dtensor(flat)
-        local = kept.to_local().to(mesh_device(self.p.device_mesh))
-        moved = DTensor.from_local(
-            local, kept.device_mesh, kept.placements, run_check=False, shape=kept.shape, stride=kept.stride()
+        """The whole tensor on the mesh's device, also of offloaded parts. Collective."""
+        part = self.as_dtensor(flat)
+        local = part.to_local().to(mesh_device(self.p.device_mesh))
+        on_mesh = DTensor.from_local(
+            local, part.device_mesh, part.placements, run_check=False, shape=part.shape, stride=part.stride()
         )
-        return moved.full_tensor()
+        return on_mesh.full_tensor()
 
 
 def check_dense(name: str, p: DTensor) -> None:
-    """Raises ValueError where a rank's part has gaps in memory, so that it is no flat run."""
+    """Raises ValueError if this rank's part has gaps in memory, so that it has no flat view."""
     local = local_part(p)
     if local.numel() and memory_strides(local) != tuple(local.stride()):
         raise ValueError(
             f"the local part of parameter {name!r} has shape {tuple(local.shape)} and strides {local.stride()}: its "
-            f"elements must fill memory without gaps. Make it of local.contiguous()"
+            f"elements must fill memory without gaps. Construct it from local.contiguous()"
         )
 
 
 class DTensorShards:
-    """The DTensor parameters of an optimizer on this rank, by their place among all parameters."""
+    """The DTensor parameters of an optimizer on this rank, by parameter index."""
 
     def __init__(self) -> None:
         self.local: dict[int, LocalShard] = {}
         self.grads: dict[int, Tensor] = {}
-        """{parameter: local gradient} as last taken, placed as the parameter is."""
+        """{parameter: local gradient} as last read, with the parameter's placements."""
         self.shards: list[ScatteredShard] = []
-        """What the kernels run over: the parts that have elements and, as last taken, gradients."""
+        """The kernels' shards: the local parts that have elements and, when last read, a gradient."""
 
     def add(self, param: int, p: DTensor, precision: Precision) -> None:
         self.local[param] = LocalShard.of(p, precision)
 
     def check_attached(self, names: Sequence[str]) -> None:
-        """Raises RuntimeError where a local part is no longer what state was made for."""
+        """Raises RuntimeError if a local part's size, dtype or device differs from its state's."""
         for param, local_shard in self.local.items():
             local = local_part(local_shard.p)
-            found = (local.numel(), local.dtype, local.device)
+            actual = (local.numel(), local.dtype, local.device)
             expected = (local_shard.exp_avg.numel(), local_shard.precision.model, local_shard.exp_avg.device)
-            if found != expected:
+            if actual != expected:
                 raise RuntimeError(
-                    f"the local part of parameter {names[param]!r} is now {found[0]} elements of {found[1]} on "
-                    f"{found[2]}; ShardedLamb was constructed with {expected[0]} of {expected[1]} on {expected[2]}. "
+                    f"the local part of parameter {names[param]!r} is now {actual[0]} elements of {actual[1]} on "
+                    f"{actual[2]}; ShardedLamb was constructed with {expected[0]} of {expected[1]} on {expected[2]}. "
                     f"Shard, convert and move the model first and construct the optimizer after"
                 )
 
     def read_gradients(self, names: Sequence[str], traffic: Traffic) -> None:
-        """Look at every ``.grad``. Collective only where some are not placed as their parameters are."""
+        """Read every ``.grad``. Collective only if some have other placements than their parameters."""
         params = [param for param, local_shard in self.local.items() if local_shard.p.grad is not None]
-        found = local_gradients({names[param]: self.local[param].p for param in params}, traffic)
-        self.grads = dict(zip(params, found, strict=True))
-        columns: dict[Any, list[tuple[int, LocalShard, Tensor]]] = {}
+        grads = local_gradients({names[param]: self.local[param].p for param in params}, traffic)
+        self.grads = dict(zip(params, grads, strict=True))
+        rows_of: dict[Any, list[tuple[int, LocalShard, Tensor]]] = {}
         for param, grad in self.grads.items():
             local_shard = self.local[param]
             if grad.numel():
                 row = param, local_shard, flattened(grad, local_shard.strides)
-                columns.setdefault((local_shard.precision, grad.dtype), []).append(row)
-        self.shards = [_shard(rows) for rows in columns.values()]
+                rows_of.setdefault((local_shard.precision, grad.dtype), []).append(row)
+        self.shards = [_shard(rows) for rows in rows_of.values()]
 
     def bytes_by_kind(self) -> dict[str, int]:
-        """Bytes on this rank. Gradients are used where they lie."""
+        """Bytes on this rank, by kind. Gradients stay in their own memory."""
         shards = self.local.values()
         return {
             "parameters": sum(shard.exp_avg.numel() * shard.precision.model.itemsize for shard in shards),
@@ -156,21 +154,21 @@ def _shard(rows: Sequence[tuple[int, LocalShard, Tensor]]) -> ScatteredShard:
     )
 
 
-# -- gradients that are placed otherwise --------------------------------------------------------------
+# -- gradients with other placements than their parameters -------------------------------------------
 
 
 def local_gradients(params: Mapping[str, DTensor], traffic: Traffic) -> list[Tensor]:
-    """This rank's part of every gradient, placed as the parameter is; ``.grad`` stays as it is.
+    """This rank's part of every gradient, with the parameter's placements; leaves ``.grad`` unchanged.
 
-    A gradient whose sum over a replicating axis is still to be taken (a norm's weight under sequence parallel) is
-    summed here: one all-reduce an axis and dtype for all of them.
+    Sums gradients that are Partial on an axis where the parameter is Replicate (a norm's weight under sequence
+    parallel): one all-reduce per axis and dtype for all of them.
 
     Raises:
         TypeError: a gradient that is not a DTensor.
         ValueError: a gradient on another mesh.
     """
     grads = [_checked(name, p) for name, p in params.items()]
-    found = [local_part(grad) for grad in grads]
+    local_grads = [local_part(grad) for grad in grads]
     placements = [list(grad.placements) for grad in grads]
     sums: dict[tuple[DeviceMesh, int, torch.dtype, str], list[int]] = {}
     for i, (grad, p) in enumerate(zip(grads, params.values(), strict=True)):
@@ -180,44 +178,44 @@ def local_gradients(params: Mapping[str, DTensor], traffic: Traffic) -> list[Ten
                 sums.setdefault((grad.device_mesh, axis, grad.dtype, op), []).append(i)
                 placements[i][axis] = wanted
     for (mesh, axis, _, op), members in sums.items():
-        _all_reduce_packed(found, members, mesh, axis, op, traffic)
+        _all_reduce_packed(local_grads, members, mesh, axis, op, traffic)
     for i, (grad, p) in enumerate(zip(grads, params.values(), strict=True)):
         if tuple(placements[i]) != tuple(p.placements):
             placed = DTensor.from_local(
-                found[i],
+                local_grads[i],
                 grad.device_mesh,
                 placements[i],
                 run_check=False,
                 shape=grad.shape,
                 stride=grad.stride(),
             )
-            found[i] = local_part(placed.redistribute(placements=p.placements))
-    return found
+            local_grads[i] = local_part(placed.redistribute(placements=p.placements))
+    return local_grads
 
 
 def _checked(name: str, p: DTensor) -> DTensor:
     grad = p.grad
     if not isinstance(grad, DTensor):
         raise TypeError(
-            f"the gradient of {name!r} is a {type(grad).__name__} and the parameter a DTensor: which part of it this "
-            f"gradient is cannot be told. Assign DTensor.from_local(gradient, p.device_mesh, placements)"
+            f"the gradient of {name!r} is a {type(grad).__name__} and the parameter a DTensor: the placements "
+            f"of the gradient are unknown. Assign DTensor.from_local(gradient, p.device_mesh, placements)"
         )
     if grad.device_mesh != p.device_mesh:
         raise ValueError(
-            f"the gradient of {name!r} lies on {grad.device_mesh} and the parameter on {p.device_mesh}: they must lie "
-            f"on one mesh"
+            f"the gradient of {name!r} is on {grad.device_mesh} and the parameter on {p.device_mesh}: both must be on "
+            f"one mesh"
         )
     return grad
 
 
 def _all_reduce_packed(
-    found: list[Tensor], members: Sequence[int], mesh: DeviceMesh, axis: int, op: str, traffic: Traffic
+    grads: list[Tensor], members: Sequence[int], mesh: DeviceMesh, axis: int, op: str, traffic: Traffic
 ) -> None:
-    packed = torch.cat([found[i].reshape(-1) for i in members])
+    packed = torch.cat([grads[i].reshape(-1) for i in members])
     with traffic.blocking("all_reduce_partial", packed.nbytes):
         dist.all_reduce(packed, group=mesh.get_group(axis))
     if op == "avg":
         packed /= mesh.size(axis)
-    parts = torch.split(packed, [found[i].numel() for i in members])
+    parts = torch.split(packed, [grads[i].numel() for i in members])
     for i, part in zip(members, parts, strict=True):
-        found[i] = part.view(found[i].shape)
+        grads[i] = part.view(grads[i].shape)

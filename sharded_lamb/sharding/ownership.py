@@ -1,4 +1,4 @@
-"""Which rank owns which part, so that a sum over ranks counts every element once; and which ranks hold replicas."""
+"""Which rank owns which shard, so that a sum over ranks counts every element once; and which ranks hold replicas."""
 
 from collections.abc import Sequence
 
@@ -13,21 +13,21 @@ from sharded_lamb.sharding.shard_plan import ShardPlan
 
 
 class Ownership:
-    """Of all parameters of an optimizer, in order."""
+    """The owners of an optimizer's parameters, in registration order."""
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
-        self.specs: dict[int, ShardSpec] = {}  # of the DTensors
+        self.specs: dict[int, ShardSpec] = {}  # DTensors only
         self.mask = torch.zeros(0, dtype=torch.float64)
-        """[P] fp64: 1 where this rank owns its part of the parameter, 0 where it holds it as a replica. Sums are
-        multiplied by it, not left out: 0 x inf is nan, so a replica's infinity is seen."""
-        self._shard_indices: dict[ShardSpec, tuple[int, ...]] = {}  # of every rank
+        """[P] fp64: 1 where this rank owns its part of the parameter, 0 where it holds a replica. Sums are
+        multiplied by it: 0 x inf is nan, so a replica's infinity reaches every rank."""
+        self._shard_indices: dict[ShardSpec, tuple[int, ...]] = {}  # one per rank
 
     def extend(self, plan: ShardPlan, collectives: Collectives) -> None:
-        """Add the plan's parameters. Collective where it has DTensors: two small all-reduces.
+        """Add the plan's parameters. Collective if it has DTensors: two small all-reduces.
 
         Raises:
-            ValueError: the owners do not hold every element of a DTensor; on every rank alike.
+            ValueError: the owners do not hold every element of a DTensor; on every rank.
         """
         rank, first = self.topology.rank, len(self.mask)
         mask = torch.full((len(plan.rows),), float(self.topology.is_first_replica), dtype=torch.float64)
@@ -53,10 +53,10 @@ class Ownership:
             self._shard_indices[spec] = tuple(map(int, row))
 
     def replicas(self, *, averaged: bool) -> Replicas:
-        """Which ranks must hold the same gradients.
+        """Which ranks must hold equal gradients.
 
         Args:
-            averaged: plain parameters' gradients are averaged over ranks already, so that all ranks hold the same.
+            averaged: plain parameters' gradients are already averaged over ranks, so all ranks hold equal ones.
         """
         world = len(self.topology.everyone)
         shared = [spec for spec, indices in self._shard_indices.items() if len(set(indices)) < world]
@@ -85,5 +85,5 @@ def _check_all_elements_owned(plan: ShardPlan, owned: Sequence[float], first: in
             raise ValueError(
                 f"this optimizer's ranks hold {int(owned[row])} of the {p.numel()} elements of parameter {name!r} "
                 f"({plan.specs[first + row].described()}): norms over them would be wrong. Pass process_group= with "
-                f"all ranks that hold a part of it, and no ranks that hold another model's"
+                f"all ranks that hold a part of it, and no ranks of other models"
             )

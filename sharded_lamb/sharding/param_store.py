@@ -26,7 +26,7 @@ from sharded_lamb.sharding.shard_plan import Settings, ShardPlan, check_new, cla
 
 
 class ParamStore:
-    """Parameters in the order in which they were registered; ``index`` finds a parameter's place."""
+    """Parameters in registration order; ``index`` maps a parameter to its position."""
 
     def __init__(self, optimizer: Any, topology: Topology, settings: Settings) -> None:
         self.topology, self.settings = topology, settings
@@ -35,7 +35,7 @@ class ParamStore:
         self.rows: list[NamedParameter] = []
         self.index: dict[Tensor, int] = {}
         self.buckets: list[FlatBucket] = []
-        self.gathers: list[ParamGather] = []  # of the buckets
+        self.gathers: list[ParamGather] = []  # one per bucket
         self.dtensors = DTensorShards()
         self.ownership = Ownership(topology)
         self.layout = ShardLayout((), (), topology.shard_rank, len(topology.shard_ranks))
@@ -49,16 +49,16 @@ class ParamStore:
 
     @property
     def owner_mask(self) -> Tensor:
-        """[P] fp64, see `Ownership.mask`."""
+        """[P] fp64: see `Ownership.mask`."""
         return self.ownership.mask
 
     @property
     def specs(self) -> dict[int, ShardSpec]:
-        """Of the DTensors."""
+        """The specs of the DTensors."""
         return self.ownership.specs
 
     def plan(self, rows: Sequence[NamedParameter]) -> ShardPlan:
-        """The plan for those of ``rows`` that require gradients and are not in the store yet. Allocates nothing.
+        """Plan the ``rows`` that require gradients and are not in the store yet. Allocates nothing.
 
         Raises:
             TypeError, ValueError: see `check_new` and `plan_shards`.
@@ -68,12 +68,12 @@ class ParamStore:
         return plan_shards(new, self.layout, self.topology, self.settings.bucket_mb, self.device)
 
     def register(self, plan: ShardPlan, collectives: Collectives) -> list[FlatBucket]:
-        """Move the plan's plain parameters into buckets, with the first rank's values; DTensors stay where they are.
+        """Move the plan's plain parameters into buckets, with the first rank's values; leave DTensors in place.
 
-        Collective: a broadcast a bucket, and two small all-reduces where there are DTensors.
+        Collective: one broadcast per bucket, and two small all-reduces if there are DTensors.
 
         Raises:
-            ValueError: the ranks do not hold every element of a DTensor, on every rank alike.
+            ValueError: the ranks do not hold every element of a DTensor; on every rank.
         """
         self.ownership.extend(plan, collectives)
         for name, p, group in plan.rows:
@@ -110,15 +110,15 @@ class ParamStore:
         return self.dtensors.local[param].states()
 
     def replicas(self) -> Replicas:
-        """Which ranks must hold the same gradients: in stage 1 all, of plain parameters."""
+        """Which ranks must hold equal gradients: in stage 1 all of them, for plain parameters."""
         return self.ownership.replicas(averaged=self.settings.stage == 1 and bool(self.buckets))
 
     def shards(self) -> list[Shard]:
-        """What the kernels run over: one shard a bucket, in their order, and then the pieces'."""
+        """The kernels' shards: one per bucket, in bucket order, then the DTensors'."""
         return [*(bucket.shard for bucket in self.buckets), *self.dtensors.shards]
 
     def check_attached(self) -> None:
-        """Raises RuntimeError where a parameter's memory was replaced since it was adopted."""
+        """Raises RuntimeError if a parameter's memory was replaced since it was registered."""
         for bucket in self.buckets:
             bucket.check_attached(self.names)
         self.dtensors.check_attached(self.names)
@@ -132,7 +132,7 @@ class ParamStore:
         return total
 
     def bytes_on_wire(self, *, clips: bool) -> dict[str, int]:
-        """Bytes that this rank sends a step: what grows with the model, and the two small vectors."""
+        """Bytes that this rank sends per step: buckets, which grow with the model, and the two small vectors."""
         reduces, replicas = self.settings.stage == 2, len(self.topology.replica_ranks)
         flat = ((bucket.plan, bucket.precision.widths) for bucket in self.buckets)
         large = large_sends(flat, reduces=reduces, replicas=replicas)
@@ -141,8 +141,8 @@ class ParamStore:
             sent["all_reduce_replicas"] = sum(large["all_reduce_replicas"])
         if len(self.topology.everyone) > 1:
             decides = bool(self.buckets) or clips or self.settings.skip_nonfinite
-            twice = reduces and bool(self.buckets) and bool(self.specs)
-            agreements = 1 + twice if decides else 0
+            two_sources = reduces and bool(self.buckets) and bool(self.specs)
+            agreements = 1 + two_sources if decides else 0
             sent["all_reduce_small"] = sum(
                 small_sends(len(self.params), len(rule.SUMS), agreements=agreements)
             )
@@ -150,16 +150,16 @@ class ParamStore:
 
     @property
     def stages(self) -> str:
-        """ "1", "2" or "3"; "2 and 3" of plain parameters beside DTensors."""
+        """ "1", "2" or "3"; "1 and 3" or "2 and 3" for plain parameters beside DTensors."""
         stages = [str(self.settings.stage)] if self.buckets else []
         return " and ".join([*stages, *(["3"] if self.specs else [])])
 
     def summary(self, table: OptionTable, kernel: str, variant: str) -> str:
-        """One line: stage, ranks, tensors, how many without decay and without ratio, state, kernel, variant."""
-        options, held = table.options(), self.bytes_by_kind()
-        plain, fixed = int((options.decay + options.l2 == 0).sum()), int((~options.adapts).sum())
+        """One line: stage, ranks, tensors, tensors without decay and without ratio, bytes of state, kernel, variant."""
+        options, sizes = table.options(), self.bytes_by_kind()
+        no_decay, no_ratio = int((options.decay + options.l2 == 0).sum()), int((~options.adapts).sum())
         return (
             f"ShardedLamb stage {self.stages}: {len(self.topology.everyone)} ranks, {len(self.params)} tensors "
-            f"({plain} without decay, {fixed} without ratio), {held['moments'] + held['masters']:,} bytes of state "
-            f"a rank, kernel {kernel}, variant {variant}"
+            f"({no_decay} without decay, {no_ratio} without ratio), {sizes['moments'] + sizes['masters']:,} bytes of "
+            f"state per rank, kernel {kernel}, variant {variant}"
         )

@@ -1,15 +1,15 @@
 """DTensor placements → which shard of a parameter a rank holds, and which rank owns it.
 
-The axes of the mesh that shard a parameter cut it into shards; ranks at the same coordinates on those axes hold the
-same shard, wherever they are on all other axes (of this mesh or of the one that it was sliced from). Shard indices::
+The mesh axes with Shard placements divide a parameter into shards; ranks at the same coordinates on those axes hold the
+same shard, at any coordinates on the other axes (of this mesh or of the one that it was sliced from). Shard indices::
 
     mesh (replicate 2, shard 2), placements (Replicate, Shard(0))        LayerNorm under FSDP x TP, on the FSDP axis
 
         rank 0: 0    rank 1: 1                                               rank 0: 0    rank 1: 0  (TP)
         rank 2: 0    rank 3: 1                                               rank 2: 1    rank 3: 1
 
-A sum over ranks must count every element once: the first rank of each shard owns it, the others add 0. Which elements a
-shard has (uneven, empty, strided) does not matter for that.
+A sum over ranks must count every element once: the first rank of each shard owns it, the others add 0. This holds
+whichever elements a shard has (uneven, empty, strided).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,14 +25,14 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How some parameters are sharded: the placements on a mesh, one an axis."""
+    """How some parameters are sharded: the placements on a mesh, one per axis."""
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
 
     @staticmethod
     def of(name: str, p: DTensor) -> "ShardSpec":
-        """Raises ValueError for placements under which norms cannot be told, with the reason."""
+        """Raises ValueError for placements that leave norms unknown, with the reason."""
         for axis, placement in enumerate(p.placements):
             if placement.is_partial():
                 raise ValueError(
@@ -46,21 +46,21 @@ class ShardSpec:
                 )
         if p.device_mesh.get_coordinate() is None:
             raise ValueError(
-                f"parameter {name!r} lies on a mesh of ranks {ranks_of_mesh(p.device_mesh)}, and this rank is none of "
+                f"parameter {name!r} is on a mesh of ranks {ranks_of_mesh(p.device_mesh)}, and this rank is none of "
                 f"them: construct ShardedLamb on those ranks only, with the parameters that they hold"
             )
         return ShardSpec(p.device_mesh, tuple(p.placements))
 
     @property
     def shard_index(self) -> int:
-        """This rank's."""
+        """This rank's shard index."""
         coordinate = self.mesh.get_coordinate()
         assert coordinate is not None
         shards = [not placement.is_replicate() for placement in self.placements]
         return index_of_coordinate(coordinate, tuple(self.mesh.shape), shards)
 
     def described(self) -> dict[str, Any]:
-        """As JSON can hold it, the same on every rank of the mesh."""
+        """JSON-serializable, the same on every rank of the mesh."""
         names = self.mesh.mesh_dim_names
         return {
             "mesh": list(self.mesh.shape),
@@ -71,24 +71,24 @@ class ShardSpec:
 
 @dataclass(frozen=True, slots=True)
 class Replicas:
-    """Gradients of which ranks hold the same part, by kind: whole ones, and DTensors of one mesh and placements."""
+    """Which ranks hold the same part of a gradient, by kind: plain parameters, and DTensors by mesh and placements."""
 
-    kinds: tuple[str, ...]  # as messages call them; "" for plain parameters
-    kind_of: tuple[int, ...]  # of every parameter; -1: each rank holds a part of its own
-    shard_indices: tuple[tuple[int, ...], ...]  # [kinds][W] ranks with the same index hold the same part
+    kinds: tuple[str, ...]  # names for messages; "" for plain parameters
+    kind_of: tuple[int, ...]  # [P]; -1: every rank holds a different part
+    shard_indices: tuple[tuple[int, ...], ...]  # [kinds][W]; ranks with equal indices hold the same part
 
 
 def index_of_coordinate(coordinate: Sequence[int], sizes: Sequence[int], shards: Sequence[bool]) -> int:
-    """The shard index of a rank at ``coordinate``: a number with one digit a sharding axis."""
+    """The shard index of a rank at ``coordinate``: a mixed-radix number, one digit per sharding axis."""
     index = 0
-    for place, size, sharding in zip(coordinate, sizes, shards, strict=True):
+    for digit, size, sharding in zip(coordinate, sizes, shards, strict=True):
         if sharding:
-            index = index * size + place
+            index = index * size + digit
     return index
 
 
 def owners(shard_indices: Sequence[int]) -> list[bool]:
-    """[ranks] whether each rank is the first that holds its shard. ``shard_indices``: of the ranks, in order."""
+    """[ranks] whether each rank is the first that holds its shard. ``shard_indices``: one per rank, in order."""
     seen: set[int] = set()
     first = []
     for index in shard_indices:
@@ -114,8 +114,8 @@ def tensors_in(params: Any) -> Iterator[Tensor]:
     """The tensors of an optimizer's argument: parameters, (name, parameter) pairs, or groups of either."""
     for entry in params if isinstance(params, Iterable) and not isinstance(params, Tensor) else ():
         if isinstance(entry, dict):
-            held = entry.get("params", ())
-            yield from tensors_in((held,) if isinstance(held, Tensor) else held)
+            members = entry.get("params", ())
+            yield from tensors_in((members,) if isinstance(members, Tensor) else members)
         elif isinstance(entry, tuple) and len(entry) == 2:
             yield entry[1]
         elif isinstance(entry, Tensor):
@@ -123,7 +123,7 @@ def tensors_in(params: Any) -> Iterator[Tensor]:
 
 
 def materialized(params: Any) -> Any:
-    """Iterators as lists, so that the parameters can be looked at before they are put into groups."""
+    """Lists in place of iterators, so that parameters can be read before torch groups them."""
     listed = list(params) if isinstance(params, Iterator) else params
     if not isinstance(listed, (list, tuple)):
         return listed
@@ -136,16 +136,16 @@ def materialized(params: Any) -> Any:
 
 
 def mesh_device(mesh: DeviceMesh) -> torch.device:
-    """Where the mesh's collectives run; with CPU offload the parameters are elsewhere."""
+    """The device of the mesh's collectives; with CPU offload the parameters are on another."""
     if mesh.device_type == "cpu":
         return torch.device("cpu")
     return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
 
 
 def local_part(tensor: DTensor) -> Tensor:
-    """This rank's part, in the tensor's own memory."""
+    """This rank's part, a view of the tensor's own memory."""
     with torch.no_grad():
         local = tensor.to_local()
-    if hasattr(local, "wait"):  # what a functional collective still owes
+    if hasattr(local, "wait"):  # a functional collective may be in flight
         local = local.wait()
     return local.detach()

@@ -1,4 +1,4 @@
-"""Where an optimizer's new parameters go: checked, and planned before anything is allocated or sent."""
+"""Checks and plans an optimizer's new parameters, before anything is allocated or sent."""
 
 import gc
 import weakref
@@ -26,7 +26,7 @@ _optimizer_of: Any = WeakIdKeyDictionary()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The keywords of `ShardedLamb` that are about ranks and memory. Raises ValueError for a wrong one."""
+    """The keywords of `ShardedLamb` for ranks and memory. Raises ValueError for an invalid one."""
 
     stage: int
     bucket_mb: float
@@ -59,15 +59,15 @@ class Settings:
         if self.store_param_remainders and self.master_dtype != torch.float32:
             raise ValueError(
                 f"store_param_remainders=True needs master_dtype=torch.float32, got {self.master_dtype}: a remainder "
-                f"is the lower half of a float32, beside a bfloat16 weight. Leave one of the two out"
+                f"is the low 16 bits of a float32, beside a bfloat16 weight. Omit one of the two"
             )
 
     def described(self) -> dict[str, Any]:
-        """As JSON can hold it, for the comparison over ranks."""
+        """JSON-serializable, for the comparison over ranks."""
         return {key: str(value) for key, value in asdict(self).items()}
 
     def precision(self, model: torch.dtype) -> Precision:
-        """Of parameters of dtype ``model``."""
+        """The precision of parameters of dtype ``model``."""
         return Precision.of(
             model,
             self.master_dtype,
@@ -79,23 +79,23 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """New parameters, the layout with them, and the buckets that the plain ones will be in."""
+    """New parameters, the layout that includes them, and the buckets of the plain ones."""
 
     rows: list[NamedParameter]
     layout: ShardLayout
     buckets: tuple[Bucket, ...]
-    specs: dict[int, ShardSpec]  # of the DTensors
+    specs: dict[int, ShardSpec]  # DTensors only
     device: torch.device
     wire_device: torch.device  # where small all-reduces run
 
     def described(self, first: int) -> list[tuple[str, Any]]:
-        """What ranks must agree on, as JSON can hold it. ``first``: the index of the first row's parameter."""
-        order = list(dict.fromkeys(self.specs.values()))  # DTensors on one mesh here must be so on all ranks
+        """JSON-serializable items on which ranks must agree. ``first``: the index of the first row's parameter."""
+        order = list(dict.fromkeys(self.specs.values()))  # ranks must agree on which DTensors share a spec
         described: list[tuple[str, Any]] = []
         for i, (name, p, _) in enumerate(self.rows, start=first):
             row: list[Any] = [name, list(p.shape), str(p.dtype), p.device.type]
             if i in self.specs:
-                row.append({**self.specs[i].described(), "cut": order.index(self.specs[i])})
+                row.append({**self.specs[i].described(), "spec": order.index(self.specs[i])})
             described.append((f"parameter {i}", row))
         return [*described, ("parameters", len(self.layout.numels)), ("layout", self.layout.digest())]
 
@@ -107,13 +107,13 @@ def plan_shards(
     bucket_mb: float,
     device: torch.device,
 ) -> ShardPlan:
-    """The plan that adds ``rows``, new parameters that require gradients, to ``layout``. Allocates nothing.
+    """Plan to add ``rows``, new parameters that require gradients, to ``layout``. Allocates nothing.
 
     Args:
-        device: of the plan where there are no rows.
+        device: the plan's device if ``rows`` is empty.
 
     Raises:
-        ValueError: a DTensor that cannot be mapped, or whose mesh has ranks beyond ``topology``.
+        ValueError: a DTensor with unsupported placements, or whose mesh has ranks outside ``topology``.
     """
     indexed = list(enumerate(rows, start=len(layout.numels)))
     specs = {i: _shard_spec(name, p, topology) for i, (name, p, _) in indexed if isinstance(p, DTensor)}
@@ -125,7 +125,7 @@ def plan_shards(
         int(bucket_mb * 2**20),
         layout.world_size,
     )
-    buckets = tuple(replace(b, params=tuple(plain[place][0] for place in b.params)) for b in buckets)
+    buckets = tuple(replace(b, params=tuple(plain[position][0] for position in b.params)) for b in buckets)
     layout = replace(
         layout,
         numels=(*layout.numels, *(p.numel() for _, p, _ in rows)),
@@ -143,7 +143,7 @@ def _shard_spec(name: str, p: DTensor, topology: Topology) -> ShardSpec:
     beyond = sorted(set(ranks_of_mesh(spec.mesh)) - set(topology.everyone))
     if beyond:
         raise ValueError(
-            f"parameter {name!r} lies on a mesh of ranks {ranks_of_mesh(spec.mesh)} and this optimizer's ranks are "
+            f"parameter {name!r} is on a mesh of ranks {ranks_of_mesh(spec.mesh)} and this optimizer's ranks are "
             f"{topology.everyone}: ranks {beyond} would be missing from its norms. All DTensors' meshes must "
             f"be sliced from one root mesh; or pass process_group= with the ranks of all of them"
         )
@@ -153,7 +153,7 @@ def _shard_spec(name: str, p: DTensor, topology: Topology) -> ShardSpec:
 def check_new(
     new: Sequence[NamedParameter], names: Sequence[str], params: Sequence[Tensor], optimizer: object
 ) -> None:
-    """Check that ``optimizer``, which holds ``params``, can take ``new`` ones.
+    """Check that ``optimizer``, which holds ``params``, can register ``new`` ones.
 
     Raises:
         TypeError, ValueError: see `check_shardable`; two parameters share memory or an optimizer.
@@ -161,12 +161,12 @@ def check_new(
     first: dict[Tensor, str] = {}
     for name, p, _ in new:
         if p in first:
-            raise ValueError(f"parameter {first[p]!r} is in the list twice: pass each parameter once")
+            raise ValueError(f"parameter {first[p]!r} is passed twice: pass each parameter once")
         first[p] = name
     pointers = {_pointer(p): name for name, p in zip(names, params, strict=True)}
     for name, p, _ in new:
         check_shardable(name, p, params[0].device if params else new[0][1].device)
-        if _claimed_by_another(p, optimizer):
+        if _is_claimed_elsewhere(p, optimizer):
             raise ValueError(
                 f"parameter {name!r} already belongs to another ShardedLamb: two would each move it into "
                 f"buckets of their own. Delete the other optimizer first, or use one with two groups"
@@ -180,7 +180,7 @@ def check_new(
 
 
 def check_shardable(name: str, p: Tensor, device: torch.device) -> None:
-    """Raises for a parameter that cannot be held, with the way that can."""
+    """Raises TypeError or ValueError for a parameter that cannot be sharded, with the remedy."""
     check_parameter(name, p)
     if hasattr(p, "ds_id") or hasattr(p, "_hp_mapping"):
         raise ValueError(
@@ -199,20 +199,20 @@ def check_shardable(name: str, p: Tensor, device: torch.device) -> None:
 
 
 def claim(p: Tensor, optimizer: "weakref.ref[Any]") -> None:
-    """Note that ``optimizer`` holds ``p``."""
+    """Record that ``optimizer`` holds ``p``."""
     _optimizer_of[p] = optimizer
 
 
-def _claimed_by_another(p: Tensor, optimizer: object) -> bool:
+def _is_claimed_elsewhere(p: Tensor, optimizer: object) -> bool:
     def holder() -> object:
         return _optimizer_of[p]() if p in _optimizer_of else None
 
     if holder() in (None, optimizer):
         return False
-    gc.collect()  # an optimizer that was deleted may be part of a cycle
+    gc.collect()  # a deleted optimizer may be part of a reference cycle
     return holder() is not None
 
 
 def _pointer(p: Tensor) -> int:
-    """Where a parameter's memory on this rank starts; 0 where it has none."""
+    """The address of a parameter's memory on this rank; 0 if it has none."""
     return local_part(p).data_ptr() if isinstance(p, DTensor) else p.data_ptr()

@@ -1,8 +1,8 @@
-"""State as users see it: per parameter, this rank's slices, stamped; and whole tensors for one device.
+"""State in state dicts: per parameter, this rank's slices with a stamp; or whole tensors on one device.
 
-A stamp is a tensor of int64, since torch.distributed.checkpoint keeps nothing but tensors of a parameter's
-state: [rank, shards, start, length, numel, digest], elements in the parameter's memory order. A DTensor's state is
-DTensors like it, and ``start`` is then its cell (`sharded_lamb.sharding.placements`).
+A stamp is an int64 tensor [rank, shards, start, length, numel, digest], since torch.distributed.checkpoint keeps only
+the tensors of a parameter's state; it counts elements in the parameter's memory order. A DTensor's state consists of
+DTensors like it; ``start`` in its stamp is the shard index (`sharded_lamb.sharding.placements`).
 """
 
 import hashlib
@@ -27,9 +27,9 @@ State = dict[str, Tensor]
 
 
 def decoded_states(buckets: Sequence[FlatBucket], dtensors: DTensorShards) -> dict[int, dict[str, Tensor]]:
-    """{parameter: {kind: values}} of state that is not stored as its values, in new memory.
+    """{parameter: {kind: values}} of state whose storage format is not its values, in new memory.
 
-    This rank's parts, of the classes that `local_states` and `dtensor_states` give.
+    This rank's parts, as the tensor classes of `local_states` and `dtensor_states`.
     """
     decoded: dict[int, dict[str, Tensor]] = {}
     for bucket in buckets:
@@ -50,13 +50,13 @@ def decoded_states(buckets: Sequence[FlatBucket], dtensors: DTensorShards) -> di
 
 
 def _region(bucket: FlatBucket, position: int) -> Region:
-    """What this rank's slice of the bucket's ``position``-th parameter is of it."""
+    """The part of the bucket's ``position``-th parameter that this rank's slice covers."""
     start = bucket.segment_of(bucket.plan.params[position]).start
     return Region(tuple(bucket.params[position].shape), bucket.strides[position], start)
 
 
 def local_states(layout: ShardLayout, buckets: Sequence[FlatBucket], step: Tensor) -> dict[int, State]:
-    """{parameter: state} for every parameter in a bucket, the same keys on every rank; tensors are views."""
+    """{parameter: state} of every parameter in a bucket, with the same keys on every rank; tensors are views."""
     digest = _short(layout.digest())
     states: dict[int, State] = {}
     for bucket in buckets:
@@ -86,7 +86,7 @@ def dtensor_states(
     world: int,
     step: Tensor,
 ) -> dict[int, State]:
-    """The same of DTensors: tensors are DTensors like the parameter, over the memory that steps update."""
+    """{parameter: state} of the DTensors: DTensors like the parameter, views of the memory that steps update."""
     own_layout = layout.digest()
     states: dict[int, State] = {}
     for param, local in dtensors.local.items():
@@ -105,30 +105,31 @@ def _short(digest: str) -> int:
 
 
 def check_local(name: str, own: State, states: Sequence[StoredState], saved: Mapping[str, Any]) -> None:
-    """Check that one parameter's saved slices are this rank's.
+    """Check that one parameter's saved slices belong to this rank.
 
     Args:
-        own: the parameter's entry in ``optimizer.state``; ``states``: its kinds of state.
+        own: the parameter's entry in ``optimizer.state``.
+        states: its kinds of state.
 
     Raises:
-        ValueError: the slices are another rank's, another layout's, or whole tensors.
+        ValueError: the slices belong to another rank or layout, or are whole tensors.
     """
     if "shard" not in saved:
         raise ValueError(
-            f"the state of {name!r} carries no stamp of a rank, so it was not made by ShardedLamb.state_dict(): "
+            f"the state of {name!r} has no stamp of a rank, so ShardedLamb.state_dict() did not make it: "
             f"load whole tensors with ShardedLamb.load_full_state_dict() (rank 0 passes them)"
         )
-    theirs, ours = torch.as_tensor(saved["shard"]).tolist(), own["shard"].tolist()
-    if theirs != ours and isinstance(own["exp_avg"], DTensor):
+    stamp, expected = torch.as_tensor(saved["shard"]).tolist(), own["shard"].tolist()
+    if stamp != expected and isinstance(own["exp_avg"], DTensor):
         raise ValueError(
-            f"the state of {name!r} was saved by rank {theirs[0]} of {theirs[1]} and this is rank {ours[0]} of "
-            f"{ours[1]}"
-            + ("" if theirs[5] == ours[5] else ", or under other placements or of another model")
+            f"the state of {name!r} was saved by rank {stamp[0]} of {stamp[1]} and this is rank {expected[0]} of "
+            f"{expected[1]}"
+            + ("" if stamp[5] == expected[5] else ", or under other placements or of another model")
             + ". state_dict() is one rank's part: save and load every rank's own, with the same mesh and model; "
             "otherwise use torch.distributed.checkpoint, or full_state_dict() and load_full_state_dict()"
         )
-    if theirs != ours:
-        a, b = dict(zip(STAMP, theirs, strict=True)), dict(zip(STAMP, ours, strict=True))
+    if stamp != expected:
+        a, b = dict(zip(STAMP, stamp, strict=True)), dict(zip(STAMP, expected, strict=True))
         raise ValueError(
             f"the state of {name!r} holds elements [{a['start']}, {a['start'] + a['length']}) of {a['numel']}, "
             f"saved by rank {a['rank']} of {a['shards']}, and this is rank {b['rank']} of {b['shards']} with "
@@ -142,46 +143,57 @@ def check_local(name: str, own: State, states: Sequence[StoredState], saved: Map
         raise ValueError(f"the state of {name!r} lacks {sorted(missing)}: it was saved with other dtypes")
 
 
-def load_local(step: Tensor, states: Sequence[StoredState], saved: Mapping[str, Any]) -> None:
-    """Copy one parameter's saved slices, once checked, into its own."""
-    step.copy_(torch.as_tensor(saved["step"]).reshape(()))
+def load_local(own: State, states: Sequence[StoredState], saved: Mapping[str, Any]) -> None:
+    """Copy one parameter's checked, saved slices into its state. Arguments as of `check_local`."""
+    own["step"].copy_(torch.as_tensor(saved["step"]).reshape(()))
     for state in states:
         values = saved[state.kind]
-        state.store(local_part(values) if isinstance(values, DTensor) else values)
+        if isinstance(values, DTensor):
+            stored = own[state.key]
+            assert isinstance(stored, DTensor)
+            values = flattened(local_part(values), local_part(stored).stride())
+        state.store(values)
 
 
 def check_complete(state_dict: dict[str, Any] | None) -> dict[str, Any]:
-    """Raises ValueError unless the first rank was given what `ShardedLamb.full_state_dict` gives."""
+    """Raises ValueError unless ``state_dict`` is a result of `ShardedLamb.full_state_dict`. On the first rank."""
     if state_dict is None:
         raise ValueError("load_full_state_dict needs the state dict on the first rank, got None")
     missing = {"state", "param_groups"} - state_dict.keys()
     if missing:
-        raise ValueError(f"the full state dict lacks {sorted(missing)}: pass what full_state_dict() gave")
+        raise ValueError(f"the full state dict lacks {sorted(missing)}: pass the result of full_state_dict()")
     return state_dict
 
 
 def by_index(states: Mapping[Any, State], index: Sequence[int | None]) -> dict[int, State]:
-    """States keyed by place in the groups → keyed by parameter. Raises ValueError for one that is not held."""
-    held = {place: param for place, param in enumerate(index) if param is not None}
-    strangers = [place for place in states if place not in held]
-    if strangers:
-        raise ValueError(f"the full state dict has state of parameters {strangers}, which are not held")
-    return {held[place]: saved for place, saved in states.items()}
+    """States keyed by position in the groups → keyed by parameter index.
+
+    Raises:
+        ValueError: state of a parameter that this optimizer does not have.
+    """
+    params = {position: param for position, param in enumerate(index) if param is not None}
+    unexpected = [position for position in states if position not in params]
+    if unexpected:
+        raise ValueError(
+            f"the full state dict has state of parameters {unexpected}, which this optimizer does not have: construct "
+            f"it from the same model with the same groups"
+        )
+    return {params[position]: saved for position, saved in states.items()}
 
 
 def check_full(
     names: Sequence[str], shapes: Sequence[tuple[int, ...]], states: Mapping[int, Mapping[str, Tensor]]
 ) -> None:
-    """Raises ValueError where a whole state does not fit its parameter."""
+    """Raises ValueError if a whole state does not fit its parameter."""
     for param, saved in states.items():
         if "step" not in saved or torch.as_tensor(saved["step"]).numel() != 1:
             raise ValueError(f"step of {names[param]!r}: expected one number, got {saved.get('step')!r}")
         for key in ("exp_avg", "exp_avg_sq", *({"master"} & saved.keys())):
             if key not in saved or tuple(saved[key].shape) != shapes[param]:
-                found = tuple(saved[key].shape) if key in saved else "nothing"
+                actual = tuple(saved[key].shape) if key in saved else "nothing"
                 raise ValueError(
-                    f"{key} of {names[param]!r}: expected a whole tensor of shape {shapes[param]}, got {found}; "
-                    f"load_full_state_dict takes what full_state_dict() or Lamb.state_dict() gave"
+                    f"{key} of {names[param]!r}: expected a whole tensor of shape {shapes[param]}, got {actual}; "
+                    f"load_full_state_dict takes the result of full_state_dict() or Lamb.state_dict()"
                 )
 
 
@@ -194,7 +206,7 @@ def gather_full(
 ) -> dict[int, State] | None:
     """Whole state tensors in their parameters' shapes, on the first rank's CPU; None elsewhere. Collective.
 
-    Streamed: one bucket of one kind at a time, one rank's shard at a time; of DTensors, one tensor at a time.
+    Streamed: one kind of one bucket at a time, one rank's shard at a time; DTensors one tensor at a time.
     """
     first = collectives.topology.rank == 0
     states: dict[int, State] = {param: {} for param in range(len(layout.numels))}
@@ -206,7 +218,7 @@ def gather_full(
                 continue
             whole = torch.cat(parts)
             for position, param in enumerate(bucket.plan.params):
-                states[param][state.kind] = bucket.place(position, whole).clone()
+                states[param][state.kind] = bucket.param_view(position, whole).clone()
     for param, local in dtensors.local.items():
         for state in local.states():
             whole = local.whole(state.values())
@@ -224,9 +236,9 @@ def scatter_full(
     step: Tensor,
     states: Mapping[int, Mapping[str, Tensor]] | None,
 ) -> None:
-    """The reverse of `gather_full`: the first rank has ``states``, every rank takes its slices. Collective.
+    """The inverse of `gather_full`: the first rank passes ``states``, every rank stores its slices. Collective.
 
-    What was not saved starts as it would in a new optimizer: moments 0, masters from the model's weights.
+    Missing state starts as in a new optimizer: moments 0, masters from the model's weights.
     """
     first = collectives.topology.rank == 0
     saved = states or {}
@@ -239,7 +251,7 @@ def scatter_full(
                     whole.zero_()
                 for position, param in enumerate(bucket.plan.params):
                     if state.kind in saved.get(param, {}):
-                        bucket.place(position, whole).copy_(saved[param][state.kind])
+                        bucket.param_view(position, whole).copy_(saved[param][state.kind])
                 parts = list(whole.chunk(bucket.plan.world_size))
             collectives.scatter_from_first(shard, parts)
             state.store(shard)
@@ -254,15 +266,15 @@ def scatter_full(
 def _scatter_dtensors(
     collectives: Collectives, dtensors: DTensorShards, saved: Mapping[int, Mapping[str, Tensor]]
 ) -> None:
-    """One whole tensor at a time to every rank, which keeps its part."""
+    """Broadcast one whole tensor at a time; every rank stores its part."""
     first, device = collectives.topology.rank == 0, collectives.device
     rows = [(param, local, state) for param, local in dtensors.local.items() for state in local.states()]
-    given = torch.tensor(
+    saved_mask = torch.tensor(
         [state.kind in saved.get(param, {}) for param, _, state in rows], dtype=torch.int64, device=device
     )
     if rows:
-        collectives.broadcast(given)
-    for (param, local, state), is_saved in zip(rows, given.tolist(), strict=True):
+        collectives.broadcast(saved_mask)
+    for (param, local, state), is_saved in zip(rows, saved_mask.tolist(), strict=True):
         if not is_saved:
             state.format.reset(
                 state.stored, local.weight()

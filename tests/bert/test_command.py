@@ -1,5 +1,7 @@
-"""The commands as users type them, in processes of their own."""
+"""The commands as users type them: in processes of their own, or where those cost much, on ranks of the harness."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -13,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from sharded_lamb.bert.__main__ import main
 from sharded_lamb.checkpoint import problem_with, read_contents
 from tests.bert.conftest import LENGTH
+from tests.harness import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
@@ -69,6 +74,14 @@ def ranks_below(process: subprocess.Popen[str]) -> list[int]:
     return found
 
 
+def call_main(rank: int, arguments: list[str]) -> tuple[int, str]:
+    """`python -m sharded_lamb.bert` on a rank of the harness: (exit code, what it writes to stderr as errors)."""
+    torch.set_num_threads(1)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = main(arguments)
+    return code, "".join(line for line in said.getvalue().splitlines(True) if line.startswith("error"))
+
+
 LONG = {
     "phases": [
         {"steps": 60, "global_batch": 12, "sequence_length": LENGTH, "lr": 0.01, "warmup_fraction": 0.2}
@@ -77,28 +90,33 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_exits_with_the_code_that_requeues(
-    tree: dict[str, Any], tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_signal_saves_and_exits_with_the_code_that_requeues(tree: dict[str, Any], tmp_path: Path) -> None:
+    """Stopped twice, once by each signal; the third start, in a worker of the harness, goes on to the end."""
     config = write_config(
         tree, tmp_path, **{**LONG, "checkpoint": {"every_steps": 1000, "requeue_exit_code": 85}}
     )
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "sharded_lamb.bert", "--config", str(config)]
-    process = subprocess.Popen(
-        command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True
-    )
-    wait_for_rows(run, 5, process)
-    process.send_signal(number)
-    assert process.wait(120) == 85
-    (saved,) = (run / "checkpoints").glob("step-*")
-    assert problem_with(saved) is None
-    done = int(saved.name.removeprefix("step-"))
-    assert 5 <= done < 60
-    assert rows_of(run)[-1]["step"] == done
-    again = call([*command, "--resume", "auto"])
-    assert again.returncode == 0, again.stderr
+    run, stopped_at = tmp_path / "run", [0]
+    arguments = ["--config", str(config), "--resume", "auto"]
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sharded_lamb.bert", *arguments],
+            env=ENVIRONMENT,
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        wait_for_rows(run, stopped_at[-1] + 5, process)
+        process.send_signal(number)
+        assert process.wait(120) == 85
+        saved = sorted((run / "checkpoints").glob("step-*"))
+        assert len(saved) == len(stopped_at)
+        assert problem_with(saved[-1]) is None
+        done = int(saved[-1].name.removeprefix("step-"))
+        assert stopped_at[-1] + 5 <= done < 60
+        assert rows_of(run)[-1]["step"] == done
+        stopped_at.append(done)
+    assert run_ranks(1, call_main, arguments) == [(0, "")]
     assert [row["step"] for row in rows_of(run)] == [*range(1, 61), 60]
 
 
@@ -107,7 +125,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_every_rank_and_loses_nothing(
 ) -> None:
     config = write_config(tree, tmp_path, checkpoint={"every_steps": 2, "keep": 0})
     run = tmp_path / "run"
-    assert call(torchrun(2, config)).returncode == 0
+    assert run_ranks(2, call_main, ["--config", str(config)]) == [(0, "")] * 2
     for later in ("step-00000004", "step-00000006"):
         shutil.rmtree(run / "checkpoints" / later)
     # No file may grow beyond 100 KiB, less than the weights: writing fails halfway, as on a full disk.
@@ -122,17 +140,27 @@ def test_a_checkpoint_that_cannot_be_written_ends_every_rank_and_loses_nothing(
     assert [row["step"] for row in rows_of(run)][:2] == [1, 2]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "override", "message"),
-    [
-        (2, "model.layrs=2", "unknown key 'model.layrs': did you mean 'layers'?"),
-        (2, "data.source=[/nowhere/*.txt]", "data.source '/nowhere/*.txt': no such file"),
-        (3, "phases.0.global_batch=8", "global_batch=8 can't be split evenly over 3 ranks"),
-    ],
-)
+BAD_INPUT = [
+    (2, "model.layrs=2", "unknown key 'model.layrs': did you mean 'layers'?"),
+    (2, "data.source=[/nowhere/*.txt]", "data.source '/nowhere/*.txt': no such file"),
+    (3, "phases.0.global_batch=8", "global_batch=8 can't be split evenly over 3 ranks"),
+]
+
+
+@pytest.mark.parametrize(("ranks", "override", "message"), BAD_INPUT)
 def test_bad_input_is_a_clear_error_on_every_rank(
     tree: dict[str, Any], tmp_path: Path, ranks: int, override: str, message: str
 ) -> None:
+    arguments = ["--config", str(write_config(tree, tmp_path)), override]
+    for rank, (code, said) in enumerate(run_ranks(ranks, call_main, arguments)):
+        assert code == 1
+        assert re.search(rf"error \(rank {rank}\): .*{re.escape(message)}", said), said
+
+
+def test_under_torchrun_bad_input_is_an_error_without_our_traceback(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    ranks, override, message = BAD_INPUT[-1]
     failed = call(torchrun(ranks, write_config(tree, tmp_path), override))
     assert failed.returncode != 0
     for rank in range(ranks):
@@ -181,18 +209,8 @@ def test_the_study_compares_both_optimizers_at_the_same_examples(
     tree: dict[str, Any], tmp_path: Path
 ) -> None:
     config = write_config(tree, tmp_path)
-    command = [
-        sys.executable,
-        "-m",
-        "sharded_lamb.bert",
-        "study",
-        "--config",
-        str(config),
-        "--batches",
-        "6,24",
-    ]
-    done = call([*command, "phases.0.steps=4", "phases.0.global_batch=12"])
-    assert done.returncode == 0, done.stderr
+    arguments = ["study", "--config", str(config), "--batches", "6,24"]
+    assert run_ranks(1, call_main, [*arguments, "phases.0.steps=4", "phases.0.global_batch=12"]) == [(0, "")]
     results = json.loads((tmp_path / "run" / "study.json").read_text())
     assert {row["steps"] * row["batch"] for row in results} == {48}
     for optimizer in ("lamb", "adamw"):

@@ -12,16 +12,18 @@ from sharded_lamb.bert.masking import Masker
 from sharded_lamb.bert.model import Losses, build_bert, model_size
 from sharded_lamb.bert.prepare import prepare
 from sharded_lamb.bert.shards import PackedSamples
-from sharded_lamb.bert.tokenizer import Pieces, load_tokenizer, pieces_of
+from sharded_lamb.bert.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
 from tests.bert.conftest import LENGTH
 
 
-def source_of(tree: dict[str, Any], *, nsp: bool = False, key: int = 5) -> tuple[BatchSource, Pieces, Path]:
+def source_of(
+    tree: dict[str, Any], *, nsp: bool = False, key: int = 5
+) -> tuple[BatchSource, Vocabulary, Path]:
     config = build_config({**tree, "data": {**tree["data"], "nsp": nsp}})
     folder = prepare(config, LENGTH)
-    pieces = pieces_of(load_tokenizer(folder / "tokenizer"))
-    masker = Masker(pieces, 0.15, config.max_predictions(config.phases[0]), False, key)
-    return BatchSource(PackedSamples(folder, "train"), pieces, masker, key), pieces, folder
+    vocabulary = vocabulary_of(load_tokenizer(folder / "tokenizer"))
+    masker = Masker(vocabulary, 0.15, config.max_predictions(config.phases[0]), False, key)
+    return BatchSource(PackedSamples(folder, "train"), vocabulary, masker, key), vocabulary, folder
 
 
 def same(a: MicroBatch, b: MicroBatch) -> bool:
@@ -69,22 +71,22 @@ def test_another_seed_gives_another_order(tree: dict[str, Any]) -> None:
 
 
 def test_labels_are_what_stood_at_the_predicted_places(tree: dict[str, Any]) -> None:
-    source, pieces, _ = source_of(tree)
+    source, vocabulary, _ = source_of(tree)
     numbers = np.arange(40)
     batch = source.micro_batch(numbers)
     rows = torch.from_numpy(source.samples.rows(source.sample_numbers(numbers)))
-    assert torch.equal(rows.flatten()[batch.places], batch.labels)
+    assert torch.equal(rows.flatten()[batch.masked_positions], batch.labels)
     untouched = torch.ones(rows.numel(), dtype=torch.bool)
-    untouched[batch.places] = False
+    untouched[batch.masked_positions] = False
     assert torch.equal(rows.flatten()[untouched], batch.tokens.flatten()[untouched])
-    assert not torch.isin(batch.labels, torch.tensor(pieces.special)).any()
+    assert not torch.isin(batch.labels, torch.tensor(vocabulary.special)).any()
 
 
 def test_positions_begin_again_in_every_document(tree: dict[str, Any]) -> None:
-    source, pieces, _ = source_of(tree)
+    source, vocabulary, _ = source_of(tree)
     batch = source.micro_batch(np.arange(40))
     assert batch.documents is not None
-    begins = torch.from_numpy(source.samples.rows(source.sample_numbers(np.arange(40)))) == pieces.cls
+    begins = torch.from_numpy(source.samples.rows(source.sample_numbers(np.arange(40)))) == vocabulary.cls
     assert (batch.positions[begins] == 0).all()
     inside = (batch.documents[:, 1:] == batch.documents[:, :-1]) & ~begins[:, 1:]
     assert (batch.positions[:, 1:] == batch.positions[:, :-1] + 1)[inside].all()
@@ -92,8 +94,8 @@ def test_positions_begin_again_in_every_document(tree: dict[str, Any]) -> None:
 
 
 def test_attention_stays_inside_each_document(tree: dict[str, Any]) -> None:
-    source, pieces, _ = source_of(tree)
-    bert = build_bert(build_config(tree), pieces).eval()
+    source, vocabulary, _ = source_of(tree)
+    bert = build_bert(build_config(tree), vocabulary).eval()
     losses = Losses(bert, nsp=False)
     batch = source.micro_batch(np.arange(40))
     assert batch.documents is not None
@@ -115,7 +117,7 @@ def test_attention_stays_inside_each_document(tree: dict[str, Any]) -> None:
 
 
 def test_next_sentences_are_replaced_half_of_the_time(tree: dict[str, Any]) -> None:
-    source, pieces, _ = source_of(tree, nsp=True)
+    source, vocabulary, _ = source_of(tree, nsp=True)
     count = min(2000, 8 * len(source.samples))
     indices = np.arange(count)
     batch = source.micro_batch(indices)
@@ -124,13 +126,13 @@ def test_next_sentences_are_replaced_half_of_the_time(tree: dict[str, Any]) -> N
     assert batch.segments is not None
     assert abs(batch.follows.double().mean() - 0.5) < 5 * 0.5 / count**0.5
     rebuilt = batch.tokens.clone().flatten()
-    rebuilt[batch.places] = batch.labels
+    rebuilt[batch.masked_positions] = batch.labels
     rebuilt = rebuilt.view_as(own)
     differs = (rebuilt != own).any(1)
     assert not differs[batch.follows == 0].any()
     assert differs[batch.follows == 1].double().mean() > 0.95
-    assert ((rebuilt == pieces.sep).sum(1) == 2).all()
-    real = rebuilt != pieces.pad
+    assert ((rebuilt == vocabulary.sep).sum(1) == 2).all()
+    real = rebuilt != vocabulary.pad
     a_side = (batch.segments == 0) & real
     assert torch.equal(rebuilt[a_side], own[a_side])
     assert (batch.segments[~real] == 0).all()
@@ -140,19 +142,19 @@ def test_next_sentences_are_replaced_half_of_the_time(tree: dict[str, Any]) -> N
 def test_an_empty_split_is_refused(tree: dict[str, Any]) -> None:
     config = build_config({**tree, "data": {**tree["data"], "heldout_fraction": 0.0}})
     folder = prepare(config, LENGTH)
-    pieces = pieces_of(load_tokenizer(folder / "tokenizer"))
+    vocabulary = vocabulary_of(load_tokenizer(folder / "tokenizer"))
     with pytest.raises(ValueError, match="the heldout split holds no sample"):
-        BatchSource(PackedSamples(folder, "heldout"), pieces, Masker(pieces, 0.15, 5, False, 1), 1)
+        BatchSource(PackedSamples(folder, "heldout"), vocabulary, Masker(vocabulary, 0.15, 5, False, 1), 1)
 
 
 @pytest.mark.parametrize("nsp", [False, True])
 def test_the_loss_is_transformers_own_on_the_masked_places(tree: dict[str, Any], nsp: bool) -> None:
-    source, pieces, _ = source_of(tree, nsp=nsp)
+    source, vocabulary, _ = source_of(tree, nsp=nsp)
     config = build_config({**tree, "data": {**tree["data"], "nsp": nsp}})
-    bert = build_bert(config, pieces).eval()
+    bert = build_bert(config, vocabulary).eval()
     batch = source.micro_batch(np.arange(8))
     labels = torch.full(batch.tokens.shape, -100).flatten()
-    labels[batch.places] = batch.labels
+    labels[batch.masked_positions] = batch.labels
     documents = batch.documents
     extra: dict[str, Any] = {"next_sentence_label": batch.follows} if nsp else {}
     mask = None if documents is None else documents[:, None, :, None] == documents[:, None, None, :]
@@ -171,20 +173,20 @@ def test_the_loss_is_transformers_own_on_the_masked_places(tree: dict[str, Any],
 
 
 def test_the_prediction_bias_starts_at_the_corpus_frequencies(tree: dict[str, Any]) -> None:
-    source, pieces, folder = source_of(tree)
+    source, vocabulary, folder = source_of(tree)
     config = build_config(tree, ["model.unigram_bias=true"])
-    bert = build_bert(config, pieces, folder / "unigram.npy").eval()
+    bert = build_bert(config, vocabulary, folder / "unigram.npy").eval()
     batch = source.micro_batch(np.arange(64))
     with torch.no_grad():
         loss = Losses(bert, nsp=False)(batch)[0] / len(batch.labels)
     entropy = source.samples.manifest.unigram_entropy
     assert abs(loss - entropy) < 0.25
-    assert entropy < np.log(pieces.size) - 0.5
+    assert entropy < np.log(vocabulary.size) - 0.5
 
 
 def test_the_flop_formula_counts_the_weights_that_are_multiplied(tree: dict[str, Any]) -> None:
-    _, pieces, _ = source_of(tree)
-    bert = build_bert(build_config(tree), pieces)
+    _, vocabulary, _ = source_of(tree)
+    bert = build_bert(build_config(tree), vocabulary)
     size = model_size(bert)
     matrices = [p.numel() for n, p in bert.named_parameters() if p.ndim == 2 and "embeddings" not in n]
     body = sum(matrices) - size.hidden**2  # the head's own transform sees predicted places only

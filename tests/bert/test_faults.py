@@ -1,4 +1,4 @@
-"""A run under torchrun whose ranks are killed or hang where it hurts, or whose node leaves, loses nothing."""
+"""A run whose ranks are killed or hang where it hurts, or whose node leaves, loses nothing."""
 
 import contextlib
 import os
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from sharded_lamb import faults
 from sharded_lamb.checkpoint import problem_with, read_contents
 from tests.bert.test_command import (
     ENVIRONMENT,
@@ -23,18 +24,19 @@ from tests.bert.test_command import (
     wait_for_rows,
     write_config,
 )
-from tests.bert.test_train import losses, trained
+from tests.bert.test_train import losses, train, trained
+from tests.harness import RankErrors, run_ranks
+from tests.training import assert_same_bits
 
 STEPS = 8
-FAULTS = {
-    0: "kill@mid-backward:rank=1:step=2",
-    1: "kill@checkpoint-manifest:rank=0:step=3",
-    2: "kill@mid-all-gather:rank=0:step=5",
-    3: "hang@all-reduce:rank=1:step=5",
-    4: "kill@checkpoint-latest:rank=0:step=7",
+KILLS = {
+    "kill@mid-backward:rank=1:step=2": 2,
+    "kill@checkpoint-manifest:rank=0:step=3": 2,
+    "kill@mid-all-gather:rank=0:step=5": 4,
+    "kill@checkpoint-latest:rank=0:step=7": 6,
 }
-"""By torchrun's attempt. Steps count from 0; after every second one there is a checkpoint."""
-GONE_ON_FROM = [2, 2, 4, 4, 6]
+"""The step that the next attempt goes on from. Steps count from 0; after every second one there is a checkpoint."""
+UNDER_TORCHRUN = {"kill@mid-backward:rank=1:step=2": 2, "hang@all-reduce:rank=1:step=5": 4}
 HANG_TIMEOUT_S = 8
 EXACT = ("step", "loss", "lr", "grad_norm", "sample", "heldout_loss")
 
@@ -42,25 +44,71 @@ EXACT = ("step", "loss", "lr", "grad_norm", "sample", "heldout_loss")
 @pytest.fixture(scope="module")
 def long_tree(tree: dict[str, Any]) -> dict[str, Any]:
     phase = {**tree["phases"][0], "steps": STEPS}
-    checkpoint, faults = {"every_steps": 2, "keep": 2}, {"hang_timeout_s": HANG_TIMEOUT_S}
+    checkpoint, watchdog = {"every_steps": 2, "keep": 2}, {"hang_timeout_s": HANG_TIMEOUT_S}
     model = {**tree["model"], "dropout": 0.1}
-    return {**tree, "model": model, "phases": [phase], "checkpoint": checkpoint, "faults": faults}
+    return {**tree, "model": model, "phases": [phase], "checkpoint": checkpoint, "faults": watchdog}
 
 
 def exact(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: row.get(key) for key in EXACT} for row in rows]
 
 
-def test_killed_or_hung_anywhere_it_ends_with_the_same_bits(
-    long_tree: dict[str, Any], tmp_path: Path
+Finished = tuple[list[dict[str, Any]], Path]
+
+
+@pytest.fixture(scope="module")
+def whole(long_tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Rows and folder of a run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("whole")
+    return trained(2, long_tree, folder)[0], folder
+
+
+def assert_same_run(run: Path, whole: Finished) -> None:
+    rows, folder = whole
+    last = Path("checkpoints", f"step-{STEPS:08d}")
+    one, two = read_contents(folder / last), read_contents(run / last)
+    assert_same_bits(two.weights, one.weights)
+    assert two.states.keys() == one.states.keys()
+    for name, state in one.states.items():
+        assert_same_bits(two.states[name], state)
+    assert exact(rows_of(run)) == exact(rows)
+    kept = sorted((run / "checkpoints").glob("step-*"))
+    assert [problem_with(path) for path in kept] == [None, None]
+
+
+def start_again(rank: int, tree: dict[str, Any], run_dir: str, fault: str) -> None:
+    """As torchrun starts a rank: after a death in a process of its own. What it prints is added to the file `said`."""
+    os.environ[faults.VARIABLE] = fault
+    faults.injector.cache_clear()  # an earlier case of this process may have read it
+    with Path(run_dir).with_name("said").open("a", buffering=1) as said, contextlib.redirect_stdout(said):
+        train(rank, tree, run_dir, [], resume="auto")
+
+
+def test_killed_anywhere_it_ends_with_the_same_bits(
+    long_tree: dict[str, Any], whole: Finished, tmp_path: Path
 ) -> None:
-    rows, weights = trained(2, long_tree, tmp_path / "whole")
+    run = tmp_path / "run"
+    for fault in KILLS:
+        rank = int(fault.split("rank=")[1][0])
+        with pytest.raises(RankErrors) as killed:
+            run_ranks(2, start_again, long_tree, str(run), fault)
+        assert killed.value.errors[rank].kind == "Died"
+        assert f"exit code {-signal.SIGKILL}" in killed.value.errors[rank].message
+    run_ranks(2, start_again, long_tree, str(run), "")
+    said = (tmp_path / "said").read_text()
+    assert [int(step) for step in re.findall(r"from step (\d+)", said)] == [*KILLS.values()]
+    assert_same_run(run, whole)
+
+
+def test_killed_or_hung_torchrun_starts_it_again_and_it_ends_with_the_same_bits(
+    long_tree: dict[str, Any], whole: Finished, tmp_path: Path
+) -> None:
     config = write_config(long_tree, tmp_path)
-    faults = ";".join(f"{fault}:attempt={attempt}" for attempt, fault in FAULTS.items())
-    options = ("--nproc-per-node=2", f"--max-restarts={len(FAULTS)}", "-m", "sharded_lamb.bert")
+    attempts = ";".join(f"{fault}:attempt={attempt}" for attempt, fault in enumerate(UNDER_TORCHRUN))
+    options = ("--nproc-per-node=2", f"--max-restarts={len(UNDER_TORCHRUN)}", "-m", "sharded_lamb.bert")
     done = subprocess.run(
         [*TORCHRUN, *options, "--config", str(config), "--resume", "auto"],
-        env={**ENVIRONMENT, "SHARDED_LAMB_FAULT": faults},
+        env={**ENVIRONMENT, faults.VARIABLE: attempts},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -69,18 +117,10 @@ def test_killed_or_hung_anywhere_it_ends_with_the_same_bits(
     )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
-    assert [int(step) for step in re.findall(r"from step (\d+)", said)] == GONE_ON_FROM
+    assert [int(step) for step in re.findall(r"from step (\d+)", said)] == [*UNDER_TORCHRUN.values()]
     for rank in (0, 1):
         assert f"sharded_lamb watchdog (on rank {rank}): rank 1 hangs while others wait for it" in said
-    last = tmp_path / "run" / "checkpoints" / f"step-{STEPS:08d}"
-    one, two = (read_contents(path) for path in (tmp_path / "whole" / "checkpoints" / last.name, last))
-    assert two.weights.keys() == weights.keys()
-    assert all(two.weights[name].equal(weights[name]) for name in weights)
-    for name, state in one.states.items():
-        assert all(two.states[name][key].equal(value) for key, value in state.items())
-    assert exact(rows_of(tmp_path / "run")) == exact(rows)
-    kept = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
-    assert [problem_with(path) for path in kept] == [None, None]
+    assert_same_run(tmp_path / "run", whole)
 
 
 def _wait_until_it_listens(endpoint: str, process: subprocess.Popen[bytes]) -> None:
@@ -97,7 +137,7 @@ def test_a_node_leaves_and_training_goes_on_with_fewer_ranks(
 ) -> None:
     """Two agents of one rank each. The one that does not hold the rendezvous is killed with its rank."""
     tree = {**long_tree, "model": {**long_tree["model"], "dropout": 0.0}}  # keyed by rank
-    tree["phases"] = [{**tree["phases"][0], "steps": 16}]
+    tree["phases"] = [{**tree["phases"][0], "steps": 12}]
     rows, _ = trained(2, tree, tmp_path / "whole")
     config = write_config(tree, tmp_path)
     with socket.socket() as free:

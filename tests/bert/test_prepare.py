@@ -12,7 +12,7 @@ from sharded_lamb.bert.corpus import check_files, count_documents, find_files
 from sharded_lamb.bert.packing import Packer
 from sharded_lamb.bert.prepare import _sampled, prepare
 from sharded_lamb.bert.shards import PackedSamples, read_manifest
-from sharded_lamb.bert.tokenizer import encode, load_tokenizer, pieces_of
+from sharded_lamb.bert.tokenizer import encode, load_tokenizer, vocabulary_of
 from tests.bert.conftest import LENGTH, paragraphs
 
 
@@ -97,12 +97,12 @@ def test_prepare_in_parallel_and_interrupted_gives_the_same_rows(
 def test_the_manifest_says_what_the_rows_are(tree: dict[str, Any], tmp_path: Path) -> None:
     folder = prepare(configured(tree, tmp_path), LENGTH)
     manifest, rows = read_manifest(folder), all_rows(folder)
-    pieces = pieces_of(load_tokenizer(folder / "tokenizer"))
+    vocabulary = vocabulary_of(load_tokenizer(folder / "tokenizer"))
     assert manifest.sequence_length == rows.shape[1] == LENGTH
-    assert manifest.train_tokens == (rows != pieces.pad).sum()
+    assert manifest.train_tokens == (rows != vocabulary.pad).sum()
     assert manifest.fill > 0.95
     assert manifest.dtype == "uint16"
-    counts = np.bincount(rows.ravel(), minlength=pieces.size)[5:]
+    counts = np.bincount(rows.ravel(), minlength=vocabulary.size)[5:]
     share = counts[counts > 0] / counts.sum()
     assert manifest.unigram_entropy == pytest.approx(-(share * np.log(share)).sum(), rel=1e-12)
     assert len(PackedSamples(folder, "heldout")) > 0
@@ -142,7 +142,7 @@ class TestBadInput:
 
     def test_unknown_format(self, tree: dict[str, Any], tmp_path: Path) -> None:
         (tmp_path / "a.docx").write_text("x")
-        with pytest.raises(ValueError, match=r"can't tell its format from '\.docx'; set data\.format"):
+        with pytest.raises(ValueError, match=r"unknown format '\.docx'; set data\.format"):
             prepare(configured(tree, tmp_path, source=[str(tmp_path / "a.docx")]), LENGTH)
 
     def test_broken_and_empty_files_are_named_and_counted_or_skipped(
@@ -190,34 +190,36 @@ class TestBadInput:
         folder = prepare(config, LENGTH)
         shard = folder / "train-00000.bin"
         shard.write_bytes(shard.read_bytes()[:-2])
-        with pytest.raises(ValueError, match=r"train-00000\.bin: expected \d+ bytes, found it \d+ bytes"):
+        with pytest.raises(
+            ValueError, match=r"train-00000\.bin: expected \d+ bytes, but it is \d+ bytes long"
+        ):
             prepare(config, LENGTH)
 
 
 def test_packed_documents_keep_their_pieces_in_order(tree: dict[str, Any], tmp_path: Path) -> None:
-    pieces = pieces_of(load_tokenizer(prepare(configured(tree, tmp_path), LENGTH) / "tokenizer"))
+    vocabulary = vocabulary_of(load_tokenizer(prepare(configured(tree, tmp_path), LENGTH) / "tokenizer"))
     documents = [list(range(10, 10 + n)) for n in (1, 5, 100, 2, 30, 30, 61, 0, 7)]
     for pack in (True, False):
-        packer = Packer(pieces, 32, nsp=False, pack=pack)
+        packer = Packer(vocabulary, 32, nsp=False, pack=pack)
         for document in documents:
             packer.add(document)
         rows = packer.rows()
         ordinary = [int(i) for i in rows.ravel() if i >= 10]
         assert ordinary == [i for document in documents for i in document]
-        begins = (rows == pieces.cls).sum(1)
-        assert (begins == (rows == pieces.sep).sum(1)).all()
+        begins = (rows == vocabulary.cls).sum(1)
+        assert (begins == (rows == vocabulary.sep).sum(1)).all()
         assert (begins == 1).all() != pack
         assert packer.dropped == 1
 
 
 def test_pairs_cut_one_document_at_a_sentence_end(tree: dict[str, Any], tmp_path: Path) -> None:
-    pieces = pieces_of(load_tokenizer(prepare(configured(tree, tmp_path), LENGTH) / "tokenizer"))
-    stop = pieces.sentence_end[0]
-    packer = Packer(pieces, 32, nsp=True, pack=True)
+    vocabulary = vocabulary_of(load_tokenizer(prepare(configured(tree, tmp_path), LENGTH) / "tokenizer"))
+    stop = vocabulary.sentence_end[0]
+    packer = Packer(vocabulary, 32, nsp=True, pack=True)
     packer.add([50] * 13 + [stop] + [51] * 15)
     packer.add([50] * 3)
     (row,) = packer.rows()
-    assert row.tolist() == [pieces.cls, *[50] * 13, stop, pieces.sep, *[51] * 15, pieces.sep]
+    assert row.tolist() == [vocabulary.cls, *[50] * 13, stop, vocabulary.sep, *[51] * 15, vocabulary.sep]
     assert packer.dropped == 1
 
 

@@ -133,7 +133,7 @@ def test_a_broken_checkpoint_is_passed_over_by_name(
 def test_a_run_is_not_overwritten_or_continued_as_another(tree: dict[str, Any], tmp_path: Path) -> None:
     trained(1, tree, tmp_path)
     for overrides, resume, message in (
-        ([], None, "already holds a run: continue it with --resume auto"),
+        ([], None, "already contains a run: continue it with --resume auto"),
         (["seed=9"], "auto", "the checkpoint's configuration is"),
         (["model.layers=2"], "auto", "is of another model"),
     ):

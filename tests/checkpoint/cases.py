@@ -1,4 +1,4 @@
-"""Models over ranks in every layout, steps on the same averaged gradients, and what they hold, whole."""
+"""Models in every layout over ranks, steps on the same averaged gradients, and their gathered state."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,13 @@ OPTIONS: dict[str, Any] = {"lr": 0.02, "max_grad_norm": 5.0}
 
 @dataclass(frozen=True)
 class Layout:
-    """A model over ranks. ``stage`` 0: DTensors, on a mesh of ``axes``."""
+    """A model's layout over ranks. ``stage`` 0: DTensors, on a mesh of ``axes``."""
 
     world: int
     stage: int = 0
     axes: tuple[str, ...] = ("dp",)
     dtype: torch.dtype = torch.float32
-    remainders: bool = False  # masters kept as 16 bits beside the weights
+    remainders: bool = False  # store only the low 16 bits of masters
 
     def __str__(self) -> str:
         how = f"stage{self.stage}" if self.stage else "fsdp"
@@ -33,7 +33,7 @@ class Layout:
 
     @property
     def arithmetic(self) -> str:
-        """Layouts with the same have the same bits: blocks of flat buckets are cut alike at any number of ranks.
+        """Layouts of equal arithmetic have equal bits: blocks of flat buckets do not depend on the number of ranks.
 
         An average of three equal gradients in stage 2 is not exactly that gradient.
         """
@@ -43,7 +43,7 @@ class Layout:
 
 
 def build(layout: Layout) -> tuple[nn.Module, ShardedLamb]:
-    """Parameters in two groups."""
+    """Returns a model and its optimizer, with two groups."""
     if layout.stage:
         model: nn.Module = models.block().to(layout.dtype)
         options: dict[str, Any] = {"stage": layout.stage, "bucket_mb": 0.0005}
@@ -72,7 +72,7 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def steps(model: nn.Module, opt: Any, which: range) -> None:
-    """The same averaged gradients in every layout."""
+    """Steps on averaged gradients that do not depend on the layout."""
     for step in which:
         for name, p in model.named_parameters():
             g = training.draw(tuple(p.shape), "checkpoint", name, step).to(p.dtype)
@@ -87,28 +87,35 @@ Whole = tuple[dict[str, Tensor], dict[str, Any] | None]
 
 
 def whole(model: nn.Module, opt: Any) -> Whole:
-    """Weights, and on the first rank the optimizer's state by parameter, through bytes."""
+    """Returns whole weights, and on the first rank the optimizer's state by parameter, through bytes."""
     full = opt.full_state_dict()
     return models.whole_weights(model), None if full is None else training.through_bytes(full["state"])
 
 
 def saved(rank: int, layout: Layout, folder: Path) -> tuple[Whole, Whole]:
-    """What was saved after 5 steps, and where 5 more lead."""
+    """The run after 5 steps, as saved, and after 5 more."""
     model, opt = build(layout)
     steps(model, opt, range(5))
     checkpoint.save(folder, model, opt)
-    there = whole(model, opt)
+    at_save = whole(model, opt)
     steps(model, opt, range(5, 10))
-    return there, whole(model, opt)
+    return at_save, whole(model, opt)
 
 
 def resumed(rank: int, layout: Layout, folder: Path) -> tuple[Whole, Whole]:
-    """What was loaded, and where 5 more steps lead."""
+    """The run as loaded, and after 5 more steps."""
     model, opt = build(layout)
-    steps(model, opt, range(97, 99))  # what is loaded must replace what is there
+    steps(model, opt, range(97, 99))  # loading must replace this state
     for group in opt.param_groups:
         group["lr"] = 7.0
     checkpoint.load(folder, model, opt)
-    there = whole(model, opt)
+    at_load = whole(model, opt)
     steps(model, opt, range(5, 10))
-    return there, whole(model, opt)
+    return at_load, whole(model, opt)
+
+
+def saved_and_resumed(
+    rank: int, layout: Layout, folder: Path
+) -> tuple[tuple[Whole, Whole], tuple[Whole, Whole]]:
+    """`saved`, then `resumed` in the same layout on the same ranks."""
+    return saved(rank, layout, folder), resumed(rank, layout, folder)

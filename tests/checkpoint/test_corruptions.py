@@ -1,4 +1,4 @@
-"""Damaged checkpoints are refused by name or load right. All 500: python -m sharded_lamb.bench.corruptions."""
+"""Damaged checkpoints are rejected by name or load correctly. All 500: python -m sharded_lamb.bench.corruptions."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sharded_lamb import checkpoint
-from sharded_lamb.bench.corruptions import DAMAGES, GOOD, Trial, _made
+from sharded_lamb.bench.corruptions import DAMAGES, GOOD, Trial, _build
 from tests.harness import run_ranks
 
 
@@ -33,11 +33,11 @@ def test_every_kind_alone(damage: Any, tmp_path: Path, monkeypatch: pytest.Monke
     trial = Trial(tmp_path)
     outcomes = {trial.run(seed)["outcome"] for seed in range(3)}
     assert outcomes <= {*GOOD}
-    assert outcomes == ({"loaded right"} if damage.__name__ == "stranger" else {"refused"})
+    assert outcomes == ({"loaded right"} if damage.__name__ == "unexpected_file" else {"refused"})
 
 
-def test_sizes_alone_show_what_is_cut_off(tmp_path: Path) -> None:
-    model, opt = _made()
+def test_sizes_alone_show_a_truncation(tmp_path: Path) -> None:
+    model, opt = _build()
     checkpoint.save(tmp_path / "c", model, opt)
     path = tmp_path / "c" / "shard-00000.safetensors"
     data = path.read_bytes()
@@ -48,20 +48,20 @@ def test_sizes_alone_show_what_is_cut_off(tmp_path: Path) -> None:
     assert "does not have the hash" in str(checkpoint.problem_with(tmp_path / "c"))
 
 
-# -- manifests that were changed by somebody who mended the hashes ------------------------------------------------
+# -- manifests rewritten with matching hashes ---------------------------------------------------------------------
 
 
-def mend(folder: Path) -> None:
+def rewrite_hashes(folder: Path) -> None:
     lines = (folder / "SHA256SUMS").read_text().splitlines()
     names = [line.split("  ")[1] for line in lines]
     sums = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
     (folder / "SHA256SUMS").write_text("".join(sums))
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    found = [path] if path else []
+def paths_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    paths = [path] if path else []
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return found + [place for key, entry in inside for place in places(entry, (*path, key))]
+    return paths + [place for key, entry in inside for place in paths_of(entry, (*path, key))]
 
 
 STRANGE: list[Any] = [
@@ -81,9 +81,9 @@ STRANGE: list[Any] = [
 
 
 def rewrite(rng: random.Random, folder: Path) -> str:
-    whole = json.loads((folder / "manifest.json").read_text())
-    place = rng.choice(places(whole))
-    holder = whole
+    manifest = json.loads((folder / "manifest.json").read_text())
+    place = rng.choice(paths_of(manifest))
+    holder = manifest
     for key in place[:-1]:
         holder = holder[key]
     if rng.random() < 0.3:
@@ -92,20 +92,20 @@ def rewrite(rng: random.Random, folder: Path) -> str:
     else:
         holder[place[-1]] = value = rng.choice(STRANGE)
         did = f"{place} = {value!r}"
-    (folder / "manifest.json").write_text(json.dumps(whole))
-    mend(folder)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    rewrite_hashes(folder)
     return did
 
 
-def test_rewritten_manifests_say_what_is_wrong_or_load(tmp_path: Path) -> None:
+def test_rewritten_manifests_are_rejected_by_name_or_load(tmp_path: Path) -> None:
     refused, unclear = 0, []
-    model, opt = _made()
+    model, opt = _build()
     checkpoint.save(tmp_path / "c", model, opt, {"position": {"step": 3, "pair": (1, 2)}})
-    whole = (tmp_path / "c" / "manifest.json").read_bytes()
+    manifest = (tmp_path / "c" / "manifest.json").read_bytes()
     for seed in range(400):
-        (tmp_path / "c" / "manifest.json").write_bytes(whole)
+        (tmp_path / "c" / "manifest.json").write_bytes(manifest)
         did = rewrite(random.Random(seed), tmp_path / "c")
-        model, opt = _made()
+        model, opt = _build()
         try:
             checkpoint.load(tmp_path / "c", model, opt, {"position": {}})
         except Exception as error:
@@ -116,25 +116,25 @@ def test_rewritten_manifests_say_what_is_wrong_or_load(tmp_path: Path) -> None:
     assert refused > 200
 
 
-def test_a_format_of_the_future_is_refused_by_its_version(tmp_path: Path) -> None:
-    model, opt = _made()
+def test_a_newer_format_is_rejected_by_its_version(tmp_path: Path) -> None:
+    model, opt = _build()
     checkpoint.save(tmp_path / "c", model, opt)
-    whole = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
     (tmp_path / "c" / "manifest.json").write_text(
-        json.dumps({**whole, "version": 2, "tensors": "in another way"})
+        json.dumps({**manifest, "version": 2, "tensors": "in another way"})
     )
-    mend(tmp_path / "c")
+    rewrite_hashes(tmp_path / "c")
     with pytest.raises(checkpoint.CheckpointError, match=r"format version 2.*up to version 1: upgrade"):
         checkpoint.load(tmp_path / "c", model, opt)
 
 
 @pytest.mark.parametrize("chunks", ["none", "one twice", "beyond"])
-def test_a_tensor_that_is_not_covered_is_refused(chunks: str, tmp_path: Path) -> None:
-    """What no part covers would silently keep what was there."""
-    model, opt = _made()
+def test_a_tensor_that_is_not_covered_is_rejected(chunks: str, tmp_path: Path) -> None:
+    """Elements that no part covers would silently keep their old values."""
+    model, opt = _build()
     checkpoint.save(tmp_path / "c", model, opt)
-    whole = json.loads((tmp_path / "c" / "manifest.json").read_text())
-    entry = whole["tensors"]["model.0.bias"]
+    manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    entry = manifest["tensors"]["model.0.bias"]
     (part,) = entry["chunks"]
     if chunks == "none":
         entry["chunks"] = []
@@ -143,8 +143,8 @@ def test_a_tensor_that_is_not_covered_is_refused(chunks: str, tmp_path: Path) ->
         entry["shape"], entry["chunks"] = [16], [half, half]
     else:
         entry["chunks"] = [{**part, "at": [1]}]
-    (tmp_path / "c" / "manifest.json").write_text(json.dumps(whole))
-    mend(tmp_path / "c")
+    (tmp_path / "c" / "manifest.json").write_text(json.dumps(manifest))
+    rewrite_hashes(tmp_path / "c")
     with pytest.raises(
         checkpoint.CheckpointError, match=r"parts of 'model.0.bias' hold|a part of 'model.0.bias'"
     ):
@@ -152,12 +152,12 @@ def test_a_tensor_that_is_not_covered_is_refused(chunks: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["../shard", "/etc/hostname", "a/b", "", ".."])
-def test_files_elsewhere_are_not_read(name: str, tmp_path: Path) -> None:
-    model, opt = _made()
+def test_files_outside_the_folder_are_not_read(name: str, tmp_path: Path) -> None:
+    model, opt = _build()
     checkpoint.save(tmp_path / "c", model, opt)
-    whole = json.loads((tmp_path / "c" / "manifest.json").read_text())
-    whole["tensors"]["model.0.weight"]["chunks"][0]["file"] = name
-    (tmp_path / "c" / "manifest.json").write_text(json.dumps(whole))
-    mend(tmp_path / "c")
+    manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    manifest["tensors"]["model.0.weight"]["chunks"][0]["file"] = name
+    (tmp_path / "c" / "manifest.json").write_text(json.dumps(manifest))
+    rewrite_hashes(tmp_path / "c")
     with pytest.raises(checkpoint.CheckpointError, match="not in its own folder"):
         checkpoint.load(tmp_path / "c", model, opt)

@@ -1,11 +1,12 @@
-"""What is in a run's folder whenever the power fails: something whole to go on from."""
+"""A run's folder holds a whole checkpoint to resume from, whenever the power fails."""
 
 import ctypes
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ import pytest
 import torch
 
 from sharded_lamb import ShardedLamb, checkpoint, faults
-from sharded_lamb.checkpoint import CheckpointError, Checkpoints, tensorfile
-from tests import training
+from sharded_lamb.checkpoint import CheckpointError, Checkpoints, durable
+from tests import harness, training
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
 POINTS = ("write", "fsync", "manifest", "rename", "latest", "prune")
@@ -36,7 +37,7 @@ def step(model: torch.nn.Module, opt: ShardedLamb, number: int) -> None:
 
 
 def run_to(number: int) -> tuple[torch.nn.Module, ShardedLamb]:
-    """A run after its ``number``-th step."""
+    """Returns a run after its ``number``-th step."""
     model, opt = make()
     for i in range(number):
         step(model, opt, i)
@@ -48,13 +49,13 @@ def assert_is_at(model: torch.nn.Module, number: int) -> None:
 
 
 def save_steps(root: Path, last: int, keep: int = 3) -> None:
-    """Steps and a checkpoint after each."""
+    """Resumes, and saves a checkpoint after each step."""
     model, opt = make()
-    found = Checkpoints(root, keep=keep)
-    resumed = found.resume(model, opt)
+    checkpoints = Checkpoints(root, keep=keep)
+    resumed = checkpoints.resume(model, opt)
     for number in range(resumed.step if resumed else 0, last):
         step(model, opt, number)
-        found.save(number + 1, model, opt, {"position": {"step": number + 1}})
+        checkpoints.save(number + 1, model, opt, {"position": {"step": number + 1}})
 
 
 def names(root: Path) -> set[str]:
@@ -84,16 +85,18 @@ def test_keep_is_checked() -> None:
         Checkpoints("x", keep=-1)
 
 
-def test_there_may_be_nothing(tmp_path: Path) -> None:
+def test_an_empty_or_missing_folder_resumes_nothing(tmp_path: Path) -> None:
     model, opt = make()
     assert Checkpoints(tmp_path / "none").resume(model, opt) is None
     assert Checkpoints(tmp_path).resume(model, opt) is None
 
 
-def test_a_run_that_went_back_does_not_go_on_from_what_it_gave_up(tmp_path: Path) -> None:
-    """`latest` says 2 although 3 and 4 are there: they are of a run that was given up, and nobody's to delete."""
+def test_checkpoints_after_latest_are_superseded(tmp_path: Path) -> None:
+    """`latest` names 2, but 3 and 4 exist: they were abandoned; they are renamed and never deleted."""
     save_steps(tmp_path, 4, keep=0)
     (tmp_path / "latest").write_text("step-00000002\n")
+    older = "given-up-1-step-00000004"  # the name that earlier releases gave superseded checkpoints
+    (tmp_path / older).mkdir()
     model, opt = make()
     checkpoints = Checkpoints(tmp_path, keep=2)
     resumed = checkpoints.resume(model, opt)
@@ -101,32 +104,31 @@ def test_a_run_that_went_back_does_not_go_on_from_what_it_gave_up(tmp_path: Path
     assert resumed.step == 2
     step(model, opt, 2)
     checkpoints.save(3, model, opt)
-    aside = "given-up-1-step-00000004"
-    assert names(tmp_path) == {"latest", "step-00000002", "step-00000003", aside}
-    assert checkpoint.problem_with(tmp_path / aside) is None
+    superseded = "superseded-1-step-00000004"
+    assert names(tmp_path) == {"latest", "step-00000002", "step-00000003", superseded, older}
+    assert checkpoint.problem_with(tmp_path / superseded) is None
     assert [path.name for path in checkpoints.candidates()] == ["step-00000003", "step-00000002"]
 
 
-def begin_again(rank: int, root: Path, behind: bool) -> None:
+def save_without_resuming(rank: int, root: Path, behind: bool) -> None:
     model, opt = make()
     checkpoints = Checkpoints(root)
     (checkpoints.async_save if behind else checkpoints.save)(1, model, opt)
 
 
 @pytest.mark.parametrize("behind", [False, True], ids=["save", "async"])
-def test_a_run_that_did_not_resume_deletes_nothing_of_an_earlier_one(behind: bool, tmp_path: Path) -> None:
+def test_a_run_that_did_not_resume_deletes_nothing_of_an_earlier_run(behind: bool, tmp_path: Path) -> None:
     save_steps(tmp_path, 3)
     before = names(tmp_path)
-    for kind, message in run_ranks_expecting_errors(2, begin_again, tmp_path, behind).values():
+    for kind, message in run_ranks_expecting_errors(2, save_without_resuming, tmp_path, behind).values():
         assert kind == "ValueError"
         assert "holds step-00000003 of an earlier run" in message
         assert "call resume() first" in message
     assert names(tmp_path) == before
 
 
-def test_one_that_could_not_be_read_is_kept(tmp_path: Path) -> None:
-    """A disk that hiccuped, a format of the future: the run goes on from an older one, and deletes it no more than
-    that."""
+def test_an_unreadable_checkpoint_is_kept(tmp_path: Path) -> None:
+    """After a disk error or with a newer format, the run resumes from an older checkpoint and keeps both."""
     save_steps(tmp_path, 3)
     (tmp_path / "step-00000003" / "SHA256SUMS").rename(tmp_path / "away")
     model, opt = make()
@@ -135,9 +137,9 @@ def test_one_that_could_not_be_read_is_kept(tmp_path: Path) -> None:
     assert resumed is not None
     assert resumed.step == 2
     checkpoints.save(2, model, opt)
-    found = tmp_path / "given-up-1-step-00000003"
-    (tmp_path / "away").rename(found / "SHA256SUMS")
-    assert checkpoint.problem_with(found) is None
+    superseded = tmp_path / "superseded-1-step-00000003"
+    (tmp_path / "away").rename(superseded / "SHA256SUMS")
+    assert checkpoint.problem_with(superseded) is None
 
 
 def test_steps_are_numbers_beyond_eight_digits(tmp_path: Path) -> None:
@@ -156,7 +158,7 @@ class Interrupted(BaseException):
     pass
 
 
-def test_a_save_that_somebody_stopped_waiting_for_is_still_waited_for(
+def test_a_save_whose_wait_was_interrupted_is_still_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, opt = make()
@@ -178,7 +180,7 @@ def test_a_save_that_somebody_stopped_waiting_for_is_still_waited_for(
 
 
 @pytest.mark.parametrize("text", [None, "", "step-00000099\n", "../../etc\n", "\udcff"])
-def test_without_a_readable_latest_the_newest_is_taken(text: str | None, tmp_path: Path) -> None:
+def test_without_a_readable_latest_the_newest_is_loaded(text: str | None, tmp_path: Path) -> None:
     save_steps(tmp_path, 3)
     (tmp_path / "latest").unlink()
     if text is not None:
@@ -189,7 +191,7 @@ def test_without_a_readable_latest_the_newest_is_taken(text: str | None, tmp_pat
     assert resumed.step == 3
 
 
-def test_a_broken_one_is_said_and_the_one_before_it_taken(
+def test_a_damaged_checkpoint_is_logged_and_the_one_before_it_loaded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_steps(tmp_path, 3)
@@ -204,10 +206,10 @@ def test_a_broken_one_is_said_and_the_one_before_it_taken(
     assert len(resumed.skipped) == 2
     assert "step-00000003/manifest.json does not have the hash" in caplog.text
     assert "step-00000002/shard-00000.safetensors is missing" in caplog.text
-    assert f"going on from {tmp_path / 'step-00000001'}" in caplog.text
+    assert f"resuming from {tmp_path / 'step-00000001'}" in caplog.text
 
 
-def test_all_broken_is_an_error_and_not_a_new_start(tmp_path: Path) -> None:
+def test_no_whole_checkpoint_is_an_error(tmp_path: Path) -> None:
     save_steps(tmp_path, 2)
     for number in (1, 2):
         (tmp_path / f"step-0000000{number}" / "SHA256SUMS").unlink()
@@ -216,7 +218,7 @@ def test_all_broken_is_an_error_and_not_a_new_start(tmp_path: Path) -> None:
         Checkpoints(tmp_path).resume(model, opt)
 
 
-def test_another_models_checkpoint_is_not_passed_over(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_not_skipped(tmp_path: Path) -> None:
     save_steps(tmp_path, 2)
     model = torch.nn.Linear(3, 3)
     with pytest.raises(ValueError, match="is of another model"):
@@ -225,41 +227,42 @@ def test_another_models_checkpoint_is_not_passed_over(tmp_path: Path) -> None:
 
 # -- crashes ------------------------------------------------------------------------------------------------------
 
-CHILD = """
-import sys
-import threading
-from pathlib import Path
-from tests.checkpoint.test_folder import save_steps
-save_steps(Path(sys.argv[1]), int(sys.argv[2]), keep=1)
-"""
+
+def save_with_fault(root: Path, last: int, fault: str) -> None:
+    torch.set_num_threads(1)
+    os.environ[faults.VARIABLE] = fault
+    save_steps(root, last, keep=1)
 
 
-def child(root: Path, last: int, fault: str = "") -> int:
-    environment = {**os.environ, faults.VARIABLE: fault, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", CHILD, str(root), str(last)], env=environment, timeout=100, check=False
-    ).returncode
+def exit_code_of_save(root: Path, last: int, fault: str) -> int | None:
+    """Saves in a forked process, which ``fault`` may kill; negative: killed by that signal."""
+    process = multiprocessing.get_context("forkserver").Process(
+        target=save_with_fault, args=(root, last, fault)
+    )
+    process.start()
+    process.join(100)
+    return process.exitcode
 
 
 @pytest.mark.parametrize("where", POINTS)
 def test_killed_anywhere_in_a_save(where: str, tmp_path: Path) -> None:
-    """With keep=1, so that nothing older can save it."""
+    """With keep=1, so that there is no older checkpoint."""
     save_steps(tmp_path, 1, keep=1)
-    assert child(tmp_path, 2, f"kill@checkpoint-{where}") == -9
+    assert exit_code_of_save(tmp_path, 2, f"kill@checkpoint-{where}") == -signal.SIGKILL
     model, opt = make()
     resumed = Checkpoints(tmp_path, keep=1).resume(model, opt)
     assert resumed is not None
     assert resumed.step == (2 if where == "prune" else 1)
     assert resumed.skipped == ()
     assert_is_at(model, resumed.step)
-    save_steps(tmp_path, 3, keep=1)  # what the crash left is in nobody's way
+    save_steps(tmp_path, 3, keep=1)  # leftovers of the crash do not interfere
     assert names(tmp_path) == {"latest", "step-00000003"}
     model, opt = make()
     assert Checkpoints(tmp_path).resume(model, opt) is not None
     assert_is_at(model, 3)
 
 
-def test_what_crashes_left_is_removed_by_the_next_save(tmp_path: Path) -> None:
+def test_the_next_save_removes_leftovers_of_crashes(tmp_path: Path) -> None:
     save_steps(tmp_path, 1)
     for left in (".step-00000077.part", ".step-00000001.dropped"):
         (tmp_path / left).mkdir()
@@ -269,10 +272,10 @@ def test_what_crashes_left_is_removed_by_the_next_save(tmp_path: Path) -> None:
 
 
 def test_killed_while_one_replaces_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a file system cannot exchange names: between two renames the old one lies under another, and is found."""
+    """If the file system cannot exchange names, the old checkpoint has a temporary name between two renames."""
     save_steps(tmp_path, 1, keep=1)
     model, opt = run_to(1)
-    monkeypatch.setattr(tensorfile, "exchange", lambda *_: False)
+    monkeypatch.setattr(durable, "exchange", lambda *_: False)
     real = Path.rename
 
     def only_the_first(self: Path, target: Any) -> Any:
@@ -298,10 +301,12 @@ def test_killed_while_one_replaces_another(tmp_path: Path, monkeypatch: pytest.M
     assert_is_at(model, 1)
 
 
-def test_one_replaces_another_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no moment without it, where the file system can exchange names: these of Linux can."""
+def test_a_checkpoint_is_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On file systems that exchange names, as Linux's do, the checkpoint always exists."""
     save_steps(tmp_path, 1)
-    monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("a moment without it"))
+    monkeypatch.setattr(
+        Path, "rename", lambda *_: pytest.fail("the checkpoint would be missing for a moment")
+    )
     checkpoint.save(tmp_path / "step-00000001", *run_to(2))
     monkeypatch.undo()
     assert names(tmp_path) == {"latest", "step-00000001"}
@@ -310,7 +315,7 @@ def test_one_replaces_another_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert_is_at(model, 2)
 
 
-# -- full disks, folders that others do not see -------------------------------------------------------------------
+# -- full disks, unshared folders ---------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -327,12 +332,12 @@ def faults_of(text: str) -> Iterator[None]:
 def save_on_a_full_disk(rank: int, root: Path, fault: str, behind: bool) -> None:
     model, opt = make()
     with faults_of(fault):
-        found = Checkpoints(root, resumed=True)
+        checkpoints = Checkpoints(root, resumed=True)
         if behind:
-            found.async_save(2, model, opt)
-            found.wait()
+            checkpoints.async_save(2, model, opt)
+            checkpoints.wait()
         else:
-            found.save(2, model, opt)
+            checkpoints.save(2, model, opt)
 
 
 def saved(rank: int, root: Path) -> None:
@@ -349,30 +354,30 @@ def test_a_full_disk(fault: str, behind: bool, tmp_path: Path) -> None:
         assert kind == "OSError"
         assert "No space left" in message
         if fault == "latest":
-            assert "step-00000002 is written, but what follows was not done: `latest` still names" in message
+            assert "step-00000002 was written, but the post-save step failed: `latest` still names" in message
         else:
             assert "step-00000002 could not be written" in message
-            assert "those before it are untouched" in message
+            assert "earlier checkpoints are untouched" in message
     assert checkpoint.problem_with(tmp_path / "step-00000001") is None
     assert (tmp_path / "latest").read_text() == "step-00000001\n"
     assert not [name for name in names(tmp_path) if name.endswith(".part")]
 
 
-def test_old_ones_that_cannot_be_deleted_are_told_and_stay(
+def test_failing_to_delete_old_checkpoints_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_steps(tmp_path, 1)
     model, opt = run_to(2)
     with faults_of("full@checkpoint-prune"), caplog.at_level("WARNING", "sharded_lamb"):
         Checkpoints(tmp_path, keep=1, resumed=True).save(2, model, opt)
-    assert "could not be put in order" in caplog.text
+    assert "could not be deleted or renamed" in caplog.text
     assert names(tmp_path) == {"latest", "step-00000001", "step-00000002"}
     assert (tmp_path / "latest").read_text() == "step-00000002\n"
 
 
 def save_on_own_disks(rank: int, root: Path) -> None:
     if rank == 1:
-        clone_newns = 0x20000  # the mounts of this thread are its own from here
+        clone_newns = 0x20000  # gives this thread its own mounts
         assert ctypes.CDLL(None).unshare(clone_newns) == 0
         subprocess.run(["mount", "--make-rprivate", "/"], check=True)
         subprocess.run(["mount", "-t", "tmpfs", "none", root], check=True)
@@ -384,10 +389,12 @@ def save_on_own_disks(rank: int, root: Path) -> None:
     subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode != 0,
     reason="mounts of a process's own need root",
 )
-def test_a_folder_that_is_not_shared_is_named_with_its_host(tmp_path: Path) -> None:
-    for kind, message in run_ranks_expecting_errors(2, save_on_own_disks, tmp_path).values():
+def test_an_unshared_folder_is_named_with_its_host(tmp_path: Path) -> None:
+    errors = run_ranks_expecting_errors(2, save_on_own_disks, tmp_path)
+    harness.shutdown_pools()  # one worker has other mounts now
+    for kind, message in errors.values():
         assert kind == "OSError"
-        assert "is not there on host" in message
+        assert "does not exist on host" in message
         assert "checkpoints need a folder that all ranks see" in message
 
 
@@ -407,7 +414,7 @@ def resume_on_two(rank: int, root: Path) -> tuple[int, tuple[str, ...]]:
 
 
 def test_ranks_fall_back_together(tmp_path: Path) -> None:
-    """The damaged file is the second rank's to verify."""
+    """The second rank verifies the damaged file."""
     save_steps(tmp_path, 2)
     shutil.copy(tmp_path / "step-00000002" / "manifest.json", tmp_path / "step-00000002" / "SHA256SUMS")
     results = run_ranks(2, resume_on_two, tmp_path)

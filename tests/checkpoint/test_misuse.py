@@ -1,5 +1,4 @@
-"""What users do to checkpoints without meaning to: an error that says so on every rank, and nothing of theirs is
-lost."""
+"""Mistakes of users raise an error on every rank, and lose none of their files."""
 
 import os
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sharded_lamb import Lamb, ShardedLamb, checkpoint
-from sharded_lamb.checkpoint import CheckpointError, Checkpoints, plain, storage, tensorfile
+from sharded_lamb.checkpoint import CheckpointError, Checkpoints, durable, plain, storage
 from tests import training
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
@@ -33,7 +32,7 @@ def names(root: Path) -> set[str]:
     return {path.name for path in root.iterdir()}
 
 
-# -- folders of others ------------------------------------------------------------------------------------------
+# -- foreign folders ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -41,27 +40,27 @@ def names(root: Path) -> set[str]:
 )
 def test_a_folder_with_anything_else_in_it_is_not_replaced(name: str, tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "c", linear(1.0))
-    mine = tmp_path / "c" / name
-    mine.parent.mkdir(exist_ok=True)
-    mine.write_text("mine")
-    with pytest.raises(FileExistsError, match=f"no part of a checkpoint \\({name.partition('/')[0]}"):
+    user_file = tmp_path / "c" / name
+    user_file.parent.mkdir(exist_ok=True)
+    user_file.write_text("mine")
+    with pytest.raises(FileExistsError, match=f"not part of a checkpoint \\({name.partition('/')[0]}"):
         checkpoint.save(tmp_path / "c", linear(2.0))
-    assert mine.read_text() == "mine"
+    assert user_file.read_text() == "mine"
     assert value_of(tmp_path / "c") == 1.0
     assert names(tmp_path) == {"c"}
 
 
-def test_hidden_things_of_others_stay_as_they_are(tmp_path: Path) -> None:
+def test_foreign_hidden_files_stay(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, linear(1.0))
     for name in (".data.old", ".step-mine.part", ".step-00000002-ema.part", ".step-00000003.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").write_text("mine")
     (tmp_path / ".notes.txt.old").write_text("mine")
-    there = names(tmp_path)
+    before = names(tmp_path)
     checkpoints.resume(linear(0.0))
     checkpoints.save(1, linear(2.0))
-    assert names(tmp_path) == there
+    assert names(tmp_path) == before
     assert (tmp_path / ".data.old" / "x").read_text() == "mine"
 
 
@@ -76,7 +75,7 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
     assert names(tmp_path) == {"elsewhere", "last"}
 
 
-def test_another_working_folder_moves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_of_working_folder_has_no_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "b" / "run").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     checkpoints = Checkpoints("run")
@@ -94,7 +93,7 @@ def test_a_run_that_did_not_resume_does_not_prune_an_earlier_one(tmp_path: Path)
     assert names(tmp_path) == {"latest", "step-00000100", "step-00000200"}
 
 
-def test_a_run_that_could_not_resume_saves_nothing_beside(tmp_path: Path) -> None:
+def test_a_run_that_failed_to_resume_saves_nothing(tmp_path: Path) -> None:
     Checkpoints(tmp_path).save(1, linear(1.0))
     (tmp_path / "step-00000001" / "SHA256SUMS").unlink()
     checkpoints = Checkpoints(tmp_path)
@@ -113,12 +112,12 @@ def test_steps_are_not_negative(tmp_path: Path) -> None:
 
 
 def test_two_jobs_that_save_to_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One is put where the other's was; what is there is whole."""
+    """The later checkpoint replaces the earlier one, whole."""
     target = tmp_path / "last"
     real, seen = storage.Writer.finish, []
 
     def finish(self: storage.Writer, **keywords: Any) -> None:
-        if not seen:  # the other job comes in between
+        if not seen:  # the other job saves in between
             seen.append(self.target)
             checkpoint.save(target, linear(2.0))
         real(self, **keywords)
@@ -129,7 +128,7 @@ def test_two_jobs_that_save_to_one_place(tmp_path: Path, monkeypatch: pytest.Mon
     assert names(tmp_path) == {"last"}
 
 
-def test_what_a_dead_save_left_is_removed_when_it_is_old(tmp_path: Path) -> None:
+def test_leftovers_of_a_dead_save_are_removed_when_old(tmp_path: Path) -> None:
     left = [tmp_path / f".c.{name}.part" for name in ("0123abcd", "89ef0000", "other")]
     for path in left:
         path.mkdir()
@@ -142,7 +141,7 @@ def test_what_a_dead_save_left_is_removed_when_it_is_old(tmp_path: Path) -> None
 
 
 def again_and_again(rank: int, folder: Path) -> None:
-    """Results are asked for twice, the first time when another save is under way."""
+    """Asks for results twice, the first time while another save runs."""
     model = linear(1.0)
     first = checkpoint.async_save(folder / "a", model)
     first.result()
@@ -159,7 +158,9 @@ def test_a_result_may_be_asked_for_twice(tmp_path: Path) -> None:
     assert [checkpoint.problem_with(tmp_path / name) for name in "abc"] == [None] * 3
 
 
-def test_an_error_that_was_told_does_not_come_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reported_error_is_not_raised_by_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoints = Checkpoints(tmp_path)
     real, full = storage.Writer.finish, [True]
 
@@ -191,14 +192,14 @@ def test_groups_and_files_do_not_pile_up(tmp_path: Path) -> None:
     run_ranks(2, without_end, tmp_path)
 
 
-# -- an old one is never gone while there is no new one ---------------------------------------------------------------
+# -- the old checkpoint exists until the new one does -------------------------------------------------------------
 
 
-def test_without_exchange_what_waits_for_its_name_is_deleted_last(
+def test_without_exchange_the_old_checkpoint_is_deleted_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a crash between two renames on NFS, and no resume."""
-    monkeypatch.setattr(tensorfile, "exchange", lambda *_: False)
+    """After a crash between two renames on NFS, without a resume."""
+    monkeypatch.setattr(durable, "exchange", lambda *_: False)
     checkpoint.save(tmp_path / "last", linear(1.0))
     (tmp_path / "last").rename(tmp_path / ".last.old")
     real = Path.rename
@@ -213,7 +214,7 @@ def test_without_exchange_what_waits_for_its_name_is_deleted_last(
     assert names(tmp_path) == {"last"}
 
 
-def test_looking_renames_nothing(tmp_path: Path) -> None:
+def test_listing_candidates_renames_nothing(tmp_path: Path) -> None:
     Checkpoints(tmp_path).save(1, linear(1.0))
     (tmp_path / "step-00000001").rename(tmp_path / ".step-00000001.old")
     checkpoints = Checkpoints(tmp_path)
@@ -223,7 +224,7 @@ def test_looking_renames_nothing(tmp_path: Path) -> None:
     assert resumed.step == 1
 
 
-# -- ranks ------------------------------------------------------------------------------------------------------------
+# -- ranks --------------------------------------------------------------------------------------------------------
 
 
 def alone(rank: int, folder: Path, case: str) -> None:
@@ -280,12 +281,12 @@ def alone(rank: int, folder: Path, case: str) -> None:
 def test_one_ranks_mistake_is_an_error_on_all(case: str, kind: str, message: str, tmp_path: Path) -> None:
     failed = run_ranks_expecting_errors(2, alone, tmp_path / "c", case, timeout=60)
     assert set(failed) == {0, 1}
-    for found, text in failed.values():
-        assert found == kind
+    for name, text in failed.values():
+        assert name == kind
         assert message in text
 
 
-def test_a_rank_that_is_not_in_the_group_is_told(tmp_path: Path) -> None:
+def test_a_rank_outside_the_group_raises(tmp_path: Path) -> None:
     failed = run_ranks_expecting_errors(2, alone, tmp_path / "c", "group", timeout=60)
     assert failed[1] == (
         "ValueError",
@@ -294,11 +295,11 @@ def test_a_rank_that_is_not_in_the_group_is_told(tmp_path: Path) -> None:
     assert failed[0][1] == "rank 0 is content"
 
 
-# -- models -----------------------------------------------------------------------------------------------------------
+# -- models -------------------------------------------------------------------------------------------------------
 
 
 class Statistics(nn.Module):
-    """Of this rank's batches."""
+    """Buffers that differ between ranks, as running statistics do."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -346,7 +347,7 @@ def expanded() -> nn.Module:
     ],
     ids=["copy", "meta", "expanded"],
 )
-def test_what_nothing_can_be_loaded_into_is_refused(
+def test_a_model_that_cannot_be_loaded_into_is_rejected(
     make: Callable[[], nn.Module], message: str, tmp_path: Path
 ) -> None:
     model = make()
@@ -361,7 +362,7 @@ def test_what_nothing_can_be_loaded_into_is_refused(
     training.assert_same_bits(after, before)
 
 
-def test_state_of_modules_that_is_on_one_side_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_extra_state_on_one_side_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Own(nn.Linear):
         def get_extra_state(self) -> Any:
             return {"a": torch.ones(2)}
@@ -370,7 +371,7 @@ def test_state_of_modules_that_is_on_one_side_only(tmp_path: Path, caplog: pytes
             pytest.fail("there is none")
 
     checkpoint.save(tmp_path / "with", Own(2, 2))
-    with pytest.raises(ValueError, match="it has what this model lacks: _extra_state"):
+    with pytest.raises(ValueError, match="this model lacks _extra_state"):
         checkpoint.load(tmp_path / "with", nn.Linear(2, 2))
     checkpoint.save(tmp_path / "without", nn.Linear(2, 2))
     with caplog.at_level("WARNING", "sharded_lamb"):
@@ -378,11 +379,11 @@ def test_state_of_modules_that_is_on_one_side_only(tmp_path: Path, caplog: pytes
     assert "lacks _extra_state" in caplog.text
 
 
-# -- extra ------------------------------------------------------------------------------------------------------------
+# -- extra --------------------------------------------------------------------------------------------------------
 
 
 def test_names_in_extra(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="extra has the name 3: names are strings"):
+    with pytest.raises(TypeError, match="extra has the name 3: names must be strings"):
         checkpoint.save(tmp_path / "c", linear(1.0), extra={3: 4})  # type: ignore[dict-item]
 
     class Own(nn.Linear):

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, and what save and load refuse."""
+"""The content of a checkpoint, and the inputs that save and load reject."""
 
 import hashlib
 import json
@@ -19,14 +19,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from sharded_lamb import Lamb, ShardedLamb, checkpoint
-from sharded_lamb.checkpoint.contents import Contents, read_contents, write_contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint, read_contents, write_contents
 from sharded_lamb.checkpoint.manifest import read_manifest
 from tests import training
 from tests.checkpoint.cases import Layout, build, steps, whole
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
 
-class Odd(nn.Module):
+class Unusual(nn.Module):
     """Tied and frozen parameters, buffers, no elements, one element, channels_last."""
 
     def __init__(self, tied: bool = True) -> None:
@@ -58,8 +58,8 @@ def trained(module: nn.Module, opt: Any, count: int) -> None:
         opt.zero_grad()
 
 
-def save_odd(rank: int, folder: Path) -> dict[str, Tensor]:
-    model = Odd()
+def save_unusual(rank: int, folder: Path) -> dict[str, Tensor]:
+    model = Unusual()
     opt = ShardedLamb(model.named_parameters(), lr=0.1, bucket_mb=0.0005)
     trained(model, opt, 2)
     model.get_buffer("mean").fill_(9.0)
@@ -67,11 +67,11 @@ def save_odd(rank: int, folder: Path) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
-def load_odd(
+def load_unusual(
     rank: int, folder: Path, tied: bool, wrapped: bool = False
 ) -> tuple[dict[str, Tensor], Any, Any]:
     torch.manual_seed(5)
-    model = Odd(tied)
+    model = Unusual(tied)
     called = nn.parallel.DistributedDataParallel(torch.compile(model)) if wrapped else model  # type: ignore[arg-type]
     opt = ShardedLamb(called.named_parameters(), lr=0.1)
     checkpoint.load(folder, called, opt)
@@ -80,38 +80,38 @@ def load_odd(
 
 
 @pytest.mark.parametrize(("world", "wrapped"), [(1, False), (3, False), (2, True)])
-def test_odd_parameters_and_buffers(world: int, wrapped: bool, tmp_path: Path) -> None:
-    expected = run_ranks(2, save_odd, tmp_path / "c")[0]
+def test_unusual_parameters_and_buffers(world: int, wrapped: bool, tmp_path: Path) -> None:
+    expected = run_ranks(2, save_unusual, tmp_path / "c")[0]
     assert expected["mean"].tolist() == [9.0] * 3
     assert "scratch" not in expected
-    for weights, extra_state, _ in run_ranks(world, load_odd, tmp_path / "c", True, wrapped):
+    for weights, extra_state, _ in run_ranks(world, load_unusual, tmp_path / "c", True, wrapped):
         training.assert_same_bits(weights, expected)
         assert extra_state == {"calls": 3, "pair": (1, 2)}
 
 
-def test_tied_weights_are_saved_once_and_load_where_they_are_not_tied(tmp_path: Path) -> None:
-    expected = run_ranks(2, save_odd, tmp_path / "c")[0]
-    found = read_manifest(tmp_path / "c")
-    assert found.aliases == {"head.weight": "embed.weight"}
-    assert "model.head.weight" not in found.tensors
-    for weights, _, full in run_ranks(2, load_odd, tmp_path / "c", False):
+def test_tied_weights_are_saved_once_and_load_untied(tmp_path: Path) -> None:
+    expected = run_ranks(2, save_unusual, tmp_path / "c")[0]
+    manifest = read_manifest(tmp_path / "c")
+    assert manifest.aliases == {"head.weight": "embed.weight"}
+    assert "model.head.weight" not in manifest.tensors
+    for weights, _, full in run_ranks(2, load_unusual, tmp_path / "c", False):
         training.assert_same_bits(weights, {**expected, "head.weight": expected["embed.weight"]})
-        if full is not None:  # of the frozen parameter there is none
-            names = [name for name, _ in Odd(tied=False).named_parameters()]
+        if full is not None:  # the frozen parameter has no state
+            names = [name for name, _ in Unusual(tied=False).named_parameters()]
             embed, head = (full["state"][names.index(name)] for name in ("embed.weight", "head.weight"))
             training.assert_same_bits(head, embed)
             assert embed["exp_avg"].norm() > 0
 
 
 def save_apart(rank: int, folder: Path, alike: bool) -> None:
-    model = Odd(tied=False)
+    model = Unusual(tied=False)
     if alike:
         model.head.weight.data.copy_(model.embed.weight.data)
     checkpoint.save(folder, model)
 
 
 def load_weights(rank: int, folder: Path) -> tuple[Tensor, Tensor]:
-    model = Odd()
+    model = Unusual()
     before = model.embed.weight.detach().clone()
     try:
         checkpoint.load(folder, model)
@@ -121,11 +121,11 @@ def load_weights(rank: int, folder: Path) -> tuple[Tensor, Tensor]:
     return model.embed.weight.detach(), model.head.weight.detach()
 
 
-def test_weights_saved_apart_do_not_load_where_they_are_tied_unless_they_are_alike(tmp_path: Path) -> None:
+def test_untied_weights_load_tied_only_if_equal(tmp_path: Path) -> None:
     run_ranks(2, save_apart, tmp_path / "c", False)
     for kind, message in run_ranks_expecting_errors(2, load_weights, tmp_path / "c").values():
         assert kind == "ValueError"
-        assert "holds embed.weight and head.weight apart, with values of their own" in message
+        assert "holds different values of embed.weight and head.weight" in message
     run_ranks(2, save_apart, tmp_path / "c", True)
     saved = safetensors_of(tmp_path / "c")["model.head.weight"]
     for embed, head in run_ranks(2, load_weights, tmp_path / "c"):
@@ -134,10 +134,10 @@ def test_weights_saved_apart_do_not_load_where_they_are_tied_unless_they_are_ali
 
 
 def safetensors_of(folder: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in folder.glob("*.safetensors"):
-        found |= load_file(path)
-    return found
+        tensors |= load_file(path)
+    return tensors
 
 
 # -- the files ----------------------------------------------------------------------------------------------------
@@ -150,8 +150,8 @@ def save_block(rank: int, layout: Layout, folder: Path) -> Any:
     return whole(model, opt)
 
 
-def test_files_are_what_they_say(tmp_path: Path) -> None:
-    """safetensors reads them, sha256sum verifies them, and there is no pickle in them."""
+def test_files_are_readable_by_standard_tools(tmp_path: Path) -> None:
+    """safetensors reads them, sha256sum verifies them, and they hold no pickle."""
     weights, _ = run_ranks(3, save_block, Layout(3, stage=2), tmp_path / "c")[0]
     files = sorted(path.name for path in (tmp_path / "c").iterdir())
     assert files == ["SHA256SUMS", "manifest.json", *(f"shard-0000{rank}.safetensors" for rank in range(3))]
@@ -165,8 +165,8 @@ def test_files_are_what_they_say(tmp_path: Path) -> None:
                 seen[name_of] = seen.get(name_of, 0) + tensor.numel()
                 if name_of.startswith("model.") and not at:
                     assert torch.equal(tensor, weights[name_of.removeprefix("model.")])
-    found = read_manifest(tmp_path / "c")
-    assert seen == {name: math.prod(tensor.shape) for name, tensor in found.tensors.items()}
+    manifest = read_manifest(tmp_path / "c")
+    assert seen == {name: math.prod(tensor.shape) for name, tensor in manifest.tensors.items()}
     for name in files:
         with pytest.raises(ValueError, match=r"opcode|exhausted|pickle|newline"):
             list(pickletools.genops((tmp_path / "c" / name).read_bytes()))
@@ -180,25 +180,25 @@ def save_wide(rank: int, folder: Path) -> None:
 
 
 def test_every_rank_writes_its_part(tmp_path: Path) -> None:
-    """No rank writes the state of all, and nothing is written twice."""
+    """Every rank writes a like amount, and nothing is written twice."""
     run_ranks(3, save_wide, tmp_path / "c")
-    found = read_manifest(tmp_path / "c")
-    total = sum(tensor.bytes for tensor in found.tensors.values())
-    sizes = dict.fromkeys(found.files, 0)
-    for tensor in found.tensors.values():
+    manifest = read_manifest(tmp_path / "c")
+    total = sum(tensor.bytes for tensor in manifest.tensors.values())
+    sizes = dict.fromkeys(manifest.files, 0)
+    for tensor in manifest.tensors.values():
         for chunk in tensor.chunks:
             sizes[chunk.place.file] += chunk.place.end - chunk.place.begin
     assert sum(sizes.values()) == total
     assert max(sizes.values()) < 1.3 * min(sizes.values()), sizes
     for kind in ("exp_avg", "exp_avg_sq"):
-        held = dict.fromkeys(found.files, 0)
-        for name, tensor in found.tensors.items():
+        held = dict.fromkeys(manifest.files, 0)
+        for name, tensor in manifest.tensors.items():
             for chunk in tensor.chunks if name.endswith(f".{kind}") else ():
                 held[chunk.place.file] += chunk.place.end - chunk.place.begin
         assert max(held.values()) < 1.1 * min(held.values())
 
 
-def test_who_wrote_it(tmp_path: Path) -> None:
+def test_written_by(tmp_path: Path) -> None:
     run_ranks(3, save_block, Layout(3, stage=2), tmp_path / "c")
     by = read_manifest(tmp_path / "c").written_by
     assert {key: by[key] for key in ("ranks", "optimizer", "stage")} == {
@@ -210,8 +210,8 @@ def test_who_wrote_it(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "c").optimizer["step"] == 2
 
 
-def test_bits_do_not_depend_on_when_it_is_written(tmp_path: Path) -> None:
-    """Two saves of one state are the same files, so that hashes can be compared."""
+def test_two_saves_of_one_state_are_equal_files(tmp_path: Path) -> None:
+    """Hashes of checkpoints can therefore be compared."""
     for name in ("one", "two"):
         run_ranks(2, save_block, Layout(2, stage=1), tmp_path / name)
     hashes = [
@@ -247,20 +247,20 @@ PLAIN: dict[str, Any] = {
 }
 
 
-def test_plain_data_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_plain_data_round_trips(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     rng = torch.get_rng_state()
     extra = {**PLAIN, "rng": rng, "tensors": [torch.tensor(3), {"a.b": torch.ones(2, 3, dtype=torch.bool)}]}
     checkpoint.save(tmp_path / "c", model, extra=extra)
-    found = checkpoint.load(tmp_path / "c", model)
-    assert {key: found[key] for key in PLAIN} == PLAIN
-    assert [type(value) for value in found["numbers"]] == [type(value) for value in PLAIN["numbers"]]
-    assert torch.equal(found["rng"], rng)
-    assert found["tensors"][0].item() == 3
-    assert found["tensors"][1]["a.b"].all()
+    loaded = checkpoint.load(tmp_path / "c", model)
+    assert {key: loaded[key] for key in PLAIN} == PLAIN
+    assert [type(value) for value in loaded["numbers"]] == [type(value) for value in PLAIN["numbers"]]
+    assert torch.equal(loaded["rng"], rng)
+    assert loaded["tensors"][0].item() == 3
+    assert loaded["tensors"][1]["a.b"].all()
 
 
-def test_nan_comes_back(tmp_path: Path) -> None:
+def test_nan_round_trips(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     checkpoint.save(tmp_path / "c", model, extra={"loss": math.nan})
     assert math.isnan(checkpoint.load(tmp_path / "c", model)["loss"])
@@ -270,7 +270,7 @@ def test_nan_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "value", [object(), {1, 2}, b"bytes", [lambda: None]], ids=["object", "set", "bytes", "nested"]
 )
-def test_what_is_not_plain_is_refused_by_its_path(value: Any, tmp_path: Path) -> None:
+def test_other_data_is_rejected_by_its_path(value: Any, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"extra\.position.*convert it, or leave it out"):
         checkpoint.save(tmp_path / "c", nn.Linear(2, 2), extra={"position": value})
     assert not (tmp_path / "c").exists()
@@ -294,10 +294,10 @@ def schedule(rank: int, folder: Path) -> None:
     opt_again = ShardedLamb(again.named_parameters(), lr=0.1, stage=2)
     later = torch.optim.lr_scheduler.CosineAnnealingLR(opt_again, 10)
     scaler_again, other = torch.amp.GradScaler("cpu"), Counter(0)
-    found = checkpoint.load(
+    loaded = checkpoint.load(
         folder, again, opt_again, {"scheduler": later, "scaler": scaler_again, "counter": other}
     )
-    assert found["epoch"] == 7
+    assert loaded["epoch"] == 7
     assert later.last_epoch == 3
     assert opt_again.param_groups[0]["lr"] == opt.param_groups[0]["lr"] != 0.1
     assert scaler_again.get_scale() == 510.0
@@ -313,7 +313,7 @@ def test_scheduler_and_scaler_through_extra(tmp_path: Path) -> None:
 
 
 def averages(rank: int, folder: Path) -> None:
-    """A sharded average of the weights: DTensors in extra are written and read in parts."""
+    """DTensors in extra, such as a sharded average of the weights, are written and read in parts."""
     mesh = init_device_mesh("cpu", (2,))
     value = torch.arange(10.0).view(5, 2)
     shadow = distribute_tensor(value, mesh, [Shard(0)])
@@ -415,7 +415,7 @@ def unfrozen(rank: int, folder: Path, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_parameter_that_was_frozen_starts_as_new(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_parameter_that_was_frozen_starts_anew(dtype: torch.dtype, tmp_path: Path) -> None:
     run_ranks(2, unfrozen, tmp_path / "c", dtype)
 
 
@@ -453,32 +453,32 @@ def test_lamb_and_back(tmp_path: Path) -> None:
 
 def test_contents_round_trip(tmp_path: Path) -> None:
     run_ranks(3, save_block, Layout(3, stage=2, dtype=torch.bfloat16), tmp_path / "c")
-    found = read_contents(tmp_path / "c")
-    assert found.extra == {"words": "of rank 0"}
-    assert found.written_by["ranks"] == 3
-    assert [len(group["names"]) for group in found.groups] == [4, 6] or found.groups
-    write_contents(tmp_path / "d", found)
+    contents = read_contents(tmp_path / "c")
+    assert contents.extra == {"words": "of rank 0"}
+    assert contents.written_by["ranks"] == 3
+    assert [len(group["names"]) for group in contents.groups] == [4, 6] or contents.groups
+    write_contents(tmp_path / "d", contents)
     again = read_contents(tmp_path / "d")
-    training.assert_same_bits(again.weights, found.weights)
-    for name, state in found.states.items():
+    training.assert_same_bits(again.weights, contents.weights)
+    for name, state in contents.states.items():
         training.assert_same_bits(again.states[name], state)
-    assert again.groups == found.groups
-    assert again.optimizer == found.optimizer
+    assert again.groups == contents.groups
+    assert again.optimizer == contents.optimizer
 
 
-def test_contents_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_inconsistent_contents_are_rejected(tmp_path: Path) -> None:
     weights, zero = {"w": torch.zeros(2)}, torch.zeros(())
     wrong = {"step": zero, "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(2)}
-    with pytest.raises(ValueError, match=r"exp_avg of 'w' has shape \(3,\) and the weight \(2,\)"):
-        write_contents(tmp_path / "c", Contents(weights, {"w": wrong}, []))
-    with pytest.raises(ValueError, match="state of 'v' and no weight"):
-        write_contents(tmp_path / "c", Contents(weights, {"v": wrong}, []))
-    with pytest.raises(ValueError, match="'v' is no weight"):
-        write_contents(tmp_path / "c", Contents(weights, {}, [{"names": ["v"], "options": {}}]))
+    with pytest.raises(ValueError, match=r"exp_avg of 'w' has shape \(3,\), its weight \(2,\)"):
+        write_contents(tmp_path / "c", InMemoryCheckpoint(weights, {"w": wrong}, []))
+    with pytest.raises(ValueError, match="state of 'v' but no weight"):
+        write_contents(tmp_path / "c", InMemoryCheckpoint(weights, {"v": wrong}, []))
+    with pytest.raises(ValueError, match="'v' is not a weight"):
+        write_contents(tmp_path / "c", InMemoryCheckpoint(weights, {}, [{"names": ["v"], "options": {}}]))
     assert not list(tmp_path.iterdir())
 
 
-# -- refused ------------------------------------------------------------------------------------------------------
+# -- rejected -----------------------------------------------------------------------------------------------------
 
 
 def refusing(rank: int, folder: Path, case: str) -> None:
@@ -511,22 +511,22 @@ def refusing(rank: int, folder: Path, case: str) -> None:
 
 
 REFUSED = {
-    "larger": ("ValueError", "is of another model: 0.weight has shape (3, 3) there and (4, 3) here"),
+    "larger": ("ValueError", "is of another model: 0.weight has shape (3, 3) there, but (4, 3) here"),
     "named": ("ValueError", "is of another model: it lacks 2.bias, 2.weight."),
     "adam": ("TypeError", "checkpoints hold the state of Lamb and ShardedLamb, got Adam"),
     "stranger": ("ValueError", "parameter 0 of group 0 is not one of the model's"),
     "extra": ("ValueError", "has no extra 'scheduler', only []"),
-    "groups": ("ValueError", "has 1 parameter groups and this optimizer 2"),
+    "groups": ("ValueError", "has 1 parameter groups, this optimizer has 2"),
     "one rank's extra": ("TypeError", "extra.x is object"),
     "weights only": ("ValueError", "holds weights only: load it with optimizer=None"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_mistakes_are_told_on_every_rank(case: str, tmp_path: Path) -> None:
+def test_mistakes_raise_on_every_rank(case: str, tmp_path: Path) -> None:
     kind, text = REFUSED[case]
-    for rank, (found, message) in run_ranks_expecting_errors(2, refusing, tmp_path / "c", case).items():
-        assert found == kind, message
+    for rank, (name, message) in run_ranks_expecting_errors(2, refusing, tmp_path / "c", case).items():
+        assert name == kind, message
         assert text in message
         assert message.startswith("on rank ") == (case == "one rank's extra" and rank == 0)
 
@@ -536,7 +536,7 @@ def test_mistakes_are_told_on_every_rank(case: str, tmp_path: Path) -> None:
 
 def apart(rank: int, folder: Path, what: str) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
-    if what == "stages":  # of a pipeline, each with a path of its own
+    if what == "stages":  # of a pipeline, a path per stage
         checkpoint.save(folder / f"stage{rank // 2}", model)
     elif what == "models":
         checkpoint.save(folder / "c", model if rank < 2 else nn.Linear(3, 3))
@@ -550,8 +550,8 @@ def apart(rank: int, folder: Path, what: str) -> None:
     ("what", "text"),
     [("stages", "the path differs"), ("models", "the model differs"), ("load", "the path differs")],
 )
-def test_ranks_that_mean_different_checkpoints_are_told(what: str, text: str, tmp_path: Path) -> None:
-    """They would report success for weights that nobody wrote, or go on from different steps."""
+def test_ranks_that_disagree_raise(what: str, text: str, tmp_path: Path) -> None:
+    """They would report success for weights that no rank wrote, or resume from different steps."""
     for kind, message in run_ranks_expecting_errors(4, apart, tmp_path, what).values():
         assert kind == "ValueError"
         assert text in message
@@ -574,34 +574,34 @@ def test_weights_of_some_of_the_ranks(tmp_path: Path) -> None:
 
 
 def before_and_after(rank: int, folder: Path) -> None:
-    """A model that was loaded alone, and saved when there were ranks."""
-    from sharded_lamb.checkpoint import ranks
+    """Loads a model before the process group exists, and saves it afterwards."""
+    from sharded_lamb.checkpoint import rank_group
 
     model = nn.Linear(3, 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranks.dist, "is_initialized", lambda: False)
-        assert ranks.Ranks.of().size == 1
-    assert ranks.Ranks.of().size == 2
+        patch.setattr(rank_group.dist, "is_initialized", lambda: False)
+        assert rank_group.RankGroup.of().size == 1
+    assert rank_group.RankGroup.of().size == 2
     checkpoint.save(folder, model)
 
 
-def test_ranks_are_those_of_now(tmp_path: Path) -> None:
+def test_ranks_follow_the_process_group(tmp_path: Path) -> None:
     run_ranks(2, before_and_after, tmp_path / "c")
     assert checkpoint.problem_with(tmp_path / "c") is None
 
 
 @pytest.mark.parametrize("behind", [False, True], ids=["save", "async"])
-def test_what_is_no_checkpoint_is_not_replaced(behind: bool, tmp_path: Path) -> None:
+def test_only_a_checkpoint_is_replaced(behind: bool, tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     checkpoint.save(tmp_path / "step-00000001", model)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(OSError, match="is no part of a checkpoint"):
+    with pytest.raises(OSError, match="are not part of a checkpoint"):
         checkpoint.async_save(tmp_path, model).result() if behind else checkpoint.save(tmp_path, model)
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert checkpoint.problem_with(tmp_path / "step-00000001") is None
-    checkpoint.save(tmp_path / "step-00000001", model)  # a checkpoint is
+    checkpoint.save(tmp_path / "step-00000001", model)  # replaces a checkpoint
     (tmp_path / "step-00000001" / "SHA256SUMS").unlink()
-    checkpoint.save(tmp_path / "step-00000001", model)  # a broken one too
+    checkpoint.save(tmp_path / "step-00000001", model)  # and a damaged one
     (tmp_path / "new").mkdir()
     checkpoint.save(tmp_path / "new", model)
 
@@ -638,21 +638,21 @@ def staging_fails(rank: int, folder: Path) -> None:
             )
         with pytest.raises((MemoryError, RuntimeError), match="no room"):
             checkpoint.async_save(folder, model)
-    checkpoint.async_save(folder, model).result()  # nothing is thought to be under way
+    checkpoint.async_save(folder, model).result()  # no save is pending
 
 
-def test_staging_that_fails_on_one_rank_fails_on_all_and_blocks_nothing(tmp_path: Path) -> None:
+def test_staging_that_fails_on_one_rank_fails_on_all(tmp_path: Path) -> None:
     run_ranks(2, staging_fails, tmp_path / "c", timeout=60)
     assert checkpoint.problem_with(tmp_path / "c") is None
 
 
-# -- behind training ----------------------------------------------------------------------------------------------
+# -- while training -----------------------------------------------------------------------------------------------
 
 
 def behind(rank: int, layout: Layout, folder: Path) -> tuple[Any, Any]:
     model, opt = build(layout)
     steps(model, opt, range(2))
-    there = whole(model, opt)
+    at_save = whole(model, opt)
     writing = checkpoint.async_save(folder, model, opt)
     steps(model, opt, range(2, 4))
     with pytest.raises(ValueError, match=r"is being written: call result\(\)"):
@@ -660,18 +660,18 @@ def behind(rank: int, layout: Layout, folder: Path) -> tuple[Any, Any]:
     assert writing.result() == folder
     steps(model, opt, range(4, 5))
     checkpoint.load(folder, model, opt)
-    return there, whole(model, opt)
+    return at_save, whole(model, opt)
 
 
 @pytest.mark.parametrize("layout", [Layout(1, 2), Layout(2, 1), Layout(3, 2), Layout(2)], ids=str)
-def test_training_goes_on_while_it_is_written(layout: Layout, tmp_path: Path) -> None:
-    (weights, state), (found, full) = run_ranks(layout.world, behind, layout, tmp_path / "c")[0]
-    training.assert_same_bits(found, weights)
+def test_training_continues_during_an_async_save(layout: Layout, tmp_path: Path) -> None:
+    (weights, state), (loaded, full) = run_ranks(layout.world, behind, layout, tmp_path / "c")[0]
+    training.assert_same_bits(loaded, weights)
     for place, entry in state.items():
         training.assert_same_bits(full[place], entry)
 
 
-# -- torch's own way ----------------------------------------------------------------------------------------------
+# -- torch.distributed.checkpoint ---------------------------------------------------------------------------------
 
 
 def through_torch(rank: int, folder: Path) -> None:

@@ -1,12 +1,17 @@
-"""Saved in any layout, loaded in any other: 5 steps before, 5 after, against the run that never stopped."""
+"""Save in one layout, load in another: 5 steps before, 5 after, compared with the run that never stopped.
 
+The file format knows no layout. Every layout is therefore saved and loaded on its own ranks, saved for one hub layout,
+loaded from the hub, and saved for the next one of the other layouts; `targets` lists them.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests import training
-from tests.checkpoint.cases import Layout, Whole, resumed, saved
+from tests.checkpoint.cases import Layout, Whole, resumed, saved, saved_and_resumed
 from tests.harness import run_ranks
 
 LAYOUTS = [
@@ -29,10 +34,32 @@ HALF = [
     Layout(4, dtype=torch.bfloat16, remainders=True),
     Layout(4, axes=("dp", "tp"), dtype=torch.bfloat16),
 ]
+HUB, HALF_HUB = LAYOUTS[2], HALF[3]  # both of the arithmetic that most layouts share
 
 
-def assert_same_run(found: Whole, expected: Whole, *, bits: bool) -> None:
-    weights, state = found
+def targets(source: Layout, layouts: Sequence[Layout], hub: Layout) -> list[Layout]:
+    """The layouts that load ``source``'s checkpoint, beside ``source`` itself."""
+    others = [layout for layout in layouts if layout != hub]
+    if source == hub:
+        return others
+    return [hub, others[(others.index(source) + 1) % len(others)]]
+
+
+@pytest.mark.parametrize(("layouts", "hub", "count"), [(LAYOUTS, HUB, 27), (HALF, HALF_HUB, 15)])
+def test_every_layout_is_saved_for_and_loaded_from_another(
+    layouts: list[Layout], hub: Layout, count: int
+) -> None:
+    pairs = {(source, target) for source in layouts for target in targets(source, layouts, hub)}
+    assert len(pairs) == count
+    for layout in layouts:
+        if layout != hub:
+            assert {(layout, hub), (hub, layout)} <= pairs
+            assert any(source == layout and target != hub for source, target in pairs)
+            assert any(target == layout and source != hub for source, target in pairs)
+
+
+def assert_same_run(run: Whole, expected: Whole, *, bits: bool) -> None:
+    weights, state = run
     if bits:
         training.assert_same_bits(weights, expected[0])
     for name, value in expected[0].items():
@@ -50,39 +77,63 @@ def assert_same_run(found: Whole, expected: Whole, *, bits: bool) -> None:
 
 @pytest.mark.parametrize("source", LAYOUTS, ids=str)
 def test_fp32(source: Layout, tmp_path: Path) -> None:
-    there, end = run_ranks(source.world, saved, source, tmp_path / "c")[0]
-    for target in LAYOUTS:
-        for rank, (loaded, later) in enumerate(run_ranks(target.world, resumed, target, tmp_path / "c")):
+    runs = run_ranks(source.world, saved_and_resumed, source, tmp_path / "c")
+    at_save, end = runs[0][0]
+    loaded_by = {source: [own for _, own in runs]}
+    for target in targets(source, LAYOUTS, HUB):
+        loaded_by[target] = run_ranks(target.world, resumed, target, tmp_path / "c")
+    for target, ranks in loaded_by.items():
+        for rank, (loaded, later) in enumerate(ranks):
             assert (loaded[1] is None) == (rank > 0)
-            assert_same_run(loaded, there, bits=True)
+            assert_same_run(loaded, at_save, bits=True)
             assert_same_run(later, end, bits=source.arithmetic == target.arithmetic)
 
 
 @pytest.mark.parametrize("source", HALF, ids=str)
 def test_bf16_with_its_masters(source: Layout, tmp_path: Path) -> None:
-    there, end = run_ranks(source.world, saved, source, tmp_path / "c")[0]
-    assert there[1] is not None
-    assert all("master" in entry for entry in there[1].values())
-    for target in HALF:
-        for loaded, later in run_ranks(target.world, resumed, target, tmp_path / "c"):
-            assert_same_run(loaded, there, bits=True)
+    runs = run_ranks(source.world, saved_and_resumed, source, tmp_path / "c")
+    at_save, end = runs[0][0]
+    assert at_save[1] is not None
+    assert all("master" in entry for entry in at_save[1].values())
+    loaded_by = {source: [own for _, own in runs]}
+    for target in targets(source, HALF, HALF_HUB):
+        loaded_by[target] = run_ranks(target.world, resumed, target, tmp_path / "c")
+    for target, ranks in loaded_by.items():
+        for loaded, later in ranks:
+            assert_same_run(loaded, at_save, bits=True)
             if source.arithmetic == target.arithmetic:
                 assert_same_run(later, end, bits=True)
             elif later[1] is not None:
-                masters = ({p: e["master"] for p, e in state.items()} for state in (later[1], end[1] or {}))
-                found, expected = masters
+                masters, expected = (
+                    {p: e["master"] for p, e in state.items()} for state in (later[1], end[1] or {})
+                )
                 for param, value in expected.items():
-                    assert (found[param] - value).norm() <= 1e-6 * value.norm()
+                    assert (masters[param] - value).norm() <= 1e-6 * value.norm()
+
+
+Saved = tuple[Path, Whole]
+"""A checkpoint, and the run as it was saved."""
+
+
+@pytest.fixture(scope="module")
+def fp32_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    folder = tmp_path_factory.mktemp("fp32") / "c"
+    return folder, run_ranks(LAYOUTS[1].world, saved, LAYOUTS[1], folder)[0][0]
+
+
+@pytest.fixture(scope="module")
+def bf16_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    folder = tmp_path_factory.mktemp("bf16") / "c"
+    return folder, run_ranks(HALF[0].world, saved, HALF[0], folder)[0][0]
 
 
 @pytest.mark.parametrize("target", HALF, ids=str)
-def test_fp32_into_bf16(target: Layout, tmp_path: Path) -> None:
+def test_fp32_into_bf16(target: Layout, fp32_checkpoint: Saved) -> None:
     """The fp32 weights are the masters, and the weights are those rounded."""
-    source = LAYOUTS[1]
-    (weights, state), _ = run_ranks(source.world, saved, source, tmp_path / "c")[0]
+    folder, (weights, state) = fp32_checkpoint
     assert state is not None
-    for (found, full), _ in run_ranks(target.world, resumed, target, tmp_path / "c"):
-        training.assert_same_bits(found, {name: value.bfloat16() for name, value in weights.items()})
+    for (loaded, full), _ in run_ranks(target.world, resumed, target, folder):
+        training.assert_same_bits(loaded, {name: value.bfloat16() for name, value in weights.items()})
         if full is not None:
             for place, (name, value) in enumerate(ordered(weights)):
                 assert torch.equal(full[place]["master"], value), name
@@ -91,15 +142,14 @@ def test_fp32_into_bf16(target: Layout, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", LAYOUTS[1:7:2], ids=str)
-def test_bf16_into_fp32(target: Layout, tmp_path: Path) -> None:
-    """Weights are the masters, of which the saved weights are roundings."""
-    source = HALF[0]
-    (weights, state), _ = run_ranks(source.world, saved, source, tmp_path / "c")[0]
+def test_bf16_into_fp32(target: Layout, bf16_checkpoint: Saved) -> None:
+    """The weights are the saved masters, not the saved bf16 weights."""
+    folder, (weights, state) = bf16_checkpoint
     assert state is not None
     masters = {name: state[place]["master"] for place, (name, _) in enumerate(ordered(weights))}
     assert any(not torch.equal(masters[name], value.float()) for name, value in weights.items())
-    for (found, _), _ in run_ranks(target.world, resumed, target, tmp_path / "c"):
-        training.assert_same_bits(found, masters)
+    for (loaded, _), _ in run_ranks(target.world, resumed, target, folder):
+        training.assert_same_bits(loaded, masters)
 
 
 def ordered(weights: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""Ranks that disagree, and what a sharded optimizer must refuse: an error on every rank in seconds, never a hang."""
+"""Disagreement between ranks and invalid inputs raise on every rank within seconds, and never hang."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,13 +16,13 @@ from tests import training
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
 SECONDS = 20.0
-"""Errors must come well within this; agreement itself would wait for 60 s, gloo for half an hour."""
+"""Upper bound on the time until an error; the agreement's timeout is 60 s, gloo's half an hour."""
 
 Errors = dict[int, tuple[str, str]]
 
 
 def errors_of(world: int, case: Callable[..., Any], *args: Any) -> Errors:
-    """As `run_ranks_expecting_errors`, for errors that leave no collective half done: the workers are reused."""
+    """`run_ranks_expecting_errors` for errors that leave no collective unfinished: workers are reused."""
     results = run_ranks(world, catch, case, *args, timeout=SECONDS)
     assert None not in results, f"ranks that did not raise: {results}"
     return dict(enumerate(results))
@@ -37,8 +37,8 @@ def catch(rank: int, case: Callable[..., Any], *args: Any) -> tuple[str, str] | 
 
 
 def all_say(errors: Errors, kind: str, *parts: str) -> None:
-    for rank, (found, message) in errors.items():
-        assert found == kind, f"rank {rank}: {found}: {message}"
+    for rank, (raised, message) in errors.items():
+        assert raised == kind, f"rank {rank}: {raised}: {message}"
         for part in parts:
             assert part in message, f"rank {rank}: {part!r} is not in {message!r}"
 
@@ -97,7 +97,7 @@ def other_frozen(last: bool) -> ShardedLamb:
 
 
 def other_kernel(last: bool) -> ShardedLamb:
-    """As on a host without a compiler, where "auto" is another."""
+    """As on a host without a compiler, where "auto" selects another kernel."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHARDED_LAMB_KERNEL", "fused" if last else "cpp")
         return ShardedLamb(two_layers())
@@ -158,8 +158,8 @@ def test_disagreement_on_an_added_group() -> None:
     )
 
 
-def go_on_after_disagreement(rank: int) -> dict[str, Tensor]:
-    """A refused group leaves the optimizer as it was."""
+def continue_after_disagreement(rank: int) -> dict[str, Tensor]:
+    """A rejected group does not change the optimizer."""
     params = training.parameters()
     opt = ShardedLamb(params.items(), lr=0.01, stage=2)
     with pytest.raises(ValueError, match="ranks disagree"):
@@ -169,10 +169,10 @@ def go_on_after_disagreement(rank: int) -> dict[str, Tensor]:
     return training.copies(params)
 
 
-def test_a_refused_group_changes_nothing() -> None:
+def test_a_rejected_group_changes_nothing() -> None:
     oracle = training.oracle_of_ranks(2, range(2), lr=0.01)
-    for found in run_ranks(2, go_on_after_disagreement):
-        training.assert_follows(found, oracle)
+    for weights in run_ranks(2, continue_after_disagreement):
+        training.assert_follows(weights, oracle)
 
 
 def fail_alone(rank: int, failing: int) -> None:
@@ -180,7 +180,7 @@ def fail_alone(rank: int, failing: int) -> None:
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
-def test_a_rank_that_fails_alone_tells_the_others(failing: int) -> None:
+def test_a_local_error_raises_on_every_rank(failing: int) -> None:
     errors = errors_of(3, fail_alone, failing)
     all_say(errors, "ValueError", "eps must be a finite number > 0", "-1.0")
     for rank, (_, message) in errors.items():
@@ -192,7 +192,7 @@ def fail_alone_on_a_parameter(rank: int) -> None:
     ShardedLamb([("p", p)])
 
 
-def test_a_rank_with_a_wrong_parameter_tells_the_others() -> None:
+def test_a_local_wrong_parameter_raises_on_every_rank() -> None:
     errors = errors_of(2, fail_alone_on_a_parameter)
     assert errors[1][0] == "TypeError"
     assert errors[0][0] == "ValueError"
@@ -209,7 +209,7 @@ def stay_away(rank: int, absent: tuple[int, ...]) -> str:
         return str(caught.value)
     finally:
         agreement.TIMEOUT_S = 60.0
-        dist.destroy_process_group()  # counts of constructions differ now: these workers must not be reused
+        dist.destroy_process_group()  # construction counts differ now: these workers must not be reused
 
 
 @pytest.mark.parametrize("absent", [(1,), (0,), (1, 2)], ids=str)
@@ -222,7 +222,7 @@ def test_a_rank_that_never_constructs_is_named(absent: tuple[int, ...]) -> None:
             assert "Look for an earlier error there" in message
 
 
-# -- gradients that stage 1 must not take --------------------------------------------------------------------
+# -- gradients that stage 1 must reject ----------------------------------------------------------------------
 
 
 def train_on_own_gradients(rank: int) -> None:
@@ -232,7 +232,7 @@ def train_on_own_gradients(rank: int) -> None:
     opt.step()
 
 
-def test_stage_1_refuses_gradients_that_are_not_averaged() -> None:
+def test_stage_1_rejects_gradients_that_are_not_averaged() -> None:
     all_say(
         errors_of(2, train_on_own_gradients),
         "ValueError",
@@ -244,7 +244,7 @@ def test_stage_1_refuses_gradients_that_are_not_averaged() -> None:
 
 
 def own_gradients_of_one_small_parameter(rank: int) -> None:
-    """All alike but one parameter of one element, about a thousandth of the whole."""
+    """Gradients agree except for one parameter of one element, about a thousandth of the total."""
     params = training.parameters()
     opt = ShardedLamb(params.items())
     grads = training.own_gradients(0, 0)
@@ -269,7 +269,7 @@ def miss_one_gradient(rank: int, step_of_it: int) -> None:
 
 
 @pytest.mark.parametrize("step_of_it", [0, 4])
-def test_stage_1_refuses_a_gradient_on_one_rank_only(step_of_it: int) -> None:
+def test_stage_1_rejects_a_gradient_on_one_rank_only(step_of_it: int) -> None:
     all_say(
         errors_of(2, miss_one_gradient, step_of_it),
         "ValueError",
@@ -290,7 +290,7 @@ def nan_at_first(rank: int) -> int:
     return opt.skipped_steps
 
 
-def test_non_finite_gradients_are_not_taken_for_unaveraged_ones() -> None:
+def test_non_finite_gradients_do_not_count_as_unaveraged() -> None:
     assert run_ranks(2, nan_at_first) == [1, 1]
 
 
@@ -302,7 +302,7 @@ def ddp_with_stage_1(rank: int) -> dict[str, Tensor]:
         wrapped(training.draw((4, 7), rank, step)).square().sum().backward()
         opt.step()
         opt.zero_grad()
-    assert set(opt.trust_ratios()) == {"weight", "bias"}  # the wrapper's prefix is gone
+    assert set(opt.trust_ratios()) == {"weight", "bias"}  # without the wrapper's prefix
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
@@ -318,7 +318,7 @@ def ddp_with_stage_2(rank: int) -> None:
     opt.step()
 
 
-def test_stage_2_under_ddp_is_refused() -> None:
+def test_stage_2_under_ddp_raises() -> None:
     all_say(
         run_ranks_expecting_errors(2, ddp_with_stage_2, timeout=SECONDS),
         "ValueError",
@@ -338,7 +338,7 @@ def fake_flat_parameter() -> nn.Parameter:
 
 
 @pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
-def test_fsdp1_flat_parameter_is_refused(cls: Any) -> None:
+def test_fsdp1_flat_parameter_raises(cls: Any) -> None:
     with pytest.raises(ValueError, match=r"'flat' is a flat parameter of FSDP1.*fully_shard"):
         cls([("flat", fake_flat_parameter())])
 
@@ -348,12 +348,12 @@ def fsdp1(rank: int) -> None:
     ShardedLamb(model.named_parameters())
 
 
-def test_real_fsdp1_is_refused() -> None:
+def test_real_fsdp1_raises() -> None:
     all_say(errors_of(2, fsdp1), "ValueError", "flat parameter of FSDP1", "fully_shard")
 
 
 @pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
-def test_complex_and_sparse_parameters_are_refused(cls: Any) -> None:
+def test_complex_and_sparse_parameters_raise(cls: Any) -> None:
     with pytest.raises(TypeError, match=r"'c' is torch\.complex64: LAMB is defined for real parameters"):
         cls([("c", nn.Parameter(torch.ones(3, dtype=torch.complex64)))])
     sparse = torch.eye(3).to_sparse().requires_grad_()
@@ -361,7 +361,7 @@ def test_complex_and_sparse_parameters_are_refused(cls: Any) -> None:
         cls([("s", sparse)])
 
 
-def test_meta_parameter_is_refused() -> None:
+def test_meta_parameter_raises() -> None:
     with pytest.raises(ValueError, match=r"'weight' is on the meta device: call model\.to_empty"):
         ShardedLamb(nn.Linear(3, 2, device="meta").named_parameters())
 
@@ -374,12 +374,12 @@ def step_with_sparse_gradient(rank: int, stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_sparse_gradient_is_refused(stage: int) -> None:
+def test_sparse_gradient_raises(stage: int) -> None:
     errors = run_ranks_expecting_errors(2, step_with_sparse_gradient, stage, timeout=SECONDS)
     all_say(errors, "TypeError", "the gradient of 'weight' has layout torch.sparse_coo", "sparse=False")
 
 
-def test_lamb_refuses_a_sparse_gradient() -> None:
+def test_lamb_rejects_a_sparse_gradient() -> None:
     embedding = nn.Embedding(10, 4, sparse=True)
     opt = Lamb(embedding.named_parameters())
     embedding(torch.tensor([1, 2])).sum().backward()
@@ -401,7 +401,7 @@ def second_optimizer(rank: int) -> None:
     try:
         ShardedLamb(pairs[1:])
     finally:
-        assert len(first.param_groups) == 1  # `first` lives until here
+        assert len(first.param_groups) == 1  # keeps `first` alive
 
 
 def test_second_optimizer_on_the_same_parameters() -> None:

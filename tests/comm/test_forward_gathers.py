@@ -1,6 +1,6 @@
-"""Parameters that are gathered behind the next forward: the same bits, and every module waits for what it needs.
+"""Gathers that overlap the next forward: the same bits, and every module waits for its parameters.
 
-Here a gather starts only when somebody waits for it, so that what nobody waits for is stale for certain.
+In these tests a gather starts only at its wait, so that a parameter without a wait is certainly stale.
 """
 
 import copy
@@ -22,7 +22,7 @@ SMALL = 0.002  # MiB: a bucket a layer
 
 
 class Lazy(Pending):
-    """Not started before it is waited for."""
+    """A gather that only starts when it is waited for."""
 
     def __init__(self, start: Callable[[], Pending]) -> None:
         super().__init__([])
@@ -45,7 +45,7 @@ def lazy_gathers() -> Iterator[None]:
 
 
 class Attending(nn.Module):
-    """``out_proj`` is read by its parent and never called; ``sometimes`` only where it is asked for."""
+    """The parent reads ``out_proj`` without calling it; ``sometimes`` is only called with ``more``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,11 +82,11 @@ def train(rank: int, overlaps: bool, stage: int, dtype: torch.dtype, steps: int 
         for step in range(steps):
             tokens = torch.randint(40, (3, 5), generator=generator)
             loss = wrapped(tokens, more=step != 3).float().logsumexp(-1).mean()
-            run.left.append(len(opt._gathers._pending))
+            run.left.append(len(opt._gathers._in_flight))
             opt.zero_grad()
             loss.backward()
             opt.step()
-            run.in_flight.append(len(opt._gathers._pending))
+            run.in_flight.append(len(opt._gathers._in_flight))
         opt.synchronize()
     run.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     return run
@@ -94,7 +94,7 @@ def train(rank: int, overlaps: bool, stage: int, dtype: torch.dtype, steps: int 
 
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize(("stage", "dtype"), [(2, torch.float32), (2, torch.bfloat16), (1, torch.float32)])
-def test_the_bits_are_those_of_waiting_in_the_step(world: int, stage: int, dtype: torch.dtype) -> None:
+def test_overlap_has_the_bits_of_waiting_in_the_step(world: int, stage: int, dtype: torch.dtype) -> None:
     waiting = run_ranks(world, train, False, stage, dtype)
     overlapping = run_ranks(world, train, True, stage, dtype)
     for one, other in zip(waiting, overlapping, strict=True):
@@ -106,8 +106,8 @@ def test_the_bits_are_those_of_waiting_in_the_step(world: int, stage: int, dtype
             assert torch.equal(weight, other.weights[name]), name
 
 
-def test_what_no_forward_reads_is_awaited_by_the_next_step() -> None:
-    """The fourth forward leaves ``sometimes`` out: its gather is still in flight after it, and is over a step later."""
+def test_the_next_step_waits_for_gathers_that_no_forward_read() -> None:
+    """The fourth forward does not call ``sometimes``: its gather stays in flight until the next step."""
     for run in run_ranks(2, train, True, 2, torch.float32):
         assert run.left[:3] == [0, 0, 0]
         assert run.left[3] >= 1
@@ -115,7 +115,7 @@ def test_what_no_forward_reads_is_awaited_by_the_next_step() -> None:
 
 
 def watched(rank: int) -> dict[str, list[str]]:
-    """What is still stale at each event after a step that left gathers in flight."""
+    """Parameters that are still stale at each event after a step that left gathers in flight."""
     torch.manual_seed(0)
     model = Attending()
     opt = ShardedLamb(model.named_parameters(), lr=0.05, stage=2, bucket_mb=SMALL)
@@ -124,7 +124,7 @@ def watched(rank: int) -> dict[str, list[str]]:
     names = {p: name for name, p in model.named_parameters()}
 
     def stale() -> list[str]:
-        return sorted(name for p, name in names.items() if bucket_of[p] in opt._gathers._pending)
+        return sorted(name for p, name in names.items() if bucket_of[p] in opt._gathers._in_flight)
 
     def step() -> None:
         model(tokens).logsumexp(-1).mean().backward()
@@ -175,14 +175,14 @@ def test_every_module_waits_for_its_own_parameters() -> None:
             assert stale == [], event
 
 
-def test_a_model_of_another_optimizer_is_refused() -> None:
+def test_a_model_of_another_optimizer_raises() -> None:
     opt = ShardedLamb(nn.Linear(3, 3).named_parameters())
     with pytest.raises(ValueError, match="without a parameter that this optimizer gathers"):
         opt.overlap_forward(nn.Linear(3, 3))
 
 
 def test_a_model_outlives_its_optimizer() -> None:
-    """What is in flight belongs to the model's hooks."""
+    """The model's hooks hold the gathers in flight."""
     assert run_ranks(2, outlived) == [True, True]
 
 
@@ -202,7 +202,7 @@ def outlived(rank: int) -> bool:
 
 
 def copied(rank: int) -> list[bool]:
-    """Copies of a model whose gathers are in flight: alike, and whole on every rank."""
+    """Copies of a model whose gathers are in flight are equal and complete on every rank."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     opt = ShardedLamb(model.named_parameters(), lr=0.1, stage=2, bucket_mb=SMALL)
@@ -212,7 +212,7 @@ def copied(rank: int) -> list[bool]:
         for how in (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))):
             model(torch.ones(1, 64)).sum().backward()
             opt.step()
-            assert opt._gathers._pending
+            assert opt._gathers._in_flight
             other = how(model)
             alike.append(torch.equal(other(torch.ones(1, 64)), model(torch.ones(1, 64))))
             opt.zero_grad()
@@ -221,18 +221,18 @@ def copied(rank: int) -> list[bool]:
     return [*alike, torch.equal(parts[0], parts[1])]
 
 
-def test_a_copy_of_the_model_has_whole_parameters() -> None:
+def test_a_copy_of_the_model_has_complete_parameters() -> None:
     assert run_ranks(2, copied) == [[True] * 3] * 2
 
 
 def two_models(rank: int) -> list[int]:
-    """In flight after a step: both watched, then one, then none."""
+    """Gathers in flight after a step: with both models watched, then one, then none."""
     torch.manual_seed(0)
     models = [nn.Linear(64, 64), nn.Linear(64, 64)]
     named = [(f"{i}.{name}", p) for i, m in enumerate(models) for name, p in m.named_parameters()]
     opt = ShardedLamb(named, lr=0.1, stage=2, bucket_mb=SMALL)
     watches = [opt.overlap_forward(model) for model in models]
-    found = []
+    in_flight = []
     with lazy_gathers():
         for watch in (None, *watches):
             if watch is not None:
@@ -240,11 +240,11 @@ def two_models(rank: int) -> list[int]:
             for model in models:
                 model(torch.ones(1, 64)).sum().backward()
             opt.step()
-            found.append(len(opt._gathers._pending))
+            in_flight.append(len(opt._gathers._in_flight))
             opt.zero_grad()
-    return found
+    return in_flight
 
 
-def test_each_model_is_watched_by_itself() -> None:
+def test_models_are_watched_independently() -> None:
     for both, one, none in run_ranks(2, two_models):
         assert both > one > none == 0

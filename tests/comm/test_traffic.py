@@ -1,4 +1,4 @@
-"""Collectives and bytes of a step, counted apart from the library's own counter, and that one checked by them."""
+"""Collectives and bytes of a step, counted independently of `Traffic`, and `Traffic` checked against them."""
 
 import math
 from collections import Counter
@@ -36,12 +36,12 @@ ALL = [
 @dataclass
 class Seen:
     calls: Counter[str] = field(default_factory=Counter)
-    sent: Counter[str] = field(default_factory=Counter)  # bytes that this rank gave to others
+    sent: Counter[str] = field(default_factory=Counter)  # bytes that this rank sent
     largest_all_reduce: int = 0
 
 
 def _sent(name: str, args: tuple[Any, ...], group_size: int) -> int:
-    """Bytes by the tensor that the operation sends from."""
+    """Bytes sent, from the operation's input tensor."""
     if name in ("isend", "send", "broadcast", "all_reduce"):
         return args[0].nbytes
     if name == "all_to_all_single":
@@ -73,13 +73,13 @@ def spied() -> Iterator[Seen]:
 @dataclass
 class Report:
     seen: Seen
-    calls: dict[str, int]  # what `opt.traffic` says of the same steps
+    calls: dict[str, int]  # `opt.traffic` of the same steps
     bytes: dict[str, int]
     gloo: Counter[str]  # profiler events
 
 
 def _steps(rank: int, case: Case, world: int) -> Report:
-    """After two steps, in which stage 1 compares gradients and hooks are learnt."""
+    """Measured after two steps, in which stage 1 compares gradients and hooks learn."""
     params = make_parameters(case)
     opt = make_optimizer(case, params)
 
@@ -91,7 +91,7 @@ def _steps(rank: int, case: Case, world: int) -> Report:
     for step in range(2):
         one(step)
     calls, sent = opt.traffic.calls.copy(), opt.traffic.bytes.copy()
-    # Threads that the group's own work runs in are profiled too; there is one event an operation.
+    # The profiler includes the process group's threads: one event per operation.
     with spied() as seen, profile(activities=[ProfilerActivity.CPU]) as profiler:
         for step in range(2, 2 + STEPS):
             one(step)
@@ -129,15 +129,15 @@ def test_two_small_all_reduces_however_many_parameters(stage: int, world: int) -
 
 
 def buckets_of(shapes: dict[str, tuple[int, ...]], itemsize: int, mb: float, world: int) -> list[int]:
-    """Elements of every bucket, padding included; the rule of docs, computed again."""
-    sizes, held = [], 0
+    """Elements of every bucket, padding included; the documented rule, computed independently."""
+    sizes, filled = [], 0
     for shape in reversed(shapes.values()):
-        held += -(-math.prod(shape) // BLOCK) * BLOCK
-        if held * itemsize >= mb * 2**20:
-            sizes.append(held)
-            held = 0
-    if held:
-        sizes.append(held)
+        filled += -(-math.prod(shape) // BLOCK) * BLOCK
+        if filled * itemsize >= mb * 2**20:
+            sizes.append(filled)
+            filled = 0
+    if filled:
+        sizes.append(filled)
     return [-(-size // (BLOCK * world)) * BLOCK * world for size in sizes]
 
 
@@ -159,7 +159,7 @@ def test_bytes_are_those_of_shards_and_small_vectors(dtype: torch.dtype, stage: 
         assert report.bytes.get("reduce_scatter", 0) == (shards if stage == 2 else 0)
         assert seen.sent["isend"] == stage * shards
         assert sum(seen.sent.values()) == sum(report.bytes.values())
-        messages = (gathers + scatters) * (world - 1)  # small slices travel together
+        messages = (gathers + scatters) * (world - 1)  # one message carries all small slices
         assert seen.calls["isend"] == seen.calls["irecv"] == messages
         assert report.calls["all_gather"] == gathers
         assert report.calls.get("reduce_scatter", 0) == scatters

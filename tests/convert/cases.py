@@ -1,4 +1,4 @@
-"""A model, steps on gradients that are known by name, and the command as a user calls it."""
+"""A model, steps on gradients drawn by parameter name, and the command line run in this process."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sharded_lamb import Lamb, checkpoint
 from sharded_lamb.__main__ import main
-from sharded_lamb.checkpoint.contents import Contents, read_contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint, read_contents
 from tests import training
 
 LAMB: dict[str, Any] = {"lr": 0.02, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1}
@@ -18,7 +18,7 @@ PATTERNS = ["bias$", "norm"]
 
 
 class Net(nn.Module):
-    """Tied weights, buffers of floats and of integers, a scalar."""
+    """Tied weights, float and integer buffers, a scalar."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def net(seed: int = 0) -> Net:
 
 
 def train(model: nn.Module, optimizer: Any, steps: Iterable[int]) -> None:
-    """Gradients are bfloat16 numbers, so that models of every dtype get the same."""
+    """Steps on gradients that are bfloat16 numbers, hence equal for models of every dtype."""
     for step in steps:
         for name, p in model.named_parameters():
             drawn = training.draw(tuple(p.shape), "gradient", name, step)
@@ -66,19 +66,19 @@ def params(model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_close(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-6
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-6
 ) -> None:
-    """Norm-wise."""
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
+    """Compares the norm of the difference with the expected norm."""
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
         other = expected[name].double()
         error = (value.double() - other).norm() / other.norm().clamp(min=1e-30)
         assert error <= tolerance, f"{name} is {error:.2e} off"
 
 
-def assert_moved(found: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> None:
-    """What a comparison after some steps is worth: every parameter is elsewhere by far more than the tolerance."""
-    for name, value in found.items():
+def assert_moved(actual: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> None:
+    """Asserts that every parameter moved by far more than the tolerance of `assert_close`."""
+    for name, value in actual.items():
         assert (value - start[name]).norm() > 1e-3 * start[name].norm(), name
 
 
@@ -88,15 +88,15 @@ def convert(source: Path | str, target: Path, form: str, to: str, *options: str)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What the command says as it refuses."""
+    """Asserts that the command exits with 2; returns its error message."""
     capsys.readouterr()
     assert main(["convert", *map(str, arguments)]) == 2
     return capsys.readouterr().err
 
 
 def load_file(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(path, weights_only=True)
-    return found
+    file: dict[str, Any] = torch.load(path, weights_only=True)
+    return file
 
 
 def groups_of(model: nn.Module, names: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
@@ -104,23 +104,23 @@ def groups_of(model: nn.Module, names: Sequence[Sequence[str]]) -> list[dict[str
     return [{"params": [own[name] for name in group]} for group in names]
 
 
-def same_contents(found: Contents, expected: Contents, *, groups: bool = True) -> None:
-    """To the bit."""
-    training.assert_same_bits(found.weights, expected.weights)
-    assert all(value.dtype == expected.weights[name].dtype for name, value in found.weights.items())
-    assert found.states.keys() == expected.states.keys()
-    for name, state in found.states.items():
+def same_contents(actual: InMemoryCheckpoint, expected: InMemoryCheckpoint, *, groups: bool = True) -> None:
+    """Asserts bitwise equality."""
+    training.assert_same_bits(actual.weights, expected.weights)
+    assert all(value.dtype == expected.weights[name].dtype for name, value in actual.weights.items())
+    assert actual.states.keys() == expected.states.keys()
+    for name, state in actual.states.items():
         training.assert_same_bits(state, expected.states[name])
-    assert found.aliases == expected.aliases
+    assert actual.aliases == expected.aliases
     if groups:
-        assert found.groups == expected.groups
-        assert found.optimizer == expected.optimizer
+        assert actual.groups == expected.groups
+        assert actual.optimizer == expected.optimizer
 
 
 def through(
     folder: Path, form: str, start: Path, capsys: pytest.CaptureFixture[str] | None = None
-) -> tuple[Contents, str]:
-    """A checkpoint in another format and back; what was said on the way there."""
+) -> tuple[InMemoryCheckpoint, str]:
+    """Converts a checkpoint to a format and back; returns the result and the notes on the way there."""
     convert(start, folder / form, "sharded_lamb", form)
     said = capsys.readouterr().out if capsys else ""
     convert(folder / form, folder / "back", form, "sharded_lamb", "--force")
@@ -130,7 +130,7 @@ def through(
 def continued(
     path: Path, make: Callable[[Net], Any], steps: range = range(4, 9), dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights as loaded from a file {model, optimizer}, and after more steps of another optimizer."""
+    """Returns weights as loaded from a file {model, optimizer}, and after more steps of another optimizer."""
     file, model = load_file(path), net(seed=9).to(dtype)
     model.load_state_dict(file["model"])
     optimizer = make(model)

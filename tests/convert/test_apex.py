@@ -1,4 +1,4 @@
-"""apex's FusedLAMB: files laid out as its source lays them out, of a run of the float64 oracle; no GPU is at hand."""
+"""apex's FusedLAMB, which needs a GPU: files in its source's layout, of a run of the float64 oracle."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sharded_lamb import Lamb, checkpoint
-from sharded_lamb.checkpoint.contents import read_contents
+from sharded_lamb.checkpoint.in_memory import read_contents
 from tests import training
 from tests.convert import cases
 from tests.oracle import OracleLamb, variant_options
@@ -24,7 +24,7 @@ KEYS = {
     "step",
     "params",
 }
-"""Of a group after a step: apex/optimizers/fused_lamb.py."""
+"""Keys of a group after a step, as in apex/optimizers/fused_lamb.py."""
 
 
 def oracle_run(variant: str, steps: range, oracle: OracleLamb | None = None) -> OracleLamb:
@@ -75,7 +75,7 @@ def apex_file(oracle: OracleLamb, model: cases.Net, half: bool = False) -> dict[
 
 
 @pytest.mark.parametrize("variant", ["apex", "nvlamb"])
-def test_we_go_on_as_the_oracle_does(
+def test_we_continue_like_the_oracle(
     variant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     oracle = oracle_run(variant, range(4))
@@ -106,13 +106,15 @@ def test_masters_of_amp(tmp_path: Path) -> None:
     cases.convert(
         tmp_path / "theirs", tmp_path / "ours", "apex", "sharded_lamb", "--names", f"{tmp_path}/names"
     )
-    found = read_contents(tmp_path / "ours")
+    contents = read_contents(tmp_path / "ours")
     for name, master in zip(named, file["master params"], strict=True):
-        assert found.weights[name].dtype == torch.float16
-        assert torch.equal(found.states[name]["master"], master)
+        assert contents.weights[name].dtype == torch.float16
+        assert torch.equal(contents.states[name]["master"], master)
 
 
-def test_what_is_written_is_what_fused_lamb_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_written_files_have_the_keys_of_fused_lamb(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, optimizer = cases.trained(variant="apex", exclude_from_weight_decay=cases.PATTERNS)
     cases.saved(tmp_path / "ours", model, optimizer)
     cases.convert(tmp_path / "ours", tmp_path / "file", "sharded_lamb", "apex")

@@ -1,8 +1,10 @@
-"""The command: what it refuses and says, and names."""
+"""The convert command: errors, notes, and parameters' names."""
 
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 
 from sharded_lamb import Lamb, ShardedLamb, checkpoint
 from sharded_lamb.__main__ import main
-from sharded_lamb.checkpoint.contents import read_contents
+from sharded_lamb.checkpoint.in_memory import read_contents
 from sharded_lamb.convert.command import FORMATS
 from tests.convert import cases
 from tests.test_readme import README
@@ -23,7 +25,7 @@ def ours(tmp_path: Path) -> Path:
 
 
 def theirs(folder: Path, groups: int = 1) -> Path:
-    """Moments of an AdamW without names."""
+    """Writes a file of AdamW without parameters' names."""
     model = cases.net()
     own = list(model.parameters())
     peer = torch.optim.AdamW([{"params": own[:2]}, {"params": own[2:]}] if groups == 2 else own)
@@ -36,7 +38,7 @@ def theirs(folder: Path, groups: int = 1) -> Path:
 
 
 def test_names_of_several_groups_must_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Positions of groups are not the model's order: norm.weight and norm.bias would be taken for each other."""
+    """Groups are not in the model's order: norm.weight and norm.bias would be swapped."""
     command = (theirs(tmp_path, groups=2), tmp_path / "ours", "--from", "adam", "--to", "sharded_lamb")
     said = cases.refused(capsys, *command)
     assert "2 groups are not in the model's order: give --names FILE" in said
@@ -52,7 +54,7 @@ def test_names_of_several_groups_must_be_given(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda names: names[:-1], "has 6 names and the optimizer 7 parameters"),
+        (lambda names: names[:-1], "has 6 names, but the optimizer has 7 parameters"),
         (lambda names: [*names[:-1], "fc.bia"], "'fc.bia' is not in the model"),
         (lambda names: [*names[:-1], names[0]], "is named twice"),
         (lambda names: names[::-1], "the names are not in the optimizer's order"),
@@ -68,9 +70,9 @@ def test_wrong_names(change: Any, message: str, tmp_path: Path, capsys: pytest.C
 
 
 def test_one_group_is_in_the_models_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Buffers and tied names are told from parameters."""
+    """Buffers and tied names are not counted as parameters."""
     cases.convert(theirs(tmp_path), tmp_path / "ours", "adam", "sharded_lamb")
-    assert "taken in the model's order, scale to head.bias" in capsys.readouterr().out
+    assert "the model's order is assumed, scale to head.bias" in capsys.readouterr().out
     names = [name for name, _ in cases.net().named_parameters()]
     assert read_contents(tmp_path / "ours").groups[0]["names"] == names
 
@@ -84,10 +86,10 @@ def test_a_frozen_parameter_makes_the_order_doubtful(
     said = cases.refused(
         capsys, tmp_path / "theirs", tmp_path / "ours", "--from", "adam", "--to", "sharded_lamb"
     )
-    assert "its model has 7 tensors where the optimizer has 6 parameters: give --names" in said
+    assert "its model has 7 tensors, but the optimizer has 6 parameters: give --names" in said
 
 
-def test_weights_of_an_optimizer_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_of_an_optimizer_saved_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = cases.load_file(theirs(tmp_path))
     torch.save(file["optimizer"], tmp_path / "alone")
     torch.save(file["model"], tmp_path / "model")
@@ -97,7 +99,7 @@ def test_weights_of_an_optimizer_by_itself(tmp_path: Path, capsys: pytest.Captur
     assert read_contents(tmp_path / "ours").states.keys() == {n for n, _ in cases.net().named_parameters()}
 
 
-# -- what is not read ----------------------------------------------------------------------------------------
+# -- rejected files ------------------------------------------------------------------------------------------
 
 
 class Harmful:
@@ -118,7 +120,7 @@ def test_pickles_are_not_run(
     assert not (tmp_path / "harm").exists()
 
 
-def test_files_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").write_text("hello")
     torch.save([1], tmp_path / "list")
     torch.save({"model": {}, "optimizer": {"a": 1}}, tmp_path / "empty")
@@ -132,7 +134,7 @@ def test_files_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert message in said
 
 
-def test_one_ranks_slices_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_slices_of_one_rank_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = cases.net()
     optimizer = ShardedLamb(model.named_parameters())
     states = {place: {**state} for place, state in optimizer.state_dict()["state"].items()}
@@ -146,7 +148,7 @@ def test_one_ranks_slices_are_refused(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("switch", ["caution", "decoupled_decay"])
-def test_timms_other_rules_are_refused(
+def test_timms_other_update_rules_are_rejected(
     switch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = cases.load_file(theirs(tmp_path))
@@ -160,7 +162,7 @@ def test_timms_other_rules_are_refused(
 # -- options -------------------------------------------------------------------------------------------------
 
 
-def test_options_without_effect_are_refused(
+def test_options_without_effect_are_rejected(
     ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = (ours, tmp_path / "x", "--from", "sharded_lamb", "--to", "lamb")
@@ -171,13 +173,13 @@ def test_options_without_effect_are_refused(
 def test_set(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ("--set", "lr=0.5", "--set", "betas=[0.8, 0.9]", "--set", "max_grad_norm=null")
     cases.convert(ours, tmp_path / "new", "sharded_lamb", "sharded_lamb", *given)
-    found = read_contents(tmp_path / "new")
-    assert found.groups[0]["options"] == {
+    contents = read_contents(tmp_path / "new")
+    assert contents.groups[0]["options"] == {
         **read_contents(ours).groups[0]["options"],
         "lr": 0.5,
         "betas": (0.8, 0.9),
     }
-    assert found.optimizer["max_grad_norm"] is None
+    assert contents.optimizer["max_grad_norm"] is None
     command = (ours, tmp_path / "x", "--from", "sharded_lamb", "--to", "lamb", "--set")
     for wrong, message in (
         ("lr=-1", "lr must be a finite number >= 0"),
@@ -185,7 +187,7 @@ def test_set(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ("rl=1", "the options of this checkpoint are"),
         ("lr", "--set must be KEY=VALUE"),
         ("max_grad_norm=0", "max_grad_norm must be a number > 0"),
-        ('variant="apex"', "--set variant would change a name and no option: --set the options themselves"),
+        ('variant="apex"', "--set variant would change a name but no option: --set the options themselves"),
     ):
         assert message in cases.refused(capsys, *command, wrong)
 
@@ -194,7 +196,7 @@ def test_set(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     ("given", "expected"), [(["lr=0.5"], 0.25), (["initial_lr=0.2", "lr=0.5"], 0.1), (["eps=0.1"], 0.01)]
 )
 def test_a_new_lr_outlives_torchs_schedulers(given: list[str], expected: float, tmp_path: Path) -> None:
-    """They go on from ``initial_lr``."""
+    """Schedulers continue from ``initial_lr``."""
 
     def halved(optimizer: Lamb, last: int) -> None:
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5, last_epoch=last)
@@ -209,7 +211,7 @@ def test_a_new_lr_outlives_torchs_schedulers(given: list[str], expected: float, 
     assert optimizer.param_groups[0]["lr"] == expected
 
 
-# -- what is said --------------------------------------------------------------------------------------------
+# -- notes ---------------------------------------------------------------------------------------------------
 
 SAID: list[tuple[str, dict[str, Any], list[str]]] = [
     ("timm", {"variant": "deepspeed"}, ["bias_correction=lr", "trust_clip=(0.01, 10.0)"]),
@@ -236,7 +238,7 @@ SAID: list[tuple[str, dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(("to", "options", "messages"), SAID)
-def test_losses_are_said(
+def test_losses_are_noted(
     to: str, options: dict[str, Any], messages: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ours = cases.saved(tmp_path / "ours", *cases.trained(**options), epoch=3)
@@ -247,7 +249,7 @@ def test_losses_are_said(
 
 
 @pytest.mark.parametrize("to", ["timm", "apex"])
-def test_steps_that_differ_are_said(to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_that_differ_are_noted(to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, optimizer = cases.trained(2)
     model.fc.bias.grad = None
     own = [p for name, p in model.named_parameters() if name != "fc.bias"]
@@ -256,11 +258,11 @@ def test_steps_that_differ_are_said(to: str, tmp_path: Path, capsys: pytest.Capt
     optimizer.step()
     cases.saved(tmp_path / "ours", model, optimizer)
     cases.convert(tmp_path / "ours", tmp_path / "file", "sharded_lamb", to)
-    assert "1 parameters that had fewer steps (fc.bias has 2) get their group's" in capsys.readouterr().out
+    assert "1 parameters with fewer steps (fc.bias has 2) take their group's" in capsys.readouterr().out
     assert cases.load_file(tmp_path / "file")["optimizer"]["param_groups"][0]["step"] == 3
 
 
-def test_a_parameter_without_state_has_none_there(tmp_path: Path) -> None:
+def test_a_parameter_without_state_stays_without(tmp_path: Path) -> None:
     model = cases.net()
     optimizer = Lamb(model.named_parameters())
     model.fc.bias.grad = torch.ones(6)
@@ -272,11 +274,11 @@ def test_a_parameter_without_state_has_none_there(tmp_path: Path) -> None:
         assert len(back.groups[0]["names"]) == 7
 
 
-# -- files of another optimizer than was said ------------------------------------------------------------------
+# -- files of another optimizer than --from names ------------------------------------------------------------
 
 
 def test_an_adam_is_not_taken_for_timms_lamb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its steps are elsewhere: it would have gone on from step 0."""
+    """Adam's step counts are in its state, so that timm's Lamb would continue from step 0."""
     for form in ("timm", "apex"):
         command = (theirs(tmp_path), tmp_path / "x", "--from", form, "--to", "lamb")
         assert "there is no step count of 'scale'" in cases.refused(capsys, *command)
@@ -292,7 +294,7 @@ def test_an_sgd_is_not_taken_for_an_adam(tmp_path: Path, capsys: pytest.CaptureF
     file["optimizer"]["param_groups"] = []
     torch.save(file, tmp_path / "empty")
     for name, message in (
-        ("fresh", "and no betas: it is of another optimizer"),
+        ("fresh", "but no betas: it is of another optimizer"),
         ("moved", "there is no step count"),
         ("empty", "has no parameter groups"),
     ):
@@ -309,6 +311,30 @@ def test_weights_alone_are_no_optimizer(
     assert "holds weights only" in cases.refused(capsys, *command)
 
 
+# -- as a program --------------------------------------------------------------------------------------------
+
+
+def program(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs the command line in a process of its own; all other tests call `main`."""
+    command = [sys.executable, "-m", "sharded_lamb", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_convert_as_a_program(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    done = program("convert", missing, tmp_path / "x", "--from", "timm", "--to", "lamb")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{missing} is not a file" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_inspect_as_a_program(ours: Path) -> None:
+    done = program("inspect", ours, "--check")
+    assert done.returncode == 0, done.stderr
+    assert f"{ours}: step 4" in done.stdout
+    assert "ok       manifest.json" in done.stdout
+
+
 # -- formats -------------------------------------------------------------------------------------------------
 
 
@@ -323,7 +349,7 @@ def test_help_and_readme_have_the_same_directions(capsys: pytest.CaptureFixture[
 
 
 def test_commands_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In turn, as they stand there."""
+    """Runs the README's commands in order."""
     model, optimizer = cases.trained(3, variant="timm")
     checkpoint.Checkpoints(tmp_path / "runs" / "mine").save(3, model, optimizer)
     monkeypatch.chdir(tmp_path)

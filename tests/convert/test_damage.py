@@ -1,4 +1,4 @@
-"""Files that are damaged, or of another format: one line that names them, and no target."""
+"""Damaged files and files of another format: a one-line error that names them, and no target."""
 
 import json
 import zipfile
@@ -26,7 +26,7 @@ def truncated(path: Path) -> None:
 
 
 def flipped(path: Path) -> None:
-    """A byte of the first array."""
+    """Flips a bit of the first array."""
     npz(path)
     with zipfile.ZipFile(path) as archive:
         at = archive.infolist()[0].header_offset + 150
@@ -63,7 +63,7 @@ def test_an_npz(damage: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ],
     ids=["regex", "group", "step", "convolution"],
 )
-def test_what_cannot_be_taken(
+def test_arrays_that_cannot_be_converted(
     arrays: Any, options: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = npz(tmp_path / "tf.npz", **arrays)
@@ -71,17 +71,17 @@ def test_what_cannot_be_taken(
     assert message in cases.refused(capsys, *command)
 
 
-def test_arrays_of_another_byte_order_are_taken(tmp_path: Path) -> None:
+def test_arrays_of_another_byte_order_are_converted(tmp_path: Path) -> None:
     weights = np.arange(6.0, dtype=">f4").reshape(2, 3)
     slots = {f"kernel/lamb_{kind}": np.ones((2, 3), dtype=">f4") for kind in "mv"}
     cases.convert(
         npz(tmp_path / "tf.npz", kernel=weights, **slots), tmp_path / "c", "tensorflow", "sharded_lamb"
     )
-    (found,) = checkpoint.read_contents(tmp_path / "c").weights.values()
-    assert torch.equal(found, torch.arange(6.0).reshape(2, 3).t())
+    (weight,) = checkpoint.read_contents(tmp_path / "c").weights.values()
+    assert torch.equal(weight, torch.arange(6.0).reshape(2, 3).t())
 
 
-def test_optimizers_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_optimizers_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = nn.Linear(2, 2)
     peer = torch.optim.Rprop(model.parameters())
     cases.train(model, peer, range(1))
@@ -96,9 +96,7 @@ def test_optimizers_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert len(said.splitlines()) == 1
 
 
-def test_files_of_torchs_old_format_that_are_damaged(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_files_of_torchs_old_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "file"
     torch.save({"model": {"a": torch.ones(3)}}, source, _use_new_zipfile_serialization=False)
     whole = source.read_bytes()
@@ -108,9 +106,7 @@ def test_files_of_torchs_old_format_that_are_damaged(
         assert str(source) in said
 
 
-def test_lists_of_names_and_an_index_that_are_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_lists_of_names_and_indexes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = nn.Linear(2, 2)
     torch.save(
         {"model": model.state_dict(), "optimizer": torch.optim.Adam(model.parameters()).state_dict()},
@@ -119,7 +115,7 @@ def test_lists_of_names_and_an_index_that_are_none(
     (tmp_path / "names.json").write_text('["weight", ')
     command = ("--from", "adam", "--to", "sharded_lamb", "--names", tmp_path / "names.json")
     said = cases.refused(capsys, tmp_path / "f", tmp_path / "c", *command)
-    assert f"{tmp_path / 'names.json'} is no JSON list of names" in said
+    assert f"{tmp_path / 'names.json'} is not a JSON list of names" in said
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}}))
     said = cases.refused(

@@ -1,4 +1,4 @@
-"""Checkpoints that the real DeepSpeed writes in two ranks: what is read is what its engine held."""
+"""Checkpoints of the real DeepSpeed on two ranks convert to the state that its engine held."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb import Lamb, checkpoint
-from sharded_lamb.checkpoint.contents import Contents, read_contents
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint, read_contents
 from tests.convert.cases import convert, refused
 from tests.deepspeed import cases
 from tests.harness import run_ranks
@@ -23,11 +23,11 @@ GROUPS = [
 
 
 FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
-"""ZeRO 1 in bf16 is DeepSpeed's BF16_Optimizer then."""
+"""Makes DeepSpeed use BF16_Optimizer for ZeRO 1 in bf16."""
 
 
 def written(rank: int, stage: int, dtype: str, more: dict[str, Any], folder: str) -> dict[str, Any]:
-    """A checkpoint after three steps; the optimizer's and the model's tensors as the engine itself gives them whole."""
+    """Saves after three steps; returns the engine's own whole tensors of optimizer and model."""
     model = cases.tiny()
     config = cases.config(stage, dtype, gradient_clipping=0.7, **more)
     engine = cases.start(config, model, model_parameters=cases.groups_of(model))
@@ -37,15 +37,17 @@ def written(rank: int, stage: int, dtype: str, more: dict[str, Any], folder: str
     assert (type(engine.optimizer).__name__ == "BF16_Optimizer") is (more == FP32_SUMS)
     engine.save_checkpoint(folder, tag="three")
     names = [name for name, _, _ in engine.basic_optimizer._rows]
-    found = {"full": engine.basic_optimizer.full_state_dict(), "names": names, "masters": {}}
-    if "round_robin_gradients" not in more.get("zero", {}):  # DeepSpeed's own access to masters is wrong then
-        found["masters"] = cases.masters(engine)
+    held = {"full": engine.basic_optimizer.full_state_dict(), "names": names, "masters": {}}
+    if "round_robin_gradients" not in more.get(
+        "zero", {}
+    ):  # DeepSpeed's own access to masters is wrong with it
+        held["masters"] = cases.masters(engine)
     cases.stop(engine)
-    return found
+    return held
 
 
 def adam_written(rank: int, stage: int, more: dict[str, Any], folder: str) -> dict[str, dict[str, Tensor]]:
-    """An Adam (stage 1) or AdamW (stage 3) under ZeRO; its state by DeepSpeed's own access to it."""
+    """Saves an Adam (stage 1) or AdamW (stage 3) under ZeRO; returns its state by DeepSpeed's own access."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     model = cases.tiny()
@@ -60,40 +62,40 @@ def adam_written(rank: int, stage: int, more: dict[str, Any], folder: str) -> di
         engine.backward(engine(cases.tokens(rank, step)))
         engine.step()
     engine.save_checkpoint(folder, tag="three")
-    found = {}
+    held = {}
     for name, p in engine.module.named_parameters():
         if p.requires_grad:
             moments = {k: safe_get_full_optimizer_state(p, k).clone() for k in ("exp_avg", "exp_avg_sq")}
-            found[name] = {"master": safe_get_full_fp32_param(p).clone(), **moments}
+            held[name] = {"master": safe_get_full_fp32_param(p).clone(), **moments}
     cases.stop(engine)
-    return found
+    return held
 
 
-def check(found: Contents, engine: dict[str, Any], dtype: torch.dtype) -> None:
-    assert [sorted(group["names"]) for group in found.groups] == [sorted(group) for group in GROUPS]
+def check(contents: InMemoryCheckpoint, engine: dict[str, Any], dtype: torch.dtype) -> None:
+    assert [sorted(group["names"]) for group in contents.groups] == [sorted(group) for group in GROUPS]
     trained = [name for group in GROUPS for name in group]
-    assert sorted(found.states) == sorted(trained)
+    assert sorted(contents.states) == sorted(trained)
     for name in trained:
         expected = engine["full"]["state"][engine["names"].index(name)]
         for kind in ("step", "exp_avg", "exp_avg_sq"):
-            assert torch.equal(found.states[name][kind], expected[kind]), (name, kind)
+            assert torch.equal(contents.states[name][kind], expected[kind]), (name, kind)
         master: Tensor = expected["master"]
         assert torch.equal(master.double(), engine["masters"].get(name, master.double())), name
-        assert found.weights[name].dtype == dtype
-        assert found.weights[name].shape == master.shape
-        assert torch.equal(found.weights[name], master.to(dtype)), name
+        assert contents.weights[name].dtype == dtype
+        assert contents.weights[name].shape == master.shape
+        assert torch.equal(contents.weights[name], master.to(dtype)), name
         if dtype == torch.float32:
-            assert "master" not in found.states[name]
+            assert "master" not in contents.states[name]
         else:
-            assert torch.equal(found.states[name]["master"], master), name
+            assert torch.equal(contents.states[name]["master"], master), name
             assert not torch.equal(master, master.to(dtype).float()), name
-    assert torch.equal(found.weights["frozen"], torch.ones(5, dtype=dtype))
-    assert found.aliases == {"head.weight": "embed.weight"}
-    assert [group["options"]["lr"] for group in found.groups] == [0.02, 0.05, 0.02]
-    assert [group["options"]["weight_decay"] for group in found.groups] == [0.1, 0.0, 0.1]
-    assert [group["options"]["betas"] for group in found.groups] == [(0.9, 0.99), (0.9, 0.99), (0.8, 0.95)]
-    assert found.optimizer["max_grad_norm"] == 0.7
-    assert found.extra == {"deepspeed": {"global_steps": 3, "global_samples": 12}}
+    assert torch.equal(contents.weights["frozen"], torch.ones(5, dtype=dtype))
+    assert contents.aliases == {"head.weight": "embed.weight"}
+    assert [group["options"]["lr"] for group in contents.groups] == [0.02, 0.05, 0.02]
+    assert [group["options"]["weight_decay"] for group in contents.groups] == [0.1, 0.0, 0.1]
+    assert [group["options"]["betas"] for group in contents.groups] == [(0.9, 0.99), (0.9, 0.99), (0.8, 0.95)]
+    assert contents.optimizer["max_grad_norm"] == 0.7
+    assert contents.extra == {"deepspeed": {"global_steps": 3, "global_samples": 12}}
 
 
 @pytest.mark.parametrize(
@@ -108,15 +110,15 @@ def check(found: Contents, engine: dict[str, Any], dtype: torch.dtype) -> None:
         (3, "bf16", {"zero": {"sub_group_size": 500}}),
     ],
 )
-def test_what_is_read_is_what_the_engine_held(
-    stage: int, dtype: str, more: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_state_read_is_the_engines(stage: int, dtype: str, more: dict[str, Any], tmp_path: Path) -> None:
     engine, _ = run_ranks(2, written, stage, dtype, more, str(tmp_path / "theirs"), timeout=300)
     options = ["--trust-pickle"]
-    if stage == 0:  # the file knows parameters by place
+    if stage == 0:  # the file numbers parameters
         (tmp_path / "names.json").write_text(json.dumps([name for group in GROUPS for name in group]))
         options += ["--names", str(tmp_path / "names.json")]
-    source = tmp_path / "theirs" / ("three" if stage == 2 else "")  # a tag, or what latest names
+    source = (
+        tmp_path / "theirs" / ("three" if stage == 2 else "")
+    )  # the folder of a tag, or the one with latest
     convert(source, tmp_path / "ours", "deepspeed", "sharded_lamb", *options)
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".json") == ["ours", "theirs"]
     check(read_contents(tmp_path / "ours"), engine, torch.float32 if dtype == "fp32" else torch.bfloat16)
@@ -138,20 +140,20 @@ def test_an_adam_under_zero(
     engine, _ = run_ranks(2, adam_written, stage, more, str(tmp_path / "theirs"), timeout=300)
     convert(tmp_path / "theirs", tmp_path / "ours", "deepspeed", "sharded_lamb", "--trust-pickle")
     assert "neither ShardedLamb nor DeepSpeed's Lamb: variant adamw is assumed" in capsys.readouterr().out
-    found = read_contents(tmp_path / "ours")
-    assert found.states.keys() == engine.keys()
-    for name, state in found.states.items():
+    contents = read_contents(tmp_path / "ours")
+    assert contents.states.keys() == engine.keys()
+    for name, state in contents.states.items():
         assert float(state.pop("step")) == 3.0
         assert all(torch.equal(value, engine[name][kind]) for kind, value in state.items()), name
         assert state.keys() == engine[name].keys()
-    assert {group["options"]["variant"] for group in found.groups} == {"adamw"}
-    assert {group["options"]["adam_w_mode"] for group in found.groups} == {stage == 3}
-    decays = [group["options"]["weight_decay"] for group in found.groups]
+    assert {group["options"]["variant"] for group in contents.groups} == {"adamw"}
+    assert {group["options"]["adam_w_mode"] for group in contents.groups} == {stage == 3}
+    decays = [group["options"]["weight_decay"] for group in contents.groups]
     assert decays == ([0.01, 0.0, 0.01] if stage == 3 else [0.01])
 
 
-def test_partitions_in_another_order_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Masters must be what the model's weights are, or moments would be other parameters'; and all ranks be there."""
+def test_partitions_in_another_order_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Masters must equal the model's weights, or moments would be mixed up; no rank may be missing."""
     run_ranks(2, written, 1, "bf16", {}, str(tmp_path / "theirs"), timeout=300)
     file = tmp_path / "theirs" / "three" / "mp_rank_00_model_states.pt"
     model = torch.load(file, weights_only=False)
@@ -169,23 +171,25 @@ def test_partitions_in_another_order_are_found(tmp_path: Path, capsys: pytest.Ca
     )
     assert "is not the model's weight" in refused(capsys, *command)
     (file.parent / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
-    assert "is of 2 ranks and has the partitions of 1" in refused(capsys, *command)
+    assert "is of 2 ranks, but has the partitions of 1" in refused(capsys, *command)
     assert not (tmp_path / "ours").exists()
 
 
-def test_pickles_are_opened_only_when_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pickles_are_loaded_only_with_trust_pickle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = tmp_path / "theirs"
     source.mkdir()
     (source / "latest").write_text("three")
     command = (source, tmp_path / "ours", "--from", "deepspeed", "--to", "sharded_lamb")
     assert "give --trust-pickle if you trust it" in refused(capsys, *command)
-    assert "no file of model states" in refused(capsys, *command, "--trust-pickle")
+    assert "lacks the first rank's model states" in refused(capsys, *command, "--trust-pickle")
     (source / "latest").unlink()
     assert "expected a folder with latest" in refused(capsys, *command, "--trust-pickle")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
 
 
-def test_universal_and_parallel_checkpoints_are_refused(
+def test_universal_and_parallel_checkpoints_are_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "theirs" / "one"
@@ -198,7 +202,7 @@ def test_universal_and_parallel_checkpoints_are_refused(
 
 
 def test_options_of_deepspeeds_own_lamb(tmp_path: Path) -> None:
-    """Its kernel needs a GPU, so the file is laid out by hand, as deepspeed/ops/lamb/fused_lamb.py lays it out."""
+    """Its kernel needs a GPU, so the file is made by hand, in the layout of deepspeed/ops/lamb/fused_lamb.py."""
     folder = tmp_path / "theirs" / "one"
     folder.mkdir(parents=True)
     half = {"a": torch.randn(3, 2).half(), "b": torch.randn(4).half()}
@@ -224,10 +228,10 @@ def test_options_of_deepspeeds_own_lamb(tmp_path: Path) -> None:
         {"module": half, "optimizer": optimizer, "mp_world_size": 1}, folder / "mp_rank_00_model_states.pt"
     )
     convert(folder, tmp_path / "ours", "deepspeed", "sharded_lamb", "--trust-pickle")
-    found = read_contents(tmp_path / "ours")
-    options = found.groups[0]["options"]
+    contents = read_contents(tmp_path / "ours")
+    options = contents.groups[0]["options"]
     assert (options["variant"], options["bias_correction"]) == ("deepspeed", "lr")
     assert (options["trust_clip"], options["eps"]) == ((0.08, 0.5), 1e-8)
-    assert found.optimizer["max_grad_norm"] == 1.0
-    assert torch.equal(found.states["b"]["master"], masters[1])
-    assert float(found.states["a"]["step"]) == 5.0
+    assert contents.optimizer["max_grad_norm"] == 1.0
+    assert torch.equal(contents.states["b"]["master"], masters[1])
+    assert float(contents.states["a"]["step"]) == 5.0

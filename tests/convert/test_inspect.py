@@ -1,4 +1,4 @@
-"""``sharded-lamb inspect``: what it shows is what was saved, and what it verifies."""
+"""``sharded-lamb inspect`` shows the saved state, and verifies files."""
 
 import json
 import shutil
@@ -41,40 +41,45 @@ def norm(tensors: list[torch.Tensor]) -> float:
     return float(torch.cat([tensor.double().flatten() for tensor in tensors]).norm())
 
 
-def test_what_is_shown_is_what_was_saved(
+def test_the_saved_state_is_shown(
     run: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By a run's folder: ``latest`` is followed."""
+    """Given a run's folder, it follows ``latest``."""
     folder, held = run
     code, out = inspect(capsys, folder, "--json", "--check")
-    found = json.loads(out)
+    summary = json.loads(out)
     assert code == 0
-    assert found["path"] == str(folder / "step-00000003")
-    assert (found["step"], found["parameters"], found["with_state"], found["with_masters"]) == (3, 7, 7, 0)
-    assert found["written_by"]["ranks"] == 2
-    assert found["written_by"]["torch"] == torch.__version__
-    assert found["aliases"] == {"head.weight": "embed.weight"}
-    assert found["extra"] == {"position": {"epoch": 2}}
-    assert found["optimizer"]["max_grad_norm"] == 2.0
-    assert (found["groups"][0]["lr"], found["groups"][0]["parameters"]) == (0.02, 7)
+    assert summary["path"] == str(folder / "step-00000003")
+    assert (summary["step"], summary["parameters"], summary["with_state"], summary["with_masters"]) == (
+        3,
+        7,
+        7,
+        0,
+    )
+    assert summary["written_by"]["ranks"] == 2
+    assert summary["written_by"]["torch"] == torch.__version__
+    assert summary["aliases"] == {"head.weight": "embed.weight"}
+    assert summary["extra"] == {"position": {"epoch": 2}}
+    assert summary["optimizer"]["max_grad_norm"] == 2.0
+    assert (summary["groups"][0]["lr"], summary["groups"][0]["parameters"]) == (0.02, 7)
     files = {path.name: path.stat().st_size for path in (folder / "step-00000003").iterdir()}
-    assert {**found["files"], "SHA256SUMS": files["SHA256SUMS"]} == files
+    assert {**summary["files"], "SHA256SUMS": files["SHA256SUMS"]} == files
     assert len(files) == 4
-    assert found["check"] == {name: "ok" for name in files if name != "SHA256SUMS"}
+    assert summary["check"] == {name: "ok" for name in files if name != "SHA256SUMS"}
 
     names = [name for name, _ in cases.net().named_parameters()]
     weights = {name: value for name, value in held["weights"].items() if name != "head.weight"}
-    assert found["norms"]["weights"] == pytest.approx(norm(list(weights.values())), rel=1e-12)
+    assert summary["norms"]["weights"] == pytest.approx(norm(list(weights.values())), rel=1e-12)
     for kind in ("exp_avg", "exp_avg_sq"):
         moments = [held["states"][place][kind] for place in range(len(names))]
-        assert found["norms"][kind] == pytest.approx(norm(moments), rel=1e-12)
+        assert summary["norms"][kind] == pytest.approx(norm(moments), rel=1e-12)
         for name, moment in zip(names, moments, strict=True):
-            shown = found["tensors"][f"optimizer.{name}.{kind}"]
+            shown = summary["tensors"][f"optimizer.{name}.{kind}"]
             assert shown["shape"] == list(moment.shape)
             assert shown["norm"] == pytest.approx(norm([moment]), rel=1e-12)
-    embed = found["tensors"]["model.embed.weight"]
+    embed = summary["tensors"]["model.embed.weight"]
     assert (embed["dtype"], embed["bytes"]) == ("float32", 29 * 40 * 4)
-    assert any(tensor["chunks"] > 1 for tensor in found["tensors"].values())
+    assert any(tensor["chunks"] > 1 for tensor in summary["tensors"].values())
 
 
 def test_text(run: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,13 +111,13 @@ def test_a_flipped_bit_is_found(
     (broken / name).write_bytes(content)
     code, out = inspect(capsys, broken, "--check", *form)
     assert code == 1
-    assert f"{broken / name}: another hash than when written" in out
+    assert f"{broken / name}: not the hash it was written with" in out
     others = {"manifest.json", "shard-00000.safetensors", "shard-00001.safetensors"} - {name}
     for other in others:
         assert (f"ok       {other}" in out) is not bool(form)
     if form:
         assert json.loads(out)["files"] == {
-            name: "another hash than when written",
+            name: "not the hash it was written with",
             **dict.fromkeys(others, "ok"),
         }
 
@@ -133,7 +138,7 @@ def test_missing_and_foreign_files_are_found(
     assert (code, "has no SHA256SUMS" in out) == (1, True)
 
 
-def test_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_folders_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path, message in (
         (tmp_path, "has neither manifest.json nor latest"),
         (tmp_path / "x", "is not a folder"),
@@ -142,7 +147,7 @@ def test_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert message in capsys.readouterr().err
 
 
-def test_a_runs_folder_keeps_checkpoints_in_a_folder_of_their_own(
+def test_a_runs_folder_may_hold_checkpoints_in_a_subfolder(
     run: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(run[0], tmp_path / "checkpoints")
@@ -150,7 +155,7 @@ def test_a_runs_folder_keeps_checkpoints_in_a_folder_of_their_own(
     assert (code, json.loads(out)["path"]) == (0, str(tmp_path / "checkpoints" / "step-00000003"))
 
 
-def test_without_latest_the_newest_is_shown_and_nothing_renamed(
+def test_without_latest_the_newest_is_shown_and_nothing_is_renamed(
     run: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = shutil.copytree(run[0], tmp_path / "checkpoints")
@@ -161,7 +166,7 @@ def test_without_latest_the_newest_is_shown_and_nothing_renamed(
     for path in (tmp_path, root):
         capsys.readouterr()
         assert main(["inspect", str(path), "--json"]) == 0
-        found = capsys.readouterr()
-        assert json.loads(found.out)["path"] == str(root / "step-00000004")
-        assert found.err == f"{root}/latest is missing, or names no step: step-00000004 is shown\n"
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["path"] == str(root / "step-00000004")
+        assert printed.err == f"{root}/latest is missing, or names no step: showing step-00000004\n"
     assert sorted(root.iterdir()) == before

@@ -1,4 +1,4 @@
-"""timm's Lamb and torch's Adam and AdamW, the real ones, go on from a converted run as it would; and the reverse."""
+"""The real timm Lamb, Adam and AdamW continue a converted run like ours, and the reverse."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sharded_lamb import Lamb, ShardedLamb, checkpoint
-from sharded_lamb.checkpoint.contents import read_contents
+from sharded_lamb.checkpoint.in_memory import read_contents
 from tests.convert import cases
 from tests.harness import run_ranks
 from tests.timm_peer import load_timm_lamb
@@ -36,10 +36,10 @@ PEERS: list[tuple[str, dict[str, Any], Callable[[], Make]]] = [
 
 @pytest.mark.parametrize("patterns", [(), cases.PATTERNS])
 @pytest.mark.parametrize(("form", "options", "peer"), PEERS)
-def test_a_peer_goes_on_as_we_do(
+def test_a_peer_continues_like_us(
     form: str, options: dict[str, Any], peer: Callable[[], Make], patterns: list[str], tmp_path: Path
 ) -> None:
-    """The file's options win over the peer's constructor's; patterns come as groups."""
+    """The file's options override the peer's constructor; patterns become groups."""
     model, optimizer = cases.trained(**options, exclude_from_weight_decay=patterns)
     cases.saved(tmp_path / "ours", model, optimizer)
     cases.convert(tmp_path / "ours", tmp_path / "file", "sharded_lamb", form)
@@ -49,11 +49,11 @@ def test_a_peer_goes_on_as_we_do(
     assert len(names) == (2 if patterns else 1)
 
     make = peer()
-    start, found = cases.continued(tmp_path / "file", lambda net: make(cases.groups_of(net, names)))
+    start, end = cases.continued(tmp_path / "file", lambda net: make(cases.groups_of(net, names)))
     cases.assert_close(start, cases.params(model), 0.0)
     cases.train(model, optimizer, MORE)
-    cases.assert_moved(found, start)
-    cases.assert_close(found, cases.params(model))
+    cases.assert_moved(end, start)
+    cases.assert_close(end, cases.params(model))
 
 
 @pytest.mark.parametrize("patterns", [(), cases.PATTERNS])
@@ -61,7 +61,7 @@ def test_a_peer_goes_on_as_we_do(
     "options",
     [{}, {"trust_clip": True}, {"always_adapt": True, "grad_averaging": False, "bias_correction": False}],
 )
-def test_we_go_on_as_timm_does(options: dict[str, Any], patterns: list[str], tmp_path: Path) -> None:
+def test_we_continue_like_timm(options: dict[str, Any], patterns: list[str], tmp_path: Path) -> None:
     model = cases.net()
     peer = timm_of(**cases.LAMB, **options)(_peer_groups(model, patterns))
     cases.train(model, peer, range(4))
@@ -70,7 +70,7 @@ def test_we_go_on_as_timm_does(options: dict[str, Any], patterns: list[str], tmp
 
 @pytest.mark.parametrize("patterns", [(), cases.PATTERNS])
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
-def test_we_go_on_as_adam_does(kind: Make, patterns: list[str], tmp_path: Path) -> None:
+def test_we_continue_like_adam(kind: Make, patterns: list[str], tmp_path: Path) -> None:
     model = cases.net()
     peer = kind(_peer_groups(model, patterns), **cases.LAMB)  # type: ignore[call-arg]
     cases.train(model, peer, range(4))
@@ -78,7 +78,7 @@ def test_we_go_on_as_adam_does(kind: Make, patterns: list[str], tmp_path: Path) 
 
 
 def _peer_groups(model: nn.Module, patterns: list[str]) -> Any:
-    """One group without names, or two with them: what is in no pattern first."""
+    """One group without names, or two with names: parameters that match no pattern first."""
     if not patterns:
         return model.parameters()
     named = list(model.named_parameters())
@@ -94,7 +94,7 @@ def _go_on_with_ours(folder: Path, form: str, model: nn.Module, peer: Any, optio
     cases.convert(folder / "theirs", folder / "ours", form, "sharded_lamb", *options)
     own = cases.net(seed=9)
     groups = [list(group["names"]) for group in read_contents(folder / "ours").groups]
-    # Options are the file's: a fresh optimizer's would fail.
+    # The options must be the file's: those of a new optimizer would fail.
     optimizer = Lamb(cases.groups_of(own, groups), lr=9.0, variant="deepspeed")
     checkpoint.load(folder / "ours", own, optimizer)
     start = cases.params(own)
@@ -106,7 +106,7 @@ def _go_on_with_ours(folder: Path, form: str, model: nn.Module, peer: Any, optio
 
 
 def bf16_run(rank: int, folder: str) -> dict[str, Tensor]:
-    """Two ranks, bf16 weights with masters; the masters after more steps."""
+    """Saves bf16 weights with masters on two ranks; returns the masters after more steps."""
     model = cases.net().to(torch.bfloat16)
     optimizer = ShardedLamb(
         model.named_parameters(), **cases.LAMB, variant="timm", max_grad_norm=CLIP, stage=1
@@ -128,15 +128,15 @@ def test_masters_of_a_sharded_bf16_run_become_weights(
     cases.convert(tmp_path / "ours", tmp_path / "file", "sharded_lamb", "timm")
     assert "weights are written as their float32 masters" in capsys.readouterr().out
     make = timm_of()
-    start, found = cases.continued(tmp_path / "file", lambda net: make(net.parameters()))
-    assert all(value.dtype == torch.float32 for value in found.values())
-    cases.assert_moved(found, start)
-    cases.assert_close(found, masters)
+    start, end = cases.continued(tmp_path / "file", lambda net: make(net.parameters()))
+    assert all(value.dtype == torch.float32 for value in end.values())
+    cases.assert_moved(end, start)
+    cases.assert_close(end, masters)
 
 
 @pytest.mark.parametrize("form", ["timm", "adam", "apex", "lamb"])
 @pytest.mark.parametrize("options", [{"variant": "adamw"}, {"variant": "timm"}, {"variant": "apex"}])
-def test_there_and_back_is_the_same_to_the_bit(form: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_round_trips_are_bitwise_equal(form: str, options: dict[str, Any], tmp_path: Path) -> None:
     cases.saved(tmp_path / "ours", *cases.trained(**options))
     back, _ = cases.through(tmp_path, form, tmp_path / "ours")
     before = read_contents(tmp_path / "ours")
@@ -145,7 +145,7 @@ def test_there_and_back_is_the_same_to_the_bit(form: str, options: dict[str, Any
     assert [group["options"]["lr"] for group in back.groups] == [0.02]
 
 
-def test_a_timm_run_there_and_back_has_its_options(tmp_path: Path) -> None:
+def test_a_timm_run_keeps_its_options_in_a_round_trip(tmp_path: Path) -> None:
     cases.saved(
         tmp_path / "ours", *cases.trained(variant="timm", trust_clip=(0.0, 1.0), bias_correction=False)
     )
@@ -169,7 +169,7 @@ def sharded(rank: int, folder: str) -> None:
 
 
 def test_lamb_holds_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Masters and extra included; and what it holds is what Lamb and load_full_state_dict take."""
+    """Including masters and extra; Lamb and load_full_state_dict accept it."""
     run_ranks(2, sharded, str(tmp_path))
     back, said = cases.through(tmp_path, "lamb", tmp_path / "ours", capsys)
     before = read_contents(tmp_path / "ours")
@@ -177,7 +177,7 @@ def test_lamb_holds_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert all(state["master"].dtype == torch.float32 for state in back.states.values())
     assert torch.equal(back.extra["position"].pop("seen"), before.extra["position"].pop("seen"))
     assert back.extra == before.extra == {"position": {"epoch": 3}}
-    assert "ShardedLamb.load_full_state_dict takes them; Lamb has none" in said
+    assert "ShardedLamb.load_full_state_dict reads them; Lamb has no masters" in said
 
     model = cases.net(seed=9).to(torch.bfloat16)
     file = cases.load_file(tmp_path / "lamb")

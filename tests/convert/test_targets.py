@@ -1,4 +1,4 @@
-"""What the command may write over, and that a target is whole or as it was."""
+"""Targets that the command may replace; a target is whole or unchanged."""
 
 from pathlib import Path
 from typing import Any
@@ -16,25 +16,27 @@ def ours(tmp_path: Path) -> Path:
     return cases.saved(tmp_path / "ours", *cases.trained(max_grad_norm=2.0), epoch=3)
 
 
-def test_a_target_is_not_overwritten_unasked(
+def test_a_target_is_not_replaced_without_force(
     ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "file"
     target.write_text("precious")
     command = (ours, target, "--from", "sharded_lamb", "--to", "lamb")
-    assert "is there already: give --force" in cases.refused(capsys, *command)
+    assert "already exists: give --force" in cases.refused(capsys, *command)
     assert target.read_text() == "precious"
     cases.convert(ours, target, "sharded_lamb", "lamb", "--force")
     assert cases.load_file(target)["skipped_steps"] == 0
 
 
-def test_what_force_does_not_do(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_targets_that_force_does_not_replace(
+    ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "home"
     folder.mkdir()
     (folder / "precious").write_text("x")
     command = ("--from", "sharded_lamb", "--force", "--to")
     assert "holds no whole checkpoint" in cases.refused(capsys, ours, folder, *command, "sharded_lamb")
-    assert "is a folder and the format is a file" in cases.refused(capsys, ours, folder, *command, "lamb")
+    assert "is a folder, but the format is a file" in cases.refused(capsys, ours, folder, *command, "lamb")
     assert "is the source itself" in cases.refused(capsys, ours, ours, *command, "sharded_lamb")
     assert (folder / "precious").read_text() == "x"
     assert problem_with(ours) is None
@@ -43,7 +45,7 @@ def test_what_force_does_not_do(ours: Path, tmp_path: Path, capsys: pytest.Captu
 def test_force_deletes_nothing_but_a_checkpoint(
     ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A manifest.json is in many folders: of browsers' extensions, of datasets."""
+    """Many folders hold a manifest.json: browsers' extensions, datasets."""
     folder = tmp_path / "extension"
     folder.mkdir()
     (folder / "manifest.json").write_text("{}")
@@ -64,7 +66,7 @@ def test_force_deletes_nothing_but_a_checkpoint(
 def test_nothing_is_written_into_a_checkpoint(
     ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not into the source, and into no other."""
+    """Neither into the source nor into another checkpoint."""
     monkeypatch.chdir(ours)
     cases.convert(ours, tmp_path / "file", "sharded_lamb", "lamb")
     for source, form, target, to in (
@@ -79,7 +81,7 @@ def test_nothing_is_written_into_a_checkpoint(
 
 
 @pytest.mark.parametrize("to", ["lamb", "safetensors"])
-def test_a_target_is_whole_or_as_it_was(
+def test_a_target_is_whole_or_unchanged(
     to: str, ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(content: Any, path: Any, **keywords: Any) -> None:
@@ -106,7 +108,7 @@ def test_a_source_that_is_damaged_leaves_no_target(
     assert not (tmp_path / "file").exists()
 
 
-def test_one_rank_does_it(
+def test_only_the_first_rank_runs(
     ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")

@@ -1,4 +1,4 @@
-"""An .npz of TensorFlow's LAMB, by an independent float64 one in TensorFlow's names and orientation, of a tiny BERT."""
+"""An .npz of TensorFlow's LAMB for a tiny BERT, from a float64 oracle with TensorFlow's names and orientation."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sharded_lamb import Lamb, checkpoint
-from sharded_lamb.checkpoint.contents import read_contents
+from sharded_lamb.checkpoint.in_memory import read_contents
 from tests import training
 from tests.convert import cases
 from tests.oracle import OracleLamb, variant_options
@@ -26,8 +26,8 @@ LAYER = {
 
 
 def variables() -> dict[str, tuple[tuple[int, ...], str, bool]]:
-    """{TensorFlow's name: (its shape, Hugging Face's name, whether that is transposed)}, written out by hand."""
-    found: dict[str, tuple[tuple[int, ...], str, bool]] = {
+    """Returns {TensorFlow's name: (shape, Hugging Face's name, whether it is transposed)}, written by hand."""
+    table: dict[str, tuple[tuple[int, ...], str, bool]] = {
         "bert/embeddings/word_embeddings": ((WORDS, WIDE), "bert.embeddings.word_embeddings.weight", False),
         "bert/embeddings/token_type_embeddings": (
             (2, WIDE),
@@ -49,16 +49,16 @@ def variables() -> dict[str, tuple[tuple[int, ...], str, bool]]:
     }
     norms = {"bert/embeddings": "bert.embeddings", "cls/predictions/transform": "cls.predictions.transform"}
     for layer in range(2):
-        there, here = f"bert/encoder/layer_{layer}", f"bert.encoder.layer.{layer}"
+        google, hugging_face = f"bert/encoder/layer_{layer}", f"bert.encoder.layer.{layer}"
         for name, (shape, ours) in LAYER.items():
-            found[f"{there}/{name}/kernel"] = (shape, f"{here}.{ours}.weight", True)
-            found[f"{there}/{name}/bias"] = (shape[1:], f"{here}.{ours}.bias", False)
-        norms[f"{there}/attention/output"] = f"{here}.attention.output"
-        norms[f"{there}/output"] = f"{here}.output"
-    for there, here in norms.items():
-        found[f"{there}/LayerNorm/gamma"] = ((WIDE,), f"{here}.LayerNorm.weight", False)
-        found[f"{there}/LayerNorm/beta"] = ((WIDE,), f"{here}.LayerNorm.bias", False)
-    return found
+            table[f"{google}/{name}/kernel"] = (shape, f"{hugging_face}.{ours}.weight", True)
+            table[f"{google}/{name}/bias"] = (shape[1:], f"{hugging_face}.{ours}.bias", False)
+        norms[f"{google}/attention/output"] = f"{hugging_face}.attention.output"
+        norms[f"{google}/output"] = f"{hugging_face}.output"
+    for google, hugging_face in norms.items():
+        table[f"{google}/LayerNorm/gamma"] = ((WIDE,), f"{hugging_face}.LayerNorm.weight", False)
+        table[f"{google}/LayerNorm/beta"] = ((WIDE,), f"{hugging_face}.LayerNorm.bias", False)
+    return table
 
 
 TABLE = variables()
@@ -105,7 +105,7 @@ def ours(value: np.ndarray, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("slots", [("lamb_m", "lamb_v"), ("adam_m", "adam_v")])
-def test_a_bert_goes_on_as_it_would_have_there(
+def test_a_bert_continues_like_in_tensorflow(
     slots: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     oracle = tf_run()
@@ -117,15 +117,13 @@ def test_a_bert_goes_on_as_it_would_have_there(
 
     model = tiny_bert()
     optimizer = Lamb(model.named_parameters())
-    checkpoint.load(
-        tmp_path / "ours", model, optimizer
-    )  # names and shapes are the model's, tied ones included
+    checkpoint.load(tmp_path / "ours", model, optimizer)  # checks names and shapes, tied ones included
     x = torch.randn(3, WIDE)
-    there = (
+    google = (
         x.double().numpy() @ oracle.params["bert/pooler/dense/kernel"]
         + oracle.params["bert/pooler/dense/bias"]
     )
-    assert np.allclose(model.bert.pooler.dense(x).detach().numpy(), there, atol=1e-5)
+    assert np.allclose(model.bert.pooler.dense(x).detach().numpy(), google, atol=1e-5)
 
     own = dict(model.named_parameters())
     for step in range(3, 6):
@@ -134,14 +132,14 @@ def test_a_bert_goes_on_as_it_would_have_there(
         optimizer.step()
         oracle.step({name: gradient(name, step) for name in TABLE})
     assert {float(state["step"]) for state in optimizer.state.values()} == {6.0}
-    found = {here: own[here].detach() for _, here, _ in TABLE.values()}
-    assert found.keys() == own.keys()
+    weights = {here: own[here].detach() for _, here, _ in TABLE.values()}
+    assert weights.keys() == own.keys()
     expected = {here: ours(oracle.params[name], name) for name, (_, here, _) in TABLE.items()}
-    cases.assert_close(found, expected, 2e-6)
+    cases.assert_close(weights, expected, 2e-6)
 
 
 def test_other_names_by_rename(tmp_path: Path) -> None:
-    """Names are renamed as TensorFlow has them, before kernels are called weights."""
+    """--rename applies to TensorFlow's names, before kernels are renamed to weights."""
     arrays = {
         "global_step": np.int64(7),
         "tower/fc/kernel": np.arange(6.0, dtype=np.float32).reshape(2, 3),
@@ -152,14 +150,14 @@ def test_other_names_by_rename(tmp_path: Path) -> None:
     np.savez(tmp_path / "file.npz", **arrays)
     rename = ("--rename", r"^tower/(\w+)/(kernel|scale)=model/\1/\2")
     cases.convert(tmp_path / "file.npz", tmp_path / "ours", "tensorflow", "sharded_lamb", *rename)
-    found = read_contents(tmp_path / "ours")
-    assert found.weights["model.fc.weight"].tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
-    assert found.states["model.fc.weight"]["exp_avg"].shape == (3, 2)
-    assert found.groups[0]["names"] == ["model.fc.weight"]
-    assert set(found.weights) == {"model.fc.weight", "model.fc.scale"}
+    contents = read_contents(tmp_path / "ours")
+    assert contents.weights["model.fc.weight"].tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
+    assert contents.states["model.fc.weight"]["exp_avg"].shape == (3, 2)
+    assert contents.groups[0]["names"] == ["model.fc.weight"]
+    assert set(contents.weights) == {"model.fc.weight", "model.fc.scale"}
 
 
-def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_incomplete_variables_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = {
         "global_step": np.int64(7),
         "a/kernel": np.ones((2, 3), np.float32),

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from sharded_lamb import Lamb
-from sharded_lamb.checkpoint.contents import read_contents
+from sharded_lamb.checkpoint.in_memory import read_contents
 from sharded_lamb.convert import files
 from tests.convert import cases
 
 
-def test_safetensors_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From files whose tensors share one memory too; a folder as save_pretrained writes it."""
+def test_safetensors_round_trip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also from tensors that share memory, and into a folder of save_pretrained."""
     flat = torch.arange(10.0)
     weights = {"a": flat[:4].view(2, 2), "b": flat[4:].bfloat16(), "part": flat[1:3], "n": torch.tensor(3)}
     file = {
@@ -27,14 +27,14 @@ def test_safetensors_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixtur
     cases.convert(tmp_path / "file", target, "lamb", "safetensors", "--names", f"{tmp_path}/names")
     for source in (target, tmp_path / "hub"):
         cases.convert(source, tmp_path / "back", "safetensors", "sharded_lamb", "--force")
-        found = read_contents(tmp_path / "back")
-        assert found.weights.keys() == weights.keys()
-        assert all(torch.equal(found.weights[name], value) for name, value in weights.items())
-        assert found.weights["b"].dtype == torch.bfloat16
-        assert (found.states, found.groups) == ({}, [])
+        contents = read_contents(tmp_path / "back")
+        assert contents.weights.keys() == weights.keys()
+        assert all(torch.equal(contents.weights[name], value) for name, value in weights.items())
+        assert contents.weights["b"].dtype == torch.bfloat16
+        assert (contents.states, contents.groups) == ({}, [])
     assert "load the checkpoint with optimizer=None" in capsys.readouterr().out
     missing = (tmp_path / "no.safetensors", tmp_path / "x", "--from", "safetensors", "--to", "lamb")
-    assert "is not there: give a .safetensors file" in cases.refused(capsys, *missing)
+    assert "does not exist: give a .safetensors file" in cases.refused(capsys, *missing)
 
 
 def test_an_index_of_several_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,5 +67,5 @@ def test_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     cases.convert("somebody/some-model", tmp_path / "ours", "safetensors", "sharded_lamb")
     assert asked == ["somebody/some-model"]
-    found = read_contents(tmp_path / "ours")
-    assert found.weights.keys() == {"a"}
+    contents = read_contents(tmp_path / "ours")
+    assert contents.weights.keys() == {"a"}

@@ -1,4 +1,4 @@
-"""Files of another optimizer than --from says, damaged ones, and options that cannot be read: each by name."""
+"""Files of another optimizer than --from names, each rejected by name."""
 
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ def file_of(peer: Any, model: cases.Net, path: Path, steps: int = 2) -> Path:
 
 
 @pytest.mark.parametrize("form", FILES)
-def test_a_file_is_not_taken_for_another_formats(
+def test_a_file_of_another_format_is_rejected(
     form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Moments and steps may lie in the same places; the rule would be another."""
+    """Moments and steps may have the same keys, but the update rule differs."""
     ours = cases.saved(tmp_path / "ours", *cases.trained())
     cases.convert(ours, tmp_path / "file", "sharded_lamb", form)
     for wrong in {*FILES} - {form}:
@@ -38,7 +38,9 @@ def test_a_file_is_not_taken_for_another_formats(
     cases.convert(tmp_path / "file", tmp_path / "x", form, "sharded_lamb")
 
 
-def test_timms_own_file_is_not_taken_for_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_of_timm_itself_is_rejected_by_other_formats(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = cases.net()
     file = file_of(load_timm_lamb()(model.parameters()), model, tmp_path / "file")
     for wrong in ("lamb", "adam", "apex"):
@@ -49,7 +51,7 @@ def test_timms_own_file_is_not_taken_for_another(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("kind", "steps", "message"),
     [
-        (torch.optim.NAdam, 0, "has 'momentum_decay' and looks like NAdam, which is not read"),
+        (torch.optim.NAdam, 0, "has 'momentum_decay' and looks like NAdam, which is not supported"),
         (torch.optim.RAdam, 2, "they are RAdam's, which is another update rule"),
         (torch.optim.Adamax, 2, "has no exp_avg_sq"),
         (torch.optim.Rprop, 0, "no betas: it is of another optimizer"),
@@ -57,7 +59,7 @@ def test_timms_own_file_is_not_taken_for_another(tmp_path: Path, capsys: pytest.
         (torch.optim.LBFGS, 0, "no betas: it is of another optimizer"),
     ],
 )
-def test_torchs_others_are_not_taken_for_an_adam(
+def test_other_optimizers_of_torch_are_rejected(
     kind: Any, steps: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = cases.net()

@@ -1,4 +1,4 @@
-"""Layouts: every element on one rank, cuts at blocks, bad ones refused, and work that does not grow with ranks."""
+"""Layouts: every element on one rank, shards end at blocks, invalid layouts raise, work independent of the ranks."""
 
 import itertools
 import sys
@@ -34,8 +34,8 @@ def layouts(numels: list[int], world: int, **more: Any) -> list[ShardLayout]:
     return [ShardLayout(tuple(numels), buckets, rank, world) for rank in range(world)]
 
 
-def owners_by_hand(bucket: Bucket) -> list[tuple[int, int, int, int] | None]:
-    """Element by element of the bucket: (rank, place in its shard, parameter, place in that), None in padding."""
+def owners_by_element(bucket: Bucket) -> list[tuple[int, int, int, int] | None]:
+    """Per element of the bucket: (rank, index in its shard, parameter, index in the parameter); None in padding."""
     owners: list[tuple[int, int, int, int] | None] = [None] * bucket.numel
     per_rank = bucket.numel // bucket.world_size
     for param, offset, numel in zip(bucket.params, bucket.offsets, bucket.numels, strict=True):
@@ -68,21 +68,22 @@ def test_every_element_is_on_one_rank(
     seen: Counter[tuple[int, int]] = Counter()
     for bucket in buckets:
         assert len({kinds[param] for param in bucket.params}) == 1
-        expected = {owner for owner in owners_by_hand(bucket) if owner is not None}
-        found = set()
+        expected = {owner for owner in owners_by_element(bucket) if owner is not None}
+        segments = set()
         for rank in range(world):
             for s in bucket.segments(rank):
                 assert s.length > 0
                 assert s.shard_start + s.length <= bucket.shard_numel
-                places = range(s.length)
-                found |= {(rank, s.shard_start + i, s.param, s.start + i) for i in places}
-                seen.update((s.param, s.start + i) for i in places)
-        assert found == expected
+                segments |= {(rank, s.shard_start + i, s.param, s.start + i) for i in range(s.length)}
+                seen.update((s.param, s.start + i) for i in range(s.length))
+        assert segments == expected
     assert seen == Counter({(param, i): 1 for param, numel in enumerate(numels) for i in range(numel)})
 
 
 @given(numels=st.lists(SIZES, min_size=1, max_size=30), world=st.integers(1, 17), alone=st.integers(1, 3000))
-def test_runs_tile_a_shard_and_large_segments_travel_alone(numels: list[int], world: int, alone: int) -> None:
+def test_runs_tile_a_shard_and_large_segments_have_their_own(
+    numels: list[int], world: int, alone: int
+) -> None:
     for bucket in plan(numels, world):
         for rank in range(world):
             runs = bucket.runs(rank, alone)
@@ -98,7 +99,7 @@ def test_runs_tile_a_shard_and_large_segments_travel_alone(numels: list[int], wo
 
 
 @given(numels=st.lists(SIZES, min_size=1, max_size=30), world=st.integers(1, 17))
-def test_gaps_are_what_no_parameter_fills(numels: list[int], world: int) -> None:
+def test_gaps_are_the_padding(numels: list[int], world: int) -> None:
     for bucket in plan(numels, world):
         filled = [False] * bucket.numel
         for start, stop in [
@@ -112,7 +113,7 @@ def test_gaps_are_what_no_parameter_fills(numels: list[int], world: int) -> None
 
 
 @given(numels=st.lists(SIZES, min_size=1, max_size=30), world=st.integers(1, 17))
-def test_cuts_fall_between_blocks(numels: list[int], world: int) -> None:
+def test_shards_end_at_block_boundaries(numels: list[int], world: int) -> None:
     for bucket in plan(numels, world):
         assert bucket.numel == bucket.shard_numel * world
         for rank in range(world):
@@ -143,10 +144,10 @@ def test_buckets_close_when_full_last_parameters_first(numels: list[int], mb: fl
     buckets = plan(numels, 2, mb=mb)
     order = [param for bucket in buckets for param in bucket.params]
     assert order == list(reversed(range(len(numels))))
-    held = [[4 * round_up(numels[param], BLOCK) for param in bucket.params] for bucket in buckets]
+    nbytes = [[4 * round_up(numels[param], BLOCK) for param in bucket.params] for bucket in buckets]
     full = int(mb * 2**20)
-    assert all(sum(sizes) >= full for sizes in held[:-1])
-    assert all(sum(sizes[:-1]) < full for sizes in held)
+    assert all(sum(sizes) >= full for sizes in nbytes[:-1])
+    assert all(sum(sizes[:-1]) < full for sizes in nbytes)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_buckets_close_when_full_last_parameters_first(numels: list[int], mb: fl
         ({"params": (), "offsets": (), "numels": ()}, "one offset and one size a parameter"),
     ],
 )
-def test_a_malformed_bucket_is_refused(change: dict[str, Any], message: str) -> None:
+def test_a_malformed_bucket_raises(change: dict[str, Any], message: str) -> None:
     good = Bucket(params=(0, 1), offsets=(0, 512), numels=(300, 5), numel=1024, world_size=2)
     with pytest.raises(ValueError, match=message):
         replace(good, **change)
@@ -190,23 +191,23 @@ FIRST, SECOND = Bucket((1,), (0,), (5,), 512, 2), Bucket((0,), (0,), (300,), 512
         ({"buckets": (FIRST, SECOND, Bucket((-1,), (0,), (5,), 512, 2))}, "parameter -1"),
     ],
 )
-def test_a_malformed_layout_is_refused(change: dict[str, Any], message: str) -> None:
+def test_a_malformed_layout_raises(change: dict[str, Any], message: str) -> None:
     good = ShardLayout(numels=(300, 5), buckets=(FIRST, SECOND), rank=0, world_size=2)
     with pytest.raises(ValueError, match=message):
         replace(good, **change)
 
 
 def test_layouts_are_frozen() -> None:
-    (found,) = layouts([5], 1)
+    (layout,) = layouts([5], 1)
     with pytest.raises(FrozenInstanceError):
-        found.rank = 1  # type: ignore[misc]
+        layout.rank = 1  # type: ignore[misc]
     with pytest.raises(FrozenInstanceError):
-        found.buckets[0].numel = 0  # type: ignore[misc]
+        layout.buckets[0].numel = 0  # type: ignore[misc]
 
 
 @given(numels=st.lists(SIZES, min_size=1, max_size=8), world=st.integers(1, 5))
 def test_digest_is_the_same_on_every_rank(numels: list[int], world: int) -> None:
-    assert len({found.digest() for found in layouts(numels, world)}) == 1
+    assert len({layout.digest() for layout in layouts(numels, world)}) == 1
     assert layouts(numels, world)[0].digest() == layouts(list(numels), world)[0].digest()
 
 
@@ -219,7 +220,7 @@ def test_digest_is_the_same_on_every_rank(numels: list[int], world: int) -> None
 @example(a=[0], b=[0, 0], worlds=(1, 1), sizes=(32, 32))
 @example(a=[1, 2], b=[2, 1], worlds=(2, 2), sizes=(32, 32))
 @example(a=[1], b=[2], worlds=(2, 2), sizes=(32, 32))
-def test_digest_differs_where_anything_does(
+def test_digest_differs_between_layouts(
     a: list[int], b: list[int], worlds: tuple[int, int], sizes: tuple[float, float]
 ) -> None:
     one, other = layouts(a, worlds[0], mb=sizes[0])[0], layouts(b, worlds[1], mb=sizes[1])[0]
@@ -234,15 +235,15 @@ def test_digest_sees_every_field_of_a_bucket() -> None:
     padded = replace(base, buckets=(replace(good, numel=2048),))
     named = ShardLayout((300, 5), (replace(good, params=(0, 1)),), 0, 2)
     split = replace(base, buckets=(Bucket((1,), (0,), (300,), 512, 2), Bucket((0,), (0,), (5,), 512, 2)))
-    assert len({found.digest() for found in (base, moved, padded, named, split)}) == 5
+    assert len({layout.digest() for layout in (base, moved, padded, named, split)}) == 5
 
 
-def test_picture_shows_who_holds_what() -> None:
+def test_picture_shows_the_owners() -> None:
     names = ["embed.weight", "bias", "empty"]
-    found = layouts([4 * BLOCK, 10, 0], 3, mb=32)[0]
-    # Last parameters first: empty at 0, bias at 0 too, as empty has no element, embed.weight after bias's block.
-    assert found.shard_numel == 2 * BLOCK
-    assert found.picture(names, width=8).splitlines() == [
+    layout = layouts([4 * BLOCK, 10, 0], 3, mb=32)[0]
+    # Last parameters first: empty and bias at 0 (empty has no element), embed.weight after bias's block.
+    assert layout.shard_numel == 2 * BLOCK
+    assert layout.picture(names, width=8).splitlines() == [
         "empty                    0  ",
         "bias                    10  00000000",
         "embed.weight         1,024  00111122",
@@ -250,15 +251,15 @@ def test_picture_shows_who_holds_what() -> None:
 
 
 def test_picture_counts_ranks_modulo_ten() -> None:
-    found = layouts([12 * BLOCK], 12, mb=32)[0]
-    assert found.picture(["w"], width=12).endswith("012345678901")
+    layout = layouts([12 * BLOCK], 12, mb=32)[0]
+    assert layout.picture(["w"], width=12).endswith("012345678901")
 
 
-# -- the work done ------------------------------------------------------------------------------------
+# -- complexity -------------------------------------------------------------------------------------
 
 
 def lines_run(fn: Callable[[], Any], below: str = layout_module.__file__) -> int:
-    """Lines of a module, or of all below a folder, that `fn` executes; every turn of a comprehension is one."""
+    """Lines of a module or folder that `fn` executes; each iteration of a comprehension counts."""
     count = 0
 
     def local(frame: Any, event: str, _: Any) -> Any:
@@ -283,11 +284,11 @@ def numels_of(count: int) -> list[int]:
 
 
 def one_rank(count: int, world: int, rank: int, mb: float) -> int:
-    """Plan, proof, this rank's segments and the digest; returns the number of segments."""
+    """Plan, validate, digest; returns the number of this rank's segments."""
     numels = numels_of(count)
     buckets = plan_buckets(numels, [0] * count, [4] * count, int(mb * 2**20), world)
-    found = ShardLayout(tuple(numels), buckets, rank, world)
-    found.digest()
+    layout = ShardLayout(tuple(numels), buckets, rank, world)
+    layout.digest()
     return sum(len(bucket.segments(rank)) for bucket in buckets)
 
 
@@ -306,12 +307,12 @@ def test_work_is_linear_in_the_tensors(mb: float, world: int) -> None:
     assert small <= 60 * 1000
 
 
-def test_segments_cost_what_a_rank_holds() -> None:
+def test_segments_cost_is_linear_in_this_ranks_segments() -> None:
     (bucket,) = plan_buckets([300] * 4000, [0] * 4000, [4] * 4000, 2**40, 400)
     for rank in (0, 137, 399):
-        held = bucket.segments(rank)
-        assert len(held) == (10 if rank < 399 else len(held))
-        assert lines_run(lambda rank=rank: bucket.segments(rank)) <= 6 * (len(held) + 3)
+        segments = bucket.segments(rank)
+        assert len(segments) == (10 if rank < 399 else len(segments))
+        assert lines_run(lambda rank=rank: bucket.segments(rank)) <= 6 * (len(segments) + 3)
 
 
 def test_a_hundred_thousand_tensors_over_4096_ranks() -> None:
@@ -319,30 +320,30 @@ def test_a_hundred_thousand_tensors_over_4096_ranks() -> None:
     for mb in (0.001, 32):
         numels = numels_of(100_000)
         buckets = plan_buckets(numels, [0] * len(numels), [4] * len(numels), int(mb * 2**20), 4096)
-        found = ShardLayout(tuple(numels), buckets, rank, 4096)
-        assert len(found.digest()) == 64
+        layout = ShardLayout(tuple(numels), buckets, rank, 4096)
+        assert len(layout.digest()) == 64
         assert all(isinstance(s, Segment) for bucket in buckets for s in bucket.segments(rank))
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_construction_and_steps_are_linear_in_the_tensors(stage: int) -> None:
-    """All in one bucket, where looking for a tensor among the others would be quadratic."""
+    """All tensors are in one bucket, where a search for each tensor would be quadratic."""
     package = str(Path(layout_module.__file__).parent)
-    constructing, stepping = [], []
+    construction_lines, step_lines = [], []
     for count in (100, 400):
         params = [torch.nn.Parameter(torch.ones(3)) for _ in range(count)]
-        made: list[ShardedLamb] = []
+        optimizers: list[ShardedLamb] = []
 
-        def construct(params: list[Any] = params, made: list[ShardedLamb] = made) -> None:
-            made.append(ShardedLamb(params, stage=stage))
+        def construct(params: list[Any] = params, optimizers: list[ShardedLamb] = optimizers) -> None:
+            optimizers.append(ShardedLamb(params, stage=stage))
 
-        def step(params: list[Any] = params, made: list[ShardedLamb] = made) -> None:
+        def step(params: list[Any] = params, optimizers: list[ShardedLamb] = optimizers) -> None:
             sum(p.sum() for p in params).backward()
-            made[0].step()
-            made[0].zero_grad()
+            optimizers[0].step()
+            optimizers[0].zero_grad()
 
-        constructing.append(lines_run(construct, package))
-        step()  # the first looks once through all objects for a DistributedDataParallel
-        stepping.append(lines_run(step, package))
-    assert stepping[1] <= 4.4 * stepping[0]
-    assert constructing[1] <= 4.4 * constructing[0]
+        construction_lines.append(lines_run(construct, package))
+        step()  # the first step searches all objects once for a DistributedDataParallel
+        step_lines.append(lines_run(step, package))
+    assert step_lines[1] <= 4.4 * step_lines[0]
+    assert construction_lines[1] <= 4.4 * construction_lines[0]

@@ -1,4 +1,4 @@
-"""`Lamb` against the oracle on random options, shapes, groups and missing gradients, over 20 steps."""
+"""`Lamb` against the oracle over 20 steps with random options, shapes, groups and missing gradients."""
 
 import re
 from collections.abc import Iterable
@@ -38,7 +38,7 @@ BASE = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.1}
 
 @dataclass(frozen=True)
 class Case:
-    """One run. Options that are absent are left to the variant; `groups` holds each group's own ones."""
+    """One run. Absent options take the variant's defaults; `groups` holds each group's own options."""
 
     variant: str
     shapes: dict[str, tuple[int, ...]]
@@ -66,7 +66,7 @@ def cases(draw: st.DrawFn) -> Case:
         options={**BASE, **options},
         groups=[(part, draw(own)) for part in (names[:cut], names[cut:]) if part],
         no_decay=draw(subsets),
-        # For adamw, excluding more from adaptation than everything has no meaning.
+        # adamw already excludes every parameter from adaptation.
         no_adapt=frozenset() if variant == "adamw" else draw(st.just(frozenset()) | subsets),
         patterns_in_groups=draw(st.booleans()),
         seed=draw(st.integers(0, 2**32 - 1)),
@@ -78,7 +78,7 @@ def exact(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def exclusions(case: Case, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The exclusion keywords for these parameters; none that would match nothing."""
+    """The exclusion keywords for these parameters, without any that matches nothing."""
     wanted = {
         "exclude_from_weight_decay": exact(case.no_decay & set(names)),
         "exclude_from_layer_adaptation": exact(case.no_adapt & set(names)),
@@ -97,7 +97,7 @@ def make_optimizer(case: Case, params: dict[str, torch.nn.Parameter]) -> Lamb:
 def make_oracle(case: Case, values: dict[str, np.ndarray]) -> OracleLamb:
     options = variant_options(case.variant, case.shapes, case.no_decay, case.no_adapt or None)
     if case.variant == "tfa" and case.patterns_in_groups:
-        # Each group falls back on its own decay patterns when it names none for adaptation.
+        # A group without adaptation patterns uses its own decay patterns.
         plain = [names for names, _ in case.groups if not case.no_adapt & set(names)]
         options["no_adapt"] = set(case.no_adapt) | {n for names in plain for n in case.no_decay & set(names)}
     overrides = {name: own for names, own in case.groups for name in names}
@@ -105,7 +105,7 @@ def make_oracle(case: Case, values: dict[str, np.ndarray]) -> OracleLamb:
 
 
 def draw_values(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Exact in float32, so that both precisions start from the same numbers; some tensors are zero."""
+    """Values exact in float32, so that both precisions start from the same numbers; some tensors are zero."""
     scales = rng.choice([0.0, 0.1, 1.0, 30.0], size=len(case.shapes))
     return {
         name: np.asarray(rng.standard_normal(shape) * scale, dtype=np.float32).astype(np.float64)
@@ -135,9 +135,9 @@ def check(case: Case, dtype: torch.dtype) -> None:
     oracle = make_oracle(case, values)
     params = {n: torch.nn.Parameter(torch.from_numpy(v.copy()).to(dtype)) for n, v in values.items()}
     optimizer = make_optimizer(case, params)
-    # A small tensor may pass through zero: errors are relative to its largest norm, or to the way it went.
+    # A small tensor may pass through zero: errors are relative to its largest norm or to its path length.
     largest = {name: norm(value) for name, value in values.items()}
-    way = dict.fromkeys(values, 0.0)
+    path = dict.fromkeys(values, 0.0)
     scales = {name: rng.choice([1e-3, 1.0, 20.0]) for name in values}
     for _ in range(STEPS):
         grads, before = draw_gradients(case, scales, rng), dict(oracle.params)
@@ -145,13 +145,13 @@ def check(case: Case, dtype: torch.dtype) -> None:
         for name, p in params.items():
             g = grads[name]
             p.grad = None if g is None else torch.from_numpy(g.copy()).to(dtype)
-            way[name] += norm(oracle.params[name] - before[name])
+            path[name] += norm(oracle.params[name] - before[name])
             largest[name] = max(largest[name], norm(oracle.params[name]))
         optimizer.step()
 
     for name, p in params.items():
         expected = oracle.params[name]
-        gap, size = norm(p.detach().double().numpy() - expected), max(largest[name], way[name])
+        gap, size = norm(p.detach().double().numpy() - expected), max(largest[name], path[name])
         assert gap <= TOLERANCES[dtype] * size, f"{name}: off by {gap}, which is {gap / size} of its size"
         if oracle.steps[name] == 0:
             assert torch.equal(p.detach(), torch.from_numpy(values[name]).to(dtype))
@@ -161,7 +161,7 @@ def check(case: Case, dtype: torch.dtype) -> None:
         assert float(optimizer.grad_norm) == pytest.approx(oracle.grad_norm, rel=1e-12)
 
 
-# Explicit keywords win over the variant's, None among them.
+# Explicit keywords, None included, override the variant's.
 UNCLIPPED_APEX = Case(
     variant="apex",
     shapes={"scale": (), "embed.weight": (13, 3)},
@@ -192,7 +192,7 @@ def test_float32_follows_the_oracle(case: Case) -> None:
 
 
 def test_square_roots_are_correctly_rounded() -> None:
-    """numpy's are the processor's; torch's own differ from them in one of some hundred values where MKL is used."""
+    """numpy uses the processor's square root; torch with MKL differs in about one of a hundred values."""
     x = torch.rand(1 << 16, generator=torch.Generator().manual_seed(0))
     x[:4] = torch.tensor([0.0, torch.inf, 1e-44, 3e38])
     np.testing.assert_array_equal(rule.root(x).numpy(), np.sqrt(x.numpy()))

@@ -1,6 +1,6 @@
-"""Training under the real DeepSpeed on gloo, and the float64 LAMB fed the gradients that DeepSpeed averaged.
+"""Training under the real DeepSpeed on gloo, and a float64 LAMB on the gradients that DeepSpeed averaged.
 
-Functions here run on a rank, in the harness's workers. DeepSpeed is imported inside them: it takes seconds.
+These functions run on a rank, in the harness's workers, and import DeepSpeed themselves: its import takes seconds.
 """
 
 import copy
@@ -23,7 +23,7 @@ LAMB = {"lr": 0.02, "betas": [0.9, 0.99], "eps": 1e-6, "weight_decay": 0.1}
 
 
 class Tiny(nn.Module):
-    """Uneven sizes, a parameter of one element, a frozen one, and one that is tied."""
+    """Uneven sizes, a one-element parameter, a frozen one and a tied one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,12 +54,12 @@ def tiny(seed: int = 3) -> Tiny:
 
 
 class Known(nn.Module):
-    """A loss that is linear in the parameters: gradients are what the tests draw, and known without DeepSpeed."""
+    """A loss that is linear in the parameters: the drawn gradients are known without DeepSpeed."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         for name, value in training.weights().items():
-            if value.numel() and value.dim():  # DeepSpeed takes no scalars
+            if value.numel() and value.dim():  # DeepSpeed rejects scalars
                 self.register_parameter(name.replace(".", "_"), nn.Parameter(value.to(dtype)))
 
     def forward(self, rank: int, step: int) -> Tensor:
@@ -85,21 +85,21 @@ def tokens(rank: int, step: int) -> Tensor:
 def config(
     stage: int, dtype: str = "fp32", *, params: Mapping[str, Any] = LAMB, **more: Any
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    ds_config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
         "optimizer": {"type": "ShardedLamb", "params": dict(params)},
         "zero_optimization": {"stage": stage, **more.pop("zero", {})},
-        "gradient_clipping": 0.0,  # DeepSpeed clips at 1.0 where a config says nothing
+        "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
     }
     if dtype == "bf16":
-        found["bf16"] = {"enabled": True, **more.pop("bf16", {})}
+        ds_config["bf16"] = {"enabled": True, **more.pop("bf16", {})}
     if dtype == "fp16":
-        found["fp16"] = {"enabled": True, "initial_scale_power": 8, **more.pop("fp16", {})}
-    return {**found, **more}
+        ds_config["fp16"] = {"enabled": True, "initial_scale_power": 8, **more.pop("fp16", {})}
+    return {**ds_config, **more}
 
 
 def start(ds_config: dict[str, Any], model: nn.Module | None = None, **keywords: Any) -> Any:
-    """An engine; the plugin is registered by its import, and nothing else is told to DeepSpeed."""
+    """An engine; importing the plugin registers it, without any other setup of DeepSpeed."""
     import deepspeed
     from deepspeed.utils import groups
 
@@ -112,13 +112,13 @@ def start(ds_config: dict[str, Any], model: nn.Module | None = None, **keywords:
 
 
 def forget(groups: ModuleType) -> None:
-    """Let DeepSpeed make its process groups anew, as those of an earlier case are gone; undo ZeRO-3's replacement."""
+    """Let DeepSpeed create new process groups, since an earlier case's are destroyed; undo ZeRO-3's replacement."""
     importlib.reload(groups)
     nn.functional.linear = LINEAR
 
 
 def stop(engine: Any) -> None:
-    """Ranks leave together."""
+    """Destroy the engine after a barrier."""
     import torch.distributed as dist
 
     dist.barrier()
@@ -127,10 +127,10 @@ def stop(engine: Any) -> None:
 
 
 def masters(engine: Any) -> dict[str, Tensor]:
-    """The weights that the optimizer updates, whole, float64."""
+    """The full weights that the optimizer updates, as float64."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    found = {}
+    weights = {}
     unfused = getattr(engine.optimizer, "fp32_groups", None)
     copies = {}
     if unfused is not None:
@@ -149,12 +149,12 @@ def masters(engine: Any) -> dict[str, Tensor]:
         else:
             value = safe_get_full_fp32_param(p)
             value = p if value is None else value
-        found[name] = value.detach().double().clone().cpu()
-    return found
+        weights[name] = value.detach().double().clone().cpu()
+    return weights
 
 
 def gradients(engine: Any) -> dict[str, np.ndarray]:
-    """DeepSpeed's averaged gradients, whole, as they are before it unscales and clips."""
+    """DeepSpeed's full averaged gradients, before it unscales and clips."""
     from deepspeed.utils import safe_get_full_grad
 
     return {
@@ -173,7 +173,7 @@ GROUP_OVERRIDES = {
 
 
 def groups_of(model: nn.Module) -> list[dict[str, Any]]:
-    """The groups that `GROUP_OVERRIDES` says; what is in none of them comes first."""
+    """The groups of `GROUP_OVERRIDES`, after a first group of all other parameters."""
     params = dict(model.named_parameters())
     rest = [p for name, p in params.items() if name not in GROUP_OVERRIDES]
     return [
@@ -197,7 +197,7 @@ def follow(
     batch: Callable[[int, int], Tensor] = tokens,
     first: int = 0,
 ) -> list[dict[str, float]]:
-    """Train, the oracle beside; returns the ratios of every step. ``scale``: what DeepSpeed multiplies gradients by."""
+    """Train with the oracle; returns the ratios of every step. ``scale``: DeepSpeed's factor on the gradients."""
     ratios = []
     for step in range(first, first + steps):
         engine.backward(engine(batch(rank, step)))
@@ -210,15 +210,15 @@ def follow(
     return ratios
 
 
-def worst(found: Mapping[str, Tensor], oracle: OracleLamb) -> float:
-    """The largest relative error over parameters, norm-wise."""
-    assert found.keys() == oracle.params.keys()
+def worst(weights: Mapping[str, Tensor], oracle: OracleLamb) -> float:
+    """The largest relative error in norm over all parameters."""
+    assert weights.keys() == oracle.params.keys()
     errors = [
         float(
             np.linalg.norm(value.numpy() - oracle.params[name])
             / max(np.linalg.norm(oracle.params[name]), 1e-30)
         )
-        for name, value in found.items()
+        for name, value in weights.items()
     ]
     return max(errors)
 

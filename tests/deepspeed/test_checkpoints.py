@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoints (its own, consolidated, universal) and this package's whole state."""
+"""DeepSpeed's checkpoints (its own, consolidated, universal) and this package's full state dict."""
 
 import shutil
 from pathlib import Path
@@ -30,12 +30,12 @@ def train(engine: Any, rank: int, steps: range) -> None:
 
 
 def state_of(engine: Any) -> dict[str, Tensor]:
-    """Every bit that the optimizer holds on this rank, DeepSpeed's padding excepted (it may hold anything)."""
-    found = cases.masters(engine)
+    """All of the optimizer's memory on this rank, except DeepSpeed's padding, which is undefined."""
+    outcome = cases.masters(engine)
     full = engine.basic_optimizer.full_state_dict()
     for param, state in (full or {"state": {}})["state"].items():
-        found.update({f"{param}/{key}": value.clone() for key, value in state.items()})
-    return found
+        outcome.update({f"{param}/{key}": value.clone() for key, value in state.items()})
+    return outcome
 
 
 def interrupted(rank: int, config: dict[str, Any], folder: str, groups: bool) -> None:
@@ -56,7 +56,7 @@ def interrupted(rank: int, config: dict[str, Any], folder: str, groups: bool) ->
 @pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_goes_on_from_a_checkpoint_with_the_same_bits(
+def test_resuming_from_a_checkpoint_is_bit_exact(
     stage: int, dtype: str, groups: bool, tmp_path: Path
 ) -> None:
     run_ranks(2, interrupted, cases.config(stage, dtype), str(tmp_path), groups, timeout=300)
@@ -75,7 +75,7 @@ def test_checkpoints_of_other_layouts(stage: int, zero: dict[str, Any], tmp_path
 
 
 def saved(rank: int, config: dict[str, Any], folder: str, groups: bool) -> dict[str, Any]:
-    """Weights and whole state at step 2, where a checkpoint is left, and weights at step 4."""
+    """Weights and full state at step 2, where it saves a checkpoint, and weights at step 4."""
     engine = start(config, groups)
     train(engine, rank, range(2))
     engine.save_checkpoint(folder, tag="two")
@@ -95,11 +95,11 @@ def test_zero_to_fp32(stage: int, tmp_path: Path) -> None:
 
 
 def universal(folder: Path) -> None:
-    """DeepSpeed's own converter, in this process."""
+    """Run DeepSpeed's converter in this process."""
     from deepspeed.checkpoint import ds_to_universal
 
     arguments = ["--input_folder", str(folder / "two"), "--output_folder", str(folder / "universal")]
-    # ZeRO 1 and 2 want client state that only Megatron writes, or this switch.
+    # ZeRO 1 and 2 require client state that only Megatron writes, or this switch.
     ds_to_universal.main(parse([*arguments, "--inject_missing_state", *ALONE]))
     (folder / "latest").write_text("universal")
 
@@ -115,15 +115,15 @@ def parse(arguments: list[str]) -> Any:
 
 
 def resumed(rank: int, config: dict[str, Any], folder: str, expected: Any) -> dict[str, Any]:
-    """Load a universal checkpoint; what is there then, and one step of it beside the oracle."""
+    """Load a universal checkpoint: the state after it, and one step against the oracle."""
     engine = start({**config, "checkpoint": {"load_universal": True}}, True, seed=99)
     engine.load_checkpoint(folder, tag="universal")
     loaded = cases.masters(engine)
     oracle = cases.oracle_of(loaded, overrides=cases.GROUP_OVERRIDES)
     names = [name for name, p in engine.module.named_parameters() if p.requires_grad]
-    place = {name: i for i, (name, _, _) in enumerate(engine.basic_optimizer._rows)}
+    index = {name: i for i, (name, _, _) in enumerate(engine.basic_optimizer._rows)}
     for name in names:
-        state = expected["state"][place[name]]
+        state = expected["state"][index[name]]
         oracle.m[name] = state["exp_avg"].double().numpy()
         oracle.v[name] = state["exp_avg_sq"].double().numpy()
         oracle.steps[name] = int(state["step"])
@@ -132,39 +132,43 @@ def resumed(rank: int, config: dict[str, Any], folder: str, expected: Any) -> di
         {key: group[key] for key in ("lr", "weight_decay", "betas")}
         for group in engine.basic_optimizer.param_groups
     ]
-    found = {"loaded": loaded, "worst": cases.worst(cases.masters(engine), oracle), "groups": groups}
+    outcome = {"loaded": loaded, "worst": cases.worst(cases.masters(engine), oracle), "groups": groups}
     cases.stop(engine)
-    return found
+    return outcome
 
 
 @pytest.mark.parametrize(("stage", "before", "after"), [(1, 2, 3), (2, 3, 2), (3, 2, 3), (3, 3, 2)])
 def test_universal_checkpoints_at_other_world_sizes(
     stage: int, before: int, after: int, tmp_path: Path
 ) -> None:
-    """Three groups of different options: ZeRO-3's loader gives all the first's, which is undone."""
+    """Three groups with different options: ZeRO-3's loader gives all groups the first's, which is undone."""
     config = cases.config(stage, "bf16")
     result, *_ = run_ranks(before, saved, config, str(tmp_path), True, timeout=300)
     universal(tmp_path)
-    for found in run_ranks(after, resumed, config, str(tmp_path), result["full"], timeout=300):
+    for outcome in run_ranks(after, resumed, config, str(tmp_path), result["full"], timeout=300):
         for name, value in result["masters"].items():
-            assert torch.equal(found["loaded"][name], value), name
-        assert [group["lr"] for group in found["groups"]] == [0.02, 0.05, 0.02]
-        assert [group["weight_decay"] for group in found["groups"]] == [0.1, 0.0, 0.1]
-        assert [list(group["betas"]) for group in found["groups"]] == [[0.9, 0.99], [0.9, 0.99], [0.8, 0.95]]
-        assert found["worst"] <= cases.FP32_TOLERANCE
+            assert torch.equal(outcome["loaded"][name], value), name
+        assert [group["lr"] for group in outcome["groups"]] == [0.02, 0.05, 0.02]
+        assert [group["weight_decay"] for group in outcome["groups"]] == [0.1, 0.0, 0.1]
+        assert [list(group["betas"]) for group in outcome["groups"]] == [
+            [0.9, 0.99],
+            [0.9, 0.99],
+            [0.8, 0.95],
+        ]
+        assert outcome["worst"] <= cases.FP32_TOLERANCE
 
 
 def test_a_universal_checkpoint_in_subgroups(tmp_path: Path) -> None:
-    """DeepSpeed puts one step count into the state of every subgroup: each must count for itself."""
+    """DeepSpeed shares one step count between all subgroups: each must count separately."""
     config = cases.config(3, "bf16", zero={"sub_group_size": 500})
     result, *_ = run_ranks(2, saved, config, str(tmp_path), True, timeout=300)
     universal(tmp_path)
-    for found in run_ranks(2, resumed, config, str(tmp_path), result["full"], timeout=300):
-        assert found["worst"] <= cases.FP32_TOLERANCE
+    for outcome in run_ranks(2, resumed, config, str(tmp_path), result["full"], timeout=300):
+        assert outcome["worst"] <= cases.FP32_TOLERANCE
 
 
 def other_options(rank: int, config: dict[str, Any], folder: str, tag: str) -> float:
-    """An engine of other options that has stepped already loads: the saved options count, as with torch."""
+    """An engine with other options loads after a step: it takes the saved options, as in torch."""
     params = {**cases.LAMB, "weight_decay": 0.7, "exclude_from_weight_decay": ["head"]}
     more = {"checkpoint": {"load_universal": True}} if tag == "universal" else {}
     engine = start({**config, "optimizer": {"type": "ShardedLamb", "params": params}, **more})
@@ -174,9 +178,9 @@ def other_options(rank: int, config: dict[str, Any], folder: str, tag: str) -> f
     full = engine.basic_optimizer.full_state_dict()
     shared: list[Any] = [full]
     torch.distributed.broadcast_object_list(shared, 0)
-    for place, (name, _, _) in enumerate(engine.basic_optimizer._rows):
+    for index, (name, _, _) in enumerate(engine.basic_optimizer._rows):
         if name in oracle.params:
-            state = shared[0]["state"][place]
+            state = shared[0]["state"][index]
             oracle.m[name] = state["exp_avg"].double().numpy()
             oracle.v[name] = state["exp_avg_sq"].double().numpy()
             oracle.steps[name] = int(state["step"])
@@ -188,7 +192,7 @@ def other_options(rank: int, config: dict[str, Any], folder: str, tag: str) -> f
 
 @pytest.mark.parametrize("tag", ["two", "universal"])
 @pytest.mark.parametrize("stage", [1, 3])
-def test_saved_options_win_over_the_engines(stage: int, tag: str, tmp_path: Path) -> None:
+def test_saved_options_replace_the_engines(stage: int, tag: str, tmp_path: Path) -> None:
     params = {**cases.LAMB, "exclude_from_weight_decay": ["^fc"]}
     config = cases.config(stage, "bf16", params=params)
     run_ranks(2, saved, config, str(tmp_path), False, timeout=300)
@@ -198,7 +202,7 @@ def test_saved_options_win_over_the_engines(stage: int, tag: str, tmp_path: Path
 
 
 def before_the_first_step(rank: int, config: dict[str, Any], folder: str) -> float:
-    """A checkpoint that has no moments yet, into an engine that has: they start again."""
+    """Load a checkpoint without moments into an engine with moments: they are reset."""
     engine = start(config)
     engine.save_checkpoint(folder, tag="none")
     cases.stop(engine)
@@ -213,40 +217,48 @@ def before_the_first_step(rank: int, config: dict[str, Any], folder: str) -> flo
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
-def test_a_checkpoint_of_before_the_first_step(stage: int, dtype: str, tmp_path: Path) -> None:
+def test_a_checkpoint_from_before_the_first_step(stage: int, dtype: str, tmp_path: Path) -> None:
     worst = run_ranks(2, before_the_first_step, cases.config(stage, dtype), str(tmp_path), timeout=300)
     assert max(worst) <= cases.FP32_TOLERANCE
 
 
 def from_fused_lamb(rank: int) -> list[dict[str, Any]]:
-    """The groups that DeepSpeed's own Lamb leaves in a checkpoint."""
+    """Load the groups of a checkpoint of DeepSpeed's Lamb."""
     engine = start(cases.config(2, params={"variant": "deepspeed", "lr": 0.01}))
     train(engine, rank, range(1))
     state = engine.basic_optimizer.state_dict()
-    theirs = {"lr": 0.03, "bias_correction": True, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.2}
-    theirs.update(max_grad_norm=0.0, max_coeff=0.7, min_coeff=0.1, step=3)
-    state["param_groups"] = [{**theirs, "params": group["params"]} for group in state["param_groups"]]
+    deepspeed_group = {
+        "lr": 0.03,
+        "bias_correction": True,
+        "betas": (0.8, 0.95),
+        "eps": 1e-7,
+        "weight_decay": 0.2,
+    }
+    deepspeed_group.update(max_grad_norm=0.0, max_coeff=0.7, min_coeff=0.1, step=3)
+    state["param_groups"] = [
+        {**deepspeed_group, "params": group["params"]} for group in state["param_groups"]
+    ]
     engine.basic_optimizer.load_state_dict(state)
     train(engine, rank, range(1))
-    found = [
+    outcome = [
         {k: v for k, v in group.items() if k != "params"} for group in engine.basic_optimizer.param_groups
     ]
     cases.stop(engine)
-    return found
+    return outcome
 
 
 def test_a_checkpoint_of_deepspeeds_lamb_keeps_its_algorithm() -> None:
-    """Its bias_correction says whether; where is the variant's to say."""
-    ((found,), _) = run_ranks(2, from_fused_lamb, timeout=300)
-    assert found["bias_correction"] == "lr"
-    assert found["trust_clip"] == (0.1, 0.7)
-    assert (found["lr"], found["weight_decay"], found["eps"], found["variant"]) == (
+    """Its bias_correction enables the correction; the variant applies it to lr."""
+    ((outcome,), _) = run_ranks(2, from_fused_lamb, timeout=300)
+    assert outcome["bias_correction"] == "lr"
+    assert outcome["trust_clip"] == (0.1, 0.7)
+    assert (outcome["lr"], outcome["weight_decay"], outcome["eps"], outcome["variant"]) == (
         0.03,
         0.2,
         1e-7,
         "deepspeed",
     )
-    assert not {"max_coeff", "min_coeff", "step", "max_grad_norm"} & found.keys()
+    assert not {"max_coeff", "min_coeff", "step", "max_grad_norm"} & outcome.keys()
 
 
 def seen_by_deepspeed(rank: int, stage: int) -> None:
@@ -256,13 +268,13 @@ def seen_by_deepspeed(rank: int, stage: int) -> None:
     engine = start(cases.config(stage), groups=True)
     train(engine, rank, range(2))
     full = engine.basic_optimizer.full_state_dict()
-    for place, (_, p, _) in enumerate(engine.basic_optimizer._rows):
+    for index, (_, p, _) in enumerate(engine.basic_optimizer._rows):
         if p.requires_grad:
             for key in ("exp_avg", "exp_avg_sq"):
                 value = safe_get_full_optimizer_state(p, key)
                 assert value.any()
                 if full is not None:
-                    assert torch.equal(value, full["state"][place][key])
+                    assert torch.equal(value, full["state"][index][key])
     cases.stop(engine)
 
 
@@ -290,7 +302,7 @@ def test_a_checkpoint_with_moments_of_another_size(tmp_path: Path) -> None:
 
 
 def crossed(rank: int, config: dict[str, Any], full: Any) -> dict[str, Any]:
-    """A whole state, from anywhere, into an engine of other options; what comes out, and the model's weights."""
+    """Load a full state dict into an engine with other options; returns its full state dict and the model's weights."""
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
     engine = start(config, seed=99)
@@ -302,7 +314,7 @@ def crossed(rank: int, config: dict[str, Any], full: Any) -> dict[str, Any]:
             for name, p in engine.module.named_parameters()
             if p.requires_grad
         }
-    train(engine, rank, range(2, 3))  # the proof at the first step finds model and masters the same
+    train(engine, rank, range(2, 3))  # the first step proves that model and masters agree
     cases.stop(engine)
     return {"full": again, "model": model}
 
@@ -310,7 +322,7 @@ def crossed(rank: int, config: dict[str, Any], full: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("stage", "dtype"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
 )
-def test_whole_state_between_stages_and_world_sizes(stage: int, dtype: str, tmp_path: Path) -> None:
+def test_full_state_between_stages_and_world_sizes(stage: int, dtype: str, tmp_path: Path) -> None:
     source, *_ = run_ranks(3, saved, cases.config(3 - stage, "bf16"), str(tmp_path), False, timeout=300)
     full = source["full"]
     other = {"lr": 0.5, "weight_decay": 0.9}
@@ -326,8 +338,8 @@ def test_whole_state_between_stages_and_world_sizes(stage: int, dtype: str, tmp_
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_whole_state_goes_to_the_other_optimizers(stage: int, tmp_path: Path) -> None:
-    """What an engine leaves, `Lamb` on one device and `ShardedLamb` load: the next step is the oracle's."""
+def test_other_optimizers_load_the_full_state(stage: int, tmp_path: Path) -> None:
+    """`Lamb` and `ShardedLamb` load an engine's full state: the next step is the oracle's."""
     source, *_ = run_ranks(2, saved, cases.config(stage, "bf16"), str(tmp_path), False, timeout=300)
     full = source["full"]
     for kind in (Lamb, ShardedLamb):
@@ -355,8 +367,8 @@ def test_whole_state_goes_to_the_other_optimizers(stage: int, tmp_path: Path) ->
             params[name].grad = grads[name].clone()
         oracle.step({name: np.asarray(g.double().numpy()) for name, g in grads.items()})
         optimizer.step()
-        found = {name: p.detach().double() for name, p in params.items() if name in grads}
-        assert cases.worst(found, oracle) <= cases.FP32_TOLERANCE
+        outcome = {name: p.detach().double() for name, p in params.items() if name in grads}
+        assert cases.worst(outcome, oracle) <= cases.FP32_TOLERANCE
 
 
 def from_ours(rank: int, stage: int, full: Any) -> Any:
@@ -368,7 +380,7 @@ def from_ours(rank: int, stage: int, full: Any) -> Any:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_whole_state_comes_from_sharded_lamb(stage: int) -> None:
+def test_an_engine_loads_the_full_state_of_sharded_lamb(stage: int) -> None:
     model = cases.tiny()
     optimizer = ShardedLamb(model.named_parameters(), **{**cases.LAMB, "betas": (0.9, 0.99)})
     for step in range(2):
@@ -388,20 +400,20 @@ def misfit(rank: int, stage: int, full: Any) -> None:
     engine.basic_optimizer.load_full_state_dict(full if rank == 0 else None)
 
 
-def test_a_whole_state_that_does_not_fit_is_an_error_on_every_rank(tmp_path: Path) -> None:
+def test_a_full_state_that_does_not_fit_raises_on_every_rank(tmp_path: Path) -> None:
     source, *_ = run_ranks(2, saved, cases.config(2, "bf16"), str(tmp_path), False, timeout=300)
     full = source["full"]
-    for stage, change, said in (
+    for stage, change, fragment in (
         (2, lambda: full["state"][2].update(exp_avg=torch.zeros(3)), "expected a whole tensor"),
         (3, lambda: full["state"][2].update(step=torch.tensor(7.0)), "one step count"),
         (1, lambda: full["state"].update({999: full["state"][2]}), "state of parameters [999]"),
         (2, lambda: full["state"][2].update(exp_avg="x"), "AttributeError"),
-        (2, lambda: full["param_groups"].pop(), "holds groups of"),
+        (2, lambda: full["param_groups"].pop(), "has groups of"),
     ):
         kept = {key: dict(value) for key, value in full["state"].items()}
         change()
         for kind, message in run_ranks_expecting_errors(2, misfit, stage, full, timeout=300).values():
-            assert kind in ("ValueError", said)
-            assert said in (kind, message) or said in message
+            assert kind in ("ValueError", fragment)
+            assert fragment in (kind, message) or fragment in message
         full["state"] = kept
     shutil.rmtree(tmp_path)

@@ -1,4 +1,4 @@
-"""What a ds_config.json may say: every key has an effect, every mistake an error that says what to do."""
+"""Keys of ds_config.json: every key has an effect, every mistake raises an error with its remedy."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import nn
 from tests.deepspeed import cases
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
-# What each key changes in the oracle; the run must follow it, and not the oracle without it.
+# The change of each key in the oracle: the run must follow it, and not the oracle without it.
 EFFECTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lr": ({"lr": 0.05}, {"lr": 0.05}),
     "betas": ({"betas": [0.5, 0.9]}, {"betas": (0.5, 0.9)}),
@@ -49,8 +49,8 @@ EFFECTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def effects(rank: int, keys: list[str]) -> dict[str, tuple[float, float]]:
-    """{key: how far the run is from its oracle, and from the oracle without the key}."""
-    found = {}
+    """{key: (distance of the run to its oracle, distance to the oracle without the key)}."""
+    outcome = {}
     for key in keys:
         params, oracle = EFFECTS[key]
         engine = cases.start(cases.config(2, params={**cases.LAMB, **params}))
@@ -63,19 +63,19 @@ def effects(rank: int, keys: list[str]) -> dict[str, tuple[float, float]]:
             without.step(grads)
             engine.step()
         after = cases.masters(engine)
-        found[key] = cases.worst(after, with_it), cases.worst(after, without)
+        outcome[key] = cases.worst(after, with_it), cases.worst(after, without)
         cases.stop(engine)
-    return found
+    return outcome
 
 
 def test_every_key_has_its_effect() -> None:
-    for found in run_ranks(2, effects, list(EFFECTS), timeout=300):
-        for key, (near, far) in found.items():
+    for outcome in run_ranks(2, effects, list(EFFECTS), timeout=300):
+        for key, (near, far) in outcome.items():
             assert near <= cases.FP32_TOLERANCE, key
             assert far > 1e-4, key
 
 
-def refused(rank: int, config: dict[str, Any]) -> str:
+def construct(rank: int, config: dict[str, Any]) -> str:
     try:
         cases.stop(cases.start(config))
     except (ValueError, TypeError) as error:
@@ -84,7 +84,7 @@ def refused(rank: int, config: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("params", "said"),
+    ("params", "fragment"),
     [
         ({"amsgrad": True}, "ValueError: amsgrad=True"),
         ({"trust_clip": [0, 1], "max_coeff": 2.0}, "give one of them"),
@@ -102,18 +102,18 @@ def refused(rank: int, config: dict[str, Any]) -> str:
         ({"max_grad_norm": 1.0}, "gradient_clipping"),
     ],
 )
-def test_wrong_params(params: dict[str, Any], said: str) -> None:
-    (message,) = run_ranks(1, refused, cases.config(1, params={**cases.LAMB, **params}))
-    assert said in message
+def test_wrong_params(params: dict[str, Any], fragment: str) -> None:
+    (message,) = run_ranks(1, construct, cases.config(1, params={**cases.LAMB, **params}))
+    assert fragment in message
 
 
-def test_a_variant_that_clips_wants_deepspeed_to_clip_alike() -> None:
+def test_a_variant_that_clips_accepts_equal_clipping_in_deepspeed() -> None:
     config = cases.config(1, params={**cases.LAMB, "variant": "apex"}, gradient_clipping=1.0)
-    assert run_ranks(1, refused, config) == ["accepted"]
+    assert run_ranks(1, construct, config) == ["accepted"]
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "fragment"),
     [
         ({"zero": {"offload_optimizer": {"device": "cpu", "super_offload": True}}}, "SuperOffload"),
         ({"zero": {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}, "NVMe"),
@@ -129,14 +129,14 @@ def test_a_variant_that_clips_wants_deepspeed_to_clip_alike() -> None:
         ),
     ],
 )
-def test_what_is_not_supported_says_so_and_why(more: dict[str, Any], said: str) -> None:
-    for message in run_ranks(2, refused, cases.config(3 if "ratio" in str(more) else 2, "bf16", **more)):
-        assert said in message
+def test_unsupported_features_raise(more: dict[str, Any], fragment: str) -> None:
+    for message in run_ranks(2, construct, cases.config(3 if "ratio" in str(more) else 2, "bf16", **more)):
+        assert fragment in message
         assert "does not support" in message
 
 
 @pytest.mark.parametrize(
-    ("found", "said"),
+    ("features", "fragment"),
     [
         ({"autotp_size": lambda: 2}, "tensor parallel"),
         ({"mpu": SimpleNamespace(get_tensor_model_parallel_world_size=lambda: 2)}, "tensor parallel"),
@@ -146,8 +146,8 @@ def test_what_is_not_supported_says_so_and_why(more: dict[str, Any], said: str) 
         ({"has_moe_layers": True}, "mixture-of-experts"),
     ],
 )
-def test_engines_that_cut_models_in_other_ways(found: dict[str, Any], said: str) -> None:
-    from sharded_lamb.deepspeed.calling import check_supported
+def test_unsupported_partitioning_raises(features: dict[str, Any], fragment: str) -> None:
+    from sharded_lamb.deepspeed.engine_probe import check_supported
 
     plain = {"zenflow": False, "pipeline_parallelism": False, "has_moe_layers": False, "mpu": None}
     switches = (
@@ -157,13 +157,13 @@ def test_engines_that_cut_models_in_other_ways(found: dict[str, Any], said: str)
         "zero_elastic_checkpoint",
     )
     methods = {name: (lambda: None) for name in switches}
-    engine = SimpleNamespace(**{**plain, **methods, "autotp_size": lambda: 1, **found})
-    with pytest.raises(ValueError, match=said):
+    engine = SimpleNamespace(**{**plain, **methods, "autotp_size": lambda: 1, **features})
+    with pytest.raises(ValueError, match=fragment):
         check_supported(engine)
 
 
 def in_groups(rank: int, more: dict[str, Any], clip: float) -> tuple[list[Any], str]:
-    """Options of three groups of which the second is given ``more``."""
+    """Options of three groups; the second has ``more``."""
     model = cases.tiny()
     groups = cases.groups_of(model)
     groups[1].update(more)
@@ -172,24 +172,24 @@ def in_groups(rank: int, more: dict[str, Any], clip: float) -> tuple[list[Any], 
         engine = cases.start(config, model, model_parameters=groups)
     except (ValueError, TypeError) as error:
         return [], str(error)
-    found = [
+    outcome = [
         (g["trust_clip"], g["bias_correction"], g["variant"]) for g in engine.basic_optimizer.param_groups
     ]
     cases.stop(engine)
-    return found, ""
+    return outcome, ""
 
 
-def test_groups_may_have_deepspeeds_keys() -> None:
-    ((found, _),) = run_ranks(1, in_groups, {"max_coeff": 0.5, "bias_correction": True}, 0.0)
-    assert found[0] == ((0.01, 10.0), "lr", "deepspeed")
-    assert found[1] == ((0.01, 0.5), "lr", "deepspeed")
+def test_groups_accept_deepspeeds_keys() -> None:
+    ((outcome, _),) = run_ranks(1, in_groups, {"max_coeff": 0.5, "bias_correction": True}, 0.0)
+    assert outcome[0] == ((0.01, 10.0), "lr", "deepspeed")
+    assert outcome[1] == ((0.01, 0.5), "lr", "deepspeed")
 
 
-def test_a_groups_variant_that_clips_is_deepspeeds_to_clip() -> None:
+def test_a_groups_variant_that_clips_needs_clipping_in_deepspeed() -> None:
     ((_, message),) = run_ranks(1, in_groups, {"variant": "apex"}, 0.0)
     assert 'set "gradient_clipping" at the top of the DeepSpeed config to 1.0' in message
-    ((found, _),) = run_ranks(1, in_groups, {"variant": "apex"}, 1.0)
-    assert found[1][2] == "apex"
+    ((outcome, _),) = run_ranks(1, in_groups, {"variant": "apex"}, 1.0)
+    assert outcome[1][2] == "apex"
 
 
 def one_bit(rank: int) -> list[str]:
@@ -234,12 +234,12 @@ def name_taken(rank: int) -> None:
         torch.optim.ShardedLamb = true  # type: ignore[attr-defined]
 
 
-def test_a_name_that_is_taken_is_not_taken_over() -> None:
+def test_registration_does_not_replace_another_object() -> None:
     assert run_ranks_expecting_errors(1, name_taken)[0][0] == "RuntimeError"
 
 
-def taken_over(rank: int, how: str, folder: str) -> dict[str, Any]:
-    """A config that says Lamb, through `initialize`, in each form in which DeepSpeed takes configs."""
+def replaced_lamb(rank: int, how: str, folder: str) -> dict[str, Any]:
+    """A config with type Lamb, passed to `initialize` in each form that DeepSpeed accepts."""
     import base64
 
     from deepspeed.utils import groups
@@ -265,35 +265,35 @@ def taken_over(rank: int, how: str, folder: str) -> dict[str, Any]:
         bias_correction="lr",
     )
     cases.follow(engine, rank, oracle, steps=2)
-    found = {
+    outcome = {
         "worst": cases.worst(cases.masters(engine), oracle),
         "type": type(engine.basic_optimizer).__name__,
     }
     cases.stop(engine)
-    return found
+    return outcome
 
 
 @pytest.mark.parametrize("how", ["dict", "path", "base64", "args"])
-def test_lamb_is_taken_over_when_asked(how: str, tmp_path: Path) -> None:
-    for found in run_ranks(2, taken_over, how, str(tmp_path), timeout=300):
-        assert found["type"] == "DeepSpeedLamb"
-        assert found["worst"] <= cases.FP32_TOLERANCE
+def test_take_over_lamb_replaces_lamb(how: str, tmp_path: Path) -> None:
+    for outcome in run_ranks(2, replaced_lamb, how, str(tmp_path), timeout=300):
+        assert outcome["type"] == "DeepSpeedLamb"
+        assert outcome["worst"] <= cases.FP32_TOLERANCE
 
 
-def test_other_optimizers_are_not_taken_over() -> None:
-    from sharded_lamb.deepspeed.registration import taken_over as rewrite
+def test_take_over_lamb_keeps_other_optimizers() -> None:
+    from sharded_lamb.deepspeed.registration import replace_lamb
 
-    assert rewrite({"optimizer": {"type": "Adam", "params": {}}})["optimizer"]["type"] == "Adam"
-    assert rewrite({"optimizer": {"type": "LAMB"}})["optimizer"] == {
+    assert replace_lamb({"optimizer": {"type": "Adam", "params": {}}})["optimizer"]["type"] == "Adam"
+    assert replace_lamb({"optimizer": {"type": "LAMB"}})["optimizer"] == {
         "type": "ShardedLamb",
         "params": {"variant": "deepspeed"},
     }
-    with pytest.raises(ValueError, match="no file"):
-        rewrite("missing.json")
+    with pytest.raises(ValueError, match="neither a file"):
+        replace_lamb("missing.json")
 
 
 def client(rank: int, named: str) -> dict[str, float] | str:
-    """An optimizer that the user makes, handed to DeepSpeed as an object or a callable."""
+    """An optimizer that the user constructs and passes to DeepSpeed as an object or a callable."""
     from sharded_lamb.deepspeed import DeepSpeedLamb, name_parameters
 
     model = cases.tiny()
@@ -320,18 +320,18 @@ def client(rank: int, named: str) -> dict[str, float] | str:
 
 
 @pytest.mark.parametrize("named", ["pairs", "callable", "registered"])
-def test_optimizers_that_the_user_makes(named: str) -> None:
+def test_optimizers_that_the_user_constructs(named: str) -> None:
     for ratios in run_ranks(2, client, named, timeout=300):
         assert "fc.weight" in ratios
 
 
-def test_patterns_without_names_are_an_error_that_says_what_to_call() -> None:
+def test_patterns_without_names_raise_with_the_remedy() -> None:
     for message in run_ranks(2, client, "not at all"):
         assert "name_parameters(model)" in message
 
 
 class Partitioned(nn.Module):
-    """Made under zero.Init: parameters are partitioned before the optimizer sees them."""
+    """A model constructed under zero.Init: its parameters are partitioned before the optimizer exists."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -355,15 +355,15 @@ def zero_init(rank: int) -> dict[str, Any]:
         engine.backward(engine(rank))
         oracle.step(cases.gradients(engine))
         engine.step()
-    found = {"worst": cases.worst(cases.masters(engine), oracle), "shape": tuple(model.fc.weight.shape)}
+    outcome = {"worst": cases.worst(cases.masters(engine), oracle), "shape": tuple(model.fc.weight.shape)}
     cases.stop(engine)
-    return found
+    return outcome
 
 
-def test_a_model_made_under_zero_init() -> None:
-    """Its parameters are empty tensors when patterns are matched: their dimensions are DeepSpeed's to say."""
-    for found in run_ranks(2, zero_init, timeout=300):
-        assert found["worst"] <= cases.FP32_TOLERANCE
+def test_a_model_constructed_under_zero_init() -> None:
+    """Its parameters are empty tensors when patterns are matched; their shapes are in ``ds_shape``."""
+    for outcome in run_ranks(2, zero_init, timeout=300):
+        assert outcome["worst"] <= cases.FP32_TOLERANCE
 
 
 def late(rank: int) -> None:

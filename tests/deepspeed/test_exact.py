@@ -1,4 +1,4 @@
-"""DeepSpeed's own engine at every stage against a float64 LAMB that nobody sharded."""
+"""DeepSpeed's engine at every stage against an unsharded float64 LAMB."""
 
 from dataclasses import replace
 from typing import Any
@@ -17,29 +17,29 @@ def train(rank: int, config: dict[str, Any], oracle: dict[str, Any] | None = Non
     engine = cases.start(config)
     before = cases.masters(engine)
     reference = cases.oracle_of(before, **(oracle or {}))
-    said = cases.follow(engine, rank, reference)
+    ratios = cases.follow(engine, rank, reference)
     after = cases.masters(engine)
     optimizer = engine.basic_optimizer
-    found = {
+    outcome = {
         "worst": cases.worst(after, reference),
         "moved": min(float((after[name] - before[name]).norm()) for name in before),
-        "ratios": said[-1],
+        "ratios": ratios[-1],
         "coefficients": optimizer.get_lamb_coeffs(),
         "expected": reference.ratios,
         "calls": dict(optimizer.traffic.calls),
         "wrapper": type(engine.optimizer).__name__,
     }
     cases.stop(engine)
-    return found
+    return outcome
 
 
 def assert_exact(results: list[dict[str, Any]]) -> None:
-    for found in results:
-        assert found["worst"] <= cases.FP32_TOLERANCE
-        assert found["moved"] > 1e-3
-        assert found["ratios"] == pytest.approx(found["expected"], rel=1e-5)
-        assert found["coefficients"] == list(found["ratios"].values())
-        assert found["ratios"] == results[0]["ratios"]  # the same bits on every rank
+    for outcome in results:
+        assert outcome["worst"] <= cases.FP32_TOLERANCE
+        assert outcome["moved"] > 1e-3
+        assert outcome["ratios"] == pytest.approx(outcome["expected"], rel=1e-5)
+        assert outcome["coefficients"] == list(outcome["ratios"].values())
+        assert outcome["ratios"] == results[0]["ratios"]  # the same bits on every rank
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -71,13 +71,13 @@ def test_bf16_with_gradients_accumulated_in_fp32() -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_small_collectives_do_not_grow_with_the_parameters(stage: int) -> None:
     steps = 4
-    for found in run_ranks(2, train, cases.config(stage), timeout=300):
-        # One proves the mapping; then norms, and what is known of gradients, one each a step.
-        assert found["calls"] == ({"all_reduce_small": 1 + 2 * steps} if stage else {})
+    for outcome in run_ranks(2, train, cases.config(stage), timeout=300):
+        # One proves the mapping; then one for norms and one for the gradient summary per step.
+        assert outcome["calls"] == ({"all_reduce_small": 1 + 2 * steps} if stage else {})
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_without_skipping_there_is_one_small_collective_a_step(stage: int) -> None:
+def test_without_skipping_a_step_makes_one_small_collective(stage: int) -> None:
     config = cases.config(stage, params={**cases.LAMB, "skip_nonfinite": False})
     results = run_ranks(2, train, config, timeout=300)
     assert_exact(results)
@@ -86,7 +86,7 @@ def test_without_skipping_there_is_one_small_collective_a_step(stage: int) -> No
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_variant_of_deepspeed_itself(stage: int) -> None:
-    """Its place of bias correction and its clamp, here on exact ratios; eps and decay are its defaults."""
+    """DeepSpeed's bias correction and clamp, on exact ratios, with its defaults of eps and decay."""
     facts = variant_options("deepspeed", {}, set())
     params = {"lr": 0.05, "variant": "deepspeed", "max_coeff": 0.5, "min_coeff": 0.2, "bias_correction": True}
     oracle = {
@@ -134,14 +134,14 @@ def known(rank: int, world: int, config: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_gradients_known_without_deepspeed(stage: int, zero: dict[str, Any]) -> None:
-    """Weights are read from the model: nothing here relies on DeepSpeed's own mapping of its partitions."""
-    for found in run_ranks(3, known, 3, cases.config(stage, zero=zero), timeout=300):
-        assert found["worst"] <= cases.FP32_TOLERANCE
-        assert found["ratios"] == pytest.approx(found["expected"], rel=1e-5)
+    """Weights are read from the model, independently of DeepSpeed's mapping of its partitions."""
+    for outcome in run_ranks(3, known, 3, cases.config(stage, zero=zero), timeout=300):
+        assert outcome["worst"] <= cases.FP32_TOLERANCE
+        assert outcome["ratios"] == pytest.approx(outcome["expected"], rel=1e-5)
 
 
 def naive(rank: int, config: dict[str, Any]) -> dict[str, float]:
-    """timm's Lamb inside ZeRO: its first step's length over the exact one's."""
+    """timm's Lamb inside ZeRO: the length of its first step relative to the exact one."""
     from tests.timm_peer import load_timm_lamb
 
     del config["optimizer"]
@@ -155,43 +155,43 @@ def naive(rank: int, config: dict[str, Any]) -> dict[str, float]:
     engine.step()
     after = cases.masters(engine)
     expected = {name: torch.from_numpy(value) for name, value in reference.params.items()}
-    taken = {
+    lengths = {
         name: float((after[name] - before[name]).norm() / (expected[name] - before[name]).norm())
         for name in ("embed.weight", "fc.weight", "out.weight", "head.bias")
     }
     cases.stop(engine)
-    return taken
+    return lengths
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_what_the_naive_ratio_is_worth(stage: int) -> None:
-    """The check has something to find: a peer's LAMB under the same engine takes other steps.
+def test_a_naive_lamb_fails_this_check(stage: int) -> None:
+    """A peer's LAMB under the same engine makes different steps.
 
-    Under ZeRO-3 even nan: the end of a partition is uninitialised memory, which is part of its norm.
+    Under ZeRO-3 even nan: its norm includes the end of a partition, which is uninitialized memory.
     """
-    taken, *_ = run_ranks(2, naive, cases.config(stage), timeout=300)
-    assert not all(abs(share - 1) <= 0.1 for share in taken.values())
+    lengths, *_ = run_ranks(2, naive, cases.config(stage), timeout=300)
+    assert not all(abs(share - 1) <= 0.1 for share in lengths.values())
 
 
-def planted(rank: int, stage: int, fault: str) -> str:
-    """A first step after the mapping was tampered with."""
+def first_step_with(rank: int, stage: int, fault: str) -> str:
+    """The error of a first step with a corrupted mapping."""
     from sharded_lamb.deepspeed import optimizer as module
 
     engine = cases.start(cases.config(stage))
     true = module.find_partitions
 
-    def tampered(*arguments: Any) -> Any:
-        held = true(*arguments)
-        (partition, *rest) = held.partitions
+    def corrupted(*arguments: Any) -> Any:
+        partitions = true(*arguments)
+        (partition, *rest) = partitions.local
         segments = list(partition.segments)
         if fault == "dropped" and rank == 0:
             segments.pop()
         if fault == "shifted":
             segments = [replace(s, shard_start=max(s.shard_start - 1, 0)) for s in segments]
         partition = replace(partition, segments=tuple(segments))
-        return replace(held, partitions=(partition, *rest))
+        return replace(partitions, local=(partition, *rest))
 
-    module.find_partitions = tampered
+    module.find_partitions = corrupted
     try:
         engine.backward(engine(cases.tokens(rank, 0)))
         engine.step()
@@ -204,15 +204,15 @@ def planted(rank: int, stage: int, fault: str) -> str:
 
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize(
-    ("fault", "said"), [("dropped", "the ranks hold"), ("shifted", "differ between the model")]
+    ("fault", "fragment"), [("dropped", "the ranks hold"), ("shifted", "differ between the model")]
 )
-def test_a_wrong_mapping_is_refused_on_every_rank(stage: int, fault: str, said: str) -> None:
-    for message in run_ranks(2, planted, stage, fault, timeout=300):
-        assert said in message
+def test_a_wrong_mapping_raises_on_every_rank(stage: int, fault: str, fragment: str) -> None:
+    for message in run_ranks(2, first_step_with, stage, fault, timeout=300):
+        assert fragment in message
 
 
 def test_the_tolerance_can_fail() -> None:
-    """A ratio that is off by 1e-4 is seen."""
+    """It detects a ratio that is off by 1e-4."""
     start = {"w": torch.ones(10, dtype=torch.float64)}
     one, other = cases.oracle_of(start), cases.oracle_of(start, lr=0.02 * (1 + 1e-3))
     for oracle in (one, other):

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer and Accelerate, which read ds_config files and never call anything of this package."""
+"""Hugging Face's Trainer and Accelerate, which read ds_config files and never call this package."""
 
 import json
 import os
@@ -34,7 +34,7 @@ NO_DECAY = {"model.norm.weight", "model.norm.bias", "model.fc.bias", "model.head
 
 
 class ForTrainer(nn.Module):
-    """What the Trainer wants of a model: keyword inputs, a loss first."""
+    """The Trainer's model interface: keyword inputs, the loss first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class ForTrainer(nn.Module):
 
 
 class Watch:
-    """Feeds the oracle what DeepSpeed averaged, just before each step of the engine."""
+    """Steps the oracle on DeepSpeed's averaged gradients, just before each step of the engine."""
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.step = engine, engine.step
@@ -71,7 +71,7 @@ class Watch:
 
 
 def begin_anew(groups: ModuleType) -> None:
-    """Accelerate keeps what it found of a process. The variable is what `accelerate launch` sets for DeepSpeed."""
+    """Reset Accelerate's per-process state; set the variable that `accelerate launch` sets for DeepSpeed."""
     from accelerate.state import AcceleratorState, PartialState
 
     cases.forget(groups)
@@ -116,19 +116,19 @@ def with_trainer(rank: int, stage: int, folder: str) -> dict[str, Any]:
     data = [{"input_ids": cases.tokens(0, step)[0]} for step in range(16)]
     trainer = Trainer(ForTrainer(), arguments, train_dataset=data, callbacks=[Begin()])
     trainer.train()
-    found = watches[0].report()
+    outcome = watches[0].report()
     assert isinstance(trainer.model_wrapped, deepspeed.DeepSpeedEngine)
     cases.stop(trainer.model_wrapped)
-    return found
+    return outcome
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_trainer(stage: int, tmp_path: Path) -> None:
-    for found in run_ranks(2, with_trainer, stage, str(tmp_path), timeout=300):
-        assert found["type"] == "DeepSpeedLamb"
-        assert found["steps"] == 4
-        assert "model.fc.weight" in found["ratios"]
-        assert found["worst"] <= cases.FP32_TOLERANCE
+    for outcome in run_ranks(2, with_trainer, stage, str(tmp_path), timeout=300):
+        assert outcome["type"] == "DeepSpeedLamb"
+        assert outcome["steps"] == 4
+        assert "model.fc.weight" in outcome["ratios"]
+        assert outcome["worst"] <= cases.FP32_TOLERANCE
 
 
 def with_accelerate(rank: int, stage: int) -> dict[str, Any]:
@@ -152,15 +152,15 @@ def with_accelerate(rank: int, stage: int) -> dict[str, Any]:
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-    found = watch.report()
+    outcome = watch.report()
     cases.stop(engine)
-    return found
+    return outcome
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_accelerate(stage: int) -> None:
-    for found in run_ranks(2, with_accelerate, stage, timeout=300):
-        assert found["type"] == "DeepSpeedLamb"
-        assert found["steps"] == 4
-        assert "model.fc.weight" in found["ratios"]
-        assert found["worst"] <= cases.FP32_TOLERANCE
+    for outcome in run_ranks(2, with_accelerate, stage, timeout=300):
+        assert outcome["type"] == "DeepSpeedLamb"
+        assert outcome["steps"] == 4
+        assert "model.fc.weight" in outcome["ratios"]
+        assert outcome["worst"] <= cases.FP32_TOLERANCE

@@ -1,4 +1,4 @@
-"""What DeepSpeed does around a step (clips, skips, offloads, schedules, accumulates) and what it must find there."""
+"""DeepSpeed's clipping, skipping, offload, schedules and accumulation around a step."""
 
 import math
 from typing import Any
@@ -31,16 +31,16 @@ def clipped(rank: int, config: dict[str, Any]) -> tuple[float, float]:
         return factors[-1]
 
     cases.follow(engine, rank, oracle, scale=factor)
-    found = cases.worst(cases.masters(engine), oracle)
+    outcome = cases.worst(cases.masters(engine), oracle)
     cases.stop(engine)
-    return found, max(factors)
+    return outcome, max(factors)
 
 
 @pytest.mark.parametrize(
     ("stage", "dtype"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16")]
 )
 def test_clipping_is_deepspeeds(stage: int, dtype: str) -> None:
-    """A sum of squares of decay and clipped gradients is no multiple of the unclipped one: the oracle sees it."""
+    """With decay, clipping changes the direction of updates: the oracle detects a missing factor."""
     for worst, factor in run_ranks(
         2, clipped, cases.config(stage, dtype, gradient_clipping=0.5), timeout=300
     ):
@@ -59,21 +59,21 @@ def followed(
     keywords = {"model_parameters": cases.groups_of(model)} if groups else {}
     engine = cases.start(config, model, **keywords)
     reference = cases.oracle_of(cases.masters(engine), **(oracle or {}))
-    said = cases.follow(engine, rank, reference, steps=steps)
-    found = {
+    ratios = cases.follow(engine, rank, reference, steps=steps)
+    outcome = {
         "worst": cases.worst(cases.masters(engine), reference),
-        "ratios": said[-1],
+        "ratios": ratios[-1],
         "expected": reference.ratios,
         "calls": dict(engine.basic_optimizer.traffic.calls),
     }
     cases.stop(engine)
-    return found
+    return outcome
 
 
 def assert_exact(results: list[dict[str, Any]]) -> None:
-    for found in results:
-        assert found["worst"] <= cases.FP32_TOLERANCE
-        assert found["ratios"] == pytest.approx(found["expected"], rel=1e-5)
+    for outcome in results:
+        assert outcome["worst"] <= cases.FP32_TOLERANCE
+        assert outcome["ratios"] == pytest.approx(outcome["expected"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_offload_to_the_cpu(stage: int, dtype: str, zero: dict[str, Any]) -> Non
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_groups_keep_their_options(stage: int, dtype: str) -> None:
-    """Three groups: defaults; no decay and another rate; other betas."""
+    """Three groups: defaults; no decay and another learning rate; other betas."""
     overrides = {"overrides": cases.GROUP_OVERRIDES}
     assert_exact(
         run_ranks(3, followed, cases.config(stage, dtype), groups=True, oracle=overrides, timeout=300)
@@ -101,7 +101,7 @@ def test_groups_keep_their_options(stage: int, dtype: str) -> None:
 
 
 def test_groups_in_subgroups() -> None:
-    """ZeRO-3 cuts groups into subgroups and steps each by itself: two small collectives a subgroup."""
+    """ZeRO-3 divides groups into subgroups and steps each separately: two small collectives per subgroup."""
     config = cases.config(3, "bf16", zero={"sub_group_size": 100})
     overrides = {"overrides": cases.GROUP_OVERRIDES}
     results = run_ranks(2, followed, config, groups=True, oracle=overrides, timeout=300)
@@ -110,7 +110,7 @@ def test_groups_in_subgroups() -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_patterns_find_names_that_deepspeed_does_not_pass(stage: int) -> None:
+def test_patterns_match_names_that_deepspeed_does_not_pass(stage: int) -> None:
     params = {
         **cases.LAMB,
         "exclude_from_weight_decay": ["bias$", "norm"],
@@ -156,10 +156,10 @@ def test_a_scheduler_from_the_config(stage: int) -> None:
 
 
 def overflown(rank: int, stage: int) -> dict[str, Any]:
-    """fp16: a backward that overflows on one rank, then three that do not."""
+    """fp16: one backward overflows on one rank, the next three do not."""
     from deepspeed.accelerator import get_accelerator
 
-    get_accelerator().is_fp16_supported = lambda: True  # torch computes it on any CPU, if slowly
+    get_accelerator().is_fp16_supported = lambda: True  # torch supports it on any CPU, slowly
     scale = 128.0
     engine = cases.start(cases.config(stage, "fp16", fp16={"loss_scale": scale}))
     before = cases.masters(engine)
@@ -168,22 +168,22 @@ def overflown(rank: int, stage: int) -> dict[str, Any]:
     engine.step()
     after = cases.masters(engine)
     cases.follow(engine, rank, oracle, steps=3, scale=lambda grads: 1 / scale)
-    found = {
+    outcome = {
         "still": all(torch.equal(after[name], before[name]) for name in before),
         "skipped": engine.skipped_steps,
         "worst": cases.worst(cases.masters(engine), oracle),
     }
     cases.stop(engine)
-    return found
+    return outcome
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_overflow_moves_nothing(stage: int) -> None:
-    """Not the step count either: the steps after it are the oracle's first ones."""
-    for found in run_ranks(2, overflown, stage, timeout=300):
-        assert found["still"]
-        assert found["skipped"] == 1
-        assert found["worst"] <= cases.FP32_TOLERANCE
+def test_an_overflow_changes_nothing(stage: int) -> None:
+    """Nor the step count: the following steps are the oracle's first."""
+    for outcome in run_ranks(2, overflown, stage, timeout=300):
+        assert outcome["still"]
+        assert outcome["skipped"] == 1
+        assert outcome["worst"] <= cases.FP32_TOLERANCE
 
 
 def poisoned(rank: int, stage: int, dtype: str, bad_steps: int) -> dict[str, Any]:
@@ -200,26 +200,26 @@ def poisoned(rank: int, stage: int, dtype: str, bad_steps: int) -> dict[str, Any
         engine.step()
     after = cases.masters(engine)
     optimizer = engine.basic_optimizer
-    found = {
+    outcome = {
         "still": all(torch.equal(after[name], before[name]) for name in before),
         "skipped": optimizer.skipped_steps,
         "ratios": optimizer.trust_ratios(),
     }
     optimizer.load_full_state_dict(optimizer.full_state_dict())
-    found["skipped after loading"] = optimizer.skipped_steps
+    outcome["skipped after loading"] = optimizer.skipped_steps
     optimizer.skipped_steps = 5
-    found["skipped as set"] = optimizer.skipped_steps
+    outcome["skipped as set"] = optimizer.skipped_steps
     cases.stop(engine)
-    return found
+    return outcome
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "bf16"), (2, "bf16")])
-def test_a_nan_on_one_rank_moves_nothing_on_any(stage: int, dtype: str) -> None:
-    """Where DeepSpeed itself would go on: bf16 without check_grad_overflow, and fp32 without ZeRO."""
-    for found in run_ranks(2, poisoned, stage, dtype, 1, timeout=300):
-        assert found["still"]
-        assert [found[f"skipped{when}"] for when in ("", " after loading", " as set")] == [1, 1, 5]
-        assert found["ratios"] == {}
+def test_a_nan_on_one_rank_changes_nothing_on_any(stage: int, dtype: str) -> None:
+    """Where DeepSpeed itself would not skip: bf16 without check_grad_overflow, and fp32 without ZeRO."""
+    for outcome in run_ranks(2, poisoned, stage, dtype, 1, timeout=300):
+        assert outcome["still"]
+        assert [outcome[f"skipped{when}"] for when in ("", " after loading", " as set")] == [1, 1, 5]
+        assert outcome["ratios"] == {}
 
 
 def test_too_many_skips_are_an_error_on_every_rank() -> None:
@@ -229,7 +229,7 @@ def test_too_many_skips_are_an_error_on_every_rank() -> None:
 
 
 class Unused(nn.Module):
-    """Two parameters that no loss depends on, in step 1 or ever."""
+    """Two parameters that the loss does not depend on: in step 1, or in any step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,14 +259,14 @@ def without_gradients(rank: int, stage: int, dtype: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("stage", "dtype"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32")]
 )
-def test_a_parameter_without_a_gradient_is_left_alone(stage: int, dtype: str) -> None:
-    """DeepSpeed hands zeros for it, of which decay alone would make a step of length η |w|."""
+def test_a_parameter_without_a_gradient_is_unchanged(stage: int, dtype: str) -> None:
+    """DeepSpeed passes zeros for it, with which decay alone would make a step of length η |w|."""
     used = {"used.weight", "used.bias"}
-    for found in run_ranks(2, without_gradients, stage, dtype, timeout=300):
-        first, second = ({name for name, moved in step.items() if moved} for step in found["steps"])
+    for outcome in run_ranks(2, without_gradients, stage, dtype, timeout=300):
+        first, second = ({name for name, moved in step.items() if moved} for step in outcome["steps"])
         assert first == used
         assert second == {*used, "late"}
-        assert found["ratios"] == {*used, "late"}
+        assert outcome["ratios"] == {*used, "late"}
 
 
 class Layouts(nn.Module):
@@ -312,14 +312,14 @@ def test_memory_formats_without_zero(converts: bool) -> None:
     assert max(run_ranks(2, laid_out, "fp32", False, converts, timeout=300)) <= cases.FP32_TOLERANCE
 
 
-def test_a_parameter_that_does_not_fill_its_memory_is_refused() -> None:
+def test_a_parameter_with_gaps_in_memory_raises() -> None:
     for kind, message in run_ranks_expecting_errors(2, laid_out, "fp32", True, False, timeout=300).values():
         assert kind == "ValueError"
         assert "'odd'" in message
         assert "contiguous" in message
 
 
-def astray(rank: int) -> None:
+def diverged(rank: int) -> None:
     engine = cases.start(cases.config(0))
     with torch.no_grad():
         engine.module.out.weight[0, 0] += rank
@@ -327,33 +327,33 @@ def astray(rank: int) -> None:
     engine.step()
 
 
-def test_copies_that_differ_between_ranks_are_told() -> None:
-    """As slices of tensor parallelism do, which nothing else tells from whole parameters where there is no ZeRO."""
-    for kind, message in run_ranks_expecting_errors(2, astray, timeout=300).values():
+def test_copies_that_differ_between_ranks_raise() -> None:
+    """Slices of tensor parallelism differ so; without ZeRO nothing else distinguishes them from full parameters."""
+    for kind, message in run_ranks_expecting_errors(2, diverged, timeout=300).values():
         assert kind == "ValueError"
         assert "'out.weight' is not the same on all 2 ranks" in message
 
 
 def one_after_another(rank: int, stages: list[int]) -> list[float]:
-    """Engines on one model: parameters keep what the earlier ones wrote on them."""
-    model, found = cases.tiny(), []
+    """Successive engines on one model, whose parameters keep attributes of earlier engines."""
+    model, outcome = cases.tiny(), []
     for stage in stages:
         engine = cases.start(cases.config(stage), model)
         oracle = cases.oracle_of(cases.masters(engine))
         cases.follow(engine, rank, oracle, steps=2)
-        found.append(cases.worst(cases.masters(engine), oracle))
+        outcome.append(cases.worst(cases.masters(engine), oracle))
         cases.stop(engine)
-    return found
+    return outcome
 
 
 @pytest.mark.parametrize("stages", [[2, 0, 1], [1, 2]])
-def test_an_engine_after_another(stages: list[int]) -> None:
-    for found in run_ranks(2, one_after_another, stages, timeout=300):
-        assert max(found) <= cases.FP32_TOLERANCE
+def test_successive_engines_on_one_model(stages: list[int]) -> None:
+    for outcome in run_ranks(2, one_after_another, stages, timeout=300):
+        assert max(outcome) <= cases.FP32_TOLERANCE
 
 
 def zero_at_first(rank: int, stage: int, dtype: str) -> float:
-    """The first real step has gradients of 0, which must not be taken for DeepSpeed's probe."""
+    """The first real step has zero gradients and must not be mistaken for DeepSpeed's probe."""
     engine = cases.start(cases.config(stage, dtype))
     oracle = cases.oracle_of(cases.masters(engine))
     engine.backward(engine(cases.tokens(rank, 0)) * 0)
@@ -365,12 +365,12 @@ def zero_at_first(rank: int, stage: int, dtype: str) -> float:
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (0, "bf16"), (2, "bf16")])
-def test_a_first_step_of_zeros_is_no_gradient(stage: int, dtype: str) -> None:
+def test_a_first_step_of_zeros_counts_as_no_gradient(stage: int, dtype: str) -> None:
     assert max(run_ranks(2, zero_at_first, stage, dtype, timeout=300)) <= cases.FP32_TOLERANCE
 
 
 def moved_away(rank: int) -> float:
-    """DeepSpeed may move its buffers between steps: memory that was there at the first step is not there later."""
+    """DeepSpeed may move its buffers between steps: addresses of the first step become invalid."""
     engine = cases.start(cases.config(2, "bf16"))
     oracle = cases.oracle_of(cases.masters(engine))
     cases.follow(engine, rank, oracle, steps=2)
@@ -402,14 +402,14 @@ def overwritten(rank: int, stage: int, refresh: bool) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_weights_written_behind_deepspeeds_back(stage: int) -> None:
+def test_model_weights_that_differ_from_deepspeeds_copies_raise(stage: int) -> None:
     for kind, message in run_ranks_expecting_errors(2, overwritten, stage, False, timeout=300).values():
         assert kind == "ValueError"
         assert "'fc.weight'" in message
         assert "refresh_fp32_params" in message
 
 
-def test_refreshed_masters_are_taken() -> None:
+def test_refreshed_masters_are_used() -> None:
     run_ranks(2, overwritten, 1, True, timeout=300)
 
 
@@ -420,7 +420,7 @@ def disagreeing(rank: int, stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_ranks_that_disagree_are_told_at_the_first_step(stage: int) -> None:
+def test_ranks_that_disagree_raise_at_the_first_step(stage: int) -> None:
     for kind, message in run_ranks_expecting_errors(2, disagreeing, stage, timeout=300).values():
         assert kind == "ValueError"
         assert "options of group 0" in message

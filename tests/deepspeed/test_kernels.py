@@ -1,4 +1,4 @@
-"""Which kernel runs under DeepSpeed: chosen and compared before anything is updated."""
+"""The kernel under DeepSpeed: selected, and compared between ranks, before the first update."""
 
 import os
 
@@ -29,7 +29,7 @@ def one_step(rank: int, stage: int, names: list[str]) -> str:
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_the_first_rank_says_which(stage: int) -> None:
+def test_the_first_rank_logs_the_kernel(stage: int) -> None:
     first, other = run_ranks(2, one_step, stage, ["torch", "torch"], timeout=300)
     assert "kernel torch," in first
     assert other == ""
@@ -37,8 +37,8 @@ def test_the_first_rank_says_which(stage: int) -> None:
 
 @pytest.mark.parametrize("stage", [0, 2])
 @pytest.mark.parametrize("of_second", ["fused", "triton"])
-def test_ranks_with_different_kernels_are_told(of_second: str, stage: int) -> None:
-    """Replicas would drift apart under ZeRO-0; and a kernel that one rank cannot have must not let the other wait."""
+def test_different_kernels_raise_on_every_rank(of_second: str, stage: int) -> None:
+    """Replicas would diverge under ZeRO-0; and if one rank cannot load its kernel, the other must not wait."""
     errors = run_ranks_expecting_errors(2, one_step, stage, ["cpp", of_second], timeout=300)
     assert len(errors) == 2
     for _, message in errors.values():

@@ -1,4 +1,4 @@
-"""Scripts that know nothing of the package, run by DeepSpeed's launcher and by torchrun."""
+"""Scripts without any import of the package, run by DeepSpeed's launcher and by torchrun."""
 
 import json
 import os
@@ -31,9 +31,9 @@ for _ in range(2):
     engine.backward(engine(torch.randn(4, 8)).square().mean())
     engine.step()
 rank = torch.distributed.get_rank()
-said = {"world": torch.distributed.get_world_size(), "argv": sys.argv, "name": __name__}
-said["ratios"] = engine.basic_optimizer.trust_ratios()
-(args.out / f"{rank}.json").write_text(json.dumps(said))
+report = {"world": torch.distributed.get_world_size(), "argv": sys.argv, "name": __name__}
+report["ratios"] = engine.basic_optimizer.trust_ratios()
+(args.out / f"{rank}.json").write_text(json.dumps(report))
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
@@ -54,8 +54,8 @@ def job(tmp_path: Path) -> Path:
 
 def run(job: Path, command: list[str]) -> list[dict[str, object]]:
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    found = subprocess.run(command, cwd=job, env=environment, capture_output=True, text=True, timeout=240)
-    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    done = subprocess.run(command, cwd=job, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return [json.loads((job / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -66,12 +66,12 @@ def tool(name: str) -> str:
 ARGUMENTS = ["train.py", "--deepspeed", "--deepspeed_config", "ds.json", "--out", "."]
 
 
-def assert_trained(said: list[dict[str, object]]) -> None:
-    for one in said:
+def assert_trained(report: list[dict[str, object]]) -> None:
+    for one in report:
         assert one["world"] == 2
         assert one["name"] == "__main__"
-        assert one["ratios"] == said[0]["ratios"]
-        assert set(said[0]["ratios"]) == {"0.weight", "0.bias", "1.weight", "1.bias"}  # type: ignore[call-overload]
+        assert one["ratios"] == report[0]["ratios"]
+        assert set(report[0]["ratios"]) == {"0.weight", "0.bias", "1.weight", "1.bias"}  # type: ignore[call-overload]
 
 
 def test_deepspeeds_launcher_with_a_hostfile(job: Path) -> None:
@@ -79,9 +79,9 @@ def test_deepspeeds_launcher_with_a_hostfile(job: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    said = run(job, [tool("sharded-lamb-deepspeed"), *options, "--master_port", port, *ARGUMENTS])
-    assert_trained(said)
-    assert said[1]["argv"] == ["train.py", "--local_rank=1", *ARGUMENTS[1:]]
+    report = run(job, [tool("sharded-lamb-deepspeed"), *options, "--master_port", port, *ARGUMENTS])
+    assert_trained(report)
+    assert report[1]["argv"] == ["train.py", "--local_rank=1", *ARGUMENTS[1:]]
 
 
 def test_torchrun(job: Path) -> None:
@@ -89,11 +89,11 @@ def test_torchrun(job: Path) -> None:
     assert_trained(run(job, [*launch, *ARGUMENTS]))
 
 
-def test_arguments_of_the_launcher_stay_in_front() -> None:
-    found = launcher.launcher_arguments(
+def test_launcher_options_stay_before_the_script() -> None:
+    arguments = launcher.launcher_arguments(
         ["--num_nodes", "2", "-H", "hosts", "train.py", "--module", "x", "-m"]
     )
-    assert found == [
+    assert arguments == [
         "--num_nodes",
         "2",
         "-H",
@@ -107,12 +107,21 @@ def test_arguments_of_the_launcher_stay_in_front() -> None:
     ]
 
 
-def test_modules_stay_modules() -> None:
-    found = launcher.launcher_arguments(["--num_gpus", "2", "--module", "my.train", "--lr", "1"])
-    assert found == ["--num_gpus", "2", "--module", "sharded_lamb.deepspeed", "-m", "my.train", "--lr", "1"]
+def test_a_module_is_passed_on_as_a_module() -> None:
+    arguments = launcher.launcher_arguments(["--num_gpus", "2", "--module", "my.train", "--lr", "1"])
+    assert arguments == [
+        "--num_gpus",
+        "2",
+        "--module",
+        "sharded_lamb.deepspeed",
+        "-m",
+        "my.train",
+        "--lr",
+        "1",
+    ]
 
 
-def test_programs_that_are_not_python_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_programs_that_are_not_python_raise(capsys: pytest.CaptureFixture[str]) -> None:
     assert launcher.launch(["--no_python", "train.sh"]) == 2
     assert "--no_python" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Gradients in parts: no_sync, several backwards before a step, and every way to zero gradients or not."""
+"""Gradient accumulation: no_sync, several backwards before a step, and every way to zero gradients or not."""
 
 from dataclasses import replace
 from typing import Any
@@ -41,7 +41,7 @@ WHOLE = staged(2)
 
 
 def _in_parts(rank: int, case: Case, world: int, how: str) -> dict[str, Tensor]:
-    """Gradients come in three parts that add up exactly."""
+    """Three backwards per step, whose gradients sum exactly."""
     params = make_parameters(case)
     opt = make_optimizer(case, params)
     for step in range(case.steps):
@@ -65,7 +65,7 @@ def _in_parts(rank: int, case: Case, world: int, how: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("how", ["no_sync", "several backwards"])
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_parts_of_a_batch_add_up_to_the_batch(world: int, how: str) -> None:
+def test_micro_batches_sum_to_the_batch(world: int, how: str) -> None:
     expected = run_ranks(world, run, WHOLE, world)[0].params
     for params in run_ranks(world, _in_parts, WHOLE, world, how):
         assert_same_bits(params, expected)
@@ -82,7 +82,7 @@ def _backward_in_no_sync_only(rank: int, case: Case) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in params.items()}
 
 
-def test_step_reduces_what_no_sync_left() -> None:
+def test_step_reduces_gradients_of_no_sync() -> None:
     expected = run_ranks(2, run, WHOLE, 2)[0].params
     for params in run_ranks(2, _backward_in_no_sync_only, WHOLE):
         assert_same_bits(params, expected)
@@ -133,7 +133,7 @@ def _zeroing(rank: int, case: Case, world: int, how: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("how", ["opt", "model", "opt set_to_none=False", "model set_to_none=False", "never"])
-def test_zeroing_or_not_is_as_in_torch(how: str, stage: int) -> None:
+def test_zeroing_behaves_as_in_torch(how: str, stage: int) -> None:
     case = staged(stage)
     expected = through_lamb(case, 2, zeroes=how != "never")
     other = through_lamb(case, 2, zeroes=how == "never")
@@ -145,14 +145,14 @@ def test_zeroing_or_not_is_as_in_torch(how: str, stage: int) -> None:
 @pytest.mark.parametrize(
     "settings", [{"bucket_mb": 32}, {"overlap": False}, {"overlap": False, "bucket_mb": 0.01}]
 )
-def test_buckets_and_overlap_do_not_show(settings: dict[str, Any]) -> None:
+def test_buckets_and_overlap_leave_the_bits_unchanged(settings: dict[str, Any]) -> None:
     plain = run_ranks(3, run, staged(2), 3)[0].params
     changed = replace(CASE, settings={**staged(2).settings, **settings})
     assert_same_bits(run_ranks(3, run, changed, 3)[0].params, plain)
 
 
 def second_order(rank: int, kernel: str) -> tuple[bool, bool]:
-    """Gradients that require gradients: (the weight moved, what the optimizer keeps holds their graph)."""
+    """Gradients that require gradients: (the weight changed, the gradient shard holds their graph)."""
     p = torch.nn.Parameter(torch.ones(5))
     opt = ShardedLamb([("p", p)], stage=2, kernel=kernel)
     (p**3).sum().backward(create_graph=True)
@@ -163,5 +163,5 @@ def second_order(rank: int, kernel: str) -> tuple[bool, bool]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("kernel", kernels.available())
-def test_create_graph_is_no_harm(kernel: str, world_size: int) -> None:
+def test_create_graph_changes_nothing(kernel: str, world_size: int) -> None:
     assert run_ranks(world_size, second_order, kernel) == [(True, False)] * world_size

@@ -1,4 +1,4 @@
-"""Gradients on their way by hand: large slices from where they lie, the rest together, whatever their layout."""
+"""Point-to-point exchange of gradients: large slices from their own memory, the rest staged, in any layout."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -27,13 +27,13 @@ SHAPES = {
 
 
 def parameters(dtype: torch.dtype) -> dict[str, Parameter]:
-    found = {name: torch.zeros(shape, dtype=dtype) for name, shape in SHAPES.items()}
-    found["channels"] = found["channels"].to(memory_format=torch.channels_last)
-    return {name: Parameter(value) for name, value in found.items()}
+    values = {name: torch.zeros(shape, dtype=dtype) for name, shape in SHAPES.items()}
+    values["channels"] = values["channels"].to(memory_format=torch.channels_last)
+    return {name: Parameter(value) for name, value in values.items()}
 
 
 def gradient(name: str, rank: int, step: int, dtype: torch.dtype) -> Tensor | None:
-    """The parameter's layout, or another; "long" is missing on the last rank, "last" on all in the second step."""
+    """In any memory format; "long" is missing on the last rank, "last" on all in the second step."""
     seed = 1000 * rank + 10 * step + list(SHAPES).index(name)
     value = torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(seed)).to(dtype)
     if name == "channels" and step != 1:
@@ -48,24 +48,24 @@ def gradient(name: str, rank: int, step: int, dtype: torch.dtype) -> Tensor | No
 class Averaged:
     slices: list[
         dict[str, tuple[int, Tensor]]
-    ]  # of each step: first element in memory order, and what is held
+    ]  # per step: first element in memory order, and the averaged slice
     sent: list[Counter[str]]
 
 
 def averaged(
     rank: int,
-    alone_bytes: int,
+    message_bytes: int,
     dtype: torch.dtype,
     wire: torch.dtype | None,
     kernel: str = "auto",
-    by_hand: bool = True,
+    uses_p2p: bool = True,
 ) -> Averaged:
-    """Three rounds without zeroing would add up; here gradients are zeroed, and staging memory is used again."""
-    found = Averaged([], [])
-    with mock.patch.object(staging, "ALONE_BYTES", alone_bytes):
+    """Three rounds with gradients zeroed between, through the same staging memory."""
+    result = Averaged([], [])
+    with mock.patch.object(staging, "MESSAGE_BYTES", message_bytes):
         named = parameters(dtype)
         opt = ShardedLamb(named.items(), stage=2, bucket_mb=0.02, reduce_dtype=wire, lr=0.0, kernel=kernel)
-        opt._collectives.by_hand = by_hand
+        opt._collectives.uses_p2p = uses_p2p
         original = dist.isend
         for step in range(3):
             for name, p in named.items():
@@ -73,22 +73,22 @@ def averaged(
             memory = {p.grad.untyped_storage().data_ptr() for p in named.values() if p.grad is not None}
             sent: Counter[str] = Counter()
 
-            def isend(tensor: Tensor, memory: set[int] = memory, sent: Counter[str] = sent, **where: object):
+            def isend(tensor: Tensor, memory: set[int] = memory, sent: Counter[str] = sent, **kwargs: object):
                 own = tensor.untyped_storage().data_ptr() in memory
                 sent["from gradients" if own else "from staging"] += tensor.nbytes
-                return original(tensor, **where)
+                return original(tensor, **kwargs)
 
             with mock.patch.object(dist, "isend", isend):
                 opt._gradients.ready(None)
-            held = {}
+            slices = {}
             for bucket in opt._store.buckets:
                 for segment in bucket.segments:
                     part = bucket.slice_of(segment.param, bucket.shard.grad).clone()
-                    held[opt._store.names[segment.param]] = (segment.start, part)
-            found.slices.append(held)
-            found.sent.append(sent)
+                    slices[opt._store.names[segment.param]] = (segment.start, part)
+            result.slices.append(slices)
+            result.sent.append(sent)
             opt.zero_grad()
-    return found
+    return result
 
 
 def in_memory_order(name: str, value: Tensor) -> Tensor:
@@ -97,28 +97,28 @@ def in_memory_order(name: str, value: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("kernel", ["cpp", "torch"])
-@pytest.mark.parametrize("alone_bytes", [1, 4096, 1 << 30, None])
+@pytest.mark.parametrize("message_bytes", [1, 4096, 1 << 30, None])
 @pytest.mark.parametrize(
     ("dtype", "wire"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)]
 )
-def test_every_element_is_averaged_on_the_rank_that_holds_it(
-    world: int, kernel: str, alone_bytes: int | None, dtype: torch.dtype, wire: torch.dtype | None
+def test_every_element_is_averaged_on_its_owner(
+    world: int, kernel: str, message_bytes: int | None, dtype: torch.dtype, wire: torch.dtype | None
 ) -> None:
-    """None: in one piece, as on other backends than gloo."""
-    by_hand = alone_bytes is not None
-    results = run_ranks(world, averaged, alone_bytes or 0, dtype, wire, kernel, by_hand)
+    """message_bytes None: one fused reduce-scatter, as on other backends than gloo."""
+    uses_p2p = message_bytes is not None
+    results = run_ranks(world, averaged, message_bytes or 0, dtype, wire, kernel, uses_p2p)
     expected = run_ranks(world, whole, dtype)[0]
     for step in range(3):
-        held = {name: torch.full((value.numel(),), torch.nan) for name, value in expected[step].items()}
+        averages = {name: torch.full((value.numel(),), torch.nan) for name, value in expected[step].items()}
         for result in results:
             for name, (start, part) in result.slices[step].items():
-                held[name][start : start + len(part)] = part
+                averages[name][start : start + len(part)] = part
         for name, value in expected[step].items():
-            if by_hand:
-                assert torch.equal(held[name], value), (step, name)
-            else:  # the library's order, and its rounding to the wire's dtype on the way
-                narrow = torch.finfo(wire or dtype).eps
-                torch.testing.assert_close(held[name], value, rtol=4 * narrow, atol=4 * narrow)
+            if uses_p2p:
+                assert torch.equal(averages[name], value), (step, name)
+            else:  # the library sums in its own order and rounds to the wire's dtype
+                eps = torch.finfo(wire or dtype).eps
+                torch.testing.assert_close(averages[name], value, rtol=4 * eps, atol=4 * eps)
 
 
 def whole(rank: int, dtype: torch.dtype) -> list[dict[str, Tensor]]:
@@ -137,7 +137,7 @@ def whole(rank: int, dtype: torch.dtype) -> list[dict[str, Tensor]]:
     return steps
 
 
-def test_what_is_large_is_sent_from_where_it_lies() -> None:
+def test_large_slices_are_sent_from_the_gradients() -> None:
     for result in run_ranks(2, averaged, 4096, torch.float32, None):
         assert result.sent[0]["from gradients"] > 0
         assert result.sent[0]["from staging"] > 0
@@ -155,5 +155,5 @@ def _kinds(rank: int) -> list[type]:
     return [type(memory.exchange(0, bucket))]
 
 
-def test_gloo_goes_by_hand() -> None:
+def test_gloo_uses_p2p() -> None:
     assert run_ranks(2, _kinds) == [[P2PExchange], [P2PExchange]]

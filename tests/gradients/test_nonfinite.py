@@ -1,4 +1,4 @@
-"""Non-finite gradients on any rank: every rank leaves the step out alike, counts it, and nothing moves."""
+"""Non-finite gradients on any rank: every rank skips the step, counts it, and changes nothing."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def everything(opt: ShardedLamb, params: dict[str, torch.nn.Parameter]) -> Bits:
     return bits
 
 
-def spoil(grads: dict[str, Tensor | None], name: str, value: float) -> None:
+def write_element(grads: dict[str, Tensor | None], name: str, value: float) -> None:
     grad = grads[name]
     assert grad is not None
     grad.view(-1)[-1] = value
@@ -31,10 +31,10 @@ def spoil(grads: dict[str, Tensor | None], name: str, value: float) -> None:
 def bad_step(
     rank: int, opt: ShardedLamb, params: dict[str, torch.nn.Parameter], stage: int, value: float
 ) -> None:
-    """Stage 1: averaging has spread it; stage 2: it is rank 1's alone."""
+    """One non-finite element; in stage 1 on every rank, as after averaging, in stage 2 on rank 1 only."""
     grads = training.own_gradients(0 if stage == 1 else rank, 50)
     if stage == 1 or rank == 1:
-        spoil(grads, "fc.weight", value)
+        write_element(grads, "fc.weight", value)
     if stage == 1:
         training.give(params, grads)
     else:
@@ -81,7 +81,7 @@ def test_the_very_first_step_may_be_skipped(stage: int) -> None:
 
 
 def skip_in_a_row(rank: int, stage: int, limit: int) -> None:
-    """Bad, bad, good, then bad until the limit: the good one starts the count anew."""
+    """Bad, bad, good, then bad until the limit: the good step resets the count."""
     params = training.parameters()
     opt = ShardedLamb(params.items(), stage=stage, max_consecutive_skips=limit)
     for _ in range(limit - 1):
@@ -90,7 +90,7 @@ def skip_in_a_row(rank: int, stage: int, limit: int) -> None:
     for _ in range(limit):
         bad_step(rank, opt, params, stage, float("nan"))
     assert opt.skipped_steps == 2 * limit - 1
-    bad_step(rank, opt, params, stage, float("nan"))  # one step late: no step waits for the device
+    bad_step(rank, opt, params, stage, float("nan"))  # raises one step late: no step waits for the device
 
 
 @STAGES
@@ -102,7 +102,7 @@ def test_too_many_in_a_row_are_an_error_on_every_rank(stage: int) -> None:
         assert "max_consecutive_skips=3" in message
 
 
-def let_through(rank: int, stage: int) -> tuple[Bits, int]:
+def step_with_nan(rank: int, stage: int) -> tuple[Bits, int]:
     params = training.parameters()
     opt = ShardedLamb(params.items(), stage=stage, skip_nonfinite=False)
     bad_step(rank, opt, params, stage, float("nan"))
@@ -110,8 +110,8 @@ def let_through(rank: int, stage: int) -> tuple[Bits, int]:
 
 
 @STAGES
-def test_skip_nonfinite_false_lets_it_through(stage: int) -> None:
-    for weights, skipped in run_ranks(WORLD, let_through, stage):
+def test_skip_nonfinite_false_applies_the_step(stage: int) -> None:
+    for weights, skipped in run_ranks(WORLD, step_with_nan, stage):
         assert skipped == 0
         assert weights["fc.weight"][-1, -1].isnan()
         assert weights["embed.weight"].isfinite().all()

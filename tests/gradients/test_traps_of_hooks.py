@@ -1,5 +1,7 @@
-"""The traps of sharding an optimizer, each as it was seen: the order of hooks,
-freed gradients, the bits of a norm. Those of flat memory: test_traps_of_memory.py."""
+"""Failures seen while sharding an optimizer: the order of hooks, freed gradients, the bits of a norm.
+
+Those of flat memory: tests/sharding/test_traps_of_memory.py.
+"""
 
 import threading
 from typing import Any
@@ -16,7 +18,7 @@ from sharded_lamb.kernels import FlatShard, ReferenceKernel
 from tests import training
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
-# Buckets of one parameter each, all of one size: a swap of two would be seen by nothing but the numbers.
+# Buckets of one parameter each, all of one size: only wrong numbers would reveal a swap of two.
 EQUAL = {f"layer{i}": (BLOCK,) for i in range(7)}
 ONE_EACH_MB = BLOCK * 4 / 2**20
 LR = 0.01
@@ -27,7 +29,7 @@ def equal_gradients(rank: int, step: int) -> dict[str, Tensor | None]:
 
 
 def branching_gradients(rank: int, step: int) -> dict[str, Tensor | None]:
-    """Each rank takes its own branch: layer0 by none in even steps, layer1 by rank 1 only, others in turns."""
+    """Every rank runs a different branch: no rank has layer0 in even steps, only rank 1 layer1; others alternate."""
     grads = equal_gradients(rank, step)
     if step % 2 == 0:
         grads["layer0"] = None
@@ -65,11 +67,11 @@ def train_in_own_order(rank: int, world: int, draw: str, overlap: bool) -> dict[
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("world", [2, 3])
-def test_hooks_in_other_orders_swap_no_buckets(world: int, draw: str, overlap: bool) -> None:
+def test_hooks_in_different_orders_swap_no_buckets(world: int, draw: str, overlap: bool) -> None:
     start = training.weights(EQUAL)
     oracle = training.oracle_of_ranks(world, range(5), DRAWS[draw], start, lr=LR)
-    for found in run_ranks(world, train_in_own_order, world, draw, overlap):
-        training.assert_follows(found, oracle)
+    for weights in run_ranks(world, train_in_own_order, world, draw, overlap):
+        training.assert_follows(weights, oracle)
 
 
 class Tied(nn.Module):
@@ -111,8 +113,8 @@ def train_tied(rank: int, checkpointed: bool, stage: int, world: int, bucket_mb:
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_reentrant_checkpoints_with_a_tied_weight(world: int, bucket_mb: float) -> None:
     (plain,) = run_ranks(1, train_tied, False, 1, world, bucket_mb)
-    for found in run_ranks(world, train_tied, True, 2, world, bucket_mb):
-        for name, value in found.items():
+    for weights in run_ranks(world, train_tied, True, 2, world, bucket_mb):
+        for name, value in weights.items():
             torch.testing.assert_close(value, plain[name], rtol=1e-11, atol=1e-13, msg=name)
 
 
@@ -173,7 +175,7 @@ def test_inf_on_one_rank_halves_the_scale_on_all(unscale: bool) -> None:
         training.assert_follows(weights, oracle)
 
 
-def clip_behind_the_back(rank: int, scaled: bool) -> None:
+def clip_with_torch(rank: int, scaled: bool) -> None:
     params = training.parameters()
     opt = ShardedLamb(params.items(), stage=2)
     scaler = torch.amp.GradScaler(device="cpu", init_scale=8.0, enabled=scaled)
@@ -185,7 +187,7 @@ def clip_behind_the_back(rank: int, scaled: bool) -> None:
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_stock_clipping_of_freed_gradients_is_an_error(scaled: bool) -> None:
-    for kind, message in run_ranks_expecting_errors(2, clip_behind_the_back, scaled).values():
+    for kind, message in run_ranks_expecting_errors(2, clip_with_torch, scaled).values():
         assert kind == "RuntimeError"
         assert "call opt.clip_grad_norm_(max_norm) instead of torch.nn.utils.clip_grad_norm_" in message
 
@@ -231,13 +233,13 @@ def fail_in_backward(rank: int, failing: tuple[int, ...], bucket_mb: float) -> t
 @pytest.mark.parametrize("failing", [(0, 1), (1,)], ids=["everywhere", "on one rank"])
 @pytest.mark.parametrize("bucket_mb", [ONE_EACH_MB, 32], ids=["buckets in flight", "no bucket in flight"])
 def test_zero_grad_after_an_exception_in_backward(failing: tuple[int, ...], bucket_mb: float) -> None:
-    """What was in flight is finished and forgotten, also where only one of the ranks failed."""
+    """Exchanges in flight complete and their results are dropped, also if only one of the ranks failed."""
     oracle = training.oracle_of_ranks(2, range(3), equal_gradients, training.weights(EQUAL), lr=LR)
     results = run_ranks(2, fail_in_backward, failing, bucket_mb, timeout=30)
-    for rank, (found, sent) in enumerate(results):
+    for rank, (weights, sent) in enumerate(results):
         if rank in failing:
             assert sent == (3 if bucket_mb == ONE_EACH_MB else 0)
-        training.assert_follows(found, oracle)
+        training.assert_follows(weights, oracle)
 
 
 def zero_by_the_model(rank: int, set_to_none: bool) -> dict[str, Tensor]:
@@ -245,7 +247,7 @@ def zero_by_the_model(rank: int, set_to_none: bool) -> dict[str, Tensor]:
     model = nn.ParameterList(params.values())
     opt = ShardedLamb(params.items(), lr=LR, stage=2, bucket_mb=0.002)
     for step in range(3):
-        training.backward(params, training.own_gradients(rank, 50 + step))  # thrown away
+        training.backward(params, training.own_gradients(rank, 50 + step))  # discarded
         model.zero_grad(set_to_none=set_to_none)
         training.backward(params, training.own_gradients(rank, step))
         opt.step()
@@ -256,29 +258,29 @@ def zero_by_the_model(rank: int, set_to_none: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_the_models_zero_grad_drops_reduced_gradients(set_to_none: bool) -> None:
     oracle = training.oracle_of_ranks(2, range(3), lr=LR)
-    for found in run_ranks(2, zero_by_the_model, set_to_none):
-        training.assert_follows(found, oracle)
+    for weights in run_ranks(2, zero_by_the_model, set_to_none):
+        training.assert_follows(weights, oracle)
 
 
-# -- 6: the bits of a norm -----------------------------------------------------------------------------------
+# -- 3: the bits of a norm -----------------------------------------------------------------------------------
 
 
 def test_norms_round_away_the_order_of_ranks() -> None:
-    """fp64 sums show in which order the ranks' parts were added; what the ratio is made of does not."""
+    """fp64 sums depend on the order of the ranks' parts; the rounded norms of the ratio do not."""
     generator = torch.Generator().manual_seed(6)
     parts = torch.rand(400, 8, generator=generator, dtype=torch.float64) * 100
     one, other = torch.zeros(400, dtype=torch.float64), torch.zeros(400, dtype=torch.float64)
     for column in range(8):
         one += parts[:, column]
         other += parts[:, 7 - column]
-    wide = torch.zeros(400, dtype=torch.bool)
+    is_fp64 = torch.zeros(400, dtype=torch.bool)
     assert (one.sqrt() != other.sqrt()).sum() > 50
-    assert torch.equal(lamb_rule.norms(one, wide), lamb_rule.norms(other, wide))
-    assert torch.equal(lamb_rule.norms(one, ~wide), one.sqrt())  # float64 parameters keep theirs
+    assert torch.equal(lamb_rule.norms(one, is_fp64), lamb_rule.norms(other, is_fp64))
+    assert torch.equal(lamb_rule.norms(one, ~is_fp64), one.sqrt())  # float64 parameters: not rounded
 
 
 def square_sums(values: Tensor, shards: int) -> Tensor:
-    """[shards] fp64 Σx² by the kernel, the blocks cut into equal runs."""
+    """[shards] fp64 Σx² by the kernel, of equal runs of blocks."""
     sums = []
     for part in values.chunk(shards):
         shard = FlatShard(
@@ -295,18 +297,18 @@ def square_sums(values: Tensor, shards: int) -> Tensor:
     return torch.cat(sums)
 
 
-def test_norms_have_the_same_bits_however_blocks_are_cut() -> None:
-    wide = torch.zeros((), dtype=torch.bool)
+def test_norms_have_the_same_bits_for_any_number_of_shards() -> None:
+    is_fp64 = torch.zeros((), dtype=torch.bool)
     for trial in range(20):
         values = training.draw((24 * BLOCK,), "block sums", trial)
-        whole = lamb_rule.norms(square_sums(values, 1).sum(), wide)
+        whole = lamb_rule.norms(square_sums(values, 1).sum(), is_fp64)
         assert whole.item() == pytest.approx(values.double().norm().item(), rel=1e-6)
         for shards in (2, 3, 4, 6, 8):
-            assert torch.equal(lamb_rule.norms(square_sums(values, shards).sum(), wide), whole)
+            assert torch.equal(lamb_rule.norms(square_sums(values, shards).sum(), is_fp64), whole)
 
 
 def step_beside_a_thread(rank: int) -> None:
-    """A data loader's thread, say, builds tuples while first steps look for DDP."""
+    """A thread (a data loader's, say) builds tuples while first steps search for DDP."""
     done = threading.Event()
     failed: list[BaseException] = []
 
@@ -331,5 +333,5 @@ def step_beside_a_thread(rank: int) -> None:
     assert not failed, failed
 
 
-def test_the_first_step_disturbs_no_other_thread() -> None:
+def test_the_first_step_does_not_disturb_other_threads() -> None:
     run_ranks(1, step_beside_a_thread)

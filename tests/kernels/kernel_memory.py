@@ -1,4 +1,4 @@
-"""Memory for the two passes in every form, what a backend leaves there, and an optimizer with a backend."""
+"""Memory for the two passes in every form, the results of a backend on it, and an optimizer with a given backend."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from sharded_lamb.core.layout import BLOCK, round_up
 from sharded_lamb.core.rule import COLUMNS
 from sharded_lamb.kernels import FlatShard, Kernel, ScatteredShard, Shard, remainders
 
-SPLIT = remainders.DTYPE
+SPLIT = remainders.RemainderFormat.storage
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 F32 = (torch.float32, None, torch.float32, torch.float32, torch.float32)
 KINDS = ("weight", "model", "grad", "exp_avg", "exp_avg_sq")
@@ -22,7 +22,7 @@ KINDS = ("weight", "model", "grad", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Form:
-    """One shard to be made. ``gap``: elements between pieces, so that they lie at odd addresses; flat has none.
+    """A shard to construct. ``gap``: elements between pieces, for unaligned addresses; a flat shard has none.
 
     ``weight`` SPLIT: remainders beside a bfloat16 ``model``.
     """
@@ -35,7 +35,7 @@ class Form:
     exp_avg: torch.dtype
     exp_avg_sq: torch.dtype
     gap: int = 0
-    written: int = 0  # elements of each piece that somebody wrote into the model
+    written: int = 0  # elements of each piece that the user wrote into the model
 
     @property
     def compute(self) -> torch.dtype:
@@ -43,37 +43,37 @@ class Form:
 
 
 def made(form: Form, first_param: int, seed: int, bad: bool, device: str = "cpu") -> Shard:
-    """Parameters count from ``first_param``, one a piece. ``bad``: nan gradients in the pieces of every other one."""
+    """A shard with one parameter per piece, from ``first_param`` on. ``bad``: nan gradients in every other one."""
     generator = torch.Generator().manual_seed(seed)
     dtypes = {kind: getattr(form, kind) for kind in KINDS}
     if form.flat:
         dtypes["grad"] = form.compute
-    places, at = [], form.gap
+    slices, at = [], form.gap
     for length in form.lengths:
-        places.append(slice(at, at + length))
+        slices.append(slice(at, at + length))
         at += round_up(length, BLOCK) if form.flat else length + form.gap
     memory: dict[str, Tensor] = {}
     for kind, dtype in dtypes.items():
         if dtype is None:
             continue
         memory[kind] = torch.zeros(at, dtype=dtype)
-        for place in places:
-            value = torch.randn(place.stop - place.start, generator=generator)
-            value = value * 2**14 if dtype == SPLIT else value  # some wrap, to any number
-            memory[kind][place] = (value.abs() if kind == "exp_avg_sq" else value).to(dtype)
-    for index, place in enumerate(places):
+        for piece in slices:
+            value = torch.randn(piece.stop - piece.start, generator=generator)
+            value = value * 2**14 if dtype == SPLIT else value  # some wrap around, to any number
+            memory[kind][piece] = (value.abs() if kind == "exp_avg_sq" else value).to(dtype)
+    for index, piece in enumerate(slices):
         if "model" in memory:
             if form.weight != SPLIT:
-                memory["model"][place] = memory["weight"][place].to(memory["model"].dtype)
-            memory["model"][place][: form.written] += 1
+                memory["model"][piece] = memory["weight"][piece].to(memory["model"].dtype)
+            memory["model"][piece][: form.written] += 1
         if bad and index % 2:
-            memory["grad"][place] = torch.nan
+            memory["grad"][piece] = torch.nan
     memory = {kind: x.to(device) for kind, x in memory.items()}
     if not form.flat:
-        pieces = {kind: [x[place] for place in places] for kind, x in memory.items()}
-        return ScatteredShard(tuple(range(first_param, first_param + len(places))), **pieces)
+        pieces = {kind: [x[piece] for piece in slices] for kind, x in memory.items()}
+        return ScatteredShard(tuple(range(first_param, first_param + len(slices))), **pieces)
     blocks = torch.tensor([round_up(length, BLOCK) // BLOCK for length in form.lengths])
-    owners = torch.arange(first_param, first_param + len(places)).repeat_interleave(blocks)
+    owners = torch.arange(first_param, first_param + len(slices)).repeat_interleave(blocks)
     return FlatShard(**{"model": None, **memory}, block_param=owners.to(device))
 
 
@@ -87,10 +87,10 @@ def table_of(count: int, dtype: torch.dtype, bad: bool, device: str = "cpu") -> 
 
 
 def contents(shard: Shard) -> dict[str, Tensor]:
-    found = {kind: getattr(shard, kind) for kind in KINDS if getattr(shard, kind) is not None}
+    tensors = {kind: getattr(shard, kind) for kind in KINDS if getattr(shard, kind) is not None}
     return {
         kind: x.cpu() if isinstance(x, Tensor) else torch.cat([piece.cpu() for piece in x])
-        for kind, x in found.items()
+        for kind, x in tensors.items()
         if isinstance(x, Tensor) or len(x)
     }
 
@@ -98,7 +98,7 @@ def contents(shard: Shard) -> dict[str, Tensor]:
 def stepped(
     kernel: Kernel, forms: Sequence[Form], seed: int, bad: bool, device: str = "cpu", steps: int = 2
 ) -> list[Tensor]:
-    """Everything that some steps of both passes and the sums leave behind."""
+    """All sums and memory after each of several steps of both passes."""
     shards, count = [], 0
     for i, form in enumerate(forms):
         shards.append(made(form, count, seed + i, bad, device))
@@ -106,7 +106,7 @@ def stepped(
     compute = forms[0].compute
     table = table_of(count, compute, bad, device)
     sizes = torch.linspace(0.1, 0.9, count, dtype=compute, device=device)
-    left: list[Tensor] = []
+    results: list[Tensor] = []
     for _ in range(steps):
         square_sums = torch.full((count,), 3.0, dtype=torch.float64, device=device)
         if not bad:
@@ -114,12 +114,12 @@ def stepped(
         sums = torch.zeros(2, count, dtype=torch.float64, device=device)
         kernel.moments_and_norms(shards, table, sums)
         kernel.apply(shards, table, sizes)
-        left += [
+        results += [
             square_sums.cpu(),
             sums.cpu(),
             *(x.clone() for shard in shards for x in contents(shard).values()),
         ]
-    return left
+    return results
 
 
 def both_passes(kernel: Kernel, shards: Sequence[Shard], count: int) -> None:
@@ -129,9 +129,9 @@ def both_passes(kernel: Kernel, shards: Sequence[Shard], count: int) -> None:
     kernel.apply(shards, table, torch.ones(count))
 
 
-def assert_same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
-    assert len(ours) == len(theirs)
-    for i, (x, y) in enumerate(zip(ours, theirs, strict=True)):
+def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    assert len(actual) == len(expected)
+    for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
         assert x.dtype == y.dtype
         assert torch.equal(x, y) or torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)), (
             f"result {i}: {(x != y).sum()} of {x.numel()} differ"
@@ -153,10 +153,10 @@ def trained(kernel: Kernel, dtype: torch.dtype, device: str = "cpu", **options: 
             generator = torch.Generator().manual_seed(10 * step + i)
             grad = torch.randn(p.shape, generator=generator)
             if step == 1 and i == 0:
-                grad[0, 0] = torch.nan  # a step that is left out
+                grad[0, 0] = torch.nan  # a skipped step
             p.grad = grad.to(device, dtype)
         with torch.no_grad():
-            model[2].bias.add_(1)  # written from outside
+            model[2].bias.add_(1)  # written by the user
         optimizer.step()
     assert optimizer.skipped_steps == 1
     state = optimizer.full_state_dict()["state"]

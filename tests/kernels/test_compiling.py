@@ -1,4 +1,4 @@
-"""Kernels are compiled once a machine, by one process at a time, and a machine that cannot gets stock operations."""
+"""Kernels are compiled once per machine, by one process at a time; without a compiler, stock operations run."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from sharded_lamb.kernels import choice, compiling
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 
-# By the file's path: the package would import torch, and this is to be quick.
+# Imported by path: importing the package would import torch, which is slow.
 COMPILE = f"""
 import runpy, sys
 from pathlib import Path
@@ -32,7 +32,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def counted_compiler(folder: Path, body: str = "") -> tuple[Path, Path]:
-    """A compiler that writes a line whenever it compiles, and the file of these lines."""
+    """A compiler that logs a line per compilation, and the log file."""
     log, script = folder / "log", folder / "counted-c++"
     script.write_text(
         textwrap.dedent(
@@ -52,7 +52,7 @@ def libraries(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "cache").glob("*.so"))
 
 
-def test_the_second_time_nothing_is_compiled(
+def test_a_second_load_compiles_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script, log = counted_compiler(tmp_path)
@@ -64,7 +64,7 @@ def test_the_second_time_nothing_is_compiled(
 
 
 @pytest.mark.parametrize("what", ["source", "header", "header of a header", "compiler", "processor"])
-def test_what_a_library_depends_on_makes_another(
+def test_a_changed_dependency_makes_another_library(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     first, second = tmp_path / "first.h", tmp_path / "second.h"
@@ -105,7 +105,7 @@ def test_processes_that_start_at_once_compile_once(source: Path, tmp_path: Path)
     assert log.read_text().split() == ["compiled"]
 
 
-def test_a_process_killed_while_it_compiles_leaves_nothing_in_the_way(source: Path, tmp_path: Path) -> None:
+def test_a_process_killed_while_compiling_blocks_no_other(source: Path, tmp_path: Path) -> None:
     script, log = counted_compiler(tmp_path, "kill -9 $PPID; sleep 1")
     killed = subprocess.run(
         [sys.executable, "-c", COMPILE, str(source)],
@@ -119,10 +119,10 @@ def test_a_process_killed_while_it_compiles_leaves_nothing_in_the_way(source: Pa
 
 
 @pytest.mark.parametrize("where", ["a file", "a folder that cannot be made"])
-def test_without_a_folder_to_keep_it_in_it_is_compiled_for_the_process(
+def test_without_a_cache_folder_the_process_compiles_for_itself(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """As root everything can be written, so that a read-only folder is played by what no folder can be made in."""
+    """Root can write everywhere, so a path on which no folder can be created replaces a read-only folder."""
     blocked = tmp_path / "blocked"
     blocked.touch()
     monkeypatch.setenv(compiling.CACHE, str(blocked if where == "a file" else blocked / "cache"))
@@ -131,12 +131,12 @@ def test_without_a_folder_to_keep_it_in_it_is_compiled_for_the_process(
 
 
 @pytest.mark.parametrize("left", [b"", b"no library"])
-def test_a_library_that_does_not_load_is_made_anew(source: Path, tmp_path: Path, left: bytes) -> None:
-    """A crash may have left less than a whole one, and another system one that needs what is not here."""
+def test_a_library_that_does_not_load_is_compiled_again(source: Path, tmp_path: Path, left: bytes) -> None:
+    """A crash may truncate a library, and another system may build one with missing dependencies."""
     compiling.load(source)
     (name,) = libraries(tmp_path)
     broken = tmp_path / "cache" / name
-    broken.unlink()  # loaded: not to be written into
+    broken.unlink()  # this process has it loaded: it must not be overwritten
     broken.write_bytes(left)
     done = subprocess.run(
         [sys.executable, "-c", COMPILE, str(source)], capture_output=True, text=True, timeout=120, check=True
@@ -150,7 +150,7 @@ def test_a_compiler_may_come_with_arguments(source: Path, monkeypatch: pytest.Mo
     assert compiling.load(source).answer() == 42
 
 
-def test_a_full_disk_is_an_error_of_compiling(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_raises_compile_error(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object, **keywords: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -178,7 +178,7 @@ def test_a_file_system_without_locks(source: Path, monkeypatch: pytest.MonkeyPat
     assert compiling.load(source).answer() == 42
 
 
-def test_flags_that_a_compiler_does_not_know_are_left_out(
+def test_flags_unknown_to_the_compiler_are_omitted(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "plain-c++"
@@ -190,14 +190,14 @@ def test_flags_that_a_compiler_does_not_know_are_left_out(
     assert compiling.load(source).answer() == 42
 
 
-def test_a_symbol_that_nobody_has_shows_when_it_is_built(source: Path) -> None:
-    """Not at the first call, in the middle of training."""
+def test_an_undefined_symbol_fails_the_build(source: Path) -> None:
+    """It does not fail later, at the first call."""
     source.write_text('extern "C" int nowhere(); extern "C" int answer() { return nowhere(); }\n')
     with pytest.raises(compiling.CompileError, match="nowhere"):
         compiling.load(source)
 
 
-def test_what_the_compiler_says_is_in_the_error(source: Path, tmp_path: Path) -> None:
+def test_a_failed_build_quotes_the_compiler(source: Path, tmp_path: Path) -> None:
     source.write_text("int answer() { return undeclared; }\n")
     with pytest.raises(compiling.CompileError, match="undeclared"):
         compiling.load(source)
@@ -230,7 +230,7 @@ for _ in range(2):
 
 
 @pytest.mark.parametrize("cxx", ["no-such-compiler", "false"])
-def test_training_goes_on_without_a_compiler_with_one_warning(tmp_path: Path, cxx: str) -> None:
+def test_training_without_a_compiler_warns_once(tmp_path: Path, cxx: str) -> None:
     environment = {**os.environ, "CXX": cxx, compiling.CACHE: str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", TRAIN],
@@ -246,7 +246,7 @@ def test_training_goes_on_without_a_compiler_with_one_warning(tmp_path: Path, cx
     assert cxx in warning
 
 
-def test_the_kernel_of_the_environment_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_variable_selects_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(choice.ENVIRONMENT, "")
     assert choice.choose("auto", choice.CPU).name == "cpp"
     monkeypatch.setenv(choice.ENVIRONMENT, "fastest")

@@ -1,4 +1,4 @@
-"""The kernel for machines without a compiler: the pure one to rounding, whatever the options, lengths and dtypes."""
+"""The kernel for machines without a compiler equals the pure one up to rounding: all options, lengths and dtypes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -54,15 +54,15 @@ def table_of(names: Sequence[str]) -> Tensor:
     return torch.tensor([[{**PLAIN, **OPTIONS[name]}[column] for column in COLUMNS] for name in names])
 
 
-def assert_near(found: Tensor, expected: Tensor, scale: float) -> None:
-    """Norm-wise, to `TOLERANCE` of ``scale``."""
-    assert found.dtype == expected.dtype
-    assert float((found.double() - expected.double()).norm()) <= TOLERANCE * scale
+def assert_near(value: Tensor, expected: Tensor, scale: float) -> None:
+    """Equal in norm, to `TOLERANCE` of ``scale``."""
+    assert value.dtype == expected.dtype
+    assert float((value.double() - expected.double()).norm()) <= TOLERANCE * scale
 
 
-def assert_sums_near(found: Tensor, expected: Tensor, table: Tensor) -> None:
-    """Per parameter, ‖w‖ to itself, and ‖u‖ to what its two terms could have been."""
-    (weight, update), (other_weight, other_update) = found.sqrt(), expected.sqrt()
+def assert_sums_near(sums: Tensor, expected: Tensor, table: Tensor) -> None:
+    """Per parameter, ‖w‖ relative to itself, and ‖u‖ relative to the norms of its two terms."""
+    (weight, update), (other_weight, other_update) = sums.sqrt(), expected.sqrt()
     decay = table[:, COLUMNS.index("decay")].double()
     for param in range(len(table)):
         assert_near(weight[param], other_weight[param], float(other_weight[param]))
@@ -70,26 +70,26 @@ def assert_sums_near(found: Tensor, expected: Tensor, table: Tensor) -> None:
         assert_near(update[param], other_update[param], float(scale))
 
 
-def compare_steps(ours: Shard, theirs: Shard, table: Tensor, step_sizes: Tensor) -> None:
-    """Both passes of both kernels, each pass on the same memory."""
+def compare_steps(actual: Shard, reference: Shard, table: Tensor, step_sizes: Tensor) -> None:
+    """Compare both passes of both kernels, each pass on equal memory."""
     kernel, pure = FusedKernel(), ReferenceKernel()
-    table, step_sizes = table.to(ours.compute), step_sizes.to(ours.compute)
-    before = [w.clone().double() for w in numbers_of(ours)]
+    table, step_sizes = table.to(actual.compute), step_sizes.to(actual.compute)
+    before = [w.clone().double() for w in numbers_of(actual)]
     results = []
-    for each, shard in ((kernel, ours), (pure, theirs)):
+    for each, shard in ((kernel, actual), (pure, reference)):
         squares, sums = torch.zeros(len(table), dtype=F64), torch.zeros(2, len(table), dtype=F64)
         each.square_sums([shard], squares)
         each.moments_and_norms([shard], table, sums)
         results.append((squares, sums))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=TOLERANCE, atol=0)
     assert_sums_near(results[0][1], results[1][1], table)
-    moments = [value.clone() for value in memory_of(ours)]
-    kernel.apply([ours], table, step_sizes)
-    pure.apply([theirs], table, step_sizes)
-    unmoved = [*moved_by_pass_1(ours)]
+    moments = [value.clone() for value in memory_of(actual)]
+    kernel.apply([actual], table, step_sizes)
+    pure.apply([reference], table, step_sizes)
+    unmoved = [*moved_by_pass_1(actual)]
     assert all(torch.equal(value, moments[i]) for i, value in unmoved)
-    for value, expected, old in zip(numbers_of(ours), numbers_of(theirs), before, strict=True):
-        # A copy in 16 bits is rounded from fp32 that differs by an ulp: now and then the other way.
+    for value, expected, old in zip(numbers_of(actual), numbers_of(reference), before, strict=True):
+        # A 16-bit copy is rounded from fp32 values that differ by an ulp: sometimes to another value.
         exact = torch.finfo(value.dtype).bits >= 32
         assert_near(
             value,
@@ -99,16 +99,16 @@ def compare_steps(ours: Shard, theirs: Shard, table: Tensor, step_sizes: Tensor)
 
 
 def numbers_of(shard: Shard) -> list[Tensor]:
-    """`memory_of`, with masters in the place of remainders."""
-    found = memory_of(shard)
+    """`memory_of`, with masters instead of remainders."""
+    numbers = memory_of(shard)
     if shard.master_format.beside_weight:
         size = 1 if isinstance(shard, FlatShard) else len(shard.params)
-        found[:size] = [remainders.joined(found[size + i], found[i]) for i in range(size)]
-    return found
+        numbers[:size] = [remainders.joined(numbers[size + i], numbers[i]) for i in range(size)]
+    return numbers
 
 
 def moved_by_pass_1(shard: Shard) -> list[tuple[int, Tensor]]:
-    """Gradients and moments, with their places in `memory_of`."""
+    """Gradients and moments, with their indices in `memory_of`."""
     size = 1 if isinstance(shard, FlatShard) else len(shard.params)
     kinds = 1 if shard.model is None else 2
     return [(i, value) for i, value in enumerate(memory_of(shard)) if i >= kinds * size]
@@ -120,7 +120,13 @@ def moved_by_pass_1(shard: Shard) -> list[tuple[int, Tensor]]:
     LENGTHS,
     DTYPES
     | st.just(FULL)
-    | st.builds(Dtypes, st.sampled_from([F32, remainders.DTYPE]), st.just(BF16), st.just(BF16), st.just(F32)),
+    | st.builds(
+        Dtypes,
+        st.sampled_from([F32, remainders.RemainderFormat.storage]),
+        st.just(BF16),
+        st.just(BF16),
+        st.just(F32),
+    ),
     SEEDS,
     st.data(),
 )
@@ -128,8 +134,8 @@ def test_a_step_is_the_pure_one_to_rounding(
     make: Callable[..., Shard], lengths: list[int], dtypes: Dtypes, seed: int, data: st.DataObject
 ) -> None:
     names = data.draw(st.lists(st.sampled_from([*OPTIONS]), min_size=len(lengths), max_size=len(lengths)))
-    ours, theirs = make(lengths, dtypes, seed), make(lengths, dtypes, seed)
-    compare_steps(ours, theirs, table_of(names), torch.linspace(0, 0.9, len(lengths)))
+    actual, reference = make(lengths, dtypes, seed), make(lengths, dtypes, seed)
+    compare_steps(actual, reference, table_of(names), torch.linspace(0, 0.9, len(lengths)))
 
 
 @pytest.mark.parametrize("make", [flat_shard, piece_shard])
@@ -138,8 +144,8 @@ def test_a_step_is_the_pure_one_to_rounding(
 def test_every_option_on_more_than_a_chunk(make: Callable[..., Shard], name: str, step_size: float) -> None:
     dtypes = Dtypes(F32, F16, F32, F32)
     lengths = [CHUNK + 5000, 300]
-    ours, theirs = make(lengths, dtypes, 1), make(lengths, dtypes, 1)
-    compare_steps(ours, theirs, table_of([name, name]), torch.tensor([step_size, step_size]))
+    actual, reference = make(lengths, dtypes, 1), make(lengths, dtypes, 1)
+    compare_steps(actual, reference, table_of([name, name]), torch.tensor([step_size, step_size]))
 
 
 class _Refuses:
@@ -149,9 +155,11 @@ class _Refuses:
 
 @pytest.mark.parametrize("name", EXPRESSIBLE)
 @pytest.mark.parametrize("make", [flat_shard, piece_shard])
-@pytest.mark.parametrize("weight", [F32, remainders.DTYPE])
-def test_what_can_be_fused_is(weight: torch.dtype, make: Callable[..., Shard], name: str) -> None:
-    """Otherwise the tests above would compare the reference with itself."""
+@pytest.mark.parametrize("weight", [F32, remainders.RemainderFormat.storage])
+def test_expressible_options_use_the_fused_call(
+    weight: torch.dtype, make: Callable[..., Shard], name: str
+) -> None:
+    """Without it the tests above would compare the reference with itself."""
     kernel = FusedKernel()
     kernel._reference = _Refuses()  # type: ignore[assignment]
     shard, table = make([5000, 3, 700], Dtypes(weight, BF16, BF16, F32), 0), table_of([name] * 3)
@@ -162,17 +170,17 @@ def test_what_can_be_fused_is(weight: torch.dtype, make: Callable[..., Shard], n
 
 @pytest.mark.parametrize("make", [flat_shard, piece_shard])
 def test_crowds_of_short_runs_go_to_the_reference(make: Callable[..., Shard]) -> None:
-    """A call a tensor would make ten thousand small ones slower than the reference."""
-    shard, asked = make([5000, *[300] * CROWD, 5000], FULL, 0), []
+    """With a call per tensor, ten thousand small tensors would be slower than the reference."""
+    shard, received = make([5000, *[300] * CROWD, 5000], FULL, 0), []
 
-    class Asked(ReferenceKernel):
+    class Recorder(ReferenceKernel):
         def square_sums(self, shards: Sequence[Shard], sums: Tensor) -> None:
-            asked.extend(shards)
+            received.extend(shards)
 
     kernel = FusedKernel()
-    kernel._reference = Asked()
+    kernel._reference = Recorder()
     kernel.square_sums([shard], torch.zeros(CROWD + 2, dtype=F64))
-    (crowd,) = asked
+    (crowd,) = received
     if isinstance(crowd, ScatteredShard):
         assert crowd.params == tuple(range(1, CROWD + 1))
     else:
@@ -190,8 +198,8 @@ def test_moments_of_any_size_keep_their_bits_in_pass_2() -> None:
 
 
 @pytest.mark.parametrize("value", [0.1, 0.1234, 1.7])
-def test_norms_of_elements_that_are_all_alike_are_exact(value: float) -> None:
-    """All round alike: what adds them one after the other is off by 1e-5."""
+def test_norms_of_equal_elements_are_exact(value: float) -> None:
+    """All partial sums round the same way: a sequential sum is off by 1e-5."""
     shard = flat_shard([CHUNK], FULL, 0)
     shard.weight.fill_(value)
     sums = torch.zeros(2, 1, dtype=F64)
@@ -199,8 +207,8 @@ def test_norms_of_elements_that_are_all_alike_are_exact(value: float) -> None:
     assert float(sums[0, 0]) == pytest.approx(CHUNK * float(torch.tensor(value).double()) ** 2, rel=1e-6)
 
 
-def test_a_small_decay_is_not_rounded_for_all_elements_alike() -> None:
-    """1 - 1.5e-7 is 1 - 1.8e-7 in fp32: a fifth more decay than asked for."""
+def test_a_small_decay_is_not_rounded_as_a_factor() -> None:
+    """1 - 1.5e-7 is 1 - 1.8e-7 in fp32: a fifth too much decay."""
     shard = flat_shard([CHUNK], FULL, 0)
     shard.weight.copy_(1 + torch.rand(CHUNK, generator=torch.Generator().manual_seed(0)))
     before = shard.weight.double()
@@ -211,7 +219,7 @@ def test_a_small_decay_is_not_rounded_for_all_elements_alike() -> None:
 
 
 def test_a_decay_after_the_call_leaves_the_rest_of_the_update() -> None:
-    """On weights of 0 there is nothing else."""
+    """With weights of 0 only the rest is left."""
     shards = [flat_shard([5000], FULL, 0) for _ in range(2)]
     for kernel, shard in zip((FusedKernel(), ReferenceKernel()), shards, strict=True):
         shard.weight.zero_()
@@ -220,7 +228,7 @@ def test_a_decay_after_the_call_leaves_the_rest_of_the_update() -> None:
 
 
 @pytest.mark.parametrize("name", ["inactive", "no gradient"])
-def test_what_is_not_finite_is_not_taken_where_the_scale_is_0(name: str) -> None:
+def test_non_finite_gradients_with_scale_0_are_not_used(name: str) -> None:
     shard, sums = flat_shard([5000], FULL, 0), torch.zeros(2, 1, dtype=F64)
     shard.grad[7], shard.grad[512] = torch.nan, torch.inf
     squares = torch.zeros(1, dtype=F64)
@@ -234,24 +242,24 @@ def test_what_is_not_finite_is_not_taken_where_the_scale_is_0(name: str) -> None
 
 def test_a_weight_that_must_not_move_keeps_its_bits() -> None:
     shard, sums = flat_shard([5000], FULL, 0), torch.zeros(2, 1, dtype=F64)
-    kept = [value.clone() for value in memory_of(shard)]
+    expected = [value.clone() for value in memory_of(shard)]
     FusedKernel().moments_and_norms([shard], table_of(["inactive"]), sums)
-    shard.exp_avg[3] = kept[2][3] = torch.inf
+    shard.exp_avg[3] = expected[2][3] = torch.inf
     FusedKernel().apply([shard], table_of(["inactive"]), torch.zeros(1))
-    assert all(torch.equal(a, b) for a, b in zip(memory_of(shard), kept, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(memory_of(shard), expected, strict=True))
 
 
 @given(st.lists(st.sampled_from([1, 256, SHORT, SHORT + 1, 5000]), min_size=1, max_size=12), SEEDS)
 @example([5000, CHUNK + 300, 3], 0)
 def test_gradients_are_collected_and_squared(lengths: list[int], seed: int) -> None:
-    """A segment may begin inside its parameter, and every third gradient is missing."""
+    """A segment may start inside its parameter, and every third gradient is missing."""
     generator = torch.Generator().manual_seed(seed)
     shard = flat_shard(lengths, FULL, seed)
     shard.grad.zero_()
     expected, segments, grads, at = shard.grad.clone(), [], [], 0
     squares = torch.zeros(len(lengths), dtype=F64)
     for param, length in enumerate(lengths):
-        shard.grad[at : at + length] = 9.0  # of the step before
+        shard.grad[at : at + length] = 9.0  # from the previous step
         grad = torch.randn(length + 5, generator=generator).to(BF16 if param % 2 else F32)
         if param % 3 != 2:
             expected[at : at + length] = grad[5:]
@@ -281,15 +289,15 @@ def test_twenty_steps_follow_the_oracle(options: Mapping[str, Any], stage: int) 
     for world in (1, 3):
         oracle = training.oracle_of_ranks(world, range(20), **options)
         results = run_ranks(world, _twenty_steps, world, stage, dict(options))
-        for found, _ in results:
-            training.assert_follows(found, oracle, TOLERANCE)
+        for weights, _ in results:
+            training.assert_follows(weights, oracle, TOLERANCE)
 
 
 def _twenty_steps(rank: int, world: int, stage: int, options: dict[str, Any]) -> Any:
     return training.run(rank, world, stage, {**options, "kernel": "fused"}, steps=20)
 
 
-def test_it_is_what_runs_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_the_default_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_why_no_cpp", lambda: "no compiler")
     monkeypatch.delenv(choice.ENVIRONMENT, raising=False)
     assert choice.choose("auto", choice.CPU).name == fused.FusedKernel.name

@@ -1,6 +1,6 @@
-"""Every backend has the bits of the pure one: all dtypes, ugly lengths, both forms of memory, any number of threads.
+"""Every backend has the bits of the pure one: all dtypes, edge-case lengths, both forms of memory, any thread count.
 
-"fused" has them only to rounding: `test_fused_kernel`.
+"fused" equals it only up to rounding: `test_fused_kernel`.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ from sharded_lamb.kernels import (
 )
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-SPLIT = remainders.DTYPE
+SPLIT = remainders.RemainderFormat.storage
 OTHERS = [name for name in kernels.available() if name not in ("torch", "fused")]
 LENGTHS = st.lists(st.sampled_from([1, 2, 255, 256, 257, 511, 700, 5000]), min_size=1, max_size=8)
 SEEDS = st.integers(0, 2**20)
@@ -38,7 +38,7 @@ SEEDS = st.integers(0, 2**20)
 class Dtypes:
     weight: torch.dtype  # or SPLIT, with a bfloat16 model
     model: torch.dtype | None
-    grad: torch.dtype  # of pieces; a flat shard's are of the compute dtype
+    grad: torch.dtype  # of pieces; a flat shard's gradients have the compute dtype
     state: torch.dtype
 
 
@@ -57,13 +57,13 @@ DTYPES = st.builds(
 )
 
 
-def test_there_is_a_compiler_here() -> None:
-    """Without one the tests below would compare nothing."""
+def test_a_compiler_is_installed() -> None:
+    """Without a compiler the tests below would compare nothing."""
     assert "cpp" in OTHERS
 
 
 def flat_shard(lengths: Sequence[int], dtypes: Dtypes, seed: int) -> FlatShard:
-    """Numbers of all sizes; a tenth of the model's weights were written by somebody."""
+    """Numbers of all magnitudes; the user wrote a tenth of the model's weights."""
     generator = torch.Generator().manual_seed(seed)
     owners = [param for param, n in enumerate(lengths) for _ in range(round_up(n, BLOCK) // BLOCK)]
     inside = torch.zeros(len(owners) * BLOCK)
@@ -77,7 +77,7 @@ def flat_shard(lengths: Sequence[int], dtypes: Dtypes, seed: int) -> FlatShard:
         return torch.randn(inside.shape, generator=generator) * 2.0**powers * inside
 
     weight, model = numbers(), None
-    if dtypes.weight == SPLIT:  # remainders of any size, beside weights of any
+    if dtypes.weight == SPLIT:  # any remainders beside any weights
         model = weight.to(BF16)
         bits = torch.randint(-(2**15), 2**15, inside.shape, generator=generator)
         weight = (bits * inside).to(SPLIT)
@@ -97,17 +97,17 @@ def flat_shard(lengths: Sequence[int], dtypes: Dtypes, seed: int) -> FlatShard:
 
 
 def piece_shard(lengths: Sequence[int], dtypes: Dtypes, seed: int) -> ScatteredShard:
-    """The same numbers in pieces at odd addresses."""
+    """The same numbers in pieces at unaligned addresses."""
     flat = flat_shard(lengths, dtypes, seed)
 
     def pieces(kind: Tensor, dtype: torch.dtype) -> list[Tensor]:
         memory = torch.full((sum(lengths) + len(lengths) + 1,), 7.0, dtype=dtype)
-        found, at, odd = [], 0, 1
+        parts, at, odd = [], 0, 1
         for length in lengths:
-            found.append(memory[odd : odd + length])
-            found[-1].copy_(kind[at : at + length])
+            parts.append(memory[odd : odd + length])
+            parts[-1].copy_(kind[at : at + length])
             at, odd = at + round_up(length, BLOCK), odd + length + 1
-        return found
+        return parts
 
     return ScatteredShard(
         params=tuple(range(len(lengths))),
@@ -121,7 +121,7 @@ def piece_shard(lengths: Sequence[int], dtypes: Dtypes, seed: int) -> ScatteredS
 
 def table_of(count: int, seed: int, dtype: torch.dtype) -> Tensor:
     rows = torch.rand(count, len(COLUMNS), generator=torch.Generator().manual_seed(seed)) + 0.25
-    rows[::3, COLUMNS.index("grad_scale")] = 0  # their gradients are taken for 0
+    rows[::3, COLUMNS.index("grad_scale")] = 0  # their gradients count as 0
     return rule.table(rule.Coefficients(*rows.double().unbind(1)), dtype)
 
 
@@ -146,15 +146,15 @@ def memory_of(shard: Shard) -> list[Tensor]:
     ]
 
 
-def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor], compute: torch.dtype) -> None:
-    """Equal bits. In fp64 torch's own square root is not: MKL's may be an ulp off (see `rule.root`)."""
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.dtype == theirs.dtype
+def assert_same(results: Sequence[Tensor], expected: Sequence[Tensor], compute: torch.dtype) -> None:
+    """Equal bits; in fp64 up to an ulp, since MKL's square root may be off by one (see `rule.root`)."""
+    for actual, reference in zip(results, expected, strict=True):
+        assert actual.dtype == reference.dtype
         if compute == F64:
-            tolerance = max(1e-13, 2 * torch.finfo(ours.dtype).eps)
-            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=1e-15, equal_nan=True)
+            tolerance = max(1e-13, 2 * torch.finfo(actual.dtype).eps)
+            torch.testing.assert_close(actual, reference, rtol=tolerance, atol=1e-15, equal_nan=True)
         else:
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(actual, reference, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -163,17 +163,19 @@ def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor], compute: to
 def test_a_step_has_the_bits_of_the_pure_one(
     make: Callable[..., Shard], name: str, lengths: list[int], dtypes: Dtypes, seed: int
 ) -> None:
-    ours, theirs = make(lengths, dtypes, seed), make(lengths, dtypes, seed)
-    found = one_step(kernels.load(name), [ours], len(lengths), seed)
-    expected = one_step(ReferenceKernel(), [theirs], len(lengths), seed)
-    assert_same([*found, *memory_of(ours)], [*expected, *memory_of(theirs)], ours.compute)
+    actual, reference = make(lengths, dtypes, seed), make(lengths, dtypes, seed)
+    sums = one_step(kernels.load(name), [actual], len(lengths), seed)
+    reference_sums = one_step(ReferenceKernel(), [reference], len(lengths), seed)
+    assert_same([*sums, *memory_of(actual)], [*reference_sums, *memory_of(reference)], actual.compute)
 
 
 @pytest.mark.parametrize("name", ["torch", "fused", *OTHERS])
 @pytest.mark.parametrize("make", [flat_shard, piece_shard])
 @pytest.mark.parametrize("dtypes", [Dtypes(F32, None, F32, F32), Dtypes(SPLIT, BF16, F32, F32)])
-def test_no_shape_of_calls_changes_the_bits(dtypes: Dtypes, make: Callable[..., Shard], name: str) -> None:
-    """Shards in one call, or each in its own."""
+def test_bits_do_not_depend_on_the_grouping_into_calls(
+    dtypes: Dtypes, make: Callable[..., Shard], name: str
+) -> None:
+    """All shards in one call, or one call per shard."""
     lengths = [[700, 1], [5000], [256, 257]]
     kernel, results = kernels.load(name), []
     for together in (True, False):
@@ -207,8 +209,8 @@ def test_any_number_of_threads_has_the_same_bits(
 
 
 @pytest.mark.parametrize("name", ["torch", "fused", *OTHERS])
-def test_what_is_not_finite_shows_in_the_sums_and_only_there(name: str) -> None:
-    """Also where a scale of 0 keeps a parameter from it."""
+def test_non_finite_gradients_with_scale_0_show_only_in_the_square_sums(name: str) -> None:
+    """A ``grad_scale`` of 0 keeps them out of memory and norms."""
     shard = flat_shard([300, 256, 5], Dtypes(F32, None, F32, F32), 0)
     shard.grad[7], shard.grad[512] = torch.nan, torch.inf
     untouched = [shard.weight.clone(), shard.exp_avg.clone(), shard.exp_avg_sq.clone()]
@@ -226,8 +228,8 @@ def test_what_is_not_finite_shows_in_the_sums_and_only_there(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["torch", "fused", *OTHERS])
 def test_split_masters_at_the_edges(name: str) -> None:
-    """All bfloat16 weights, each with remainders that nothing but a written weight has. A step of 0 moves none, but
-    cuts remainders to what was joined; 0 x inf is nan."""
+    """All bfloat16 weights, each with remainders that only occur beside a weight that the user wrote. A step size of 0
+    changes no weight but clamps remainders as `joined` does; 0 x inf is nan."""
     model = torch.arange(-(2**15), 2**15, dtype=torch.int16).repeat(len(EDGES)).view(BF16)
     remainder = torch.tensor(EDGES, dtype=SPLIT).repeat_interleave(2**16)
     shard = piece_shard([len(model)], Dtypes(SPLIT, BF16, F32, F32), 0)
@@ -252,7 +254,7 @@ def test_split_masters_at_the_edges(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["torch", "fused", *OTHERS])
 def test_a_tie_above_an_even_weight_is_nudged(name: str) -> None:
-    """w - u lies between a weight and the next."""
+    """w - u is halfway between a weight and the next."""
     shard = flat_shard([5000], Dtypes(SPLIT, BF16, F32, F32), 0)
     assert shard.model is not None
     shard.weight.zero_()
@@ -269,7 +271,7 @@ def test_a_tie_above_an_even_weight_is_nudged(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["torch", "fused", *OTHERS])
 def test_a_written_infinity_beside_a_remainder_is_infinite(name: str) -> None:
-    """Not nan."""
+    """It is not nan."""
     shard, sums = flat_shard([5000], Dtypes(SPLIT, BF16, F32, F32), 0), torch.zeros(2, 1, dtype=F64)
     assert shard.model is not None
     shard.model[:2] = torch.tensor([torch.inf, -torch.inf])
@@ -281,7 +283,7 @@ def test_a_written_infinity_beside_a_remainder_is_infinite(name: str) -> None:
 EDGES = (-0x8000, -0x7FFF, -1, 0, 1, 0x7FFF)
 
 
-# -- how gradients come in ----------------------------------------------------------------------------
+# -- average and collect ------------------------------------------------------------------------------
 
 
 def segments_of(lengths: Sequence[int]) -> tuple[Segment, ...]:
@@ -293,7 +295,7 @@ def segments_of(lengths: Sequence[int]) -> tuple[Segment, ...]:
 
 
 @pytest.mark.parametrize("name", ["torch", *OTHERS])
-@pytest.mark.parametrize("lies_apart", [False, True])
+@pytest.mark.parametrize("has_own", [False, True])
 @given(
     LENGTHS,
     st.sampled_from([F32, BF16, F16, F64]),
@@ -303,7 +305,7 @@ def segments_of(lengths: Sequence[int]) -> tuple[Segment, ...]:
     st.booleans(),
 )
 def test_average_is_the_sum_in_rank_order_over_the_divisor(
-    lies_apart: bool,
+    has_own: bool,
     name: str,
     lengths: list[int],
     wire: torch.dtype,
@@ -312,22 +314,22 @@ def test_average_is_the_sum_in_rank_order_over_the_divisor(
     ranks: int,
     add: bool,
 ) -> None:
-    """``lies_apart``: one rank's part is read from gradients, of which the first is missing."""
+    """``has_own``: this rank's part is read from its gradients in place; its first gradient is missing."""
     shard, segments = flat_shard(lengths, Dtypes(weight, None, F32, F32), seed), segments_of(lengths)
     parts = torch.zeros(ranks, shard.grad.numel(), dtype=wire)
     generator, row = torch.Generator().manual_seed(seed), seed % ranks
     for segment in segments:
-        place = parts[:, segment.shard_start : segment.shard_start + segment.length]
-        place.copy_(torch.randn(place.shape, generator=generator))
-        if lies_apart and segment.param == 0:
-            place[row] = 0
+        columns = parts[:, segment.shard_start : segment.shard_start + segment.length]
+        columns.copy_(torch.randn(columns.shape, generator=generator))
+        if has_own and segment.param == 0:
+            columns[row] = 0
     rows, own = list(parts.to(shard.compute)), None
-    if lies_apart:
-        mine = [parts[row, s.shard_start : s.shard_start + s.length].to(shard.compute) for s in segments]
-        mine = [value + 1e-3 for value in mine]  # not what the wire could carry
-        own = LocalContribution(row, [None, *mine[1:]])
+    if has_own:
+        own_grads = [parts[row, s.shard_start : s.shard_start + s.length].to(shard.compute) for s in segments]
+        own_grads = [value + 1e-3 for value in own_grads]  # not representable in the wire dtype
+        own = LocalContribution(row, [None, *own_grads[1:]])
         parts = torch.cat([parts[:row], parts[row + 1 :]])
-        for segment, value in zip(segments[1:], mine[1:], strict=True):
+        for segment, value in zip(segments[1:], own_grads[1:], strict=True):
             rows[row][segment.shard_start : segment.shard_start + segment.length] = value
     expected = rows[0]
     for other in rows[1:]:
@@ -344,10 +346,10 @@ def test_average_is_the_sum_in_rank_order_over_the_divisor(
 
 @pytest.mark.parametrize("name", ["torch", *OTHERS])
 @given(LENGTHS, st.sampled_from([F32, BF16, F16]), SEEDS)
-def test_collect_takes_segments_of_gradients_of_any_layout(
+def test_collect_copies_segments_of_gradients_of_any_stride(
     name: str, lengths: list[int], dtype: torch.dtype, seed: int
 ) -> None:
-    """A segment may begin inside its parameter; the last gradient lies transposed, and every third is missing."""
+    """A segment may start inside its parameter; the last gradient is transposed, and every third is missing."""
     shard = flat_shard(lengths, Dtypes(F32, None, F32, F32), seed)
     generator = torch.Generator().manual_seed(seed)
     shard.grad.zero_()
@@ -355,7 +357,7 @@ def test_collect_takes_segments_of_gradients_of_any_layout(
     for param, length in enumerate(lengths):
         before = 256 * (param % 2)
         grad = torch.randn(before + length + 3, generator=generator).to(dtype)
-        shard.grad[at : at + length] = 9.0  # of the step before
+        shard.grad[at : at + length] = 9.0  # from the previous step
         if param % 3 == 2:
             grads.append(None)
         else:

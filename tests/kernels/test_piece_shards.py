@@ -1,4 +1,4 @@
-"""The two passes over memory in pieces: the same bits as over one flat run, wherever the pieces are cut."""
+"""The two passes over scattered pieces: the same bits as over one flat shard, for any lengths of pieces."""
 
 from dataclasses import replace
 
@@ -24,8 +24,8 @@ def test_chunks_cover_every_element_once_in_whole_blocks(lengths: list[int], chu
         for run in chunk:
             assert run.start % BLOCK == 0
             assert run.padding == 0 or run.start + run.length == lengths[run.piece]
-            for place in range(run.start, run.start + run.length):
-                seen[run.piece][place] += 1
+            for element in range(run.start, run.start + run.length):
+                seen[run.piece][element] += 1
     assert all(count == 1 for piece in seen for count in piece)
 
 
@@ -35,7 +35,7 @@ def test_small_pieces_share_chunks() -> None:
 
 
 def shards_of(lengths: list[int], seed: int, state_dtype: torch.dtype) -> tuple[FlatShard, ScatteredShard]:
-    """The same numbers in aligned flat memory, and in pieces that lie at odd places of one tensor."""
+    """The same numbers in aligned flat memory, and in pieces at unaligned offsets of one tensor."""
     generator = torch.Generator().manual_seed(seed)
     aligned = sum(round_up(length, BLOCK) for length in lengths)
     flat = {kind: torch.zeros(aligned) for kind in reference.KINDS}
@@ -81,8 +81,8 @@ def test_pieces_have_the_bits_of_a_flat_shard(
             results.append((squares, sums))
     finally:
         reference.CHUNK_BLOCKS = before
-    for ours, theirs in zip(results[0], results[1], strict=True):
-        assert torch.equal(ours, theirs)
+    for actual, expected in zip(results[0], results[1], strict=True):
+        assert torch.equal(actual, expected)
     at = 0
     for param, length in enumerate(lengths):
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
@@ -93,7 +93,7 @@ def test_pieces_have_the_bits_of_a_flat_shard(
 def with_model(
     flat: FlatShard, pieces: ScatteredShard, dtype: torch.dtype, master: torch.dtype, written: int
 ) -> tuple[FlatShard, ScatteredShard]:
-    """Masters of ``master`` with model copies apart; the first ``written`` elements of each piece are written."""
+    """Separate masters of dtype ``master``; the user wrote the first ``written`` elements of each model piece."""
     flat = replace(
         flat, weight=flat.weight.to(master), grad=flat.grad.to(torch.promote_types(master, torch.float32))
     )
@@ -138,15 +138,15 @@ def test_pieces_with_masters_have_the_bits_of_a_flat_shard(
     at = 0
     for param, length in enumerate(lengths):
         for kind in ("weight", "model", "exp_avg", "exp_avg_sq"):
-            ours, theirs = getattr(pieces, kind)[param], getattr(flat, kind)[at : at + length]
-            assert ours.dtype == theirs.dtype
-            assert torch.equal(ours, theirs), kind
+            actual, expected = getattr(pieces, kind)[param], getattr(flat, kind)[at : at + length]
+            assert actual.dtype == expected.dtype
+            assert torch.equal(actual, expected), kind
         assert torch.equal(pieces.model[param], pieces.weight[param].to(dtype))
         at += round_up(length, BLOCK)
 
 
-def test_a_written_model_weight_wins_over_its_master() -> None:
-    """Of whole blocks that are used where they lie, and of short ones that are copied."""
+def test_a_written_model_weight_replaces_its_master() -> None:
+    """In whole blocks that are used in place, and in short ones that are copied."""
     _, pieces = with_model(*shards_of([256 * 300, 7], 3, torch.float32), torch.bfloat16, torch.float32, 0)
     assert pieces.model is not None
     masters = [piece.clone() for piece in pieces.weight]
@@ -158,7 +158,7 @@ def test_a_written_model_weight_wins_over_its_master() -> None:
         assert torch.equal(before, after)
 
 
-def test_what_lies_between_pieces_is_left_alone() -> None:
+def test_memory_between_pieces_is_unchanged() -> None:
     _, pieces = shards_of([300, 1], 0, torch.float32)
     base = pieces.weight[0]._base
     assert base is not None

@@ -1,4 +1,4 @@
-"""Masters of bfloat16 weights as 16 bits beside them: their arithmetic against exact numbers, and whole optimizers."""
+"""16-bit remainders of fp32 masters beside bfloat16 weights: exact arithmetic, and whole optimizers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,23 +34,22 @@ SPLIT: dict[str, Any] = {"store_param_remainders": True}
 
 Bits = npt.NDArray[np.int64]
 LOWER = np.array([0, 1, 2, 0x1234, 0x7FFE, 0x7FFF, 0x8000, 0x8001, 0xABCD, 0xFFFE, 0xFFFF])
-"""Lower halves of float32 numbers: each side of where rounding changes, and of the next number."""
+"""Lower halves of float32 numbers on both sides of each rounding boundary."""
 
 
-# -- the arithmetic, against exact numbers -------------------------------------------------------------------
+# -- the arithmetic against exact numbers --------------------------------------------------------------------
 
 
 def exact(bits: Bits) -> npt.NDArray[np.float64]:
-    """The numbers that 32 bits stand for, by the definition of the format. An infinity is the number that it rounds
-    like: 2^128."""
+    """The values of 32-bit patterns, by the definition of float32; an infinity counts as 2^128, for rounding."""
     sign, exponent, fraction = bits >> 31 & 1, bits >> 23 & 0xFF, bits & 0x7FFFFF
     scale = np.ldexp(1.0, np.maximum(exponent, 1) - 150)
     return np.where(sign, -1.0, 1.0) * (fraction + np.where(exponent > 0, 2**23, 0)) * scale
 
 
 def nearest(bits: Bits) -> Bits:
-    """Upper halves of the nearest number that has no lower half, even ones where two are as near. No nans."""
-    below, above = bits & ~0xFFFF, (bits & ~0xFFFF) + 0x10000  # nearer to and farther from 0
+    """Upper halves of the nearest number whose lower half is 0, ties to even. No nans."""
+    below, above = bits & ~0xFFFF, (bits & ~0xFFFF) + 0x10000  # towards 0 and away from 0
     value = np.abs(exact(bits))
     down, up = value - np.abs(exact(below)), np.abs(exact(above)) - value
     odd = below >> 16 & 1
@@ -66,13 +65,13 @@ def as_float32(bits: Bits) -> Tensor:
 
 
 def bits_of(tensor: Tensor) -> Bits:
-    """Of any dtype, without a sign."""
+    """The unsigned bits of a tensor of any dtype."""
     kind = torch.int32 if tensor.element_size() == 4 else torch.int16
     return tensor.view(kind).numpy().astype(np.int64) & (2 ** (8 * tensor.element_size()) - 1)
 
 
-def test_every_upper_half_splits_as_exact_numbers_say() -> None:
-    """All 2^16 of them (zeros, subnormal numbers, infinities, either sign) beside lower halves that matter."""
+def test_every_upper_half_splits_exactly() -> None:
+    """All 2^16 upper halves (zeros, subnormals, infinities, both signs) with the lower halves in `LOWER`."""
     bits = (np.arange(2**16)[:, None] * 2**16 + LOWER).ravel()
     model, remainder = remainders.split(as_float32(bits))
     nans = is_nan(bits)
@@ -92,43 +91,43 @@ def test_every_upper_half_splits_as_exact_numbers_say() -> None:
 @pytest.mark.parametrize(
     "upper", [0x0000, 0x0001, 0x3F80, 0x3F81, 0x7F7F, 0x7F80, 0x8000, 0xBF80, 0xFF7F, 0xFF80]
 )
-def test_every_lower_half_comes_back(upper: int) -> None:
-    """But for the tie above an even weight; nans come back as nans."""
+def test_every_lower_half_round_trips(upper: int) -> None:
+    """Except the tie above an even weight; nans stay nans."""
     bits = upper * 2**16 + np.arange(2**16)
-    found = bits_of(remainders.joined(*remainders.split(as_float32(bits))))
+    again = bits_of(remainders.joined(*remainders.split(as_float32(bits))))
     nans, tie = is_nan(bits), (bits & 0xFFFF == 0x8000) & (upper % 2 == 0)
-    assert is_nan(found[nans]).all()
-    assert np.array_equal(found[~nans], (bits - tie)[~nans])
+    assert is_nan(again[nans]).all()
+    assert np.array_equal(again[~nans], (bits - tie)[~nans])
 
 
-def test_what_is_joined_rounds_to_the_weight_whatever_the_remainder() -> None:
-    """So that a weight that was written beside an old remainder stays what was written, and what splits it changes no
-    weight; every remainder that can be meant is used as it is."""
+def test_a_joined_master_rounds_to_its_weight_for_any_remainder() -> None:
+    """A weight that the user wrote beside an old remainder keeps its value, also after another split; a valid remainder
+    is used unchanged."""
     lower = np.unique(np.concatenate([np.arange(-0x8000, 0x8000, 509), LOWER - 0x8000, [0x7FFF, -1]]))
     upper, remainder = (x.ravel() for x in np.meshgrid(np.arange(2**16), lower, indexing="ij"))
     model = torch.from_numpy(upper.astype(np.uint16).view(np.int16)).view(BF16)
-    kept = torch.from_numpy(remainder.astype(np.int16))
-    found = bits_of(remainders.joined(model, kept))
+    stored = torch.from_numpy(remainder.astype(np.int16))
+    masters = bits_of(remainders.joined(model, stored))
     nans = is_nan(upper * 2**16)
-    assert np.array_equal(is_nan(found), nans)
-    upper, remainder, found = upper[~nans], remainder[~nans], found[~nans]
-    assert np.array_equal(nearest(found), upper)
+    assert np.array_equal(is_nan(masters), nans)
+    upper, remainder, masters = upper[~nans], remainder[~nans], masters[~nans]
+    assert np.array_equal(nearest(masters), upper)
     plain = (upper * 2**16 + remainder) % 2**32
-    meant = ~is_nan(plain)
-    meant[meant] = nearest(plain[meant]) == upper[meant]
-    assert np.array_equal(found[meant], plain[meant])
-    assert (~meant).sum() > 2**15
-    again = remainders.split(remainders.joined(model, kept))[0]
+    valid = ~is_nan(plain)
+    valid[valid] = nearest(plain[valid]) == upper[valid]
+    assert np.array_equal(masters[valid], plain[valid])
+    assert (~valid).sum() > 2**15
+    again = remainders.split(remainders.joined(model, stored))[0]
     assert np.array_equal(bits_of(again)[~nans], upper)
 
 
-# -- a run is the one with whole masters ---------------------------------------------------------------------
+# -- training equals training with fp32 masters---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_masters_follow_the_oracle(stage: int, world: int) -> None:
-    """As exactly as whole ones must; weights are the masters' rounding, and ranks are alike."""
+    """With the tolerance of fp32 masters; weights are the rounded masters, and ranks agree."""
     case = low_case(BF16, stage, **SPLIT)
     outcomes = run_ranks(world, run, case, world)
     check_alike(outcomes)
@@ -141,19 +140,19 @@ def test_masters_follow_the_oracle(stage: int, world: int) -> None:
 
 
 def nudges(masters: list[Tensor]) -> int:
-    """How many of them no remainder has: ties above even upper halves."""
+    """Number of masters that remainders cannot represent: ties above even upper halves."""
     bits = np.concatenate([bits_of(master.detach().flatten()) for master in masters])
     return int(((bits & 0x1FFFF) == 0x8000).sum())
 
 
 TIELESS = [(1, 1, 0), (1, 2, 1), (1, 3, 0), (2, 1, 0), (2, 2, 0), (2, 3, 0)]
-"""(stage, ranks, seed) of runs that meet none, as about half do."""
+"""(stage, ranks, seed) of runs without such ties, as about half are."""
 
 
 def watched_run(
     rank: int, world: int, stage: int, seed: int, options: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], int, dict[str, float]]:
-    """Weights and masters after 20 steps, nudges on the way, ratios."""
+    """Weights and masters after 20 steps, the nudges until then, ratios."""
 
     def gradients(rank: int, step: int) -> dict[str, Tensor | None]:
         return {name: training.draw(shape, seed, name, rank, step) for name, shape in training.SHAPES.items()}
@@ -169,24 +168,22 @@ def watched_run(
 
 
 @pytest.mark.parametrize(("stage", "world", "seed"), TIELESS)
-def test_twenty_steps_have_the_bits_of_whole_masters_where_no_tie_is_met(
-    stage: int, world: int, seed: int
-) -> None:
+def test_twenty_steps_without_ties_have_the_bits_of_fp32_masters(stage: int, world: int, seed: int) -> None:
     split = run_ranks(world, watched_run, world, stage, seed, SPLIT)
     plain = run_ranks(world, watched_run, world, stage, seed, {})
     assert sum(count for _, _, count, _ in plain) == 0, "another seed: this run meets a tie"
-    for ours, theirs in zip(split, plain, strict=True):
-        training.assert_same_bits(ours[0], theirs[0])
-        training.assert_same_bits(ours[1], theirs[1])
-        assert ours[3] == theirs[3]
+    for actual, expected in zip(split, plain, strict=True):
+        training.assert_same_bits(actual[0], expected[0])
+        training.assert_same_bits(actual[1], expected[1])
+        assert actual[3] == expected[3]
 
 
 def test_any_number_of_ranks_has_the_same_bits() -> None:
-    """Fed the same averaged gradients."""
+    """All are given the same averaged gradients."""
     alone = run_ranks(1, one_of_many, 1)[0]
     for world in (2, 3, 4):
-        for found in run_ranks(world, one_of_many, world):
-            training.assert_same_bits(found, alone)
+        for weights in run_ranks(world, one_of_many, world):
+            training.assert_same_bits(weights, alone)
 
 
 def one_of_many(rank: int, world: int) -> dict[str, Tensor]:
@@ -198,7 +195,7 @@ def one_of_many(rank: int, world: int) -> dict[str, Tensor]:
 
 
 def tied_run(rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Masters that are ties, loaded; a step that moves nothing."""
+    """(ties, masters after loading ties, weights)."""
     p = Parameter(torch.ones(6, dtype=BF16))
     opt = ShardedLamb([("p", p)], **SPLIT)
     ties = as_float32(np.array([0x3F808000, 0x3F818000, 0xBF808000, 0xBF818000, 0x3F807FFF, 0x00008000]))
@@ -218,12 +215,12 @@ def test_a_tie_above_an_even_weight_is_nudged_towards_0() -> None:
     assert torch.equal(weights, ties.to(BF16))
 
 
-# -- what it costs, what is refused --------------------------------------------------------------------------
+# -- memory, and invalid options -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_memory_of_a_bfloat16_model_is_2_bytes_less_an_element(world: int) -> None:
-    """2 B of weights, 10 B / world of state, 4 B / world of gradients; staging as it is with whole masters."""
+    """2 B of weights, 10 B / world of state, 4 B / world of gradients; staging as with fp32 masters."""
     shapes = {f"w{i}": (4 * BLOCK * (1 + i % 3), 16) for i in range(12)}
     numel = sum(rows * columns for rows, columns in shapes.values())
     case = Case(
@@ -244,25 +241,25 @@ def test_memory_of_a_bfloat16_model_is_2_bytes_less_an_element(world: int) -> No
             "gradient_shards": 4 * numel // world,
             "staging": staging,
         }
-        told = sum(memory.values())
-        beside = 8 * numel // world // BLOCK + 400 * len(shapes) + 4096 + 2 * 4 * BLOCK * 16
-        assert told <= measured <= told + beside
+        accounted = sum(memory.values())
+        overhead = 8 * numel // world // BLOCK + 400 * len(shapes) + 4096 + 2 * 4 * BLOCK * 16
+        assert accounted <= measured <= accounted + overhead
 
 
-def test_other_dtypes_have_whole_masters() -> None:
+def test_other_dtypes_have_fp32_masters() -> None:
     params = {str(dtype): Parameter(torch.ones(300, dtype=dtype)) for dtype in (BF16, torch.float16, F32)}
     opt = ShardedLamb(params.items(), **SPLIT)
-    found = [{key: value.dtype for key, value in opt.state[p].items()} for p in params.values()]
-    assert found[0]["remainder"] == torch.int16
-    assert "master" not in found[0]
-    assert found[1]["master"] == F32
-    assert found[2].keys() == found[0].keys() - {"remainder"}
+    dtypes = [{key: value.dtype for key, value in opt.state[p].items()} for p in params.values()]
+    assert dtypes[0]["remainder"] == torch.int16
+    assert "master" not in dtypes[0]
+    assert dtypes[1]["master"] == F32
+    assert dtypes[2].keys() == dtypes[0].keys() - {"remainder"}
     assert opt.memory()["masters"] == 512 * (2 + 4)
 
 
-def test_another_master_dtype_is_refused() -> None:
+def test_another_master_dtype_raises() -> None:
     p = Parameter(torch.ones(3, dtype=BF16))
-    with pytest.raises(ValueError, match=r"needs master_dtype=torch.float32, got torch.bfloat16.*Leave one"):
+    with pytest.raises(ValueError, match=r"needs master_dtype=torch.float32, got torch.bfloat16.*Omit one"):
         ShardedLamb([("p", p)], master_dtype=BF16, **SPLIT)
 
 
@@ -270,17 +267,17 @@ def disagreeing(rank: int) -> None:
     ShardedLamb([("p", Parameter(torch.ones(3, dtype=BF16)))], store_param_remainders=rank == 1)
 
 
-def test_ranks_that_disagree_get_an_error() -> None:
+def test_ranks_that_disagree_raise() -> None:
     for kind, message in run_ranks_expecting_errors(2, disagreeing).values():
         assert kind == "ValueError"
         assert "store_param_remainders" in message
 
 
-# -- weights from outside ------------------------------------------------------------------------------------
+# -- weights that the user writes ----------------------------------------------------------------------------
 
 
 def written_after(rank: int, early: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The master beside a weight that is written after some steps, before and after a step that moves nothing."""
+    """(weights written after ``early`` steps, the same after a step with lr 0, their masters before that step)."""
     p = Parameter(training.draw((600,), "before").to(BF16))
     opt = ShardedLamb([("p", p)], lr=torch.tensor(0.01), **SPLIT)
     for step in range(early):
@@ -296,8 +293,8 @@ def written_after(rank: int, early: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("early", [0, 3])
-def test_written_weights_win(early: int) -> None:
-    """To within half a step of bfloat16; exactly, before the first step."""
+def test_written_weights_replace_their_masters(early: int) -> None:
+    """To within half a unit of bfloat16; exactly, before the first step."""
     for rank, (written, after, master) in enumerate(run_ranks(2, written_after, early)):
         assert torch.equal(after, written)
         if rank == 0:
@@ -309,7 +306,7 @@ def test_written_weights_win(early: int) -> None:
 
 
 def resume(rank: int, world: int, stage: int, options: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    """Saved with one kind of masters and loaded with another, bit for bit; the optimizer before the model, or after."""
+    """Save with one kind of masters and load with another, bit for bit; the optimizer before or after the model."""
     saving, loading = options
     params = training.parameters(dtype=BF16)
     opt = training.grouped(params, stage, **saving)
@@ -324,9 +321,7 @@ def resume(rank: int, world: int, stage: int, options: tuple[dict[str, Any], dic
         for first in ("optimizer", "model"):
             fresh = training.parameters(dtype=BF16)
             again = training.grouped(fresh, stage, **loading)
-            training.train(
-                again, fresh, steps=range(7, 8), **train
-            )  # what is loaded must replace what is there
+            training.train(again, fresh, steps=range(7, 8), **train)  # state that loading must replace
             for what in (first, {"optimizer": "model", "model": "optimizer"}[first]):
                 if what == "optimizer" and whole:
                     again.load_full_state_dict(full)
@@ -338,14 +333,14 @@ def resume(rank: int, world: int, stage: int, options: tuple[dict[str, Any], dic
                             p.copy_(values[name])
             assert_same_entries(again.state_dict()["state"], representable(state["state"], loading))
             training.assert_same_bits(training.copies(fresh), values)
-            if saving == loading:  # else the steps to come may meet a tie
+            if saving == loading:  # else later steps may meet a tie
                 training.train(again, fresh, steps=range(2, 5), **train)
                 training.assert_same_bits(training.copies(fresh), training.copies(params))
                 assert_same_entries(again.state_dict()["state"], opt.state_dict()["state"])
 
 
 def representable(entries: dict[int, Any], options: dict[str, Any]) -> dict[int, Any]:
-    """What is kept of them: all, or with ties moved by a unit."""
+    """The entries as ``options`` can represent them: unchanged, or with ties moved by one ulp."""
     if options != SPLIT:
         return entries
     return {place: {**entry, "master": without_ties(entry["master"])} for place, entry in entries.items()}
@@ -356,10 +351,10 @@ def without_ties(master: Tensor) -> Tensor:
     return as_float32(bits - ((bits & 0x1FFFF) == 0x8000))
 
 
-def assert_same_entries(found: dict[int, Any], expected: dict[int, Any]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same_entries(entries: dict[int, Any], expected: dict[int, Any]) -> None:
+    assert entries.keys() == expected.keys()
     for place, entry in expected.items():
-        training.assert_same_bits(found[place], entry)
+        training.assert_same_bits(entries[place], entry)
 
 
 WAYS = [(SPLIT, SPLIT), (SPLIT, {}), ({}, SPLIT)]
@@ -375,7 +370,7 @@ def test_state_is_loaded_with_either_kind_of_masters(
 
 
 def shown(rank: int) -> None:
-    """``optimizer.state`` is what is kept, `state_dict` what is saved; whoever asked keeps what he got."""
+    """``optimizer.state`` holds remainders, `state_dict` holds masters and shares the moments' memory."""
     params = training.parameters(dtype=BF16)
     opt = training.grouped(params, 1, **SPLIT)
     training.train(opt, params, stage=1, rank=rank, world=2, steps=range(2))
@@ -391,7 +386,7 @@ def test_state_shows_remainders_and_state_dicts_masters() -> None:
     run_ranks(2, shown)
 
 
-def test_whole_masters_go_to_an_optimizer_on_one_device() -> None:
+def test_lamb_loads_the_full_state_dict() -> None:
     full, weights = run_ranks(2, trained_whole)[0]
     assert full is not None
     assert {entry["master"].dtype for entry in full["state"].values()} == {F32}
@@ -440,19 +435,19 @@ TRAVELS = [
 
 
 @pytest.mark.parametrize(("source", "saving", "target", "loading"), TRAVELS)
-def test_checkpoints_travel(
+def test_dcp_checkpoints_load_on_other_layouts(
     source: Layout, saving: dict[str, Any], target: Layout, loading: dict[str, Any], tmp_path: Path
 ) -> None:
     weights, full = run_ranks(source.world, saved, source, saving, tmp_path)[0]
-    found = run_ranks(target.world, loaded, target, loading, tmp_path)
-    for each, _ in found:
+    outcomes = run_ranks(target.world, loaded, target, loading, tmp_path)
+    for each, _ in outcomes:
         training.assert_same_bits(each, weights)
     assert all(entry["master"].dtype == F32 for entry in full["state"].values())
-    assert_same_state(found[0][1], full)
+    assert_same_state(outcomes[0][1], full)
 
 
 FIRST = 20
-"""Step whose gradients are the first, so that no tie is met."""
+"""Step of the first gradients, chosen so that no tie occurs."""
 
 
 def fsdp_run(rank: int, options: dict[str, Any]) -> tuple[models.Run, int]:
@@ -465,23 +460,23 @@ def fsdp_run(rank: int, options: dict[str, Any]) -> tuple[models.Run, int]:
         entries = opt.state_dict()["state"].values()
         count += nudges([entry["master"].to_local() for entry in entries])
 
-    found = models.train(tree, opt, lambda step: tree(models.gradients(rank, step + FIRST)), 20, watch)
+    run = models.train(tree, opt, lambda step: tree(models.gradients(rank, step + FIRST)), 20, watch)
     state = opt.full_state_dict()
     opt.load_full_state_dict(state)
     again = opt.full_state_dict()
     if state is not None:
         assert_same_state(again, state)
-    return found, count
+    return run, count
 
 
-def test_fully_sharded_models_have_the_bits_of_whole_masters() -> None:
+def test_fully_sharded_models_have_the_bits_of_fp32_masters() -> None:
     split, plain = run_ranks(3, fsdp_run, SPLIT), run_ranks(3, fsdp_run, {})
     assert sum(count for _, count in plain) == 0, "another seed: this run meets a tie"
-    for (ours, _), (theirs, _) in zip(split, plain, strict=True):
-        training.assert_same_bits(ours.weights, theirs.weights)
-        training.assert_same_bits(ours.masters, theirs.masters)
-        numel = sum(ours.local_sizes.values())
-        assert ours.memory == {**theirs.memory, "masters": 2 * numel}
-        assert theirs.memory["masters"] == 4 * numel
+    for (actual, _), (expected, _) in zip(split, plain, strict=True):
+        training.assert_same_bits(actual.weights, expected.weights)
+        training.assert_same_bits(actual.masters, expected.masters)
+        numel = sum(actual.local_sizes.values())
+        assert actual.memory == {**expected.memory, "masters": 2 * numel}
+        assert expected.memory["masters"] == 4 * numel
     overrides = models.overrides(split[0][0].start)
-    models.check([found for found, _ in split], lr=0.02, max_grad_norm=5.0, overrides=overrides)
+    models.check([run for run, _ in split], lr=0.02, max_grad_norm=5.0, overrides=overrides)

@@ -1,4 +1,4 @@
-"""The Triton backend: its bits under the interpreter, what is compiled for GPUs, and on a GPU where there is one."""
+"""The Triton backend: bits under the interpreter, code compiled for GPUs, and tests on a GPU if present."""
 
 import importlib.util
 import os
@@ -16,8 +16,9 @@ import torch
 from sharded_lamb import ShardedLamb
 from sharded_lamb.gradients import summary as facts
 from sharded_lamb.kernels import FlatShard, ReferenceKernel, triton_kernel
-from sharded_lamb.kernels.engine import _applied_together
+from sharded_lamb.kernels.engine import _batches
 from sharded_lamb.kernels.triton_kernel import TritonKernel, usable
+from sharded_lamb.optim.skips import SkipCounter
 from tests.kernels.kernel_memory import SPLIT, Form, assert_same, optimizer_with, stepped, trained
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +33,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @needs_triton
 @pytest.mark.slow
 def test_the_cases_pass_under_the_interpreter() -> None:
-    """In a process of its own: an interpreted Triton stays so, and torch.compile needs the other."""
+    """In a separate process: the interpreter cannot be switched off again, and torch.compile needs the compiler."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *INTERPRETED]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
@@ -57,7 +58,7 @@ def test_the_package_does_not_import_triton() -> None:
     ]
 
 
-def test_it_says_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usable_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -74,31 +75,31 @@ def test_it_says_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pass_2_is_at_most_8_calls_on_a_device() -> None:
-    """With 2 launches for Σg² and 2 for pass 1: 12 a step, however many buckets."""
+    """With 2 launches for Σg² and 2 for pass 1, a step has at most 12, for any number of buckets."""
     empty = torch.empty(256, device="meta")
     shard = FlatShard(empty, None, empty, empty, empty, torch.empty(1, dtype=torch.int64, device="meta"))
     for count in (1, 7, 8, 9, 42, 1000):
-        calls = list(_applied_together([shard] * count))
+        calls = list(_batches([shard] * count))
         assert len(calls) <= 8
         assert sorted(index for call in calls for index in call) == list(range(count))
 
 
-def test_a_device_is_told_once_who_has_gradients() -> None:
+def test_gradient_flags_are_copied_to_the_device_once() -> None:
     meta = torch.device("meta")
     known = facts._flags([True, False], meta)
     assert known.device == meta
     assert facts._flags([True, False], meta) is known
     assert facts._flags([True, True], meta) is not known
-    there = facts._flags_on_device((True, False), CPU)
-    assert torch.equal(there, facts._flags([True, False], CPU))
-    assert there.dtype == torch.float64
+    flags = facts._flags_on_device((True, False), CPU)
+    assert torch.equal(flags, facts._flags([True, False], CPU))
+    assert flags.dtype == torch.float64
 
 
 @pytest.mark.parametrize("capturing", [False, True])
 def test_no_event_is_waited_for_while_a_graph_is_captured(
     capturing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    skips, event = facts.SkipCounter(CPU, limit=1), mock.Mock()
+    skips, event = SkipCounter(CPU, limit=1), mock.Mock()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     skips._arrived = event
     skips.check(["a"])
@@ -113,7 +114,7 @@ def test_no_event_is_waited_for_while_a_graph_is_captured(
             skips.check(["a"])
 
 
-# -- what is compiled for a GPU, which needs none ------------------------------------------------------
+# -- code compiled for a GPU; needs no GPU -------------------------------------------------------------
 
 
 def compiled(kernel: Any, dtype: str, **constants: Any) -> str:
@@ -155,7 +156,7 @@ def device_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 @needs_triton
 @pytest.mark.slow
 def test_compiled_arithmetic_is_ieee(device_code: Any) -> None:
-    """No fused multiply-add, nothing flushed to 0, divisions and roots to nearest; aligned memory by vectors."""
+    """No fused multiply-add, no flush to 0, divisions and roots to nearest; vector loads for aligned memory."""
     tl = device_code.tl
     for compute, name in ((tl.float32, "fp32"), (tl.float64, "fp64")):
         plain = {"WEIGHT": compute, "EXP_AVG": tl.bfloat16, "EXP_AVG_SQ": compute, "COMPUTE": compute}
@@ -174,7 +175,7 @@ def test_compiled_arithmetic_is_ieee(device_code: Any) -> None:
 @needs_triton
 @pytest.mark.slow
 def test_split_masters_are_compiled_to_vectors(device_code: Any) -> None:
-    """Remainders and weights are read and written by vectors, never one by one."""
+    """Remainders and weights are loaded and stored as vectors, never as scalars."""
     tl = device_code.tl
     plain = {"WEIGHT": tl.int16, "MODEL": tl.bfloat16, "EXP_AVG": tl.float32, "EXP_AVG_SQ": tl.float32}
     plain |= {"COMPUTE": tl.float32, "ALIGNED": True}
@@ -205,7 +206,7 @@ def test_compiled_sums_use_no_atomics(device_code: Any) -> None:
 
 @pytest.fixture
 def no_waiting() -> Iterator[None]:
-    """Operations that make the host wait for the device are errors."""
+    """Operations that synchronize with the device raise."""
     torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode("default")
@@ -214,7 +215,7 @@ def no_waiting() -> Iterator[None]:
 @gpu
 @needs_triton
 @pytest.mark.gpu
-def test_bits_on_a_device_are_the_references_on_a_cpu() -> None:
+def test_a_gpu_has_the_bits_of_the_reference_on_a_cpu() -> None:
     forms = [
         Form(flat, (257, 5000, 0, 1), weight, model, torch.float16, state, torch.float32, gap, 3)
         for flat, gap in ((True, 0), (False, 3))
@@ -226,18 +227,18 @@ def test_bits_on_a_device_are_the_references_on_a_cpu() -> None:
         )
     ]
     for bad in (False, True):
-        ours = stepped(TritonKernel(), forms, 1, bad, "cuda")
-        assert_same(ours, stepped(ReferenceKernel(), forms, 1, bad))
+        actual = stepped(TritonKernel(), forms, 1, bad, "cuda")
+        assert_same(actual, stepped(ReferenceKernel(), forms, 1, bad))
 
 
 @gpu
 @needs_triton
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_on_a_device_has_the_references_bits(dtype: torch.dtype) -> None:
-    """But for fp64 transcendentals of the bias correction, which are a library's: to fp32's last bits."""
-    ours = trained(TritonKernel(), dtype, "cuda")
-    for x, y in zip(ours, trained(ReferenceKernel(), dtype), strict=True):
+def test_training_on_a_gpu_has_the_bits_of_the_reference(dtype: torch.dtype) -> None:
+    """Except for the fp64 powers of the bias correction, which differ between libraries: to fp32's last bits."""
+    actual = trained(TritonKernel(), dtype, "cuda")
+    for x, y in zip(actual, trained(ReferenceKernel(), dtype), strict=True):
         torch.testing.assert_close(x.cpu(), y.cpu())
 
 
@@ -249,7 +250,7 @@ def _optimizer_on_a_device() -> tuple[torch.nn.Module, ShardedLamb]:
     optimizer = optimizer_with(TritonKernel(), model, **options)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
-    optimizer.step()  # logs, and reads the device for it
+    optimizer.step()  # logs, which synchronizes
     optimizer.step()
     return model, optimizer
 
@@ -263,28 +264,28 @@ def test_a_step_does_not_wait_for_the_device(request: pytest.FixtureRequest) -> 
     for _ in range(3):
         optimizer.step()
     for p in model.parameters():
-        p.grad = torch.randn_like(p)  # elsewhere
+        p.grad = torch.randn_like(p)  # at a new address
     optimizer.step()
 
 
 @gpu
 @needs_triton
 @pytest.mark.gpu
-def test_a_captured_step_is_a_step() -> None:
-    """Replayed with other gradients in the same place and another learning rate, bit for bit."""
-    (captured, ours), (eager, theirs) = _optimizer_on_a_device(), _optimizer_on_a_device()
+def test_a_captured_step_equals_an_eager_step() -> None:
+    """Bit for bit, with other gradients at the same address and another learning rate."""
+    (captured, actual), (eager, expected) = _optimizer_on_a_device(), _optimizer_on_a_device()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ours.step()
+        actual.step()
     for seed in range(3):
         torch.manual_seed(seed)
         for p, q in zip(captured.parameters(), eager.parameters(), strict=True):
             assert p.grad is not None
             assert q.grad is not None
             q.grad.copy_(p.grad.copy_(torch.randn_like(p)))
-        for optimizer in (ours, theirs):
+        for optimizer in (actual, expected):
             optimizer.param_groups[0]["lr"].fill_(0.01 / (1 + seed))
         graph.replay()
-        theirs.step()
+        expected.step()
         for p, q in zip(captured.parameters(), eager.parameters(), strict=True):
             assert torch.equal(p, q)

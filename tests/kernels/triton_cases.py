@@ -37,8 +37,8 @@ LENGTHS = st.lists(st.sampled_from([0, 1, 255, 256, 257, 700, 5000]), min_size=1
 @st.composite
 def form_lists(draw: st.DrawFn) -> list[Form]:
     """One to three shards of one compute dtype."""
-    wide = draw(st.booleans())
-    weights = [dtype for dtype in (*FLOATS, SPLIT) if (dtype == torch.float64) == wide]
+    is_fp64 = draw(st.booleans())
+    weights = [dtype for dtype in (*FLOATS, SPLIT) if (dtype == torch.float64) == is_fp64]
     forms = []
     for _ in range(draw(st.integers(1, 3))):
         weight, grad, exp_avg, exp_avg_sq = (
@@ -60,20 +60,20 @@ def form_lists(draw: st.DrawFn) -> list[Form]:
 @settings(max_examples=15)
 @given(form_lists(), st.integers(0, 99), st.booleans())
 def test_bits_are_the_references(forms: list[Form], seed: int, bad: bool) -> None:
-    """Any dtypes, lengths and forms side by side; nan gradients under a scale of 0; weights written from outside."""
+    """Any dtypes, lengths and forms in one call; nan gradients with a scale of 0; weights that the user wrote."""
     assert_same(stepped(TritonKernel(), forms, seed, bad), stepped(ReferenceKernel(), forms, seed, bad))
 
 
-def test_what_must_not_be_used_is_not() -> None:
-    """nan gradients whose scale is 0, in both forms of memory."""
+def test_gradients_with_scale_0_are_not_used() -> None:
+    """nan gradients with scale 0, in both forms of memory."""
     forms = [
         Form(flat, (256, 700, 3, 1), torch.float32, None, torch.float32, *F32[3:]) for flat in (False, True)
     ]
-    ours, theirs = (
+    actual, expected = (
         stepped(kernel, forms, 2, True, steps=1) for kernel in (TritonKernel(), ReferenceKernel())
     )
-    assert_same(ours, theirs)
-    assert ours[1].isfinite().all()
+    assert_same(actual, expected)
+    assert actual[1].isfinite().all()
 
 
 PLACES = [(weight, model) for weight in FLOATS for model in (None, *FLOATS[:3]) if weight != model]
@@ -83,17 +83,17 @@ COMBINATIONS = [(*place, FLOATS[i % 4], FLOATS[(i + i // 4) % 4]) for i, place i
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_every_dtype_in_every_place(flat: bool) -> None:
-    """All at once: as many forms of memory in one call as the dtypes make, for each compute dtype."""
+    """One call with all combinations of dtypes, for each compute dtype."""
     for compute in (torch.float32, torch.float64):
         forms = [
             Form(flat, (257,), weight, model, grad, state, state, 0 if flat else 1, 2)
             for weight, model, grad, state in COMBINATIONS
             if torch.promote_types(weight, torch.float32) == compute
         ]
-        ours, theirs = (
+        actual, expected = (
             stepped(kernel, forms, 5, False, steps=1) for kernel in (TritonKernel(), ReferenceKernel())
         )
-        assert_same(ours, theirs)
+        assert_same(actual, expected)
 
 
 def special(values: Sequence[float], dtype: torch.dtype) -> Form:
@@ -131,8 +131,8 @@ def test_rounding_at_the_edges(dtype: torch.dtype) -> None:
 
 
 def test_split_masters_at_the_edges() -> None:
-    """All bfloat16 weights with remainders that only a written weight has; masters of them, and what is kept after a
-    step; ties, which are nudged."""
+    """All bfloat16 weights with remainders that only occur beside a weight that the user wrote: their masters, and
+    their remainders after a step; ties, which are nudged."""
     edges = torch.tensor([-0x8000, -0x7FFF, -1, 0, 1, 0x7FFF], dtype=SPLIT)
     model = torch.arange(-(2**15), 2**15, dtype=torch.int16).repeat(len(edges)).view(torch.bfloat16)
     table = table_of(1, torch.float32, False)
@@ -149,9 +149,9 @@ def test_split_masters_at_the_edges() -> None:
         sums = torch.zeros(2, 1, dtype=torch.float64)
         kernel.moments_and_norms([shard], table, sums)
         kernel.apply([shard], table, torch.zeros(1))
-        found = contents(shard)
-        assert torch.equal(found["model"][finite].view(torch.int16), model[finite].view(torch.int16))
-        results.append([sums, found["model"], found["weight"]])
+        memory = contents(shard)
+        assert torch.equal(memory["model"][finite].view(torch.int16), model[finite].view(torch.int16))
+        results.append([sums, memory["model"], memory["weight"]])
     assert_same(results[1], results[0])
 
 
@@ -166,7 +166,7 @@ def test_a_written_infinity_beside_a_remainder_is_infinite() -> None:
     assert sums[0, 0] == math.inf
 
 
-def test_ties_are_nudged_alike() -> None:
+def test_ties_are_nudged_as_in_the_reference() -> None:
     """w - u is a tie above an even weight in every second element."""
     results = []
     for kernel in (ReferenceKernel(), TritonKernel()):
@@ -186,8 +186,8 @@ def test_ties_are_nudged_alike() -> None:
     assert_same(results[1], results[0])
 
 
-def test_adoption_at_the_edges() -> None:
-    """A nan in the model wins; -0 is the master's 0; an infinity that the master rounds to is no writing."""
+def test_resync_of_masters_at_the_edges() -> None:
+    """A nan in the model replaces its master; -0 equals 0; an infinity that the master rounds to is not a change."""
     masters = torch.tensor([1.0, 0.0, 1e5, 2.0, 1.00001])
     written = torch.tensor([math.nan, -0.0, math.inf, 3.0, 1.0], dtype=torch.float16)
     results = []
@@ -205,7 +205,7 @@ def test_adoption_at_the_edges() -> None:
     assert results[1][0][1:].tolist() == [0.0, 1e5, 3.0, masters[4].item()]
 
 
-def test_what_lies_between_pieces_is_left_alone() -> None:
+def test_memory_between_pieces_is_unchanged() -> None:
     shard = made(Form(False, (300, 1, 2049), *F32, gap=3), 0, 0, False)
     base = shard.weight[0]._base
     assert base is not None
@@ -221,19 +221,19 @@ def test_what_lies_between_pieces_is_left_alone() -> None:
 
 
 def test_nothing_to_do() -> None:
-    """No pieces, and pieces without elements; parameters that no shard of the call holds keep their sums."""
+    """No pieces, and empty pieces; sums of parameters without a shard in the call are unchanged."""
     nothing = ScatteredShard((), [], [], [], [])
     empty = made(Form(False, (0, 0), *F32), 0, 0, False)
     kernel, table = TritonKernel(), table_of(3, torch.float32, False)
     sums = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], dtype=torch.float64)
-    held = made(Form(False, (5,), *F32), 1, 0, False)
+    nonempty = made(Form(False, (5,), *F32), 1, 0, False)
     for shards in ([nothing], [empty], [nothing, empty]):
         before = sums.clone()
         kernel.square_sums(shards, sums[0])
         kernel.moments_and_norms(shards, table, sums)
         kernel.apply(shards, table, torch.ones(3))
         assert torch.equal(sums, before)
-    kernel.square_sums([nothing, empty, held], sums[0])
+    kernel.square_sums([nothing, empty, nonempty], sums[0])
     assert sums[:, [0, 2]].tolist() == [[1.0, 3.0], [4.0, 6.0]]
     assert sums[0, 1] > 2
 
@@ -243,7 +243,7 @@ def test_nothing_to_do() -> None:
 def test_average_has_the_bits_of_stock_operations(
     lengths: tuple[int, ...], wire: torch.dtype, weight: torch.dtype, add: bool
 ) -> None:
-    """Divided by 3 of whatever number of parts, of which one lies elsewhere."""
+    """Any number of parts divided by 3; one of them is this rank's own, read in place."""
     form, ranks = Form(True, (*lengths, 5), weight, None, *F32[2:]), len(lengths)
     results = []
     for kernel in (TritonKernel(), ReferenceKernel()):
@@ -258,8 +258,8 @@ def test_average_has_the_bits_of_stock_operations(
     assert_same(results[0], results[1])
 
 
-def test_a_parameter_in_several_shards_is_added_up_in_the_order_of_the_call() -> None:
-    """The first sum is so large that another order would be rounded otherwise."""
+def test_a_parameter_in_several_shards_is_summed_in_the_order_of_the_call() -> None:
+    """The first sum is so large that another order would round to other bits."""
     results = []
     for kernel in (ReferenceKernel(), TritonKernel()):
         shards = [made(Form(flat, (600,), *F32), 0, 9, False) for flat in (False, True, False)]
@@ -272,7 +272,7 @@ def test_a_parameter_in_several_shards_is_added_up_in_the_order_of_the_call() ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_many_blocks_of_a_parameter_are_added_exactly_enough_and_always_alike(dtype: torch.dtype) -> None:
+def test_sums_over_many_blocks_are_accurate_and_deterministic(dtype: torch.dtype) -> None:
     counts = [0, 1, 32, 33, 20_000, 8192, 0]
     first = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
     generator = torch.Generator().manual_seed(1)
@@ -301,5 +301,7 @@ def test_many_blocks_of_a_parameter_are_added_exactly_enough_and_always_alike(dt
 def test_training_has_the_bits_of_the_reference(dtype: torch.dtype) -> None:
     everything = {"stage": 2, "max_grad_norm": 1.0, "state_dtype": torch.bfloat16}
     for options in ({}, everything, {**everything, "store_param_remainders": True}):
-        ours, theirs = (trained(kernel, dtype, **options) for kernel in (TritonKernel(), ReferenceKernel()))
-        assert_same(ours, theirs)
+        actual, expected = (
+            trained(kernel, dtype, **options) for kernel in (TritonKernel(), ReferenceKernel())
+        )
+        assert_same(actual, expected)

@@ -13,14 +13,14 @@ from sharded_lamb.core import rule
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreted() -> Iterator[None]:
-    """Triton's interpreter, at a fifth of its time, and a reference of which every operation is IEEE's."""
+    """A Triton interpreter that takes a fifth of the time, and a reference with IEEE square roots in fp64."""
     from triton.runtime import interpreter
 
     patched: set[Any] = set()
     patch_lang, root = interpreter._patch_lang, rule.root
 
     def patch_once(function: Any) -> Any:
-        """For a function that a kernel calls, which the interpreter patches anew at every call and never restores."""
+        """Patch a kernel's function once; the interpreter would patch it at every call and never restores it."""
         if function not in patched:
             patched.add(function)
             patch_lang(function)
@@ -30,7 +30,7 @@ def interpreted() -> Iterator[None]:
         return self.rewrite()(*arguments, **named)
 
     def correct_root(x: Tensor) -> Tensor:
-        """MKL's, of which torch's fp64 root is made on CPUs, is an ulp off in 0.6 % of values."""
+        """On CPUs torch's fp64 root is MKL's, which is off by one ulp in 0.6 % of values."""
         return torch.from_numpy(np.sqrt(x.numpy())) if x.dtype == torch.float64 else root(x)
 
     with pytest.MonkeyPatch.context() as patch:

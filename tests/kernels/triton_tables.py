@@ -1,4 +1,4 @@
-"""What the Triton backend launches, and what it tells the device, under the interpreter: see `triton_cases.py`."""
+"""Launches of the Triton backend, and copies to the device, under the interpreter: see `triton_cases.py`."""
 
 import weakref
 from dataclasses import replace
@@ -39,7 +39,7 @@ def test_launches_do_not_grow_with_shards_pieces_and_parameters(launches: list[s
 
 
 def test_launches_are_counted_by_forms_of_memory(launches: list[str]) -> None:
-    """Another dtype is one more launch a pass, and so are pieces at odd addresses or of odd lengths."""
+    """Another dtype is one more launch per pass, and so are pieces with unaligned addresses or lengths."""
     bf16 = replace(Form(False, (256, 512), *F32), model=torch.bfloat16)
     odd = Form(False, (16,) * 6 + (7,), *F32)
     both_passes(
@@ -51,7 +51,7 @@ def test_launches_are_counted_by_forms_of_memory(launches: list[str]) -> None:
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of what was copied to the device to describe memory."""
+    """The shapes of the tables copied to the device."""
     seen: list[tuple[int, ...]] = []
     real = triton_runs._on_device
 
@@ -63,7 +63,7 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return seen
 
 
-def test_memory_that_stays_is_told_once(copies: list[tuple[int, ...]]) -> None:
+def test_addresses_of_unchanged_memory_are_copied_once(copies: list[tuple[int, ...]]) -> None:
     kernel = TritonKernel()
     shards = [made(Form(True, (700,), *F32), 0, 0, False), made(Form(False, (3, 300), *F32), 1, 0, False)]
     both_passes(kernel, shards, 3)
@@ -75,27 +75,27 @@ def test_memory_that_stays_is_told_once(copies: list[tuple[int, ...]]) -> None:
     assert copies == []
     moved = replace(again[1], grad=[grad.clone() for grad in again[1].grad])  # type: ignore[call-arg]
     both_passes(kernel, [again[0], moved], 3)
-    assert copies == [(3, 8)], "new gradients: the addresses and nothing else"
+    assert copies == [(3, 8)], "new gradients: copies the addresses only"
     both_passes(kernel, shards, 3)
     both_passes(kernel, [again[0], moved], 3)
-    assert copies == [(3, 8)], "gradients that take turns are both known"
+    assert copies == [(3, 8)], "alternating gradients are both cached"
     assert scratch == [table.block_sums.data_ptr() for table in kernel._tables._tables.values()]
 
 
 def test_no_memory_is_kept_alive() -> None:
-    """Of gradients, above all; what was read off a shard goes with it."""
+    """Gradients above all; the extracted addresses are freed with the shard."""
     kernel = TritonKernel()
     shard = made(Form(False, (3, 300), *F32), 0, 0, False)
     both_passes(kernel, [shard], 2)
-    held = [weakref.ref(shard), weakref.ref(shard.grad[0]), weakref.ref(shard.weight[1])]
+    refs = [weakref.ref(shard), weakref.ref(shard.grad[0]), weakref.ref(shard.weight[1])]
     assert len(kernel._tables._memories) == 1
     del shard
-    assert [ref() for ref in held] == [None] * 3
+    assert [ref() for ref in refs] == [None] * 3
     assert not kernel._tables._memories
 
 
 def test_new_memory_is_seen() -> None:
-    """The same shapes elsewhere, and other parameters on the same blocks."""
+    """The same shapes at other addresses, and other parameters of the same blocks."""
     kernel, form = TritonKernel(), Form(True, (700, 30), *F32)
     for seed in range(2 * triton_runs.KEPT_PLACES):
         results = []
@@ -110,7 +110,7 @@ def test_new_memory_is_seen() -> None:
         assert_same(results[0], results[1])
 
 
-def test_pieces_that_differ_in_parameters_or_alignment_only_are_told_apart() -> None:
+def test_pieces_that_differ_in_parameters_or_alignment_only_are_distinguished() -> None:
     kernel, sums = TritonKernel(), []
     shard = made(Form(False, (16, 32), *F32), 0, 0, False)
     for params in ((0, 1), (1, 0), (1, 1)):
@@ -120,13 +120,13 @@ def test_pieces_that_differ_in_parameters_or_alignment_only_are_told_apart() -> 
     assert sums[2].tolist() == [0, sums[0].sum()]
     forms = []
     for gap in (0, 1):
-        found = kernel._tables.of([made(Form(False, (16, 32), *F32, gap=gap), 0, 0, False)], 2)
-        assert found is not None
-        forms.append([run.form.aligned for run in found[0].launches])
+        lookup = kernel._tables.of([made(Form(False, (16, 32), *F32, gap=gap), 0, 0, False)], 2)
+        assert lookup is not None
+        forms.append([run.form.aligned for run in lookup[0].launches])
     assert forms == [[True], [False]]
 
 
-def test_tables_are_forgotten_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_tables_are_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_runs, "KEPT_TABLES", 3)
     kernel = TritonKernel()
     for length in range(1, 9):
@@ -135,15 +135,15 @@ def test_tables_are_forgotten_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(kernel._tables._tables) == 3
 
 
-def test_a_table_is_not_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_table_raises_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, form = TritonKernel(), Form(False, (5,), *F32)
-    known, unknown = (made(form, 0, seed, False) for seed in range(2))
+    cached, moved = (made(form, 0, seed, False) for seed in range(2))
     other = made(replace(form, lengths=(6,)), 0, 0, False)
-    both_passes(kernel, [known], 1)
+    both_passes(kernel, [cached], 1)
     monkeypatch.setattr(triton_runs, "_is_capturing", lambda device: True)
-    both_passes(kernel, [known], 1)
+    both_passes(kernel, [cached], 1)
     assert len(kernel._tables._captured) == 3
-    for shard in (unknown, other):
+    for shard in (moved, other):
         with pytest.raises(RuntimeError, match="set_to_none=False"):
             both_passes(kernel, [shard], 1)
     assert len(kernel._tables._tables) == 1
@@ -155,7 +155,7 @@ def test_a_table_is_not_made_while_a_graph_is_captured(monkeypatch: pytest.Monke
 def test_a_step_over_42_buckets_is_at_most_12_launches(
     launches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, where shards are taken together; a parameter without a gradient, one clipping norm."""
+    """As on a GPU, where a call updates several shards; with a missing gradient and clipping."""
     monkeypatch.setattr(engine, "_one_by_one", lambda shards: False)
     results = []
     for kernel in (TritonKernel(), ReferenceKernel()):

@@ -109,13 +109,20 @@ def test_the_environment_is_made_once(checkout: Checkout) -> None:
     assert first.returncode == 0, first.stderr
     ran = checkout.take_log()
     installs = [line for line in ran if "-m pip" in line]
-    checks = ["-m ruff format --check .", "-m ruff check .", "-m mypy", "-m pytest -k foo bar"]
+    run = "-m pytest -n 2 --dist loadfile --no-loadscope-reorder"
+    checks = ["-m ruff format --check .", "-m ruff check .", "-m mypy", f"{run} -k foo bar"]
     assert len(installs) == 3
     assert all(f"-c {checkout.root}/configs/constraints.txt" in line for line in installs)
     assert ran == installs + checks
 
     assert checkout.test().returncode == 0
-    assert checkout.take_log() == [*checks[:3], "-m pytest"]
+    assert checkout.take_log() == [*checks[:3], run]
+
+
+@pytest.mark.parametrize("arguments", [["-p", "no:xdist"], ["-pno:xdist", "-k", "layout"]])
+def test_without_xdist_pytest_gets_none_of_its_options(checkout: Checkout, arguments: list[str]) -> None:
+    assert checkout.test(*arguments).returncode == 0
+    assert checkout.take_log()[-1] == " ".join(["-m pytest", *arguments])
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sharded_lamb.checkpoint import read_contents
 from tests.bert import conftest as bert
+from tests.bert.test_train import trained
 from tests.launching.slurm_cluster import Cluster, SlurmError, slurm
 from tests.training import assert_same_bits
 
@@ -257,17 +258,7 @@ def jobs(cluster: Cluster, tree: dict[str, Any], tmp_path_factory: pytest.TempPa
     config = {**tree, "phases": [{**tree["phases"][0], "steps": STEPS}], "speed": {"threads": 1}}
     config["checkpoint"] = {"every_steps": 1000, "keep": 0}
     found = Jobs(cluster, config, tmp_path_factory.mktemp("slurm"))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*torchrun, *found.program("whole")],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
+    trained(2, config, found.folder / "whole" / "run")
 
     left = dict(STOPPED)
     for name, (launch, _) in STOPPED.items():

@@ -1,8 +1,7 @@
 """Models under fully_shard and tensor parallel, and runs of them that an oracle can follow.
 
-`Tree` is linear in its parameters: what `fully_shard` averages is known before the run. Of other models the averaged
-gradients are read, whole, from ``.grad`` before each step (that they are right is torch's business), and told to the
-oracle.
+`Tree` is linear in its parameters, so the gradients that `fully_shard` averages are known before the run. For other
+models the oracle gets the averaged gradients, read whole from ``.grad`` before each step (they rely on torch).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -36,7 +35,7 @@ SHAPES: dict[str, training.Shape] = {
 
 
 def gradients(rank: int, step: int, shapes: Mapping[str, training.Shape] = SHAPES) -> dict[str, Tensor]:
-    """On a grid, so that sums over ranks are exact."""
+    """Multiples of 1/64, so that sums over ranks are exact."""
     return {
         name: (training.draw(shape, "tree", name, rank, step) * 64).round() / 64
         for name, shape in shapes.items()
@@ -51,13 +50,13 @@ class Leaf(nn.Module):
         for name, value in params.items():
             self.register_parameter(name, Parameter(value))
 
-    def forward(self, wanted: Mapping[str, Tensor]) -> Tensor:
-        terms = [(p * wanted[name].to(p.dtype)).sum() for name, p in self.named_parameters(recurse=False)]
+    def forward(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        terms = [(p * gradients[name].to(p.dtype)).sum() for name, p in self.named_parameters(recurse=False)]
         return torch.stack([term.float() for term in terms]).sum()
 
 
 class Tree(Leaf):
-    """A leaf a prefix; parameters without one are its own."""
+    """One leaf per prefix of the names; parameters without a prefix belong to the root."""
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
         super().__init__({name: value for name, value in params.items() if "." not in name})
@@ -65,11 +64,11 @@ class Tree(Leaf):
             own = {name.split(".")[1]: v for name, v in params.items() if name.startswith(f"{prefix}.")}
             self.add_module(prefix, Leaf(own))
 
-    def forward(self, wanted: Mapping[str, Tensor]) -> Tensor:
-        total = super().forward(wanted) if list(self.named_parameters(recurse=False)) else torch.zeros(())
+    def forward(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        total = super().forward(gradients) if list(self.named_parameters(recurse=False)) else torch.zeros(())
         for prefix, leaf in self.named_children():
             total = total + leaf(
-                {n.split(".")[1]: g for n, g in wanted.items() if n.startswith(f"{prefix}.")}
+                {n.split(".")[1]: g for n, g in gradients.items() if n.startswith(f"{prefix}.")}
             )
         return total
 
@@ -93,12 +92,12 @@ GROUPED: dict[str, Any] = {"lr": 0.02, "max_grad_norm": 5.0}
 
 
 def overrides(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """`two_groups` as the oracle takes them."""
+    """The options of `two_groups`, in the oracle's format."""
     return {name: {"weight_decay": 0.2} if i < 3 else {"lr": 0.01} for i, name in enumerate(names)}
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A copy of the value that the ranks hold together. Collective for DTensors."""
+    """A copy of the whole tensor. Collective for DTensors."""
     value = tensor.detach()
     return (value.full_tensor() if isinstance(value, DTensor) else value).clone()
 
@@ -109,7 +108,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass
 class Run:
-    """What one rank saw. ``gradients``: whole and averaged, of every step."""
+    """One rank's record. ``gradients``: whole and averaged, per step."""
 
     start: dict[str, Tensor]
     gradients: list[dict[str, Tensor | None]]
@@ -134,7 +133,7 @@ def train(
     steps: int,
     before_step: Callable[[], None] = lambda: None,
 ) -> Run:
-    """``loss(step)`` is this rank's own."""
+    """Train on ``loss(step)``, this rank's own loss, and record."""
     params = dict(model.named_parameters())
     run = Run(whole_weights(model), [], {}, {}, [], [], {}, {}, {}, {})
     for step in range(steps):
@@ -164,15 +163,17 @@ def train(
 
 
 def check(runs: list[Run], tolerance: float = 2e-6, **oracle_options: Any) -> None:
-    """Weights, ratios and norms of all steps against the fp64 oracle on the gradients of the run; ranks alike."""
+    """Compare weights, ratios and norms of all steps with the fp64 oracle on the run's gradients, and ranks bitwise."""
     first = runs[0]
     oracle = training.oracle_run(first.start, [], **oracle_options)
     for step, grads in enumerate(first.gradients):
         oracle.step({name: None if g is None else g.numpy() for name, g in grads.items()})
         assert first.ratios[step].keys() == oracle.ratios.keys()
         for name, ratio in oracle.ratios.items():
-            found = first.ratios[step][name]
-            assert abs(found - ratio) <= 1e-5 * ratio, f"step {step}: ratio of {name} is {found}, not {ratio}"
+            actual = first.ratios[step][name]
+            assert abs(actual - ratio) <= 1e-5 * ratio, (
+                f"step {step}: ratio of {name} is {actual}, not {ratio}"
+            )
         norm = first.grad_norms[step]
         assert norm is not None
         assert abs(norm - oracle.grad_norm) <= 1e-5 * oracle.grad_norm
@@ -187,7 +188,7 @@ def check(runs: list[Run], tolerance: float = 2e-6, **oracle_options: Any) -> No
 
 
 class Block(nn.Module):
-    """Linear → LayerNorm → Colwise → Rowwise; 12 divides over tensor-parallel ranks, the rest over nothing."""
+    """Linear → LayerNorm → Colwise → Rowwise; only the size 12 divides evenly over tensor-parallel ranks."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a user may get wrong at construction: each an error that names the argument, the value and the remedy."""
+"""Invalid arguments at construction: each error names the argument, the value and the remedy."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from sharded_lamb import Lamb, ShardedLamb
 pytestmark = pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
 
 
-def a_model() -> nn.Module:
+def small_model() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3))
 
 
@@ -41,12 +41,12 @@ def test_bad_arguments(
     cls: type[Optimizer], options: dict[str, Any], kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind, match=message):
-        cls(a_model().named_parameters(), **options)
+        cls(small_model().named_parameters(), **options)
 
 
 def test_patterns_need_names(cls: type[Optimizer]) -> None:
     with pytest.raises(
         ValueError, match=r"pass model\.named_parameters\(\) instead of model\.parameters\(\)"
     ):
-        cls(a_model().parameters(), exclude_from_weight_decay=("bias",))
-    cls(a_model().parameters(), exclude_from_weight_decay=("ndim<=1",))
+        cls(small_model().parameters(), exclude_from_weight_decay=("bias",))
+    cls(small_model().parameters(), exclude_from_weight_decay=("ndim<=1",))

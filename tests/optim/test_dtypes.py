@@ -1,4 +1,4 @@
-"""Dtypes: low-precision models with fp32 masters, float64, mixtures, and what each dtype option costs and does."""
+"""Dtypes: low-precision models with fp32 masters, float64, mixtures, and the memory and effect of dtype options."""
 
 import gc
 from dataclasses import replace
@@ -112,7 +112,7 @@ def test_float64_is_computed_in_float64(stage: int, world: int, max_grad_norm: f
     assert outcomes[0].masters == {}
 
 
-# -- what each dtype option does ----------------------------------------------------------------------
+# -- effects of the dtype options ---------------------------------------------------------------------
 
 
 def outcome(case: Case, world: int) -> Outcome:
@@ -131,30 +131,33 @@ def test_state_dtype_halves_moments_and_rounds_them() -> None:
     check_close(narrow.params, expect(case, 2), 0.02)  # still LAMB
 
 
-def test_master_dtype_of_the_model_keeps_no_masters() -> None:
+def test_master_dtype_of_the_model_has_no_masters() -> None:
     case = replace(low_case(torch.bfloat16, 1), missing=0.0)
-    kept, none = outcome(case, 2), outcome(low_case(torch.bfloat16, 1, master_dtype=torch.bfloat16), 2)
-    assert kept.memory["masters"] > 0
-    assert none.memory["masters"] == 0
-    assert none.masters == {}
-    assert "embed" in differing(kept, none)
+    with_masters, without = (
+        outcome(case, 2),
+        outcome(low_case(torch.bfloat16, 1, master_dtype=torch.bfloat16), 2),
+    )
+    assert with_masters.memory["masters"] > 0
+    assert without.memory["masters"] == 0
+    assert without.masters == {}
+    assert "embed" in differing(with_masters, without)
 
 
-def test_master_dtype_wider_than_the_model_keeps_masters() -> None:
+def test_master_dtype_wider_than_the_model_has_masters() -> None:
     case = Case(shapes=SHAPES, settings={"master_dtype": torch.float64})
-    found = outcome(case, 2)
-    assert found.masters["embed"].dtype == torch.float64
-    check_close(found.masters, expect(case, 2))
+    masters = outcome(case, 2).masters
+    assert masters["embed"].dtype == torch.float64
+    check_close(masters, expect(case, 2))
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_reduce_dtype_is_what_gradients_travel_in(dtype: torch.dtype) -> None:
+def test_reduce_dtype_is_the_dtype_on_the_wire(dtype: torch.dtype) -> None:
     case = Case(shapes=SHAPES, settings={"stage": 2}, missing=0.0)
     wide = outcome(case, 2)
     narrow = outcome(replace(case, settings={"stage": 2, "reduce_dtype": dtype}), 2)
     assert narrow.sent["reduce_scatter"] * 2 == wide.sent["reduce_scatter"]
     assert narrow.sent["all_gather"] == wide.sent["all_gather"]
-    assert "embed" in differing(wide, narrow)  # gradients have 12 bits, of which bf16 keeps 8 and fp16 11
+    assert "embed" in differing(wide, narrow)  # gradients have 12 bits, bf16 has 8 and fp16 11
 
 
 def test_reduce_dtype_wider_than_the_model() -> None:
@@ -191,20 +194,20 @@ def _storage_bytes() -> dict[int, int]:
 
 
 def _measure(rank: int, case: Case, world: int) -> tuple[dict[str, int], int]:
-    """What `memory` says after a step, and by how much the bytes of live tensors grew."""
+    """The result of `memory` after a step, and the growth of live tensors in bytes."""
     before = _storage_bytes()
     params = make_parameters(case)
     opt = make_optimizer(case, params)
     give_gradients(case, params, rank_gradients(case, 0, world)[rank])
     opt.step()
     after = _storage_bytes()
-    return opt.memory(), sum(size for where, size in after.items() if where not in before)
+    return opt.memory(), sum(size for pointer, size in after.items() if pointer not in before)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("bucket_mb", [32, 0.05])
-def test_memory_of_a_bfloat16_model_is_as_promised(world: int, bucket_mb: float) -> None:
-    """2 B of weights, 12 B / world of state, 4 B / world of gradients an element; staging of a few buckets."""
+def test_memory_of_a_bfloat16_model_is_as_documented(world: int, bucket_mb: float) -> None:
+    """Per element 2 B of weights, 12 B / world of state, 4 B / world of gradients; staging for a few buckets."""
     shapes = {f"w{i}": (4 * BLOCK * (1 + i % 3), 16) for i in range(12)}
     numel = sum(rows * columns for rows, columns in shapes.values())
     case = Case(
@@ -222,15 +225,15 @@ def test_memory_of_a_bfloat16_model_is_as_promised(world: int, bucket_mb: float)
         assert memory["masters"] + memory["moments"] == 12 * numel // world
         assert memory["gradient_shards"] == 4 * numel // world
         assert 0 < memory["staging"] <= 4 * 2 * biggest
-        told = sum(memory.values())
-        # Beside them: a map from blocks to parameters (8 B a block of this rank), vectors over parameters, and the
-        # gradient that the smallest parameter keeps.
-        beside = 8 * numel // world // BLOCK + 400 * len(shapes) + 4096 + min(sizes)
-        assert told <= measured <= told + beside
+        reported = sum(memory.values())
+        # Not reported: a map from blocks to parameters (8 B per block of this rank), vectors over parameters, and
+        # the sentinel on the smallest parameter.
+        unreported = 8 * numel // world // BLOCK + 400 * len(shapes) + 4096 + min(sizes)
+        assert reported <= measured <= reported + unreported
 
 
 def test_staging_does_not_grow_with_the_number_of_bucket_sizes() -> None:
-    """40 buckets, each of its own size: staging memory is of those in flight, not of all."""
+    """40 buckets of different sizes: staging memory serves those in flight, not all."""
     shapes = {f"w{i}": (BLOCK * 2 * (i + 1),) for i in range(40)}
     case = Case(shapes=shapes, settings={"stage": 2, "bucket_mb": 0.0001}, missing=0.0, steps=2)
     biggest = 4 * BLOCK * 2 * 40
@@ -249,13 +252,13 @@ def test_memory_counts_padding() -> None:
     }
 
 
-# -- memory formats and weights from outside ----------------------------------------------------------
+# -- memory formats and written weights ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_strides_are_kept(dtype: torch.dtype, stage: int, world: int) -> None:
+def test_parameters_keep_their_strides(dtype: torch.dtype, stage: int, world: int) -> None:
     shapes = {"conv": (8, 6, 3, 5), "w": (4, 6, 3, 3), "b": (8,)}
     case = Case(
         shapes=shapes,
@@ -274,7 +277,7 @@ def test_strides_are_kept(dtype: torch.dtype, stage: int, world: int) -> None:
 
 
 def _write_after(rank: int, dtype: torch.dtype, how: str, early: int) -> dict[str, list[torch.Tensor]]:
-    """Weights written after `early` steps, against an optimizer that had them from the start of its own run."""
+    """Per parameter: the weight one step after it was written (after `early` steps), and the written weight."""
     shapes = {"weight": (31, 37), "bias": (31,)}
     case = Case(shapes=shapes, dtypes=dict.fromkeys(shapes, dtype), missing=0.0, bits=SEVEN_BITS)
     model, written = torch.nn.Linear(37, 31).to(dtype), torch.nn.Linear(37, 31).to(dtype)
@@ -305,11 +308,11 @@ def _write_after(rank: int, dtype: torch.dtype, how: str, early: int) -> dict[st
 @pytest.mark.parametrize("how", ["load_state_dict", "copy_", ".data"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weights_written_after_construction_win(dtype: torch.dtype, how: str, early: int) -> None:
-    """A step moves a weight by lr of its norm; a master that won instead would undo the writing."""
+    """A step changes a weight by lr times its norm; a stale master would undo the write."""
     for params in run_ranks(2, _write_after, dtype, how, early):
         for name, (after, written) in params.items():
-            moved = float((after - written).double().norm() / written.double().norm())
-            assert 0.2 * BASE["lr"] < moved < 2 * BASE["lr"], f"{name} moved by {moved}"
+            change = float((after - written).double().norm() / written.double().norm())
+            assert 0.2 * BASE["lr"] < change < 2 * BASE["lr"], f"{name} changed by {change}"
 
 
 def _write_one_element(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -326,7 +329,7 @@ def _write_one_element(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_only_the_written_elements_lose_their_masters() -> None:
-    """Four steps of 1e-4 are less than half a bfloat16 step below 1: they live in the masters alone."""
+    """Four steps of 1e-4 are less than half a bfloat16 ulp below 1: only the masters hold them."""
     (weight, master), _ = run_ranks(2, _write_one_element)
     assert torch.equal(weight, master.to(torch.bfloat16))
     assert abs(float(master[5]) - (2 - 1e-4)) < 1e-5

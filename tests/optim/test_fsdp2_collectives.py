@@ -1,4 +1,4 @@
-"""Collectives of a step under fully_shard, counted by torch's CommDebugMode; timm's Lamb beside."""
+"""Collectives of a step under fully_shard, counted by torch's CommDebugMode, and compared with timm's Lamb."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -36,7 +36,7 @@ def counted(optimizer: torch.optim.Optimizer) -> dict[str, int]:
 def steps_of(
     rank: int, layers: int, axes: Mapping[str, int], options: Mapping[str, Any]
 ) -> tuple[list[dict[str, int]], dict[str, int], dict[str, int], int]:
-    """Counts of every step; our own counter's calls and bytes of the last one; the promised bytes of one."""
+    """Counts of every step; `traffic`'s calls and bytes of the last step; the expected bytes of a step."""
     shapes = shapes_of(layers)
     tree = models.sharded_tree(models.named_mesh(**axes), shapes=shapes)
     opt = ShardedLamb(tree.named_parameters(), lr=0.02, **options)
@@ -57,26 +57,28 @@ def steps_of(
 
 
 @pytest.mark.parametrize("axes", [{"dp": 2}, {"dp": 3}, {"replicate": 2, "shard": 2}], ids=str)
-def test_two_small_all_reduces_however_many_parameters(axes: dict[str, int]) -> None:
+def test_two_small_all_reduces_for_any_number_of_parameters(axes: dict[str, int]) -> None:
     for layers in (1, 20):
         world = torch.Size(axes.values()).numel()
-        for counts, calls, sent, promised in run_ranks(world, steps_of, layers, axes, {"max_grad_norm": 1.0}):
+        for counts, calls, sent, expected_bytes in run_ranks(
+            world, steps_of, layers, axes, {"max_grad_norm": 1.0}
+        ):
             assert counts == [{"c10d.allreduce_": 2}] * STEPS
             assert calls == {"all_reduce_small": 2}
-            assert sent == {"all_reduce_small": promised}
-            assert promised == 8 * (3 * 3 * layers + 1 + 2 * 3 * layers)
+            assert sent == {"all_reduce_small": expected_bytes}
+            assert expected_bytes == 8 * (3 * 3 * layers + 1 + 2 * 3 * layers)
 
 
-def test_one_all_reduce_where_nothing_is_decided_by_gradients() -> None:
-    """Nothing clips and nothing skips; the first two steps compare what ranks hold."""
+def test_one_all_reduce_without_clipping_and_skipping() -> None:
+    """The first two steps also compare replicated gradients."""
     for layers in (1, 20):
-        for counts, calls, sent, promised in run_ranks(
+        for counts, calls, sent, expected_bytes in run_ranks(
             2, steps_of, layers, {"dp": 2}, {"skip_nonfinite": False}
         ):
             assert counts == [{"c10d.allreduce_": count} for count in (2, 2, 1, 1)]
             assert calls == {"all_reduce_small": 1}
-            assert sent == {"all_reduce_small": promised}
-            assert promised == 8 * 4 * 3 * layers
+            assert sent == {"all_reduce_small": expected_bytes}
+            assert expected_bytes == 8 * 4 * 3 * layers
 
 
 def packed_run(rank: int) -> models.Run:
@@ -100,7 +102,7 @@ def missing_late(rank: int) -> None:
         opt.zero_grad()
 
 
-def test_a_gradient_on_some_ranks_is_an_error_there_too() -> None:
+def test_a_gradient_on_some_ranks_is_an_error_with_one_all_reduce() -> None:
     for kind, message in run_ranks_expecting_errors(2, missing_late).values():
         assert kind == "ValueError"
         assert "a gradient of 'fc.bias' on 1 of 2 ranks only" in message
@@ -128,47 +130,47 @@ def parallel_steps(rank: int) -> list[dict[str, int]]:
     return counts
 
 
-def test_tensor_parallel_adds_none() -> None:
+def test_tensor_parallel_adds_no_collectives() -> None:
     assert run_ranks(4, parallel_steps) == [[{"c10d.allreduce_": 2}] * STEPS] * 4
 
 
 # -- a peer -----------------------------------------------------------------------------------------------------
 
 
-def beside_timm(rank: int, layers: int) -> tuple[dict[str, Tensor], dict[str, Tensor], int, int]:
-    """timm's Lamb and ours on two copies of one model: weights, and collectives of a step."""
+def compare_with_timm(rank: int, layers: int) -> tuple[dict[str, Tensor], dict[str, Tensor], int, int]:
+    """timm's Lamb and `ShardedLamb` on two copies of one model: weights, and collectives of a step."""
     shapes = shapes_of(layers)
-    found: list[Any] = []
-    for build in (ours, timms):
+    results: list[Any] = []
+    for build in (make_own, make_timm):
         tree = models.sharded_tree(init_device_mesh("cpu", (2,)), torch.float64, shapes=shapes)
         opt = build(tree)
         for step in range(STEPS):
             tree({n: g.double() for n, g in models.gradients(rank, step, shapes).items()}).backward()
             total = sum(counted(opt).values())
             opt.zero_grad()
-        found += [models.whole_weights(tree), total]
-    return found[0], found[2], found[1], found[3]
+        results += [models.whole_weights(tree), total]
+    return results[0], results[2], results[1], results[3]
 
 
-def ours(model: nn.Module) -> ShardedLamb:
+def make_own(model: nn.Module) -> ShardedLamb:
     return ShardedLamb(
         model.named_parameters(), lr=0.02, variant="timm", exclude_from_weight_decay=["bias$", "norm$"]
     )
 
 
-def timms(model: nn.Module) -> torch.optim.Optimizer:
+def make_timm(model: nn.Module) -> torch.optim.Optimizer:
     plain = [p for name, p in model.named_parameters() if name.endswith(("bias", "norm"))]
     decayed = [p for name, p in model.named_parameters() if name.endswith("weight")]
     return load_timm_lamb()([{"params": plain, "weight_decay": 0.0}, {"params": decayed}], lr=0.02)
 
 
 def test_timms_lamb_under_fully_shard() -> None:
-    """The same numbers; its collectives grow with the number of tensors, ours are 2."""
-    load_timm_lamb()  # skips where it is not installed
+    """Equal weights; timm's collectives grow with the number of tensors, `ShardedLamb`'s are 2."""
+    load_timm_lamb()  # skips if timm is not installed
     for layers in (2, 10):
-        for mine, theirs, own_count, their_count in run_ranks(2, beside_timm, layers):
-            for name, value in theirs.items():
-                gap, size = (mine[name] - value).norm().item(), value.norm().item()
+        for own_weights, timm_weights, own_count, timm_count in run_ranks(2, compare_with_timm, layers):
+            for name, value in timm_weights.items():
+                gap, size = (own_weights[name] - value).norm().item(), value.norm().item()
                 assert gap <= 1e-8 * size, name  # the global norm that clips is rounded to fp32
             assert own_count == 2
-            assert their_count > layers * 3
+            assert timm_count > layers * 3

@@ -15,7 +15,7 @@ from tests.optim import fsdp_models as models
 from tests.optim.fsdp_models import GROUPED, SHAPES, Run
 
 STEPS = 20
-# A norm that counts twice stands above and below in a ratio: clipped, it shows.
+# Counting an element twice cancels in ‖w‖/‖u‖; clipping ‖w‖ reveals it.
 CLIP = (0.0, 0.7)
 BLOCK_OPTIONS: dict[str, Any] = {
     "lr": 0.02,
@@ -52,10 +52,10 @@ def tree_run(
 
 @pytest.mark.parametrize("shape", [(2,), (3,), (4,), (2, 1), (2, 2)], ids=str)
 def test_fully_shard_follows_the_oracle_and_stage_1(shape: tuple[int, ...]) -> None:
-    """(W,) and (2, W / 2): shard inside, replicate across."""
+    """Meshes (W,) and (2, W / 2), which is (replicate, shard)."""
     results = run_ranks(torch.Size(shape).numel(), tree_run, shape)
     runs = [run for run, _ in results]
-    for step, grads in enumerate(runs[0].gradients):  # fully_shard averaged what it was given
+    for step, grads in enumerate(runs[0].gradients):  # fully_shard averaged the given gradients
         expected = training.average(models.gradients(rank, step) for rank in range(len(runs)))
         for name, g in grads.items():
             assert g is not None
@@ -71,7 +71,7 @@ def test_fully_shard_follows_the_oracle_and_stage_1(shape: tuple[int, ...]) -> N
 
 
 def test_any_dimension_may_be_sharded() -> None:
-    """fully_shard needs dimensions other than the first to divide; without it they need not, see below."""
+    """fully_shard needs even division on dimensions other than the first; test_placements.py has uneven ones."""
     shapes = {"conv.weight": (3, 4, 5), "fc.weight": (7, 6), "fc.bias": (5,), "scale": (3,)}
     runs = [run for run, _ in run_ranks(2, tree_run, (2,), shapes, 1)]
     assert runs[0].placements["conv.weight"] == "(Shard(dim=1),)"
@@ -93,7 +93,7 @@ def test_a_real_model_under_fully_shard(world: int) -> None:
 
 
 def test_fully_shard_and_tensor_parallel() -> None:
-    """TP 2 x FSDP 2: strided shards, and parameters that tensor parallelism leaves whole on both of its ranks."""
+    """TP 2 x FSDP 2: strided shards, and parameters that both tensor-parallel ranks hold whole."""
     runs = run_ranks(4, block_run, {"dp": 2, "tp": 2}, "dp", "tp")
     assert runs[0].placements["up.weight"] == "(_StridedShard(dim=0, sf=2), Shard(dim=0))"
     assert runs[0].placements["down.weight"] == "(Shard(dim=0), Shard(dim=1))"
@@ -104,7 +104,7 @@ def test_fully_shard_and_tensor_parallel() -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_tensor_parallel_alone_beside_plain_parameters(world: int) -> None:
-    """What is not distributed is plain, on every rank the same, and counts once."""
+    """Plain parameters are the same on every rank and count once."""
     runs = run_ranks(world, block_run, {"tp": world}, None, "tp")
     assert runs[0].placements["norm.weight"] == ""
     assert runs[0].placements["up.weight"] == "(Shard(dim=0),)"

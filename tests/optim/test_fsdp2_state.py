@@ -1,4 +1,4 @@
-"""State of every stage through torch.distributed.checkpoint, from any layout to any other; and under fully_shard."""
+"""torch.distributed.checkpoint saves every stage's state and loads it in any layout; state under fully_shard."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +74,7 @@ Whole = tuple[dict[str, Tensor], dict[str, Any] | None]
 
 
 def save(rank: int, layout: Layout, dtype: torch.dtype, folder: Path) -> tuple[Whole, Whole]:
-    """What was saved after two steps, and where two more lead; whole."""
+    """Whole weights and state as saved after two steps, and after two more."""
     model, opt = build(layout, dtype)
     steps(model, opt, range(2))
     optim = get_optimizer_state_dict(model, opt)
@@ -86,7 +86,7 @@ def save(rank: int, layout: Layout, dtype: torch.dtype, folder: Path) -> tuple[W
 
 def load(rank: int, layout: Layout, dtype: torch.dtype, folder: Path) -> tuple[Whole, Whole]:
     model, opt = build(layout, dtype)
-    steps(model, opt, range(7, 8))  # what is loaded must replace what is there
+    steps(model, opt, range(7, 8))  # loading must replace this state
     state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, opt)}
     dcp.load(state, checkpoint_id=folder)
     set_model_state_dict(model, state["model"])
@@ -96,12 +96,12 @@ def load(rank: int, layout: Layout, dtype: torch.dtype, folder: Path) -> tuple[W
     return loaded, (models.whole_weights(model), opt.full_state_dict())
 
 
-def assert_same_state(found: dict[str, Any] | None, expected: dict[str, Any] | None) -> None:
-    assert found is not None
+def assert_same_state(actual: dict[str, Any] | None, expected: dict[str, Any] | None) -> None:
+    assert actual is not None
     assert expected is not None
-    assert found["state"].keys() == expected["state"].keys()
+    assert actual["state"].keys() == expected["state"].keys()
     for param, entry in expected["state"].items():
-        training.assert_same_bits(found["state"][param], entry)
+        training.assert_same_bits(actual["state"][param], entry)
 
 
 LAYOUTS = [
@@ -116,10 +116,10 @@ LAYOUTS = [
 ]
 
 
-def near(source: Layout) -> list[Layout]:
-    """Itself and two others; tests/checkpoint/test_table.py has all pairs."""
-    place = LAYOUTS.index(source)
-    return [LAYOUTS[(place + step) % len(LAYOUTS)] for step in (0, 1, 3)]
+def targets_of(source: Layout) -> list[Layout]:
+    """``source`` and two other layouts; tests/checkpoint/test_table.py has all pairs."""
+    index = LAYOUTS.index(source)
+    return [LAYOUTS[(index + step) % len(LAYOUTS)] for step in (0, 1, 3)]
 
 
 @pytest.mark.parametrize("source", LAYOUTS, ids=str)
@@ -127,12 +127,12 @@ def test_a_checkpoint_of_any_layout_loads_in_any_other(source: Layout, tmp_path:
     dtype = torch.float32
     results = run_ranks(source.world, save, source, dtype, tmp_path)
     (weights, full), (end, _) = results[0]
-    for target in near(source):
+    for target in targets_of(source):
         loaded = run_ranks(target.world, load, target, dtype, tmp_path)
-        for (found, _), (found_end, _) in loaded:
-            training.assert_same_bits(found, weights)
+        for (loaded_weights, _), (loaded_end, _) in loaded:
+            training.assert_same_bits(loaded_weights, weights)
             for name, value in end.items():
-                assert (found_end[name] - value).norm() <= 4e-6 * value.norm(), name
+                assert (loaded_end[name] - value).norm() <= 4e-6 * value.norm(), name
         assert_same_state(loaded[0][0][1], full)
 
 
@@ -141,20 +141,20 @@ def test_a_checkpoint_of_any_layout_loads_in_any_other(source: Layout, tmp_path:
     [(Layout(3), Layout(2, stage=2)), (Layout(2, stage=1), Layout(4, axes=("dp", "tp")))],
     ids=str,
 )
-def test_masters_travel_too(source: Layout, target: Layout, tmp_path: Path) -> None:
+def test_checkpoints_include_masters(source: Layout, target: Layout, tmp_path: Path) -> None:
     (weights, full), (end, _) = run_ranks(source.world, save, source, torch.bfloat16, tmp_path)[0]
     assert full is not None
     assert all("master" in entry for entry in full["state"].values())
     loaded = run_ranks(target.world, load, target, torch.bfloat16, tmp_path)
-    for (found, _), (found_end, _) in loaded:
-        training.assert_same_bits(found, weights)
+    for (loaded_weights, _), (loaded_end, _) in loaded:
+        training.assert_same_bits(loaded_weights, weights)
         assert (
-            sum(not torch.equal(found_end[name], value) for name, value in end.items()) <= 1
+            sum(not torch.equal(loaded_end[name], value) for name, value in end.items()) <= 1
         )  # a rounding at a tie
     assert_same_state(loaded[0][0][1], full)
 
 
-# -- shapes that are odd ------------------------------------------------------------------------------------------
+# -- odd shapes ---------------------------------------------------------------------------------------------------
 
 
 def odd_parameters() -> torch.nn.ParameterDict:
@@ -197,7 +197,7 @@ def test_odd_shapes_and_memory_formats(saved_at: int, loaded_at: int, tmp_path: 
 
 
 def offloaded(rank: int, stage: int, folder: Path) -> None:
-    """StateDictOptions(cpu_offload=True) moves what is saved and keeps what it says of itself."""
+    """StateDictOptions(cpu_offload=True) copies the saved tensors and preserves their region and stamp."""
     model, opt = build(Layout(2, stage=stage), torch.float32)
     steps(model, opt, range(1))
     before = opt.full_state_dict()
@@ -222,7 +222,7 @@ def test_states_are_offloaded(stage: int, tmp_path: Path) -> None:
 
 
 def resumed(rank: int, axes: tuple[str, ...], dtype: torch.dtype) -> None:
-    """state_dict() of one rank, through bytes and back: bit-equal to the run that never stopped."""
+    """state_dict() of one rank, serialized and loaded: bit-equal to the uninterrupted run."""
     layout = Layout(4, axes=axes)
     model, opt = build(layout, dtype)
     steps(model, opt, range(2))
@@ -246,29 +246,29 @@ def resumed(rank: int, axes: tuple[str, ...], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("axes", [("dp",), ("dp", "tp"), ("replicate", "shard")], ids=str)
-def test_going_on_is_bit_equal_to_never_stopping(axes: tuple[str, ...], dtype: torch.dtype) -> None:
+def test_resuming_is_bit_exact(axes: tuple[str, ...], dtype: torch.dtype) -> None:
     run_ranks(4, resumed, axes, dtype)
 
 
-def state_bytes(rank: int, layout: Layout) -> dict[str, Any]:
+def stamps_of(rank: int, layout: Layout) -> dict[str, Any]:
     model, opt = build(layout, torch.float32)
     steps(model, opt, range(1))
     return {"state": {i: {"shard": s["shard"].tolist()} for i, s in opt.state_dict()["state"].items()}}
 
 
-def load_of_another(rank: int, layout: Layout, stamps: list[dict[str, Any]]) -> None:
+def load_with_other_stamps(rank: int, layout: Layout, stamps: list[dict[str, Any]]) -> None:
     _model, opt = build(layout, torch.float32)
     state = opt.state_dict()
-    theirs = stamps[(rank + 1) % len(stamps)]["state"]
+    others = stamps[(rank + 1) % len(stamps)]["state"]
     for i, entry in state["state"].items():
-        state["state"][i] = {**entry, "shard": torch.tensor(theirs[i]["shard"])}
+        state["state"][i] = {**entry, "shard": torch.tensor(others[i]["shard"])}
     opt.load_state_dict(state)
 
 
 @pytest.mark.parametrize("saved_at", [Layout(2), Layout(4, axes=("dp", "tp")), Layout(2, stage=1)], ids=str)
-def test_another_ranks_state_is_refused(saved_at: Layout) -> None:
-    stamps = run_ranks(saved_at.world, state_bytes, saved_at)
-    for kind, message in run_ranks_expecting_errors(2, load_of_another, Layout(2), stamps).values():
+def test_state_of_other_ranks_is_rejected(saved_at: Layout) -> None:
+    stamps = run_ranks(saved_at.world, stamps_of, saved_at)
+    for kind, message in run_ranks_expecting_errors(2, load_with_other_stamps, Layout(2), stamps).values():
         assert kind == "ValueError"
         assert f"of {saved_at.world} and this is rank" in message
         assert "torch.distributed.checkpoint" in message
@@ -293,12 +293,12 @@ def lamb_state(rank: int, layout: Layout) -> dict[str, Any] | None:
 @pytest.mark.parametrize(
     "layout", [Layout(3), Layout(4, axes=("dp", "tp")), Layout(2, axes=("tp",))], ids=str
 )
-def test_whole_state_of_lamb_loads_and_comes_back(layout: Layout) -> None:
+def test_whole_state_of_lamb_round_trips(layout: Layout) -> None:
     run_ranks(layout.world, lamb_state, layout)
 
 
-def through_torchs_whole_state(rank: int, layout: Layout) -> None:
-    """torch's own way to a single file: what Accelerate's FULL_STATE_DICT does."""
+def round_trip_of_torchs_full_state(rank: int, layout: Layout) -> None:
+    """torch's full_state_dict option, which Accelerate's FULL_STATE_DICT uses."""
     model, opt = build(layout, torch.float32)
     steps(model, opt, range(2))
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -309,24 +309,24 @@ def through_torchs_whole_state(rank: int, layout: Layout) -> None:
     steps(model, opt, range(4, 5))
     whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_optimizer_state_dict(model, opt, saved if rank == 0 else {}, options=whole)
-    found = opt.full_state_dict()
+    full = opt.full_state_dict()
     if rank == 0:
-        assert_same_state(found, expected)
+        assert_same_state(full, expected)
 
 
 @pytest.mark.parametrize("layout", [Layout(2), Layout(4, axes=("dp", "tp"))], ids=str)
-def test_torchs_whole_state_under_fully_shard(layout: Layout) -> None:
-    run_ranks(layout.world, through_torchs_whole_state, layout)
+def test_torchs_full_state_under_fully_shard(layout: Layout) -> None:
+    run_ranks(layout.world, round_trip_of_torchs_full_state, layout)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_torchs_whole_state_of_flat_slices_is_refused(stage: int) -> None:
-    failed = run_ranks_expecting_errors(2, through_torchs_whole_state, Layout(2, stage))
+def test_torchs_full_state_of_flat_slices_is_rejected(stage: int) -> None:
+    failed = run_ranks_expecting_errors(2, round_trip_of_torchs_full_state, Layout(2, stage))
     assert all(kind == "TypeError" and "full_state_dict()" in message for kind, message in failed.values())
 
 
-def saved_meanwhile(rank: int, layout: Layout, folder: Path) -> tuple[Any, Any]:
-    """Training goes on while the checkpoint is written: it holds what was there before."""
+def train_during_save(rank: int, layout: Layout, folder: Path) -> tuple[Any, Any]:
+    """Train while the checkpoint is written: it holds the state from before."""
     model, opt = build(layout, torch.float32)
     steps(model, opt, range(2))
     state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, opt)}
@@ -340,12 +340,12 @@ def saved_meanwhile(rank: int, layout: Layout, folder: Path) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("layout", [Layout(2), Layout(2, 1), Layout(3, 2)], ids=str)
 def test_asynchronous_saving(layout: Layout, tmp_path: Path) -> None:
-    expected, loaded = run_ranks(layout.world, saved_meanwhile, layout, tmp_path)[0]
+    expected, loaded = run_ranks(layout.world, train_during_save, layout, tmp_path)[0]
     assert_same_state(loaded, expected)
 
 
 def offloaded_from_another_device(rank: int) -> None:
-    """CPU offload on a GPU mesh, whose parameters' parts are on the CPU: no copy may stand for the state."""
+    """CPU offload on a GPU mesh, with the parameters' parts on the CPU: state must be a view, not a copy."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
@@ -356,9 +356,9 @@ def offloaded_from_another_device(rank: int) -> None:
     mesh = DeviceMesh("cuda", torch.arange(2), _init_backend=False)
     meta = TensorMeta(torch.Size((4, 3)), (3, 1), torch.float32)
     p = DTensor(torch.zeros(2, 3), DTensorSpec(mesh, (Shard(0),), tensor_meta=meta), requires_grad=False)
-    piece = LocalShard.of(p, Precision.of(torch.float32, torch.float32, torch.float32, None))
-    state = piece.as_dtensor(piece.exp_avg)
-    assert state.to_local().data_ptr() == piece.exp_avg.data_ptr()
+    shard = LocalShard.of(p, Precision.of(torch.float32, torch.float32, torch.float32, None))
+    state = shard.as_dtensor(shard.exp_avg)
+    assert state.to_local().data_ptr() == shard.exp_avg.data_ptr()
     assert (state.shape, state.placements) == (p.shape, p.placements)
 
 

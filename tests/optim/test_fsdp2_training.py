@@ -1,4 +1,4 @@
-"""Training under fully_shard: plain parameters beside, clipping, skipping, GradScaler, and FSDP's own policies."""
+"""Training under fully_shard: plain parameters beside DTensors, clipping, skipping, GradScaler, FSDP's policies."""
 
 import logging
 from typing import Any
@@ -23,7 +23,7 @@ OPTIONS: dict[str, Any] = {"lr": 0.02, "max_grad_norm": 5.0}
 
 
 def oracle_of(world: int, steps: int = STEPS, **options: Any) -> Any:
-    """The averages of what `models.gradients` draws, in float64."""
+    """The float64 oracle on the averages of `models.gradients`."""
     averaged = (training.average(models.gradients(r, step) for r in range(world)) for step in range(steps))
     return training.oracle_run(training.weights(SHAPES), averaged, **options)
 
@@ -55,7 +55,7 @@ def mixed_run(
         tree(models.gradients(rank, step)).backward()
         if stage == 1:
             average_plain(tree, world)
-        if scaled and step % 2:  # as GradScaler.unscale_ writes what it can reach, which counts no version
+        if scaled and step % 2:  # as GradScaler.unscale_, which leaves the version unchanged
             for p in tree.parameters():
                 if p.grad is not None:
                     local = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
@@ -68,7 +68,7 @@ def mixed_run(
     sent = dict(opt.traffic.calls)
     if not scaled:
         small = opt.traffic.bytes["all_reduce_small"] - before["all_reduce_small"]
-        early = 8 * (3 * len(SHAPES) + 1) if stage == 2 else 0  # its (a), at the end of backward
+        early = 8 * (3 * len(SHAPES) + 1) if stage == 2 else 0  # the reducer's (a), at the end of backward
         assert small + early == opt.expected_bytes()["all_reduce_small"]
     return models.whole_weights(tree), opt.trust_ratios(), (opt.grad_norm, sent, opt.memory())
 
@@ -76,7 +76,7 @@ def mixed_run(
 @STAGES
 @pytest.mark.parametrize("world", [2, 3])
 def test_plain_parameters_beside_dtensors(world: int, stage: int) -> None:
-    """One global norm clips both; in stage 2 the plain ones' gradients are reduced here."""
+    """One global norm clips both; stage 2 reduces the plain parameters' gradients."""
     oracle = oracle_of(world, **OPTIONS)
     for weights, ratios, (norm, calls, memory) in run_ranks(world, mixed_run, world, stage, False):
         training.assert_follows({name: weights[name] for name in SHAPES}, oracle)
@@ -90,7 +90,7 @@ def test_plain_parameters_beside_dtensors(world: int, stage: int) -> None:
 
 @STAGES
 def test_unscaled_gradients_of_both_kinds(stage: int) -> None:
-    """Halved on odd steps: in ``.grad`` where it is, by its sentinel where it is reduced and gone."""
+    """Gradients halved on odd steps: in ``.grad``, or by the sentinel where they are reduced and freed."""
     averaged = []
     for step in range(STEPS):
         grads = training.average(models.gradients(r, step) for r in range(2))
@@ -103,7 +103,7 @@ def test_unscaled_gradients_of_both_kinds(stage: int) -> None:
 
 
 def added_later(rank: int, stage: int) -> dict[str, Tensor]:
-    """DTensors first, plain parameters in a group of their own afterwards, and unfrozen ones last."""
+    """DTensors first, then a group of plain parameters, then an unfrozen parameter."""
     tree = half_sharded(init_device_mesh("cpu", (2,)))
     named = dict(tree.named_parameters())
     placed = [(n, p) for n, p in named.items() if isinstance(p, DTensor)]
@@ -135,7 +135,7 @@ def plain_not_averaged(rank: int) -> None:
     opt.step()
 
 
-def test_plain_gradients_that_nobody_averaged_are_refused() -> None:
+def test_plain_gradients_that_are_not_averaged_are_rejected() -> None:
     for kind, message in run_ranks_expecting_errors(2, plain_not_averaged).values():
         assert kind == "ValueError"
         assert "stage=1 got different gradients" in message
@@ -174,7 +174,7 @@ def test_clipping_is_by_the_global_norm(how: str) -> None:
 
 
 def clipped_twice(rank: int) -> tuple[dict[str, Tensor], float | None]:
-    """By us, and then gradients halved as torch's clip_grad_norm_ does, which counts no version on a DTensor."""
+    """Clip with clip_grad_norm_, then halve gradients as torch's does, which leaves a DTensor's version unchanged."""
     tree = models.sharded_tree(init_device_mesh("cpu", (2,)))
     opt = ShardedLamb(tree.named_parameters(), lr=0.02, max_grad_norm=5.0)
     for step in range(STEPS):
@@ -186,7 +186,7 @@ def clipped_twice(rank: int) -> tuple[dict[str, Tensor], float | None]:
     return models.whole_weights(tree), opt.grad_norm
 
 
-def test_gradients_changed_after_clipping_are_seen() -> None:
+def test_gradients_changed_after_clipping_are_read_again() -> None:
     averaged = []
     for step in range(STEPS):
         grads = training.average(models.gradients(r, step) for r in range(2))
@@ -223,7 +223,7 @@ def skipping_run(rank: int, bad: float) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_bad_element_on_one_rank_makes_all_skip(bad: float) -> None:
+def test_a_bad_element_on_one_rank_skips_on_all_ranks(bad: float) -> None:
     run_ranks(3, skipping_run, bad)
 
 
@@ -250,7 +250,7 @@ def scaler_run(rank: int, way: str) -> tuple[dict[str, Tensor], float, list[floa
 
 @pytest.mark.parametrize("way", ["plain", "unscale", "clip"])
 def test_grad_scaler(way: str) -> None:
-    """Step 0, an infinity on one rank in step 1, and then the draws of steps 1, 2, …"""
+    """The draws of step 0, an infinity on one rank, then the draws of steps 1, 2, …"""
     draws = [0, *range(1, STEPS)]
     averaged = (training.average(models.gradients(r, step) for r in range(2)) for step in draws)
     oracle = training.oracle_run(training.weights(SHAPES), averaged, lr=0.02, max_grad_norm=5.0)
@@ -328,8 +328,8 @@ def written_run(rank: int, dtype: torch.dtype) -> dict[str, tuple[float, float]]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weights_written_after_construction_win(dtype: torch.dtype) -> None:
     for gaps in run_ranks(2, written_run, dtype):
-        for name, (moved, size) in gaps.items():
-            assert 0.5 * 0.01 * size < moved < 2 * 0.01 * size, name
+        for name, (change, size) in gaps.items():
+            assert 0.5 * 0.01 * size < change < 2 * 0.01 * size, name
 
 
 def meta_run(rank: int) -> Run:
@@ -363,15 +363,15 @@ def wrapped_block_run(rank: int, wrapper: str) -> tuple[Run, list[str]]:
     )
     run = models.train(model, opt, lambda step: called(models.inputs(rank, step)).square().sum(), STEPS)
     strip = "_checkpoint_wrapped_module."
-    for found in (run.start, run.weights, *run.gradients):
-        for name in list(found):
-            found[name.replace(strip, "")] = found.pop(name)  # type: ignore[assignment]
+    for tensors in (run.start, run.weights, *run.gradients):
+        for name in list(tensors):
+            tensors[name.replace(strip, "")] = tensors.pop(name)  # type: ignore[assignment]
     return run, list(opt.trust_ratios())
 
 
 @pytest.mark.parametrize("wrapper", ["", "checkpoint", "compile"])
 def test_checkpointed_and_compiled_models(wrapper: str) -> None:
-    """Names are the bare model's; numbers are the oracle's."""
+    """Names equal the bare model's, numbers the oracle's."""
     results = run_ranks(2, wrapped_block_run, wrapper)
     no_decay = {"up.bias", "norm.weight", "norm.bias"}
     models.check([run for run, _ in results], **OPTIONS, no_decay=no_decay)
@@ -382,7 +382,7 @@ def accumulating_run(rank: int) -> dict[str, Tensor]:
     tree = models.sharded_tree(init_device_mesh("cpu", (2,)))
     opt = ShardedLamb(tree.named_parameters(), **OPTIONS)
     for step in range(STEPS):
-        with opt.no_sync():  # FSDP's own call is what counts
+        with opt.no_sync():  # has no effect: FSDP's own call decides
             tree.set_requires_gradient_sync(False)  # type: ignore[attr-defined]
             tree(models.gradients(rank, step)).backward()
         tree.set_requires_gradient_sync(True)  # type: ignore[attr-defined]
@@ -402,7 +402,7 @@ def test_accumulation_by_fully_shard() -> None:
         training.assert_follows({name: weights[name] for name in SHAPES}, oracle)
 
 
-# -- what it says of itself --------------------------------------------------------------------------------------
+# -- the log line and errors -------------------------------------------------------------------------------------
 
 
 def log_of(rank: int, plain: bool, stage: int) -> list[str]:
@@ -423,15 +423,15 @@ def log_of(rank: int, plain: bool, stage: int) -> list[str]:
     return lines
 
 
-def test_the_log_line_says_stage_3() -> None:
+def test_the_log_line_names_stage_3() -> None:
     for plain, stage, text in ((False, 1, "3"), (False, 2, "3"), (True, 1, "1 and 3"), (True, 2, "2 and 3")):
         first, second = run_ranks(2, log_of, plain, stage)
         assert [line.startswith(f"ShardedLamb stage {text}: 2 ranks, 6 tensors") for line in first] == [True]
         assert second == []
 
 
-def swapped(rank: int) -> None:
-    """Accelerate's order: the optimizer first, then parameters are replaced in its groups."""
+def step_after_replacing_parameters(rank: int) -> None:
+    """Accelerate's order: construct the optimizer, then replace the parameters in its groups."""
     model = models.block()
     opt = ShardedLamb(model.named_parameters(), lr=0.02)
     fully_shard(model)
@@ -440,7 +440,7 @@ def swapped(rank: int) -> None:
     opt.step()
 
 
-def test_parameters_replaced_after_construction_are_told() -> None:
-    for kind, message in run_ranks_expecting_errors(2, swapped).values():
+def test_parameters_replaced_after_construction_are_an_error() -> None:
+    for kind, message in run_ranks_expecting_errors(2, step_after_replacing_parameters).values():
         assert kind == "RuntimeError"
         assert "construct ShardedLamb after that" in message

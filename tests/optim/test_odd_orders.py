@@ -1,4 +1,4 @@
-"""Calls in orders that loops do not usually make them in: each once gave a wrong number or a crash."""
+"""Calls in unusual orders: each once gave a wrong number or a crash."""
 
 import copy
 from datetime import timedelta
@@ -53,7 +53,7 @@ def test_autograd_grad_starts_no_reduction() -> None:
 
 
 @BOTH
-def test_backward_through_a_graph_from_before_the_step_is_told(cls: type) -> None:
+def test_backward_through_a_graph_from_before_the_step_is_an_error(cls: type) -> None:
     model = small_model()
     opt = cls(model.named_parameters())
     loss_of(model).backward()
@@ -63,7 +63,7 @@ def test_backward_through_a_graph_from_before_the_step_is_told(cls: type) -> Non
         stale.backward()
 
 
-def test_unscaling_what_stage_2_has_not_reduced_is_refused() -> None:
+def test_unscaling_before_stage_2_has_reduced_is_an_error() -> None:
     model = small_model()
     opt = ShardedLamb(model.named_parameters(), stage=2)
     scaler = torch.amp.GradScaler(device="cpu", init_scale=8.0)
@@ -86,7 +86,7 @@ def test_stage_1_clipping_before_unscaling_takes_the_unscaled_gradients() -> Non
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_parameters_may_join_between_backward_and_step(stage: int) -> None:
+def test_a_group_may_be_added_between_backward_and_step(stage: int) -> None:
     model, extra = small_model(), nn.Parameter(torch.ones(3))
     opt = ShardedLamb(model.named_parameters(), stage=stage)
     loss_of(model).backward()
@@ -96,7 +96,7 @@ def test_parameters_may_join_between_backward_and_step(stage: int) -> None:
     assert torch.equal(extra.detach(), torch.ones(3))
 
 
-def test_clipping_counts_what_was_unfrozen_since() -> None:
+def test_clipping_includes_unfrozen_parameters() -> None:
     model = small_model()
     model[0].weight.requires_grad_(False)
     opt = ShardedLamb(model.named_parameters())
@@ -110,9 +110,9 @@ def test_clipping_with_everything_frozen_is_zero() -> None:
     assert opt.clip_grad_norm_(1.0).item() == 0
 
 
-def test_the_models_zero_grad_after_no_sync_forgets_what_was_reduced() -> None:
+def test_the_models_zero_grad_after_no_sync_drops_reduced_gradients() -> None:
     def narrow() -> tuple[nn.Module, ShardedLamb]:
-        torch.manual_seed(3)  # the smallest parameter's layer is the last that backward reaches
+        torch.manual_seed(3)  # backward reaches the smallest parameter's layer last
         model = nn.Sequential(nn.Linear(5, 1), nn.Tanh(), nn.Linear(1, 4))
         return model, ShardedLamb(model.named_parameters(), stage=2)
 
@@ -130,16 +130,14 @@ def test_the_models_zero_grad_after_no_sync_forgets_what_was_reduced() -> None:
 
 @BOTH
 def test_loaded_patterns_take_effect_and_lr_tensors_are_copied(cls: type) -> None:
-    saved_from = cls(
-        small_model().named_parameters(), lr=torch.tensor(0.1), exclude_from_weight_decay=["bias$"]
-    )
+    source = cls(small_model().named_parameters(), lr=torch.tensor(0.1), exclude_from_weight_decay=["bias$"])
     steps = []
     for patterns in ([], ["bias$"]):
         model = small_model()
         opt = cls(model.named_parameters(), lr=0.1, exclude_from_weight_decay=patterns, bias_correction=False)
         if not patterns:
-            opt.load_state_dict({**opt.state_dict(), "param_groups": saved_from.state_dict()["param_groups"]})
-            assert opt.param_groups[0]["lr"] is not saved_from.param_groups[0]["lr"]
+            opt.load_state_dict({**opt.state_dict(), "param_groups": source.state_dict()["param_groups"]})
+            assert opt.param_groups[0]["lr"] is not source.param_groups[0]["lr"]
             opt.param_groups[0].update(bias_correction=False)
         loss_of(model).backward()
         opt.step()
@@ -147,7 +145,7 @@ def test_loaded_patterns_take_effect_and_lr_tensors_are_copied(cls: type) -> Non
     assert all(torch.allclose(a, b, rtol=1e-6, atol=0) for a, b in zip(*steps, strict=True))
 
 
-def test_loading_ends_a_row_of_skips() -> None:
+def test_loading_resets_the_skips_in_a_row() -> None:
     model = small_model()
     opt = ShardedLamb(model.named_parameters(), max_consecutive_skips=1)
     good = copy.deepcopy(opt.state_dict())
@@ -163,7 +161,7 @@ def test_loading_ends_a_row_of_skips() -> None:
 
 
 @BOTH
-def test_a_refused_group_leaves_nothing_behind(cls: type) -> None:
+def test_a_rejected_group_changes_nothing(cls: type) -> None:
     opt = cls(small_model().named_parameters())
     extra = ("extra", nn.Parameter(torch.ones(3)))
     with pytest.raises(ValueError, match="matches no parameter"):
@@ -174,7 +172,7 @@ def test_a_refused_group_leaves_nothing_behind(cls: type) -> None:
 
 
 @BOTH
-def test_bias_correction_takes_no_numbers(cls: type) -> None:
+def test_bias_correction_rejects_numbers(cls: type) -> None:
     with pytest.raises(ValueError, match="bias_correction must be True, False or"):
         cls(small_model().named_parameters(), bias_correction=1)
 
@@ -189,11 +187,11 @@ def test_a_variant_with_another_clip_can_be_copied(cls: type) -> None:
 def timeouts(rank: int) -> tuple[Any, Any]:
     opt = ShardedLamb(small_model().named_parameters())
     groups = dist.group.WORLD, opt._collectives.everyone
-    first, ours = (group._get_backend(torch.device("cpu")).options._timeout for group in groups)
-    return first, ours
+    world, own = (group._get_backend(torch.device("cpu")).options._timeout for group in groups)
+    return world, own
 
 
-def test_our_groups_have_the_users_timeout() -> None:
-    for users, ours in run_ranks(2, timeouts):
-        assert users != timedelta(minutes=30), "gloo's default would show nothing"
-        assert ours == users
+def test_process_groups_have_the_users_timeout() -> None:
+    for world, own in run_ranks(2, timeouts):
+        assert world != timedelta(minutes=30), "gloo's default would prove nothing"
+        assert own == world

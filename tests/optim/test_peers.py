@@ -1,4 +1,4 @@
-"""What goes wrong in other LAMBs and other sharded optimizers, each as a test that this one passes."""
+"""Known failures of other LAMBs and other sharded optimizers, each as a test."""
 
 import os
 from collections.abc import Mapping
@@ -34,7 +34,11 @@ def compare(
 
 
 def train_fragments(rank: int, stage: int) -> tuple[dict[str, Tensor], dict[str, float], int]:
-    shapes = {"small": (300,), "whole": (4096,), "tail": (700,)}  # one bucket; `whole` lies on all ranks
+    shapes = {
+        "small": (300,),
+        "whole": (4096,),
+        "tail": (700,),
+    }  # one bucket; every rank has a part of `whole`
     params = training.parameters(shapes)
     opt = ShardedLamb(params.items(), lr=0.01, stage=stage)
 
@@ -53,8 +57,8 @@ def test_apex_distributed_update_norm_counts_every_fragment(stage: int) -> None:
     ]
     oracle = training.oracle_run(training.weights(shapes), averaged, lr=0.01)
     results = run_ranks(WORLD, train_fragments, stage)
-    assert all(0 < held < 4096 for _, _, held in results)
-    assert sum(held for _, _, held in results) == 4096
+    assert all(0 < numel < 4096 for _, _, numel in results)
+    assert sum(numel for _, _, numel in results) == 4096
     for weights, ratios, _ in results:
         assert ratios == pytest.approx(oracle.ratios, rel=1e-6)
         training.assert_follows(weights, oracle)
@@ -93,7 +97,7 @@ def test_schedulers_have_effect(stage: int) -> None:
 
 @STAGES
 def test_grad_averaging_has_effect(stage: int) -> None:
-    # Without decay the ratio cancels a factor on m, so the decay must weigh in.
+    # Without decay the ratio cancels a factor on m, so the run needs decay.
     options = {"lr": 0.02, "weight_decay": 0.5}
     on = compare(stage, {**options, "grad_averaging": True})
     off = compare(stage, {**options, "grad_averaging": False})
@@ -121,7 +125,7 @@ MIXES = {
 
 
 def train_mixed(rank: int, stage: int, mix: str) -> dict[str, Tensor]:
-    """Masters where they are kept (whole, on rank 0), else weights."""
+    """Whole masters on rank 0, or weights of parameters without masters."""
     dtypes = MIXES[mix]
     params = {
         n: torch.nn.Parameter(value.to(dtypes[n]).contiguous()) for n, value in training.weights().items()
@@ -160,14 +164,14 @@ def absent_at_first(rank: int, step: int) -> dict[str, Tensor | None]:
 
 
 @STAGES
-def test_parameter_without_gradient_at_first_backward_is_kept(stage: int) -> None:
+def test_parameter_without_gradient_at_first_backward_is_updated_later(stage: int) -> None:
     oracle = compare(stage, {"lr": 0.02}, draw=absent_at_first)
     assert oracle.steps["fc.weight"] == 3
     assert oracle.steps["embed.weight"] == 4
 
 
-def go_on_after_loading(rank: int, stage: int, steps_before: int) -> dict[str, Tensor]:
-    """Load a state of two steps into an optimizer that has made ``steps_before`` steps, and go on."""
+def resume_after_loading(rank: int, stage: int, steps_before: int) -> dict[str, Tensor]:
+    """Load a state of two steps into an optimizer that has made ``steps_before`` steps, and resume."""
     params = training.parameters()
     opt = ShardedLamb(params.items(), lr=0.02, stage=stage)
     training.train(opt, params, stage=stage, rank=rank, world=WORLD, steps=range(2))
@@ -190,34 +194,34 @@ def go_on_after_loading(rank: int, stage: int, steps_before: int) -> dict[str, T
 @STAGES
 def test_load_before_first_step(stage: int) -> None:
     oracle = training.oracle_of_ranks(WORLD, range(4), lr=0.02)
-    for found in run_ranks(WORLD, go_on_after_loading, stage, 0):
-        training.assert_follows(found, oracle)
+    for weights in run_ranks(WORLD, resume_after_loading, stage, 0):
+        training.assert_follows(weights, oracle)
 
 
 @STAGES
 def test_load_after_steps(stage: int) -> None:
     oracle = training.oracle_of_ranks(WORLD, range(4), lr=0.02)
-    for found in run_ranks(WORLD, go_on_after_loading, stage, 3):
-        training.assert_follows(found, oracle)
+    for weights in run_ranks(WORLD, resume_after_loading, stage, 3):
+        training.assert_follows(weights, oracle)
 
 
-def held_elements(rank: int) -> tuple[int, int]:
-    """(elements whose moments this rank holds, of all): with two "nodes" of two ranks by the environment."""
+def sharded_elements(rank: int) -> tuple[int, int]:
+    """(elements whose moments this rank stores, all elements), with two "nodes" of two ranks in the environment."""
     os.environ["LOCAL_WORLD_SIZE"], os.environ["LOCAL_RANK"] = "2", str(rank % 2)
     params = training.parameters({"a": (4096,), "b": (4096,)})
     opt = ShardedLamb(params.items())
     return opt.memory()["moments"] // 8, 8192
 
 
-def test_shards_over_all_ranks_and_not_over_a_node_only() -> None:
-    assert run_ranks(4, held_elements) == [(2048, 8192)] * 4
+def test_shards_span_all_ranks_not_one_node() -> None:
+    assert run_ranks(4, sharded_elements) == [(2048, 8192)] * 4
 
 
 # -- apex FusedLAMB ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
-def test_max_grad_norm_zero_is_refused(cls: type[Lamb] | type[ShardedLamb]) -> None:
+def test_max_grad_norm_zero_is_rejected(cls: type[Lamb] | type[ShardedLamb]) -> None:
     params = training.parameters()
     with pytest.raises(ValueError, match=r"max_grad_norm must be a number > 0, or None.*got 0"):
         cls(params.items(), max_grad_norm=0)
@@ -231,14 +235,14 @@ def test_max_grad_norm_zero_is_refused(cls: type[Lamb] | type[ShardedLamb]) -> N
 
 
 @STAGES
-def test_one_ratio_a_parameter_and_not_a_partition(stage: int) -> None:
+def test_one_ratio_per_parameter_not_per_partition(stage: int) -> None:
     for _, ratios in run_ranks(2, training.run, 2, stage, {"lr": 0.01}):
         assert len({round(ratio, 6) for ratio in ratios.values()} - {1.0}) >= 5
 
 
 @STAGES
 def test_bias_correction_inside_the_ratio(stage: int) -> None:
-    """On lr, where DeepSpeed and ColossalAI have it, it gives other weights."""
+    """DeepSpeed and ColossalAI correct lr instead, which gives other weights."""
     inside = compare(stage, {"lr": 0.02, "bias_correction": True, "weight_decay": 0.3})
     none = compare(stage, {"lr": 0.02, "bias_correction": False, "weight_decay": 0.3})
     on_lr = compare(stage, {"lr": 0.02, "bias_correction": "lr", "weight_decay": 0.3})
@@ -308,7 +312,7 @@ def train_clipped(rank: int, stage: int, by_call: bool) -> tuple[dict[str, Tenso
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_state_is_cut_evenly_and_inside_tensors(world: int) -> None:
+def test_state_is_sharded_evenly_inside_tensors(world: int) -> None:
     results = run_ranks(world, even_bytes)
     assert len(set(results)) == 1
     assert results[0] <= 8 * (100_000 // world + 256)
@@ -333,15 +337,15 @@ def train_from_zero(rank: int, stage: int) -> tuple[dict[str, Tensor], dict[str,
 
 
 @STAGES
-def test_zero_initialised_tensors_move(stage: int) -> None:
+def test_zero_initialised_tensors_are_updated(stage: int) -> None:
     for weights, ratios in run_ranks(2, train_from_zero, stage):
         assert ratios["norm.bias"] == 1.0
         assert (weights["norm.bias"].abs() > 0.009).all()  # Adam's first step: lr in every element
 
 
 @STAGES
-def test_updates_are_scaled_up_to_the_weights_norm_too(stage: int) -> None:
-    """The ratio is ‖w‖/‖u‖ above 1 as well, no mere bound on ‖u‖."""
+def test_ratios_above_one_scale_updates_up(stage: int) -> None:
+    """The ratio equals ‖w‖/‖u‖ above 1 as well; it does not only bound ‖u‖."""
     for _, ratios in run_ranks(2, train_from_zero, stage):
         assert 40 < ratios["embed.weight"] < 120
 
@@ -350,7 +354,7 @@ def test_updates_are_scaled_up_to_the_weights_norm_too(stage: int) -> None:
 
 
 @pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
-def test_a_groups_max_grad_norm_is_refused_and_not_ignored(cls: type[Lamb] | type[ShardedLamb]) -> None:
+def test_a_groups_max_grad_norm_is_rejected_not_ignored(cls: type[Lamb] | type[ShardedLamb]) -> None:
     p = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match=r"max_grad_norm=0\.5 in a parameter group.*pass max_grad_norm to"):
         cls([{"params": [p], "max_grad_norm": 0.5}])
@@ -360,20 +364,20 @@ def step_and_compare_gradients(rank: int, stage: int) -> None:
     params = training.parameters()
     opt = ShardedLamb(params.items(), stage=stage, max_grad_norm=0.01)
     given = training.own_gradients(0, 0)
-    kept = {name: g.clone() for name, g in given.items() if g is not None}
+    expected = {name: g.clone() for name, g in given.items() if g is not None}
     for name, p in params.items():
         p.grad = given[name]
     opt.step()
     for name, p in params.items():
         g = given[name]
         assert g is not None
-        assert torch.equal(g, kept[name])
+        assert torch.equal(g, expected[name])
         if stage == 1:
             assert p.grad is g
 
 
 @STAGES
-def test_users_gradients_not_clipped_in_place(stage: int) -> None:
+def test_gradients_are_not_clipped_in_place(stage: int) -> None:
     run_ranks(2, step_and_compare_gradients, stage)
 
 
@@ -391,13 +395,13 @@ def step_without_gradients(rank: int, stage: int) -> dict[str, Tensor]:
 
 
 @STAGES
-def test_no_gradient_at_all_is_no_crash(stage: int) -> None:
+def test_step_without_any_gradient(stage: int) -> None:
     oracle = training.oracle_of_ranks(2, [0], max_grad_norm=1.0)
     for weights in run_ranks(2, step_without_gradients, stage):
         training.assert_follows(weights, oracle)
 
 
-def test_lamb_without_any_gradient_is_no_crash() -> None:
+def test_lamb_step_without_any_gradient() -> None:
     params = training.parameters()
     Lamb(params.items(), max_grad_norm=1.0).step()
     training.assert_same_bits(training.copies(params), training.weights())

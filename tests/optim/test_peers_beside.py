@@ -1,4 +1,4 @@
-"""Peers' own arithmetic, sharded: timm's Lamb run beside, apex's semantics by the oracle."""
+"""Peers' arithmetic, sharded: compared with timm's Lamb itself, and with the oracle for apex."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ WORLD = 3
 
 @STAGES
 def test_apex_semantics(stage: int) -> None:
-    """FusedLAMB as NVIDIA's BERT uses it: clipped at 1, no ratio where there is no decay."""
+    """FusedLAMB as in NVIDIA's BERT: clipped at 1, ratio 1 for parameters without decay."""
     no_decay = {"norm.weight", "norm.bias", "fc.bias"}
     facts = variant_options("apex", training.SHAPES, no_decay)
     oracle = training.oracle_of_ranks(WORLD, range(4), lr=0.02, **facts)
@@ -26,7 +26,7 @@ def test_apex_semantics(stage: int) -> None:
 
 
 @STAGES
-def test_timm_beside(stage: int) -> None:
+def test_timm_semantics(stage: int) -> None:
     """timm's own Lamb on the averaged gradients, in float64, against the variant named after it."""
     params = training.parameters(dtype=torch.float64)
     peer = load_timm_lamb()(

@@ -1,4 +1,4 @@
-"""How `ShardedLamb` is used: groups of ranks, parameter groups, schedulers, closures, accumulation, logging."""
+"""`ShardedLamb`'s interface: process groups, parameter groups, schedulers, closures, hooks, names, logging."""
 
 import logging
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def staged(stage: int, case: Case = CASE, **changes: Any) -> Case:
 
 both_stages = pytest.mark.parametrize("stage", [1, 2])
 
-# -- which ranks --------------------------------------------------------------------------------------
+# -- ranks --------------------------------------------------------------------------------------------
 
 
 def _in_group(rank: int, case: Case, members: list[int]) -> Outcome | None:
@@ -109,21 +109,21 @@ def test_mesh_shards_inside_and_replicates_across(shape: tuple[int, ...], stage:
         assert (replicas > 0) == (stage == 2 and len(shape) == 2 and shape[0] > 1)
 
 
-def _wrong_ranks(rank: int, what: str) -> None:
+def _wrong_ranks(rank: int, argument: str) -> None:
     p = Parameter(torch.ones(3))
-    if what == "both":
+    if argument == "both":
         ShardedLamb([p], process_group=dist.group.WORLD, mesh=init_device_mesh("cpu", (2,)))
     ShardedLamb([p], mesh=init_device_mesh("cpu", (2, 1, 1)))
 
 
-@pytest.mark.parametrize(("what", "message"), [("both", "both given"), ("3-D", "1 dimension")])
-def test_wrong_ranks_are_refused(what: str, message: str) -> None:
-    for kind, text in run_ranks_expecting_errors(2, _wrong_ranks, what).values():
+@pytest.mark.parametrize(("argument", "message"), [("both", "both given"), ("3-D", "1 dimension")])
+def test_wrong_ranks_are_rejected(argument: str, message: str) -> None:
+    for kind, text in run_ranks_expecting_errors(2, _wrong_ranks, argument).values():
         assert kind == "ValueError"
         assert message in text
 
 
-# -- which parameters ---------------------------------------------------------------------------------
+# -- parameters ---------------------------------------------------------------------------------------
 
 LATE = {"fc": 7, "one": 7, "scale": 7}  # the second group
 
@@ -144,7 +144,7 @@ def _add_group(rank: int, case: Case, world: int) -> Outcome:
 
 @both_stages
 @pytest.mark.parametrize("world", [1, 3])
-def test_group_added_later_joins_exactly(world: int, stage: int) -> None:
+def test_group_added_later_follows_the_oracle(world: int, stage: int) -> None:
     case = staged(stage, absent_until=LATE)
     check_run(case, run_ranks(world, _add_group, case, world))
 
@@ -166,7 +166,7 @@ def _unfreeze(rank: int, case: Case, world: int, frozen_share: bool) -> tuple[Ou
 
 @both_stages
 @pytest.mark.parametrize("world", [1, 3])
-def test_frozen_parameters_cost_nothing_and_join_when_unfrozen(world: int, stage: int) -> None:
+def test_frozen_parameters_take_no_memory_until_unfrozen(world: int, stage: int) -> None:
     case = staged(stage, absent_until=LATE)
     results = run_ranks(world, _unfreeze, case, world, True)
     check_run(case, [outcome for outcome, _, _ in results])
@@ -205,7 +205,7 @@ def _train_tied(rank: int, world: int, make: Callable[..., Any], **settings: Any
 
 
 @both_stages
-def test_tied_parameters_are_one(stage: int) -> None:
+def test_tied_parameters_are_one_parameter(stage: int) -> None:
     expected = _train_tied(0, 1, Lamb)
     for params in run_ranks(3, _train_tied, 3, ShardedLamb, stage=stage, bucket_mb=0.001):
         assert params.keys() == expected.keys() == {"embed.weight", "fc.weight", "fc.bias"}
@@ -338,7 +338,7 @@ def test_step_hooks_and_no_loss() -> None:
         "module._fsdp_wrapped_module._checkpoint_wrapped_module.{}",
     ],
 )
-def test_wrappers_do_not_show_in_names(name: str) -> None:
+def test_names_omit_wrappers(name: str) -> None:
     params = [Parameter(torch.full((4,), 2.0)) for _ in range(2)]
     names = [name.format("fc.weight"), name.format("fc.bias")]
     opt = ShardedLamb(
@@ -360,11 +360,11 @@ def _wrapped_names(rank: int) -> list[str]:
     return sorted(opt.trust_ratios())
 
 
-def test_names_of_a_really_wrapped_model() -> None:
+def test_names_of_a_wrapped_model() -> None:
     assert run_ranks(2, _wrapped_names) == [["0.bias", "0.weight"]] * 2
 
 
-def _logged(rank: int) -> list[str]:
+def _log_lines(rank: int) -> list[str]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(f"{record.levelname} {record.getMessage()}")  # type: ignore[method-assign]
@@ -397,9 +397,9 @@ def _logged(rank: int) -> list[str]:
 
 
 def test_first_step_logs_one_line_on_the_first_rank() -> None:
-    (line,), *others = run_ranks(2, _logged)
+    (line,), *others = run_ranks(2, _log_lines)
     assert others == [[]]
     assert line == (
         "INFO ShardedLamb stage 2: 2 ranks, 3 tensors (2 without decay, 1 without ratio), "
-        f"{2 * 4 * 512:,} bytes of state a rank, kernel {choose('auto', torch.device('cpu')).name}, variant nvlamb"
+        f"{2 * 4 * 512:,} bytes of state per rank, kernel {choose('auto', torch.device('cpu')).name}, variant nvlamb"
     )

@@ -1,4 +1,4 @@
-"""The same averaged gradients give the same bits at any number of ranks, threads and buckets, and why they do."""
+"""The same averaged gradients give the same bits on any number of ranks, threads and buckets; and the reasons."""
 
 from dataclasses import replace
 
@@ -53,34 +53,34 @@ def params_of(case: Case, world: int, threads: int = 1) -> dict[str, Tensor]:
 
 
 def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Signs of zeros and all; `torch.equal` takes -0 for 0."""
+    """Includes signs of zeros; for `torch.equal`, -0 is 0."""
     return {n: x.numpy().tobytes() for n, x in a.items()} == {n: x.numpy().tobytes() for n, x in b.items()}
 
 
 @pytest.mark.parametrize("case", [MANY, SMALL, ONE_TALL], ids=["many", "small", "tall"])
-def test_world_size_does_not_show(case: Case) -> None:
+def test_bits_do_not_depend_on_world_size(case: Case) -> None:
     alone = params_of(case, 1)
     for world in WORLDS[1:]:
-        found = params_of(case, world)
-        differing = [name for name in alone if not torch.equal(alone[name], found[name])]
-        assert same_bits(found, alone), f"{world} ranks differ from one in {differing}"
+        params = params_of(case, world)
+        differing = [name for name in alone if not torch.equal(alone[name], params[name])]
+        assert same_bits(params, alone), f"{world} ranks differ from one in {differing}"
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_number_of_threads_does_not_show(world: int) -> None:
+def test_bits_do_not_depend_on_threads(world: int) -> None:
     assert same_bits(params_of(MANY, world, threads=1), params_of(MANY, world, threads=4))
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_bucket_size_does_not_show(world: int) -> None:
-    found = [params_of(replace(MANY, settings={"bucket_mb": mb}), world) for mb in (0.001, 0.05, 0.31, 32)]
-    assert all(same_bits(params, found[0]) for params in found)
+def test_bits_do_not_depend_on_bucket_size(world: int) -> None:
+    runs = [params_of(replace(MANY, settings={"bucket_mb": mb}), world) for mb in (0.001, 0.05, 0.31, 32)]
+    assert all(same_bits(params, runs[0]) for params in runs)
 
 
 def test_norms_round_away_the_order_of_sums() -> None:
-    """Sums in fp64 differ by the order that ranks add theirs in; what comes out of `norms` does not."""
+    """fp64 sums depend on the order of the ranks' parts; the results of `norms` do not."""
     rng = np.random.default_rng(0)
-    narrow, raw_differences = torch.zeros(1, dtype=torch.bool), 0
+    is_fp64, raw_differences = torch.zeros(1, dtype=torch.bool), 0
     for trial in range(400):
         blocks = torch.from_numpy(rng.random(97) * 10.0 ** rng.integers(-6, 3, 97)).float().double()
         sums = []
@@ -88,7 +88,7 @@ def test_norms_round_away_the_order_of_sums() -> None:
             parts = [part.sum() for part in blocks[torch.from_numpy(rng.permutation(97))].chunk(world)]
             sums.append(torch.stack(parts).cumsum(0)[-1])
         raw_differences += len({float(total) for total in sums}) > 1
-        norms = {float(rule.norms(total.reshape(1), narrow)) for total in sums}
+        norms = {float(rule.norms(total.reshape(1), is_fp64)) for total in sums}
         assert len(norms) == 1, f"trial {trial}: {norms}"
         (value,) = norms
         assert value == float(np.float32(value))
@@ -98,26 +98,26 @@ def test_norms_round_away_the_order_of_sums() -> None:
 def test_norms_of_float64_parameters_are_not_rounded() -> None:
     sums = torch.tensor([2.0, 2.0], dtype=torch.float64)
     rounded, exact = rule.norms(sums, torch.tensor([False, True])).tolist()
-    assert exact == float(sums[1].sqrt())  # torch's root, which may be MKL's and an ulp from 2.0**0.5
+    assert exact == float(sums[1].sqrt())  # torch's sqrt may be MKL's, an ulp from 2.0**0.5
     assert rounded == float(np.float32(2.0**0.5)) != exact
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_block_sums_depend_on_nothing_but_the_block(dtype: torch.dtype) -> None:
+def test_block_sums_depend_on_the_block_only(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1 + 2 * CHUNK_BLOCKS, BLOCK, generator=generator, dtype=dtype)
     whole = block_square_sums(x)
     for index in (0, 1, 17, len(x) - 1):
         alone = x[index : index + 1].clone()
         memory = torch.zeros(BLOCK + 3, dtype=dtype)
-        for offset in range(4):  # vector instructions may treat unaligned memory otherwise
+        for offset in range(4):  # vector instructions may handle unaligned memory differently
             shifted = memory[offset : offset + BLOCK].copy_(alone[0]).view(1, -1)
             assert torch.equal(block_square_sums(shifted)[0], whole[index])
         for low in (max(index - 5, 0), index):
             assert torch.equal(block_square_sums(x[low : index + 3])[index - low], whole[index])
 
 
-def test_block_sums_are_taken_by_halving() -> None:
+def test_block_sums_are_pairwise() -> None:
     x = torch.randn(37, BLOCK, generator=torch.Generator().manual_seed(1))
     total = np.square(x.numpy())
     while total.shape[1] > 1:
@@ -129,14 +129,14 @@ def test_block_sums_are_taken_by_halving() -> None:
 def test_block_sums_do_not_depend_on_threads() -> None:
     x = torch.randn(4 * CHUNK_BLOCKS, BLOCK, generator=torch.Generator().manual_seed(2))
     before = torch.get_num_threads()
-    found = []
+    results = []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            found.append(block_square_sums(x))
+            results.append(block_square_sums(x))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(sums, found[0]) for sums in found)
+    assert all(torch.equal(sums, results[0]) for sums in results)
 
 
 def test_blocks_are_added_in_float64_to_their_own_parameter() -> None:

@@ -1,4 +1,4 @@
-"""`ShardedLamb` against the fp64 oracle, and real models against one process, at any number of ranks."""
+"""`ShardedLamb` against the fp64 oracle, and real models against `Lamb` on one process, on several world sizes."""
 
 from typing import Any
 
@@ -144,7 +144,7 @@ def train_alone(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def train_sharded(rank: int, world: int, stage: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    torch.manual_seed(rank)  # weights are the first rank's all the same
+    torch.manual_seed(rank)  # construction broadcasts the first rank's weights
     model = Model().to(dtype)
     net = DistributedDataParallel(model) if stage == 1 else model
     opt = ShardedLamb(net.named_parameters(), stage=stage, bucket_mb=0.004, **MODEL_OPTIONS)
@@ -159,7 +159,7 @@ def train_sharded(rank: int, world: int, stage: int, dtype: torch.dtype) -> dict
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_model_trains_as_on_one_device(stage: int, world: int) -> None:
-    """In float64, where the gradients of parts of a batch add up to the batch's to 1e-15."""
+    """In float64, where the gradients of micro-batches sum to the batch's to 1e-15."""
     expected = train_alone(torch.float64)
     ranks = run_ranks(world, train_sharded, world, stage, torch.float64)
     for name, value in expected.items():

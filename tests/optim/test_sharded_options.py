@@ -1,4 +1,4 @@
-"""Every keyword-only option of `ShardedLamb` has an effect, and a group's option on that group alone."""
+"""Every keyword-only option of `ShardedLamb` has an effect; a group's option affects that group only."""
 
 import inspect
 from dataclasses import replace
@@ -36,18 +36,18 @@ CHANGES: dict[str, Any] = {
     "variant": "nvlamb",
     "state_dtype": torch.bfloat16,
 }
-# What does not show in parameters, or not by a change of one keyword, and the test that shows it.
+# option whose effect needs more than CHANGES → the test that shows it
 SHOWN_BY = {
-    "stage": "test_stage_says_whose_gradients_they_are",
+    "stage": "test_stage_selects_averaged_or_own_gradients",
     "process_group": "test_process_group_of_some_ranks",
     "mesh": "test_mesh_shards_inside_and_replicates_across",
     "bucket_mb": "test_bucket_mb_sets_the_number_of_buckets",
-    "master_dtype": "test_master_dtype_of_the_model_keeps_no_masters",
-    "reduce_dtype": "test_reduce_dtype_is_what_gradients_travel_in",
+    "master_dtype": "test_master_dtype_of_the_model_has_no_masters",
+    "reduce_dtype": "test_reduce_dtype_is_the_dtype_on_the_wire",
     "overlap": "test_overlap_reduces_while_backward_runs",
     "skip_nonfinite": "test_skip_nonfinite",
     "max_consecutive_skips": "test_max_consecutive_skips",
-    "kernel": "test_kernel_says_what_computes",
+    "kernel": "test_kernel_selects_the_backend",
     "store_param_remainders": "test_memory_of_a_bfloat16_model_is_2_bytes_less_an_element",
 }
 
@@ -61,7 +61,7 @@ def params_with(world: int = 2, **options: Any) -> dict[str, Tensor]:
     )[0].params
 
 
-def test_every_keyword_is_here() -> None:
+def test_every_keyword_has_a_test() -> None:
     signature = inspect.signature(ShardedLamb.__init__).parameters.values()
     keywords = {p.name for p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY} | DEFAULTS.keys()
     scalars = {"lr", "betas", "eps", "weight_decay"}
@@ -93,24 +93,24 @@ def _own_gradients(rank: int, stage: int) -> float:
     opt = ShardedLamb([p], stage=stage)
     p.grad = torch.full((5,), float(1 + rank) if stage == 2 else 1.5)
     opt.step()
-    assert (p.grad is None or bool((p.grad == 1).all())) == (stage == 2)  # freed, or left as it was
+    assert (p.grad is None or bool((p.grad == 1).all())) == (stage == 2)  # freed, or unchanged
     assert opt.grad_norm is not None
     return opt.grad_norm
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_stage_says_whose_gradients_they_are(stage: int) -> None:
+def test_stage_selects_averaged_or_own_gradients(stage: int) -> None:
     assert run_ranks(2, _own_gradients, stage) == pytest.approx([1.5 * 5**0.5] * 2)
 
 
 @pytest.mark.parametrize(("bucket_mb", "buckets"), [(32, 1), (0.0001, 4), (0.0021, 2)])
 def test_bucket_mb_sets_the_number_of_buckets(bucket_mb: float, buckets: int) -> None:
-    found = run_ranks(2, run, replace(CASE, settings={"bucket_mb": bucket_mb}), 2)[0]
-    assert found.calls["all_gather"] == buckets * CASE.steps
+    outcome = run_ranks(2, run, replace(CASE, settings={"bucket_mb": bucket_mb}), 2)[0]
+    assert outcome.calls["all_gather"] == buckets * CASE.steps
 
 
 def _sent_before_the_last_gradient(rank: int, overlap: bool) -> list[int]:
-    """Buckets that went before the first layer, which is last in backward, had its gradient."""
+    """Buckets launched before the gradient of the first layer, which is last in backward."""
     model = nn.Sequential(*(nn.Linear(20, 20, bias=False) for _ in range(4)))
     opt = ShardedLamb(model.named_parameters(), stage=2, overlap=overlap, bucket_mb=0.001)
     seen: list[int] = []
@@ -159,8 +159,8 @@ def test_max_consecutive_skips() -> None:
 
 
 @pytest.mark.parametrize("name", kernels.available())
-def test_kernel_says_what_computes(name: str) -> None:
-    """All have the same bits, "fused" but for rounding: what shows is the name."""
+def test_kernel_selects_the_backend(name: str) -> None:
+    """All give the same bits (except "fused", which rounds differently), so only the name differs."""
     params, plain = params_with(kernel=name), params_with(kernel="torch")
     near = 6e-6 if name == "fused" else 0
     assert all(torch.allclose(params[key], plain[key], rtol=near, atol=near) for key in SHAPES)
@@ -172,7 +172,7 @@ def _kernel(rank: int, name: str) -> str:
 
 
 @pytest.mark.parametrize("asked", ["fastest", "triton"])
-def test_a_kernel_that_is_not_there_is_refused_by_name(asked: str) -> None:
+def test_errors_name_an_unavailable_kernel(asked: str) -> None:
     error = ValueError if asked == "fastest" else RuntimeError
     with pytest.raises(error, match=f"kernel .*{asked}"):
         ShardedLamb([torch.nn.Parameter(torch.ones(3))], kernel=asked)

@@ -1,8 +1,8 @@
 """torch's own optimizer checks, run against `Lamb` and `ShardedLamb` on one rank.
 
-Their inputs come from torch.testing._internal.common_optimizers, which is private: where it moved, or its own
-requirement (expecttest) is not installed, the tests that need it skip with the reason. The others are what
-torch's test_optim exercises, written for these two.
+Their inputs come from torch.testing._internal.common_optimizers, which is private: if torch lacks it, or its
+requirement (expecttest) is not installed, the tests that need it skip with the reason. The others rewrite cases of
+torch's test_optim for these two.
 """
 
 import copy
@@ -57,7 +57,7 @@ def common() -> ModuleType:
         pytest.skip(f"torch's private test helpers cannot be imported here: {error}")
 
 
-def a_model() -> nn.Sequential:
+def small_model() -> nn.Sequential:
     torch.manual_seed(3)
     return nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3))
 
@@ -96,29 +96,31 @@ def info_of(common: ModuleType, cls: type[Optimizer]) -> Any:
 
 
 def test_torchs_error_inputs(cls: type[Optimizer], common: ModuleType) -> None:
-    """The mistakes that every torch optimizer must name, as the same kind of error."""
-    ours = {"Tensor lr must be 1-element": r"lr must be a number or a tensor of one element"}
-    found = info_of(common, cls).optim_error_inputs_func("cpu", torch.float32)
-    assert len(found) >= 6
-    for wrong in found:
+    """Mistakes that every torch optimizer must report, with the same error type."""
+    own_messages = {"Tensor lr must be 1-element": r"lr must be a number or a tensor of one element"}
+    error_inputs = info_of(common, cls).optim_error_inputs_func("cpu", torch.float32)
+    assert len(error_inputs) >= 6
+    for wrong in error_inputs:
         given = wrong.optimizer_error_input
         params = given.params if given.params is not None else [Parameter(torch.ones(1, 1))]
         if wrong.error_type is UserWarning:
-            refused = r"'group0\.param0' and 'group0\.param1'|'group0\.param0' .*(twice|more than once)"
-            error = pytest.raises(ValueError, match=refused) if cls is ShardedLamb else nullcontext()
+            message = r"'group0\.param0' and 'group0\.param1'|'group0\.param0' .*(twice|more than once)"
+            error = pytest.raises(ValueError, match=message) if cls is ShardedLamb else nullcontext()
             with pytest.warns(UserWarning, match=wrong.error_regex), error:
                 cls(params, **given.kwargs)
         else:
-            with pytest.raises(wrong.error_type, match=ours.get(wrong.error_regex, wrong.error_regex)):
+            with pytest.raises(
+                wrong.error_type, match=own_messages.get(wrong.error_regex, wrong.error_regex)
+            ):
                 cls(params, **given.kwargs)
 
 
-def test_goes_the_right_way_under_torchs_schedulers(cls: type[Optimizer], common: ModuleType) -> None:
+def test_loss_falls_under_torchs_schedulers(cls: type[Optimizer], common: ModuleType) -> None:
     """torch's test_forloop_goes_right_direction: a least-squares problem, with each of Adam's schedules."""
     info = info_of(common, cls)
     for makers in info.scheduler_inputs:
         for given in info.optim_inputs_func("cpu"):
-            model = a_model()
+            model = small_model()
             opt = info.optim_cls(model.parameters(), **copy.deepcopy(given.kwargs))
             schedules = [make(opt) for make in makers]
             first = backward(model, 0).item()
@@ -139,12 +141,12 @@ def test_goes_the_right_way_under_torchs_schedulers(cls: type[Optimizer], common
 
 
 @every_config
-def test_deterministic_and_state_dict_goes_on(cls: type[Optimizer], config: str) -> None:
-    """torch's test_state_dict_deterministic: a copy that loaded the state makes the same steps, to the bit."""
-    model = a_model()
+def test_steps_after_load_state_dict_are_bit_equal(cls: type[Optimizer], config: str) -> None:
+    """torch's test_state_dict_deterministic: a copy that loaded the state makes bit-equal steps."""
+    model = small_model()
     opt = cls(model.parameters(), **options_of(config))
     train(model, opt, range(3))
-    other_model = copy.deepcopy(a_model())
+    other_model = copy.deepcopy(small_model())
     other_model.load_state_dict(model.state_dict())
     other = cls(other_model.parameters(), **options_of(config))
     other.load_state_dict(copy.deepcopy(opt.state_dict()))
@@ -155,7 +157,7 @@ def test_deterministic_and_state_dict_goes_on(cls: type[Optimizer], config: str)
 
 
 def test_groups_weight_decay(cls: type[Optimizer]) -> None:
-    """torch's test_param_groups_weight_decay, by what decay does to u: nothing where it is 0."""
+    """torch's test_param_groups_weight_decay: with zero gradients u is λw, which is 0 without decay."""
     a, b = Parameter(torch.full((3,), 2.0)), Parameter(torch.full((3,), 2.0))
     opt = cls(
         [{"params": [a], "weight_decay": 0.5}, {"params": [b]}],
@@ -185,7 +187,7 @@ def test_groups_lr(cls: type[Optimizer]) -> None:
 @pytest.mark.parametrize("shape", [(), (1,)])
 @pytest.mark.parametrize("per_group", [False, True])
 def test_tensor_lr_equals_float_lr(cls: type[Optimizer], shape: tuple[int, ...], per_group: bool) -> None:
-    models = [a_model(), a_model()]
+    models = [small_model(), small_model()]
     lr = torch.full(shape, 0.0125)
     if per_group:
         opts: list[Optimizer] = [cls([{"params": models[0].parameters(), "lr": lr}])]
@@ -203,7 +205,7 @@ def test_tensor_lr_equals_float_lr(cls: type[Optimizer], shape: tuple[int, ...],
 
 
 def test_schedulers_chained(cls: type[Optimizer]) -> None:
-    model = a_model()
+    model = small_model()
     opt = cls(model.parameters(), lr=0.1)
     warmup = lr_scheduler.LinearLR(opt, 0.5, 1.0, total_iters=2)
     schedule = lr_scheduler.SequentialLR(opt, [warmup, lr_scheduler.StepLR(opt, 1, 0.1)], [2])
@@ -216,7 +218,7 @@ def test_schedulers_chained(cls: type[Optimizer]) -> None:
 
 
 def test_lr_zero_leaves_parameters(cls: type[Optimizer]) -> None:
-    model = a_model()
+    model = small_model()
     opt = cls(model.parameters(), lr=0.0, weight_decay=0.1)
     before = values(model)
     train(model, opt, range(3))
@@ -224,7 +226,7 @@ def test_lr_zero_leaves_parameters(cls: type[Optimizer]) -> None:
 
 
 def test_zero_gradients_without_decay_are_a_noop(cls: type[Optimizer]) -> None:
-    model = a_model()
+    model = small_model()
     opt = cls(model.parameters(), weight_decay=0.0)
     before = values(model)
     for p in model.parameters():
@@ -234,7 +236,7 @@ def test_zero_gradients_without_decay_are_a_noop(cls: type[Optimizer]) -> None:
 
 
 def test_add_param_group_equals_two_from_the_start(cls: type[Optimizer]) -> None:
-    one, other = a_model(), a_model()
+    one, other = small_model(), small_model()
     opt = cls(one[0].parameters(), lr=0.01)
     opt.add_param_group({"params": list(one[2].parameters()), "lr": 0.03, "weight_decay": 0.2})
     both = cls(
@@ -249,8 +251,8 @@ def test_add_param_group_equals_two_from_the_start(cls: type[Optimizer]) -> None
     assert opt.param_groups[1]["eps"] == opt.defaults["eps"]
 
 
-def test_add_param_group_refuses(cls: type[Optimizer]) -> None:
-    model = a_model()
+def test_add_param_group_rejects_bad_groups(cls: type[Optimizer]) -> None:
+    model = small_model()
     opt = cls(model.parameters())
     with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
         opt.add_param_group({"params": [model[0].weight]})
@@ -264,7 +266,7 @@ def test_add_param_group_refuses(cls: type[Optimizer]) -> None:
 
 def test_missing_gradients(cls: type[Optimizer]) -> None:
     """torch's test_step_is_noop_when_params_have_no_grad, and a parameter that gets one later."""
-    model = a_model()
+    model = small_model()
     opt = cls(model.parameters(), weight_decay=0.1)
     before = values(model)
     opt.step()
@@ -281,7 +283,7 @@ def test_missing_gradients(cls: type[Optimizer]) -> None:
 
 
 def test_zero_grad(cls: type[Optimizer]) -> None:
-    model = a_model()
+    model = small_model()
     opt = cls(model.parameters())
     backward(model, 0)
     opt.zero_grad(set_to_none=False)
@@ -292,7 +294,7 @@ def test_zero_grad(cls: type[Optimizer]) -> None:
 
 @every_config
 def test_gradients_are_never_written(cls: type[Optimizer], config: str) -> None:
-    model = a_model()
+    model = small_model()
     opt = cls(model.parameters(), **options_of(config))
     backward(model, 0)
     grads = {name: (p.grad, p.grad._version) for name, p in model.named_parameters() if p.grad is not None}
@@ -303,7 +305,7 @@ def test_gradients_are_never_written(cls: type[Optimizer], config: str) -> None:
 
 
 def test_closure(cls: type[Optimizer]) -> None:
-    model = a_model()
+    model = small_model()
     opt = cls(model.parameters())
     calls = []
 
@@ -320,7 +322,7 @@ def test_closure(cls: type[Optimizer]) -> None:
 
 
 def test_step_under_no_grad_and_after(cls: type[Optimizer]) -> None:
-    model = a_model()
+    model = small_model()
     opt = cls(model.parameters())
     backward(model, 0)
     with torch.no_grad():
@@ -332,7 +334,7 @@ def test_step_under_no_grad_and_after(cls: type[Optimizer]) -> None:
 
 
 def test_step_hooks(cls: type[Optimizer]) -> None:
-    model = a_model()
+    model = small_model()
     opt = cls(model.parameters())
     seen: list[str] = []
     handles = [
@@ -350,7 +352,7 @@ def test_step_hooks(cls: type[Optimizer]) -> None:
 
 
 def test_state_dict_hooks(cls: type[Optimizer]) -> None:
-    model = a_model()
+    model = small_model()
     opt = cls(model.parameters())
     seen: list[str] = []
     opt.register_state_dict_pre_hook(lambda o: seen.append("save pre"))
@@ -362,7 +364,7 @@ def test_state_dict_hooks(cls: type[Optimizer]) -> None:
 
 
 def test_load_state_dict_pre_hook_may_replace(cls: type[Optimizer]) -> None:
-    model = a_model()
+    model = small_model()
     opt = cls(model.parameters(), lr=0.5)
     state = opt.state_dict()
     changed = {**state, "param_groups": [{**state["param_groups"][0], "lr": 0.125}]}
@@ -377,8 +379,8 @@ def by_pickle(pair: Any) -> Any:
 
 @every_config
 @pytest.mark.parametrize("way", [copy.deepcopy, by_pickle])
-def test_copies_go_on_alike(cls: type[Optimizer], config: str, way: Callable[[Any], Any]) -> None:
-    model = a_model()
+def test_copies_resume_bit_exactly(cls: type[Optimizer], config: str, way: Callable[[Any], Any]) -> None:
+    model = small_model()
     opt = cls(model.parameters(), **options_of(config))
     train(model, opt, range(2))
     other_model, other = way((model, opt))
@@ -390,9 +392,9 @@ def test_copies_go_on_alike(cls: type[Optimizer], config: str, way: Callable[[An
     assert other.max_grad_norm == opt.max_grad_norm
 
 
-def test_schedules_go_on_with_a_copy(cls: type[Optimizer]) -> None:
-    """A copy's hooks and groups are its own: stepping it leaves the original's learning rate."""
-    model = a_model()
+def test_a_copy_has_its_own_schedule(cls: type[Optimizer]) -> None:
+    """Stepping a copy's schedule leaves the original's learning rate unchanged."""
+    model = small_model()
     opt = cls(model.parameters(), lr=0.1)
     other_model, other = copy.deepcopy((model, opt))
     schedule = lr_scheduler.StepLR(other, 1, 0.5)
@@ -402,8 +404,8 @@ def test_schedules_go_on_with_a_copy(cls: type[Optimizer]) -> None:
 
 
 @every_config
-def test_repr_holds_options_and_nothing_of_foreach(cls: type[Optimizer], config: str) -> None:
-    text = repr(cls(a_model().parameters(), **options_of(config)))
+def test_repr_has_own_options_and_none_of_foreach(cls: type[Optimizer], config: str) -> None:
+    text = repr(cls(small_model().parameters(), **options_of(config)))
     assert text.startswith(cls.__name__)
     for option in ("lr", "betas", "eps", "weight_decay", "variant", "trust_clip"):
         assert f"{option}: " in text
@@ -419,14 +421,14 @@ def test_defaults_reach_groups(cls: type[Optimizer]) -> None:
 
 
 def test_named_parameters(cls: type[Optimizer]) -> None:
-    model = a_model()
+    model = small_model()
     opt = cls(model.named_parameters(), exclude_from_weight_decay=("bias",))
     names = [name for name, _ in model.named_parameters()]
     assert opt.param_groups[0]["param_names"] == names
     assert opt.state_dict()["param_groups"][0]["param_names"] == names
     train(model, opt, range(1))
     assert list(opt.trust_ratios()) == names
-    unnamed_model = a_model()
+    unnamed_model = small_model()
     unnamed = cls(unnamed_model.parameters())
     unnamed.load_state_dict({**opt.state_dict()})
     assert "param_names" not in unnamed.param_groups[0]
@@ -436,7 +438,7 @@ def test_named_parameters(cls: type[Optimizer]) -> None:
 
 def test_a_generator_of_parameters(cls: type[Optimizer]) -> None:
     def parameters() -> Iterator[Parameter]:
-        yield from a_model().parameters()
+        yield from small_model().parameters()
 
     assert len(cls(parameters()).param_groups[0]["params"]) == 4
     with pytest.raises(ValueError, match="optimizer got an empty parameter list"):

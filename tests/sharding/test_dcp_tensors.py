@@ -1,4 +1,4 @@
-"""Flat slices as rectangles of their parameter, and as tensors that are plain otherwise."""
+"""Flat slices as rectangles of their parameter, which otherwise behave as plain tensors."""
 
 import copy
 import math
@@ -12,7 +12,7 @@ from tests import training
 
 
 @given(st.lists(st.integers(1, 4), max_size=4), st.data())
-def test_boxes_are_the_elements_of_the_slice_once(shape: list[int], data: st.DataObject) -> None:
+def test_boxes_cover_every_element_of_the_slice_once(shape: list[int], data: st.DataObject) -> None:
     numel = math.prod(shape)
     start = data.draw(st.integers(0, numel))
     length = data.draw(st.integers(0, numel - start))
@@ -25,43 +25,43 @@ def test_boxes_are_the_elements_of_the_slice_once(shape: list[int], data: st.Dat
     whole = torch.arange(numel).as_strided(shape, strides)
     flat = torch.arange(start, start + length)
     region = Region(tuple(shape), tuple(strides), start)
-    seen = []
+    covered = []
     for box in region.boxes(length):
-        place = whole
+        view = whole
         for axis, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
-            place = place.narrow(axis, offset, size)
-        assert torch.equal(region.view(flat, box), place)
-        seen += place.flatten().tolist()
-    assert sorted(seen) == list(range(start, start + length))
+            view = view.narrow(axis, offset, size)
+        assert torch.equal(region.view(flat, box), view)
+        covered += view.flatten().tolist()
+    assert sorted(covered) == list(range(start, start + length))
     assert len(region.boxes(length)) <= max(1, 2 * len(shape) - 1)
 
 
-def test_the_picture_in_the_docstring() -> None:
-    found = [(box.offsets, box.sizes, box.at) for box in boxes((5, 4), 5, 13)]
-    assert found == [((1, 1), (1, 3), 0), ((2, 0), (2, 4), 3), ((4, 0), (1, 2), 11)]
+def test_boxes_match_the_picture_in_the_docstring() -> None:
+    actual = [(box.offsets, box.sizes, box.at) for box in boxes((5, 4), 5, 13)]
+    assert actual == [((1, 1), (1, 3), 0), ((2, 0), (2, 4), 3), ((4, 0), (1, 2), 11)]
 
 
-def test_it_is_a_plain_tensor_to_everybody_else() -> None:
+def test_sliced_state_behaves_as_a_plain_tensor() -> None:
     memory = torch.arange(10.0)
-    piece = SlicedState.of(memory[2:7], Region((5, 4), (4, 1), 5))
-    assert piece.shape == (5,)
-    assert piece.numel() == 5
-    assert piece.size() == (5, 4)
-    assert [piece.size(0), piece.size(1)] == [5, 4]
-    assert type(piece + 1) is type(piece.clone()) is type(piece.detach()) is torch.Tensor
-    piece.zero_()
+    sliced = SlicedState.of(memory[2:7], Region((5, 4), (4, 1), 5))
+    assert sliced.shape == (5,)
+    assert sliced.numel() == 5
+    assert sliced.size() == (5, 4)
+    assert [sliced.size(0), sliced.size(1)] == [5, 4]
+    assert type(sliced + 1) is type(sliced.clone()) is type(sliced.detach()) is torch.Tensor
+    sliced.zero_()
     assert not memory[2:7].any()
-    for other in (copy.deepcopy(piece), training.through_bytes(piece)):
-        assert type(other) is torch.Tensor
-        assert torch.equal(other, memory[2:7])
-        other += 1
+    for duplicate in (copy.deepcopy(sliced), training.through_bytes(sliced)):
+        assert type(duplicate) is torch.Tensor
+        assert torch.equal(duplicate, memory[2:7])
+        duplicate += 1
     assert not memory[2:7].any()
-    moved = piece.to(torch.float64)
-    assert isinstance(moved, SlicedState)
-    assert moved.region == piece.region
+    converted = sliced.to(torch.float64)
+    assert isinstance(converted, SlicedState)
+    assert converted.region == sliced.region
 
 
-def test_a_stamp_is_its_numbers() -> None:
+def test_a_stamp_holds_its_numbers() -> None:
     stamp = Stamp.of([3, 1, 4])
     assert stamp.tolist() == [3, 1, 4]
     assert stamp.shape == (3,)

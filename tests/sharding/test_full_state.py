@@ -24,7 +24,7 @@ def train_and_gather(
     return training.copies(params), opt.full_state_dict()
 
 
-def load_and_go_on(
+def load_and_resume(
     rank: int, stage: int, values: dict[str, Tensor], full: dict[str, Any], steps: range, gradient_ranks: int
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     params = {name: Parameter(value) for name, value in values.items()}
@@ -37,24 +37,24 @@ def load_and_go_on(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("saved_at", "loaded_at"), [(3, 2), (3, 1), (1, 3)])
-def test_full_state_goes_on_at_another_world_size(saved_at: int, loaded_at: int, dtype: torch.dtype) -> None:
-    """Stage 1, fed the same averaged gradients: to the bit the run that never stopped."""
-    unstopped = run_ranks(saved_at, train_and_gather, saved_at, 1, dtype, 5, 3)[0]
+def test_full_state_resumes_at_another_world_size(saved_at: int, loaded_at: int, dtype: torch.dtype) -> None:
+    """Stage 1 on the same averaged gradients: bit-equal to the uninterrupted run."""
+    uninterrupted = run_ranks(saved_at, train_and_gather, saved_at, 1, dtype, 5, 3)[0]
     results = run_ranks(saved_at, train_and_gather, saved_at, 1, dtype, 2, 3)
     assert [full is None for _, full in results] == [False] + [True] * (saved_at - 1)
     values, full = results[0]
     assert full is not None
-    going_on = run_ranks(loaded_at, load_and_go_on, 1, values, training.through_bytes(full), range(2, 5), 3)
-    for found, _ in going_on:
-        training.assert_same_bits(found, unstopped[0])
-    assert going_on[0][1] is not None
-    assert unstopped[1] is not None
-    for place, entry in unstopped[1]["state"].items():
-        training.assert_same_bits(going_on[0][1]["state"][place], entry)
-    assert going_on[0][1]["param_groups"] == unstopped[1]["param_groups"]
+    resumed = run_ranks(loaded_at, load_and_resume, 1, values, training.through_bytes(full), range(2, 5), 3)
+    for weights, _ in resumed:
+        training.assert_same_bits(weights, uninterrupted[0])
+    assert resumed[0][1] is not None
+    assert uninterrupted[1] is not None
+    for param, entry in uninterrupted[1]["state"].items():
+        training.assert_same_bits(resumed[0][1]["state"][param], entry)
+    assert resumed[0][1]["param_groups"] == uninterrupted[1]["param_groups"]
 
 
-def test_full_state_of_stage_2_goes_on_in_stage_1_and_back() -> None:
+def test_full_state_resumes_in_the_other_stage() -> None:
     oracle = training.oracle_of_ranks(
         2,
         range(4),
@@ -67,8 +67,8 @@ def test_full_state_of_stage_2_goes_on_in_stage_1_and_back() -> None:
     for first, then in ((1, 2), (2, 1)):
         values, full = run_ranks(2, train_and_gather, 2, first, torch.float32, 2, 2)[0]
         assert full is not None
-        for found, _ in run_ranks(2, load_and_go_on, then, values, full, range(2, 4), 2):
-            training.assert_follows(found, oracle)
+        for weights, _ in run_ranks(2, load_and_resume, then, values, full, range(2, 4), 2):
+            training.assert_follows(weights, oracle)
 
 
 def lamb_over(params: Params) -> Lamb:
@@ -83,8 +83,8 @@ def train_lamb(opt: Lamb, params: Params, steps: range) -> None:
         opt.step()
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for name, value in found.items():
+def assert_close(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, value in weights.items():
         gap, size = (value - expected[name]).norm().item(), expected[name].norm().item()
         assert gap <= 1e-6 * size, name
 
@@ -109,12 +109,12 @@ def test_lambs_state_loads_into_sharded_lamb() -> None:
     train_lamb(reference, params, range(2))
     state, values = training.through_bytes(reference.state_dict()), training.copies(params)
     train_lamb(reference, params, range(2, 5))
-    for found, _ in run_ranks(2, load_and_go_on, 1, values, state, range(2, 5), 3):
-        assert_close(found, training.copies(params))
+    for weights, _ in run_ranks(2, load_and_resume, 1, values, state, range(2, 5), 3):
+        assert_close(weights, training.copies(params))
 
 
-def test_a_parameter_that_lamb_never_moved_starts_anew() -> None:
-    """`Lamb` has no state of it; loading must clear what the sharded optimizer has."""
+def test_a_parameter_without_saved_state_starts_anew() -> None:
+    """`Lamb` saves no state of a parameter that it never updated; loading must clear the sharded optimizer's."""
     params, sharded_params = training.parameters(), training.parameters()
     lamb, sharded = Lamb(params.items(), lr=0.02), ShardedLamb(sharded_params.items(), lr=0.02)
     grads = training.own_gradients(0, 0)
@@ -142,7 +142,7 @@ def load_bad_full_state(rank: int, spoil: str, full: dict[str, Any]) -> None:
         bad["param_groups"][0]["eps"] = -1.0
     elif spoil == "no step":
         del bad["state"][3]["step"]
-    elif spoil == "stranger":
+    elif spoil == "unexpected":
         bad["state"][99] = bad["state"].pop(0)
     elif spoil == "empty":
         bad = {}
@@ -161,7 +161,7 @@ def load_bad_full_state(rank: int, spoil: str, full: dict[str, Any]) -> None:
         ("option", "eps must be a finite number > 0"),
         ("nothing", "needs the state dict on the first rank, got None"),
         ("no step", "step"),
-        ("stranger", "99"),
+        ("unexpected", "99"),
         ("empty", "param_groups"),
     ],
 )

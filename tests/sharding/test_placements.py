@@ -1,4 +1,4 @@
-"""Placements, bare: parameters distributed by hand over meshes, gradients assigned; and what cannot be mapped."""
+"""Placements: DTensors on meshes with assigned gradients, and the placements that are rejected."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,8 +39,8 @@ SHAPES: dict[str, training.Shape] = {
 }
 
 
-def cuts_on(mesh: DeviceMesh) -> dict[str, tuple[DeviceMesh, tuple[Any, ...]]]:
-    """{parameter: mesh and placements}; what is not here is plain."""
+def placements_on(mesh: DeviceMesh) -> dict[str, tuple[DeviceMesh, tuple[Any, ...]]]:
+    """{parameter: mesh and placements}; other parameters are plain."""
     last = mesh[mesh.mesh_dim_names[-1]] if mesh.ndim > 1 else mesh  # type: ignore[index]
     first = mesh[mesh.mesh_dim_names[0]] if mesh.ndim > 1 else mesh  # type: ignore[index]
     rest = (Replicate(),) * (mesh.ndim - 1)
@@ -62,26 +62,26 @@ def cuts_on(mesh: DeviceMesh) -> dict[str, tuple[DeviceMesh, tuple[Any, ...]]]:
 
 
 def distributed(mesh: DeviceMesh) -> dict[str, Parameter]:
-    cuts = cuts_on(mesh)
+    placements = placements_on(mesh)
     return {
-        name: Parameter(distribute_tensor(value, *cuts[name]) if name in cuts else value)
+        name: Parameter(distribute_tensor(value, *placements[name]) if name in placements else value)
         for name, value in training.weights(SHAPES).items()
     }
 
 
-def wanted(step: int) -> dict[str, Tensor | None]:
-    """Averaged; one is missing on every rank on odd steps."""
+def averaged_gradients(step: int) -> dict[str, Tensor | None]:
+    """Averaged gradients; one is missing on every rank on odd steps."""
     grads: dict[str, Tensor | None] = dict(models.gradients(0, step, SHAPES))
     return {**grads, "columns": None} if step % 2 else grads
 
 
 def bare_run(rank: int, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, float], dict[str, int]]:
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("a", "b", "c")[: len(shape)])
-    params, cuts = distributed(mesh), cuts_on(mesh)
+    params, placements = distributed(mesh), placements_on(mesh)
     opt = ShardedLamb(params.items(), **OPTIONS)
     for step in range(STEPS):
-        for name, g in wanted(step).items():
-            placed = g if g is None or name not in cuts else distribute_tensor(g, *cuts[name])
+        for name, g in averaged_gradients(step).items():
+            placed = g if g is None or name not in placements else distribute_tensor(g, *placements[name])
             params[name].grad = placed
         opt.step()
     sizes = {n: p.to_local().numel() for n, p in params.items() if isinstance(p, DTensor)}
@@ -91,7 +91,9 @@ def bare_run(rank: int, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], dict
 @pytest.mark.parametrize("shape", [(2,), (3,), (4,), (2, 2), (1, 3), (4, 1), (2, 1, 2)], ids=str)
 def test_every_kind_of_placement_beside_a_plain_parameter(shape: tuple[int, ...]) -> None:
     results = run_ranks(torch.Size(shape).numel(), bare_run, shape)
-    oracle = training.oracle_run(training.weights(SHAPES), (wanted(step) for step in range(STEPS)), **OPTIONS)
+    oracle = training.oracle_run(
+        training.weights(SHAPES), (averaged_gradients(step) for step in range(STEPS)), **OPTIONS
+    )
     for weights, ratios, _ in results:
         training.assert_follows(weights, oracle)
         assert ratios == pytest.approx(oracle.ratios, rel=1e-5)
@@ -100,7 +102,7 @@ def test_every_kind_of_placement_beside_a_plain_parameter(shape: tuple[int, ...]
         assert 0 in {sizes["one"] for _, _, sizes in results}
 
 
-# -- the sum of a gradient that its producer left to be taken ---------------------------------------------------
+# -- Partial gradients -------------------------------------------------------------------------------------------
 
 
 def partial_run(rank: int, count: int, op: str) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -120,7 +122,7 @@ def partial_run(rank: int, count: int, op: str) -> tuple[dict[str, Tensor], dict
 
 @pytest.mark.parametrize("op", ["sum", "avg"])
 def test_partial_gradients_are_summed_together(op: str) -> None:
-    """As sequence parallel leaves those of norms: one all-reduce, whatever their number."""
+    """Gradients of norms under sequence parallel: one all-reduce, whatever their number."""
     for count in (2, 20):
         shapes = {f"norm{i}": (5 + i,) for i in range(count)}
         averaged = [
@@ -137,31 +139,31 @@ def test_partial_gradients_are_summed_together(op: str) -> None:
 def replicated_gradient_run(rank: int) -> tuple[Tensor, Tensor]:
     mesh = init_device_mesh("cpu", (2,))
     value, g = training.draw((7, 3), "w"), models.gradients(0, 0, {"w": (7, 3)})["w"]
-    found = []
+    weights = []
     for placement in (Shard(0), Replicate()):
         p = Parameter(distribute_tensor(value, mesh, [Shard(0)]))
         opt = ShardedLamb([("w", p)], lr=0.02)
         p.grad = distribute_tensor(g, mesh, [placement])
         opt.step()
-        found.append(models.whole(p))
+        weights.append(models.whole(p))
         del opt
-    return found[0], found[1]
+    return weights[0], weights[1]
 
 
-def test_gradients_placed_otherwise_are_placed_like_the_parameter() -> None:
-    for expected, found in run_ranks(2, replicated_gradient_run):
-        assert torch.equal(expected, found)
+def test_gradients_are_redistributed_like_their_parameter() -> None:
+    for sharded, replicated in run_ranks(2, replicated_gradient_run):
+        assert torch.equal(sharded, replicated)
 
 
 # -- the ranks of an optimizer ----------------------------------------------------------------------------------
 
 
-def stage_of_a_pipeline(rank: int, told: bool) -> tuple[dict[str, Tensor], float | None]:
-    """2 pipeline stages, a model of its own in each, fully sharded over 2 ranks."""
+def pipeline_stage(rank: int, with_group: bool) -> tuple[dict[str, Tensor], float | None]:
+    """2 pipeline stages; the model of each is fully sharded over 2 ranks."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
     shapes = {f"stage{mesh.get_local_rank('pp')}.weight": (7 + mesh.get_local_rank("pp"), 3)}
     tree = models.sharded_tree(mesh["dp"], shapes=shapes)
-    ranks = {"process_group": mesh.get_group("dp")} if told else {}
+    ranks = {"process_group": mesh.get_group("dp")} if with_group else {}
     opt = ShardedLamb(tree.named_parameters(), **OPTIONS, **ranks)
     for step in range(STEPS):
         tree(models.gradients(mesh.get_local_rank("dp"), step, shapes)).backward()
@@ -171,7 +173,7 @@ def stage_of_a_pipeline(rank: int, told: bool) -> tuple[dict[str, Tensor], float
 
 
 def test_a_pipeline_stage_has_an_optimizer_of_its_own() -> None:
-    results = run_ranks(4, stage_of_a_pipeline, True)
+    results = run_ranks(4, pipeline_stage, True)
     for stage in range(2):
         shapes = {f"stage{stage}.weight": (7 + stage, 3)}
         averaged = [
@@ -183,14 +185,14 @@ def test_a_pipeline_stage_has_an_optimizer_of_its_own() -> None:
             assert norm == pytest.approx(oracle.grad_norm, rel=1e-6)
 
 
-def test_a_pipeline_that_does_not_say_so_is_told() -> None:
-    for kind, message in run_ranks_expecting_errors(4, stage_of_a_pipeline, False, timeout=30).values():
+def test_a_pipeline_without_process_group_is_rejected() -> None:
+    for kind, message in run_ranks_expecting_errors(4, pipeline_stage, False, timeout=30).values():
         assert kind == "ValueError"
         assert "ranks disagree on what they optimize" in message
 
 
 def on_some_ranks(rank: int) -> dict[str, Tensor] | None:
-    """Of three ranks two have a model; nobody names a group."""
+    """Two of three ranks have a model; none passes process_group."""
     mesh = DeviceMesh("cpu", [0, 2])
     if rank == 1:
         return None
@@ -201,7 +203,7 @@ def on_some_ranks(rank: int) -> dict[str, Tensor] | None:
     return {"w": models.whole(p)}
 
 
-def test_the_ranks_are_those_of_the_mesh() -> None:
+def test_the_ranks_default_to_those_of_the_mesh() -> None:
     first, second, third = run_ranks(3, on_some_ranks)
     assert second is None
     assert first is not None
@@ -212,7 +214,7 @@ def test_the_ranks_are_those_of_the_mesh() -> None:
     training.assert_same_bits(first, third)
 
 
-# -- what cannot be mapped --------------------------------------------------------------------------------------
+# -- rejected parameters and gradients ---------------------------------------------------------------------------
 
 
 def partial_parameter(rank: int) -> None:
@@ -235,7 +237,7 @@ def mesh_beyond_the_group(rank: int) -> None:
 
 
 def other_models_in_the_group(rank: int) -> None:
-    """Two models of one shape, each on a mesh of its own axis: half of each is not this one's."""
+    """The local sizes sum to 5 of 6 elements: a rank holds part of another model's parameter."""
     mesh = init_device_mesh("cpu", (2,))
     local = torch.ones(3 - rank)
     p = Parameter(DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=(6,), stride=(1,)))
@@ -274,7 +276,7 @@ def gradient_on_some_ranks(rank: int) -> None:
 
 
 def replicas_with_their_own_gradients(rank: int) -> None:
-    """2 x 2, replicate and shard, and nobody averaged over the replicating axis."""
+    """A 2 x 2 mesh (replicate, shard); gradients are not averaged over the replicating axis."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     p = Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate(), Shard(0)]))
     opt = ShardedLamb([("fc.weight", p)])
@@ -311,35 +313,33 @@ def two_optimizers(rank: int) -> None:
         (other_models_in_the_group, "ValueError", "hold 5 of the 6 elements of parameter 'fc.weight'"),
         (placements_differ_over_ranks, "ValueError", "ranks disagree on what they optimize"),
         (on_the_meta_device, "ValueError", "is on the meta device: call model.to_empty"),
-        (plain_gradient, "TypeError", "which part of it this gradient is cannot be told"),
+        (plain_gradient, "TypeError", "the placements of the gradient are unknown"),
         (gradient_on_some_ranks, "ValueError", "it is a DTensor, of which every rank holds a part"),
-        (replicas_with_their_own_gradients, "ValueError", "these ranks would drift apart"),
+        (replicas_with_their_own_gradients, "ValueError", "these ranks would diverge"),
         (converted_after_construction, "RuntimeError", "convert and move the model first"),
         (two_optimizers, "ValueError", "already belongs to another ShardedLamb"),
     ],
 )
-def test_what_cannot_be_mapped_is_refused_with_the_reason(
-    case: Callable[[int], None], kind: str, why: str
-) -> None:
+def test_errors_name_the_reason(case: Callable[[int], None], kind: str, why: str) -> None:
     world = 4 if case is replicas_with_their_own_gradients else 2
-    for found, message in run_ranks_expecting_errors(world, case, timeout=30).values():
-        assert found == kind, message
+    for actual, message in run_ranks_expecting_errors(world, case, timeout=30).values():
+        assert actual == kind, message
         assert why in message
 
 
-# -- cells ------------------------------------------------------------------------------------------------------
+# -- owners -----------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.booleans()), min_size=1, max_size=4))
-def test_one_rank_owns_each_cell(axes: list[tuple[int, bool]]) -> None:
-    """The rule of coordinates, apart: a rank owns its cell where it is first on every axis that does not shard."""
+def test_one_rank_owns_each_shard(axes: list[tuple[int, bool]]) -> None:
+    """An independent rule: a rank owns its shard if its coordinate is 0 on every axis that does not shard."""
     sizes, shards = [size for size, _ in axes], [sharding for _, sharding in axes]
     ranks = torch.cartesian_prod(*(torch.arange(size) for size in sizes)).reshape(-1, len(sizes)).tolist()
-    cells = [index_of_coordinate(coordinate, sizes, shards) for coordinate in ranks]
+    indices = [index_of_coordinate(coordinate, sizes, shards) for coordinate in ranks]
     by_coordinates = [
-        all(place == 0 for place, sharding in zip(coordinate, shards, strict=True) if not sharding)
+        all(position == 0 for position, sharding in zip(coordinate, shards, strict=True) if not sharding)
         for coordinate in ranks
     ]
-    assert owners(cells) == by_coordinates
-    owned = [cell for cell, owns in zip(cells, by_coordinates, strict=True) if owns]
+    assert owners(indices) == by_coordinates
+    owned = [index for index, owns in zip(indices, by_coordinates, strict=True) if owns]
     assert sorted(owned) == list(range(len(owned)))

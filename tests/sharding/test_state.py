@@ -1,4 +1,4 @@
-"""State of one rank: slices that go on to the bit, refused anywhere else. Whole tensors: test_full_state.py."""
+"""State of one rank: its slices resume bit-exactly and load on no other rank. Whole tensors: test_full_state.py."""
 
 import copy
 import pickle
@@ -19,7 +19,7 @@ KEYS = {"step", "exp_avg", "exp_avg_sq", "shard"}
 Params = dict[str, Parameter]
 
 
-# -- one rank's own ------------------------------------------------------------------------------------------
+# -- one rank's slices ---------------------------------------------------------------------------------------
 
 
 def resume(rank: int, world: int, stage: int, dtype: torch.dtype, saved_after: int) -> list[str]:
@@ -43,9 +43,7 @@ def resume(rank: int, world: int, stage: int, dtype: torch.dtype, saved_after: i
 @pytest.mark.parametrize("saved_after", [0, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_going_on_is_bit_equal_to_never_stopping(
-    world: int, dtype: torch.dtype, saved_after: int, stage: int
-) -> None:
+def test_resuming_is_bit_exact(world: int, dtype: torch.dtype, saved_after: int, stage: int) -> None:
     keys = run_ranks(world, resume, world, stage, dtype, saved_after)
     assert all(own == keys[0] for own in keys)
     moments = [key for key in keys[0] if "exp_avg" in key]
@@ -54,7 +52,7 @@ def test_going_on_is_bit_equal_to_never_stopping(
     assert ("0/master/torch.float32" in keys[0]) == (dtype == torch.bfloat16)
 
 
-def eager(rank: int, stage: int) -> None:
+def check_initial_state(rank: int, stage: int) -> None:
     params = training.parameters()
     opt = training.grouped(params, stage)
     state = opt.state_dict()
@@ -68,22 +66,22 @@ def eager(rank: int, stage: int) -> None:
 
 
 @STAGES
-def test_state_is_there_before_the_first_step(stage: int) -> None:
-    run_ranks(3, eager, stage)
+def test_state_exists_before_the_first_step(stage: int) -> None:
+    run_ranks(3, check_initial_state, stage)
 
 
-def slices_tile(rank: int) -> list[list[int]]:
+def stamps(rank: int) -> list[list[int]]:
     opt = training.grouped(training.parameters(), 1)
     state = opt.state_dict()["state"]
-    return [state[place]["shard"].tolist() for place in range(len(training.SHAPES))]
+    return [state[param]["shard"].tolist() for param in range(len(training.SHAPES))]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_stamps_tile_every_parameter(world: int) -> None:
-    ranks = run_ranks(world, slices_tile)
-    for place, shape in enumerate(training.SHAPES.values()):
+    ranks = run_ranks(world, stamps)
+    for param, shape in enumerate(training.SHAPES.values()):
         pieces = sorted(
-            (start, length) for _, _, start, length, _, _ in (own[place] for own in ranks) if length
+            (start, length) for _, _, start, length, _, _ in (own[param] for own in ranks) if length
         )
         end = 0
         for start, length in pieces:
@@ -92,7 +90,7 @@ def test_stamps_tile_every_parameter(world: int) -> None:
         assert end == torch.Size(shape).numel()
 
 
-# -- loaded in the wrong place -------------------------------------------------------------------------------
+# -- loaded by the wrong rank or model -------------------------------------------------------------------------
 
 
 def trained_state(rank: int, world: int) -> dict[str, Any]:
@@ -103,7 +101,7 @@ def trained_state(rank: int, world: int) -> dict[str, Any]:
 
 
 def load_slices(rank: int, states: list[dict[str, Any]]) -> None:
-    """Refused, and nothing of it taken over."""
+    """A rejected load changes nothing."""
     params = training.parameters()
     opt = training.grouped(params, 1)
     before = training.bits_of(opt, params)
@@ -113,7 +111,7 @@ def load_slices(rank: int, states: list[dict[str, Any]]) -> None:
         training.assert_same_bits(training.bits_of(opt, params), before)
 
 
-def test_another_ranks_state_is_refused() -> None:
+def test_state_of_other_ranks_is_rejected() -> None:
     states = run_ranks(2, trained_state, 2)
     for rank, (kind, message) in run_ranks_expecting_errors(2, load_slices, states[::-1]).items():
         assert kind == "ValueError"
@@ -121,8 +119,8 @@ def test_another_ranks_state_is_refused() -> None:
         assert "full_state_dict() and load_full_state_dict()" in message
 
 
-def test_rank_zeros_state_everywhere_is_refused_where_it_is_not_theirs() -> None:
-    """What a framework that saves rank 0's state_dict() only would load."""
+def test_rank_zeros_state_is_rejected_on_other_ranks() -> None:
+    """As a framework loads that saves rank 0's state_dict() only."""
     state = run_ranks(2, trained_state, 2)[0]
     messages = run_ranks(2, catch_load, [state, state])
     assert messages[0] is None
@@ -135,13 +133,13 @@ def catch_load(rank: int, states: list[dict[str, Any]]) -> str | None:
         load_slices(rank, states)
     except ValueError as error:
         return str(error)
-    except AssertionError:  # it loaded, so it is not as before
+    except AssertionError:  # it loaded, so the state changed
         return None
     return None
 
 
 @pytest.mark.parametrize(("saved_at", "loaded_at"), [(3, 2), (1, 2), (2, 1)])
-def test_other_world_size_is_refused(saved_at: int, loaded_at: int) -> None:
+def test_other_world_size_is_rejected(saved_at: int, loaded_at: int) -> None:
     states = run_ranks(saved_at, trained_state, saved_at)
     states = [states[rank % saved_at] for rank in range(loaded_at)]
     for kind, message in run_ranks_expecting_errors(loaded_at, load_slices, states).values():
@@ -150,7 +148,7 @@ def test_other_world_size_is_refused(saved_at: int, loaded_at: int) -> None:
         assert "load_full_state_dict()" in message
 
 
-def test_other_models_are_refused() -> None:
+def test_other_models_are_rejected() -> None:
     state = trained_state(0, 1)
     shapes = dict(training.SHAPES)
     with pytest.raises(
@@ -161,14 +159,14 @@ def test_other_models_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'embed.weight'.*in another layout"):
         training.grouped(training.parameters(shapes), 1).load_state_dict(state)
     renamed = {("other" if name == "scale" else name): p for name, p in training.parameters().items()}
-    with pytest.raises(ValueError, match=r"holds 'scale' where this optimizer has 'other'"):
+    with pytest.raises(ValueError, match=r"has 'scale' where this optimizer has 'other'"):
         training.grouped(renamed, 1).load_state_dict(state)
     half = {**state, "state": {k: v for k, v in state["state"].items() if k != 2}}
     with pytest.raises(ValueError, match=r"has no state of 'norm\.bias'"):
         training.grouped(training.parameters(), 1).load_state_dict(half)
 
 
-def test_whole_tensors_are_refused_as_slices_and_slices_as_whole_tensors() -> None:
+def test_slices_and_whole_tensors_do_not_load_as_each_other() -> None:
     params, whole = training.parameters(), training.parameters()
     lamb = Lamb(whole.items())
     training.give(whole, training.own_gradients(0, 0))
@@ -182,7 +180,7 @@ def test_whole_tensors_are_refused_as_slices_and_slices_as_whole_tensors() -> No
         Lamb(whole.items()).load_state_dict(sharded.state_dict())
 
 
-def test_other_dtypes_are_refused() -> None:
+def test_other_dtypes_are_rejected() -> None:
     state = ShardedLamb(training.parameters().items()).state_dict()
     with pytest.raises(
         ValueError, match=r"'embed\.weight' lacks \['master'\]: it was saved with other dtypes"
@@ -190,7 +188,7 @@ def test_other_dtypes_are_refused() -> None:
         ShardedLamb(training.parameters(dtype=torch.bfloat16).items()).load_state_dict(state)
 
 
-def test_a_state_with_bad_options_is_refused_whole() -> None:
+def test_a_state_with_bad_options_changes_nothing() -> None:
     params = training.parameters()
     opt = training.grouped(params, 1)
     state = trained_state(0, 1)
@@ -209,7 +207,7 @@ def test_a_state_with_bad_options_is_refused_whole() -> None:
 @pytest.mark.parametrize(
     "way", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
 )
-def test_pickle_and_deepcopy_at_one_rank_go_on_bit_equal(way: Any, stage: int) -> None:
+def test_pickle_and_deepcopy_at_one_rank_resume_bit_exactly(way: Any, stage: int) -> None:
     params = training.parameters()
     opt = training.grouped(params, stage, skip_nonfinite=False)
     run = {"stage": stage, "rank": 0, "world": 1}
@@ -217,10 +215,10 @@ def test_pickle_and_deepcopy_at_one_rank_go_on_bit_equal(way: Any, stage: int) -
     other_params, other = way((params, opt))
     assert all(other_params[name] is not params[name] for name in params)
     training.train(opt, params, steps=range(2, 4), **run)
-    kept = training.bits_of(opt, params)
+    expected = training.bits_of(opt, params)
     training.train(other, other_params, steps=range(2, 4), **run)
-    training.assert_same_bits(training.bits_of(other, other_params), kept)
-    training.assert_same_bits(training.bits_of(opt, params), kept)  # and they share nothing
+    training.assert_same_bits(training.bits_of(other, other_params), expected)
+    training.assert_same_bits(training.bits_of(opt, params), expected)  # the two share no memory
 
 
 def copy_at_two_ranks(rank: int) -> None:
@@ -240,9 +238,9 @@ def load_with_hooks(rank: int) -> list[str]:
     opt.register_load_state_dict_pre_hook(lambda opt, state: called.append("pre"))
     opt.register_load_state_dict_post_hook(lambda opt: called.append("post"))
     opt.register_state_dict_pre_hook(lambda opt: called.append("save"))
-    opt.register_state_dict_post_hook(lambda opt, state: {**state, "mine": 7})
+    opt.register_state_dict_post_hook(lambda opt, state: {**state, "extra": 7})
     state = opt.state_dict()
-    assert state["mine"] == 7
+    assert state["extra"] == 7
     opt.load_state_dict(state)
     return called
 
@@ -252,7 +250,7 @@ def test_state_hooks_are_called() -> None:
 
 
 def dcp_round_trip(rank: int) -> dict[str, Tensor]:
-    """torch.distributed.checkpoint's own view of the state: this rank's slices by name, and back."""
+    """This rank's slices by name, read and written by torch.distributed.checkpoint's state-dict functions."""
     model = nn.Linear(23, 19)
     with torch.no_grad():
         for p in model.parameters():

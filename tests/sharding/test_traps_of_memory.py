@@ -1,4 +1,4 @@
-"""The traps of parameters that are views of flat buckets, and of masters kept beside them, each as it was seen."""
+"""Failures seen with parameters that are views of flat buckets, and with masters beside them."""
 
 import gc
 import weakref
@@ -47,7 +47,7 @@ def test_parameters_that_left_their_bucket_are_an_error(
     name = "bias" if detach is assign_data else "weight"
     for kind, message in run_ranks_expecting_errors(2, step_after, detach, stage).values():
         assert kind == "RuntimeError"
-        assert "no longer lies in its bucket" in message
+        assert "is no longer in its bucket" in message
         assert f"'{name}'" in message or detach is not assign_data
         assert "Convert the model first and construct the optimizer after" in message
 
@@ -64,7 +64,7 @@ def train_channels_last(rank: int, stage: int) -> tuple[dict[str, Tensor], dict[
         grads = training.own_gradients(r, step, shapes)
         weight = grads["conv.weight"]
         assert weight is not None
-        if step % 2:  # autograd may leave either
+        if step % 2:  # autograd may give either format
             grads["conv.weight"] = weight.to(memory_format=torch.channels_last)
         return grads
 
@@ -74,15 +74,15 @@ def train_channels_last(rank: int, stage: int) -> tuple[dict[str, Tensor], dict[
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_channels_last_stays(stage: int) -> None:
+def test_parameters_keep_channels_last(stage: int) -> None:
     shapes = {"conv.weight": (9, 5, 3, 3), "conv.bias": (9,)}
     averaged = [
         training.average(training.own_gradients(r, step, shapes) for r in range(2)) for step in range(4)
     ]
     oracle = training.oracle_run(training.weights(shapes), averaged, lr=LR)
-    for found, strides in run_ranks(2, train_channels_last, stage):
+    for weights, strides in run_ranks(2, train_channels_last, stage):
         assert strides == {"conv.weight": (45, 1, 15, 5), "conv.bias": (1,)}
-        training.assert_follows(found, oracle)
+        training.assert_follows(weights, oracle)
 
 
 def outlive_the_optimizer(rank: int, stage: int) -> None:
@@ -92,16 +92,16 @@ def outlive_the_optimizer(rank: int, stage: int) -> None:
         p.grad = torch.ones_like(p)
     opt.step()
     opt.zero_grad()
-    gone = weakref.ref(opt)
+    reference = weakref.ref(opt)
     del opt
     gc.collect()
-    assert gone() is None
+    assert reference() is None
     x = training.draw((3, 7), "x", rank)
     model(x).sum().backward()
-    assert model.weight.grad is not None  # nobody reduces and frees it any more
+    assert model.weight.grad is not None  # no hook reduces and frees it
     torch.testing.assert_close(model.weight.grad, x.sum(0).expand(5, 7))
     model.zero_grad()
-    again = ShardedLamb(model.named_parameters(), stage=stage)  # the parameters are free
+    again = ShardedLamb(model.named_parameters(), stage=stage)  # the parameters are unclaimed
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     before = model.weight.detach().clone()
@@ -153,14 +153,14 @@ def test_loaded_weights_win_over_masters(
     shapes = {"weight": (29, 41), "bias": (29,)}
     loaded = {name: value.bfloat16() for name, value in training.weights(shapes).items()}
     parts = run_ranks(2, load_weights, load, stage, 0.0)
-    for found in parts:
-        training.assert_same_bits({name: found[name] for name in shapes}, loaded)
+    for part in parts:
+        training.assert_same_bits({name: part[name] for name in shapes}, loaded)
     for name in shapes:  # the ranks' slices together are the whole master
-        master = torch.cat([found[f"master of {name}"] for found in parts])
+        master = torch.cat([part[f"master of {name}"] for part in parts])
         assert torch.equal(master, loaded[name].float().flatten())
 
 
-def test_a_step_after_loading_starts_from_what_was_loaded() -> None:
+def test_a_step_after_loading_starts_from_the_loaded_weights() -> None:
     shapes = {"weight": (29, 41), "bias": (29,)}
     loaded = {name: value.bfloat16() for name, value in training.weights(shapes).items()}
     averaged = [
@@ -175,5 +175,5 @@ def test_a_step_after_loading_starts_from_what_was_loaded() -> None:
         options["lr"] = 0.1
     oracle.step({name: g.numpy() for name, g in averaged[1].items() if g is not None})
     parts = run_ranks(2, load_weights, by_load_state_dict, 2, 0.1)
-    masters = {name: torch.cat([found[f"master of {name}"] for found in parts]) for name in shapes}
+    masters = {name: torch.cat([part[f"master of {name}"] for part in parts]) for name in shapes}
     training.assert_follows({n: m.view(shapes[n]) for n, m in masters.items()}, oracle, 2e-5)

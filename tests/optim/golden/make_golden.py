@@ -1,8 +1,8 @@
-"""Makes the golden vectors in this folder; `--check` makes them again and compares.
+"""Generates the golden vectors in this folder; `--check` generates them again and compares.
 
 One `inputs.json` (parameters, gradients, options) and one file of expected values per variant, all float64.
-The expectations come from `tests/oracle.py`, and nothing is written before the oracle has agreed with code by
-other hands: torch.optim.Adam and AdamW, timm's Lamb, and a second transcription of the TensorFlow reference.
+`tests/oracle.py` computes the expected values, and they are written only if the oracle agrees with independent
+implementations: torch.optim.Adam and AdamW, timm's Lamb, and a second transcription of the TensorFlow reference.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STEPS = 10
 OPTIONS: dict[str, Any] = {"lr": 0.05, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.02}
 COMMON = {name: OPTIONS[name] for name in ("lr", "betas", "eps")}
 NO_DECAY = ("bias", "LayerNorm")
-# Which gradients are missing: single ones, a parameter's first, and in step 8 all of them.
+# step → parameters without a gradient: single ones, a parameter's first, and in step 8 (None) all of them.
 MISSING = {0: ("dense.bias",), 3: ("dense.bias", "scale"), 5: ("embed.weight",), 8: None}
 
 
@@ -63,8 +63,8 @@ def make_inputs() -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
 def with_missing(grads: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray | None]]:
     result: list[dict[str, np.ndarray | None]] = []
     for k, step in enumerate(grads):
-        gone = MISSING.get(k, ())
-        result.append({n: None if gone is None or n in gone else g for n, g in step.items()})
+        missing = MISSING.get(k, ())
+        result.append({n: None if missing is None or n in missing else g for n, g in step.items()})
     return result
 
 
@@ -88,10 +88,10 @@ def tf_reference(
     exclude_from_weight_decay: list[str] | None,
     exclude_from_layer_adaptation: list[str] | None,
 ) -> dict[str, np.ndarray]:
-    """The LAMBOptimizer of google-research/albert (lamb_optimizer.py), in its semantics, on its own state.
+    """The semantics of google-research/albert's LAMBOptimizer (lamb_optimizer.py), on a state of its own.
 
-    No step count and no correction, epsilon outside the root, two nested selections on the norms; names are
-    searched, and unset adaptation patterns fall back on the decay patterns.
+    No step count and no correction, epsilon outside the root, two nested selections on the norms; patterns
+    search names, and unset adaptation patterns default to the decay patterns.
     """
     adaptation_patterns = exclude_from_layer_adaptation or exclude_from_weight_decay
     values = {name: value.copy() for name, value in params.items()}
@@ -121,7 +121,7 @@ def tf_reference(
 def torch_run(
     build: Callable[[dict[str, Any]], Any], params: Mapping[str, np.ndarray], grads: list[Grads]
 ) -> dict:
-    """Steps the optimizer that `build` makes of float64 torch copies, and returns the final values."""
+    """Run the optimizer that `build` returns for float64 torch copies; return the final values."""
     import torch
 
     tensors = {n: torch.nn.Parameter(torch.from_numpy(p.copy())) for n, p in params.items()}
@@ -149,12 +149,12 @@ def decay_groups(tensors: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def compare(
-    what: str, ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], tolerance: float
+    peer: str, actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], tolerance: float
 ) -> None:
-    for name, value in theirs.items():
-        gap = np.linalg.norm(np.ravel(ours[name] - value)) / max(np.linalg.norm(np.ravel(value)), 1e-300)
+    for name, value in expected.items():
+        gap = np.linalg.norm(np.ravel(actual[name] - value)) / max(np.linalg.norm(np.ravel(value)), 1e-300)
         if not gap <= tolerance:
-            raise SystemExit(f"{what}: {name} differs by {gap:.2e}, allowed {tolerance:.0e}")
+            raise SystemExit(f"{peer}: {name} differs by {gap:.2e}, allowed {tolerance:.0e}")
 
 
 def check_against_torch(params: dict[str, np.ndarray], grads: list[Any]) -> None:
@@ -169,17 +169,17 @@ def check_against_torch(params: dict[str, np.ndarray], grads: list[Any]) -> None
 
 
 def check_against_tf_reference(params: dict[str, np.ndarray], grads: list[Any]) -> None:
-    """No name matches "$^": the rule on every variable. None: the reference's own default."""
+    """The pattern "$^" matches no name: the ratio applies to every variable. None: the reference's default."""
     patterns = list(NO_DECAY)
-    ours = oracle_run(make_oracle("paper_v3", params), grads)
-    compare("the TensorFlow reference", ours, tf_reference(params, grads, patterns, ["$^"]), 1e-13)
+    actual = oracle_run(make_oracle("paper_v3", params), grads)
+    compare("the TensorFlow reference", actual, tf_reference(params, grads, patterns, ["$^"]), 1e-13)
 
-    ours = oracle_run(make_oracle("paper_v3", params, no_adapt=excluded(params, NO_DECAY)), grads)
-    compare("the TensorFlow reference's default", ours, tf_reference(params, grads, patterns, None), 1e-13)
+    actual = oracle_run(make_oracle("paper_v3", params, no_adapt=excluded(params, NO_DECAY)), grads)
+    compare("the TensorFlow reference's default", actual, tf_reference(params, grads, patterns, None), 1e-13)
 
 
 def check_against_timm(params: dict[str, np.ndarray], full: list[Any]) -> None:
-    """With every gradient present: timm and apex count steps per group, with or without a gradient."""
+    """Compare with every gradient present, since timm and apex count steps per group, not per gradient."""
     from tests.timm_peer import load_timm_lamb
 
     lamb = load_timm_lamb()
@@ -193,8 +193,8 @@ def check_against_timm(params: dict[str, np.ndarray], full: list[Any]) -> None:
     }
     for (variant, changes), foreach in itertools.product(cases.items(), (False, True)):
         build = functools.partial(build_timm, lamb, foreach=foreach, **changes)
-        ours = oracle_run(make_oracle(variant, params), full)
-        compare(f"timm as {variant}", ours, torch_run(build, params, full), 1e-12)
+        actual = oracle_run(make_oracle(variant, params), full)
+        compare(f"timm as {variant}", actual, torch_run(build, params, full), 1e-12)
 
 
 def build_timm(lamb: Any, tensors: Mapping[str, Any], **changes: Any) -> Any:
@@ -214,19 +214,19 @@ def documents() -> dict[str, Any]:
     return {"inputs": inputs, **{v: {"steps": expected(v, params, grads)} for v in VARIANT_FACTS}}
 
 
-def same(a: Any, b: Any, where: str) -> None:
+def same(a: Any, b: Any, path: str) -> None:
     """Equal structure, numbers equal to 1e-13: another libm may round a power differently."""
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         for key in a:
-            same(a[key], b[key], f"{where}.{key}")
+            same(a[key], b[key], f"{path}.{key}")
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            same(x, y, f"{where}[{i}]")
+            same(x, y, f"{path}[{i}]")
     elif isinstance(a, float) and isinstance(b, float):
         if not math.isclose(a, b, rel_tol=1e-13, abs_tol=1e-300):
-            raise SystemExit(f"{where}: stored {a!r}, made again {b!r}")
+            raise SystemExit(f"{path}: stored {a!r}, generated {b!r}")
     elif a != b:
-        raise SystemExit(f"{where}: stored {a!r}, made again {b!r}")
+        raise SystemExit(f"{path}: stored {a!r}, generated {b!r}")
 
 
 def check_against_peers(may_skip: bool) -> None:
@@ -237,7 +237,7 @@ def check_against_peers(may_skip: bool) -> None:
         check_against_timm(params, full)
     except pytest.skip.Exception as reason:
         if not may_skip:
-            raise SystemExit(f"the vectors are only made beside timm: {reason}") from None
+            raise SystemExit(f"generating the vectors requires timm: {reason}") from None
         print(f"not compared with timm: {reason}")
 
 
@@ -252,7 +252,7 @@ def main() -> None:
             same(json.loads(path.read_text()), json.loads(json.dumps(document)), name)
         else:
             path.write_text(json.dumps(document, separators=(",", ":")) + "\n")
-    print("the vectors are as made" if check else f"wrote {len(VARIANT_FACTS) + 1} files")
+    print("the stored vectors equal the generated ones" if check else f"wrote {len(VARIANT_FACTS) + 1} files")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Randomness without state: hashes and permutations that are functions of a key and an index.
+"""Random numbers without state: hashes and permutations as functions of a key and an index.
 
-Every random choice about the data is `hash(seed, what, global sample index, position)`. So the only state of
-the data is one index, and neither world size nor accumulation nor a restart can change what is drawn.
+Every random choice about the data is `hash(seed, purpose, global sample index, position)`. The only state of the data
+is one index, and neither world size nor accumulation nor a restart changes a draw.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def mix(values: U64) -> U64:
 
 
 def key_of(*parts: int | str) -> int:
-    """One 64-bit key from a seed and the names of what it is for."""
+    """One 64-bit key from a seed and the names of a purpose."""
     key = np.zeros(1, np.uint64)
     for part in parts:
         words = part.encode() if isinstance(part, str) else part.to_bytes(16, "little", signed=True)
@@ -53,10 +53,9 @@ def uniform(key: int, index: U64 | I64) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Permutation:
-    """A keyed permutation of 0 … size-1, evaluated at any index on its own: a Feistel network with cycle
-    walking.
+    """A keyed permutation of 0 … size-1, evaluated at single indices: a Feistel network with cycle walking.
 
-    Shuffles any number of samples with no table in memory; `tests/bert` proves the bijection.
+    It shuffles any number of samples without a table in memory.
     """
 
     size: int
@@ -64,14 +63,14 @@ class Permutation:
 
     def __post_init__(self) -> None:
         if self.size <= 0:
-            raise ValueError(f"size={self.size}: expected a positive number of things to permute")
+            raise ValueError(f"size={self.size}: expected a positive number of indices to permute")
 
     def __call__(self, index: I64) -> I64:
-        """Where each index (in [0, size)) goes; same shape."""
+        """The image of each index in [0, size); same shape."""
         index = np.asarray(index, np.int64)
         assert bool(((index >= 0) & (index < self.size)).all()), "index outside of the permutation"
         out = self._encrypt(index.astype(np.uint64))
-        # The network permutes the next power of four; walk along the cycle until back inside.
+        # The network permutes the next power of four: walk along the cycle until the value is inside.
         outside = out >= np.uint64(self.size)
         while bool(outside.any()):
             out[outside] = self._encrypt(out[outside])

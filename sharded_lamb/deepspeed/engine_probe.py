@@ -1,7 +1,7 @@
-"""What the optimizer learns of the DeepSpeed engine that constructs it: parameters' names, and what is not supported.
+"""Inspects the DeepSpeed engine that constructs the optimizer: parameter names, and features that are not supported.
 
-DeepSpeed hands an optimizer named in a config its parameters and nothing else. Names come from `name_parameters`
-(which `sharded_lamb.deepspeed.initialize` calls), else from the engine, found among the callers.
+DeepSpeed passes only parameters to an optimizer named in a config. Names come from `name_parameters` (called by
+`sharded_lamb.deepspeed.initialize`), else from the engine, which is found on the call stack.
 """
 
 import sys
@@ -18,38 +18,34 @@ _names: Any = WeakIdKeyDictionary()  # parameter → name
 
 
 def name_parameters(model: nn.Module) -> None:
-    """Let optimizers made from now on know the names of ``model``'s parameters.
+    """Register the names of ``model``'s parameters for optimizers that are constructed later.
 
-    Needed only where neither `sharded_lamb.deepspeed.initialize` nor a DeepSpeed engine makes the optimizer.
+    Needed only if neither `sharded_lamb.deepspeed.initialize` nor a DeepSpeed engine constructs the optimizer.
     """
     for name, p in model.named_parameters():
         _names[p] = name
 
 
-def calling_engine() -> DeepSpeedEngine | None:
-    """The engine in whose construction the caller runs, if any."""
+def constructing_engine() -> DeepSpeedEngine | None:
+    """The engine on the call stack whose constructor runs; None if there is none."""
     frame = sys._getframe(1)
     while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, DeepSpeedEngine):
-            return found
+        instance = frame.f_locals.get("self")
+        if isinstance(instance, DeepSpeedEngine):
+            return instance
         frame = frame.f_back  # type: ignore[assignment]
     return None
 
 
 def names_of(params: list[Tensor], engine: DeepSpeedEngine | None) -> list[str] | None:
-    """A name for every parameter, or None where one has none."""
+    """The name of every parameter; None if any has no known name."""
     known: Any = {} if engine is None else getattr(engine, "param_names", {})
-    found = [_names[p] if p in _names else known.get(p) for p in params]
-    return None if any(name is None for name in found) else found
+    names = [_names[p] if p in _names else known.get(p) for p in params]
+    return None if any(name is None for name in names) else names
 
 
 def with_names(params: Any, engine: DeepSpeedEngine | None) -> Any:
-    """Parameters or group dicts → the same as (name, parameter) pairs, where every parameter's name is known.
-
-    Raises:
-        ValueError: patterns in a group go by names and a parameter has none.
-    """
+    """Parameters or group dicts → the same with (name, parameter) pairs; unchanged unless every name is known."""
     items = [params] if isinstance(params, Tensor) else list(params)
     if any(isinstance(item, tuple) for item in items):
         return items
@@ -66,9 +62,9 @@ def with_names(params: Any, engine: DeepSpeedEngine | None) -> Any:
 
 
 def check_supported(engine: DeepSpeedEngine) -> None:
-    """Raises ValueError for what would cut parameters in ways that are not mapped, with the reason."""
-    for found, remedy in _unsupported(engine):
-        raise ValueError(f"ShardedLamb under DeepSpeed does not support {found} yet: {remedy}")
+    """Raises ValueError, with reason and remedy, for a feature whose partitioning of parameters is not supported."""
+    for feature, remedy in _unsupported(engine):
+        raise ValueError(f"ShardedLamb under DeepSpeed does not support {feature} yet: {remedy}")
 
 
 def _unsupported(engine: DeepSpeedEngine) -> Iterator[tuple[str, str]]:
@@ -77,7 +73,7 @@ def _unsupported(engine: DeepSpeedEngine) -> Iterator[tuple[str, str]]:
     if engine.zenflow:
         yield (
             "ZenFlow",
-            "it updates chosen gradients apart from the optimizer; remove zero_optimization.zenflow",
+            "it updates selected gradients outside the optimizer; remove zero_optimization.zenflow",
         )
     if offload is not None and getattr(offload, "super_offload", False):
         yield "SuperOffload", "it runs its own CPU Adam; set offload_optimizer.super_offload to false"
@@ -94,24 +90,24 @@ def _unsupported(engine: DeepSpeedEngine) -> Iterator[tuple[str, str]]:
     if engine.zero_elastic_checkpoint():
         yield (
             "elastic_checkpoint",
-            "it wants a step count in the groups; use DeepSpeed's universal checkpoint",
+            "it requires a step count in the groups; use DeepSpeed's universal checkpoint",
         )
     if engine.pipeline_parallelism:
         yield "pipeline parallel", "ranks hold different layers; use ZeRO instead"
     if engine.has_moe_layers:
         yield (
             "mixture-of-experts layers",
-            "experts are partitioned over groups of their own; use another optimizer",
+            "experts are partitioned over separate process groups; use another optimizer",
         )
 
 
 def clipping(engine: DeepSpeedEngine) -> float:
-    """The config's gradient_clipping; 0 is none."""
+    """The config's gradient_clipping; 0: no clipping."""
     return float(engine.gradient_clipping())
 
 
 def accelerator_device() -> torch.device:
-    """Where collectives run."""
+    """The device of collectives."""
     from deepspeed.accelerator import get_accelerator
 
     return torch.device(get_accelerator().current_device_name())

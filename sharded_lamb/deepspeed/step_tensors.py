@@ -1,4 +1,4 @@
-"""What one call of ``step()`` updates: some of DeepSpeed's tensors, their state, their parameters' options."""
+"""The tensors that one call of ``step()`` updates, their state, and the options of their parameters."""
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -18,22 +18,22 @@ State = MutableMapping[Tensor, dict[str, Any]]
 
 
 class StateKeeper:
-    """The state of every stepped tensor: exactly the keys that DeepSpeed's checkpoints know.
+    """The state of every stepped tensor, with exactly the keys of DeepSpeed's checkpoints.
 
-    ``exp_avg`` and ``exp_avg_sq`` have the tensor's shape (fp32; fp64 for float64), ``step`` is an fp64 scalar.
-    DeepSpeed puts tensors of its own there when it loads a universal checkpoint, and one step count into several
-    states; they are taken on.
+    ``exp_avg`` and ``exp_avg_sq`` have the tensor's shape (fp32; fp64 for float64), ``step`` is an fp64 scalar. When
+    DeepSpeed loads a universal checkpoint, it replaces these tensors, and shares one step count between several states;
+    `ensure` accepts them.
     """
 
     def __init__(self, state: State) -> None:
         self.state = state
-        self._steps: dict[Tensor, Tensor] = {}  # step counts made here, each of one tensor only
+        self._steps: dict[Tensor, Tensor] = {}  # step counts created here, one per tensor
 
     def ensure(self, tensors: Sequence[Tensor]) -> bool:
-        """Make what is missing. Returns whether DeepSpeed had put state there.
+        """Create missing state. Returns whether DeepSpeed has replaced any.
 
         Raises:
-            ValueError: moments of another size.
+            ValueError: moments of another shape.
         """
         replaced = False
         for tensor in tensors:
@@ -42,7 +42,7 @@ class StateKeeper:
                 if key not in own:
                     own[key] = _zeros_like(tensor)
                 check_moment(key, own[key], tensor)
-                if own[key].stride() != tensor.stride():  # the model went to another memory format
+                if own[key].stride() != tensor.stride():  # the model changed its memory format
                     own[key] = _zeros_like(tensor).copy_(own[key])
             step = own.get("step")
             if step is None or step is not self._steps.get(tensor):
@@ -53,7 +53,7 @@ class StateKeeper:
         return replaced
 
     def load(self, tensor: Tensor, saved: Mapping[str, Any] | None) -> None:
-        """Copy a saved state into the tensor's own, which keeps its dtypes. Nothing saved: as before the first step."""
+        """Copy a saved state into the tensor's state, keeping its dtypes. None: reset it to zeros."""
         self.ensure([tensor])
         if not saved:
             for value in self.state[tensor].values():
@@ -71,7 +71,7 @@ def _zeros_like(tensor: Tensor) -> Tensor:
 
 
 def check_moment(key: str, moment: Tensor, tensor: Tensor) -> None:
-    """Raises ValueError for moments that are not this partition's."""
+    """Raises ValueError unless ``moment`` has the shape of its partition."""
     if moment.shape != tensor.shape:
         raise ValueError(
             f"{key} of shape {tuple(moment.shape)} does not fit a partition of shape {tuple(tensor.shape)}: the "
@@ -80,11 +80,11 @@ def check_moment(key: str, moment: Tensor, tensor: Tensor) -> None:
         )
 
 
-class Stepped:
-    """The partitions that one call of ``step()`` updates together, and what stays the same from call to call.
+class StepTensors:
+    """The partitions that one call of ``step()`` updates together, and their constant bookkeeping.
 
-    ``params``: the optimizer's parameters that lie in them on any rank; a "row" is a place in it. No memory is held
-    between calls: DeepSpeed may move its buffers, or want them freed (offload_states).
+    ``params``: the optimizer's parameters with a segment in them on any rank; a "row" is an index into it. Keeps no
+    memory between calls: DeepSpeed may move its buffers, or free them (offload_states).
     """
 
     def __init__(self, partitions: Sequence[Partition], table: OptionTable, skips: SkipCounter) -> None:
@@ -95,64 +95,65 @@ class Stepped:
         self._rows_of = [[row[param] for param in partition.params] for partition in partitions]
         owner = {r: i for i, rows in enumerate(self._rows_of) for r in rows}
         self._owner = torch.tensor([owner[r] for r in range(len(row))], device=self.device)
-        self._cuts = [_Cuts.of(partition, row) for partition in partitions]
+        self._splits = [_Splits.of(partition, row) for partition in partitions]
 
     def shards(self, state: State) -> list[ScatteredShard]:
-        """This rank's memory, one shard for each combination of dtypes; none where it holds padding only."""
+        """This rank's memory, one shard per combination of dtypes; none for a partition of padding only."""
         by_dtype: dict[tuple[torch.dtype, ...], tuple[list[int], list[list[Tensor]]]] = {}
-        for partition, cuts in zip(self.partitions, self._cuts, strict=True):
-            if cuts.rows:
+        for partition, splits in zip(self.partitions, self._splits, strict=True):
+            if splits.rows:
                 memory = _memory(partition.tensor, state)
                 rows, columns = by_dtype.setdefault(tuple(x.dtype for x in memory), ([], [[], [], [], []]))
-                rows += cuts.rows
+                rows += splits.rows
                 for column, flat in zip(columns, memory, strict=True):
-                    column += torch.split(flat, cuts.sizes)[1::2]
+                    column += torch.split(flat, splits.sizes)[1::2]
         return [ScatteredShard(tuple(rows), *columns) for rows, columns in by_dtype.values()]
 
     def present(self) -> list[bool]:
-        """[rows] whether a parameter has a gradient; in a flat partition all have one, if only of zeros."""
-        given = [False] * len(self.params)
+        """[rows] whether a parameter has a gradient; in a flat partition all have one, possibly zeros."""
+        present = [False] * len(self.params)
         for partition, rows in zip(self.partitions, self._rows_of, strict=True):
             for row in rows:
-                given[row] = partition.tensor.grad is not None
-        return given
+                present[row] = partition.tensor.grad is not None
+        return present
 
-    def next_steps(self, moved: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """([rows], [partitions]) fp64 step counts: a partition counts a step in which any of its parameters moves."""
+    def next_steps(self, updated: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """([rows], [partitions]) fp64 step counts: a partition counts a step that updates any of its parameters."""
         advanced = torch.zeros(len(self.partitions), dtype=torch.float64, device=self.device)
-        advanced.index_add_(0, self._owner, moved.to(torch.float64))
+        advanced.index_add_(0, self._owner, updated.to(torch.float64))
         steps = torch.stack([state[p.tensor]["step"] for p in self.partitions]) + (advanced > 0)
         return steps[self._owner], steps
 
     def write_steps(self, steps: Tensor, state: State) -> None:
-        """``steps``: [partitions]."""
+        """Store ``steps`` [partitions] in the state."""
         torch._foreach_copy_([state[p.tensor]["step"] for p in self.partitions], list(steps.unbind()))
 
 
 @dataclass(frozen=True, slots=True)
-class _Cuts:
-    """A flattened partition as what lies between segments and segments, in turns; the rows of the segments."""
+class _Splits:
+    """Sizes that split a flattened partition into alternating gaps and segments, and the segments' rows."""
 
     sizes: list[int]
     rows: list[int]
 
     @staticmethod
-    def of(partition: Partition, row: Mapping[int, int]) -> "_Cuts":
-        sizes, rows, at = [], [], 0
+    def of(partition: Partition, row: Mapping[int, int]) -> "_Splits":
+        sizes, rows, end = [], [], 0
         for segment in sorted(partition.segments, key=lambda segment: segment.shard_start):
             if segment.length:
-                sizes += [segment.shard_start - at, segment.length]
+                sizes += [segment.shard_start - end, segment.length]
                 rows.append(row[segment.param])
-                at = segment.shard_start + segment.length
-        return _Cuts([*sizes, partition.tensor.numel() - at], rows)
+                end = segment.shard_start + segment.length
+        return _Splits([*sizes, partition.tensor.numel() - end], rows)
 
 
 def params_of(partitions: Sequence[Partition]) -> tuple[int, ...]:
+    """All parameters with a segment in ``partitions`` on any rank, ascending."""
     return tuple(sorted({param for partition in partitions for param in partition.params}))
 
 
 def _memory(tensor: Tensor, state: State) -> list[Tensor]:
-    """Weight, gradient (0 where there is none: that parameter's coefficients are 0) and moments, flattened."""
+    """Weight, gradient (zeros if missing: that parameter's coefficients are 0) and moments, flattened."""
     own, strides = state[tensor], memory_strides(tensor)
     grad = tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)
     return [flattened(x, strides) for x in (tensor.detach(), grad, own["exp_avg"], own["exp_avg_sq"])]

@@ -1,0 +1,34 @@
+"""Imported by the server that the harness forks its workers from, so that a worker starts with all of it in memory."""
+
+import contextlib
+import gc
+import importlib
+import sys
+from pathlib import Path
+
+# None of these starts a thread. Those that are not installed are left out.
+NAMES = [
+    "pytest",
+    "torch",
+    "torch._dynamo",  # the first step of an optimizer imports it
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "sharded_lamb",
+    "sharded_lamb.checkpoint",
+    "tests.harness",
+    "tests.training",
+    "transformers.models.bert.modeling_bert",
+]
+if not Path("/dev/nvidiactl").exists():
+    NAMES.append("deepspeed")  # it asks CUDA for devices, after which no fork can use them
+
+for _name in NAMES:
+    with contextlib.suppress(ImportError):
+        importlib.import_module(_name)
+if "deepspeed" in sys.modules:
+    # Collectives for inference. DeepSpeed compiles them when the first engine starts, which takes a minute, and a
+    # worker that is killed meanwhile leaves a lock that all later ones wait for. Launchers' tests use them.
+    sys.modules["deepspeed"].ops.__compatible_ops__["deepspeed_shm_comm"] = False
+gc.collect()
+gc.freeze()  # collections in a worker neither look at this nor copy its pages
