@@ -155,9 +155,11 @@ def test_fails_on_what_is_planted(planted, says: str, stage: int) -> None:
 
 
 def unaveraged_stage_1(rank: int) -> Verdict:
-    from sharded_lamb.verify import _Run
+    from sharded_lamb.verify import _Comparison
 
-    with mock.patch.object(_Run, "averaged", lambda self, step, index: self.gradient(step, rank, index)):
+    with mock.patch.object(
+        _Comparison, "averaged", lambda self, step, index: self.gradient(step, rank, index)
+    ):
         return verify_here(rank, 1, "float32")
 
 
