@@ -91,7 +91,7 @@ class _Runs:
                 print(f"study.json: {_called(there[0])} has another configuration: trained anew", flush=True)
             metrics = run(one, "auto", self.ranks).metrics
             if metrics is None:
-                raise ValueError("the study was asked to stop; start it again to go on with what is missing")
+                raise ValueError("the study was asked to stop; start it again to train the missing runs")
             head = {"optimizer": optimizer, "batch": batch, "lr": lr, "steps": one.phases[0].steps}
             found = {**head, "config_digest": digest, **metrics}
             self.saved = [row for row in self.saved if row not in there] + [found]
