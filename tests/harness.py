@@ -9,7 +9,7 @@ or where the groups cannot be renewed, the workers are killed and the next use s
 results travel as plain pickles: tensors arrive as copies, no memory is shared.
 
 `case` must be a module-level function (workers import it by name). Every case starts with the same seeds,
-default dtype and environment, and without the process groups that earlier cases made.
+default dtype and environment, and without the process groups that earlier cases made, DeepSpeed's among them.
 """
 
 import atexit
@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import faulthandler
 import gc
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -47,6 +48,7 @@ _RENEWAL_TIMEOUT = 10.0
 _GRACE_AFTER_ERROR = 5.0
 # Groups whose connections stay open poll them from threads of their own, which slow all later cases.
 _MOST_THREADS = 24
+_LINEAR = torch.nn.functional.linear  # ZeRO-3 replaces it
 # Above any case's own timeout, so that the harness and not gloo decides when a case hangs.
 _GROUP_TIMEOUT = timedelta(minutes=29)  # not the default, so that a test can tell
 
@@ -370,6 +372,9 @@ def _clean_up_after_last_case(environment: dict[str, str]) -> None:
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
     _clear_sharding_prop_cache()  # DTensor keeps specs, with meshes of the groups that are gone
+    if deepspeed_groups := sys.modules.get("deepspeed.utils.groups"):
+        importlib.reload(deepspeed_groups)  # its globals keep groups that are gone
+    torch.nn.functional.linear = _LINEAR
     if os.environ != environment:
         os.environ.clear()
         os.environ.update(environment)

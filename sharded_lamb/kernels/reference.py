@@ -62,7 +62,6 @@ class _Chunk:
         return Coefficients(*([rows[:, column : column + 1]] for column in range(len(COLUMNS))))
 
     masters: StateFormat
-    moments: StateFormat
     has_model = False
     """Whether masters are separate from the model's weights."""
 
@@ -80,13 +79,15 @@ class _Chunk:
 
     def load_moment(self, kind: str) -> Tensor:
         """A moment in the compute dtype; a copy, unless it is stored as such."""
-        return self.moments.decode(self.stored(kind), None).to(self.table.dtype)
+        stored = self.stored(kind)
+        return formats.of_memory(stored.dtype).decode(stored, None).to(self.table.dtype)
 
     def store_moment(self, kind: str, value: Tensor) -> Tensor:
         """Store ``value`` and return it as it reads back, rounded to the storage dtype."""
-        stored, _ = self.moments.encode(value)
+        memory = self.stored(kind).dtype
+        stored, _ = formats.of_memory(memory).encode(value)
         self.write(kind, stored)
-        return value if self.moments.storage == value.dtype else self.load_moment(kind)
+        return value if memory == value.dtype else self.load_moment(kind)
 
     def resync_masters(self) -> None:
         """Replace masters of weights that the user wrote; a format beside the weight needs no resync."""
@@ -116,7 +117,6 @@ class _FlatChunk(_Chunk):
         self.flat, self.span = flat, slice(low * BLOCK, (low + len(block_param)) * BLOCK)
         self.has_model = flat["model"] is not None
         self.masters = formats.of_memory(self.stored("weight").dtype)
-        self.moments = formats.of_memory(self.stored("exp_avg").dtype)
 
     def stored(self, kind: str) -> Tensor:
         flat = self.flat[kind]
@@ -137,7 +137,7 @@ class _PackedChunk(_Chunk):
     ) -> None:
         super().__init__(table, block_param)
         self.shard, self.runs, self.has_model = shard, runs, shard.model is not None
-        self.masters, self.moments = shard.master_format, formats.of_memory(shard.exp_avg[0].dtype)
+        self.masters = shard.master_format
         self.sizes = [size for run in runs for size in (run.length, run.padding)]
 
     def _slices(self, kind: str) -> list[Tensor]:

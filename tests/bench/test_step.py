@@ -118,14 +118,9 @@ def test_the_compiled_one_is_lamb() -> None:
 
 
 def engines(rank: int) -> dict[str, list[Tensor]]:
-    from deepspeed.utils import groups
-
-    from tests.deepspeed.cases import forget
-
     found = {}
     setting = Setting(Workload(shapes.bert(1, 32, 128), rank, CPU), 2)
     for kind in (OURS[2], PEERS["deepspeed1-timm"], PEERS["deepspeed2-ours"]):
-        forget(groups)
         found[kind.name] = trained(kind, setting)
     return found
 

@@ -4,10 +4,8 @@ These functions run on a rank, in the harness's workers, and import DeepSpeed th
 """
 
 import copy
-import importlib
 import re
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -101,20 +99,12 @@ def config(
 def start(ds_config: dict[str, Any], model: nn.Module | None = None, **keywords: Any) -> Any:
     """An engine; importing the plugin registers it, without any other setup of DeepSpeed."""
     import deepspeed
-    from deepspeed.utils import groups
 
     import sharded_lamb.deepspeed  # noqa: F401
 
-    forget(groups)
     deepspeed.logger.setLevel("ERROR")
     model = tiny() if model is None else model
     return deepspeed.initialize(model=model, config=copy.deepcopy(ds_config), **keywords)[0]
-
-
-def forget(groups: ModuleType) -> None:
-    """Let DeepSpeed create new process groups, since an earlier case's are destroyed; undo ZeRO-3's replacement."""
-    importlib.reload(groups)
-    nn.functional.linear = LINEAR
 
 
 def stop(engine: Any) -> None:

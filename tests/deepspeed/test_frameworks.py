@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -70,11 +69,10 @@ class Watch:
         }
 
 
-def begin_anew(groups: ModuleType) -> None:
+def begin_anew() -> None:
     """Reset Accelerate's per-process state; set the variable that `accelerate launch` sets for DeepSpeed."""
     from accelerate.state import AcceleratorState, PartialState
 
-    cases.forget(groups)
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
@@ -82,12 +80,11 @@ def begin_anew(groups: ModuleType) -> None:
 
 def with_trainer(rank: int, stage: int, folder: str) -> dict[str, Any]:
     import deepspeed
-    from deepspeed.utils import groups
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     import sharded_lamb.deepspeed  # noqa: F401
 
-    begin_anew(groups)
+    begin_anew()
     watches = []
 
     class Begin(TrainerCallback):
@@ -134,11 +131,10 @@ def test_trainer(stage: int, tmp_path: Path) -> None:
 def with_accelerate(rank: int, stage: int) -> dict[str, Any]:
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import DummyOptim
-    from deepspeed.utils import groups
 
     import sharded_lamb.deepspeed  # noqa: F401
 
-    begin_anew(groups)
+    begin_anew()
     params = {**cases.LAMB, "exclude_from_weight_decay": ["bias$", "norm"]}
     plugin = DeepSpeedPlugin(hf_ds_config=cases.config(stage, params=params))
     accelerator = Accelerator(deepspeed_plugin=plugin)

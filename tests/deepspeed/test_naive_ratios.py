@@ -4,16 +4,12 @@ import argparse
 
 import pytest
 
-from tests.deepspeed import cases
 from tests.harness import run_ranks
 
 
 def measure(rank: int, stage: int) -> tuple[dict[str, float], dict[str, float]]:
-    from deepspeed.utils import groups
-
     from sharded_lamb.bench.naive_ratios import quotients
 
-    cases.forget(groups)
     arguments = argparse.Namespace(layers=1, hidden=64, batch=1, steps=3, seed=0)
     return quotients(stage, True, arguments), quotients(stage, False, arguments)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sharded_lamb.core.layout import BLOCK, Segment
@@ -57,8 +57,13 @@ def form_lists(draw: st.DrawFn) -> list[Form]:
     return forms
 
 
+MIXED = Form(False, (700,), torch.float32, None, torch.float32, torch.float32, torch.bfloat16)
+"""Moments of two dtypes."""
+
+
 @settings(max_examples=15)
 @given(form_lists(), st.integers(0, 99), st.booleans())
+@example([MIXED], 0, False)
 def test_bits_are_the_references(forms: list[Form], seed: int, bad: bool) -> None:
     """Any dtypes, lengths and forms in one call; nan gradients with a scale of 0; weights that the user wrote."""
     assert_same(stepped(TritonKernel(), forms, seed, bad), stepped(ReferenceKernel(), forms, seed, bad))
