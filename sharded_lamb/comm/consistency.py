@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from sharded_lamb import faults
@@ -26,11 +27,19 @@ _constructed: Counter[str] = Counter()
 Description = list[tuple[str, Any]]
 
 
-def check_consistency(topology: Topology, description: Description, timeout_s: float | None = None) -> None:
+def check_consistency(
+    topology: Topology,
+    description: Description,
+    timeout_s: float | None = None,
+    *,
+    subject: str = "what they optimize",
+    remedy: str = "Construct the same model and optimizer on every rank",
+) -> None:
     """Compare ``description`` over ``topology.everyone``; returns on all ranks or raises on all ranks.
 
     Args:
         description: (label, value) pairs, JSON-serializable, e.g. ("parameter 0", ["fc.weight", [3, 4], …]).
+        subject, remedy: for the message if ranks disagree.
 
     Raises:
         RuntimeError: ranks did not call this within ``timeout_s`` seconds; the message names them.
@@ -45,7 +54,7 @@ def check_consistency(topology: Topology, description: Description, timeout_s: f
     key = hashlib.sha256(ranks.encode()).hexdigest()[:16]
     prefix = f"sharded_lamb/{key}/{_constructed[ranks]}"
     store = PrefixStore(prefix, dist.distributed_c10d._get_default_store())
-    agreement = _Agreement(store, topology, timeout_s)
+    agreement = _Agreement(store, topology, timeout_s, f"ranks disagree on {subject}:", remedy)
     text = json.dumps(description)
     if topology.rank == 0:
         agreement.lead(text)
@@ -56,7 +65,10 @@ def check_consistency(topology: Topology, description: Description, timeout_s: f
 class _Agreement:
     """Exchanges digests; only if they differ, the first rank's description and the other ranks' differences."""
 
-    def __init__(self, store: Store, topology: Topology, timeout_s: float) -> None:
+    def __init__(
+        self, store: Store, topology: Topology, timeout_s: float, disagreement: str, remedy: str
+    ) -> None:
+        self.disagreement, self.remedy = disagreement, remedy
         self.store, self.everyone, self.rank = store, topology.everyone, topology.rank
         self.timeout_s = timeout_s
 
@@ -82,7 +94,7 @@ class _Agreement:
         answered = [f"difference/{rank}" for rank in unlike]
         absent = self._await(answered)
         lines = [self.store.get(key).decode() for key in answered if key not in absent]
-        self._conclude("ranks disagree on what they optimize:\n" + "\n".join(lines))
+        self._conclude("\n".join([self.disagreement, *lines]))
 
     def follow(self, text: str) -> None:
         """Any other rank: publish the digest, wait for the verdict."""
@@ -120,12 +132,10 @@ class _Agreement:
             self.store.set("verdict", "absent")
         self._raise(message)
 
-    @staticmethod
-    def _raise(message: str) -> None:
-        kind = ValueError if message.startswith("ranks disagree") else RuntimeError
-        raise kind(
-            message + ("\nConstruct the same model and optimizer on every rank" if kind is ValueError else "")
-        )
+    def _raise(self, message: str) -> None:
+        if message.startswith("ranks disagree"):
+            raise ValueError(f"{message}\n{self.remedy}")
+        raise RuntimeError(message)
 
     def _await(self, keys: Sequence[str], timeout_s: float | None = None) -> set[str]:
         """Wait for all ``keys``; returns those that are missing after ``timeout_s``."""
@@ -168,8 +178,11 @@ def propagate_errors(topology: Topology, *, always: bool = False) -> Iterator[No
         check_consistency(topology, [("construction", "ok")])
 
 
-def describe_group(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's options, JSON-serializable."""
-    options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-    lr = options["lr"]
-    return {**{key: repr(value) for key, value in options.items()}, "lr": repr(float(lr))}
+def describe_groups(groups: Sequence[Mapping[str, Any]]) -> Description:
+    """The groups' options, one entry each. Reads a learning rate that is a tensor."""
+    described: Description = []
+    for index, group in enumerate(groups):
+        options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        options["lr"] = float(options["lr"]) if isinstance(options["lr"], Tensor) else options["lr"]
+        described += [(f"options of group {index}: {key}", repr(value)) for key, value in options.items()]
+    return described

@@ -7,7 +7,7 @@ from typing import Any
 from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert.common import Converted, Note
 from sharded_lamb.core.names import matching
-from sharded_lamb.optim.base import effective_patterns
+from sharded_lamb.core.options import effective_patterns
 
 
 @dataclass(frozen=True)

@@ -43,17 +43,18 @@ def large_sends(
     return sends
 
 
-def small_sends(parameters: int, sums: int, *, agreements: int) -> list[int]:
+def small_sends(parameters: int, sums: int, *, digest: int, agreements: int) -> list[int]:
     """Bytes of the packed fp64 all-reduces of a step on several ranks.
 
-    ``sums``: `sharded_lamb.core.rule.SUMS` per parameter.
-
-    ``agreements``: number of times that all-reduce (a) is made; 0: (a) is packed into (b), see
-    `sharded_lamb.gradients.summary`.
+    Args:
+        sums: `sharded_lamb.core.rule.SUMS` per parameter.
+        digest: `sharded_lamb.comm.step_agreement.SLOTS`, in (b).
+        agreements: number of times that all-reduce (a) is made; 0: (a) is packed into (b), see
+            `sharded_lamb.gradients.summary`.
     """
     if not agreements:
-        return [(2 + sums) * parameters * 8]
-    return [(3 * parameters + 1) * 8] * agreements + [sums * parameters * 8]
+        return [((2 + sums) * parameters + digest) * 8]
+    return [(3 * parameters + 1) * 8] * agreements + [(sums * parameters + digest) * 8]
 
 
 def staging_bytes(buckets: Sequence[tuple[Bucket, Widths]], *, in_flight: int, sums_here: bool) -> int:

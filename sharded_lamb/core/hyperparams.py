@@ -3,11 +3,13 @@
 Plain values; imports no torch.
 """
 
+import decimal
 import difflib
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Final, Literal, TypedDict
+from typing import Any, Final, Literal, NoReturn, TypedDict
 
 from sharded_lamb.core.names import validate_patterns
 
@@ -49,6 +51,11 @@ DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
 """Options with a default per variant; all but ``max_grad_norm`` may differ between groups."""
 
 GROUP_OPTIONS: Final = tuple(name for name in DEFAULTS if name != "max_grad_norm")
+OPTIONS: Final = (*SCALAR_DEFAULTS, "variant", *GROUP_OPTIONS)
+"""The options that every parameter group holds."""
+
+FLAGS: Final = ("grad_averaging", "adam_w_mode", "eps_inside_sqrt", "adapt_without_decay")
+PATTERN_OPTIONS: Final = ("exclude_from_weight_decay", "exclude_from_layer_adaptation")
 
 
 def _variant(**options: Any) -> Mapping[str, Any]:
@@ -79,7 +86,7 @@ VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 
 def variant_options(name: object) -> Mapping[str, Any]:
     """The options of variant ``name``. Raises ValueError for an unknown name."""
-    if name not in VARIANTS:
+    if not isinstance(name, str) or name not in VARIANTS:
         raise ValueError(f"variant must be one of {sorted(VARIANTS)}, got {name!r}")
     return VARIANTS[str(name)]
 
@@ -100,65 +107,148 @@ def fill(variant: str, explicit: RuleOptions) -> dict[str, Any]:
     return {**options, **explicit}
 
 
-def _fail(name: str, value: object, expected: str) -> None:
-    raise ValueError(f"{name} must be {expected}, got {value!r}")
+FP32_MIN: Final = 2.0**-126
+"""The smallest normal fp32 number. Updates of all but float64 parameters compute in fp32."""
+
+FP32_MAX: Final = (2 - 2.0**-23) * 2.0**127
+BETA_MAX: Final = 1 - 2.0**-25
+"""Moment factors from here on round to 1 in fp32: moments would grow without bound."""
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+def _fail(name: str, value: object, expected: str) -> NoReturn:
+    hint = ""
+    if isinstance(value, str):
+        hint = "; it is a string: convert it with float(), and in YAML write 1.0e-3 instead of 1e-3"
+    raise ValueError(f"{name} must be {expected}, got {value!r}{hint}")
 
 
-def _check_lr(lr: Any) -> None:
-    if hasattr(
-        lr, "numel"
-    ):  # a tensor: reading its value may synchronize with a device, so only its shape is checked
-        if lr.numel() != 1:
-            _fail("lr", tuple(lr.shape), "a number or a tensor of one element")
-    elif not _is_number(lr) or not 0.0 <= lr < math.inf:
-        _fail("lr", lr, "a finite number >= 0 or a tensor of one element")
+def _scalar(value: Any) -> Any:
+    """The Python number of a NumPy scalar, or of an array or tensor of one element; other values unchanged."""
+    if hasattr(value, "item") and hasattr(value, "shape") and math.prod(value.shape) == 1:
+        return value.item()
+    return value
 
 
-def check_max_grad_norm(value: Any) -> None:
-    """Raises ValueError unless ``value`` is None or a number > 0 (apex's 0 silently zeroes gradients)."""
-    if value is not None and (not _is_number(value) or value <= 0):
-        _fail("max_grad_norm", value, "a number > 0, or None for no clipping")
+def number(name: str, value: Any, low: float, high: float, expected: str) -> float:
+    """``value`` as a float, if low <= value <= high.
 
-
-def _check_range(name: str, value: Any) -> None:
-    if value is None:
-        return
-    ok = isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_number(x) for x in value)
-    if not ok or not 0.0 <= value[0] <= value[1] or value[1] == 0.0:
-        _fail(name, value, "None or a pair (low, high) with 0 <= low <= high and high > 0")
-
-
-def validate_group(group: Mapping[str, Any]) -> None:
-    """Validate every option of one parameter group.
+    Takes int, float, Fraction, Decimal, NumPy scalars, and arrays and tensors of one element.
 
     Raises:
-        ValueError: a value is out of range; the message names the option, the value and the expectation.
+        ValueError: it is no number, or out of range.
+    """
+    plain = _scalar(value)
+    try:
+        is_real = isinstance(plain, (numbers.Real, decimal.Decimal)) and not isinstance(plain, bool)
+        result = float(plain) if is_real else math.nan
+    except (OverflowError, ValueError):
+        result = math.nan
+    if not low <= result <= high:
+        _fail(name, value, expected)
+    return result
+
+
+def flag(name: str, value: Any, expected: str = "True or False") -> bool:
+    """``value`` as a bool. Raises ValueError for anything else, numbers and strings included."""
+    plain = _scalar(value)
+    if not isinstance(plain, bool):
+        _fail(name, value, expected)
+    return plain
+
+
+def integer(name: str, value: Any, expected: str) -> int:
+    """``value``, an int or integral scalar, as an int. Raises ValueError for anything else."""
+    plain = _scalar(value)
+    if isinstance(plain, bool) or not isinstance(plain, numbers.Integral):
+        _fail(name, value, expected)
+    return int(plain)
+
+
+def _pair(name: str, value: Any, expected: str) -> tuple[Any, Any]:
+    is_sequence = hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    if not is_sequence or isinstance(value, (str, Mapping)):
+        _fail(name, value, expected)
+    try:
+        first, second = value
+    except (TypeError, ValueError):
+        _fail(name, value, expected)
+    return first, second
+
+
+def learning_rate(lr: Any) -> Any:
+    """``lr`` as a float; a tensor of one element as it is: reading its value may synchronize with a device."""
+    if hasattr(lr, "numel"):
+        if lr.numel() != 1:
+            _fail("lr", tuple(lr.shape), "a number or a tensor of one element")
+        return lr
+    return number("lr", lr, 0.0, FP32_MAX, "a finite number >= 0 or a tensor of one element")
+
+
+def check_max_grad_norm(value: Any, name: str = "max_grad_norm") -> float | None:
+    """``value`` as a float or None. Raises ValueError unless it is None or > 0 (apex's 0 silently zeroes gradients)."""
+    if value is None:
+        return None
+    return number(
+        name, value, FP32_MIN, math.inf, "a number > 0, or None for no clipping; normal in fp32"
+    )
+
+
+def _bounds(name: str, value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    expected = "None or a pair (low, high) with 0 <= low <= high and high > 0"
+    low, high = (number(name, x, 0.0, math.inf, expected) for x in _pair(name, value, expected))
+    if not low <= high or high == 0.0:
+        _fail(name, value, expected)
+    return low, high
+
+
+def _betas(value: Any) -> tuple[float, float]:
+    expected = "a number in [0, 1)"
+    pair = _pair("betas", value, "a pair of numbers (beta1, beta2)")
+    first, second = (
+        number(f"betas[{i}]", beta, 0.0, math.nextafter(1.0, 0.0), expected) for i, beta in enumerate(pair)
+    )
+    for index, beta in enumerate((first, second)):
+        if beta >= BETA_MAX:
+            _fail(f"betas[{index}]", beta, f"{expected} that is not 1 in fp32 (at most 0.99999997)")
+    return first, second
+
+
+def validate_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Validate every option of one parameter group.
+
+    Returns:
+        The options as plain immutable values: floats, bools, strings, tuples; a tensor ``lr`` stays one. Other keys of
+        ``group`` are left out.
+
+    Raises:
+        ValueError: a value is missing or out of range; the message names the option, the value and the expectation.
         TypeError: patterns are not a sequence of strings.
     """
-    _check_lr(group["lr"])
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        _fail("betas", betas, "a pair of numbers (beta1, beta2)")
-    for index, beta in enumerate(betas):
-        if not _is_number(beta) or not 0.0 <= beta < 1.0:
-            _fail(f"betas[{index}]", beta, "a number in [0, 1)")
-    eps = group["eps"]
-    if not _is_number(eps) or not 0.0 < eps < math.inf:
-        _fail("eps", eps, "a finite number > 0 (an element whose gradients were all 0 would divide 0 by 0)")
-    decay = group["weight_decay"]
-    if not _is_number(decay) or not 0.0 <= decay < math.inf:
-        _fail("weight_decay", decay, "a finite number >= 0")
-    if not isinstance(group["bias_correction"], bool) and group["bias_correction"] != "lr":
-        _fail("bias_correction", group["bias_correction"], 'True, False or "lr"')
-    for name in ("grad_averaging", "adam_w_mode", "eps_inside_sqrt", "adapt_without_decay"):
-        if not isinstance(group[name], bool):
-            _fail(name, group[name], "True or False")
-    _check_range("trust_clip", group["trust_clip"])
-    _check_range("weight_norm_clip", group["weight_norm_clip"])
-    validate_patterns("exclude_from_weight_decay", group["exclude_from_weight_decay"])
-    if group["exclude_from_layer_adaptation"] is not None:  # None: the same as exclude_from_weight_decay
-        validate_patterns("exclude_from_layer_adaptation", group["exclude_from_layer_adaptation"])
+    missing = [name for name in OPTIONS if name not in group]
+    if missing:
+        raise ValueError(f"a parameter group lacks the option {missing[0]!r}: it was deleted, or never set")
+    eps = "a finite number > 0, normal in fp32 (an element whose gradients were all 0 would divide 0 by 0)"
+    bias_correction = group["bias_correction"]
+    if not isinstance(bias_correction, str) or bias_correction != "lr":
+        bias_correction = flag("bias_correction", bias_correction, 'True, False or "lr"')
+    variant_options(group["variant"])
+    adaptation = group["exclude_from_layer_adaptation"]
+    if adaptation is not None:  # None: the same as exclude_from_weight_decay
+        adaptation = validate_patterns("exclude_from_layer_adaptation", adaptation)
+    return {
+        "lr": learning_rate(group["lr"]),
+        "betas": _betas(group["betas"]),
+        "eps": number("eps", group["eps"], FP32_MIN, FP32_MAX, eps),
+        "weight_decay": number("weight_decay", group["weight_decay"], 0.0, FP32_MAX, "a finite number >= 0"),
+        "variant": str(group["variant"]),
+        "bias_correction": bias_correction,
+        **{name: flag(name, group[name]) for name in FLAGS},
+        "trust_clip": _bounds("trust_clip", group["trust_clip"]),
+        "weight_norm_clip": _bounds("weight_norm_clip", group["weight_norm_clip"]),
+        "exclude_from_weight_decay": validate_patterns(
+            "exclude_from_weight_decay", group["exclude_from_weight_decay"]
+        ),
+        "exclude_from_layer_adaptation": adaptation,
+    }

@@ -5,7 +5,8 @@ Strings and integers; imports no torch.
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 WRAPPER_INFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 """Inserted anywhere in a name by torch.compile, activation checkpointing and FSDP."""
@@ -15,22 +16,31 @@ BY_SHAPE: dict[str, Callable[[int], bool]] = {"ndim<=1": lambda ndim: ndim <= 1,
 
 
 def normalize(name: str) -> str:
-    """The name in the unwrapped module: ``module._orig_mod.fc.bias`` → ``fc.bias``."""
+    """The name in the unwrapped module: ``module._orig_mod.fc.bias`` → ``fc.bias``; without what `unique` added."""
     for infix in WRAPPER_INFIXES:
         name = name.replace(infix, "")
     while name.startswith("module."):
         name = name.removeprefix("module.")
-    return name
+    return _ADDED.sub("", name)
 
 
-def validate_patterns(option: str, patterns: object) -> tuple[str, ...]:
+_ADDED = re.compile(r" \(group \d+, parameter \d+\)")
+
+
+def unique(name: str, group: int, position: int) -> str:
+    """A name for a parameter whose own ``name`` an earlier one has: two models in one optimizer."""
+    return f"{name} (group {group}, parameter {position})"
+
+
+def validate_patterns(option: str, patterns: Any) -> tuple[str, ...]:
     """``patterns`` as a tuple, each checked once.
 
     Raises:
         ValueError: a pattern is not a regular expression.
         TypeError: ``patterns`` is not a sequence of strings.
     """
-    if isinstance(patterns, str) or not isinstance(patterns, Sequence):
+    is_sequence = hasattr(patterns, "__len__") and hasattr(patterns, "__getitem__")
+    if not is_sequence or isinstance(patterns, (str, bytes, Mapping)):
         raise TypeError(
             f"{option} must be a sequence of patterns, got {patterns!r}; write {option}=({patterns!r},)"
         )
@@ -46,7 +56,7 @@ def validate_patterns(option: str, patterns: object) -> tuple[str, ...]:
                 f"{option}: {pattern!r} is not a regular expression ({error}); "
                 f"patterns are searched with re.search over parameter names"
             ) from error
-    return tuple(patterns)
+    return tuple(map(str, patterns))
 
 
 def matching(patterns: Iterable[str], name: str | None, ndim: int) -> set[str]:

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharded_lamb.core.hyperparams import PATTERN_OPTIONS
+from sharded_lamb.core.names import matching
+from sharded_lamb.core.parameters import NamedParameter, ndim_of
 from sharded_lamb.core.rule import ParameterOptions
 
 
@@ -56,28 +59,29 @@ class _GroupOptions:
         )
 
 
+def effective_patterns(group: Mapping[str, Any], option: str) -> tuple[str, ...]:
+    """The group's patterns; ``exclude_from_layer_adaptation=None`` means the patterns of weight decay."""
+    patterns = group[option]
+    return tuple(group["exclude_from_weight_decay"] if patterns is None else patterns)
+
+
 class OptionTable:
     """The options of all parameters, as tensors on the device of the update.
 
-    A step whose groups hold the same values as in the previous step builds no tensor and copies nothing.
+    Reads the groups, whose options are valid (`sharded_lamb.core.hyperparams.validate_group`), at every call. A step
+    whose groups hold the same values as in the previous step builds no tensor and copies nothing.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[Mapping[str, Any]],
-        group_of: Sequence[int],
-        decays: Sequence[bool],
-        adapts: Sequence[bool],
-        is_fp64: Sequence[bool],
-        device: torch.device,
-    ) -> None:
-        self._groups = groups
+    def __init__(self, rows: Sequence[NamedParameter], device: torch.device) -> None:
+        self._rows, self._device = list(rows), device
+        self._groups = list({id(group): group for _, _, group in rows}.values())
+        index_of = {id(group): index for index, group in enumerate(self._groups)}
+        group_of = [index_of[id(group)] for _, _, group in rows]
         self._group_of = torch.tensor(group_of, dtype=torch.int64, device=device)
-        self._decays = torch.tensor(decays, dtype=torch.float64, device=device)
-        self._adapts = torch.tensor(adapts, dtype=torch.bool, device=device)
-        self._is_fp64 = torch.tensor(is_fp64, dtype=torch.bool, device=device)
-        self._device = device
+        self.is_fp64 = torch.tensor([p.dtype == torch.float64 for _, p, _ in rows], device=device)
         self._of_groups: list[_GroupOptions] | None = None
+        self._patterns: list[list[tuple[str, ...]]] | None = None
+        self._decays = self._adapts = self.is_fp64  # [P] bool, of the patterns
         self._options: ParameterOptions | None = None
         self._lrs: list[float] | None = None
         self._lr: Tensor | None = None
@@ -88,9 +92,22 @@ class OptionTable:
     def options(self) -> ParameterOptions:
         """The groups' current options, one entry per parameter."""
         of_groups = [_GroupOptions.of(group) for group in self._groups]
+        patterns = [
+            [effective_patterns(group, option) for option in PATTERN_OPTIONS] for group in self._groups
+        ]
+        if patterns != self._patterns:
+            self._decays, self._adapts = map(self._unmatched, PATTERN_OPTIONS)
+            self._patterns, self._options = patterns, None
         if self._options is None or of_groups != self._of_groups:
             self._of_groups, self._options = of_groups, self._assemble(of_groups)
         return self._options
+
+    def _unmatched(self, option: str) -> Tensor:
+        """[P] bool: no pattern of ``option`` matches the parameter."""
+        unmatched = [
+            not matching(effective_patterns(g, option), name, ndim_of(p)) for name, p, g in self._rows
+        ]
+        return torch.tensor(unmatched, dtype=torch.bool, device=self._device)
 
     def lr(self) -> Tensor:
         """[P] fp64: each parameter's learning rate; a tensor lr is read on the device, never on the host."""
@@ -119,4 +136,4 @@ class OptionTable:
         without_decay = named.pop("adapts_without_decay").bool()
         l2, decay = named.pop("l2") * self._decays, named.pop("decay") * self._decays
         adapts = self._adapts & (without_decay | (l2 + decay > 0))
-        return ParameterOptions(**named, l2=l2, decay=decay, adapts=adapts, is_fp64=self._is_fp64)
+        return ParameterOptions(**named, l2=l2, decay=decay, adapts=adapts, is_fp64=self.is_fp64)

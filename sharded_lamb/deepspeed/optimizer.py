@@ -13,19 +13,25 @@ LAMB's arithmetic is in the engine, which `ShardedLamb` shares.
 """
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import (
+    _disable_dynamo as run_eagerly,
+)  # torch.compiler.disable imports torch._dynamo at once
 
 from sharded_lamb.comm.collectives import Collectives, Traffic
-from sharded_lamb.comm.consistency import check_consistency, describe_group, propagate_errors
+from sharded_lamb.comm.consistency import Description, check_consistency, describe_groups, propagate_errors
+from sharded_lamb.comm.step_agreement import StepAgreement
 from sharded_lamb.comm.topology import Topology
 from sharded_lamb.core import rule
-from sharded_lamb.core.hyperparams import fill
-from sharded_lamb.core.parameters import NamedParameter, check_parameter
+from sharded_lamb.core.hyperparams import fill, flag, integer, validate_group
+from sharded_lamb.core.options import OptionTable
+from sharded_lamb.core.parameters import NamedParameter, check_parameter, named
 from sharded_lamb.deepspeed import engine_probe, full_state, keys
 from sharded_lamb.deepspeed.mapping import OptimizerPartitions, find_partitions
 from sharded_lamb.deepspeed.proof import prove
@@ -33,13 +39,24 @@ from sharded_lamb.deepspeed.step_tensors import StateKeeper, StepTensors, params
 from sharded_lamb.gradients.summary import GradientSummary, agree
 from sharded_lamb.kernels import Kernel, choose
 from sharded_lamb.kernels.engine import Update, gradient_square_sums
-from sharded_lamb.optim.base import PATTERN_OPTIONS, LambOptimizer
+from sharded_lamb.optim.agreed_options import AgreedLive, AgreedOptions
 from sharded_lamb.optim.skips import SkipCounter
 
 logger = logging.getLogger("sharded_lamb")
 
 
-class DeepSpeedLamb(LambOptimizer):
+@dataclass(slots=True)
+class _Live(AgreedLive):
+    partitions: OptimizerPartitions | None = None
+    is_called: bool = False
+    is_proved: bool = False
+    everyone: Collectives | None = None  # all ranks
+    collectives: Collectives | None = None  # the ranks that share parameters
+    skipped_before: int = 0  # by discarded entries of ``_step_tensors``, or from a checkpoint
+    last_options: list[dict[str, Any]] = field(default_factory=list)
+
+
+class DeepSpeedLamb(AgreedOptions):
     """LAMB for DeepSpeed's engine: ``"optimizer": {"type": "ShardedLamb", "params": {…}}`` in its config.
 
     Every parameter's trust ratio is exact, although ZeRO steps flat partitions in which parameters start and end at any
@@ -72,6 +89,8 @@ class DeepSpeedLamb(LambOptimizer):
         TypeError: an unknown option; a complex, integer or sparse parameter.
     """
 
+    _live: _Live
+    _live_class = _Live
     _clip_remedy = 'set "gradient_clipping" at the top of the DeepSpeed config to'
     _name_remedy = (
         "DeepSpeed passes none, and neither its engine nor sharded_lamb.deepspeed.initialize constructed this "
@@ -99,30 +118,34 @@ class DeepSpeedLamb(LambOptimizer):
         self._check_clipping(fill(variant, rule_options)["max_grad_norm"], clip, engine is not None)
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         scalars = {**keys.scalar_defaults(variant), **{k: v for k, v in given.items() if v is not None}}
-        if max_consecutive_skips < 1:
+        self._skip_nonfinite = flag("skip_nonfinite", skip_nonfinite)
+        self._max_skips = integer("max_consecutive_skips", max_consecutive_skips, "an int >= 1")
+        if self._max_skips < 1:
             raise ValueError(f"max_consecutive_skips must be >= 1, got {max_consecutive_skips!r}")
-        self._skip_nonfinite, self._max_skips = skip_nonfinite, max_consecutive_skips
         super().__init__(
             engine_probe.with_names(params, engine), scalars, variant, {**rule_options, "max_grad_norm": clip}
         )
         self._rows: list[NamedParameter] = list(self._named_parameters())
         for name, p, _ in self._rows:
             check_parameter(name, p)
+        self._names = {id(group): list(named(group)) for group in self.param_groups}
         for group in self.param_groups:  # DeepSpeed replaces "params", so the names would no longer match
             group.pop("param_names", None)
         self._groups = list(self.param_groups)  # DeepSpeed's steps replace the list, but not the groups
         self._state_keeper = StateKeeper(self.state)
         self._kernels: dict[torch.device, Kernel] = {}  # partitions may be on several devices: offload
-        self._partitions: OptimizerPartitions | None = None
-        self._called = self._proved = False
-        self._everyone: Collectives  # all ranks
-        self._collectives: Collectives  # the ranks that share parameters
         self._step_tensors: dict[tuple[int, ...], StepTensors] = {}  # by the ids of the stepped tensors
-        self._skipped_before = 0  # by discarded entries of ``_step_tensors``, or from a checkpoint
         self._last: dict[
             tuple[int, ...], tuple[Tensor, Tensor]
         ] = {}  # parameters of a call → ratios, updated
-        self._last_options = self._current_options()
+        self._accept_options()
+        self._live.last_options = self._current_options()
+
+    def _groups_of_options(self) -> list[dict[str, Any]]:
+        return self._groups if self._constructed else self.param_groups
+
+    def _members(self, group: Mapping[str, Any]) -> Iterable[tuple[str | None, Tensor]]:
+        return self._names[id(group)] if self._constructed else named(group)
 
     @staticmethod
     def _check_clipping(wanted: float | None, clip: float | None, known: bool) -> None:
@@ -154,6 +177,7 @@ class DeepSpeedLamb(LambOptimizer):
 
     # -- the step -----------------------------------------------------------------------------------
 
+    @run_eagerly
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One LAMB step of the tensors that DeepSpeed put into the groups. Collective under ZeRO. Returns the loss.
@@ -171,19 +195,19 @@ class DeepSpeedLamb(LambOptimizer):
             return loss
         partitions = self._find_partitions()
         self._ensure_state(partitions)
-        first, self._called = not self._called, True
+        first, self._live.is_called = not self._live.is_called, True
         if first and self._is_probe(partitions):
             return loss
-        if not self._proved:
+        if not self._live.is_proved:
             prove(self._rows, partitions, self._everyone)
-            self._proved = True
+            self._live.is_proved = True
         self._update(self._step_tensors_of(tensors, partitions))
-        self._last_options = self._current_options()
+        self._live.last_options = self._current_options()
         return loss
 
     def _find_partitions(self) -> OptimizerPartitions:
         """This rank's partitions. Collective at the first call, which maps and compares them."""
-        if self._partitions is None:
+        if self._live.partitions is None:
             world = Topology.of(None, None)
             with propagate_errors(world):
                 partitions = find_partitions(self, self._rows, self._groups)
@@ -192,19 +216,26 @@ class DeepSpeedLamb(LambOptimizer):
             check_consistency(world, self._description(partitions))
             here = (world.global_rank,)
             device = engine_probe.accelerator_device()
-            self._everyone = Collectives(world, device)
+            self._live.everyone = Collectives(world, device)
             alone = Topology(here, here, here, world.global_rank)
-            self._collectives = self._everyone if partitions.sharded else Collectives(alone, device)
-            self._partitions = partitions
+            self._live.collectives = self._everyone if partitions.sharded else Collectives(alone, device)
+            self._live.agreement = StepAgreement(self._collectives)
+            self._live.partitions = partitions
             if world.rank == 0:
                 logger.info(self._summary(partitions, len(world.everyone)))
-        return self._partitions
+        return self._live.partitions
 
-    def _description(self, partitions: OptimizerPartitions) -> list[tuple[str, Any]]:
-        description: list[tuple[str, Any]] = [("construction", "ok"), ("partitions", partitions.kind)]
-        description += [
-            (f"options of group {i}", describe_group(group)) for i, group in enumerate(self._groups)
-        ]
+    @property
+    def _everyone(self) -> Collectives:
+        return cast(Collectives, self._live.everyone)  # since the first step
+
+    @property
+    def _collectives(self) -> Collectives:
+        return cast(Collectives, self._live.collectives)
+
+    def _description(self, partitions: OptimizerPartitions) -> Description:
+        description: Description = [("construction", "ok"), ("partitions", partitions.kind)]
+        description += describe_groups(self._groups)
         description += [
             (f"parameter {i}", [name, list(getattr(p, "ds_shape", p.shape)), str(p.dtype)])
             for i, (name, p, _) in enumerate(self._rows)
@@ -237,31 +268,38 @@ class DeepSpeedLamb(LambOptimizer):
             rows = [self._rows[param] for param in params_of(stepped)]
             device = tensors[0].device
             self._step_tensors[key] = StepTensors(
-                stepped, self._option_table(rows, device), SkipCounter(device, self._max_skips)
+                stepped, OptionTable(rows, device), SkipCounter(device, self._max_skips)
             )
         return self._step_tensors[key]
 
     def _update(self, tensors: StepTensors) -> None:
-        tensors.skips.check([self._rows[param][0] for param in tensors.params])
+        if tensors.skips.check([self._rows[param][0] for param in tensors.params]):
+            self._raise_disagreement()
+        problem = self._option_problem(alone=self._collectives.world_size == 1)
         shards = tensors.shards(self.state)
         summary = self._gradient_summary(tensors, shards) if self._skip_nonfinite else None
         updated = torch.tensor(tensors.present()).to(tensors.device, non_blocking=True)
         if summary is not None:
             skip = summary.bad.any()
-            tensors.skips.record(skip, summary.bad)
             # DeepSpeed passes zeros if no rank has a gradient; decay alone would shrink the weight by η per step.
             updated = (summary.square_sums > 0) & ~skip
             if tensors.device.type == "cpu" and skip:
+                tensors.skips.record(skip, summary.bad)
                 self._record(tensors, torch.ones(len(updated)), updated)
                 return
+        if problem is not None:
+            sums = torch.zeros(len(rule.SUMS), len(updated), dtype=torch.float64, device=tensors.device)
+            self._all_reduce_agreed([sums], problem)
         step, counts = tensors.next_steps(updated, self.state)
         options, one = tensors.table.options(), torch.ones((), dtype=torch.float64, device=tensors.device)
         kernel = self._kernel_on(tensors.device)
         update = Update(kernel, shards, options, step=step, active=updated, grad_scale=one)
         square_sums = update.moments_and_norms()
-        self._collectives.all_reduce_small(square_sums)
+        differs = self._all_reduce_agreed([square_sums])
+        bad = torch.zeros_like(updated) if summary is None else summary.bad
+        tensors.skips.record(bad.any(), bad, differs)
         ratios = rule.ratios_of_sums(square_sums, options)
-        for _ in update.apply(rule.step_sizes(tensors.table.lr(), ratios, options, step, updated)):
+        for _ in update.apply(rule.step_sizes(tensors.table.lr(), ratios, options, step, updated & ~differs)):
             pass  # DeepSpeed all-gathers the partitions after the step
         tensors.write_steps(counts, self.state)
         self._record(tensors, ratios, updated)
@@ -291,13 +329,10 @@ class DeepSpeedLamb(LambOptimizer):
             return
         if partitions.kind == "ZeRO-3":
             self._repair_groups()
-        patterns = [[options[name] for name in PATTERN_OPTIONS] for options in self._current_options()]
-        if patterns != [[options[name] for name in PATTERN_OPTIONS] for options in self._last_options]:
-            self._discard_step_tensors()  # loading a universal checkpoint changed groups' options
 
     def _discard_step_tensors(self) -> None:
         """Call after options or state changed."""
-        self._skipped_before = self.skipped_steps
+        self._live.skipped_before = self.skipped_steps
         self._step_tensors.clear()
 
     def _repair_groups(self) -> None:
@@ -305,7 +340,7 @@ class DeepSpeedLamb(LambOptimizer):
 
         A learning rate that differed between groups keeps its ratio to the first group's.
         """
-        current, last = self._current_options(), self._last_options
+        current, last = self._current_options(), self._live.last_options
         if (
             len(current) < 2
             or any(options != current[0] for options in current)
@@ -371,6 +406,8 @@ class DeepSpeedLamb(LambOptimizer):
         full_state.scatter(self._rows, partitions, self.state, state_dict)
         for group, saved in zip(self._groups, groups[0], strict=True):
             group.update(saved)
+            group.update(validate_group(group))
+        self._accept_options()
         self._discard_step_tensors()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -397,16 +434,16 @@ class DeepSpeedLamb(LambOptimizer):
     @property
     def skipped_steps(self) -> int:
         """Calls of `step` skipped for non-finite gradients, without those that DeepSpeed skips. Synchronizes."""
-        return self._skipped_before + sum(tensors.skips.total for tensors in self._step_tensors.values())
+        return self._live.skipped_before + sum(tensors.skips.total for tensors in self._step_tensors.values())
 
     @skipped_steps.setter
     def skipped_steps(self, total: int) -> None:
-        self._skipped_before += total - self.skipped_steps
+        self._live.skipped_before += total - self.skipped_steps
 
     @property
     def traffic(self) -> Traffic:
         """Collectives and bytes sent by this rank since the first step, by name."""
-        return self._collectives.traffic if self._partitions is not None else Traffic()
+        return self._collectives.traffic if self._live.partitions is not None else Traffic()
 
     def _summary(self, partitions: OptimizerPartitions, ranks: int) -> str:
         tensors = sum(len(partition.params) for partition in partitions.local)

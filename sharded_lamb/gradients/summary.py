@@ -35,7 +35,7 @@ class GradientSummary:
     bad: Tensor  # [P] bool: non-finite
     found_inf: Tensor  # bool
     totals: Tensor | None  # [2, kinds, W] Σg and Σg² of every rank's parts, by kind of `Replicas`
-    agreed: bool = True  # False: this rank's own; see `all_reduce_with_norms`
+    agreed: bool = True  # False: this rank's own; see `summed`
 
     @property
     def any_bad(self) -> Tensor:
@@ -49,6 +49,11 @@ class GradientSummary:
         if scale.ndim:
             return rule.norms((self.square_sums * scale * scale).sum(), is_fp64.all())
         return rule.norms(self.square_sums.sum(), is_fp64.all()) * scale
+
+    def summed(self, square_sums: Tensor, present: Tensor) -> "GradientSummary":
+        """The agreed summary of a `local_summary`, whose [P] sums over ranks are given: (a) packed into (b)."""
+        bad = ~square_sums.isfinite()
+        return replace(self, square_sums=square_sums, present=present, bad=bad, agreed=True)
 
     def joined(self, other: "GradientSummary") -> "GradientSummary":
         """The summary of two sources, which share no parameter."""
@@ -128,19 +133,6 @@ def local_summary(square_sums: Tensor, present: Sequence[bool]) -> GradientSumma
         found_inf=torch.zeros((), dtype=torch.bool, device=square_sums.device),
         totals=None,
         agreed=False,
-    )
-
-
-def all_reduce_with_norms(
-    collectives: Collectives, summary: GradientSummary, norms: Tensor
-) -> GradientSummary:
-    """(a) and (b) in one all-reduce: sum ``norms`` [SUMS, P] over ranks in place, and a `local_summary` with them."""
-    vector = torch.cat([norms, torch.stack([summary.square_sums, summary.present])])
-    collectives.all_reduce_small(vector)
-    norms.copy_(vector[: len(norms)])
-    square_sums, present = vector[len(norms) :]
-    return replace(
-        summary, square_sums=square_sums, present=present, bad=~square_sums.isfinite(), agreed=True
     )
 
 

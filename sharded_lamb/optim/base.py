@@ -2,32 +2,65 @@
 
 import copy
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import operator
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from sharded_lamb.core.hyperparams import (
+    FP32_MAX,
     GROUP_OPTIONS,
+    OPTIONS,
+    PATTERN_OPTIONS,
     RuleOptions,
     check_max_grad_norm,
     fill,
+    learning_rate,
     validate_group,
     variant_options,
 )
-from sharded_lamb.core.names import check_use, matching, needs_names, normalize
-from sharded_lamb.core.options import OptionTable
+from sharded_lamb.core.names import check_use, matching, needs_names, normalize, unique
 from sharded_lamb.core.parameters import NamedParameter, named, ndim_of
 
-PATTERN_OPTIONS = ("exclude_from_weight_decay", "exclude_from_layer_adaptation")
+_CHECKED = tuple(name for name in OPTIONS if name != "lr")  # a schedule writes lr at every step
 
 
-def effective_patterns(group: Mapping[str, Any], option: str) -> tuple[str, ...]:
-    """The group's patterns; ``exclude_from_layer_adaptation=None`` means the patterns of weight decay."""
-    patterns = group[option]
-    return tuple(group["exclude_from_weight_decay"] if patterns is None else patterns)
+@dataclass(slots=True)
+class Live:
+    """The attributes that methods rebind, in one object that an optimizer never replaces.
+
+    Wrappers (Fabric's, Composer's) run the optimizer's methods on themselves: reads reach the optimizer, writes of
+    attributes stay on the wrapper.
+    """
+
+    max_grad_norm: float | None = None
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    checked: list["_CheckedGroup"] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _CheckedGroup:
+    """A group's options when they were last checked."""
+
+    keys: int
+    values: tuple[Any, ...]  # of `_CHECKED`; immutable, so that comparing identities is enough
+    digest: str
+
+    @staticmethod
+    def of(group: Mapping[str, Any]) -> "_CheckedGroup":
+        values = tuple(group[name] for name in _CHECKED)
+        return _CheckedGroup(len(group), values, hashlib.blake2b(repr(values).encode()).hexdigest())
+
+    def is_current(self, group: Mapping[str, Any]) -> bool:
+        return len(group) == self.keys and all(map(operator.is_, map(group.get, _CHECKED), self.values))
+
+    def __getitem__(self, option: str) -> Any:
+        return self.values[_CHECKED.index(option)]
 
 
 class LambOptimizer(Optimizer):
@@ -36,21 +69,59 @@ class LambOptimizer(Optimizer):
     ``max_grad_norm`` (None or > 0) applies to all groups and may change between steps.
     """
 
-    max_grad_norm: float | None
+    _live: Live
+    _live_class: type[Live] = Live
     _clip_remedy = "give the optimizer max_grad_norm"
     _name_remedy = "pass model.named_parameters() instead of model.parameters()"
 
     def __init__(self, params: Any, scalars: dict[str, Any], variant: str, explicit: RuleOptions) -> None:
         """``scalars``: lr, betas, eps, weight_decay. ``explicit``: options that win over the variant's."""
         options = fill(variant, explicit)
-        self.max_grad_norm = options.pop("max_grad_norm")
-        check_max_grad_norm(self.max_grad_norm)
+        self._live = self._live_class(check_max_grad_norm(options.pop("max_grad_norm")))
         self._constructed = False
-        defaults = {**scalars, "variant": variant, **options}
-        validate_group(defaults)
-        super().__init__(params, defaults)
+        super().__init__(params, validate_group({**scalars, "variant": variant, **options}))
         self._constructed = True
-        self._check_patterns(self.param_groups)
+        self._check_patterns(self.param_groups, self.param_groups)
+        self._accept_options()
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The norm at which every step clips; None: none. Raises ValueError when set to another value than > 0."""
+        return self._live.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        self._live.max_grad_norm = check_max_grad_norm(value)
+
+    @property
+    def grad_scale(self) -> Tensor:
+        """GradScaler's loss scale, which it sets for one step. Raises AttributeError if it has set none."""
+        if self._live.grad_scale is None:
+            raise AttributeError("grad_scale is not set")
+        return self._live.grad_scale
+
+    @grad_scale.setter
+    def grad_scale(self, value: Tensor | None) -> None:
+        self._live.grad_scale = value
+
+    @grad_scale.deleter
+    def grad_scale(self) -> None:
+        self._live.grad_scale = None
+
+    @property
+    def found_inf(self) -> Tensor:
+        """Whether GradScaler has found an infinite gradient, as `grad_scale`."""
+        if self._live.found_inf is None:
+            raise AttributeError("found_inf is not set")
+        return self._live.found_inf
+
+    @found_inf.setter
+    def found_inf(self, value: Tensor | None) -> None:
+        self._live.found_inf = value
+
+    @found_inf.deleter
+    def found_inf(self) -> None:
+        self._live.found_inf = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group with its own options, else its variant's, else the optimizer's.
@@ -62,6 +133,21 @@ class LambOptimizer(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"a parameter group must be a dict, got {type(param_group).__name__}")
         group = dict(param_group)
+        self._check_keys(group)
+        if group.get("variant", self.defaults["variant"]) != self.defaults["variant"]:
+            self._fill_from_variant(group)
+        group |= validate_group({**self.defaults, **group})
+        super().add_param_group(group)
+        if self._constructed:
+            try:
+                self._check_patterns(self.param_groups[-1:], self.param_groups[-1:], param_group.keys())
+            except ValueError:
+                self.param_groups.pop()
+                raise
+            self._accept_options()
+
+    def _check_keys(self, group: Mapping[str, Any]) -> None:
+        """Raises ValueError for a misspelt option, or ``max_grad_norm``."""
         if "max_grad_norm" in group:
             raise ValueError(
                 f"max_grad_norm={group['max_grad_norm']!r} in a parameter group: clipping is by the global norm "
@@ -71,17 +157,6 @@ class LambOptimizer(Optimizer):
             near = difflib.get_close_matches(key, [*self.defaults, "params"], n=1, cutoff=0.8)
             if near and key not in ("params", "param_names"):
                 raise ValueError(f"unknown option {key!r} in a parameter group; did you mean {near[0]!r}?")
-        if group.get("variant", self.defaults["variant"]) != self.defaults["variant"]:
-            self._fill_from_variant(group)
-        validate_group({**self.defaults, **{key: value for key, value in group.items() if key != "params"}})
-        super().add_param_group(group)
-        if self._constructed:
-            own = {option for option in PATTERN_OPTIONS if option in param_group}
-            try:
-                self._check_patterns([self.param_groups[-1]], own)
-            except ValueError:
-                self.param_groups.pop()
-                raise
 
     def _fill_from_variant(self, group: dict[str, Any]) -> None:
         options = variant_options(group["variant"])
@@ -94,17 +169,22 @@ class LambOptimizer(Optimizer):
                 f"{self._clip_remedy} {clip} (it is {self.max_grad_norm})"
             )
 
-    def _check_patterns(self, groups: list[dict[str, Any]], only: set[str] | None = None) -> None:
-        """Raises ValueError for patterns that need missing names, or that match no parameter of their groups."""
-        for option in PATTERN_OPTIONS:
-            if only is not None and option not in only:
-                continue
-            groups_of: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-            for group in groups:
-                if group[option]:
-                    groups_of.setdefault(tuple(group[option]), []).append(group)
-            for patterns, members in groups_of.items():
-                params = [pair for group in members for pair in named(group)]
+    def _check_patterns(
+        self,
+        groups: Sequence[dict[str, Any]],
+        changed: Sequence[dict[str, Any]],
+        only: Container[str] = PATTERN_OPTIONS,
+    ) -> None:
+        """Check the patterns of ``changed``, each over all ``groups`` with equal ones.
+
+        Raises:
+            ValueError: patterns need missing names, or match no parameter of their groups.
+        """
+        for option in (option for option in PATTERN_OPTIONS if option in only):
+            for patterns in dict.fromkeys(group[option] for group in changed if group[option]):
+                params = [
+                    pair for group in groups if group[option] == patterns for pair in self._members(group)
+                ]
                 if needs_names(patterns) and any(name is None for name, _ in params):
                     raise ValueError(
                         f"{option}={patterns!r} matches names and the parameters have none: {self._name_remedy}"
@@ -113,28 +193,74 @@ class LambOptimizer(Optimizer):
                 example = next((name for name, _ in params if name is not None), None)
                 check_use(option, patterns, used, example)
 
+    def _members(self, group: Mapping[str, Any]) -> Iterable[tuple[str | None, Tensor]]:
+        """(name or None, parameter) of every parameter of a group."""
+        return named(group)
+
+    def _groups_of_options(self) -> list[dict[str, Any]]:
+        return self.param_groups
+
     def _named_parameters(self) -> Iterator[NamedParameter]:
-        """(name without wrappers' prefixes, parameter, group) in order; unnamed parameters are named by position."""
+        """(name without wrappers' prefixes, parameter, group) in order; no two names are equal.
+
+        An unnamed parameter is named by group and position, a repeated name is followed by them.
+        """
+        seen = set()
         for index, group in enumerate(self.param_groups):
-            for position, (name, p) in enumerate(named(group)):
-                yield (normalize(name) if name is not None else f"group{index}.param{position}"), p, group
+            for position, (given, p) in enumerate(named(group)):
+                name = f"group{index}.param{position}" if given is None else normalize(given)
+                while name in seen:
+                    name = unique(name, index, position)
+                seen.add(name)
+                yield name, p, group
 
-    def _option_table(self, rows: Sequence[NamedParameter], device: torch.device) -> OptionTable:
-        """The options of ``rows`` of `_named_parameters`, in their order."""
-        groups = list({id(group): group for _, _, group in rows}.values())
-        index_of = {id(group): index for index, group in enumerate(groups)}
+    # -- options written into groups ------------------------------------------------------------------
 
-        def unmatched(option: str) -> list[bool]:
-            return [not matching(effective_patterns(g, option), name, ndim_of(p)) for name, p, g in rows]
+    def _accept_options(self) -> None:
+        """Accept all groups' options, which are valid, as they are now."""
+        self._live.checked[:] = map(_CheckedGroup.of, self._groups_of_options())
 
-        return OptionTable(
-            groups,
-            group_of=[index_of[id(group)] for _, _, group in rows],
-            decays=unmatched("exclude_from_weight_decay"),
-            adapts=unmatched("exclude_from_layer_adaptation"),
-            is_fp64=[p.dtype == torch.float64 for _, p, _ in rows],
-            device=device,
-        )
+    def _check_options(self) -> None:
+        """Check options that were written into groups since the last call, and make them plain values.
+
+        Raises:
+            ValueError, TypeError: as at construction, with the group's index; a new ``variant``.
+        """
+        checked = self._live.checked
+        for index, group in enumerate(self._groups_of_options()):
+            lr = group.get("lr")
+            is_plain = type(lr) is float and 0.0 <= lr <= FP32_MAX
+            if not (is_plain and checked[index].is_current(group)):
+                try:
+                    self._check_group(group, checked[index])
+                except (ValueError, TypeError) as error:
+                    raise type(error)(f"parameter group {index}: {error}") from error
+                checked[index] = _CheckedGroup.of(group)
+
+    def _check_group(self, group: dict[str, Any], before: _CheckedGroup) -> None:
+        if before.is_current(group):
+            group["lr"] = learning_rate(group["lr"])
+            return
+        self._check_keys(group)
+        options = validate_group(group)
+        variants = before["variant"], options["variant"]
+        # Loading a checkpoint changes the name together with the options.
+        if variants[0] != variants[1] and all(options[name] == before[name] for name in GROUP_OPTIONS):
+            raise ValueError(
+                f"variant {variants[0]!r} was changed to {variants[1]!r}, but a variant fills options at construction "
+                f"only: write the options that differ (VARIANTS[{variants[1]!r}]), or construct the optimizer anew"
+            )
+        group.update(options)
+        edited = [name for name in PATTERN_OPTIONS if options[name] != before[name]]
+        self._check_patterns(self._groups_of_options(), [group], edited)
+
+    def _option_facts(self) -> tuple[list[Hashable], list[Tensor]]:
+        """The groups' options, equal on all ranks, and the learning rates that the host must not read."""
+        lrs = [group["lr"] for group in self._groups_of_options()]
+        is_remote = [isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in lrs]
+        facts: list[Hashable] = [seen.digest for seen in self._live.checked]
+        facts += [None if remote else float(lr) for lr, remote in zip(lrs, is_remote, strict=True)]
+        return facts, [lr for lr, remote in zip(lrs, is_remote, strict=True) if remote]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the result of `state_dict`; every tensor keeps its own dtype.
@@ -161,6 +287,8 @@ class LambOptimizer(Optimizer):
         """Load checked, saved options; keep this optimizer's parameters and names."""
         for saved, group in zip(saved_groups, self.param_groups, strict=True):
             group.update(copy.deepcopy(_options_of(saved)))
+            group.update(validate_group(group))
+        self._accept_options()
 
     def _check_saved_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         saved_sizes = [len(group["params"]) for group in saved_groups]

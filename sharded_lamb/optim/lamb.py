@@ -6,13 +6,16 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor
+from torch._compile import (
+    _disable_dynamo as run_eagerly,
+)  # torch.compiler.disable imports torch._dynamo at once
 
 from sharded_lamb.core import rule
 from sharded_lamb.core.hyperparams import RuleOptions
 from sharded_lamb.core.options import OptionTable
 from sharded_lamb.core.parameters import check_gradient, check_parameter, named
 from sharded_lamb.core.rule import Coefficients, PerTensor
-from sharded_lamb.optim.base import LambOptimizer
+from sharded_lamb.optim.base import LambOptimizer, Live
 
 
 class Lamb(LambOptimizer):
@@ -50,8 +53,7 @@ class Lamb(LambOptimizer):
     """
 
     _step_supports_amp_scaling = True
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
+    _live: "_Live"
 
     def __init__(
         self,
@@ -66,7 +68,6 @@ class Lamb(LambOptimizer):
     ) -> None:
         scalars = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self._tables: dict[torch.device, OptionTable] = {}
-        self._last: _Step | None = None
         super().__init__(params, scalars, variant, options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -79,10 +80,7 @@ class Lamb(LambOptimizer):
             self.param_groups.pop()
             raise
 
-    def _load_groups(self, saved_groups: list[dict[str, Any]]) -> None:
-        super()._load_groups(saved_groups)
-        self._tables.clear()
-
+    @run_eagerly
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient. Returns the closure's loss, or None.
@@ -94,7 +92,8 @@ class Lamb(LambOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
+        self._check_options()
+        found_inf = self._live.found_inf
         entries = self._entries()
         if entries and not (found_inf is not None and found_inf.item()):
             self._update(entries)
@@ -145,16 +144,16 @@ class Lamb(LambOptimizer):
         for entry, new in zip(entries, w, strict=True):
             if new is not entry.p:
                 entry.p.copy_(new)
-        self._last = _Step([entry.name for entry in entries], ratio[rows], grad_norm)
+        self._live.last = _Step([entry.name for entry in entries], ratio[rows], grad_norm)
 
     def _table(self, device: torch.device) -> OptionTable:
         if device not in self._tables:
-            self._tables[device] = self._option_table(list(self._named_parameters()), device)
+            self._tables[device] = OptionTable(list(self._named_parameters()), device)
         return self._tables[device]
 
     def _gradient_scale(self, g: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
         """(clip factor x inverse loss scale, global norm of the unscaled gradients): fp64 scalars."""
-        loss_scale = getattr(self, "grad_scale", None)
+        loss_scale = self._live.grad_scale
         inverse = torch.ones((), dtype=torch.float64, device=device)
         if loss_scale is not None:
             inverse = loss_scale.to(device, torch.float64).reciprocal()
@@ -173,19 +172,21 @@ class Lamb(LambOptimizer):
         return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
-        super().__setstate__(pickled)
-        self._constructed, self._tables, self._last = True, {}, None
+        state = dict(pickled)
+        live = _Live(state.pop("max_grad_norm"))
+        super().__setstate__(state)
+        self._constructed, self._tables, self._live = True, {}, live
+        self._accept_options()
 
     def trust_ratios(self) -> dict[str, float]:
         """{name: ratio} of the parameters that the last step updated. Reads the device."""
-        return (
-            {} if self._last is None else dict(zip(self._last.names, self._last.ratios.tolist(), strict=True))
-        )
+        last = self._live.last
+        return {} if last is None else dict(zip(last.names, last.ratios.tolist(), strict=True))
 
     @property
     def grad_norm(self) -> float | None:
         """Global norm of the last step's gradients, unscaled and before clipping, or None. Reads the device."""
-        return None if self._last is None else self._last.grad_norm.item()
+        return None if self._live.last is None else self._live.last.grad_norm.item()
 
     def _load_tensors(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
         self.state.clear()
@@ -218,6 +219,14 @@ class _Step:
     names: list[str]
     ratios: Tensor
     grad_norm: Tensor
+
+
+@dataclass(slots=True)
+class _Live(Live):
+    last: _Step | None = None
+
+
+Lamb._live_class = _Live
 
 
 def _square_sums(tensors: list[Tensor], device: torch.device) -> Tensor:

@@ -14,29 +14,33 @@ import logging
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, Unpack
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import (
+    _disable_dynamo as run_eagerly,
+)  # torch.compiler.disable imports torch._dynamo at once
 from torch.distributed.device_mesh import DeviceMesh
 
 from sharded_lamb import kernels
 from sharded_lamb.comm.collectives import Collectives, Traffic
-from sharded_lamb.comm.consistency import Description, check_consistency, describe_group, propagate_errors
+from sharded_lamb.comm.consistency import Description, check_consistency, describe_groups, propagate_errors
 from sharded_lamb.comm.forward_gathers import ForwardGathers, Watch
+from sharded_lamb.comm.step_agreement import StepAgreement
 from sharded_lamb.comm.topology import Topology
 from sharded_lamb.core import rule
 from sharded_lamb.core.hyperparams import RuleOptions, check_max_grad_norm
+from sharded_lamb.core.options import OptionTable
 from sharded_lamb.gradients.averaged import AveragedGradients
 from sharded_lamb.gradients.mixed import MixedGradients
 from sharded_lamb.gradients.reducer import BackwardReducer
 from sharded_lamb.gradients.source import GradientSource, Registration
-from sharded_lamb.gradients.summary import GradientSummary, all_reduce_with_norms, check_present
+from sharded_lamb.gradients.summary import GradientSummary, check_present
 from sharded_lamb.kernels import Kernel
 from sharded_lamb.kernels.engine import Update
-from sharded_lamb.optim.sharded_state import ShardedOptimizer
+from sharded_lamb.optim.sharded_state import LastStep, ShardedOptimizer
 from sharded_lamb.optim.skips import SkipCounter
 from sharded_lamb.sharding.param_store import ParamStore
 from sharded_lamb.sharding.placements import materialized, root_ranks
@@ -44,13 +48,6 @@ from sharded_lamb.sharding.shard_plan import Settings, ShardPlan
 from sharded_lamb.timeline import Timeline
 
 logger = logging.getLogger("sharded_lamb")
-
-
-@dataclass(frozen=True, slots=True)
-class _LastStep:
-    ratios: Tensor  # [P] fp64
-    updated: Tensor  # [P] bool
-    grad_norm: Tensor  # fp64 scalar
 
 
 class ShardedLamb(ShardedOptimizer):
@@ -103,8 +100,6 @@ class ShardedLamb(ShardedOptimizer):
     """
 
     _step_supports_amp_scaling = True
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
 
     def __init__(
         self,
@@ -152,11 +147,7 @@ class ShardedLamb(ShardedOptimizer):
         self._gradients = self._make_gradients()
         self._gathers = ForwardGathers()
         self._skips = SkipCounter(plan.device, max_consecutive_skips)
-        self._clip: Tensor | None = None
-        self._scanned_params: list[Tensor] = []  # all groups' parameters at the last scan for unfrozen ones
-        self._frozen_params: list[Tensor] = []  # those of them that the store lacked
-        self._last: _LastStep | None = None
-        self._summarized = False
+        self._live.agreement = StepAgreement(self._collectives)
         self._register(plan)
 
     # -- parameters ---------------------------------------------------------------------------------
@@ -183,22 +174,18 @@ class ShardedLamb(ShardedOptimizer):
         description: Description = [("construction", "ok"), ("settings", self._settings.described())]
         description.append(("kernel", kernel.name))
         description.append(("max_grad_norm", self.max_grad_norm))
-        description += [
-            (f"options of group {i}", describe_group(group)) for i, group in enumerate(self.param_groups)
-        ]
+        description += describe_groups(self.param_groups)
         description += plan.described(len(store.params))
         check_consistency(store.topology, description)
         return plan, kernel
 
     def _register_unfrozen(self) -> None:
-        store = self._store
+        store, live = self._store, self._live
         now = [p for group in self.param_groups for p in group["params"]]
-        if len(now) == len(self._scanned_params) and all(map(operator.is_, now, self._scanned_params)):
-            if not any(p.requires_grad for p in self._frozen_params):
-                return
-        else:
-            self._scanned_params, self._frozen_params = now, [p for p in now if p not in store.index]
-        if any(p.requires_grad for p in self._frozen_params):
+        scanned = live.scanned_params
+        if len(now) != len(scanned) or not all(map(operator.is_, now, scanned)):
+            live.scanned_params, live.frozen_params = now, [p for p in now if p not in store.index]
+        if any(p.requires_grad for p in live.frozen_params):
             grouped = set(now)
             removed = [name for name, p in zip(store.names, store.params, strict=True) if p not in grouped]
             if removed:
@@ -208,7 +195,7 @@ class ShardedLamb(ShardedOptimizer):
                     f"parameters that the model has then"
                 )
             self._register(self._agreed_plan()[0])
-            self._scanned_params = []
+            live.scanned_params = []
 
     def _register(self, plan: ShardPlan) -> None:
         """Register the plan's parameters. Collective: broadcasts the first rank's weights."""
@@ -216,7 +203,7 @@ class ShardedLamb(ShardedOptimizer):
         self.synchronize()
         self._gradients.settle()
         buckets = store.register(plan, self._collectives)
-        self._table = self._option_table(store.rows, plan.device)
+        self._live.table = OptionTable(store.rows, plan.device)
         first = len(store.params) - len(plan.rows)
         self._gradients.extend(
             Registration(
@@ -233,6 +220,7 @@ class ShardedLamb(ShardedOptimizer):
 
     # -- the step -----------------------------------------------------------------------------------
 
+    @run_eagerly
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One LAMB step on every rank. Collective. Returns the closure's loss, or None.
@@ -253,39 +241,44 @@ class ShardedLamb(ShardedOptimizer):
         if not store.params:
             return loss
         store.check_attached()
-        self._skips.check(store.names)
-        found_inf = getattr(self, "found_inf", None)
-        decides = self._settings.skip_nonfinite or self.max_grad_norm is not None or self._clip is not None
-        may_defer = not decides and found_inf is None
-        self._update(self._gradients.ready(found_inf, may_defer=may_defer), found_inf)
+        live = self._live
+        if self._skips.check(store.names):
+            self._raise_disagreement()
+        problem = self._option_problem(alone=self._collectives.world_size == 1)
+        decides = self._settings.skip_nonfinite or live.max_grad_norm is not None or live.clip is not None
+        may_defer = not decides and live.found_inf is None
+        self._update(self._gradients.ready(live.found_inf, may_defer=may_defer), problem)
         self._gradients.stepped()
-        self._clip = None
-        if not self._summarized and store.topology.rank == 0:
+        live.clip = live.max_norm = None
+        if not live.is_summarized and store.topology.rank == 0:
             logger.info(store.summary(self._table, self._kernel.name, str(self.defaults["variant"])))
-        self._summarized = True
+        live.is_summarized = True
         return loss
 
-    def _update(self, summary: GradientSummary, found_inf: Tensor | None) -> None:
-        store, traffic = self._store, self._collectives.traffic
-        skip = self._must_skip(summary, found_inf)
-        self._skips.record(skip, summary.bad)
+    def _update(self, summary: GradientSummary, problem: Exception | None) -> None:
+        store, traffic, live = self._store, self._collectives.traffic, self._live
+        skip = self._must_skip(summary)
         inverse = self._inverse_scale()
-        is_fp64 = self._table.options().is_fp64
+        is_fp64 = self._table.is_fp64
         grad_norm = summary.norm(is_fp64, inverse)
         updated = (summary.present > 0) & ~skip
         if store.device.type == "cpu" and skip:
-            self._last = _LastStep(torch.ones_like(store.step), updated, grad_norm)
+            self._skips.record(skip, summary.bad)
+            live.last = LastStep(torch.ones_like(store.step), updated, grad_norm)
             return
-        clip = torch.ones_like(grad_norm) if self._clip is None else self._clip
-        clip = clip * rule.clip_factor(grad_norm * clip, self.max_grad_norm)
+        if problem is not None:
+            self._sum_norms(store.step.new_zeros(len(rule.SUMS), len(store.step)), summary, problem)
+        clip = torch.ones_like(grad_norm) if live.clip is None else live.clip
+        clip = clip * rule.clip_factor(grad_norm * clip, live.max_grad_norm)
         options, step = self._table.options(), store.step + updated
         scale = torch.where(skip, torch.zeros_like(clip), inverse * clip)
         update = Update(self._kernel, store.shards(), options, step=step, active=updated, grad_scale=scale)
         with traffic.computing("pass 1"):
             square_sums = update.moments_and_norms()
-        summary = self._sum_norms(square_sums, summary)
+        summary, differs = self._sum_norms(square_sums, summary)
+        self._skips.record(skip, summary.bad, differs)
         ratios = rule.ratios_of_sums(square_sums, options)
-        step_sizes = rule.step_sizes(self._table.lr(), ratios, options, step, updated)
+        step_sizes = rule.step_sizes(self._table.lr(), ratios, options, step, updated & ~differs)
         for index in traffic.computing_each("pass 2", update.apply(step_sizes)):
             if index < len(store.gathers):
                 store.gathers[index].start()
@@ -293,22 +286,31 @@ class ShardedLamb(ShardedOptimizer):
         self._gathers.finish_or_defer(store.gathers, [bucket.params for bucket in store.buckets])
         # backward through a graph from before the step must raise.
         torch.autograd.graph.increment_version(store.params)
-        self._last = _LastStep(ratios, updated, summary.norm(is_fp64, inverse))
+        live.last = LastStep(ratios, updated, summary.norm(is_fp64, inverse))
 
-    def _sum_norms(self, square_sums: Tensor, summary: GradientSummary) -> GradientSummary:
-        """All-reduce (b). Every element counts once: only its owner adds it, other replicas add 0."""
+    def _sum_norms(
+        self, square_sums: Tensor, summary: GradientSummary, problem: Exception | None = None
+    ) -> tuple[GradientSummary, Tensor]:
+        """All-reduce (b). Every element counts once: only its owner adds it, other replicas add 0.
+
+        Returns:
+            The summary, and whether ranks differ in the options of this step: bool scalar, False on a CPU.
+        """
         square_sums *= self._store.owner_mask
-        if summary.agreed:
-            self._collectives.all_reduce_small(square_sums)
-            return summary
-        summary = all_reduce_with_norms(self._collectives, summary, square_sums)
-        if summary.present.device.type == "cpu":
-            world, names = self._collectives.world_size, self._store.names
-            check_present(summary, names, world, dtensors=range(len(names)))
-        return summary
+        parts = [square_sums]
+        if not summary.agreed:
+            parts += [summary.square_sums.clone(), summary.present.clone()]
+        differs = self._all_reduce_agreed(parts, problem)
+        if not summary.agreed:
+            summary = summary.summed(*parts[1:])
+            if summary.present.device.type == "cpu":
+                world, names = self._collectives.world_size, self._store.names
+                check_present(summary, names, world, dtensors=range(len(names)))
+        return summary, differs
 
-    def _must_skip(self, summary: GradientSummary, found_inf: Tensor | None) -> Tensor:
+    def _must_skip(self, summary: GradientSummary) -> Tensor:
         """Bool scalar on the device, the same on every rank."""
+        found_inf = self._live.found_inf
         skip = summary.found_inf | self._gradients.is_partial(summary)
         if self._settings.skip_nonfinite:
             skip = skip | summary.bad.any()
@@ -319,7 +321,7 @@ class ShardedLamb(ShardedOptimizer):
     def _inverse_scale(self) -> Tensor:
         """The factor that unscales the stored gradients: GradScaler's inverse scale, or 1; fp64 scalar, or [P]."""
         inverse = torch.ones((), dtype=torch.float64, device=self._store.device)
-        scale = getattr(self, "grad_scale", None)
+        scale = self._live.grad_scale
         if scale is not None:
             inverse = inverse / scale.to(inverse.device, torch.float64).reshape(())
         unscaled = self._gradients.unscale_factor()
@@ -334,10 +336,11 @@ class ShardedLamb(ShardedOptimizer):
             return averaged
         return MixedGradients(BackwardReducer(collectives, kernel, overlap=self._settings.overlap), averaged)
 
+    @run_eagerly
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero gradients: ``.grad`` and, in stage 2, reduced ones, after waiting for exchanges in flight."""
         self._gradients.zero()
-        self._clip = None
+        self._live.clip = self._live.max_norm = None
         super().zero_grad(set_to_none)
 
     @contextmanager
@@ -352,6 +355,7 @@ class ShardedLamb(ShardedOptimizer):
         finally:
             self._gradients.enabled = before
 
+    @run_eagerly
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the averaged gradients by their global norm, in the next step. Collective.
@@ -364,15 +368,15 @@ class ShardedLamb(ShardedOptimizer):
         Raises:
             ValueError: ``max_norm`` is not > 0; or as `step`.
         """
-        check_max_grad_norm(max_norm)
+        limit = check_max_grad_norm(max_norm, "max_norm")
         self._register_unfrozen()
         if not self._store.params:
             return torch.zeros(())
         summary = self._gradients.ready(None)
         unscaled = self._gradients.unscale_factor()
         one = torch.ones((), dtype=torch.float64, device=self._store.device)
-        norm = summary.norm(self._table.options().is_fp64, one if unscaled is None else unscaled)
-        self._clip = rule.clip_factor(norm, max_norm)
+        norm = summary.norm(self._table.is_fp64, one if unscaled is None else unscaled)
+        self._live.clip, self._live.max_norm = rule.clip_factor(norm, limit), limit
         return norm.float()
 
     # -- gathers behind the next forward ---------------------------------------------------------------
@@ -400,18 +404,6 @@ class ShardedLamb(ShardedOptimizer):
         self._gathers.wait()
 
     # -- reports ------------------------------------------------------------------------------------
-
-    def trust_ratios(self) -> dict[str, float]:
-        """{name: ratio} of the parameters that the last step updated; the same on every rank. Reads the device."""
-        if self._last is None:
-            return {}
-        rows = zip(self._store.names, self._last.ratios.tolist(), self._last.updated.tolist(), strict=False)
-        return {name: ratio for name, ratio, updated in rows if updated}
-
-    @property
-    def grad_norm(self) -> float | None:
-        """Global norm of the last step's averaged gradients, unscaled, before clipping; or None. Reads the device."""
-        return None if self._last is None else float(self._last.grad_norm.item())
 
     @property
     def traffic(self) -> Traffic:

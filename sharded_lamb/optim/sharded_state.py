@@ -3,29 +3,61 @@
 import sys
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from sharded_lamb.comm.collectives import Collectives
-from sharded_lamb.comm.consistency import propagate_errors
+from sharded_lamb.comm.consistency import Description, propagate_errors
 from sharded_lamb.core.options import OptionTable
-from sharded_lamb.optim.base import LambOptimizer
+from sharded_lamb.optim.agreed_options import AgreedLive, AgreedOptions
 from sharded_lamb.optim.skips import SkipCounter
 from sharded_lamb.sharding import state
 from sharded_lamb.sharding.param_store import ParamStore
 from sharded_lamb.sharding.shard_plan import Settings
 
 
-class ShardedOptimizer(LambOptimizer):
-    """State dicts of a `ShardedLamb`, without its step."""
+@dataclass(frozen=True, slots=True)
+class LastStep:
+    """Results of the last step, on the device."""
+
+    ratios: Tensor  # [P] fp64
+    updated: Tensor  # [P] bool
+    grad_norm: Tensor  # fp64 scalar
+
+
+@dataclass(slots=True)
+class ShardedLive(AgreedLive):
+    """See `sharded_lamb.optim.base.Live`."""
+
+    table: OptionTable | None = None
+    clip: Tensor | None = None  # the factor of `clip_grad_norm_` for the next step
+    max_norm: float | None = None  # its argument
+    scanned_params: list[Tensor] = field(default_factory=list)  # all groups' parameters at the last scan
+    frozen_params: list[Tensor] = field(default_factory=list)  # those of them that the store lacked
+    last: LastStep | None = None
+    is_summarized: bool = False
+
+
+class ShardedOptimizer(AgreedOptions):
+    """State dicts and reports of a `ShardedLamb`, without its step."""
 
     _settings: Settings
     _store: ParamStore
     _collectives: Collectives
     _skips: SkipCounter
-    _table: OptionTable
+    _live: ShardedLive
+    _live_class = ShardedLive
+
+    def _step_facts(self) -> Description:
+        return [*super()._step_facts(), ("max_norm of clip_grad_norm_", self._live.max_norm)]
+
+    @property
+    def _table(self) -> OptionTable:
+        assert self._live.table is not None
+        return self._live.table
 
     def synchronize(self) -> None:
         """Wait until every parameter is gathered."""
@@ -52,7 +84,6 @@ class ShardedOptimizer(LambOptimizer):
 
     def _load_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         super()._load_groups(saved_groups)
-        self._table = self._option_table(self._store.rows, self._store.device)  # patterns may have changed
         self._skips.reset()
 
     def state_dict(self) -> dict[str, Any]:
@@ -140,6 +171,19 @@ class ShardedOptimizer(LambOptimizer):
             self._collectives, store.buckets, store.dtensors, store.step, states if first else None
         )
         self._load_groups(groups[0])
+
+    def trust_ratios(self) -> dict[str, float]:
+        """{name: ratio} of the parameters that the last step updated; the same on every rank. Reads the device."""
+        last = self._live.last
+        if last is None:
+            return {}
+        rows = zip(self._store.names, last.ratios.tolist(), last.updated.tolist(), strict=False)
+        return {name: ratio for name, ratio, updated in rows if updated}
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Global norm of the last step's averaged gradients, unscaled, before clipping; or None. Reads the device."""
+        return None if self._live.last is None else float(self._live.last.grad_norm.item())
 
     @property
     def ranks(self) -> tuple[int, ...]:

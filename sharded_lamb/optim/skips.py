@@ -1,4 +1,4 @@
-"""Counts steps skipped for non-finite gradients, on the device."""
+"""Counts steps skipped for non-finite gradients, and notes options that differ over ranks, on the device."""
 
 from collections.abc import Sequence
 
@@ -14,9 +14,9 @@ class SkipCounter:
 
     def __init__(self, device: torch.device, limit: int) -> None:
         self.limit = limit
-        # [3]: skips in total, skips in a row, index of the first bad parameter of the last skip
-        self._counts = torch.zeros(3, dtype=torch.int64, device=device)
-        self._host_counts = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda")
+        # [4]: skips in total, skips in a row, index of the first bad parameter of the last skip, whether ranks differ
+        self._counts = torch.zeros(4, dtype=torch.int64, device=device)
+        self._host_counts = torch.zeros(4, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._arrived = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @property
@@ -24,12 +24,20 @@ class SkipCounter:
         """Steps skipped since construction. Reads the device."""
         return int(self._counts[0].item())
 
-    def record(self, skip: Tensor, bad: Tensor) -> None:
-        """Count a step. ``skip``: bool scalar; ``bad``: [P] bool, parameters with a non-finite gradient."""
+    def record(self, skip: Tensor, bad: Tensor, differs: Tensor | None = None) -> None:
+        """Count a step.
+
+        Args:
+            skip: bool scalar.
+            bad: [P] bool, parameters with a non-finite gradient.
+            differs: bool scalar, whether the options of the step differ over ranks; None: unknown.
+        """
         skipped = skip.to(torch.int64)
         self._counts[0] += skipped
         self._counts[1] = (self._counts[1] + 1) * skipped
         self._counts[2] = torch.where(skip, bad.to(torch.int64).argmax(), self._counts[2])
+        if differs is not None:
+            self._counts[3] = differs
         self._host_counts.copy_(self._counts, non_blocking=True)
         if self._arrived is not None and not torch.cuda.is_current_stream_capturing():
             self._arrived.record()
@@ -44,16 +52,22 @@ class SkipCounter:
         self._counts[1] = 0
         self._host_counts[1] = 0
 
-    def check(self, names: Sequence[str]) -> None:
-        """Raises RuntimeError, on every rank, after ``limit`` skipped steps in a row."""
+    def check(self, names: Sequence[str]) -> bool:
+        """Returns whether the options of the previous step differed over ranks.
+
+        Raises:
+            RuntimeError: ``limit`` steps in a row were skipped; on every rank.
+        """
         if self._arrived is not None:
             if torch.cuda.is_current_stream_capturing():
-                return
+                return False
             self._arrived.synchronize()  # recorded in the previous step, so complete by now
-        total, in_a_row, first = self._host_counts.tolist()
+        total, in_a_row, first, differs = self._host_counts.tolist()
         if in_a_row >= self.limit:
             raise RuntimeError(
                 f"{in_a_row} steps in a row ({total} in all) had non-finite gradients and were skipped; the first bad "
                 f"parameter of the last one is {names[first]!r}. Look for a loss that is nan or inf, too high a "
                 f"learning rate or, under GradScaler, too high an init_scale (max_consecutive_skips={self.limit})"
             )
+        self._host_counts[3] = 0
+        return bool(differs)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+from sharded_lamb.comm.step_agreement import SLOTS
 from sharded_lamb.core.footprint import Widths, large_sends, small_sends, staging_bytes, update_bytes
 from sharded_lamb.core.layout import Bucket, chunk_numel, plan_buckets
 from sharded_lamb.core.rule import SUMS
@@ -99,7 +100,9 @@ def _of_buckets(shapes: Shapes, widths: Widths, choices: Choices, sharding: Shar
             "staging": staging,
         },
         large=large_sends(flat, reduces=reduces, replicas=sharding.replicate),
-        small=small_sends(len(shapes), len(SUMS), agreements=1) if sharding.world_size > 1 else [],
+        small=small_sends(len(shapes), len(SUMS), digest=SLOTS, agreements=1)
+        if sharding.world_size > 1
+        else [],
         around=around,
         update=update_bytes(shard, widths),
         padding=0,
@@ -121,7 +124,9 @@ def _of_chunks(shapes: Shapes, widths: Widths, choices: Choices, sharding: Shard
             "staging": 0,
         },
         large={},
-        small=small_sends(len(placed), len(SUMS), agreements=1) if sharding.world_size > 1 else [],
+        small=small_sends(len(placed), len(SUMS), digest=SLOTS, agreements=1)
+        if sharding.world_size > 1
+        else [],
         around=_around_chunks(placed, widths, choices, sharding),
         update=update_bytes(own, replace(widths, compute=widths.model)),  # gradients are read in place
         padding=2 * (padded - own) * widths.model,

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.comm.param_gather import InPlaceGather, ParamGather
+from sharded_lamb.comm.step_agreement import SLOTS
 from sharded_lamb.comm.topology import Topology
 from sharded_lamb.core import rule
 from sharded_lamb.core.footprint import large_sends, small_sends
@@ -64,6 +65,8 @@ class ParamStore:
             TypeError, ValueError: see `check_new` and `plan_shards`.
         """
         new = [row for row in rows if row[1].requires_grad and row[1] not in self.index]
+        for name, p, _ in new:
+            self.settings.check_master(name, p.dtype)
         check_new(new, self.names, self.params, self._optimizer())
         return plan_shards(new, self.layout, self.topology, self.settings.bucket_mb, self.device)
 
@@ -144,7 +147,7 @@ class ParamStore:
             two_sources = reduces and bool(self.buckets) and bool(self.specs)
             agreements = 1 + two_sources if decides else 0
             sent["all_reduce_small"] = sum(
-                small_sends(len(self.params), len(rule.SUMS), agreements=agreements)
+                small_sends(len(self.params), len(rule.SUMS), digest=SLOTS, agreements=agreements)
             )
         return sent
 

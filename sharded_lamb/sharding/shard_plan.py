@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sharded_lamb import kernels
 from sharded_lamb.comm.topology import Topology
+from sharded_lamb.core.hyperparams import flag, integer, number
 from sharded_lamb.core.layout import Bucket, ShardLayout, plan_buckets
 from sharded_lamb.core.parameters import NamedParameter, check_parameter
 from sharded_lamb.kernels.formats import FLOATS
@@ -22,6 +23,10 @@ from sharded_lamb.sharding.placements import ShardSpec, local_part, mesh_device,
 
 _optimizer_of: Any = WeakIdKeyDictionary()
 """Parameter → weak reference to the optimizer that claimed it."""
+
+
+_STAGE = "1 (gradients are averaged already) or 2 (gradients are reduced here)"
+_FLAGS = ("overlap", "skip_nonfinite", "store_param_remainders")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +45,20 @@ class Settings:
     store_param_remainders: bool
 
     def __post_init__(self) -> None:
+        plain = {
+            "stage": integer("stage", self.stage, _STAGE),
+            "bucket_mb": number(
+                "bucket_mb", self.bucket_mb, 2.0**-20, 2.0**40, "> 0 (MiB of parameters a bucket)"
+            ),
+            "max_consecutive_skips": integer(
+                "max_consecutive_skips", self.max_consecutive_skips, "an int >= 1"
+            ),
+            **{name: flag(name, getattr(self, name)) for name in _FLAGS},
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
         if self.stage not in (1, 2):
-            raise ValueError(
-                f"stage must be 1 (gradients are averaged already) or 2 (gradients are reduced here), "
-                f"got {self.stage!r}"
-            )
-        if not self.bucket_mb > 0:
-            raise ValueError(f"bucket_mb must be > 0 (MiB of parameters a bucket), got {self.bucket_mb!r}")
+            raise ValueError(f"stage must be {_STAGE}, got {self.stage!r}")
         if self.max_consecutive_skips < 1:
             raise ValueError(f"max_consecutive_skips must be >= 1, got {self.max_consecutive_skips!r}")
         if self.kernel not in kernels.NAMES:
@@ -55,11 +67,23 @@ class Settings:
             dtype = getattr(self, name)
             if dtype not in FLOATS and not (name == "reduce_dtype" and dtype is None):
                 raise ValueError(f"{name} must be one of {[str(x) for x in FLOATS]}, got {dtype!r}")
-
+        if self.state_dtype == torch.float16:
+            raise ValueError(
+                "state_dtype=torch.float16: second moments, squares of gradients, underflow to 0 below 6e-8, where "
+                "usual ones are. Pass torch.bfloat16, with the range of float32, or torch.float32"
+            )
         if self.store_param_remainders and self.master_dtype != torch.float32:
             raise ValueError(
                 f"store_param_remainders=True needs master_dtype=torch.float32, got {self.master_dtype}: a remainder "
                 f"is the low 16 bits of a float32, beside a bfloat16 weight. Omit one of the two"
+            )
+
+    def check_master(self, name: str, model: torch.dtype) -> None:
+        """Raises ValueError for a float16 master of parameter ``name`` of another dtype ``model``."""
+        if self.master_dtype == torch.float16 and model not in (torch.float16, torch.float64):
+            raise ValueError(
+                f"master_dtype=torch.float16 for parameter {name!r} of {model}: a master narrower than its weight "
+                f"loses updates and values below 6e-8 or above 65504. Pass torch.float32, or {model} for no masters"
             )
 
     def described(self) -> dict[str, Any]:
