@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sharded_lamb import shapes
 from sharded_lamb.__main__ import main
 from sharded_lamb.comm.collectives import Collectives
+from sharded_lamb.comm.step_agreement import StepAgreement
 from sharded_lamb.core.layout import Bucket, Segment
 from sharded_lamb.kernels.incoming import GradientCopy
 from sharded_lamb.kernels.native import CppKernel
@@ -59,15 +60,14 @@ def test_takes_a_model() -> None:
 
 def without_norm_reduction(rank: int, stage: int) -> Verdict:
     """Each rank keeps its own part of ‖w‖² and ‖u‖²: the mistake of ratios per partition."""
-    original = Collectives.all_reduce_small
+    original = StepAgreement.all_reduce
 
-    def only_facts(self: Collectives, vector: Tensor) -> None:
-        if vector.ndim == 2:  # [2, P]: the norms
-            self.traffic.add("all_reduce_small", vector.nbytes)
-        else:
-            original(self, vector)
+    def without_sums(
+        self: StepAgreement, parts: Sequence[Tensor], facts: Hashable, on_device: Sequence[Tensor] = ()
+    ) -> Tensor:
+        return original(self, [part.clone() for part in parts], facts, on_device)
 
-    with mock.patch.object(Collectives, "all_reduce_small", only_facts):
+    with mock.patch.object(StepAgreement, "all_reduce", without_sums):
         return verify_here(rank, stage, "float32")
 
 
@@ -175,7 +175,7 @@ def test_small_all_reduces_do_not_grow_with_parameters() -> None:
     for _, _, per_step in run_ranks(2, verify_here, 2, "float32"):
         assert per_step["all_reduce_small calls"] == 2
         parameters = len(shapes.named("tiny"))
-        assert per_step["all_reduce_small bytes"] == 8 * (5 * parameters + 1)
+        assert per_step["all_reduce_small bytes"] == 8 * (5 * parameters + 1 + 6)
 
 
 def test_the_reference_is_what_the_paper_says() -> None:

@@ -156,10 +156,10 @@ def flag(name: str, value: Any, expected: str = "True or False") -> bool:
     return plain
 
 
-def integer(name: str, value: Any, expected: str) -> int:
-    """``value``, an int or integral scalar, as an int. Raises ValueError for anything else."""
+def integer(name: str, value: Any, low: int, expected: str) -> int:
+    """``value``, an int or integral scalar >= ``low``, as an int. Raises ValueError for anything else."""
     plain = _scalar(value)
-    if isinstance(plain, bool) or not isinstance(plain, numbers.Integral):
+    if isinstance(plain, bool) or not isinstance(plain, numbers.Integral) or plain < low:
         _fail(name, value, expected)
     return int(plain)
 
@@ -188,9 +188,7 @@ def check_max_grad_norm(value: Any, name: str = "max_grad_norm") -> float | None
     """``value`` as a float or None. Raises ValueError unless it is None or > 0 (apex's 0 silently zeroes gradients)."""
     if value is None:
         return None
-    return number(
-        name, value, FP32_MIN, math.inf, "a number > 0, or None for no clipping; normal in fp32"
-    )
+    return number(name, value, FP32_MIN, math.inf, "a number > 0, or None for no clipping; normal in fp32")
 
 
 def _bounds(name: str, value: Any) -> tuple[float, float] | None:

@@ -6,7 +6,7 @@ all-gathers the weights. This module does the rest::
     partitions, .grad ─► segments of parameters               mapping.py, once, proved over all ranks
                             │  small all-reduce (a)           summary.py: non-finite (skip_nonfinite)
                             ▼  pass 1: m, v; Σw², Σu²         engine.py → kernels
-                     small all-reduce (b): [2 x P] fp64       engine.py
+                     small all-reduce (b): [2 x P] fp64       agreed_options.py
                             ▼  pass 2: w                      engine.py → kernels
 
 LAMB's arithmetic is in the engine, which `ShardedLamb` shares.
@@ -20,9 +20,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._compile import (
-    _disable_dynamo as run_eagerly,
-)  # torch.compiler.disable imports torch._dynamo at once
 
 from sharded_lamb.comm.collectives import Collectives, Traffic
 from sharded_lamb.comm.consistency import Description, check_consistency, describe_groups, propagate_errors
@@ -40,6 +37,7 @@ from sharded_lamb.gradients.summary import GradientSummary, agree
 from sharded_lamb.kernels import Kernel, choose
 from sharded_lamb.kernels.engine import Update, gradient_square_sums
 from sharded_lamb.optim.agreed_options import AgreedLive, AgreedOptions
+from sharded_lamb.optim.base import run_eagerly
 from sharded_lamb.optim.skips import SkipCounter
 
 logger = logging.getLogger("sharded_lamb")
@@ -63,9 +61,10 @@ class DeepSpeedLamb(AgreedOptions):
     element; other LAMB implementations compute the ratio of a partition there, which is a different algorithm.
 
     Collectives per call of `step`, on a dedicated group, for any number of parameters: one all-reduce of 2 P fp64
-    norms, and one of the fp64 gradient summary (3 P + 1) unless ``skip_nonfinite=False``; none without ZeRO. DeepSpeed
-    calls it once per parameter group under ZeRO 1 and 2, once per subgroup under ZeRO 3, else once per step. The first
-    step also checks consistency through the store and proves the mapping: one all-reduce of 4 P fp64.
+    norms and 6 of a checksum of all options, and one of the fp64 gradient summary (3 P + 1) unless
+    ``skip_nonfinite=False``; none without ZeRO. DeepSpeed calls it once per parameter group under ZeRO 1 and 2, once
+    per subgroup under ZeRO 3, else once per step. The first step also checks consistency through the store and proves
+    the mapping: one all-reduce of 4 P fp64.
 
     A parameter whose gradient is 0 on every rank counts as one without a gradient (DeepSpeed passes zeros for those)
     and is unchanged; with ``skip_nonfinite=False`` it decays. Each partition has one step count.
@@ -119,19 +118,19 @@ class DeepSpeedLamb(AgreedOptions):
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         scalars = {**keys.scalar_defaults(variant), **{k: v for k, v in given.items() if v is not None}}
         self._skip_nonfinite = flag("skip_nonfinite", skip_nonfinite)
-        self._max_skips = integer("max_consecutive_skips", max_consecutive_skips, "an int >= 1")
-        if self._max_skips < 1:
-            raise ValueError(f"max_consecutive_skips must be >= 1, got {max_consecutive_skips!r}")
+        self._max_skips = integer("max_consecutive_skips", max_consecutive_skips, 1, ">= 1, an int")
+        self._groups: list[dict[str, Any]] = []  # DeepSpeed's steps replace the list, but not the groups
+        self._names: dict[int, list[tuple[str | None, Tensor]]] = {}  # by the id of the group
         super().__init__(
             engine_probe.with_names(params, engine), scalars, variant, {**rule_options, "max_grad_norm": clip}
         )
         self._rows: list[NamedParameter] = list(self._named_parameters())
         for name, p, _ in self._rows:
             check_parameter(name, p)
-        self._names = {id(group): list(named(group)) for group in self.param_groups}
         for group in self.param_groups:  # DeepSpeed replaces "params", so the names would no longer match
+            self._names[id(group)] = list(named(group))
             group.pop("param_names", None)
-        self._groups = list(self.param_groups)  # DeepSpeed's steps replace the list, but not the groups
+        self._groups += self.param_groups
         self._state_keeper = StateKeeper(self.state)
         self._kernels: dict[torch.device, Kernel] = {}  # partitions may be on several devices: offload
         self._step_tensors: dict[tuple[int, ...], StepTensors] = {}  # by the ids of the stepped tensors
@@ -142,10 +141,10 @@ class DeepSpeedLamb(AgreedOptions):
         self._live.last_options = self._current_options()
 
     def _groups_of_options(self) -> list[dict[str, Any]]:
-        return self._groups if self._constructed else self.param_groups
+        return self._groups or self.param_groups
 
     def _members(self, group: Mapping[str, Any]) -> Iterable[tuple[str | None, Tensor]]:
-        return self._names[id(group)] if self._constructed else named(group)
+        return self._names.get(id(group)) or named(group)
 
     @staticmethod
     def _check_clipping(wanted: float | None, clip: float | None, known: bool) -> None:
@@ -285,7 +284,7 @@ class DeepSpeedLamb(AgreedOptions):
             updated = (summary.square_sums > 0) & ~skip
             if tensors.device.type == "cpu" and skip:
                 tensors.skips.record(skip, summary.bad)
-                self._record(tensors, torch.ones(len(updated)), updated)
+                self._last[tensors.params] = torch.ones(len(updated)), updated
                 return
         if problem is not None:
             sums = torch.zeros(len(rule.SUMS), len(updated), dtype=torch.float64, device=tensors.device)
@@ -302,7 +301,7 @@ class DeepSpeedLamb(AgreedOptions):
         for _ in update.apply(rule.step_sizes(tensors.table.lr(), ratios, options, step, updated & ~differs)):
             pass  # DeepSpeed all-gathers the partitions after the step
         tensors.write_steps(counts, self.state)
-        self._record(tensors, ratios, updated)
+        self._last[tensors.params] = ratios, updated
 
     def _kernel_names(self) -> str:
         return " and ".join(sorted({kernel.name for kernel in self._kernels.values()}))
@@ -317,9 +316,6 @@ class DeepSpeedLamb(AgreedOptions):
         count = len(tensors.params)
         sums = gradient_square_sums(self._kernel_on(tensors.device), shards, count, tensors.device)
         return agree(self._collectives, sums, tensors.present(), [False] * count)
-
-    def _record(self, tensors: StepTensors, ratios: Tensor, updated: Tensor) -> None:
-        self._last[tensors.params] = ratios, updated
 
     # -- state --------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from sharded_lamb.core.hyperparams import (
@@ -25,6 +26,9 @@ from sharded_lamb.core.hyperparams import (
 )
 from sharded_lamb.core.names import check_use, matching, needs_names, normalize, unique
 from sharded_lamb.core.parameters import NamedParameter, named, ndim_of
+
+run_eagerly = _disable_dynamo
+"""Decorator: under torch.compile the method runs uncompiled (``torch.compiler.disable``, without importing dynamo)."""
 
 _CHECKED = tuple(name for name in OPTIONS if name != "lr")  # a schedule writes lr at every step
 

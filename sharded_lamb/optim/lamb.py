@@ -6,16 +6,13 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor
-from torch._compile import (
-    _disable_dynamo as run_eagerly,
-)  # torch.compiler.disable imports torch._dynamo at once
 
 from sharded_lamb.core import rule
 from sharded_lamb.core.hyperparams import RuleOptions
 from sharded_lamb.core.options import OptionTable
 from sharded_lamb.core.parameters import check_gradient, check_parameter, named
 from sharded_lamb.core.rule import Coefficients, PerTensor
-from sharded_lamb.optim.base import LambOptimizer, Live
+from sharded_lamb.optim.base import LambOptimizer, Live, run_eagerly
 
 
 class Lamb(LambOptimizer):

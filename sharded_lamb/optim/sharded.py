@@ -5,7 +5,7 @@ The parts of a step::
     gradients ─(reduce-scatter)─► own slices, Σg²         gradients/reducer.py (stage 2), averaged.py (1, 3)
                      │  small all-reduce (a)              gradients/summary.py
                      ▼  pass 1: m, v; Σw², Σu²            kernels/engine.py
-        small all-reduce (b): [2 x P] fp64                kernels/engine.py
+        small all-reduce (b): [2 x P] fp64, checksum      optim/agreed_options.py
                      │  pass 2: w                         kernels/engine.py
     parameters ◄─(all-gather)── own slices                comm/collectives.py
 """
@@ -19,9 +19,6 @@ from typing import Any, Literal, Unpack
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._compile import (
-    _disable_dynamo as run_eagerly,
-)  # torch.compiler.disable imports torch._dynamo at once
 from torch.distributed.device_mesh import DeviceMesh
 
 from sharded_lamb import kernels
@@ -40,6 +37,7 @@ from sharded_lamb.gradients.source import GradientSource, Registration
 from sharded_lamb.gradients.summary import GradientSummary, check_present
 from sharded_lamb.kernels import Kernel
 from sharded_lamb.kernels.engine import Update
+from sharded_lamb.optim.base import run_eagerly
 from sharded_lamb.optim.sharded_state import LastStep, ShardedOptimizer
 from sharded_lamb.optim.skips import SkipCounter
 from sharded_lamb.sharding.param_store import ParamStore
@@ -61,9 +59,10 @@ class ShardedLamb(ShardedOptimizer):
     their moments; norms are summed over the ranks that shard a parameter, each element once.
 
     Collectives per step, on process groups of its own: two small all-reduces, whatever the number P of parameters
-    ((a) gradient norm, finiteness and presence, 3 P fp64; (b) weight and update norms, 2 P fp64), one all-gather per
+    ((a) gradient norm, finiteness and presence, 3 P fp64; (b) weight and update norms, 2 P fp64, and 6 of a checksum
+    of all options, since a rank that steps with another one is an error on every rank), one all-gather per
     bucket, and in stage 2 one reduce-scatter per bucket during backward. With DTensors only, no clipping and
-    ``skip_nonfinite=False``, (a) and (b) are one all-reduce of 4 P fp64; stage 2 beside DTensors makes (a) twice.
+    ``skip_nonfinite=False``, (a) and (b) are one all-reduce of 4 P + 6 fp64; stage 2 beside DTensors makes (a) twice.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or group dicts of either. Frozen parameters take no
@@ -228,7 +227,8 @@ class ShardedLamb(ShardedOptimizer):
         Raises:
             RuntimeError: a parameter is no longer in its bucket, too many steps in a row were skipped, or (stage 2)
                 gradients changed after they were reduced.
-            ValueError: stage 1 got gradients that are not averaged over ranks.
+            ValueError: stage 1 got gradients that are not averaged over ranks; on every rank: an option in a group is
+                invalid, or ranks have other options (on a GPU one step later), and no weight was changed.
             TypeError: a sparse gradient, or a plain gradient of a DTensor.
         """
         loss = None

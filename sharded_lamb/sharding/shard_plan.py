@@ -46,12 +46,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         plain = {
-            "stage": integer("stage", self.stage, _STAGE),
+            "stage": integer("stage", self.stage, 1, _STAGE),
             "bucket_mb": number(
                 "bucket_mb", self.bucket_mb, 2.0**-20, 2.0**40, "> 0 (MiB of parameters a bucket)"
             ),
             "max_consecutive_skips": integer(
-                "max_consecutive_skips", self.max_consecutive_skips, "an int >= 1"
+                "max_consecutive_skips", self.max_consecutive_skips, 1, ">= 1, an int"
             ),
             **{name: flag(name, getattr(self, name)) for name in _FLAGS},
         }
@@ -59,8 +59,6 @@ class Settings:
             object.__setattr__(self, name, value)
         if self.stage not in (1, 2):
             raise ValueError(f"stage must be {_STAGE}, got {self.stage!r}")
-        if self.max_consecutive_skips < 1:
-            raise ValueError(f"max_consecutive_skips must be >= 1, got {self.max_consecutive_skips!r}")
         if self.kernel not in kernels.NAMES:
             raise ValueError(f"kernel must be one of {kernels.NAMES}, got {self.kernel!r}")
         for name in ("master_dtype", "state_dtype", "reduce_dtype"):

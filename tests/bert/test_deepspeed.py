@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,16 +64,14 @@ def train(
 
 def _take_ratios_of_partitions(patch: pytest.MonkeyPatch) -> None:
     """What a LAMB that knows nothing of shards would do: norms of what lies on this rank."""
-    from sharded_lamb.comm.collectives import Collectives
-    from sharded_lamb.core import rule
+    from sharded_lamb.comm.step_agreement import StepAgreement
 
-    exact = Collectives.all_reduce_small
+    exact = StepAgreement.all_reduce
 
-    def not_the_norms(self: Collectives, vector: torch.Tensor) -> None:
-        if vector.shape[0] != len(rule.SUMS) or vector.ndim != 2:
-            exact(self, vector)
+    def without_sums(self: StepAgreement, parts: Sequence[torch.Tensor], *facts: Any) -> torch.Tensor:
+        return exact(self, [part.clone() for part in parts], *facts)
 
-    patch.setattr(Collectives, "all_reduce_small", not_the_norms)
+    patch.setattr(StepAgreement, "all_reduce", without_sums)
 
 
 def trained(

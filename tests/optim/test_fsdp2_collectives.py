@@ -66,7 +66,7 @@ def test_two_small_all_reduces_for_any_number_of_parameters(axes: dict[str, int]
             assert counts == [{"c10d.allreduce_": 2}] * STEPS
             assert calls == {"all_reduce_small": 2}
             assert sent == {"all_reduce_small": expected_bytes}
-            assert expected_bytes == 8 * (3 * 3 * layers + 1 + 2 * 3 * layers)
+            assert expected_bytes == 8 * (3 * 3 * layers + 1 + 2 * 3 * layers + 6)
 
 
 def test_one_all_reduce_without_clipping_and_skipping() -> None:
@@ -78,7 +78,7 @@ def test_one_all_reduce_without_clipping_and_skipping() -> None:
             assert counts == [{"c10d.allreduce_": count} for count in (2, 2, 1, 1)]
             assert calls == {"all_reduce_small": 1}
             assert sent == {"all_reduce_small": expected_bytes}
-            assert expected_bytes == 8 * 4 * 3 * layers
+            assert expected_bytes == 8 * (4 * 3 * layers + 6)
 
 
 def packed_run(rank: int) -> models.Run:
