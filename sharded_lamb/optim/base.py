@@ -4,12 +4,15 @@ import copy
 import difflib
 import hashlib
 import operator
+import sys
 from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from sharded_lamb.core.hyperparams import (
@@ -65,6 +68,20 @@ class _CheckedGroup:
 
     def __getitem__(self, option: str) -> Any:
         return self.values[_CHECKED.index(option)]
+
+
+def receives_grad_scale(optimizer: object) -> bool:
+    """Whether GradScaler's attributes reach ``optimizer``; read by GradScaler as ``_step_supports_amp_scaling``.
+
+    A wrapper of another class forwards this read and keeps ``grad_scale`` and ``found_inf`` for itself: GradScaler must
+    unscale gradients and skip steps, as for any optimizer.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(4):  # past the wrapper's __getattr__
+        if frame is not None and frame.f_code is GradScaler.step.__code__:
+            return isinstance(frame.f_locals["optimizer"], LambOptimizer)
+        frame = frame.f_back if frame is not None else None
+    return True
 
 
 class LambOptimizer(Optimizer):

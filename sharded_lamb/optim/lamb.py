@@ -12,7 +12,7 @@ from sharded_lamb.core.hyperparams import RuleOptions
 from sharded_lamb.core.options import OptionTable
 from sharded_lamb.core.parameters import check_gradient, check_parameter, named
 from sharded_lamb.core.rule import Coefficients, PerTensor
-from sharded_lamb.optim.base import LambOptimizer, Live, run_eagerly
+from sharded_lamb.optim.base import LambOptimizer, Live, receives_grad_scale, run_eagerly
 
 
 class Lamb(LambOptimizer):
@@ -49,7 +49,7 @@ class Lamb(LambOptimizer):
         TypeError: complex, integer or sparse parameters; at `step`, sparse gradients.
     """
 
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling = property(receives_grad_scale)
     _live: "_Live"
 
     def __init__(

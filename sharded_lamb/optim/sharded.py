@@ -37,7 +37,7 @@ from sharded_lamb.gradients.source import GradientSource, Registration
 from sharded_lamb.gradients.summary import GradientSummary, check_present
 from sharded_lamb.kernels import Kernel
 from sharded_lamb.kernels.engine import Update
-from sharded_lamb.optim.base import run_eagerly
+from sharded_lamb.optim.base import receives_grad_scale, run_eagerly
 from sharded_lamb.optim.sharded_state import LastStep, ShardedOptimizer
 from sharded_lamb.optim.skips import SkipCounter
 from sharded_lamb.sharding.param_store import ParamStore
@@ -98,7 +98,7 @@ class ShardedLamb(ShardedOptimizer):
     rank's plain weights.
     """
 
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling = property(receives_grad_scale)
 
     def __init__(
         self,
