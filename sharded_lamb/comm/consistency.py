@@ -1,4 +1,4 @@
-"""Consistency check at construction: all ranks must describe the same optimizer, else all raise within seconds.
+"""Consistency check: all ranks must describe the same optimizer, else all raise within seconds.
 
 It uses the rendezvous store, before any collective: ranks that disagree on names, shapes or options would hang in a
 collective or exchange mismatched bytes. Per optimizer: O(ranks) store operations.

@@ -72,6 +72,11 @@ class AgreedOptions(LambOptimizer):
             raise problem
         return differs
 
+    def _agree_at_once(self, parts: Sequence[Tensor], problem: Exception | None) -> None:
+        """`_all_reduce_agreed` that raises at once on a GPU too, where it synchronizes."""
+        if self._all_reduce_agreed(parts, problem):
+            self._raise_disagreement()
+
     def _raise_disagreement(self, problem: Exception | None = None) -> None:
         """Raise ValueError on every rank, after `_all_reduce_agreed` has found a difference. Collective."""
         if problem is not None:

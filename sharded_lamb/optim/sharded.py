@@ -75,7 +75,7 @@ class ShardedLamb(ShardedOptimizer):
         mesh: instead of ``process_group``: 1-D (shard), or 2-D (replicate, shard).
         bucket_mb: MiB of parameters per bucket, > 0.
         master_dtype: dtype of the master weights, which exist where it differs from the parameters' dtype.
-        state_dtype: dtype of the moments. (float64 parameters have float64 masters and moments.)
+        state_dtype: dtype of the moments; not float16, in which second moments underflow. (float64 parameters have float64 masters and moments.)
         reduce_dtype: dtype of gradients on the wire in stage 2; None: the parameters' dtype.
         overlap: stage 2: reduce buckets as backward fills them; False: all at the end of backward.
         skip_nonfinite: a non-finite gradient on any rank skips the step on every rank, which changes nothing. (Stage 1:
@@ -247,7 +247,12 @@ class ShardedLamb(ShardedOptimizer):
         problem = self._option_problem(alone=self._collectives.world_size == 1)
         decides = self._settings.skip_nonfinite or live.max_grad_norm is not None or live.clip is not None
         may_defer = not decides and live.found_inf is None
-        self._update(self._gradients.ready(live.found_inf, may_defer=may_defer), problem)
+        if live.has_deferred and not may_defer:  # ranks without this change send a deferred summary now
+            self._agree_at_once([store.step.new_zeros(len(rule.SUMS) + 2, len(store.step))], problem)
+        # Ranks without a change to may_defer=True wait for (a) now.
+        summary = self._gradients.ready(live.found_inf, may_defer=may_defer and live.may_defer)
+        live.may_defer, live.has_deferred = may_defer, not summary.agreed
+        self._update(summary, problem)
         self._gradients.stepped()
         live.clip = live.max_norm = None
         if not live.is_summarized and store.topology.rank == 0:

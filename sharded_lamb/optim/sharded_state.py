@@ -39,6 +39,8 @@ class ShardedLive(AgreedLive):
     frozen_params: list[Tensor] = field(default_factory=list)  # those of them that the store lacked
     last: LastStep | None = None
     is_summarized: bool = False
+    may_defer: bool = False  # whether the last step needed no agreed summary of gradients
+    has_deferred: bool = False  # whether it summed the summary with the norms
 
 
 class ShardedOptimizer(AgreedOptions):

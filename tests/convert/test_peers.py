@@ -191,4 +191,4 @@ def test_lamb_holds_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str
             assert torch.equal(full["state"][place][kind], before.states[name][kind]), (name, kind)
     single = Lamb(model.named_parameters())
     single.load_state_dict(file["optimizer"])
-    assert single.param_groups[0]["exclude_from_weight_decay"] == ["bias$"]
+    assert single.param_groups[0]["exclude_from_weight_decay"] == ("bias$",)

@@ -166,6 +166,36 @@ def test_grad_scalers_with_other_scales() -> None:
         assert "scale of GradScaler: rank 0 has 16.0" in message
 
 
+def clips_on_one_rank(
+    rank: int, before: float | None, after: float | None, unlike: tuple[int, ...]
+) -> Tensor:
+    """Without ``skip_nonfinite``, whether a step clips decides which messages it sends."""
+    torch.manual_seed(0)
+    model = nn.Linear(23, 37)
+    fully_shard(model)
+    opt = ShardedLamb(model.named_parameters(), lr=0.01, skip_nonfinite=False, max_grad_norm=before)
+    for step in range(6):
+        model(training.draw((4, 23), step)).square().sum().backward()
+        if step == 3 and rank in unlike:
+            opt.max_grad_norm = after
+        opt.step()
+        opt.zero_grad()
+    weight: Any = model.weight
+    return weight.full_tensor().detach()
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, 0.5), (0.5, None)])
+def test_ranks_that_would_send_other_messages(before: float | None, after: float | None) -> None:
+    errors = run_ranks_expecting_errors(2, clips_on_one_rank, before, after, (1,), timeout=60)
+    for kind, message in errors.values():
+        assert kind == "ValueError"
+        assert f"max_grad_norm: rank 0 has {before}, rank 1 has max_grad_norm: {after}" in message
+    changed = run_ranks(2, clips_on_one_rank, before, after, (0, 1))
+    unchanged = run_ranks(2, clips_on_one_rank, before, after, ())
+    assert torch.equal(changed[0], changed[1])
+    assert not torch.equal(changed[0], unchanged[0])
+
+
 def compared(rank: int, world: int) -> None:
     """The comparison alone, on facts and on scalars that the host does not read."""
     agreement = StepAgreement(Collectives(Topology.of(None, None), torch.device("cpu")))

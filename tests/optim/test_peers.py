@@ -227,7 +227,7 @@ def test_max_grad_norm_zero_is_rejected(cls: type[Lamb] | type[ShardedLamb]) -> 
         cls(params.items(), max_grad_norm=0)
     opt = cls(params.items())
     if isinstance(opt, ShardedLamb):
-        with pytest.raises(ValueError, match=r"max_grad_norm must be a number > 0"):
+        with pytest.raises(ValueError, match=r"max_norm must be a number > 0"):
             opt.clip_grad_norm_(0)
 
 
