@@ -351,3 +351,34 @@ def test_torch_at_run_time_is_told_from_torch_in_annotations() -> None:
     assert (
         runtime_torch_imports("if TYPE_CHECKING:\n    import torch\nelse:\n    torch = None", PACKAGE) == []
     )
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "optim/base.py",
+        "optim/agreed_options.py",
+        "optim/lamb.py",
+        "optim/sharded_state.py",
+        "optim/sharded.py",
+        "deepspeed/optimizer.py",
+    ],
+)
+def test_optimizers_rebind_no_attribute_that_a_wrapper_would_keep(file: str) -> None:
+    """Methods run on wrappers: only construction, and setters of properties, may write an attribute of ``self``."""
+    written = []
+    for cls in ast.walk(ast.parse((ROOT / PACKAGE / file).read_text())):
+        if not (isinstance(cls, ast.ClassDef) and cls.name.endswith(("Lamb", "Optimizer", "Options"))):
+            continue
+        for method in (node for node in cls.body if isinstance(node, ast.FunctionDef)):
+            if method.name in ("__init__", "__setstate__"):
+                continue
+            for node in ast.walk(method):
+                is_own = (
+                    isinstance(node, ast.Attribute)
+                    and isinstance(node.value, ast.Name)
+                    and node.value.id == "self"
+                )
+                if is_own and isinstance(node.ctx, (ast.Store, ast.Del)):
+                    written.append(f"{cls.name}.{method.name}: self.{node.attr}")
+    assert not written, f"keep it in self._live, or in an object that is mutated in place: {written}"

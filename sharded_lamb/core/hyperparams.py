@@ -176,12 +176,14 @@ def _pair(name: str, value: Any, expected: str) -> tuple[Any, Any]:
 
 
 def learning_rate(lr: Any) -> Any:
-    """``lr`` as a float; a tensor of one element as it is: reading its value may synchronize with a device."""
-    if hasattr(lr, "numel"):
-        if lr.numel() != 1:
-            _fail("lr", tuple(lr.shape), "a number or a tensor of one element")
+    """``lr`` as a float; a tensor of one element as it is; its value is read, and checked, on a CPU only."""
+    is_tensor = hasattr(lr, "numel")
+    if is_tensor and lr.numel() != 1:
+        _fail("lr", tuple(lr.shape), "a number or a tensor of one element")
+    if is_tensor and lr.device.type != "cpu":
         return lr
-    return number("lr", lr, 0.0, FP32_MAX, "a finite number >= 0 or a tensor of one element")
+    value = number("lr", lr, 0.0, FP32_MAX, "a finite number >= 0 or a tensor of one element")
+    return lr if is_tensor else value
 
 
 def check_max_grad_norm(value: Any, name: str = "max_grad_norm") -> float | None:

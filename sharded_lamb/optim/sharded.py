@@ -75,7 +75,8 @@ class ShardedLamb(ShardedOptimizer):
         mesh: instead of ``process_group``: 1-D (shard), or 2-D (replicate, shard).
         bucket_mb: MiB of parameters per bucket, > 0.
         master_dtype: dtype of the master weights, which exist where it differs from the parameters' dtype.
-        state_dtype: dtype of the moments; not float16, in which second moments underflow. (float64 parameters have float64 masters and moments.)
+        state_dtype: dtype of the moments; not float16, in which second moments underflow. (float64 parameters have
+            float64 masters and moments.)
         reduce_dtype: dtype of gradients on the wire in stage 2; None: the parameters' dtype.
         overlap: stage 2: reduce buckets as backward fills them; False: all at the end of backward.
         skip_nonfinite: a non-finite gradient on any rank skips the step on every rank, which changes nothing. (Stage 1:

@@ -129,6 +129,8 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"lr": 1e39}, r"lr must be a finite number"),
     ({"lr": math.inf}, r"lr must be a finite number"),
     ({"lr": torch.ones(2)}, r"lr must be .*one element"),
+    ({"lr": torch.tensor(-0.1)}, r"lr must be a finite number"),
+    ({"lr": torch.tensor(torch.nan)}, r"lr must be a finite number"),
     ({"betas": (0.9, 1 - 1e-9)}, r"betas\[1\] must be a number in \[0, 1\) that is not 1 in fp32"),
     ({"betas": (1 - 1e-9, 0.9)}, r"betas\[0\] must be a number in \[0, 1\) that is not 1 in fp32"),
     ({"trust_clip": ("0", 1)}, r"trust_clip must be None or a pair"),
