@@ -43,17 +43,19 @@ def large_sends(
     return sends
 
 
-def small_sends(parameters: int, sums: int, *, agreements: int) -> list[int]:
+def small_sends(parameters: int, sums: int, *, agreements: int, edits: bool) -> list[int]:
     """Bytes of the packed fp64 all-reduces of a step on several ranks.
 
     ``sums``: `sharded_lamb.core.rule.SUMS` per parameter.
 
     ``agreements``: number of times that all-reduce (a) is made; 0: (a) is packed into (b), see
     `sharded_lamb.gradients.summary`.
+
+    ``edits``: ranks compare users' edits of reduced gradients (stage 2).
     """
     if not agreements:
         return [(2 + sums) * parameters * 8]
-    return [(3 * parameters + 1) * 8] * agreements + [sums * parameters * 8]
+    return [(3 * parameters + 1) * 8] * agreements + [(sums * parameters + edits) * 8]
 
 
 def staging_bytes(buckets: Sequence[tuple[Bucket, Widths]], *, in_flight: int, sums_here: bool) -> int:

@@ -33,7 +33,12 @@ from sharded_lamb.gradients.averaged import AveragedGradients
 from sharded_lamb.gradients.mixed import MixedGradients
 from sharded_lamb.gradients.reducer import BackwardReducer
 from sharded_lamb.gradients.source import GradientSource, Registration
-from sharded_lamb.gradients.summary import GradientSummary, all_reduce_with_norms, check_present
+from sharded_lamb.gradients.summary import (
+    GradientSummary,
+    all_reduce_norms,
+    all_reduce_with_norms,
+    check_present,
+)
 from sharded_lamb.kernels import Kernel
 from sharded_lamb.kernels.engine import Update
 from sharded_lamb.optim.sharded_state import ShardedOptimizer
@@ -73,8 +78,10 @@ class ShardedLamb(ShardedOptimizer):
             optimizer memory and are registered when unfrozen. Plain parameters and DTensors mix.
         lr, betas, eps, weight_decay, variant, and further rule options: as for `Lamb`.
         stage: 1: ``.grad`` holds gradients averaged over ranks, as DistributedDataParallel leaves them.
-            2: ``.grad`` is each rank's own gradient; backward reduces, averages and frees it. (DTensors' gradients are
-            read from ``.grad`` in both.)
+            2: ``.grad`` is each rank's own gradient; backward reduces, averages and frees it, and leaves a tensor
+            without memory: its norm is the averaged gradient's, and it can be scaled by a number, zeroed or set to None
+            (on every rank alike), which leaves the parameter out of the step. Its values are NaN; other edits raise
+            RuntimeError. (DTensors' gradients are read from ``.grad`` in both.)
         process_group: the ranks that share the state; default: the ranks of the DTensors' root mesh, else all ranks.
         mesh: instead of ``process_group``: 1-D (shard), or 2-D (replicate, shard).
         bucket_mb: MiB of parameters per bucket, > 0.
@@ -239,7 +246,7 @@ class ShardedLamb(ShardedOptimizer):
 
         Raises:
             RuntimeError: a parameter is no longer in its bucket, too many steps in a row were skipped, or (stage 2)
-                gradients changed after they were reduced.
+                gradients were assigned after they were reduced, or edited in another way on another rank.
             ValueError: stage 1 got gradients that are not averaged over ranks.
             TypeError: a sparse gradient, or a plain gradient of a DTensor.
         """
@@ -299,7 +306,9 @@ class ShardedLamb(ShardedOptimizer):
         """All-reduce (b). Every element counts once: only its owner adds it, other replicas add 0."""
         square_sums *= self._store.owner_mask
         if summary.agreed:
-            self._collectives.all_reduce_small(square_sums)
+            differ = all_reduce_norms(self._collectives, square_sums, self._gradients.edits())
+            if differ is not None:
+                self._skips.record_edits(differ)
             return summary
         summary = all_reduce_with_norms(self._collectives, summary, square_sums)
         if summary.present.device.type == "cpu":

@@ -14,9 +14,9 @@ class SkipCounter:
 
     def __init__(self, device: torch.device, limit: int) -> None:
         self.limit = limit
-        # [3]: skips in total, skips in a row, index of the first bad parameter of the last skip
-        self._counts = torch.zeros(3, dtype=torch.int64, device=device)
-        self._host_counts = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda")
+        # [4]: skips in total, skips in a row, index of the last skip's first bad parameter, steps with unequal edits
+        self._counts = torch.zeros(4, dtype=torch.int64, device=device)
+        self._host_counts = torch.zeros(4, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._arrived = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @property
@@ -34,6 +34,16 @@ class SkipCounter:
         if self._arrived is not None and not torch.cuda.is_current_stream_capturing():
             self._arrived.record()
 
+    def record_edits(self, differ: Tensor) -> None:
+        """Count a step for which ranks edited reduced gradients differently (bool scalar); on a CPU it raises at once.
+
+        Raises:
+            RuntimeError: as `check`.
+        """
+        self._counts[3] += differ
+        if differ.device.type == "cpu":
+            _check_edits(int(self._counts[3]))
+
     def set_total(self, total: int) -> None:
         """Set the total, as a checkpoint stores it."""
         self._counts[0] = total
@@ -45,15 +55,24 @@ class SkipCounter:
         self._host_counts[1] = 0
 
     def check(self, names: Sequence[str]) -> None:
-        """Raises RuntimeError, on every rank, after ``limit`` skipped steps in a row."""
+        """Raises RuntimeError, on every rank, after ``limit`` skipped steps in a row, or after unequal edits."""
         if self._arrived is not None:
             if torch.cuda.is_current_stream_capturing():
                 return
             self._arrived.synchronize()  # recorded in the previous step, so complete by now
-        total, in_a_row, first = self._host_counts.tolist()
+        total, in_a_row, first, unequal = self._host_counts.tolist()
+        _check_edits(unequal)
         if in_a_row >= self.limit:
             raise RuntimeError(
                 f"{in_a_row} steps in a row ({total} in all) had non-finite gradients and were skipped; the first bad "
                 f"parameter of the last one is {names[first]!r}. Look for a loss that is nan or inf, too high a "
                 f"learning rate or, under GradScaler, too high an init_scale (max_consecutive_skips={self.limit})"
             )
+
+
+def _check_edits(unequal: int) -> None:
+    if unequal:
+        raise RuntimeError(
+            "ranks changed reduced gradients in different ways since backward (.grad set to None, zeroed or scaled on "
+            "some ranks only), and would diverge: make the same change on every rank, from values that are equal on all"
+        )

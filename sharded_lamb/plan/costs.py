@@ -83,8 +83,7 @@ def _of_buckets(shapes: Shapes, widths: Widths, choices: Choices, sharding: Shar
     full, shard = sum(bucket.numel for bucket in buckets), sum(bucket.shard_numel for bucket in buckets)
     reduces = sharding.stage == 2
     staging = staging_bytes(flat, in_flight=IN_FLIGHT, sums_here=choices.sums_here) if reduces else 0
-    # Stage 2 leaves only its sentinel, the smallest parameter, in .grad.
-    kept = min(filter(None, numels), default=0) if reduces else sum(numels)
+    kept = 0 if reduces else sum(numels)  # stage 2 leaves tensors without memory in .grad
     around = {}
     if not reduces and sharding.world_size > 1:
         around["ddp_all_reduce"] = _split(sum(numels) * widths.model, DDP_BUCKET_BYTES)
@@ -99,7 +98,9 @@ def _of_buckets(shapes: Shapes, widths: Widths, choices: Choices, sharding: Shar
             "staging": staging,
         },
         large=large_sends(flat, reduces=reduces, replicas=sharding.replicate),
-        small=small_sends(len(shapes), len(SUMS), agreements=1) if sharding.world_size > 1 else [],
+        small=small_sends(len(shapes), len(SUMS), agreements=1, edits=reduces)
+        if sharding.world_size > 1
+        else [],
         around=around,
         update=update_bytes(shard, widths),
         padding=0,
@@ -121,7 +122,9 @@ def _of_chunks(shapes: Shapes, widths: Widths, choices: Choices, sharding: Shard
             "staging": 0,
         },
         large={},
-        small=small_sends(len(placed), len(SUMS), agreements=1) if sharding.world_size > 1 else [],
+        small=small_sends(len(placed), len(SUMS), agreements=1, edits=False)
+        if sharding.world_size > 1
+        else [],
         around=_around_chunks(placed, widths, choices, sharding),
         update=update_bytes(own, replace(widths, compute=widths.model)),  # gradients are read in place
         padding=2 * (padded - own) * widths.model,

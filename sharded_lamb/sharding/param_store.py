@@ -144,7 +144,12 @@ class ParamStore:
             two_sources = reduces and bool(self.buckets) and bool(self.specs)
             agreements = 1 + two_sources if decides else 0
             sent["all_reduce_small"] = sum(
-                small_sends(len(self.params), len(rule.SUMS), agreements=agreements)
+                small_sends(
+                    len(self.params),
+                    len(rule.SUMS),
+                    agreements=agreements,
+                    edits=reduces and bool(self.buckets),
+                )
             )
         return sent
 
