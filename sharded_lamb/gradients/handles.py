@@ -96,22 +96,30 @@ class Mark:
 
 
 class ReducedGradient(Tensor):
-    """A tensor of a parameter's shape, dtype and strides, without memory. ``mark``: None: all NaN."""
+    """A tensor of a parameter's shape, dtype and strides, without memory.
+
+    Attributes:
+        mark: None: all NaN, a result of other operations.
+        is_part: a view of some elements of the gradient.
+    """
 
     mark: Mark | None
+    is_part: bool
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(
-        cls, like: Tensor, mark: Mark | None, device: torch.device | None = None
+        cls, like: Tensor, mark: Mark | None, device: torch.device | None = None, *, is_part: bool = False
     ) -> "ReducedGradient":
         handle: ReducedGradient = torch.Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device or like.device
         )
-        handle.mark = mark
+        handle.mark, handle.is_part = mark, is_part
         return handle
 
-    def __init__(self, like: Tensor, mark: Mark | None, device: torch.device | None = None) -> None:
+    def __init__(
+        self, like: Tensor, mark: Mark | None, device: torch.device | None = None, *, is_part: bool = False
+    ) -> None:
         """See the class; sized as ``like``, on its device if ``device`` is None."""
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -162,14 +170,16 @@ def _is_number(value: Any) -> bool:
 
 def _alias(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """A view of all elements: shares the mark."""
-    return ReducedGradient(func(_meta(args[0]), *args[1:], **kwargs), args[0].mark, args[0].device)
+    handle = args[0]
+    like = func(_meta(handle), *args[1:], **kwargs)
+    return ReducedGradient(like, handle.mark, handle.device, is_part=handle.is_part)
 
 
 def _copy(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """A copy, also on another device or in another floating-point dtype: has a mark of its own."""
     device = torch.device(kwargs.pop("device", None) or args[0].device)
     kwargs.pop("pin_memory", None)
-    like, mark = func(_meta(args[0]), *args[1:], **kwargs), args[0].mark
+    like, mark = func(_meta(args[0]), *args[1:], **kwargs), None if args[0].is_part else args[0].mark
     if not like.is_floating_point():
         raise RuntimeError(_refused(str(func), mark))
     return ReducedGradient(like, None if mark is None else mark.copied(), device)
@@ -178,7 +188,9 @@ def _copy(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 def _scaled_copy(divides: bool) -> Callable[..., Any]:
     def handler(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         handle, by = (args[1], args[0]) if _is_number(args[0]) and not divides else args[:2]
-        if kwargs or not isinstance(handle, ReducedGradient) or handle.mark is None or not _is_number(by):
+        if kwargs or not isinstance(handle, ReducedGradient) or not _is_number(by):
+            return NotImplemented
+        if handle.mark is None or handle.is_part:
             return NotImplemented
         mark = handle.mark.copied()
         mark.scale(by, divides=divides, device=handle.device)
@@ -212,10 +224,24 @@ def _scale(tensor: Tensor, by: Any, divides: bool) -> bool:
     if not isinstance(tensor, ReducedGradient):
         tensor.div_(by) if divides else tensor.mul_(by)
     elif tensor.mark is not None:
-        if tensor.mark.holder() is None:
-            raise RuntimeError(_refused("scaling", tensor.mark))
+        _check_whole(tensor, "scaling")
+        _check_factor(tensor.mark, by)
         tensor.mark.scale(by, divides=divides, device=tensor.device)
     return True
+
+
+def _check_whole(handle: ReducedGradient, operation: str) -> None:
+    """Raises RuntimeError unless all elements of a gradient that is still held would be changed alike."""
+    if handle.mark is not None and (handle.mark.holder() is None or handle.is_part):
+        raise RuntimeError(_refused(f"{operation} a part" if handle.is_part else operation, handle.mark))
+
+
+def _check_factor(mark: Mark, by: Any) -> None:
+    """Raises RuntimeError for NaN, on a CPU, where the host does not wait to see it: it comes from an unknown value."""
+    holder = mark.holder()
+    if isinstance(by, Tensor) and by.device.type == "cpu" and holder is not None and bool(by.isnan().any()):
+        if not bool(holder.any_bad()):
+            raise RuntimeError(_refused("scaling by NaN (of its norms only the 2-norm is known)", mark))
 
 
 def _zeroed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -225,6 +251,7 @@ def _zeroed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if not isinstance(tensor, ReducedGradient):
             tensor.zero_()
         elif tensor.mark is not None:
+            _check_whole(tensor, "zeroing")
             tensor.mark.zero()
     return args[0] if isinstance(args[0], Tensor) else None
 
@@ -233,12 +260,9 @@ def _norm(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The 2-norm of all elements."""
     handle, order = args[0], args[1] if len(args) > 1 else 2
     result = func(*tree_map(_meta, args), **kwargs)
-    if (
-        order not in (2, None)
-        or result.numel() != 1
-        or not isinstance(handle, ReducedGradient)
-        or not handle.mark
-    ):
+    if order not in (2, None) or result.numel() != 1 or not isinstance(handle, ReducedGradient):
+        return NotImplemented
+    if handle.mark is None or handle.is_part:
         return NotImplemented
     return handle.mark.norm(handle.device).to(result.dtype).reshape(result.shape)
 
@@ -324,7 +348,7 @@ def _without_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> A
     refusal = RuntimeError(_refused(str(func), mark))
     if func._schema.is_mutable:
         written = _written(func, args, kwargs)
-        if not all(isinstance(t, ReducedGradient) and (t.mark is None or t.mark.copy_of) for t in written):
+        if not all(isinstance(t, ReducedGradient) and _is_free(t) for t in written):
             raise refusal
         for tensor in written:
             tensor.mark = None
@@ -337,7 +361,15 @@ def _without_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> A
     leaves = tree_flatten(results)[0]
     if not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
         raise refusal
+    if any(returned.alias_info is not None for returned in func._schema.returns):
+        viewed = handles[0]
+        return tree_map(lambda leaf: ReducedGradient(leaf, viewed.mark, device, is_part=True), results)
     return tree_map(lambda leaf: _nan(leaf, device), results)
+
+
+def _is_free(handle: ReducedGradient) -> bool:
+    """Whether an edit reaches no gradient: a copy, or NaN."""
+    return handle.mark is None or (handle.mark.copy_of is not None and not handle.is_part)
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

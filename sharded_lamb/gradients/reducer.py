@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -148,6 +148,8 @@ class BackwardReducer:
     def _open_round(self) -> _Round:
         """Return the open round; open a new one if there is none."""
         if self._round is None:
+            if self.rounds == 0:
+                reject_ddp([self.params[index] for index in self.bucket_of])
             missing = [len(bucket.params) for bucket in self.buckets]
             for param in self.late:  # launch at the end: its gradient may be incomplete before
                 missing[self.bucket_of[param]] += 1
@@ -188,8 +190,6 @@ class BackwardReducer:
         """Launch the remaining buckets; attach handles in place of gradients that arrived after their launch."""
         current = self._round
         assert current is not None
-        if self.rounds == 0:
-            reject_ddp([self.params[index] for index in self.bucket_of])
         while current.next < len(self.buckets):
             current.next += 1
             self._launch(current.next - 1, current)
@@ -377,7 +377,9 @@ class BackwardReducer:
         self.settle()
         self._apply_edits()
         assert self._summary is not None
-        return self._summary.without(self.attached.removed, self.attached.zeroed)
+        summary = self._summary.without(self.attached.removed, self.attached.zeroed)
+        factor = self.attached.factor()
+        return summary if factor is None else replace(summary, bad=summary.bad | ~factor.isfinite())
 
     def is_partial(self, summary: GradientSummary) -> Tensor:
         """False: a gradient that some ranks lack counts as zero on them."""
