@@ -148,6 +148,13 @@ class AttachedGradients:
         elif isinstance(p.grad, ReducedGradient):
             p.grad.mark = mark
 
+    def drop_absent(self, param: int) -> None:
+        """`drop` a gradient that no rank has; its handles are zeros from now on."""
+        mark = self._marks[param]
+        if mark is not None:
+            mark.is_absent = True
+        self.drop(param)
+
     def drop(self, param: int) -> None:
         """Forget the gradient in the shards, and free ``.grad`` if it is a handle of it."""
         grad = self.params[param].grad

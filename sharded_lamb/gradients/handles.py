@@ -5,7 +5,7 @@ results that follow from its values are NaN; those that cannot be NaN, and every
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -61,6 +61,9 @@ class Mark:
     factors: Factors
     factor: Tensor | None = None  # fp64 scalar, not yet in the shards; None: 1
     is_zeroed: bool = False
+    is_absent: bool = (
+        False  # no rank had a gradient; a handle that was read before that was known means zeros
+    )
     copy_of: "Mark | None" = None
 
     @property
@@ -69,7 +72,7 @@ class Mark:
         return self if self.copy_of is None else self.copy_of
 
     def copied(self) -> "Mark":
-        return Mark(self.owner, self.name, self.param, self.factors, self.factor, self.is_zeroed, self.origin)
+        return replace(self, copy_of=self.origin)
 
     def holder(self) -> ReducedGradients | None:
         """The owner, while it still has the gradient."""
@@ -85,9 +88,9 @@ class Mark:
     def norm(self, device: torch.device) -> Tensor:
         """2-norm of the averaged gradient times the factor: fp64 scalar, NaN if it is not known (any more)."""
         holder = self.holder()
-        if self.is_zeroed and holder is not None:
+        square_sum = None if holder is None or self.is_zeroed else holder.square_sum(self.param)
+        if self.origin.is_absent or (self.is_zeroed and holder is not None):
             return torch.zeros((), dtype=torch.float64, device=device)
-        square_sum = None if holder is None else holder.square_sum(self.param)
         # Settling may have dropped it. A copy of a gradient that was zeroed since is no longer known.
         if square_sum is None or self.holder() is None or self.origin.is_zeroed:
             return torch.full((), torch.nan, dtype=torch.float64, device=device)
@@ -105,7 +108,7 @@ class ReducedGradient(Tensor):
 
     mark: Mark | None
     is_part: bool
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -122,7 +125,7 @@ class ReducedGradient(Tensor):
     ) -> None:
         """See the class; sized as ``like``, on its device if ``device`` is None."""
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         of = "NaN" if self.mark is None else f"of {self.mark.name!r}, reduced and freed by stage=2"
         return f"ReducedGradient({of}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
@@ -137,7 +140,7 @@ class ReducedGradient(Tensor):
         return self
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
@@ -232,16 +235,21 @@ def _scale(tensor: Tensor, by: Any, divides: bool) -> bool:
 
 def _check_whole(handle: ReducedGradient, operation: str) -> None:
     """Raises RuntimeError unless all elements of a gradient that is still held would be changed alike."""
-    if handle.mark is not None and (handle.mark.holder() is None or handle.is_part):
+    if handle.mark is not None and (_is_stale(handle.mark) or handle.is_part):
         raise RuntimeError(_refused(f"{operation} a part" if handle.is_part else operation, handle.mark))
+
+
+def _is_stale(mark: Mark) -> bool:
+    return mark.holder() is None and not mark.origin.is_absent
 
 
 def _check_factor(mark: Mark, by: Any) -> None:
     """Raises RuntimeError for NaN, on a CPU, where the host does not wait to see it: it comes from an unknown value."""
+    if not isinstance(by, Tensor) or by.device.type != "cpu" or not bool(by.isnan().any()):
+        return
     holder = mark.holder()
-    if isinstance(by, Tensor) and by.device.type == "cpu" and holder is not None and bool(by.isnan().any()):
-        if not bool(holder.any_bad()):
-            raise RuntimeError(_refused("scaling by NaN (of its norms only the 2-norm is known)", mark))
+    if holder is not None and not bool(holder.any_bad()):
+        raise RuntimeError(_refused("scaling by NaN (of its norms only the 2-norm is known)", mark))
 
 
 def _zeroed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -281,7 +289,7 @@ def _unscaled(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if plain:
         func(plain, found_inf, inverse)
     for mark in marks:
-        if mark is None or mark.holder() is None:
+        if mark is None or _is_stale(mark):
             raise RuntimeError(_refused("GradScaler", mark))
     for owner in {id(mark.owner()): mark.holder() for mark in marks if mark is not None}.values():
         if owner is not None:

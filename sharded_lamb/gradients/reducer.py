@@ -337,7 +337,7 @@ class BackwardReducer:
                 summary = self._agree()
         if on_cpu:
             for param in (summary.present == 0).nonzero().flatten().tolist():
-                self.attached.drop(param)
+                self.attached.drop_absent(param)
         return summary
 
     def _agree(self) -> GradientSummary:

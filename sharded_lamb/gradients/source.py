@@ -71,7 +71,7 @@ class GradientSource(Protocol):
         """
 
     def edits(self) -> Tensor | None:
-        """An integer below 2³¹ (fp64 scalar) that is equal on all ranks if users edited gradients alike; None: no edits."""
+        """An integer below 2³¹ (fp64 scalar), equal on all ranks if users edited gradients alike; None: no edits."""
 
     def stepped(self) -> None:
         """Mark the gradients as used by a step."""
