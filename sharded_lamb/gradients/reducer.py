@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,8 +68,15 @@ class _Round:
     missing: list[int]  # [buckets] gradients that each bucket still waits for
     next: int = 0  # the bucket to launch next
     fired: set[int] = field(default_factory=set)  # parameters whose gradient has arrived
-    tasks: set[int] = field(default_factory=set)  # backward passes at whose end a callback runs
+    # For each backward pass: the callback that autograd calls at its end, and drops if it fails; None: called.
+    callbacks: dict[int, "weakref.ref[Any] | None"] = field(default_factory=dict)
     is_throttled: bool = True
+    is_zeroed: bool = False  # its backward failed, and the user zeroed all gradients since
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether an exception ended its backward."""
+        return any(callback is not None and callback() is None for callback in self.callbacks.values())
 
 
 class BackwardReducer:
@@ -121,7 +129,7 @@ class BackwardReducer:
         def before_accumulation(grads: tuple[Tensor | None, ...]) -> None:
             reducer = this()
             if reducer is not None and grads[0] is not None:
-                reducer.attached.set_aside(param, used=reducer._used)
+                reducer._before_gradient(param)
 
         def after_accumulation(_: Tensor) -> None:
             reducer = this()
@@ -160,6 +168,13 @@ class BackwardReducer:
             self._enter(ReducerState.ROUND)
         return self._round
 
+    def _before_gradient(self, param: int) -> None:
+        """Free ``.grad``; first, close the round of a backward that failed, as ranks on which it did not fail did."""
+        if self.enabled and self._round is not None and self._round.is_abandoned:
+            self._round.is_zeroed = all(self.params[member].grad is None for member in self.bucket_of)
+            self._close_round()
+        self.attached.set_aside(param, used=self._used)
+
     def _on_gradient(self, param: int) -> None:
         """Count the gradient of ``param``, which autograd has accumulated, and launch complete buckets."""
         if not self.enabled:
@@ -167,9 +182,11 @@ class BackwardReducer:
             return
         current = self._open_round()
         task = torch._C._current_graph_task_id()
-        if task not in current.tasks:
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
-            current.tasks.add(task)
+        if task not in current.callbacks:
+            callback = partial(self._end_of_backward, task)
+            torch.autograd.Variable._execution_engine.queue_callback(callback)
+            current.callbacks[task] = weakref.ref(callback)
+            del callback  # a traceback may hold this frame
         if param in current.fired:
             self.late.add(param)
             return
@@ -180,7 +197,9 @@ class BackwardReducer:
                 current.next += 1
                 self._launch(current.next - 1, current)
 
-    def _end_of_backward(self) -> None:
+    def _end_of_backward(self, task: int) -> None:
+        if self._round is not None:
+            self._round.callbacks[task] = None
         # A callback queued inside a reentrant checkpoint's backward runs while the outer backward still
         # evaluates the checkpoint's node: more gradients follow, and `ready` launches the rest at the latest.
         if self._round is not None and torch._C._current_autograd_node() is None:
@@ -222,8 +241,8 @@ class BackwardReducer:
             kept.append((keeps, self.attached.take_factor(param) if keeps else None))
             self.present[param] = stays or grad is not None
             # Another rank may have a gradient.
-            elsewhere = current is not None and self.collectives.world_size > 1 and p.requires_grad
-            if self.present[param] or elsewhere:
+            elsewhere = current is not None and not current.is_zeroed and self.collectives.world_size > 1
+            if self.present[param] or (elsewhere and p.requires_grad):
                 self.attached.attach(param, renew=not keeps)
         if faults.point("gradient"):
             inject_nan(grads)

@@ -234,9 +234,11 @@ def test_what_cannot_be_nan_is_an_error_that_changes_nothing(use: str) -> None:
     (model, opt), (untouched, other) = one_rank_model(), one_rank_model()
     p, grad = model.weight, model.weight.grad
     assert grad is not None
-    with torch.no_grad():
-        with pytest.raises(RuntimeError, match=r"'weight', which stage=2 has reduced.*use stage=1"):
-            REFUSED[use](p, grad)
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match=r"'weight', which stage=2 has reduced.*use stage=1"),
+    ):
+        REFUSED[use](p, grad)
     opt.step()
     other.step()
     assert torch.equal(model.weight, untouched.weight)
