@@ -202,10 +202,10 @@ class Flight:
     start: float
 
     @contextmanager
-    def landing(self) -> Iterator[None]:
-        """Record the body as the wait for it."""
+    def landing(self, begin: float | None = None) -> Iterator[None]:
+        """Record the body as the wait for it; ``begin``: when the wait began, if before the body."""
         timeline = self.timeline
-        begin = timeline.clock()
+        begin = timeline.clock() if begin is None else begin
         with record_function(self.name):
             yield
         end = timeline.clock()

@@ -6,6 +6,8 @@ slower than an all_reduce and its all_gather copies everything twice, so on gloo
 point, in place, and this rank sums the received parts in fp32 and in rank order.
 """
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,6 +24,9 @@ from sharded_lamb.comm.topology import Topology
 from sharded_lamb.timeline import COMPUTE, Flight, Timeline
 
 T = TypeVar("T")
+
+POLL_SECONDS = 5e-5
+"""Between two looks at whether a collective has completed."""
 
 
 @dataclass
@@ -62,17 +67,69 @@ class Pending:
     """A collective in flight: after `wait` its result may be used on this rank's stream."""
 
     def __init__(
-        self, works: Sequence["dist.Work | None"], flight: Flight | None = None, *, keep_alive: object = None
+        self,
+        works: Sequence["dist.Work | None"],
+        flight: Flight | None = None,
+        *,
+        keep_alive: object = None,
+        reports_completion: bool = True,
     ) -> None:
+        """``reports_completion``: works have ``is_completed``, which gloo's messages lack before their wait."""
         self._works = [work for work in works if work is not None]
         self._flight = flight
         self._keep_alive = keep_alive  # the memory that is sent
+        self._reports_completion = reports_completion
+        self._waiter: _Waiter | None = None
 
-    def wait(self) -> None:
-        with nullcontext() if self._flight is None else self._flight.landing():
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the result, at most ``timeout`` seconds. Returns whether it is there."""
+        begin = None if self._flight is None else self._flight.timeline.clock()
+        if timeout is not None and not self._arrives(timeout):
+            return False
+        with nullcontext() if self._flight is None else self._flight.landing(begin):
+            if self._waiter is not None:
+                self._waiter.finish()
+            else:
+                for work in self._works:
+                    work.wait()
+        self._works, self._flight, self._keep_alive, self._waiter = [], None, None, None
+        return True
+
+    def _arrives(self, timeout: float) -> bool:
+        if self._reports_completion:
+            end = time.monotonic() + timeout
+            while not all(work.is_completed() for work in self._works):
+                if time.monotonic() > end:
+                    return False
+                time.sleep(POLL_SECONDS)
+            return True
+        if self._waiter is None:
+            self._waiter = _Waiter(self._works)
+        self._waiter.join(timeout)
+        return not self._waiter.is_alive()
+
+
+class _Waiter(threading.Thread):
+    """Waits for works beside the main thread, and ends."""
+
+    def __init__(self, works: Sequence["dist.Work"]) -> None:
+        super().__init__(name="sharded_lamb-wait", daemon=True)
+        self._works = works
+        self._error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
             for work in self._works:
                 work.wait()
-        self._works, self._flight, self._keep_alive = [], None, None
+        except Exception as error:
+            self._error = error
+
+    def finish(self) -> None:
+        """Wait for its end; raises as the works' waits."""
+        self.join()
+        if self._error is not None:
+            raise self._error
 
 
 class Collectives:
@@ -167,7 +224,7 @@ class Collectives:
         works = [dist.irecv(tensor, group=self._shard, group_src=source) for source, tensor in incoming]
         faults.point("mid-reduce-scatter")
         works += [dist.isend(tensor, group=self._shard, group_dst=target) for target, tensor in outgoing]
-        return Pending(works, flight, keep_alive=outgoing)
+        return Pending(works, flight, keep_alive=outgoing, reports_completion=False)
 
     def received_numel(self, full_numel: int) -> int:
         """The number of elements of ``received`` for a `reduce_scatter` of ``full_numel`` elements."""
@@ -189,15 +246,15 @@ class Collectives:
             return full.view(1, -1)
         return received.view(self.shard_count - 1 if self.uses_p2p else 1, -1)
 
-    def summed_over_replicas(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """[1, n] ``dtype``: the sum of parts, in order, all-reduced over replicas."""
+    def sum_over_replicas(self, parts: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Pending]:
+        """Start to all-reduce the sum of ``parts``, in order, over replicas: [1, n] ``dtype``, once it has arrived."""
         assert self._replica is not None
         total = parts[0].to(dtype, copy=True)
         for part in parts[1:]:
             total += part
-        with self.traffic.blocking("all_reduce_replicas", total.nbytes):
-            dist.all_reduce(total, group=self._replica)
-        return total.view(1, -1)
+        flight = self.traffic.launched("all_reduce_replicas", total.nbytes)
+        work: dist.Work | None = dist.all_reduce(total, group=self._replica, async_op=True)
+        return total.view(1, -1), Pending([work], flight)
 
     def all_gather(self, flat: Tensor) -> Pending:
         """Start an in-place all-gather of ``flat``: rank r's shard is the r-th equal part."""
@@ -221,7 +278,7 @@ class Collectives:
         faults.point("mid-all-gather")
         for distance in range(1, self.shard_count):
             works.append(dist.isend(shard, group=self._shard, group_dst=(rank + distance) % self.shard_count))
-        return Pending(works, flight)
+        return Pending(works, flight, reports_completion=False)
 
     def gather_to_first(self, shard: Tensor) -> list[Tensor] | None:
         """Gather all shards of a bucket to the CPU of the first rank of everyone; None on the other ranks."""

@@ -144,6 +144,10 @@ class AveragedGradients:
         """None: ``GradScaler.unscale_`` writes ``.grad`` itself."""
         return None
 
+    def edits(self) -> Tensor | None:
+        """None: edits of ``.grad`` are in the gradients themselves."""
+        return None
+
     def stepped(self) -> None:
         """See `GradientSource`."""
         self._steps_seen += 1

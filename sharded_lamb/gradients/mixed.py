@@ -59,12 +59,16 @@ class MixedGradients:
         return (self.averaged if self._has_dtensors else self.reducer).is_partial(summary)
 
     def unscale_factor(self) -> Tensor | None:
-        """Scalar, [P] or None: ``GradScaler.unscale_`` writes DTensors' ``.grad`` and cannot write reduced shards."""
+        """Scalar, [P] or None: ``GradScaler.unscale_`` writes DTensors' ``.grad``, not reduced shards."""
         factor = self.reducer.unscale_factor()
         if factor is None or not self._has_dtensors:
             return factor
         is_dtensor = torch.tensor(self.averaged.is_member).to(factor.device, non_blocking=True)
         return torch.where(is_dtensor, torch.ones_like(factor), factor)
+
+    def edits(self) -> Tensor | None:
+        """See `GradientSource`."""
+        return self.reducer.edits()
 
     def stepped(self) -> None:
         """See `GradientSource`."""

@@ -3,27 +3,30 @@
 One *round* reduces every bucket once, in bucket order on every rank: gloo matches operations by order alone, and
 ranks' hooks may fire in different orders. A bucket launches once the hooks of all its parameters have fired and all
 buckets before it have launched; a callback at the end of backward launches the rest, with zeros for missing gradients.
-Like ``.grad``, rounds accumulate until the gradients are zeroed.
+Backward waits for no other rank, save for a bounded time to bound memory: the other rank may be in a collective of the
+user's backward. Whoever needs the gradients first waits. Like ``.grad``, rounds accumulate until gradients are zeroed.
 """
 
-import gc
+import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from sharded_lamb import faults
 from sharded_lamb.comm.collectives import Collectives, Pending
 from sharded_lamb.core.parameters import check_gradient
+from sharded_lamb.gradients.attached import AttachedGradients, Kept
+from sharded_lamb.gradients.ddp import reject_ddp
 from sharded_lamb.gradients.exchange import Staging
-from sharded_lamb.gradients.sentinel import Sentinel
+from sharded_lamb.gradients.handles import Mark, ReducedGradient
 from sharded_lamb.gradients.source import Registration
+from sharded_lamb.gradients.states import TRANSITIONS, ReducerState
 from sharded_lamb.gradients.summary import GradientSummary, agree, inject_nan
 from sharded_lamb.kernels import Kernel, ReceivedShards
 from sharded_lamb.kernels.incoming import with_local_contribution
@@ -33,38 +36,14 @@ IN_FLIGHT = 2
 """Buckets in flight at once: one on the wire and one queued. A third was not faster on two ranks of BERT-base, and
 used 55 MB more."""
 
+PATIENCE = 1.0
+"""Seconds that backward waits for one bucket of the `IN_FLIGHT`, before it launches more."""
+
+IMPATIENT_ROUNDS = 3
+"""After so many rounds in which `PATIENCE` ran out, backward waits no longer: memory grows instead."""
+
 SYNCED_ROUNDS = 2
 """On a GPU the host reads left-over gradients in the first rounds only; later, `BackwardReducer.late` is complete."""
-
-
-class ReducerState(Enum):
-    """The state of a `BackwardReducer` between two calls, and the transition that each call makes.
-
-    ======== ==================== ========= ========== =======
-    state    gradient, or `flush` `flush`   `stepped`  `zero`
-             opens a round        closes it
-    ======== ==================== ========= ========== =======
-    EMPTY    ROUND                                     EMPTY
-    ROUND                         REDUCED              REDUCED, then EMPTY
-    REDUCED  ROUND                          USED       EMPTY
-    USED     ROUND                          USED       EMPTY
-    ======== ==================== ========= ========== =======
-
-    ``model.zero_grad()`` changes no state: the sentinel reports it when the next round opens.
-    """
-
-    EMPTY = auto()  # no reduced gradients: none yet, or they were zeroed
-    ROUND = auto()  # a round is open: buckets launch as their gradients arrive
-    REDUCED = auto()  # every gradient is in its shard, and no step has used it
-    USED = auto()  # a step has used the gradients; the next round adds to them unless they are zeroed
-
-
-TRANSITIONS = {
-    ReducerState.EMPTY: {ReducerState.ROUND, ReducerState.EMPTY},
-    ReducerState.ROUND: {ReducerState.REDUCED},
-    ReducerState.REDUCED: {ReducerState.ROUND, ReducerState.USED, ReducerState.EMPTY},
-    ReducerState.USED: {ReducerState.ROUND, ReducerState.USED, ReducerState.EMPTY},
-}
 
 
 @dataclass(slots=True)
@@ -75,19 +54,29 @@ class _InFlight:
     pending: Pending
     staging: Staging
     grads: list[Tensor | None]  # sent from their own memory, so they must stay alive
+    kept: list[Kept]  # of the bucket's parameters, when it was launched
+    square_sums: Tensor  # of its round
+    total: Tensor | None = None  # [1, n] summed over replicas, once ``pending`` is that sum
 
 
 @dataclass(slots=True)
 class _Round:
     """The open round; None between rounds."""
 
-    fresh: bool  # its gradients replace those of earlier rounds, else they add to them
+    used: bool  # a step had used the gradients that it adds to
     square_sums: Tensor  # [P] fp64 Σg² of this rank's shards
     missing: list[int]  # [buckets] gradients that each bucket still waits for
     next: int = 0  # the bucket to launch next
     fired: set[int] = field(default_factory=set)  # parameters whose gradient has arrived
-    in_flight: deque[_InFlight] = field(default_factory=deque)
-    is_callback_queued: bool = False  # for the end of the running backward
+    # For each backward pass: the callback that autograd calls at its end, and drops if it fails; None: called.
+    callbacks: dict[int, "weakref.ref[Any] | None"] = field(default_factory=dict)
+    is_throttled: bool = True
+    is_zeroed: bool = False  # its backward failed, and the user zeroed all gradients since
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether an exception ended its backward."""
+        return any(callback is not None and callback() is None for callback in self.callbacks.values())
 
 
 class BackwardReducer:
@@ -103,120 +92,101 @@ class BackwardReducer:
         self.bucket_of: dict[int, int] = {}  # members only
         self.present: list[bool] = []  # [P] whether this rank had a gradient since zeroing
         self.late: set[int] = set()  # parameters whose hook fires more than once in a backward
-        self.summary: GradientSummary | None = None
+        self.attached = AttachedGradients(weakref.ref(self))
         self.rounds = 0
-        self.sentinel: Sentinel | None = None
+        self._summary: GradientSummary | None = None
+        self._agreed_rounds = 0
+        self._impatient_rounds = 0
         self._owner_mask = torch.zeros(0, dtype=torch.float64)
+        self._square_sums = torch.zeros(0, dtype=torch.float64)  # of the last round
         self._round: _Round | None = None
+        self._late_grads: dict[int, Tensor] = {}  # that arrived after their bucket's launch
+        self._in_flight: deque[_InFlight] = deque()
         self._free_staging: list[Staging] = []
+        self._accumulations: list[Any] = []  # nodes of the graph; parameters reference theirs weakly
 
     def extend(self, added: Registration) -> None:
-        """See `GradientSource`. The smallest non-empty one of the first parameters carries the sentinel."""
+        """See `GradientSource`."""
         assert self._round is None, "parameters cannot be added during a round"
-        self.summary = None  # it lacks the new parameters
+        if self._summary is not None:
+            self._summary = self._summary.padded(len(added.params))
         self.names.extend(added.names)
         self.params.extend(added.params)
         self.present.extend([False] * len(added.params))
+        self.attached.extend(added.names, added.params)
         self._owner_mask = added.owner_mask
         for index, bucket in enumerate(added.buckets, start=len(self.buckets)):
             self.bucket_of.update(dict.fromkeys(bucket.plan.params, index))
         self.buckets.extend(added.buckets)
         self._free_staging.clear()  # new buckets may be larger
-        self._register_hooks(sorted(added.members))
-        sized = [index for index in sorted(self.bucket_of) if self.params[index].numel() > 0]
-        if self.sentinel is None and sized:
-            param = min(sized, key=lambda index: self.params[index].numel())
-            self.sentinel = Sentinel(self.names[param], self.params[param])
-            self._register_sentinel_hook(self.params[param])
+        for param in sorted(added.members):
+            self._register_hooks(param)
 
-    def _register_hooks(self, members: Sequence[int]) -> None:
+    def _register_hooks(self, param: int) -> None:
         """Hooks reference this object weakly: a model may outlive its optimizer."""
         this = weakref.ref(self)
 
-        def after_accumulation(index: int) -> Callable[[Tensor], None]:
-            def hook(_: Tensor) -> None:
-                reducer = this()
-                if reducer is not None:
-                    reducer._on_gradient(index)
+        def before_accumulation(grads: tuple[Tensor | None, ...]) -> None:
+            reducer = this()
+            if reducer is not None and grads[0] is not None:
+                reducer._before_gradient(param)
 
-            return hook
-
-        for index in members:
-            register: Any = self.params[index].register_post_accumulate_grad_hook
-            register(after_accumulation(index))
-
-    def _register_sentinel_hook(self, p: Tensor) -> None:
-        this = weakref.ref(self)
-
-        def before_accumulation(_: tuple[Tensor, ...]) -> None:
+        def after_accumulation(_: Tensor) -> None:
             reducer = this()
             if reducer is not None:
-                reducer._before_sentinel_gradient()
+                reducer._on_gradient(param)
 
+        p: Any = self.params[param]
+        p.register_post_accumulate_grad_hook(after_accumulation)
         # On the AccumulateGrad node, not on the tensor: a tensor's hook fires under torch.autograd.grad too.
-        edge = torch.autograd.graph.get_gradient_edge(p)
-        self._accumulation = edge.node  # the parameter references it weakly
-        self._accumulation.register_prehook(before_accumulation)
+        node = torch.autograd.graph.get_gradient_edge(p).node
+        node.register_prehook(before_accumulation)
+        self._accumulations.append(node)
 
     def _enter(self, state: ReducerState) -> None:
         assert state in TRANSITIONS[self.state], f"no transition from {self.state.name} to {state.name}"
         self.state = state
 
-    # -- the sentinel -------------------------------------------------------------------------------
-
-    def _has_reduced(self) -> bool:
-        """Whether there are reduced gradients that are not zeroed. Raises as `Sentinel.has_gradients`."""
-        used = self.state is ReducerState.USED
-        return self.sentinel is not None and self.sentinel.has_gradients(used=used)
-
-    def _is_gradient(self, grad: Tensor | None) -> bool:
-        return grad is not None and not (self.sentinel is not None and self.sentinel.is_grad(grad))
-
-    def _before_sentinel_gradient(self) -> None:
-        """Remove the sentinel from ``.grad`` before autograd adds a gradient to it."""
-        assert self.sentinel is not None
-        if self.sentinel.p.grad is None and self._round is None:
-            self.sentinel.drop()  # the model zeroed it; drops a sentinel set aside too
-        if self.enabled:
-            self._open_round()
-        self.sentinel.set_aside(used=self.state is ReducerState.USED)
-
-    def _drop_sentinel(self) -> None:
-        if self.sentinel is not None:
-            self.sentinel.drop()
-
-    def unscale_factor(self) -> Tensor | None:
-        """See `GradientSource`; fp64 scalar. Raises as `Sentinel.unscale_factor`."""
-        return None if self.sentinel is None else self.sentinel.unscale_factor()
+    @property
+    def _used(self) -> bool:
+        return self.state is ReducerState.USED if self._round is None else self._round.used
 
     # -- a round ------------------------------------------------------------------------------------
 
     def _open_round(self) -> _Round:
         """Return the open round; open a new one if there is none."""
-        if self._round is not None:
-            return self._round
-        if self.sentinel is not None and self.sentinel.is_set_aside and self.sentinel.p.grad is None:
-            self.sentinel.drop()  # the model zeroed it after a backward in no_sync
-        fresh = not self._has_reduced()
-        if fresh:
-            self._drop_sentinel()
-            self.present = [False] * len(self.params)
-        missing = [len(bucket.params) for bucket in self.buckets]
-        for param in self.late:  # launch at the end: its gradient may be incomplete before
-            missing[self.bucket_of[param]] += 1
-        sums = torch.zeros(len(self.params), dtype=torch.float64, device=self.params[0].device)
-        self._round, self.summary = _Round(fresh, sums, missing), None
-        self._enter(ReducerState.ROUND)
+        if self._round is None:
+            if self.rounds == 0:
+                reject_ddp([self.params[index] for index in self.bucket_of])
+            missing = [len(bucket.params) for bucket in self.buckets]
+            for param in self.late:  # launch at the end: its gradient may be incomplete before
+                missing[self.bucket_of[param]] += 1
+            sums = torch.zeros(len(self.params), dtype=torch.float64, device=self.params[0].device)
+            self._round, self._summary, self._square_sums = _Round(self._used, sums, missing), None, sums
+            self.attached.removed.clear()
+            self.attached.zeroed.clear()
+            self._enter(ReducerState.ROUND)
         return self._round
+
+    def _before_gradient(self, param: int) -> None:
+        """Free ``.grad``; first, close the round of a backward that failed, as ranks on which it did not fail did."""
+        if self.enabled and self._round is not None and self._round.is_abandoned:
+            self._round.is_zeroed = all(self.params[member].grad is None for member in self.bucket_of)
+            self._close_round()
+        self.attached.set_aside(param, used=self._used)
 
     def _on_gradient(self, param: int) -> None:
         """Count the gradient of ``param``, which autograd has accumulated, and launch complete buckets."""
         if not self.enabled:
+            self.attached.accumulated(param)
             return
         current = self._open_round()
-        if not current.is_callback_queued:
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
-            current.is_callback_queued = True
+        task = torch._C._current_graph_task_id()
+        if task not in current.callbacks:
+            callback = partial(self._end_of_backward, task)
+            torch.autograd.Variable._execution_engine.queue_callback(callback)
+            current.callbacks[task] = weakref.ref(callback)
+            del callback  # a traceback may hold this frame
         if param in current.fired:
             self.late.add(param)
             return
@@ -224,58 +194,129 @@ class BackwardReducer:
         current.missing[self.bucket_of[param]] -= 1
         if self.overlap:
             while current.next < len(self.buckets) and current.missing[current.next] == 0:
-                self._launch(current, current.next)
                 current.next += 1
+                self._launch(current.next - 1, current)
 
-    def _end_of_backward(self) -> None:
+    def _end_of_backward(self, task: int) -> None:
         if self._round is not None:
-            self._round.is_callback_queued = False
+            self._round.callbacks[task] = None
         # A callback queued inside a reentrant checkpoint's backward runs while the outer backward still
-        # evaluates the checkpoint's node: more gradients follow, and `step` flushes at the latest.
-        if torch._C._current_autograd_node() is None:
-            self.flush()
+        # evaluates the checkpoint's node: more gradients follow, and `ready` launches the rest at the latest.
+        if self._round is not None and torch._C._current_autograd_node() is None:
+            self._close_round()
+
+    def _close_round(self) -> None:
+        """Launch the remaining buckets; attach handles in place of gradients that arrived after their launch."""
+        current = self._round
+        assert current is not None
+        while current.next < len(self.buckets):
+            current.next += 1
+            self._launch(current.next - 1, current)
+        for param in self.bucket_of:
+            grad = self.params[param].grad
+            if grad is not None and not isinstance(grad, ReducedGradient):
+                self._late_grads[param], self.params[param].grad = grad, None
+                self.attached.attach(param, renew=False)
+        self._round, self.rounds = None, self.rounds + 1
+        self._enter(ReducerState.LAUNCHED)
 
     @torch.no_grad()  # after backward(create_graph=True) gradients require gradients
-    def _launch(self, current: _Round, index: int) -> None:
-        """Start the exchange of a bucket and free its gradients' ``.grad``."""
-        bucket = self.buckets[index]
+    def _launch(self, index: int, current: _Round | None = None) -> None:
+        """Start the exchange of a bucket, and attach handles in place of its gradients.
+
+        ``current``: the open round; None: adds late gradients to the last one.
+        """
+        bucket, used = self.buckets[index], self._used
         faults.point("mid-backward")
-        if len(current.in_flight) == IN_FLIGHT:
-            self._finish_oldest(current)
+        if current is not None:
+            self._throttle(current)
         staging = self._take_staging(index)
         grads: list[Tensor | None] = []
+        kept: list[Kept] = []
         for param, p in zip(bucket.plan.params, bucket.params, strict=True):
-            grad = p.grad
-            if grad is None or not self._is_gradient(grad):
-                grads.append(None)
-                continue
-            check_gradient(self.names[param], grad)
+            stays = self.present[param] and self.attached.has_gradient(param)
+            keeps = self.attached.keeps(param, used=used)
+            grad = self._take_gradient(param, p)
             grads.append(grad)
-            p.grad = None
-            self.present[param] = True
+            kept.append((keeps, self.attached.take_factor(param) if keeps else None))
+            self.present[param] = stays or grad is not None
+            # Another rank may have a gradient.
+            elsewhere = current is not None and not current.is_zeroed and self.collectives.world_size > 1
+            if self.present[param] or (elsewhere and p.requires_grad):
+                self.attached.attach(param, renew=not keeps)
         if faults.point("gradient"):
             inject_nan(grads)
         pending = staging.exchange(index, bucket).start(grads)
         # A fused exchange has already copied them.
-        current.in_flight.append(
-            _InFlight(index, pending, staging, grads if self.collectives.uses_p2p else [])
-        )
+        sent = grads if self.collectives.uses_p2p else []
+        self._in_flight.append(_InFlight(index, pending, staging, sent, kept, self._square_sums))
+
+    def _take_gradient(self, param: int, p: Tensor) -> Tensor | None:
+        """This rank's gradient, removed from ``.grad``, and the late one of the last round."""
+        grad, late = self.attached.own_gradient(param), self._late_grads.pop(param, None)
+        if grad is None:
+            return late
+        check_gradient(self.names[param], grad)
+        p.grad = None
+        return grad if late is None else grad + late
+
+    # -- exchanges in flight ------------------------------------------------------------------------
+
+    def _throttle(self, current: _Round) -> None:
+        """Bound the buckets in flight, where the other ranks do not wait for this one meanwhile."""
+        while len(self._in_flight) >= IN_FLIGHT and current.is_throttled:
+            if self._impatient_rounds == IMPATIENT_ROUNDS:
+                return
+            if self._land_oldest(None if _is_capturing(self.params[0]) else PATIENCE):
+                continue
+            current.is_throttled = False
+            self._impatient_rounds += 1
+            if self._impatient_rounds == IMPATIENT_ROUNDS:
+                warnings.warn(
+                    f"in {IMPATIENT_ROUNDS} backward passes a bucket of stage=2 did not arrive within {PATIENCE} s, "
+                    f"since another rank is late or waits in a collective of backward for this one: from now on "
+                    f"backward does not wait for buckets, and staging memory grows up to the size of all gradients",
+                    UserWarning,
+                    stacklevel=2,
+                )
 
     @torch.no_grad()  # as `_launch`
-    def _finish_oldest(self, current: _Round) -> None:
-        arrived = current.in_flight.popleft()
-        arrived.pending.wait()
-        bucket = self.buckets[arrived.index]
-        shard, exchange = bucket.shard, arrived.staging.exchange(arrived.index, bucket)
-        own = exchange.own(arrived.grads)
+    def _land_oldest(self, timeout: float | None = None) -> bool:
+        """Average the oldest bucket in flight; False: it has not arrived within ``timeout`` seconds."""
+        oldest = self._in_flight[0]
+        if not oldest.pending.wait(timeout):
+            return False
+        bucket = self.buckets[oldest.index]
+        shard, exchange = bucket.shard, oldest.staging.exchange(oldest.index, bucket)
+        own = exchange.own(oldest.grads)
         parts = self.collectives.parts_of_sum(exchange.full, exchange.received)
         if self.collectives.has_replicas:
-            rows = with_local_contribution(parts, bucket.segments, own, shard.compute)
-            parts, own = self.collectives.summed_over_replicas(rows, shard.compute), None
+            if oldest.total is None:
+                rows = with_local_contribution(parts, bucket.segments, own, shard.compute)
+                oldest.total, oldest.pending = self.collectives.sum_over_replicas(rows, shard.compute)
+                if not oldest.pending.wait(timeout):
+                    return False
+            parts, own = oldest.total, None
+        self._in_flight.popleft()
         with self.collectives.traffic.computing("average"):
+            adds = self._prepare_shard(bucket, oldest.kept)
             received = ReceivedShards(parts, self.collectives.world_size, own)
-            self.kernel.average(shard, bucket.segments, received, current.square_sums, add=not current.fresh)
-        self._free_staging.append(arrived.staging)
+            self.kernel.average(shard, bucket.segments, received, oldest.square_sums, add=adds)
+        if len(self._free_staging) < IN_FLIGHT:
+            self._free_staging.append(oldest.staging)
+        return True
+
+    @staticmethod
+    def _prepare_shard(bucket: FlatBucket, kept: Sequence[Kept]) -> bool:
+        """Zero and scale gradients in the shard as users did; False: none of them is kept."""
+        if not any(keeps for keeps, _ in kept):
+            return False
+        for param, (keeps, factor) in zip(bucket.plan.params, kept, strict=True):
+            if not keeps:
+                bucket.slice_of(param, bucket.shard.grad).zero_()
+            elif factor is not None:
+                bucket.slice_of(param, bucket.shard.grad).mul_(factor.to(bucket.shard.grad.dtype))
+        return True
 
     def _take_staging(self, index: int) -> Staging:
         """A free staging memory, if possible one that this bucket used before: its pages are already mapped."""
@@ -284,69 +325,96 @@ class BackwardReducer:
         reusable = [i for i, staging in enumerate(self._free_staging) if staging.has_exchanged(index)]
         return self._free_staging.pop(reusable[0] if reusable else 0)
 
-    def flush(self) -> GradientSummary:
-        """Reduce the remaining buckets, on every rank, and sum the summaries (small all-reduce a).
+    def _drain(self) -> None:
+        while self._in_flight:
+            self._land_oldest()
 
-        A second pass follows if any rank has gradients that arrived after their bucket's launch.
-        """
-        if self.rounds == 0:
-            reject_ddp([self.params[index] for index in self.bucket_of])
-        current = self._open_round()
-        for index in range(current.next, len(self.buckets)):
-            self._launch(current, index)
-        self._drain(current)
-        summary = self._agree(current, self._left_over())
-        if summary.left_over.device.type == "cpu" or self.rounds < SYNCED_ROUNDS:
-            late_buckets = {self.bucket_of[param] for param in summary.left_over.nonzero().flatten().tolist()}
-            if late_buckets:
-                current.fresh = False
-                for index in sorted(late_buckets):
-                    current.square_sums[list(self.buckets[index].plan.params)] = 0  # summed again
-                    self._launch(current, index)
-                self._drain(current)
-                summary = self._agree(current, [False] * len(self.params))
-        self._round, self.rounds, self.summary = None, self.rounds + 1, summary
-        self._enter(ReducerState.REDUCED)
-        if self.sentinel is not None:
-            self.sentinel.attach(summary)
+    # -- the summary --------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Launch an open round's remaining buckets, wait for all, and sum the summaries (small all-reduce a)."""
+        if self.state is ReducerState.ROUND:
+            self._close_round()
+        if self.state is ReducerState.LAUNCHED:
+            self._drain()
+            self._apply_edits()
+            self._summary = self._agreed_summary()
+            self._agreed_rounds = self.rounds
+            self._enter(ReducerState.REDUCED)
+
+    def _agreed_summary(self) -> GradientSummary:
+        """All-reduce (a); a second one follows if any rank has late gradients."""
+        summary = self._agree()
+        on_cpu = summary.left_over.device.type == "cpu"
+        if on_cpu or self.rounds <= SYNCED_ROUNDS:
+            late = {self.bucket_of[param] for param in summary.left_over.nonzero().flatten().tolist()}
+            for index in sorted(late):
+                self._square_sums[list(self.buckets[index].plan.params)] = 0  # summed again
+                self._launch(index)
+            self._drain()
+            if late:
+                summary = self._agree()
+        if on_cpu:
+            for param in (summary.present == 0).nonzero().flatten().tolist():
+                self.attached.drop_absent(param)
         return summary
 
-    def _agree(self, current: _Round, left_over: list[bool]) -> GradientSummary:
-        return agree(self.collectives, current.square_sums * self._owner_mask, self.present, left_over)
+    def _agree(self) -> GradientSummary:
+        late = [param in self._late_grads for param in range(len(self.params))]
+        sums = self._square_sums * self._owner_mask
+        return agree(self.collectives, sums, self.present, late, rounds=self.rounds - self._agreed_rounds)
 
-    def _drain(self, current: _Round) -> None:
-        while current.in_flight:
-            self._finish_oldest(current)
-
-    def _left_over(self) -> list[bool]:
-        return [index in self.bucket_of and self._is_gradient(p.grad) for index, p in enumerate(self.params)]
+    def _apply_edits(self) -> None:
+        """Zero the shards of gradients that users removed or zeroed since; only where the shards have arrived."""
+        for param in self.attached.collect_edits():
+            bucket = self.buckets[self.bucket_of[param]]
+            bucket.slice_of(param, bucket.shard.grad).zero_()
+            self._square_sums[param] = 0
+            self._late_grads.pop(param, None)
+            self.present[param] = param in self.attached.zeroed and self.present[param]
 
     def ready(self, found_inf: Tensor | None, *, may_defer: bool = False) -> GradientSummary:
         """See `GradientSource`: the summary of the last round, or of a new one.
 
-        GradScaler computed ``found_inf`` from the sentinel, so it is equal on all ranks.
+        GradScaler computed ``found_inf`` from the handles, so it is equal on all ranks.
 
         Raises:
-            RuntimeError: GradScaler read gradients that were not reduced yet.
+            RuntimeError: GradScaler read gradients that were not reduced yet, or gradients were assigned to ``.grad``
+                after backward.
         """
-        if found_inf is not None and any(self._left_over()):
+        members = list(self.bucket_of)
+        has_own = self.attached.has_own_gradients(members)
+        if found_inf is not None and has_own:
             raise RuntimeError(
                 "GradScaler read gradients that stage=2 had not reduced, and would unscale them separately from the "
                 "reduced ones: run the last backward before a step outside no_sync()"
             )
-        is_attached = self.sentinel is None or self.sentinel.is_attached  # None: no parameter has elements
-        if self._round is not None or self.summary is None or not is_attached or any(self._left_over()):
-            return self.flush()
-        return self.summary
-
-    def settle(self) -> None:
-        """Close an open round, on every rank."""
-        if self._round is not None:
-            self.flush()
+        if self.state is not ReducerState.ROUND:
+            self.attached.check(used=self._used)
+            if self.state is ReducerState.EMPTY or has_own:
+                self._open_round()
+        self.settle()
+        self._apply_edits()
+        assert self._summary is not None
+        summary = self._summary.without(self.attached.removed, self.attached.zeroed)
+        factor = self.attached.factor()
+        return summary if factor is None else replace(summary, bad=summary.bad | ~factor.isfinite())
 
     def is_partial(self, summary: GradientSummary) -> Tensor:
         """False: a gradient that some ranks lack counts as zero on them."""
         return torch.zeros((), dtype=torch.bool, device=summary.present.device)
+
+    def unscale_factor(self) -> Tensor | None:
+        """See `GradientSource`: the factor by which users scaled ``.grad``; fp64 scalar or [P]."""
+        return self.attached.factor()
+
+    def edits(self) -> Tensor | None:
+        """See `GradientSource`."""
+        if self.collectives.world_size == 1 or not self.buckets:
+            return None
+        signature = self.attached.signature()
+        zero = torch.zeros((), dtype=torch.float64, device=self._owner_mask.device)
+        return zero if signature is None else signature.to(zero.device)
 
     def stepped(self) -> None:
         """Mark the gradients as used; like ``.grad`` they stay until they are zeroed."""
@@ -355,36 +423,36 @@ class BackwardReducer:
     def zero(self) -> None:
         """Wait for exchanges in flight, on every rank, and drop reduced gradients."""
         self.settle()  # after an exception in backward; ranks without one have closed the round and wait for this one
-        self._drop_sentinel()
-        self.summary = None
+        self.attached.clear()
+        self._late_grads.clear()
+        self._summary = None
         self._enter(ReducerState.EMPTY)
 
     def staging_bytes(self) -> int:
         """Bytes of the staging memory made so far."""
-        return sum(staging.nbytes for staging in self._free_staging)
+        in_flight = (exchange.staging for exchange in self._in_flight)
+        return sum(staging.nbytes for staging in (*self._free_staging, *in_flight))
+
+    # -- read by handles ----------------------------------------------------------------------------
+
+    def holds(self, origin: Mark) -> bool:
+        """See `ReducedGradients`."""
+        return self.attached.holds(origin)
+
+    @torch.no_grad()
+    def square_sum(self, param: int) -> Tensor | None:
+        """See `ReducedGradients`: settles, but not inside the backward that reduces the gradients."""
+        if self._round is not None and torch._C._current_graph_task_id() >= 0:
+            return None
+        self.settle()
+        return None if self._summary is None else self._summary.square_sums[param]
+
+    def any_bad(self) -> Tensor:
+        """See `ReducedGradients`."""
+        self.settle()
+        assert self._summary is not None
+        return self._summary.without(self.attached.removed, self.attached.zeroed).any_bad
 
 
-def reject_ddp(params: Sequence[Tensor]) -> None:
-    """Raises ValueError if a DistributedDataParallel also reduces gradients of ``params``.
-
-    DDP does not mark its parameters, so this searches for its instances, once.
-    """
-    reduced = set(map(id, params))
-    for ddp in _instances(DistributedDataParallel):
-        if any(id(p) in reduced for p in ddp.parameters()):
-            raise ValueError(
-                "stage=2 reduces gradients itself, and the model is wrapped in DistributedDataParallel, which "
-                "reduces them too: pass the bare model, or use stage=1 with DistributedDataParallel"
-            )
-
-
-def _instances(kind: type[Any]) -> Iterator[Any]:
-    """All objects of a class and its subclasses.
-
-    Objects refer to their class. `gc.get_objects` would reference every object, which breaks a ``tuple(… for …)`` in
-    other threads: CPython builds the tuple in place and fails to finish it once it has a second reference.
-    """
-    yield from (instance for instance in gc.get_referrers(kind) if type(instance) is kind)
-    subclasses: list[type[Any]] = kind.__subclasses__()
-    for sub in subclasses:
-        yield from _instances(sub)
+def _is_capturing(p: Tensor) -> bool:
+    return p.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

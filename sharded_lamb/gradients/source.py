@@ -37,7 +37,7 @@ class GradientSource(Protocol):
     """The gradients of one optimizer, in its buckets' gradient shards and its DTensors' local shards.
 
     A step calls `ready`, and `stepped` once it has used the gradients; `zero` follows between steps. All methods except
-    `unscale_factor` and `staging_bytes` may be collective, in the same order on every rank.
+    `unscale_factor`, `edits` and `staging_bytes` may be collective, in the same order on every rank.
     """
 
     enabled: bool
@@ -65,7 +65,13 @@ class GradientSource(Protocol):
         """Bool scalar on the device: some ranks lack a gradient that must be on all ranks or on none."""
 
     def unscale_factor(self) -> Tensor | None:
-        """The factor of ``GradScaler.unscale_`` that is not in the shards yet: fp64 scalar or [P]; None: no factor."""
+        """The factor of ``GradScaler.unscale_``, or by which users scaled gradients, that is not in the shards yet.
+
+        fp64 scalar or [P]; None: no factor.
+        """
+
+    def edits(self) -> Tensor | None:
+        """An integer below 2³¹ (fp64 scalar), equal on all ranks if users edited gradients alike; None: no edits."""
 
     def stepped(self) -> None:
         """Mark the gradients as used by a step."""

@@ -5,11 +5,11 @@ Slots of the fp64 vector, for P parameters and W ranks::
     [0, P)      Σg² of owned parts (non-finite: a gradient element was, or its square overflowed)
     [P, 2P)     number of ranks on which the parameter has a gradient
     [2P, 3P)    number of ranks with a left-over gradient that no reduction included (stage 2)
-    [3P]        number of ranks on which GradScaler found an inf
+    [3P]        number of ranks on which GradScaler found an inf; plus `ROUNDS` for each round (stage 2)
     [3P+1, …)   on the first steps: Σg and Σg² of a rank's parts of replicated gradients, W slots per kind
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -23,6 +23,10 @@ from sharded_lamb.sharding.placements import Replicas
 
 TOLERANCE = 1e-3
 """Relative tolerance for Σg² of the same averaged gradients over ranks; for Σg relative to √Σg²."""
+
+
+ROUNDS = 2.0**24
+"""Above any number of ranks, so that two counts share a slot."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,31 @@ class GradientSummary:
         bad = ~square_sums.isfinite()
         return replace(self, square_sums=square_sums, present=present, bad=bad, agreed=True)
 
+    def padded(self, count: int) -> "GradientSummary":
+        """The summary with ``count`` more parameters, which have no gradient."""
+        zeros = torch.zeros(count, dtype=torch.float64, device=self.present.device)
+        return replace(
+            self,
+            square_sums=torch.cat([self.square_sums, zeros]),
+            present=torch.cat([self.present, zeros]),
+            left_over=torch.cat([self.left_over, zeros]),
+            bad=torch.cat([self.bad, zeros > 0]),
+        )
+
+    def without(self, removed: Collection[int], zeroed: Collection[int]) -> "GradientSummary":
+        """The summary as if gradients had not been there, or had been zero."""
+        if not removed and not zeroed:
+            return self
+        device = self.present.device
+        gone = _flags([param in removed for param in range(len(self.present))], device) > 0
+        edited = gone | (_flags([param in zeroed for param in range(len(self.present))], device) > 0)
+        return replace(
+            self,
+            square_sums=self.square_sums.masked_fill(edited, 0),
+            present=self.present.masked_fill(gone, 0),
+            bad=self.bad & ~edited,
+        )
+
     def joined(self, other: "GradientSummary") -> "GradientSummary":
         """The summary of two sources, which share no parameter."""
         return GradientSummary(
@@ -74,6 +103,8 @@ def agree(
     left_over: Sequence[bool],
     found_inf: Tensor | None = None,
     totals: Tensor | None = None,
+    *,
+    rounds: int = 0,
 ) -> GradientSummary:
     """Sum the summaries over ranks: one small all-reduce over all ranks, none if there is one rank.
 
@@ -82,6 +113,10 @@ def agree(
         present, left_over: [P], this rank's.
         found_inf: GradScaler's, if one is in use.
         totals: [2, kinds] Σg and Σg² of this rank's parts, to compare over ranks.
+        rounds: number of reductions (stage 2) since the last summary.
+
+    Raises:
+        RuntimeError: ``rounds`` differs over ranks (not checked on a GPU, where the host does not wait).
     """
     topology, count, world = collectives.topology, len(present), collectives.world_size
     device = square_sums.device
@@ -93,16 +128,22 @@ def agree(
         vector[2 * count : 3 * count] = _flags(left_over, device)
     if found_inf is not None:
         vector[3 * count] = found_inf.to(device).reshape(())
+    vector[3 * count] += rounds * ROUNDS
     if totals is not None:
         vector[3 * count + 1 :].view(*totals.shape, world)[..., topology.rank] = totals
     collectives.all_reduce_small(vector)
     sums = vector[:count]
+    if device.type == "cpu" and vector[3 * count].item() // ROUNDS != rounds * world:
+        raise RuntimeError(
+            f"ranks disagree on the number of backward passes that their gradients hold (on this rank {rounds}): run "
+            f"as many on every rank between steps, and read gradients' norms after the last one, or on every rank"
+        )
     return GradientSummary(
         square_sums=sums,
         present=vector[count : 2 * count],
         left_over=vector[2 * count : 3 * count],
         bad=~sums.isfinite(),
-        found_inf=vector[3 * count] > 0,
+        found_inf=vector[3 * count].remainder(ROUNDS) > 0,
         totals=vector[3 * count + 1 :].view(*totals.shape, world) if totals is not None else None,
     )
 

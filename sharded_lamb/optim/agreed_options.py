@@ -43,7 +43,15 @@ class AgreedOptions(LambOptimizer):
         scale = self._live.grad_scale
         is_remote = scale is not None and scale.device.type != "cpu"
         shown = "on the device" if is_remote else None if scale is None else float(scale)
-        return [("max_grad_norm", self._live.max_grad_norm), ("scale of GradScaler", shown)]
+        facts: Description = [("max_grad_norm", self._live.max_grad_norm), ("scale of GradScaler", shown)]
+        edits = self._gradient_edits()
+        if edits is not None and edits.device.type == "cpu":
+            facts.append(("checksum of edits of .grad since backward", int(edits)))
+        return facts
+
+    def _gradient_edits(self) -> Tensor | None:
+        """See `GradientSource.edits`."""
+        return None
 
     def _all_reduce_agreed(self, parts: Sequence[Tensor], problem: Exception | None = None) -> Tensor:
         """All-reduce (b): sum ``parts`` over ranks, in place, with a checksum of all options.
@@ -64,6 +72,9 @@ class AgreedOptions(LambOptimizer):
             scale = self._live.grad_scale
             if scale is not None and scale.device.type != "cpu":
                 on_device.append(scale)
+            edits = self._gradient_edits()
+            if edits is not None and edits.device.type != "cpu":
+                on_device.append(edits)
             facts = (*of_groups, *map(repr, self._step_facts()))
         differs = self._agreement.all_reduce(parts, facts, on_device)
         if (problem is not None or differs.device.type == "cpu") and differs:

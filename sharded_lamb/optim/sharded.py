@@ -69,8 +69,10 @@ class ShardedLamb(ShardedOptimizer):
             optimizer memory and are registered when unfrozen. Plain parameters and DTensors mix.
         lr, betas, eps, weight_decay, variant, and further rule options: as for `Lamb`.
         stage: 1: ``.grad`` holds gradients averaged over ranks, as DistributedDataParallel leaves them.
-            2: ``.grad`` is each rank's own gradient; backward reduces, averages and frees it. (DTensors' gradients are
-            read from ``.grad`` in both.)
+            2: ``.grad`` is each rank's own gradient; backward reduces, averages and frees it, and leaves a tensor
+            without memory: its norm is the averaged gradient's, and it can be scaled by a number, zeroed or set to None
+            (on every rank alike), which leaves the parameter out of the step. Its values are NaN; other edits raise
+            RuntimeError. (DTensors' gradients are read from ``.grad`` in both.)
         process_group: the ranks that share the state; default: the ranks of the DTensors' root mesh, else all ranks.
         mesh: instead of ``process_group``: 1-D (shard), or 2-D (replicate, shard).
         bucket_mb: MiB of parameters per bucket, > 0.
@@ -227,9 +229,9 @@ class ShardedLamb(ShardedOptimizer):
 
         Raises:
             RuntimeError: a parameter is no longer in its bucket, too many steps in a row were skipped, or (stage 2)
-                gradients changed after they were reduced.
+                gradients were assigned after they were reduced.
             ValueError: stage 1 got gradients that are not averaged over ranks; on every rank: an option in a group is
-                invalid, or ranks have other options (on a GPU one step later), and no weight was changed.
+                invalid, or ranks have other options or edited reduced gradients in other ways (on a GPU one step later), and no weight was changed.
             TypeError: a sparse gradient, or a plain gradient of a DTensor.
         """
         loss = None
@@ -313,6 +315,9 @@ class ShardedLamb(ShardedOptimizer):
                 world, names = self._collectives.world_size, self._store.names
                 check_present(summary, names, world, dtensors=range(len(names)))
         return summary, differs
+
+    def _gradient_edits(self) -> Tensor | None:
+        return self._gradients.edits()
 
     def _must_skip(self, summary: GradientSummary) -> Tensor:
         """Bool scalar on the device, the same on every rank."""

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import NoneType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from sharded_lamb.gradients.handles import ReducedGradient
 from sharded_lamb.optim.sharded import ShardedLamb
 from sharded_lamb.plan.costs import Costs, Shapes, costs, trainable
 from sharded_lamb.plan.machine import Machine
@@ -173,7 +175,7 @@ def measure(
     before = optimizer.traffic.calls.copy(), optimizer.traffic.bytes.copy()
     _train(model, optimizer)
     calls, sent = optimizer.traffic.calls - before[0], optimizer.traffic.bytes - before[1]
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    grads = [p.grad for p in model.parameters() if not isinstance(p.grad, (NoneType, ReducedGradient))]
     gradients = sum(_local(grad).nbytes for grad in grads)
     memory = {**optimizer.memory(), "gradients": gradients}
     allocated = sum(

@@ -84,8 +84,7 @@ def _of_buckets(shapes: Shapes, widths: Widths, choices: Choices, sharding: Shar
     full, shard = sum(bucket.numel for bucket in buckets), sum(bucket.shard_numel for bucket in buckets)
     reduces = sharding.stage == 2
     staging = staging_bytes(flat, in_flight=IN_FLIGHT, sums_here=choices.sums_here) if reduces else 0
-    # Stage 2 leaves only its sentinel, the smallest parameter, in .grad.
-    kept = min(filter(None, numels), default=0) if reduces else sum(numels)
+    kept = 0 if reduces else sum(numels)  # stage 2 leaves tensors without memory in .grad
     around = {}
     if not reduces and sharding.world_size > 1:
         around["ddp_all_reduce"] = _split(sum(numels) * widths.model, DDP_BUCKET_BYTES)

@@ -8,9 +8,10 @@ from torch import nn
 
 from sharded_lamb import ShardedLamb
 from sharded_lamb.gradients.mixed import MixedGradients
-from sharded_lamb.gradients.reducer import TRANSITIONS, BackwardReducer, ReducerState
+from sharded_lamb.gradients.reducer import BackwardReducer
+from sharded_lamb.gradients.states import TRANSITIONS, ReducerState
 
-EMPTY, ROUND, REDUCED, USED = ReducerState
+EMPTY, ROUND, LAUNCHED, REDUCED, USED = ReducerState
 
 
 class Walk:
@@ -46,6 +47,10 @@ class Walk:
     def _fail(grad: torch.Tensor) -> None:
         raise ArithmeticError
 
+    def read_norm(self) -> None:
+        assert self.model.bias.grad is not None
+        self.model.bias.grad.norm()
+
     def taken(self) -> list[ReducerState]:
         """The states since the last call, the one at its end first."""
         seen, self.seen = self.seen, self.seen[-1:]
@@ -55,9 +60,9 @@ class Walk:
 def test_a_training_step() -> None:
     walk = Walk()
     walk.backward()
-    assert walk.taken() == [EMPTY, ROUND, REDUCED]
+    assert walk.taken() == [EMPTY, ROUND, LAUNCHED]
     walk.opt.step()
-    assert walk.taken() == [REDUCED, USED]
+    assert walk.taken() == [LAUNCHED, REDUCED, USED]
     walk.opt.zero_grad()
     assert walk.taken() == [USED, EMPTY]
 
@@ -66,17 +71,28 @@ def test_accumulation_goes_through_a_round_each_time() -> None:
     walk = Walk()
     walk.backward()
     walk.backward()
-    assert walk.taken() == [EMPTY, ROUND, REDUCED, ROUND, REDUCED]
+    assert walk.taken() == [EMPTY, ROUND, LAUNCHED, ROUND, LAUNCHED]
     walk.opt.step()
     walk.opt.step()
     walk.backward()
-    assert walk.taken() == [REDUCED, USED, USED, ROUND, REDUCED]
+    assert walk.taken() == [LAUNCHED, REDUCED, USED, USED, ROUND, LAUNCHED]
+
+
+def test_a_norm_that_is_read_closes_a_round() -> None:
+    walk = Walk()
+    walk.backward()
+    walk.read_norm()
+    walk.read_norm()
+    assert walk.taken() == [EMPTY, ROUND, LAUNCHED, REDUCED]
+    walk.backward()
+    walk.opt.step()
+    assert walk.taken() == [REDUCED, ROUND, LAUNCHED, REDUCED, USED]
 
 
 def test_a_step_without_a_backward_makes_a_round_of_zeros() -> None:
     walk = Walk()
     walk.opt.step()
-    assert walk.taken() == [EMPTY, ROUND, REDUCED, USED]
+    assert walk.taken() == [EMPTY, ROUND, LAUNCHED, REDUCED, USED]
 
 
 def test_zeroing_before_and_after() -> None:
@@ -84,7 +100,7 @@ def test_zeroing_before_and_after() -> None:
     walk.opt.zero_grad()
     walk.backward()
     walk.opt.zero_grad()
-    assert walk.taken() == [EMPTY, EMPTY, ROUND, REDUCED, EMPTY]
+    assert walk.taken() == [EMPTY, EMPTY, ROUND, LAUNCHED, REDUCED, EMPTY]
 
 
 def test_a_backward_that_broke_off_is_finished_before_it_is_zeroed() -> None:
@@ -92,19 +108,19 @@ def test_a_backward_that_broke_off_is_finished_before_it_is_zeroed() -> None:
     walk.broken_backward()
     assert walk.reducer.state is ROUND
     walk.opt.zero_grad()
-    assert walk.taken() == [EMPTY, ROUND, REDUCED, EMPTY]
+    assert walk.taken() == [EMPTY, ROUND, LAUNCHED, REDUCED, EMPTY]
     assert walk.model.weight.grad is None
     assert walk.model.bias.grad is None
 
 
 def test_gradients_that_the_model_zeroed_do_not_add_to_the_next_round() -> None:
-    """The state stays; the sentinel tells of it."""
+    """The state stays; the next round sees it."""
     once, twice = Walk(), Walk()
     once.backward()
     once.opt.step()
     twice.backward()
     twice.model.zero_grad()
-    assert twice.reducer.state is REDUCED
+    assert twice.reducer.state is LAUNCHED
     twice.backward()
     twice.opt.step()
     assert torch.equal(once.model.weight, twice.model.weight)
@@ -115,12 +131,14 @@ def test_the_walks_cover_the_table() -> None:
     walk = Walk()
     calls = [
         walk.opt.zero_grad,  # EMPTY → EMPTY
-        walk.backward,  # EMPTY → ROUND → REDUCED
-        walk.backward,  # REDUCED → ROUND → REDUCED
-        walk.opt.step,  # REDUCED → USED
+        walk.backward,  # EMPTY → ROUND → LAUNCHED
+        walk.backward,  # LAUNCHED → ROUND → LAUNCHED
+        walk.opt.step,  # LAUNCHED → REDUCED → USED
         walk.opt.step,  # USED → USED
-        walk.backward,  # USED → ROUND → REDUCED
-        walk.opt.zero_grad,  # REDUCED → EMPTY
+        walk.backward,  # USED → ROUND → LAUNCHED
+        walk.read_norm,  # LAUNCHED → REDUCED
+        walk.backward,  # REDUCED → ROUND → LAUNCHED
+        walk.opt.zero_grad,  # LAUNCHED → REDUCED → EMPTY
         walk.backward,
         walk.opt.step,
         walk.opt.zero_grad,  # USED → EMPTY
@@ -152,5 +170,6 @@ def test_the_table_of_the_docstring_is_the_table() -> None:
     }
     for state, allowed in TRANSITIONS.items():
         named = {word.strip(",") for word in rows[state.name].split()[1:]} & ReducerState.__members__.keys()
-        through = {"EMPTY"} if state is ROUND else set()  # `zero` finishes the round first
+        # `zero` finishes the round first
+        through = {ROUND: {"REDUCED", "EMPTY"}, LAUNCHED: {"EMPTY"}}.get(state, set())
         assert named - through == {to.name for to in allowed}, state

@@ -16,7 +16,7 @@ from sharded_lamb.core import rule as lamb_rule
 from sharded_lamb.core.layout import BLOCK
 from sharded_lamb.kernels import FlatShard, ReferenceKernel
 from tests import training
-from tests.harness import run_ranks, run_ranks_expecting_errors
+from tests.harness import run_ranks
 
 # Buckets of one parameter each, all of one size: only wrong numbers would reveal a swap of two.
 EQUAL = {f"layer{i}": (BLOCK,) for i in range(7)}
@@ -175,21 +175,25 @@ def test_inf_on_one_rank_halves_the_scale_on_all(unscale: bool) -> None:
         training.assert_follows(weights, oracle)
 
 
-def clip_with_torch(rank: int, scaled: bool) -> None:
+def train_clipped_by_torch(rank: int, scaled: bool) -> dict[str, Tensor]:
     params = training.parameters()
-    opt = ShardedLamb(params.items(), stage=2)
+    opt = ShardedLamb(params.items(), lr=SCALED_LR, stage=2, bucket_mb=0.002)
     scaler = torch.amp.GradScaler(device="cpu", init_scale=8.0, enabled=scaled)
-    scaler.scale(training.loss_of(params, training.own_gradients(rank, 0))).backward()
-    scaler.unscale_(opt)
-    nn.utils.clip_grad_norm_(list(params.values()), 1e6)
-    scaler.step(opt)
+    for step in range(3):
+        scaler.scale(training.loss_of(params, training.own_gradients(rank, step))).backward()
+        scaler.unscale_(opt)
+        nn.utils.clip_grad_norm_(list(params.values()), 0.5)
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+    return training.copies(params)
 
 
 @pytest.mark.parametrize("scaled", [True, False])
-def test_stock_clipping_of_freed_gradients_is_an_error(scaled: bool) -> None:
-    for kind, message in run_ranks_expecting_errors(2, clip_with_torch, scaled).values():
-        assert kind == "RuntimeError"
-        assert "call opt.clip_grad_norm_(max_norm) instead of torch.nn.utils.clip_grad_norm_" in message
+def test_torch_clips_reduced_gradients(scaled: bool) -> None:
+    oracle = training.oracle_of_ranks(2, range(3), lr=SCALED_LR, max_grad_norm=0.5)
+    for weights in run_ranks(2, train_clipped_by_torch, scaled):
+        training.assert_follows(weights, oracle)
 
 
 class Fails(torch.autograd.Function):

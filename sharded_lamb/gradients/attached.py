@@ -1,0 +1,247 @@
+"""Which gradients stage 2 holds reduced, by the handles that it attaches to ``.grad``, and users' edits of them."""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from sharded_lamb.gradients.handles import Factors, Mark, ReducedGradient, ReducedGradients
+
+Kept = tuple[bool, Tensor | None]
+"""Whether the gradient in the shard stays, to be added to, and its factor (fp64 scalar; None: 1)."""
+
+
+class AttachedGradients:
+    """The handles of one optimizer's parameters; P parameters, in its order.
+
+    A parameter that has a mark has a gradient in the shards. Its ``.grad`` is a handle of the mark, or, where the mark
+    is *aside*, a gradient of this rank that the next reduction adds to it.
+    """
+
+    def __init__(self, owner: Callable[[], ReducedGradients | None]) -> None:
+        """``owner``: a weak reference to the holder of the shards."""
+        self.names: list[str] = []
+        self.params: list[Tensor] = []
+        self.removed: set[int] = set()
+        """Parameters whose ``.grad`` was set to None since the last reduction."""
+        self.zeroed: set[int] = set()
+        """Parameters whose ``.grad`` was zeroed in place since the last reduction."""
+        self._marks: list[Mark | None] = []
+        self._aside: set[int] = set()
+        self._versions: dict[int, int] = {}  # of gradients that backward accumulated in no_sync
+        self._owner, self._factors = owner, Factors()
+        self._references: list[weakref.ref[Tensor]] = []
+        weakref.finalize(self, _detach, self._references).atexit = False
+
+    def extend(self, names: Sequence[str], params: Sequence[Tensor]) -> None:
+        """Add parameters, without gradients."""
+        self.names.extend(names)
+        self.params.extend(params)
+        self._marks.extend([None] * len(params))
+        self._references.extend(map(weakref.ref, params))
+
+    def holds(self, mark: Mark) -> bool:
+        """Whether ``mark`` stands for the gradient in the shards."""
+        return self._marks[mark.param] is mark and mark.param not in self._aside
+
+    # -- one parameter --------------------------------------------------------------------------------
+
+    def own_gradient(self, param: int) -> Tensor | None:
+        """This rank's own gradient in ``.grad``, that no reduction includes yet.
+
+        Raises:
+            RuntimeError: ``.grad`` is a handle of an earlier gradient or of another optimizer's.
+        """
+        grad = self.params[param].grad
+        if not isinstance(grad, ReducedGradient):
+            return grad
+        if self._marks[param] is None or not self._is_handle(param, grad):
+            raise self._assigned(param)
+        return None
+
+    def _is_handle(self, param: int, grad: Tensor) -> bool:
+        return (
+            isinstance(grad, ReducedGradient)
+            and grad.mark is not None
+            and grad.mark.origin is self._marks[param]
+        )
+
+    def has_gradient(self, param: int) -> bool:
+        """Whether a gradient is in the shards or was zeroed in place: ``.grad`` was not set to None."""
+        return self._marks[param] is not None and self.params[param].grad is not None
+
+    def keeps(self, param: int, *, used: bool) -> bool:
+        """Whether the shards keep the gradient of ``param``: its ``.grad`` was neither zeroed nor taken away.
+
+        Args:
+            used: a step has used the gradients.
+
+        Raises:
+            RuntimeError: ``.grad`` was assigned, and no step has used the reduced gradient.
+        """
+        mark, grad = self._marks[param], self.params[param].grad
+        if mark is None:
+            return False
+        if param in self._aside:
+            kept = grad is not None and not self._was_zeroed(param, grad)
+        elif grad is None:
+            kept = False
+        elif isinstance(grad, ReducedGradient) and self._is_handle(param, grad):
+            self._adopt(mark, grad)
+            kept = not mark.is_zeroed
+        elif used and not isinstance(grad, ReducedGradient):
+            kept = False
+        else:
+            raise self._assigned(param)
+        if not kept:
+            self.drop(param)
+        return kept
+
+    def _was_zeroed(self, param: int, grad: Tensor) -> bool:
+        """``model.zero_grad(set_to_none=False)`` after no_sync; reads the value only after an in-place write."""
+        version = self._versions.get(param)
+        return version is not None and version != grad._version and not bool(grad.any())
+
+    @staticmethod
+    def _adopt(mark: Mark, grad: ReducedGradient) -> None:
+        """Take over the factor of a scaled copy that was assigned to ``.grad``."""
+        copied = grad.mark
+        if copied is not None and copied is not mark:
+            mark.factor, mark.is_zeroed = copied.factor, copied.is_zeroed
+
+    def _assigned(self, param: int) -> RuntimeError:
+        return RuntimeError(
+            f"the .grad of {self.names[param]!r} was assigned while stage=2 holds its reduced gradient, which no step "
+            f"has used: assign gradients before backward has reduced others, call opt.zero_grad() first, or use stage=1"
+        )
+
+    def set_aside(self, param: int, *, used: bool) -> None:
+        """Free ``.grad`` for the gradient that autograd is about to accumulate. Raises as `keeps`."""
+        if self.keeps(param, used=used) and param not in self._aside:
+            self._aside.add(param)
+            self._versions.pop(param, None)
+            self.params[param].grad = None
+
+    def accumulated(self, param: int) -> None:
+        """Note the gradient that autograd has accumulated in no_sync."""
+        grad = self.params[param].grad
+        if grad is not None:
+            self._versions[param] = grad._version
+
+    def take_factor(self, param: int) -> Tensor | None:
+        """The factor of the gradient in the shards, which the caller applies to them."""
+        mark = self._marks[param]
+        assert mark is not None
+        factor, mark.factor = mark.factor, None
+        return factor
+
+    def attach(self, param: int, *, renew: bool) -> None:
+        """Put a handle into ``.grad``; ``renew``: handles of earlier gradients become invalid."""
+        p, mark = self.params[param], self._marks[param]
+        self._aside.discard(param)
+        self._versions.pop(param, None)
+        if mark is None or renew:
+            mark = self._marks[param] = Mark(self._owner, self.names[param], param, self._factors)
+        if p.grad is None or not self._is_handle(param, p.grad):
+            p.grad = ReducedGradient(p, mark)
+        elif isinstance(p.grad, ReducedGradient):
+            p.grad.mark = mark
+
+    def drop_absent(self, param: int) -> None:
+        """`drop` a gradient that no rank has; its handles are zeros from now on."""
+        mark = self._marks[param]
+        if mark is not None:
+            mark.is_absent = True
+        self.drop(param)
+
+    def drop(self, param: int) -> None:
+        """Forget the gradient in the shards, and free ``.grad`` if it is a handle of it."""
+        grad = self.params[param].grad
+        if grad is not None and self._is_handle(param, grad):
+            self.params[param].grad = None
+        self._marks[param] = None
+        self._aside.discard(param)
+        self._versions.pop(param, None)
+
+    # -- all parameters -------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Drop all, and forget edits."""
+        for param in self._marked():
+            self.drop(param)
+        self.removed.clear()
+        self.zeroed.clear()
+
+    def _marked(self) -> Iterator[int]:
+        return (param for param, mark in enumerate(self._marks) if mark is not None)
+
+    def has_own_gradients(self, params: Sequence[int]) -> bool:
+        """Whether any ``.grad`` is no handle."""
+        grads = (self.params[param].grad for param in params)
+        return any(grad is not None and not isinstance(grad, ReducedGradient) for grad in grads)
+
+    def check(self, *, used: bool) -> None:
+        """Raises RuntimeError as `keeps`; changes nothing."""
+        for param in self._marked():
+            grad = self.params[param].grad
+            if grad is None or param in self._aside or self._is_handle(param, grad):
+                continue
+            if not used or isinstance(grad, ReducedGradient):
+                raise self._assigned(param)
+
+    def collect_edits(self) -> list[int]:
+        """Parameters newly removed or zeroed; afterwards `removed` and `zeroed` contain them."""
+        edited = []
+        for param in list(self._marked()):
+            mark, grad = self._marks[param], self.params[param].grad
+            assert mark is not None
+            if param in self._aside:
+                continue
+            if grad is None:
+                self.drop(param)
+                self.removed.add(param)
+                edited.append(param)
+            elif isinstance(grad, ReducedGradient) and self._is_handle(param, grad):
+                self._adopt(mark, grad)
+                if mark.is_zeroed and param not in self.zeroed:
+                    self.zeroed.add(param)
+                    edited.append(param)
+        return edited
+
+    def factor(self) -> Tensor | None:
+        """The factor that the shards lack: fp64 scalar if it is common to all, else [P]; None: 1."""
+        marks = [mark for mark in self._marks if mark is not None and not mark.is_zeroed]
+        first = marks[0].factor if marks else None
+        return first if all(mark.factor is first for mark in marks) else self._factors_of_all()
+
+    def _factors_of_all(self) -> Tensor | None:
+        """[P] fp64; None: all are 1."""
+        factors = [None if mark is None or mark.is_zeroed else mark.factor for mark in self._marks]
+        given = next((factor for factor in factors if factor is not None), None)
+        if given is None:
+            return None
+        one = torch.ones_like(given)
+        return torch.stack([one if factor is None else factor for factor in factors])
+
+    def signature(self) -> Tensor | None:
+        """fp64 scalar: an integer below 2³¹ that differs between ranks whose edits differ; None: no edits, as 0."""
+        edits = hash((tuple(sorted(self.removed)), tuple(sorted(self.zeroed)))) % _PRIME
+        edits = edits if self.removed or self.zeroed else 0
+        factors = self._factors_of_all()
+        if factors is None:
+            return torch.tensor(float(edits), dtype=torch.float64) if edits else None
+        bits = factors.view(torch.int64) - torch.ones_like(factors).view(torch.int64)
+        weights = torch.arange(1, len(bits) + 1, device=bits.device) * 2 + 1
+        return ((bits * weights).sum().remainder(_PRIME) + edits).remainder(_PRIME).to(torch.float64)
+
+
+_PRIME = 2**31 - 1
+
+
+def _detach(references: Sequence["weakref.ref[Tensor]"]) -> None:
+    """Free the handles of an optimizer that no longer exists."""
+    for reference in references:
+        p = reference()
+        if p is not None and isinstance(p.grad, ReducedGradient):
+            p.grad = None
