@@ -79,8 +79,8 @@ class StepAgreement:
             self._collectives.topology,
             described,
             subject="the options of a step",
-            remedy="No weight was changed, but moments may have been. Write the same options, and edit gradients "
-            "alike (.grad = None, scaled or zeroed), on every rank: give schedulers a metric that is reduced over ranks",
+            remedy="No weight was changed, but moments may have been. Write the same options, and edit .grad "
+            "alike (None, scaled, zeroed), on every rank: give schedulers a metric that is reduced over ranks",
         )
         raise ValueError(
             "ranks disagreed on the options of the previous step, and agree now: no weight was changed"

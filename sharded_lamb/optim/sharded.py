@@ -231,7 +231,8 @@ class ShardedLamb(ShardedOptimizer):
             RuntimeError: a parameter is no longer in its bucket, too many steps in a row were skipped, or (stage 2)
                 gradients were assigned after they were reduced.
             ValueError: stage 1 got gradients that are not averaged over ranks; on every rank: an option in a group is
-                invalid, or ranks have other options or edited reduced gradients in other ways (on a GPU one step later), and no weight was changed.
+                invalid, or ranks have other options or edited reduced gradients in other ways (on a GPU one step
+                later), and no weight was changed.
             TypeError: a sparse gradient, or a plain gradient of a DTensor.
         """
         loss = None

@@ -69,3 +69,5 @@ class SkipCounter:
                 f"parameter of the last one is {names[first]!r}. Look for a loss that is nan or inf, too high a "
                 f"learning rate or, under GradScaler, too high an init_scale (max_consecutive_skips={self.limit})"
             )
+        self._host_counts[3] = 0
+        return bool(differs)
