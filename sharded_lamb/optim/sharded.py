@@ -56,8 +56,12 @@ class _LastStep:
 class ShardedLamb(ShardedOptimizer):
     """LAMB (arXiv 1904.00962) with its state sharded over ranks and the exact trust ratio of every parameter.
 
-    Parameters become views of flat buckets. Each rank stores moments (and fp32 masters of fp16 and bf16
-    parameters) for its equal shard of every bucket, updates that shard, and all-gathers the bucket.
+    Parameters move into flat buckets, each with a storage of its own over its part. Each rank stores moments (and fp32
+    masters of fp16 and bf16 parameters) for its equal shard of every bucket, updates that shard, and all-gathers the
+    bucket. Weights may be written between steps, in place or by ``.data =`` with the same shape, dtype and device
+    (``vector_to_parameters``, ``prune.remove``): the next step copies them into the bucket and starts from them.
+    Parameters in shared memory (``share_memory()``, a state dict in a queue) stay there, so that other processes see
+    every update, at two more copies of them per step; ``p.data = p.data.clone()`` ends this.
 
     DTensor parameters (``fully_shard``, HSDP, tensor parallel) keep their memory: they are stage 3, detected
     automatically, whatever ``stage`` is for plain parameters beside them. Each rank updates its local parts and stores
@@ -238,8 +242,8 @@ class ShardedLamb(ShardedOptimizer):
         """One LAMB step on every rank. Collective. Returns the closure's loss, or None.
 
         Raises:
-            RuntimeError: a parameter is no longer in its bucket, too many steps in a row were skipped, or (stage 2)
-                gradients changed after they were reduced.
+            RuntimeError: a parameter has another dtype, shape or device than at construction, too many steps in a row
+                were skipped, or (stage 2) gradients changed after they were reduced.
             ValueError: stage 1 got gradients that are not averaged over ranks.
             TypeError: a sparse gradient, or a plain gradient of a DTensor.
         """
@@ -252,7 +256,7 @@ class ShardedLamb(ShardedOptimizer):
         self._register_unfrozen()
         if not store.params:
             return loss
-        store.check_attached()
+        store.reattach()
         self._skips.check(store.names)
         found_inf = getattr(self, "found_inf", None)
         decides = self._settings.skip_nonfinite or self.max_grad_norm is not None or self._clip is not None
@@ -291,6 +295,8 @@ class ShardedLamb(ShardedOptimizer):
                 store.gathers[index].start()
         store.step.copy_(step)
         self._gathers.finish_or_defer(store.gathers, [bucket.params for bucket in store.buckets])
+        self._gathers.wait(store.shared_buckets())
+        store.write_shared()
         # backward through a graph from before the step must raise.
         torch.autograd.graph.increment_version(store.params)
         self._last = _LastStep(ratios, updated, summary.norm(is_fp64, inverse))
