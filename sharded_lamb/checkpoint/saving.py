@@ -222,7 +222,7 @@ def _collected(ranks: RankGroup, model: nn.Module, optimizer: Any, extra: Mappin
     extra_tensors = ExtraTensors(ranks.rank == 0)
     if optimizer is not None:
         names = parts.names_of_groups(optimizer, model_parts)
-        packed = optimizer.state_dict()
+        packed = optimizer.local_state_dict()
         flat = [name for group in names for name in group]
         for place, state in packed["state"].items():
             tensors |= {

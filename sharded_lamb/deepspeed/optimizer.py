@@ -13,7 +13,7 @@ LAMB's arithmetic is in the engine, which `ShardedLamb` shares.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from sharded_lamb.deepspeed.step_tensors import StateKeeper, StepTensors, params
 from sharded_lamb.gradients.summary import GradientSummary, agree
 from sharded_lamb.kernels import Kernel, choose
 from sharded_lamb.kernels.engine import Update, gradient_square_sums
-from sharded_lamb.optim.base import PATTERN_OPTIONS, LambOptimizer
+from sharded_lamb.optim.base import PATTERN_OPTIONS, LambOptimizer, States
 from sharded_lamb.optim.skips import SkipCounter
 
 logger = logging.getLogger("sharded_lamb")
@@ -322,7 +322,7 @@ class DeepSpeedLamb(LambOptimizer):
     def _current_options(self) -> list[dict[str, Any]]:
         return [{key: value for key, value in group.items() if key != "params"} for group in self._groups]
 
-    def _load_tensors(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    def _load_states(self, states: States) -> None:
         for tensor in (tensor for group in self.param_groups for tensor in group["params"]):
             self._state_keeper.load(tensor, states.get(tensor))
 

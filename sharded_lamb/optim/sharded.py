@@ -211,8 +211,11 @@ class ShardedLamb(ShardedOptimizer):
                     f"Accelerate's prepare replace parameters by new ones): construct ShardedLamb after that, from the "
                     f"parameters that the model has then"
                 )
-            self._register(self._agreed_plan()[0])
-            self._scanned_params = []
+            self._register_new()
+
+    def _register_new(self) -> None:
+        self._register(self._agreed_plan()[0])
+        self._scanned_params = []
 
     def _register(self, plan: ShardPlan) -> None:
         """Register the plan's parameters. Collective: broadcasts the first rank's weights."""
@@ -234,6 +237,7 @@ class ShardedLamb(ShardedOptimizer):
             )
         )
         self._refresh_state()
+        self._consolidated = None
 
     # -- the step -----------------------------------------------------------------------------------
 
@@ -257,6 +261,7 @@ class ShardedLamb(ShardedOptimizer):
         if not store.params:
             return loss
         store.reattach()
+        self._state_changed()
         self._skips.check(store.names)
         found_inf = getattr(self, "found_inf", None)
         decides = self._settings.skip_nonfinite or self.max_grad_norm is not None or self._clip is not None

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from sharded_lamb.core.footprint import Widths
 from sharded_lamb.core.layout import BLOCK, Bucket, Segment
@@ -88,12 +89,12 @@ def with_own_storage(flat: Tensor, shape: Sequence[int], strides: Sequence[int])
     """A view of all of ``flat`` [n] whose storage holds these n elements alone; it keeps the memory alive."""
     if math.prod(shape) == 0:
         return flat.new_empty_strided(shape, strides)
-    return torch.from_dlpack(flat).as_strided(shape, strides)
+    return from_dlpack(flat).as_strided(shape, strides)
 
 
 def in_shared_memory(p: Tensor) -> bool:
     """Whether other processes may map the parameter's memory. CUDA memory counts as not shared."""
-    return p.device.type == "cpu" and p.is_shared()
+    return p.device.type == "cpu" and bool(p.untyped_storage().is_shared())
 
 
 class FlatBucket:
@@ -161,6 +162,16 @@ class FlatBucket:
         """Reset masters to the model's weights, after a broadcast or a load wrote the whole bucket."""
         if self.precision.masters is not None and self.shard.model is not None:
             self.precision.masters.reset(self.shard.weight, self.shard.model)
+
+    def weight_of(self, param: int) -> Tensor:
+        """[segment] this rank's segment of a parameter, a view of the model's own memory."""
+        return self.slice_of(param, self.flat[self.low : self.high])
+
+    def segment_of_whole(self, param: int, whole: Tensor) -> Tensor:
+        """[segment] this rank's segment of a tensor in the parameter's shape."""
+        segment = self.segment_of(param)
+        strides = self.strides[self.plan.params.index(param)]
+        return flattened(whole, strides)[segment.start : segment.start + segment.length]
 
     def states(self) -> list[StoredState]:
         """The kinds of state of this rank's shard, each [shard]."""

@@ -1,7 +1,7 @@
 """The memory of a `ShardedLamb` on this rank: its parameters in order, their buckets or DTensors, and step counts."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -116,6 +116,23 @@ class ParamStore:
         if param in self._bucket_of:
             return self._bucket_of[param].states_of(param)
         return self.dtensors.local[param].states()
+
+    def load_whole(self, param: int, saved: Mapping[str, Any] | None) -> None:
+        """Store this rank's part of a parameter's whole, checked state; None: the state of a new optimizer."""
+        bucket = self._bucket_of.get(param)
+        for state in self.states_of(param):
+            if saved is not None and state.kind in saved:
+                whole = saved[state.kind]
+                local = self.dtensors.local
+                state.store(
+                    bucket.segment_of_whole(param, whole) if bucket else local[param].part_of_whole(whole)
+                )
+            elif state.kind == "master":
+                weight = bucket.weight_of(param) if bucket else self.dtensors.local[param].weight()
+                state.format.reset(state.stored, weight)
+            else:
+                state.stored.zero_()
+        self.step[param] = 0 if saved is None else torch.as_tensor(saved["step"]).reshape(())
 
     def replicas(self) -> Replicas:
         """Which ranks must hold equal gradients: in stage 1 all of them, for plain parameters."""
