@@ -21,8 +21,10 @@ from sharded_lamb.checkpoint.manifest import Manifest, check_files, digest, read
 from sharded_lamb.checkpoint.parts import ReadRequest
 from sharded_lamb.checkpoint.rank_group import RankGroup, unwrapped
 from sharded_lamb.checkpoint.saving import prepared
+from sharded_lamb.checkpoint.sparse import is_sparse
 from sharded_lamb.checkpoint.storage import Reader
 from sharded_lamb.core.hyperparams import check_max_grad_norm, validate_group
+from sharded_lamb.core.names import normalize
 from sharded_lamb.optim.base import LambOptimizer
 from sharded_lamb.optim.sharded_state import ShardedOptimizer
 
@@ -274,7 +276,17 @@ class _Loading:
                 for name, value in rest.items()
                 if name in self.model_parts.raw
             }
-            self.model.load_state_dict(named, strict=False)
+            sparse = {
+                raw: value
+                for raw, value in named.items()
+                if is_sparse(self.model_parts.plain[normalize(raw)])
+            }
+            self.model.load_state_dict(
+                {raw: v for raw, v in named.items() if raw not in sparse}, strict=False
+            )
+            for raw, value in sparse.items():  # another number of elements may be stored than here
+                own = self.model_parts.plain[normalize(raw)]
+                self.model.load_state_dict({raw: value.to(own.device, own.dtype)}, strict=False, assign=True)
         loaded: dict[str, Any] = plain.decoded(self.manifest.extra or {}, self.tensors.__getitem__)
         for name, value in self.extra.items():
             if hasattr(value, "load_state_dict"):

@@ -116,7 +116,8 @@ class ShardedOptimizer(LambOptimizer):
 
         Slices are for this rank of as many ranks: save every rank's. Warns about slices, since a framework that saves
         one rank's loses the others'; `local_state_dict` does not. torch.distributed.checkpoint receives slices and
-        saves all ranks'. Tensors are the memory that steps update, except masters stored as remainders: fp32, in new memory.
+        saves all ranks'. Tensors are the memory that steps update, except masters stored as remainders: fp32, in new
+        memory.
 
         Raises:
             TypeError: torch.distributed.checkpoint asks for whole tensors of plain parameters.
