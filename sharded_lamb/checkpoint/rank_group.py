@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.optim import Optimizer
 
 from sharded_lamb.checkpoint.errors import CheckpointError, picklable
 from sharded_lamb.optim.base import LambOptimizer
@@ -156,10 +155,10 @@ def bare_optimizer(optimizer: Any) -> Any:
     inner = optimizer
     for _ in range(8):
         held = [getattr(inner, name, None) for name in ("optimizer", "_optimizer")]
-        below = next((one for one in held if isinstance(one, Optimizer)), None)
+        below = next((one for one in held if hasattr(one, "param_groups")), None)
         if below is None or not hasattr(inner, "param_groups"):
             break
-        if getattr(inner, "state", below.state) is not below.state:
+        if getattr(inner, "state", None) is not getattr(below, "state", None):
             break
         inner = below
     return inner if isinstance(inner, LambOptimizer) else optimizer

@@ -56,12 +56,10 @@ class _LastStep:
 class ShardedLamb(ShardedOptimizer):
     """LAMB (arXiv 1904.00962) with its state sharded over ranks and the exact trust ratio of every parameter.
 
-    Parameters move into flat buckets, each with a storage of its own over its part. Each rank stores moments (and fp32
-    masters of fp16 and bf16 parameters) for its equal shard of every bucket, updates that shard, and all-gathers the
-    bucket. Weights may be written between steps, in place or by ``.data =`` with the same shape, dtype and device
-    (``vector_to_parameters``, ``prune.remove``): the next step copies them into the bucket and starts from them.
-    Parameters in shared memory (``share_memory()``, a state dict in a queue) stay there, so that other processes see
-    every update, at two more copies of them per step; ``p.data = p.data.clone()`` ends this.
+    Parameters move into flat buckets, each with a storage of its own. Each rank stores moments (and fp32 masters of
+    fp16 and bf16 parameters) for its equal shard of every bucket, updates that shard, and all-gathers the bucket. A
+    step starts from weights written before it, in place or by ``.data =`` with the same shape, dtype and device.
+    Parameters in shared memory stay there, so that other processes see every update, at two copies of them per step.
 
     DTensor parameters (``fully_shard``, HSDP, tensor parallel) keep their memory: they are stage 3, detected
     automatically, whatever ``stage`` is for plain parameters beside them. Each rank updates its local parts and stores
@@ -77,8 +75,8 @@ class ShardedLamb(ShardedOptimizer):
             optimizer memory and are registered when unfrozen. Plain parameters and DTensors mix.
         lr, betas, eps, weight_decay, variant, and further rule options: as for `Lamb`.
         stage: 1: ``.grad`` holds gradients averaged over ranks, as DistributedDataParallel leaves them.
-            2: ``.grad`` is each rank's own gradient; backward reduces, averages and frees it. (DTensors' gradients are
-            read from ``.grad`` in both.)
+            2: ``.grad`` is each rank's own gradient; backward reduces, averages and frees it. Buffers (BatchNorm's
+            statistics) stay each rank's own; DDP would broadcast the first rank's. (DTensors' gradients: in both.)
         process_group: the ranks that share the state; default: the ranks of the DTensors' root mesh, else all ranks.
         mesh: instead of ``process_group``: 1-D (shard), or 2-D (replicate, shard).
         bucket_mb: MiB of parameters per bucket, > 0.
