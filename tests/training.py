@@ -126,6 +126,14 @@ def run(
     return copies(params), opt.trust_ratios()
 
 
+def bytes_covered(storages: Iterable[tuple[int, int]]) -> int:
+    """Bytes of (address, size) pairs, counted once where some cover the same memory, as parameters and buckets do."""
+    addresses: set[int] = set()
+    for address, size in storages:
+        addresses.update(range(address, address + size))
+    return len(addresses)
+
+
 def copies(params: Mapping[str, Parameter]) -> dict[str, Tensor]:
     """Copies of the current values, outside flat buckets."""
     return {name: p.detach().clone() for name, p in params.items()}

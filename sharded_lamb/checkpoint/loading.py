@@ -21,8 +21,10 @@ from sharded_lamb.checkpoint.manifest import Manifest, check_files, digest, read
 from sharded_lamb.checkpoint.parts import ReadRequest
 from sharded_lamb.checkpoint.rank_group import RankGroup, unwrapped
 from sharded_lamb.checkpoint.saving import prepared
+from sharded_lamb.checkpoint.sparse import is_sparse
 from sharded_lamb.checkpoint.storage import Reader
 from sharded_lamb.core.hyperparams import check_max_grad_norm, validate_group
+from sharded_lamb.core.names import normalize
 from sharded_lamb.optim.base import LambOptimizer
 from sharded_lamb.optim.sharded_state import ShardedOptimizer
 
@@ -42,6 +44,8 @@ def load(
     The number of ranks, stage, mesh, buckets and dtypes may differ. Masters of fp16 and bf16 parameters are restored;
     weights of another dtype than saved are rounded from the saved masters.
 
+    State of parameters that are frozen now is kept for the steps after they are unfrozen, and for the next save.
+
     Args:
         path: the checkpoint's folder, on storage that all ranks see.
         model, optimizer: as in `save`. Each group must have the saved group's parameters; it takes its options.
@@ -54,7 +58,8 @@ def load(
     Returns:
         The ``extra`` of `save`, objects as their ``state_dict``; tensors whole, on the CPU, in their saved dtype.
 
-    Collectives: gathers and scatters of small objects on a gloo group of its own; no tensor is sent.
+    Collectives: gathers and scatters of small objects on a gloo group of its own; and a registration, which broadcasts
+    the first rank's weights, if frozen parameters have state.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or in a newer format; nothing was loaded.
@@ -69,6 +74,10 @@ def load(
     if isinstance(known, ShardedOptimizer):
         known.synchronize()
     loading = ranks.each(lambda: _Loading(folder, manifest, model, known, extra or {}, options))
+    if isinstance(known, ShardedOptimizer):
+        ranks.agree("the frozen parameters with saved state", ", ".join(loading.stateful) or "none")
+        known.register_stateful(loading.stateful.values())
+    ranks.each(loading.plan)
     _read(folder, manifest, ranks, loading.requests)
     return ranks.each(loading.finish)
 
@@ -117,7 +126,7 @@ class _Loading:
         parts.check_same_model(manifest, model_parts, self.where)
         self._check_ties(folder)
         self._check_memory()
-        self.requests = list(parts.weight_requests(manifest, model_parts))
+        self.requests: list[ReadRequest] = []
         self.packed: dict[str, Any] = {}
         self.zeros: list[Tensor] = []
         self._check_extra()
@@ -125,20 +134,36 @@ class _Loading:
         self.tensors = {
             name: _empty_for(manifest, name, _template(extra, name)) for name in plain.tensor_names(wanted)
         }
+        self.stateful: dict[str, Tensor] = {}  # {name: frozen parameter that was trained before the save}
+        self._kinds = manifest.kinds()
+        self._sources: list[
+            str
+        ] = []  # the saved name of every parameter of the optimizer, in its groups' order
         if optimizer is not None:
-            self._plan_optimizer(optimizer, model_parts)
-        self.requests += [ReadRequest(name, tensor) for name, tensor in self.tensors.items()]
+            names = parts.names_of_groups(optimizer, model_parts)
+            self._check_groups(names)
+            self._check_options(optimizer)
+            self._sources = [manifest.aliases.get(name, name) for group in names for name in group]
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            pairs = zip(self._sources, params, strict=True)
+            self.stateful = {n: p for n, p in pairs if not p.requires_grad and self._steps_of(folder, n)}
 
-    def _plan_optimizer(self, optimizer: LambOptimizer, held: parts.ModelParts) -> None:
-        names = parts.names_of_groups(optimizer, held)
-        self._check_groups(names)
-        self._check_options(optimizer)
-        self.packed = optimizer.state_dict()
+    def _steps_of(self, folder: Path, name: str) -> float:
+        """The saved step count of a parameter; 0 if it has no state."""
+        step = self._kinds.get(name, {}).get("step")
+        return 0.0 if step is None else float(read_tensor(folder, step))
+
+    def plan(self) -> None:
+        """Plan the reads, once `stateful` parameters are registered, which moves their weights."""
+        optimizer, self.model_parts = self.optimizer, parts.ModelParts.of(self.model)
+        self.requests += parts.weight_requests(self.manifest, self.model_parts)
+        self.requests += [ReadRequest(name, tensor) for name, tensor in self.tensors.items()]
+        if optimizer is None:
+            return
+        self.packed = optimizer.local_state_dict()
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        kinds, aliases = self.manifest.kinds(), self.manifest.aliases
-        for place, name in enumerate(name for group in names for name in group):
-            source = aliases.get(name, name)
-            saved = kinds.get(source)
+        for place, source in enumerate(self._sources):
+            saved = self._kinds.get(source)
             state = self.packed["state"].get(place)
             if saved is None:
                 if state is not None:  # saved while frozen or before its first gradient: starts anew
@@ -148,7 +173,7 @@ class _Loading:
                     )
                 continue
             if state is None:
-                if isinstance(optimizer, ShardedOptimizer):  # frozen here
+                if isinstance(optimizer, ShardedOptimizer):  # frozen here, and never trained
                     continue
                 state = self.packed["state"][place] = _empty_lamb_state(params[place])
             self.requests += parts.state_requests(source, saved, state, self.where)
@@ -230,7 +255,7 @@ class _Loading:
         if self.options:
             for group, saved in zip(self.packed["param_groups"], self.manifest.groups, strict=True):
                 group.update(plain.decoded(saved["options"], self.tensors.__getitem__))
-        optimizer.load_state_dict(self.packed)
+        optimizer.load_local_state_dict(self.packed)
         for group, lr in zip(optimizer.param_groups, own_lr, strict=True):
             if isinstance(lr, Tensor):  # schedulers and graphs may refer to this tensor
                 group["lr"] = lr.fill_(group["lr"])
@@ -251,7 +276,17 @@ class _Loading:
                 for name, value in rest.items()
                 if name in self.model_parts.raw
             }
-            self.model.load_state_dict(named, strict=False)
+            sparse = {
+                raw: value
+                for raw, value in named.items()
+                if is_sparse(self.model_parts.plain[normalize(raw)])
+            }
+            self.model.load_state_dict(
+                {raw: v for raw, v in named.items() if raw not in sparse}, strict=False
+            )
+            for raw, value in sparse.items():  # another number of elements may be stored than here
+                own = self.model_parts.plain[normalize(raw)]
+                self.model.load_state_dict({raw: value.to(own.device, own.dtype)}, strict=False, assign=True)
         loaded: dict[str, Any] = plain.decoded(self.manifest.extra or {}, self.tensors.__getitem__)
         for name, value in self.extra.items():
             if hasattr(value, "load_state_dict"):

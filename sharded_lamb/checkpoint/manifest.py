@@ -29,7 +29,11 @@ FORMAT = "sharded_lamb.checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in tensorfile.CODES}
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype)
+}
 
 
 @dataclass(frozen=True, slots=True)

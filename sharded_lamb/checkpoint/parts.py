@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sharded_lamb.checkpoint.manifest import Manifest, SavedTensor
+from sharded_lamb.checkpoint.rank_group import bare_optimizer
+from sharded_lamb.checkpoint.sparse import is_sparse
 from sharded_lamb.core.names import normalize
 from sharded_lamb.optim.base import LambOptimizer
 from sharded_lamb.optim.lamb import Lamb
@@ -27,7 +30,7 @@ class ModelParts:
 
     tensors: dict[str, Tensor]  # by first name, in the state dict's order; live memory
     aliases: dict[str, str]  # {other name of a tied parameter: first name}
-    plain: dict[str, Any]  # ``_extra_state``, and entries that are not tensors
+    plain: dict[str, Any]  # ``_extra_state``, sparse tensors, and entries that are not tensors
     raw: dict[str, str]  # {name in ``plain``: name with wrappers' prefixes}
     names: dict[Tensor, str]  # of parameters
     buffers: frozenset[str]  # keys of ``tensors`` that are neither parameters nor DTensors
@@ -38,6 +41,7 @@ class ModelParts:
 
         Raises:
             ValueError: two tensors share a name, or a tensor is a copy or has no memory.
+            TypeError: a tensor's values are not all in memory of its own shape (quantized, nested, a subclass).
         """
         tensors: dict[str, Tensor] = {}
         aliases: dict[str, str] = {}
@@ -45,11 +49,13 @@ class ModelParts:
         raw_names: dict[str, str] = {}
         first: dict[int, str] = {}
         live = {id(value) for value in (*model.parameters(), *model.buffers())}
-        memory = {_memory(value) for value in (*model.parameters(), *model.buffers())}
+        memory = {
+            _memory(value) for value in (*model.parameters(), *model.buffers()) if not _unsupported(value)
+        }
         for raw, value in model.state_dict(keep_vars=True).items():
             name = normalize(raw)
             own_state = raw.rpartition(".")[2] == "_extra_state"  # set by the module itself
-            if own_state or not isinstance(value, Tensor):
+            if own_state or not isinstance(value, Tensor) or is_sparse(value):
                 plain[name], raw_names[name] = value, raw
             elif id(value) in first and isinstance(value, nn.Parameter):
                 aliases[name] = first[id(value)]
@@ -60,6 +66,11 @@ class ModelParts:
             elif value.is_meta:
                 raise ValueError(
                     f"{name} is on the meta device and has no memory: call model.to_empty() first"
+                )
+            elif kind := _unsupported(value):
+                raise TypeError(
+                    f"{name} is a {kind}, and a checkpoint holds dense and sparse tensors of numbers: keep it out of "
+                    f"the model's state dict (persistent=False), or save its parts as buffers or as extra"
                 )
             elif id(value) not in live and _memory(value) not in memory:
                 raise ValueError(
@@ -78,6 +89,15 @@ class ModelParts:
         return ModelParts(detached, aliases, plain, raw_names, names, buffers)
 
 
+def _unsupported(tensor: Tensor) -> str | None:
+    """The kind of a tensor that the bytes of one memory do not make up; None for others."""
+    if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor):
+        return type(tensor).__name__
+    if tensor.is_quantized:
+        return f"quantized tensor ({tensor.dtype} with scales)"
+    return None if tensor.layout is torch.strided else f"tensor of layout {tensor.layout}"
+
+
 def _memory(tensor: Tensor) -> int | None:
     """Returns the address of the tensor's storage; None for a tensor without elements."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -85,7 +105,8 @@ def _memory(tensor: Tensor) -> int | None:
 
 
 def checked_optimizer(optimizer: Any) -> Lamb | ShardedOptimizer:
-    """Returns the optimizer. Raises TypeError unless it is `Lamb` or `ShardedLamb`."""
+    """Returns the `Lamb` or `ShardedLamb`, without wrappers. Raises TypeError for any other optimizer."""
+    optimizer = bare_optimizer(optimizer)
     if isinstance(optimizer, Lamb | ShardedOptimizer):
         return optimizer
     if type(optimizer).__module__.startswith(("sharded_lamb.deepspeed", "deepspeed")):
@@ -93,9 +114,14 @@ def checked_optimizer(optimizer: Any) -> Lamb | ShardedOptimizer:
             f"a {type(optimizer).__name__} steps DeepSpeed's partitions: save with engine.save_checkpoint(), which "
             f"`sharded-lamb convert` reads"
         )
+    inside = [name for name, value in vars(optimizer).items() if isinstance(value, LambOptimizer)]
     raise TypeError(
-        f"checkpoints hold the state of Lamb and ShardedLamb, got {type(optimizer).__name__}: use "
-        f"torch.distributed.checkpoint for other optimizers"
+        f"checkpoints hold the state of Lamb and ShardedLamb, got {type(optimizer).__name__}: "
+        + (
+            f"pass its .{inside[0]}, and state of its own as extra"
+            if inside
+            else "use torch.distributed.checkpoint for other optimizers"
+        )
     )
 
 
@@ -152,12 +178,27 @@ def check_same_model(manifest: Manifest, model: ModelParts, where: str) -> None:
         logger.warning(
             "%s lacks%s The model keeps its own", where, _listed("", sorted(set(model.plain) - saved_states))
         )
+    for name, value in model.plain.items():
+        saved_value = manifest.optimizer.get("model", {}).get(name)
+        shape = saved_value["__sparse__"]["shape"] if _is_sparse_data(saved_value) else None
+        if is_sparse(value) and saved_value is not None and shape != list(value.shape):
+            raise ValueError(
+                f"{where} is of another model: {name} has shape {shape} there, but {list(value.shape)} here"
+            )
     for name, tensor in model.tensors.items():
         saved = manifest.tensors["model." + manifest.aliases.get(name, name)]
+        if saved.dtype.is_complex != tensor.is_complex():
+            raise ValueError(
+                f"{where} is of another model: {name} is {saved.dtype} there, but {tensor.dtype} here"
+            )
         if saved.shape != tuple(tensor.shape):
             raise ValueError(
                 f"{where} is of another model: {name} has shape {saved.shape} there, but {tuple(tensor.shape)} here"
             )
+
+
+def _is_sparse_data(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == {"__sparse__"}
 
 
 def _listed(what: str, names: list[str]) -> str:

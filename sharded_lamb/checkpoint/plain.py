@@ -1,7 +1,7 @@
 """Small plain data as JSON, bit for bit: dicts, lists, tuples, strings, numbers, None. Tensors go to files.
 
 Tags mark types that JSON lacks: ``{"__tuple__": [...]}``, ``{"__items__": [[key, value], ...]}`` for keys that
-are not strings, ``{"__tensor__": name}`` for a tensor among the checkpoint's.
+are not strings, ``{"__tensor__": name}`` for a tensor among the checkpoint's, ``{"__sparse__": …}`` for a sparse one.
 """
 
 import math
@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharded_lamb.checkpoint import sparse
+
 _DTYPES = {
     str(value).removeprefix("torch."): value
     for value in vars(torch).values()
     if isinstance(value, torch.dtype)
 }
-_TAGS = ("__tuple__", "__items__", "__tensor__", "__float__", "__dtype__")
+_TAGS = ("__tuple__", "__items__", "__tensor__", "__sparse__", "__float__", "__dtype__")
 
 
 def encoded(value: Any, path: str, keep: Callable[[str, Tensor], str]) -> Any:
@@ -31,6 +33,8 @@ def encoded(value: Any, path: str, keep: Callable[[str, Tensor], str]) -> Any:
     """
     if value is None or isinstance(value, bool | str):
         return value
+    if sparse.is_sparse(value):
+        return {"__sparse__": sparse.encoded(value, lambda part, t: encoded(t, f"{path}.{part}", keep))}
     if isinstance(value, Tensor):
         return {"__tensor__": keep(path, value)}
     if isinstance(value, torch.dtype):
@@ -55,7 +59,7 @@ def encoded(value: Any, path: str, keep: Callable[[str, Tensor], str]) -> Any:
 
 
 def decoded(value: Any, tensor: Callable[[str], Any]) -> Any:
-    """Reverses `encoded`; ``tensor`` returns the tensor of a name."""
+    """Reverses `encoded`; ``tensor`` returns the tensor of a name. A sparse tensor of other things becomes None."""
     if isinstance(value, list):
         return [decoded(entry, tensor) for entry in value]
     if not isinstance(value, dict):
@@ -68,6 +72,9 @@ def decoded(value: Any, tensor: Callable[[str], Any]) -> Any:
             return {decoded(key, tensor): decoded(entry, tensor) for key, entry in content}
         if tag == "__tensor__":
             return tensor(content)
+        if tag == "__sparse__":
+            dense = decoded(content["parts"], tensor)
+            return sparse.put_together(content, dense) if all(isinstance(p, Tensor) for p in dense) else None
         if tag == "__float__":
             return float(content)
         if tag == "__dtype__":

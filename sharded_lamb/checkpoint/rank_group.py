@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sharded_lamb.checkpoint.errors import CheckpointError, picklable
+from sharded_lamb.optim.base import LambOptimizer
 from sharded_lamb.optim.sharded_state import ShardedOptimizer
 
 Result = TypeVar("Result")
@@ -145,12 +146,31 @@ def _new_group(global_ranks: tuple[int, ...]) -> Any:
     return dist.new_group(list(global_ranks), backend="gloo", timeout=TIMEOUT, use_local_synchronization=True)
 
 
+def bare_optimizer(optimizer: Any) -> Any:
+    """The `Lamb` or `ShardedLamb` in wrappers of frameworks (Accelerate, Fabric, Lightning); others unchanged.
+
+    A wrapper holds an optimizer as ``optimizer`` or ``_optimizer`` and shows its groups and state: a scheduler has no
+    groups, and a wrapper with state of its own (lookahead) is an optimizer of another kind.
+    """
+    inner = optimizer
+    for _ in range(8):
+        held = [getattr(inner, name, None) for name in ("optimizer", "_optimizer")]
+        below = next((one for one in held if hasattr(one, "param_groups")), None)
+        if below is None or not hasattr(inner, "param_groups"):
+            break
+        if getattr(inner, "state", None) is not getattr(below, "state", None):
+            break
+        inner = below
+    return inner if isinstance(inner, LambOptimizer) else optimizer
+
+
 def ranks_of(optimizer: Any, group: dist.ProcessGroup | None) -> RankGroup:
     """Returns the ranks of a save or load: those of ``group``, else the optimizer's, else all. Collective.
 
     Raises:
         ValueError: the optimizer is sharded and there is no process group, or this rank is not in ``group``.
     """
+    optimizer = bare_optimizer(optimizer)
     global_ranks: tuple[int, ...] | None = (
         optimizer.ranks if isinstance(optimizer, ShardedOptimizer) else None
     )

@@ -56,8 +56,8 @@ def save(
     Args:
         path: the checkpoint's folder, on storage that all ranks see. An existing checkpoint there is replaced.
         model: saves parameters and buffers, under the names of the unwrapped model.
-        optimizer: `Lamb` or `ShardedLamb`: saves moments, masters, step counts, group options, ``max_grad_norm`` and
-            ``skipped_steps``. None: weights only.
+        optimizer: `Lamb` or `ShardedLamb`, also as Accelerate, Fabric or Lightning wrap it: saves moments, masters,
+            step counts, group options, ``max_grad_norm`` and ``skipped_steps``. None: weights only.
         extra: {name: value}: plain data, tensors, or objects with ``state_dict`` and ``load_state_dict`` such as a
             scheduler or GradScaler. The first rank's are saved; DTensors are saved from all ranks.
         written: called on the first rank with the folder, after the rename.
@@ -222,7 +222,7 @@ def _collected(ranks: RankGroup, model: nn.Module, optimizer: Any, extra: Mappin
     extra_tensors = ExtraTensors(ranks.rank == 0)
     if optimizer is not None:
         names = parts.names_of_groups(optimizer, model_parts)
-        packed = optimizer.state_dict()
+        packed = optimizer.local_state_dict()
         flat = [name for group in names for name in group]
         for place, state in packed["state"].items():
             tensors |= {

@@ -1,6 +1,7 @@
 """Tensors in safetensors files (https://huggingface.co/docs/safetensors), written and read a part at a time.
 
-The format is a length, a JSON header and the tensors' bytes; any safetensors reader reads these files.
+The format is a length, a JSON header and the tensors' bytes; any safetensors reader reads these files. A tensor of a
+dtype without a code there (complex128) is a tensor of bytes, with one more axis; the manifest has its dtype.
 
 The safetensors library is not used, since it is no dependency of the core, and has little to do here. `read` takes
 places from the verified manifest, parses no header, and raises an error for a truncated file; ``safe_open`` maps the
@@ -39,6 +40,7 @@ CODES = {
     torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.complex64: "C64",
 }
 PIECE = 8 << 20
 """Bytes hashed, written or read at once."""
@@ -80,18 +82,14 @@ def write(path: Path, items: Sequence[Item]) -> tuple[Written, list[Place]]:
     """Writes and syncs a file; returns its size and hash, and each item's place in it.
 
     Raises:
-        TypeError: safetensors does not know an item's dtype.
         OSError: the file could not be written.
     """
     header, places, at = {}, [], 0
     for item in items:
-        if item.dtype not in CODES:
-            raise TypeError(
-                f"{item.key} is {item.dtype}, which safetensors files cannot hold: convert it to one of {[*CODES]}"
-            )
+        has_code = item.dtype in CODES
         header[item.key] = {
-            "dtype": CODES[item.dtype],
-            "shape": item.shape,
+            "dtype": CODES[item.dtype] if has_code else "U8",
+            "shape": item.shape if has_code else (*item.shape, item.dtype.itemsize),
             "data_offsets": [at, at + item.bytes],
         }
         places.append((at, at := at + item.bytes))
@@ -114,7 +112,7 @@ def write(path: Path, items: Sequence[Item]) -> tuple[Written, list[Place]]:
 
 
 def _pieces(item: Item) -> Iterator[memoryview]:
-    tensor = item.tensor().detach().cpu().contiguous()
+    tensor = item.tensor().detach().cpu().resolve_conj().resolve_neg().contiguous()
     assert tuple(tensor.shape) == item.shape, (item.key, tensor.shape, item.shape)
     assert tensor.dtype == item.dtype, (item.key, tensor.dtype, item.dtype)
     if tensor.numel():

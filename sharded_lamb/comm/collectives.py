@@ -280,42 +280,37 @@ class Collectives:
             works.append(dist.isend(shard, group=self._shard, group_dst=(rank + distance) % self.shard_count))
         return Pending(works, flight, reports_completion=False)
 
-    def gather_to_first(self, shard: Tensor) -> list[Tensor] | None:
-        """Gather all shards of a bucket to the CPU of the first rank of everyone; None on the other ranks."""
-        return self._shard_with_first(shard, gather=True)
+    def gather_to(self, shard: Tensor, to: int) -> list[Tensor] | None:
+        """Gather all shards of a bucket to the CPU of the ``to``-th rank of everyone; None on the other ranks.
+
+        Transfers one rank's part at a time, so that the receiver never holds two on its device.
+        """
+        everyone, here = self.topology.everyone, self.topology.global_rank
+        receiver, gathered = everyone[to], []
+        for owner in everyone[: self.shard_count]:
+            if here == receiver == owner:
+                gathered.append(shard.cpu())
+            elif here == receiver:
+                buffer = torch.empty_like(shard)
+                dist.recv(buffer, owner, group=self.everyone)
+                gathered.append(buffer.cpu())
+            elif here == owner:
+                dist.send(shard.contiguous(), receiver, group=self.everyone)
+        return gathered if here == receiver else None
 
     def scatter_from_first(self, shard: Tensor, parts: list[Tensor] | None) -> None:
-        """The reverse of `gather_to_first`: ``parts`` (one per shard rank) on the first rank; replicas get copies."""
-        self._shard_with_first(shard, gather=False, parts=parts)
-
-    def _shard_with_first(
-        self, shard: Tensor, *, gather: bool, parts: list[Tensor] | None = None
-    ) -> list[Tensor] | None:
-        """Transfer one rank's part at a time, so that the first rank never holds two on its device."""
+        """The reverse of `gather_to`: ``parts`` (one per shard rank) on the first rank; replicas get copies."""
         everyone, here = self.topology.everyone, self.topology.global_rank
-        first = everyone[0]
-        gathered = []
-        for index, owner in enumerate(everyone[: self.shard_count] if gather else everyone):
-            if here == first == owner:
-                if gather:
-                    gathered.append(shard.cpu())
+        for index, owner in enumerate(everyone):
+            if here == everyone[0]:
+                assert parts is not None
+                part = parts[index % self.shard_count]
+                if here == owner:
+                    shard.copy_(part)
                 else:
-                    assert parts is not None
-                    shard.copy_(parts[0])
-            elif here == first:
-                buffer = torch.empty_like(shard)
-                if gather:
-                    dist.recv(buffer, owner, group=self.everyone)
-                    gathered.append(buffer.cpu())
-                else:
-                    assert parts is not None
-                    dist.send(buffer.copy_(parts[index % self.shard_count]), owner, group=self.everyone)
+                    dist.send(torch.empty_like(shard).copy_(part), owner, group=self.everyone)
             elif here == owner:
-                if gather:
-                    dist.send(shard.contiguous(), first, group=self.everyone)
-                else:
-                    dist.recv(shard, first, group=self.everyone)
-        return gathered if gather and here == first else None
+                dist.recv(shard, everyone[0], group=self.everyone)
 
 
 def _backend(group: dist.ProcessGroup, device: torch.device) -> str:

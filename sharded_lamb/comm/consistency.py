@@ -163,19 +163,31 @@ def _kernel_remedy(ranks: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def propagate_errors(topology: Topology, *, always: bool = False) -> Iterator[None]:
+def propagate_errors(
+    topology: Topology,
+    *,
+    always: bool = False,
+    what: str = "construction",
+    timeout_s: float | None = None,
+) -> Iterator[Description]:
     """Raise a local error on every rank, so that none waits for a timeout.
 
-    ``always``: make the consistency check here, also without an error; otherwise the caller makes one afterwards.
+    Args:
+        always: make the consistency check here, also without an error, of the description that this yields and the
+            body may extend; otherwise the caller makes one afterwards.
+        what: the action, in messages.
+        timeout_s: seconds to wait for the other ranks.
     """
+    description: Description = [(what, "ok")]
     try:
-        yield
+        yield description
     except Exception as error:
+        failed = [(what, f"failed: {type(error).__name__}: {error}")]
         with suppress(ValueError, RuntimeError):
-            check_consistency(topology, [("construction", f"failed: {type(error).__name__}: {error}")])
+            check_consistency(topology, failed, timeout_s)
         raise
     if always:
-        check_consistency(topology, [("construction", "ok")])
+        check_consistency(topology, description, timeout_s)
 
 
 def describe_groups(groups: Sequence[Mapping[str, Any]]) -> Description:

@@ -90,7 +90,7 @@ def check(
         raise ValueError(
             f"the full state dict has state of parameters {unexpected}, which are not trained here"
         )
-    check_full([name for name, _, _ in rows], [_shape(p) for _, p, _ in rows], saved["state"])
+    check_full((rows[param][0], _shape(rows[param][1]), entry) for param, entry in saved["state"].items())
     options = [
         {key: value for key, value in group.items() if key not in ("params", "param_names")}
         for group in saved["param_groups"]

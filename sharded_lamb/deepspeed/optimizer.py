@@ -37,7 +37,7 @@ from sharded_lamb.gradients.summary import GradientSummary, agree
 from sharded_lamb.kernels import Kernel, choose
 from sharded_lamb.kernels.engine import Update, gradient_square_sums
 from sharded_lamb.optim.agreed_options import AgreedLive, AgreedOptions
-from sharded_lamb.optim.base import run_eagerly
+from sharded_lamb.optim.base import States, run_eagerly
 from sharded_lamb.optim.skips import SkipCounter
 
 logger = logging.getLogger("sharded_lamb")
@@ -353,7 +353,7 @@ class DeepSpeedLamb(AgreedOptions):
     def _current_options(self) -> list[dict[str, Any]]:
         return [{key: value for key, value in group.items() if key != "params"} for group in self._groups]
 
-    def _load_tensors(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    def _load_states(self, states: States) -> None:
         for tensor in (tensor for group in self.param_groups for tensor in group["params"]):
             self._state_keeper.load(tensor, states.get(tensor))
 

@@ -33,6 +33,9 @@ from sharded_lamb.core.parameters import NamedParameter, named, ndim_of
 run_eagerly = _disable_dynamo
 """Decorator: under torch.compile the method runs uncompiled (``torch.compiler.disable``, without importing dynamo)."""
 
+States = Mapping[Tensor, Mapping[str, Any]]
+"""{parameter: its saved state}."""
+
 _CHECKED = tuple(name for name in OPTIONS if name != "lr")  # a schedule writes lr at every step
 
 
@@ -287,19 +290,46 @@ class LambOptimizer(Optimizer):
         """Load the result of `state_dict`; every tensor keeps its own dtype.
 
         Raises:
-            ValueError: groups, parameters or a tensor's shape differ from this optimizer's.
+            ValueError: groups, parameters or a tensor's shape differ from this optimizer's; nothing was loaded.
         """
+        self.load_local_state_dict(state_dict)
+
+    def local_state_dict(self) -> dict[str, Any]:
+        """This rank's state, in the memory that steps update."""
+        return super().state_dict()
+
+    def load_local_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """`load_state_dict` of this rank alone."""
+        self._load(*self._checked(self._after_pre_hooks(state_dict)))
+
+    def _after_pre_hooks(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        saved_groups = state_dict["param_groups"]
-        self._check_saved_groups(saved_groups)
-        pairs = [
-            (key, p)
-            for saved, group in zip(saved_groups, self.param_groups, strict=True)
-            for key, p in zip(saved["params"], group["params"], strict=True)
-        ]
-        self._load_tensors({p: state_dict["state"][key] for key, p in pairs if key in state_dict["state"]})
+        return state_dict
+
+    def _checked(self, state_dict: Mapping[str, Any]) -> tuple[list[dict[str, Any]], States]:
+        """(groups, {parameter: state}) of a state dict that fits this optimizer. Raises ValueError if it does not."""
+        missing = {"state", "param_groups"} - state_dict.keys()
+        if missing:
+            raise ValueError(f"the state dict lacks {sorted(missing)}: pass the result of state_dict()")
+        groups, saved = state_dict["param_groups"], state_dict["state"]
+        self._check_saved_groups(groups)
+        keys = [key for group in groups for key in group["params"]]
+        unexpected = [key for key in saved if key not in keys]
+        if unexpected:
+            raise ValueError(
+                f"the state dict has state of parameters {unexpected}, which this optimizer does not have: construct "
+                f"it from the same model with the same groups"
+            )
+        params = [p for group in self.param_groups for p in group["params"]]
+        states = {p: saved[key] for key, p in zip(keys, params, strict=True) if key in saved}
+        self._check_states(states)
+        return groups, states
+
+    def _load(self, saved_groups: list[dict[str, Any]], states: States) -> None:
+        """Load the result of `_checked`."""
+        self._load_states(states)
         self._load_groups(saved_groups)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -331,7 +361,10 @@ class LambOptimizer(Optimizer):
                         f"pass the parameters in the order in which they were saved"
                     )
 
-    def _load_tensors(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    def _check_states(self, states: States) -> None:
+        """Raises ValueError for states that `_load_states` cannot load."""
+
+    def _load_states(self, states: States) -> None:
         raise NotImplementedError
 
 

@@ -1,6 +1,6 @@
 """`Lamb`: the optimizer on one device, over whole tensors; the reference for `ShardedLamb`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -12,7 +12,7 @@ from sharded_lamb.core.hyperparams import RuleOptions
 from sharded_lamb.core.options import OptionTable
 from sharded_lamb.core.parameters import check_gradient, check_parameter, named
 from sharded_lamb.core.rule import Coefficients, PerTensor
-from sharded_lamb.optim.base import LambOptimizer, Live, receives_grad_scale, run_eagerly
+from sharded_lamb.optim.base import LambOptimizer, Live, States, receives_grad_scale, run_eagerly
 
 
 class Lamb(LambOptimizer):
@@ -185,8 +185,7 @@ class Lamb(LambOptimizer):
         """Global norm of the last step's gradients, unscaled and before clipping, or None. Reads the device."""
         return None if self._live.last is None else self._live.last.grad_norm.item()
 
-    def _load_tensors(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        self.state.clear()
+    def _check_states(self, states: States) -> None:
         for p, saved in states.items():
             for key in ("exp_avg", "exp_avg_sq"):
                 if saved[key].shape != p.shape:
@@ -195,6 +194,10 @@ class Lamb(LambOptimizer):
                         f"{tuple(p.shape)}: the state dict is of another model, or one rank's slices of it "
                         f"(ShardedLamb.full_state_dict() gives whole tensors)"
                     )
+
+    def _load_states(self, states: States) -> None:
+        self.state.clear()
+        for p, saved in states.items():
             moments = {key: saved[key].detach().to(p.device, copy=True) for key in ("exp_avg", "exp_avg_sq")}
             step = torch.as_tensor(saved["step"]).detach().to("cpu", torch.float64, copy=True)
             self.state[p] = {"step": step.reshape(()), **moments}

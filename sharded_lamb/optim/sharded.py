@@ -51,8 +51,10 @@ logger = logging.getLogger("sharded_lamb")
 class ShardedLamb(ShardedOptimizer):
     """LAMB (arXiv 1904.00962) with its state sharded over ranks and the exact trust ratio of every parameter.
 
-    Parameters become views of flat buckets. Each rank stores moments (and fp32 masters of fp16 and bf16
-    parameters) for its equal shard of every bucket, updates that shard, and all-gathers the bucket.
+    Parameters move into flat buckets, each with a storage of its own. Each rank stores moments (and fp32 masters of
+    fp16 and bf16 parameters) for its equal shard of every bucket, updates that shard, and all-gathers the bucket. A
+    step starts from weights written before it, in place or by ``.data =`` with the same shape, dtype and device.
+    Parameters in shared memory stay there, so that other processes see every update, at two copies of them per step.
 
     DTensor parameters (``fully_shard``, HSDP, tensor parallel) keep their memory: they are stage 3, detected
     automatically, whatever ``stage`` is for plain parameters beside them. Each rank updates its local parts and stores
@@ -72,7 +74,8 @@ class ShardedLamb(ShardedOptimizer):
             2: ``.grad`` is each rank's own gradient; backward reduces, averages and frees it, and leaves a tensor
             without memory: its norm is the averaged gradient's, and it can be scaled by a number, zeroed or set to None
             (on every rank alike), which leaves the parameter out of the step. Its values are NaN; other edits raise
-            RuntimeError. (DTensors' gradients are read from ``.grad`` in both.)
+            RuntimeError. Buffers (BatchNorm's statistics) stay each rank's own; DDP would broadcast the first rank's.
+            (DTensors' gradients are read from ``.grad`` in both.)
         process_group: the ranks that share the state; default: the ranks of the DTensors' root mesh, else all ranks.
         mesh: instead of ``process_group``: 1-D (shard), or 2-D (replicate, shard).
         bucket_mb: MiB of parameters per bucket, > 0.
@@ -196,8 +199,11 @@ class ShardedLamb(ShardedOptimizer):
                     f"Accelerate's prepare replace parameters by new ones): construct ShardedLamb after that, from the "
                     f"parameters that the model has then"
                 )
-            self._register(self._agreed_plan()[0])
-            live.scanned_params = []
+            self._register_new()
+
+    def _register_new(self) -> None:
+        self._register(self._agreed_plan()[0])
+        self._live.scanned_params = []
 
     def _register(self, plan: ShardPlan) -> None:
         """Register the plan's parameters. Collective: broadcasts the first rank's weights."""
@@ -219,6 +225,7 @@ class ShardedLamb(ShardedOptimizer):
             )
         )
         self._refresh_state()
+        self._live.consolidated = None
 
     # -- the step -----------------------------------------------------------------------------------
 
@@ -228,8 +235,8 @@ class ShardedLamb(ShardedOptimizer):
         """One LAMB step on every rank. Collective. Returns the closure's loss, or None.
 
         Raises:
-            RuntimeError: a parameter is no longer in its bucket, too many steps in a row were skipped, or (stage 2)
-                gradients were assigned after they were reduced.
+            RuntimeError: a parameter has another dtype, shape or device than at construction, too many steps in a row
+                were skipped, or (stage 2) gradients were assigned after they were reduced.
             ValueError: stage 1 got gradients that are not averaged over ranks; on every rank: an option in a group is
                 invalid, or ranks have other options or edited reduced gradients in other ways (on a GPU one step
                 later), and no weight was changed.
@@ -244,7 +251,8 @@ class ShardedLamb(ShardedOptimizer):
         self._register_unfrozen()
         if not store.params:
             return loss
-        store.check_attached()
+        store.reattach()
+        self._state_changed()
         live = self._live
         if self._skips.check(store.names):
             self._raise_disagreement()
@@ -293,6 +301,8 @@ class ShardedLamb(ShardedOptimizer):
                 store.gathers[index].start()
         store.step.copy_(step)
         self._gathers.finish_or_defer(store.gathers, [bucket.params for bucket in store.buckets])
+        self._gathers.wait(store.shared_buckets())
+        store.write_shared()
         # backward through a graph from before the step must raise.
         torch.autograd.graph.increment_version(store.params)
         live.last = LastStep(ratios, updated, summary.norm(is_fp64, inverse))

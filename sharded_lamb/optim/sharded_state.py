@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +13,21 @@ from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.comm.consistency import Description, propagate_errors
 from sharded_lamb.core.options import OptionTable
 from sharded_lamb.optim.agreed_options import AgreedLive, AgreedOptions
+from sharded_lamb.optim.base import States
 from sharded_lamb.optim.skips import SkipCounter
 from sharded_lamb.sharding import state
 from sharded_lamb.sharding.param_store import ParamStore
 from sharded_lamb.sharding.shard_plan import Settings
+
+LOAD_TIMEOUT_S = 900.0
+"""Seconds that a rank which loads a state dict waits for the others, which may still read theirs."""
+
+
+@dataclass(frozen=True)
+class _Consolidated:
+    """The state that `ShardedOptimizer.consolidate_state_dict` gathered."""
+
+    whole: dict[int, state.State] | None  # by position in the groups; None: on another rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +50,8 @@ class ShardedLive(AgreedLive):
     frozen_params: list[Tensor] = field(default_factory=list)  # those of them that the store lacked
     last: LastStep | None = None
     is_summarized: bool = False
+    consolidated: _Consolidated | None = None
+    is_new: bool = True  # no step and no load yet: no state to lose
     may_defer: bool = False  # whether the last step needed no agreed summary of gradients
     has_deferred: bool = False  # whether it summed the summary with the norms
 
@@ -75,39 +88,90 @@ class ShardedOptimizer(AgreedOptions):
         for param, entry in sorted(states.items()):
             self.state[store.params[param]] = entry
 
-    def _load_tensors(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    def _check_states(self, states: States) -> None:
+        if state.is_whole(states.values()):
+            state.check_full(
+                (name, p.shape, states[p]) for name, p, _ in self._named_parameters() if p in states
+            )
+            return
         store = self._store
         for param, (name, p) in enumerate(zip(store.names, store.params, strict=True)):
             if p not in states:
                 raise ValueError(f"the state dict has no state of {name!r}: it is of another model")
             state.check_local(name, self.state[p], store.states_of(param), states[p])
+        absent = [name for name, p, _ in self._named_parameters() if p in states and p not in store.index]
+        if absent:
+            raise ValueError(
+                f"the state dict has slices of {absent[0]!r}, which is frozen here and has no slice: {state.REMEDY}"
+            )
+
+    def _load_states(self, states: States) -> None:
+        store = self._store
+        if not state.is_whole(states.values()):
+            for p in store.params:
+                state.load_local(self.state[p], store.states_of(store.index[p]), states[p])
+            return
+        self.register_stateful([p for p, saved in states.items() if state.steps_of(saved)])
         for param, p in enumerate(store.params):
-            state.load_local(self.state[p], store.states_of(param), states[p])
+            store.load_whole(param, states.get(p))
+
+    def register_stateful(self, params: Iterable[Tensor]) -> None:
+        """Register those of ``params`` that are frozen and have no memory yet, so that their state can be loaded.
+
+        Collective, like the registration of parameters that were unfrozen, if there are any.
+        """
+        new = [p for p in params if p not in self._store.index]
+        frozen = [p for p in new if not p.requires_grad]
+        try:
+            for p in frozen:
+                p.requires_grad_(True)  # hooks need it; a parameter keeps them when it is frozen
+            if new:
+                self._register_new()
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
+
+    def _register_new(self) -> None:
+        """Register parameters that require gradients and are not in the store yet. Collective."""
+        raise NotImplementedError
 
     def _load_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         super()._load_groups(saved_groups)
         self._skips.reset()
+        self._state_changed()
+
+    def _state_changed(self) -> None:
+        """Forget the consolidated state."""
+        self._live.consolidated, self._live.is_new = None, False
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's slices with stamps: save every rank's, and load each on the same rank of as many ranks.
+        """This rank's slices with stamps; after `consolidate_state_dict`, whole tensors on the rank that has them.
 
-        Tensors are the memory that steps update, except masters stored as remainders: fp32, in new memory.
-        Warns if the calling framework saves the first rank's slices only (Hugging Face's Trainer).
+        Slices are for this rank of as many ranks: save every rank's. Warns about slices, since a framework that saves
+        one rank's loses the others'; `local_state_dict` does not. torch.distributed.checkpoint receives slices and
+        saves all ranks'. Tensors are the memory that steps update, except masters stored as remainders: fp32, in new
+        memory.
 
         Raises:
             TypeError: torch.distributed.checkpoint asks for whole tensors of plain parameters.
         """
-        if self._collectives.world_size > 1 and called_by("transformers.trainer"):
+        wants_whole = asked_by_dcp()
+        if wants_whole is None and self._live.consolidated is not None:
+            if self._live.consolidated.whole is None:
+                return self.local_state_dict()
+            whole = {position: dict(entry) for position, entry in self._live.consolidated.whole.items()}
+            return {**super().state_dict(), "state": whole}
+        packed = self.local_state_dict()
+        if self._collectives.world_size == 1:
+            return packed
+        if wants_whole is None and not self._live.is_new:
             warnings.warn(
-                "transformers' Trainer saves the optimizer of rank 0 only, and state_dict() of a ShardedLamb over "
-                f"{self._collectives.world_size} ranks holds rank 0's slices only: this checkpoint cannot resume the "
-                "optimizer. Save full_state_dict() in a TrainerCallback, or set save_only_model=True",
+                f"state_dict() of a ShardedLamb over {self._collectives.world_size} ranks is this rank's slices, and "
+                f"the slices of rank 0 alone cannot resume a run: save every rank's, or {state.REMEDY}",
                 UserWarning,
                 stacklevel=2,
             )
-        packed = super().state_dict()
-        self._decode(packed["state"])
-        if self._collectives.world_size > 1 and full_state_requested():
+        if wants_whole:
             if self._store.buckets:
                 raise TypeError(
                     "StateDictOptions(full_state_dict=True) would read this rank's slices as whole tensors: use "
@@ -119,6 +183,59 @@ class ShardedOptimizer(AgreedOptions):
                 for position, entry in packed["state"].items()
             }
         return packed
+
+    def local_state_dict(self) -> dict[str, Any]:
+        """This rank's slices, as `state_dict`, whoever asks for them."""
+        packed = super().local_state_dict()
+        self._decode(packed["state"])
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load whole tensors, of which every rank takes its slices, or the slices that this rank saved. Collective.
+
+        Whole tensors are those of `full_state_dict`, of `state_dict` after `consolidate_state_dict`, and of
+        `Lamb.state_dict`; every rank passes them, and any number of ranks may have saved them. State of frozen
+        parameters is kept for the steps after they are unfrozen. Collectives: a comparison of steps and options over
+        ranks; those of a registration if frozen parameters have state.
+
+        Raises:
+            ValueError: groups, parameters or shapes differ from this optimizer's, slices are another rank's or of
+                another number of ranks, or ranks load different states; on every rank, and nothing was loaded.
+            RuntimeError: a rank does not call it.
+        """
+        topology = self._store.topology
+        with propagate_errors(
+            topology, always=True, what="load_state_dict", timeout_s=LOAD_TIMEOUT_S
+        ) as description:
+            groups, states = self._checked(self._after_pre_hooks(state_dict))
+            description.append(("step counts", [state.steps_of(saved) for saved in states.values()]))
+            description += [(f"saved group {i}", len(group["params"])) for i, group in enumerate(groups)]
+        self._load(groups, states)
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Gather the whole state on rank ``to`` of this optimizer's ranks, as ZeroRedundancyOptimizer does. Collective.
+
+        Until the next step, load or new group, `state_dict` there is whole, with whole tensors on the CPU in the format
+        of `full_state_dict`, and other ranks' `state_dict` is their slices. `load_state_dict` takes both.
+
+        Raises:
+            ValueError: ``to`` is no rank of this optimizer.
+        """
+        world = self._collectives.world_size
+        if not 0 <= to < world:
+            raise ValueError(f"to must be one of this optimizer's ranks 0 to {world - 1}, got {to!r}")
+        self._live.consolidated = _Consolidated(self._gathered(to))
+
+    def _gathered(self, to: int) -> dict[int, state.State] | None:
+        """{position in the groups: whole state} on rank ``to``, else None. Collective."""
+        store = self._store
+        states = state.gather_full(
+            self._collectives, store.layout, store.buckets, store.dtensors, store.step, to
+        )
+        if states is None:
+            return None
+        order = [p for group in self.param_groups for p in group["params"]]
+        return {position: states[store.index[p]] for position, p in enumerate(order) if p in store.index}
 
     def _decode(self, entries: dict[int, dict[str, Any]]) -> None:
         """Replace encoded state by its values. ``entries``: of a packed state, by position in the groups."""
@@ -139,14 +256,10 @@ class ShardedOptimizer(AgreedOptions):
         Collective; streamed, so that only the first rank holds more than one bucket of other ranks' state.
         Includes ``master`` entries (fp32 weights of fp16 and bf16 parameters) beside the moments.
         """
-        store = self._store
-        states = state.gather_full(self._collectives, store.layout, store.buckets, store.dtensors, store.step)
-        if states is None:
+        whole = self._gathered(0)
+        if whole is None:
             return None
-        packed = super().state_dict()
-        order = [p for group in self.param_groups for p in group["params"]]
-        whole = {position: states[store.index[p]] for position, p in enumerate(order) if p in store.index}
-        return {"state": whole, "param_groups": packed["param_groups"]}
+        return {"state": whole, "param_groups": super().state_dict()["param_groups"]}
 
     def load_full_state_dict(self, state_dict: dict[str, Any] | None) -> None:
         """Load the result of `full_state_dict` or `Lamb.state_dict`, on any number of ranks. Collective.
@@ -159,20 +272,24 @@ class ShardedOptimizer(AgreedOptions):
         """
         store = self._store
         first = store.topology.rank == 0
-        with propagate_errors(store.topology, always=True):
+        order = [p for group in self.param_groups for p in group["params"]]
+        states: States = {}
+        sent: list[Any] = [None, []]  # groups; positions of parameters with state
+        with propagate_errors(store.topology, always=True, what="load_full_state_dict"):
             if first:
-                saved = state.check_complete(state_dict)
-                self._check_saved_groups(saved["param_groups"])
-                order = [p for group in self.param_groups for p in group["params"]]
-                states = state.by_index(saved["state"], [store.index.get(p) for p in order])
-                state.check_full(store.names, [tuple(p.shape) for p in store.params], states)
-        groups: list[Any] = [state_dict["param_groups"] if first and state_dict is not None else None]
+                sent[0], states = self._checked(state.check_complete(state_dict))
+                named = self._named_parameters()
+                state.check_full((name, p.shape, states[p]) for name, p, _ in named if p in states)
+                sent[1] = [i for i, p in enumerate(order) if p in states and state.steps_of(states[p])]
         if store.topology.everyone[1:]:
-            dist.broadcast_object_list(groups, store.topology.everyone[0], group=self._collectives.everyone)
+            dist.broadcast_object_list(sent, store.topology.everyone[0], group=self._collectives.everyone)
+        groups, stateful = sent
+        self.register_stateful([order[position] for position in stateful])
+        by_index = {store.index[p]: saved for p, saved in states.items() if p in store.index}
         state.scatter_full(
-            self._collectives, store.buckets, store.dtensors, store.step, states if first else None
+            self._collectives, store.buckets, store.dtensors, store.step, by_index if first else None
         )
-        self._load_groups(groups[0])
+        self._load_groups(groups)
 
     def trust_ratios(self) -> dict[str, float]:
         """{name: ratio} of the parameters that the last step updated; the same on every rank. Reads the device."""
@@ -230,23 +347,13 @@ class ShardedOptimizer(AgreedOptions):
         self.load_full_state_dict(pickled["full"])
 
 
-def full_state_requested() -> bool:
-    """Whether torch.distributed.checkpoint.state_dict calls with ``StateDictOptions(full_state_dict=True)``."""
-    frame = sys._getframe(1)
+def asked_by_dcp() -> bool | None:
+    """Whether torch.distributed.checkpoint, which calls, asks for whole tensors; None: it does not call."""
+    frame, found = sys._getframe(1), False
     while frame is not None:
-        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+        name = frame.f_globals.get("__name__", "")
+        if name == "torch.distributed.checkpoint.state_dict":
             return bool(getattr(frame.f_locals.get("info"), "full_state_dict", False))
+        found = found or name.startswith("torch.distributed.checkpoint.")
         frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
-def called_by(module: str) -> bool:
-    """Whether a function of ``module`` is on this thread's stack."""
-    if module not in sys.modules:
-        return False
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == module:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+    return False if found else None

@@ -178,9 +178,7 @@ def measure(
     grads = [p.grad for p in model.parameters() if not isinstance(p.grad, (NoneType, ReducedGradient))]
     gradients = sum(_local(grad).nbytes for grad in grads)
     memory = {**optimizer.memory(), "gradients": gradients}
-    allocated = sum(
-        {s.data_ptr(): s.nbytes() for s in map(_storage, _tensors([model, grads, optimizer]))}.values()
-    )
+    allocated = bytes_of(_local(tensor) for tensor in _tensors([model, grads, optimizer]))
     seconds = statistics.median(_train(model, optimizer) for _ in range(timed_steps))
     return Measured(memory, dict(sent), dict(calls), allocated, seconds)
 
@@ -216,8 +214,14 @@ def _local(tensor: Tensor) -> Tensor:
     return local_part(tensor) if isinstance(tensor, DTensor) else tensor
 
 
-def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return _local(tensor).untyped_storage()
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors' storages, counted once where several cover the same memory (parameters and buckets)."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    total = end = 0
+    for begin, size in sorted((storage.data_ptr(), storage.nbytes()) for storage in storages):
+        total += max(0, begin + size - max(begin, end))
+        end = max(end, begin + size)
+    return total
 
 
 _SMALL = (torch.uint8, torch.int16)

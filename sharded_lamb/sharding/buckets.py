@@ -1,14 +1,20 @@
-"""Flat memory: parameters as views of buckets, and this rank's shard of their state.
+"""Flat memory: parameters over buckets, and this rank's shard of their state.
 
-A bucket's parameters are views of one flat tensor, so the all-gather writes straight into them. Parameters
-keep their strides (channels_last included): a bucket is flat in memory order.
+A bucket's parameters cover parts of one flat tensor, so the all-gather writes straight into them. Parameters
+keep their strides (channels_last included): a bucket is flat in memory order. Each has a storage of its own over its
+part: torch.save, safetensors and Accelerate take parameters with one storage for tied ones.
+
+A parameter whose ``.data`` is replaced is copied into its bucket at the next step. One in shared memory stays there,
+since other processes may read it: a step copies it before, and copies the result back.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from sharded_lamb.core.footprint import Widths
 from sharded_lamb.core.layout import BLOCK, Bucket, Segment
@@ -79,6 +85,18 @@ def flattened(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
+def with_own_storage(flat: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """A view of all of ``flat`` [n] whose storage holds these n elements alone; it keeps the memory alive."""
+    if math.prod(shape) == 0:
+        return flat.new_empty_strided(shape, strides)
+    return from_dlpack(flat).as_strided(shape, strides)
+
+
+def in_shared_memory(p: Tensor) -> bool:
+    """Whether other processes may map the parameter's memory. CUDA memory counts as not shared."""
+    return p.device.type == "cpu" and bool(p.untyped_storage().is_shared())
+
+
 class FlatBucket:
     """One bucket's memory on this rank. Construction copies the parameters' values into it."""
 
@@ -100,13 +118,14 @@ class FlatBucket:
             self.strides[position] for position in positions
         ]  # of each segment's parameter
         self._contiguous = all(self.params[position].is_contiguous() for position in positions)
-        self.flat = zeros(plan.numel, precision.model, device, lane=0)
+        self.flat = zeros(plan.numel, precision.model, device, lane=0)  # [bucket]
         self.low, self.high = plan.shard_range(shard_rank)
-        for p, offset, strides in zip(params, plan.offsets, self.strides, strict=True):
-            view = self.flat.as_strided(p.shape, strides, offset)
-            view.copy_(p.detach())
-            p.data = view
-        self._pointers = [p.data_ptr() for p in params]
+        self._shapes, self._numels = [p.shape for p in self.params], [p.numel() for p in self.params]
+        self._strides_now = [p.stride() for p in self.params]
+        self._pointers = [0] * len(self.params)
+        self._shared: set[int] = set()  # positions of parameters in shared memory, outside ``flat``
+        for position, p in enumerate(self.params):
+            self.attach(position, p.detach())
         self.shard = self._shard()
 
     def _shard(self) -> FlatShard:
@@ -144,6 +163,16 @@ class FlatBucket:
         if self.precision.masters is not None and self.shard.model is not None:
             self.precision.masters.reset(self.shard.weight, self.shard.model)
 
+    def weight_of(self, param: int) -> Tensor:
+        """[segment] this rank's segment of a parameter, a view of the model's own memory."""
+        return self.slice_of(param, self.flat[self.low : self.high])
+
+    def segment_of_whole(self, param: int, whole: Tensor) -> Tensor:
+        """[segment] this rank's segment of a tensor in the parameter's shape."""
+        segment = self.segment_of(param)
+        strides = self.strides[self.plan.params.index(param)]
+        return flattened(whole, strides)[segment.start : segment.start + segment.length]
+
     def states(self) -> list[StoredState]:
         """The kinds of state of this rank's shard, each [shard]."""
         shard, masters = self.shard, self.precision.masters
@@ -152,19 +181,73 @@ class FlatBucket:
             kinds.append(StoredState("master", masters, shard.weight, shard.model))
         return kinds
 
-    def check_attached(self, names: Sequence[str]) -> None:
-        """Raises RuntimeError if a parameter is no longer a view of this bucket."""
-        dtypes = {p.dtype for p in self.params}
-        if list(map(Tensor.data_ptr, self.params)) == self._pointers and dtypes == {self.precision.model}:
+    # -- parameters whose memory is replaced --------------------------------------------------------
+
+    def attach(self, position: int, value: Tensor) -> None:
+        """Copy ``value`` into the bucket, and let the ``position``-th parameter cover it.
+
+        A parameter in shared memory keeps its memory; see `read_shared` and `write_shared`.
+        """
+        p, view = self.params[position], self.param_view(position, self.flat)
+        view.copy_(value)
+        self._shared.discard(position)
+        if in_shared_memory(p):
+            self._shared.add(position)
+        else:
+            offset = self.plan.offsets[position]
+            part = self.flat[offset : offset + p.numel()]
+            p.data = with_own_storage(part, view.shape, view.stride())
+        self._pointers[position] = p.data_ptr()
+        self._strides_now[position] = p.stride()
+
+    def replaced(self) -> Iterator[int]:
+        """The positions of parameters whose memory, shape, strides or dtype is no longer that of `attach`."""
+        unchanged = (
+            list(map(Tensor.data_ptr, self.params)) == self._pointers
+            and list(map(Tensor.stride, self.params)) == self._strides_now
+            and list(map(Tensor.numel, self.params)) == self._numels
+            and {p.dtype for p in self.params} <= {self.precision.model}
+        )
+        if unchanged:
             return
-        for p, pointer, index in zip(self.params, self._pointers, self.plan.params, strict=True):
-            if p.data_ptr() != pointer or p.dtype != self.precision.model:
-                raise RuntimeError(
-                    f"parameter {names[index]!r} is no longer in its bucket (now {p.dtype} on {p.device}; it was "
-                    f"{self.precision.model} on {self.flat.device}): model.to(…), model.bfloat16() or an assignment "
-                    f"to .data replaced its memory after ShardedLamb was constructed. Convert the model first and "
-                    f"construct the optimizer after; write weights in place (copy_, load_state_dict)"
-                )
+        rows = zip(self.params, self._pointers, self._strides_now, self._shapes, strict=True)
+        for position, (p, pointer, strides, shape) in enumerate(rows):
+            actual = p.data_ptr(), p.stride(), p.shape, p.dtype
+            if actual != (pointer, strides, shape, self.precision.model):
+                yield position
+
+    def check_fits(self, position: int, name: str) -> None:
+        """Raises RuntimeError if the values of a replaced parameter do not fit into the bucket."""
+        p, shape, device = self.params[position], self._shapes[position], self.flat.device
+        is_here = p.device.type == device.type and (device.type == "cpu" or p.device == device)
+        if is_here and p.shape == shape and p.dtype == self.precision.model and p.layout is torch.strided:
+            return
+        raise RuntimeError(
+            f"parameter {name!r} is no longer in its bucket (now {p.dtype} {tuple(p.shape)} on {p.device}; it was "
+            f"{self.precision.model} {tuple(shape)} on {device}): model.to(…), model.bfloat16() or an assignment to "
+            f".data replaced its memory after ShardedLamb was constructed. Convert the model first and construct the "
+            f"optimizer after (model = accelerator.prepare(model) before ShardedLamb(…)); weights of the same shape, "
+            f"dtype and device may be written at any time"
+        )
+
+    def contains(self, p: Tensor) -> bool:
+        """Whether the memory of ``p`` is part of this bucket's."""
+        return 0 <= p.data_ptr() - self.flat.data_ptr() < self.flat.nbytes
+
+    @property
+    def has_shared(self) -> bool:
+        """Whether some parameters are in shared memory, outside the bucket."""
+        return bool(self._shared)
+
+    def read_shared(self) -> None:
+        """Copy parameters in shared memory into the bucket, before a step."""
+        for position in self._shared:
+            self.param_view(position, self.flat).copy_(self.params[position].detach())
+
+    def write_shared(self) -> None:
+        """Copy the bucket to its parameters in shared memory, after it was gathered."""
+        for position in self._shared:
+            self.params[position].data.copy_(self.param_view(position, self.flat))
 
     def segment_of(self, param: int) -> Segment:
         """This rank's segment of a parameter; its length is 0 if the rank has none."""
@@ -178,7 +261,7 @@ class FlatBucket:
     def param_view(self, position: int, flat: Tensor) -> Tensor:
         """A view of the ``position``-th parameter, in its shape, in a flat tensor of the bucket's size."""
         offset = flat.storage_offset() + self.plan.offsets[position]
-        return flat.as_strided(self.params[position].shape, self.strides[position], offset)
+        return flat.as_strided(self._shapes[position], self.strides[position], offset)
 
     def own_gradients(self, grads: Sequence[Tensor | None]) -> GradientCopy:
         """Whole gradients, whose slices the kernel copies into the gradient shard. ``grads``: [P], all parameters."""

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from sharded_lamb.comm.collectives import Traffic
@@ -70,6 +70,12 @@ class LocalShard:
         meta = TensorMeta(self.p.shape, self.p.stride(), flat.dtype)
         spec = DTensorSpec(self.p.device_mesh, tuple(self.p.placements), tensor_meta=meta)
         return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+    def part_of_whole(self, whole: Tensor) -> Tensor:
+        """[n] this rank's part of a whole tensor, which every rank holds."""
+        mesh = self.p.device_mesh
+        placed = distribute_tensor(whole.to(mesh_device(mesh)), mesh, self.p.placements, src_data_rank=None)
+        return flattened(local_part(placed), self.strides)
 
     def whole(self, flat: Tensor) -> Tensor:
         """The whole tensor on the mesh's device, also of offloaded parts. Collective."""

@@ -1,7 +1,7 @@
 """The memory of a `ShardedLamb` on this rank: its parameters in order, their buckets or DTensors, and step counts."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,14 @@ from sharded_lamb.sharding.buckets import FlatBucket
 from sharded_lamb.sharding.local_shards import DTensorShards
 from sharded_lamb.sharding.ownership import Ownership
 from sharded_lamb.sharding.placements import Replicas, ShardSpec
-from sharded_lamb.sharding.shard_plan import Settings, ShardPlan, check_new, claim, plan_shards
+from sharded_lamb.sharding.shard_plan import (
+    Settings,
+    ShardPlan,
+    check_new,
+    check_separate,
+    claim,
+    plan_shards,
+)
 
 
 class ParamStore:
@@ -92,6 +99,7 @@ class ParamStore:
             bucket = FlatBucket(bucket_plan, params, precision, self.topology.shard_rank, plan.device)
             collectives.broadcast(bucket.flat)
             bucket.refresh_masters()
+            bucket.write_shared()
             added.append(bucket)
             self._bucket_of.update(dict.fromkeys(bucket_plan.params, bucket))
         for param in plan.specs:
@@ -112,6 +120,23 @@ class ParamStore:
             return self._bucket_of[param].states_of(param)
         return self.dtensors.local[param].states()
 
+    def load_whole(self, param: int, saved: Mapping[str, Any] | None) -> None:
+        """Store this rank's part of a parameter's whole, checked state; None: the state of a new optimizer."""
+        bucket = self._bucket_of.get(param)
+        for state in self.states_of(param):
+            if saved is not None and state.kind in saved:
+                whole = saved[state.kind]
+                local = self.dtensors.local
+                state.store(
+                    bucket.segment_of_whole(param, whole) if bucket else local[param].part_of_whole(whole)
+                )
+            elif state.kind == "master":
+                weight = bucket.weight_of(param) if bucket else self.dtensors.local[param].weight()
+                state.format.reset(state.stored, weight)
+            else:
+                state.stored.zero_()
+        self.step[param] = 0 if saved is None else torch.as_tensor(saved["step"]).reshape(())
+
     def replicas(self) -> Replicas:
         """Which ranks must hold equal gradients: in stage 1 all of them, for plain parameters."""
         return self.ownership.replicas(averaged=self.settings.stage == 1 and bool(self.buckets))
@@ -120,11 +145,44 @@ class ParamStore:
         """The kernels' shards: one per bucket, in bucket order, then the DTensors'."""
         return [*(bucket.shard for bucket in self.buckets), *self.dtensors.shards]
 
-    def check_attached(self) -> None:
-        """Raises RuntimeError if a parameter's memory was replaced since it was registered."""
+    def reattach(self) -> None:
+        """Copy weights that were written outside the buckets into them, before a step.
+
+        Those are parameters whose ``.data`` was replaced, which cover their bucket again, and parameters in shared
+        memory, which stay there. The step's all-gather overwrites other ranks' slices, as after a write in place.
+
+        Raises:
+            RuntimeError: a parameter has another dtype, shape or device, or shares the memory of another one; or a
+                DTensor's local part changed so.
+        """
+        moved = [(bucket, position) for bucket in self.buckets for position in bucket.replaced()]
+        if moved:
+            self._attach(moved)
         for bucket in self.buckets:
-            bucket.check_attached(self.names)
+            bucket.read_shared()
         self.dtensors.check_attached(self.names)
+
+    def _attach(self, moved: Sequence[tuple[FlatBucket, int]]) -> None:
+        for bucket, position in moved:
+            bucket.check_fits(position, self.names[bucket.plan.params[position]])
+        check_separate(self.names, self.params)
+        values = [bucket.params[position].detach() for bucket, position in moved]
+        for i, value in enumerate(values):
+            if any(
+                bucket.contains(value) for bucket in self.buckets
+            ):  # swapped parameters, a transposed view
+                values[i] = value.clone()
+        for (bucket, position), value in zip(moved, values, strict=True):
+            bucket.attach(position, value)
+
+    def shared_buckets(self) -> list[int]:
+        """The buckets with parameters in shared memory."""
+        return [index for index, bucket in enumerate(self.buckets) if bucket.has_shared]
+
+    def write_shared(self) -> None:
+        """Copy gathered buckets to their parameters in shared memory."""
+        for bucket in self.buckets:
+            bucket.write_shared()
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes on this rank by kind, summed over buckets."""

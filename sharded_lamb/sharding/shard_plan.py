@@ -185,7 +185,6 @@ def check_new(
         if p in first:
             raise ValueError(f"parameter {first[p]!r} is passed twice: pass each parameter once")
         first[p] = name
-    pointers = {_pointer(p): name for name, p in zip(names, params, strict=True)}
     for name, p, _ in new:
         check_shardable(name, p, params[0].device if params else new[0][1].device)
         if _is_claimed_elsewhere(p, optimizer):
@@ -193,12 +192,20 @@ def check_new(
                 f"parameter {name!r} already belongs to another ShardedLamb: two would each move it into "
                 f"buckets of their own. Delete the other optimizer first, or use one with two groups"
             )
-        if _pointer(p) and _pointer(p) in pointers:
+    check_separate([*names, *(name for name, _, _ in new)], [*params, *(p for _, p, _ in new)])
+
+
+def check_separate(names: Sequence[str], params: Sequence[Tensor]) -> None:
+    """Raises ValueError if two parameters begin at one address."""
+    first: dict[int, str] = {}
+    for name, p in zip(names, params, strict=True):
+        pointer = _pointer(p)
+        if pointer and pointer in first:
             raise ValueError(
-                f"parameters {pointers[_pointer(p)]!r} and {name!r} are two objects over the same memory: tie "
+                f"parameters {first[pointer]!r} and {name!r} are two objects over the same memory: tie "
                 f"them by assigning one Parameter to both modules (decoder.weight = embedding.weight)"
             )
-        pointers[_pointer(p)] = name
+        first[pointer] = name
 
 
 def check_shardable(name: str, p: Tensor, device: torch.device) -> None:

@@ -7,7 +7,7 @@ DTensors like it; ``start`` in its stamp is the shard index (`sharded_lamb.shard
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,11 @@ from sharded_lamb.sharding.local_shards import DTensorShards
 from sharded_lamb.sharding.placements import ShardSpec, local_part
 
 STAMP = ("rank", "shards", "start", "length", "numel", "layout")
+REMEDY = (
+    "call consolidate_state_dict() on every rank before the first rank saves its state_dict(), or use "
+    "sharded_lamb.checkpoint, torch.distributed.checkpoint, or full_state_dict() and load_full_state_dict()"
+)
+"""How to save state that any number of ranks can load."""
 State = dict[str, Tensor]
 
 
@@ -116,8 +121,8 @@ def check_local(name: str, own: State, states: Sequence[StoredState], saved: Map
     """
     if "shard" not in saved:
         raise ValueError(
-            f"the state of {name!r} has no stamp of a rank, so ShardedLamb.state_dict() did not make it: "
-            f"load whole tensors with ShardedLamb.load_full_state_dict() (rank 0 passes them)"
+            f"the state of {name!r} has no stamp of a rank and others have one: load the result of one state_dict(), "
+            f"consolidate_state_dict() or full_state_dict()"
         )
     stamp, expected = torch.as_tensor(saved["shard"]).tolist(), own["shard"].tolist()
     if stamp != expected and isinstance(own["exp_avg"], DTensor):
@@ -126,7 +131,7 @@ def check_local(name: str, own: State, states: Sequence[StoredState], saved: Map
             f"{expected[1]}"
             + ("" if stamp[5] == expected[5] else ", or under other placements or of another model")
             + ". state_dict() is one rank's part: save and load every rank's own, with the same mesh and model; "
-            "otherwise use torch.distributed.checkpoint, or full_state_dict() and load_full_state_dict()"
+            f"otherwise {REMEDY}"
         )
     if stamp != expected:
         a, b = dict(zip(STAMP, stamp, strict=True)), dict(zip(STAMP, expected, strict=True))
@@ -136,7 +141,7 @@ def check_local(name: str, own: State, states: Sequence[StoredState], saved: Map
             f"[{b['start']}, {b['start'] + b['length']}) of {b['numel']}"
             + ("" if a["layout"] == b["layout"] else " in another layout")
             + ". state_dict() is one rank's slices: save and load every rank's own, with the same ranks and the same "
-            "model; for other ranks use full_state_dict() and load_full_state_dict()"
+            f"model; otherwise {REMEDY}"
         )
     missing = {"step", *(state.kind for state in states)} - saved.keys()
     if missing:
@@ -165,35 +170,27 @@ def check_complete(state_dict: dict[str, Any] | None) -> dict[str, Any]:
     return state_dict
 
 
-def by_index(states: Mapping[Any, State], index: Sequence[int | None]) -> dict[int, State]:
-    """States keyed by position in the groups → keyed by parameter index.
-
-    Raises:
-        ValueError: state of a parameter that this optimizer does not have.
-    """
-    params = {position: param for position, param in enumerate(index) if param is not None}
-    unexpected = [position for position in states if position not in params]
-    if unexpected:
-        raise ValueError(
-            f"the full state dict has state of parameters {unexpected}, which this optimizer does not have: construct "
-            f"it from the same model with the same groups"
-        )
-    return {params[position]: saved for position, saved in states.items()}
+def is_whole(states: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether states hold whole tensors: none has the stamp of a rank."""
+    return not any("shard" in saved for saved in states)
 
 
-def check_full(
-    names: Sequence[str], shapes: Sequence[tuple[int, ...]], states: Mapping[int, Mapping[str, Tensor]]
-) -> None:
-    """Raises ValueError if a whole state does not fit its parameter."""
-    for param, saved in states.items():
+def steps_of(saved: Mapping[str, Any]) -> float:
+    """The step count of one parameter's saved state. Reads the device."""
+    return float(torch.as_tensor(saved["step"]))
+
+
+def check_full(rows: Iterable[tuple[str, Sequence[int], Mapping[str, Any]]]) -> None:
+    """Raises ValueError if a whole state does not fit its parameter. ``rows``: (name, shape, saved state)."""
+    for name, shape, saved in rows:
         if "step" not in saved or torch.as_tensor(saved["step"]).numel() != 1:
-            raise ValueError(f"step of {names[param]!r}: expected one number, got {saved.get('step')!r}")
+            raise ValueError(f"step of {name!r}: expected one number, got {saved.get('step')!r}")
         for key in ("exp_avg", "exp_avg_sq", *({"master"} & saved.keys())):
-            if key not in saved or tuple(saved[key].shape) != shapes[param]:
+            if key not in saved or tuple(saved[key].shape) != tuple(shape):
                 actual = tuple(saved[key].shape) if key in saved else "nothing"
                 raise ValueError(
-                    f"{key} of {names[param]!r}: expected a whole tensor of shape {shapes[param]}, got {actual}; "
-                    f"load_full_state_dict takes the result of full_state_dict() or Lamb.state_dict()"
+                    f"{key} of {name!r}: expected a whole tensor of shape {tuple(shape)}, got {actual}; load the "
+                    f"result of full_state_dict(), Lamb.state_dict(), or state_dict() after consolidate_state_dict()"
                 )
 
 
@@ -203,17 +200,18 @@ def gather_full(
     buckets: Sequence[FlatBucket],
     dtensors: DTensorShards,
     step: Tensor,
+    to: int,
 ) -> dict[int, State] | None:
-    """Whole state tensors in their parameters' shapes, on the first rank's CPU; None elsewhere. Collective.
+    """Whole state tensors in their parameters' shapes, on the CPU of rank ``to``; None elsewhere. Collective.
 
     Streamed: one kind of one bucket at a time, one rank's shard at a time; DTensors one tensor at a time.
     """
-    first = collectives.topology.rank == 0
+    receives = collectives.topology.rank == to
     states: dict[int, State] = {param: {} for param in range(len(layout.numels))}
     steps = step.cpu()
     for bucket in buckets:
         for state in bucket.states():
-            parts = collectives.gather_to_first(state.values())
+            parts = collectives.gather_to(state.values(), to)
             if parts is None:
                 continue
             whole = torch.cat(parts)
@@ -222,11 +220,11 @@ def gather_full(
     for param, local in dtensors.local.items():
         for state in local.states():
             whole = local.whole(state.values())
-            if first:
+            if receives:
                 states[param][state.kind] = whole.to("cpu", copy=True)
     for param, entry in states.items():
         entry["step"] = steps[param].clone()
-    return states if first else None
+    return states if receives else None
 
 
 def scatter_full(

@@ -26,6 +26,7 @@ from tests.sharded_cases import (
     rank_gradients,
     run,
 )
+from tests.training import bytes_covered
 
 LOW = [torch.bfloat16, torch.float16]
 SHAPES = {"embed": (97, 11), "bias": (257,), "one": (1,), "scale": (), "none": (0,), "conv": (4, 6, 3, 3)}
@@ -184,24 +185,23 @@ def test_low_precision_gradients_are_summed_in_float32() -> None:
 # -- memory -------------------------------------------------------------------------------------------
 
 
-def _storage_bytes() -> dict[int, int]:
+def _storages() -> set[tuple[int, int]]:
     gc.collect()
     with torch.no_grad():
         tensors = [
             x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.device.type == "cpu"
         ]
-    return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return {(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) for x in tensors}
 
 
 def _measure(rank: int, case: Case, world: int) -> tuple[dict[str, int], int]:
     """The result of `memory` after a step, and the growth of live tensors in bytes."""
-    before = _storage_bytes()
+    before = _storages()
     params = make_parameters(case)
     opt = make_optimizer(case, params)
     give_gradients(case, params, rank_gradients(case, 0, world)[rank])
     opt.step()
-    after = _storage_bytes()
-    return opt.memory(), sum(size for pointer, size in after.items() if pointer not in before)
+    return opt.memory(), bytes_covered(_storages() - before)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

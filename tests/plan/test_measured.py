@@ -25,6 +25,7 @@ from sharded_lamb.plan.sharding import Choices, Sharding
 from tests.comm.test_traffic import spied
 from tests.harness import run_ranks
 from tests.plan.cases import CHOICES, UGLY
+from tests.training import bytes_covered
 
 CPU = torch.device("cpu")
 
@@ -56,11 +57,11 @@ def held_and_sent(rank: int, stage: int, choices: Choices) -> tuple[dict[str, in
     """Without the package's own counters: float tensors that exist because of the optimizer, and torch.distributed's
     calls in the third step."""
 
-    def alive() -> dict[int, int]:
+    def alive() -> set[tuple[int, int]]:
         gc.collect()
         wanted = (torch.float32, torch.bfloat16, torch.uint8, torch.int16)
         tensors = [x for x in gc.get_objects() if type(x) is Tensor and x.dtype in wanted]
-        return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        return {(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) for x in tensors}
 
     params = {
         name: torch.nn.Parameter(torch.ones(shape, dtype=choices.model_dtype)) for name, shape in UGLY.items()
@@ -85,9 +86,10 @@ def held_and_sent(rank: int, stage: int, choices: Choices) -> tuple[dict[str, in
     with spied() as seen:
         step()
     opt.zero_grad()
-    new = {pointer: size for pointer, size in alive().items() if pointer not in before}
-    large = {size for size in new.values() if size >= 4 * len(params)}  # not what is one number a parameter
-    return {"held": sum(size for size in new.values() if size in large)}, seen.sent
+    large = [
+        new for new in alive() - before if new[1] >= 4 * len(params)
+    ]  # not what is one number a parameter
+    return {"held": bytes_covered(large)}, seen.sent
 
 
 @pytest.mark.parametrize("name", CHOICES)

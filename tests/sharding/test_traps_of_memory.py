@@ -1,4 +1,4 @@
-"""Failures seen with parameters that are views of flat buckets, and with masters beside them."""
+"""Failures seen with parameters over flat buckets, and with masters beside them. Replaced memory: test_storages.py."""
 
 import gc
 import weakref
@@ -15,7 +15,7 @@ from tests.harness import run_ranks, run_ranks_expecting_errors
 LR = 0.01
 
 
-# -- views of flat buckets ------------------------------------------------------------------
+# -- flat buckets ------------------------------------------------------------------
 
 
 def to_bfloat16(model: nn.Module) -> None:
@@ -24,10 +24,6 @@ def to_bfloat16(model: nn.Module) -> None:
 
 def to_double(model: nn.Module) -> None:
     model.double()
-
-
-def assign_data(model: nn.Module) -> None:
-    model.bias.data = torch.zeros_like(model.bias)
 
 
 def step_after(rank: int, detach: Callable[[nn.Module], None], stage: int) -> None:
@@ -40,15 +36,14 @@ def step_after(rank: int, detach: Callable[[nn.Module], None], stage: int) -> No
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("detach", [to_bfloat16, to_double, assign_data])
+@pytest.mark.parametrize("detach", [to_bfloat16, to_double])
 def test_parameters_that_left_their_bucket_are_an_error(
     detach: Callable[[nn.Module], None], stage: int
 ) -> None:
-    name = "bias" if detach is assign_data else "weight"
     for kind, message in run_ranks_expecting_errors(2, step_after, detach, stage).values():
         assert kind == "RuntimeError"
         assert "is no longer in its bucket" in message
-        assert f"'{name}'" in message or detach is not assign_data
+        assert "now torch." in message
         assert "Convert the model first and construct the optimizer after" in message
 
 
