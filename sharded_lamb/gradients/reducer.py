@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from sharded_lamb import faults
-from sharded_lamb.comm.collectives import Collectives, Pending
+from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.core.parameters import check_gradient
 from sharded_lamb.gradients.attached import AttachedGradients, Kept
 from sharded_lamb.gradients.ddp import reject_ddp
 from sharded_lamb.gradients.exchange import Staging
 from sharded_lamb.gradients.handles import Mark, ReducedGradient
 from sharded_lamb.gradients.source import Registration
-from sharded_lamb.gradients.states import TRANSITIONS, ReducerState
+from sharded_lamb.gradients.states import TRANSITIONS, InFlight, ReducerState, Round
 from sharded_lamb.gradients.summary import GradientSummary, agree, inject_nan
 from sharded_lamb.kernels import Kernel, ReceivedShards
 from sharded_lamb.kernels.incoming import with_local_contribution
@@ -46,39 +46,6 @@ SYNCED_ROUNDS = 2
 """On a GPU the host reads left-over gradients in the first rounds only; later, `BackwardReducer.late` is complete."""
 
 
-@dataclass(slots=True)
-class _InFlight:
-    """One bucket's exchange in flight."""
-
-    index: int  # of the bucket
-    pending: Pending
-    staging: Staging
-    grads: list[Tensor | None]  # sent from their own memory, so they must stay alive
-    kept: list[Kept]  # of the bucket's parameters, when it was launched
-    square_sums: Tensor  # of its round
-    total: Tensor | None = None  # [1, n] summed over replicas, once ``pending`` is that sum
-
-
-@dataclass(slots=True)
-class _Round:
-    """The open round; None between rounds."""
-
-    used: bool  # a step had used the gradients that it adds to
-    square_sums: Tensor  # [P] fp64 Σg² of this rank's shards
-    missing: list[int]  # [buckets] gradients that each bucket still waits for
-    next: int = 0  # the bucket to launch next
-    fired: set[int] = field(default_factory=set)  # parameters whose gradient has arrived
-    # For each backward pass: the callback that autograd calls at its end, and drops if it fails; None: called.
-    callbacks: dict[int, "weakref.ref[Any] | None"] = field(default_factory=dict)
-    is_throttled: bool = True
-    is_zeroed: bool = False  # its backward failed, and the user zeroed all gradients since
-
-    @property
-    def is_abandoned(self) -> bool:
-        """Whether an exception ended its backward."""
-        return any(callback is not None and callback() is None for callback in self.callbacks.values())
-
-
 class BackwardReducer:
     """A `GradientSource`: owns the hooks, the order and the staging memory of one optimizer's gradient reduction."""
 
@@ -95,13 +62,12 @@ class BackwardReducer:
         self.attached = AttachedGradients(weakref.ref(self))
         self.rounds = 0
         self._summary: GradientSummary | None = None
-        self._agreed_rounds = 0
         self._impatient_rounds = 0
         self._owner_mask = torch.zeros(0, dtype=torch.float64)
         self._square_sums = torch.zeros(0, dtype=torch.float64)  # of the last round
-        self._round: _Round | None = None
+        self._round: Round | None = None
         self._late_grads: dict[int, Tensor] = {}  # that arrived after their bucket's launch
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[InFlight] = deque()
         self._free_staging: list[Staging] = []
         self._accumulations: list[Any] = []  # nodes of the graph; parameters reference theirs weakly
 
@@ -153,7 +119,7 @@ class BackwardReducer:
 
     # -- a round ------------------------------------------------------------------------------------
 
-    def _open_round(self) -> _Round:
+    def _open_round(self) -> Round:
         """Return the open round; open a new one if there is none."""
         if self._round is None:
             if self.rounds == 0:
@@ -162,7 +128,7 @@ class BackwardReducer:
             for param in self.late:  # launch at the end: its gradient may be incomplete before
                 missing[self.bucket_of[param]] += 1
             sums = torch.zeros(len(self.params), dtype=torch.float64, device=self.params[0].device)
-            self._round, self._summary, self._square_sums = _Round(self._used, sums, missing), None, sums
+            self._round, self._summary, self._square_sums = Round(self._used, sums, missing), None, sums
             self.attached.removed.clear()
             self.attached.zeroed.clear()
             self._enter(ReducerState.ROUND)
@@ -221,7 +187,7 @@ class BackwardReducer:
         self._enter(ReducerState.LAUNCHED)
 
     @torch.no_grad()  # after backward(create_graph=True) gradients require gradients
-    def _launch(self, index: int, current: _Round | None = None) -> None:
+    def _launch(self, index: int, current: Round | None = None) -> None:
         """Start the exchange of a bucket, and attach handles in place of its gradients.
 
         ``current``: the open round; None: adds late gradients to the last one.
@@ -249,7 +215,7 @@ class BackwardReducer:
         pending = staging.exchange(index, bucket).start(grads)
         # A fused exchange has already copied them.
         sent = grads if self.collectives.uses_p2p else []
-        self._in_flight.append(_InFlight(index, pending, staging, sent, kept, self._square_sums))
+        self._in_flight.append(InFlight(index, pending, staging, sent, kept, self._square_sums))
 
     def _take_gradient(self, param: int, p: Tensor) -> Tensor | None:
         """This rank's gradient, removed from ``.grad``, and the late one of the last round."""
@@ -262,7 +228,7 @@ class BackwardReducer:
 
     # -- exchanges in flight ------------------------------------------------------------------------
 
-    def _throttle(self, current: _Round) -> None:
+    def _throttle(self, current: Round) -> None:
         """Bound the buckets in flight, where the other ranks do not wait for this one meanwhile."""
         while len(self._in_flight) >= IN_FLIGHT and current.is_throttled:
             if self._impatient_rounds == IMPATIENT_ROUNDS:
@@ -337,9 +303,11 @@ class BackwardReducer:
             self._close_round()
         if self.state is ReducerState.LAUNCHED:
             self._drain()
-            self._apply_edits()
-            self._summary = self._agreed_summary()
-            self._agreed_rounds = self.rounds
+            edited = self.attached.collect_edits()
+            self._summary = (
+                self._agreed_summary()
+            )  # before edits: another rank may read norms before it edits
+            self._zero(edited)
             self._enter(ReducerState.REDUCED)
 
     def _agreed_summary(self) -> GradientSummary:
@@ -362,14 +330,13 @@ class BackwardReducer:
     def _agree(self) -> GradientSummary:
         late = [param in self._late_grads for param in range(len(self.params))]
         sums = self._square_sums * self._owner_mask
-        return agree(self.collectives, sums, self.present, late, rounds=self.rounds - self._agreed_rounds)
+        return agree(self.collectives, sums, self.present, late)
 
-    def _apply_edits(self) -> None:
-        """Zero the shards of gradients that users removed or zeroed since; only where the shards have arrived."""
-        for param in self.attached.collect_edits():
+    def _zero(self, edited: Sequence[int]) -> None:
+        """Zero the shards of gradients that users removed or zeroed."""
+        for param in edited:
             bucket = self.buckets[self.bucket_of[param]]
             bucket.slice_of(param, bucket.shard.grad).zero_()
-            self._square_sums[param] = 0
             self._late_grads.pop(param, None)
             self.present[param] = param in self.attached.zeroed and self.present[param]
 
@@ -394,7 +361,7 @@ class BackwardReducer:
             if self.state is ReducerState.EMPTY or has_own:
                 self._open_round()
         self.settle()
-        self._apply_edits()
+        self._zero(self.attached.collect_edits())
         assert self._summary is not None
         summary = self._summary.without(self.attached.removed, self.attached.zeroed)
         factor = self.attached.factor()

@@ -1,6 +1,15 @@
-"""The states of stage 2's reducer."""
+"""The states of stage 2's reducer, and its records of a round and of exchanges in flight."""
 
+import weakref
+from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any
+
+from torch import Tensor
+
+from sharded_lamb.comm.collectives import Pending
+from sharded_lamb.gradients.attached import Kept
+from sharded_lamb.gradients.exchange import Staging
 
 
 class ReducerState(Enum):
@@ -37,3 +46,36 @@ TRANSITIONS = {
     ReducerState.REDUCED: {ReducerState.ROUND, ReducerState.USED, ReducerState.EMPTY},
     ReducerState.USED: {ReducerState.ROUND, ReducerState.USED, ReducerState.EMPTY},
 }
+
+
+@dataclass(slots=True)
+class InFlight:
+    """One bucket's exchange in flight."""
+
+    index: int  # of the bucket
+    pending: Pending
+    staging: Staging
+    grads: list[Tensor | None]  # sent from their own memory, so they must stay alive
+    kept: list[Kept]  # of the bucket's parameters, when it was launched
+    square_sums: Tensor  # of its round
+    total: Tensor | None = None  # [1, n] summed over replicas, once ``pending`` is that sum
+
+
+@dataclass(slots=True)
+class Round:
+    """The open round; None between rounds."""
+
+    used: bool  # a step had used the gradients that it adds to
+    square_sums: Tensor  # [P] fp64 Σg² of this rank's shards
+    missing: list[int]  # [buckets] gradients that each bucket still waits for
+    next: int = 0  # the bucket to launch next
+    fired: set[int] = field(default_factory=set)  # parameters whose gradient has arrived
+    # For each backward pass: the callback that autograd calls at its end, and drops if it fails; None: called.
+    callbacks: dict[int, "weakref.ref[Any] | None"] = field(default_factory=dict)
+    is_throttled: bool = True
+    is_zeroed: bool = False  # its backward failed, and the user zeroed all gradients since
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether an exception ended its backward."""
+        return any(callback is not None and callback() is None for callback in self.callbacks.values())

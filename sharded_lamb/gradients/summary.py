@@ -5,7 +5,7 @@ Slots of the fp64 vector, for P parameters and W ranks::
     [0, P)      Σg² of owned parts (non-finite: a gradient element was, or its square overflowed)
     [P, 2P)     number of ranks on which the parameter has a gradient
     [2P, 3P)    number of ranks with a left-over gradient that no reduction included (stage 2)
-    [3P]        number of ranks on which GradScaler found an inf; plus `ROUNDS` for each round (stage 2)
+    [3P]        number of ranks on which GradScaler found an inf
     [3P+1, …)   on the first steps: Σg and Σg² of a rank's parts of replicated gradients, W slots per kind
 """
 
@@ -23,10 +23,6 @@ from sharded_lamb.sharding.placements import Replicas
 
 TOLERANCE = 1e-3
 """Relative tolerance for Σg² of the same averaged gradients over ranks; for Σg relative to √Σg²."""
-
-
-ROUNDS = 2.0**24
-"""Above any number of ranks, so that two counts share a slot."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +99,6 @@ def agree(
     left_over: Sequence[bool],
     found_inf: Tensor | None = None,
     totals: Tensor | None = None,
-    *,
-    rounds: int = 0,
 ) -> GradientSummary:
     """Sum the summaries over ranks: one small all-reduce over all ranks, none if there is one rank.
 
@@ -113,10 +107,6 @@ def agree(
         present, left_over: [P], this rank's.
         found_inf: GradScaler's, if one is in use.
         totals: [2, kinds] Σg and Σg² of this rank's parts, to compare over ranks.
-        rounds: number of reductions (stage 2) since the last summary.
-
-    Raises:
-        RuntimeError: ``rounds`` differs over ranks (not checked on a GPU, where the host does not wait).
     """
     topology, count, world = collectives.topology, len(present), collectives.world_size
     device = square_sums.device
@@ -128,22 +118,16 @@ def agree(
         vector[2 * count : 3 * count] = _flags(left_over, device)
     if found_inf is not None:
         vector[3 * count] = found_inf.to(device).reshape(())
-    vector[3 * count] += rounds * ROUNDS
     if totals is not None:
         vector[3 * count + 1 :].view(*totals.shape, world)[..., topology.rank] = totals
     collectives.all_reduce_small(vector)
     sums = vector[:count]
-    if device.type == "cpu" and vector[3 * count].item() // ROUNDS != rounds * world:
-        raise RuntimeError(
-            f"ranks disagree on the number of backward passes that their gradients hold (on this rank {rounds}): run "
-            f"as many on every rank between steps, and read gradients' norms after the last one, or on every rank"
-        )
     return GradientSummary(
         square_sums=sums,
         present=vector[count : 2 * count],
         left_over=vector[2 * count : 3 * count],
         bad=~sums.isfinite(),
-        found_inf=vector[3 * count].remainder(ROUNDS) > 0,
+        found_inf=vector[3 * count] > 0,
         totals=vector[3 * count + 1 :].view(*totals.shape, world) if totals is not None else None,
     )
 

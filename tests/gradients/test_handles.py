@@ -313,24 +313,6 @@ def test_edits_on_one_rank_only_are_an_error_on_all(edit: str) -> None:
         assert "edits of .grad" in message
 
 
-def read_between_backwards(rank: int) -> None:
-    """Rank 0 reads a norm between two backwards, and rank 1 after both."""
-    params = training.parameters()
-    opt = ShardedLamb(params.items(), lr=LR, stage=2)
-    for step in range(2):
-        training.backward(params, training.own_gradients(rank, step))
-        if rank == 0 or step == 1:
-            assert params["fc.weight"].grad is not None
-            params["fc.weight"].grad.norm()
-    opt.step()
-
-
-def test_unequal_numbers_of_backwards_at_a_read_are_an_error_on_all() -> None:
-    for kind, message in run_ranks_expecting_errors(2, read_between_backwards, timeout=60).values():
-        assert kind == "RuntimeError"
-        assert "disagree on the number of backward passes" in message
-
-
 def assign(params: Params) -> None:
     params["fc.weight"].grad = torch.ones_like(params["fc.weight"])
 
