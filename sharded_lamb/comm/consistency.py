@@ -7,7 +7,6 @@ collective or exchange mismatched bytes. Per optimizer: O(ranks) store operation
 import hashlib
 import json
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -17,12 +16,12 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from sharded_lamb import faults
+from sharded_lamb.comm.groups import next_meeting
 from sharded_lamb.comm.topology import Topology
 
 TIMEOUT_S = 60.0
 """Seconds that a rank constructing an optimizer waits for the other ranks."""
 
-_constructed: Counter[str] = Counter()
 Description = list[tuple[str, Any]]
 
 
@@ -40,10 +39,7 @@ def check_consistency(topology: Topology, description: Description, timeout_s: f
     if len(topology.everyone) == 1:
         return
     timeout_s = TIMEOUT_S if timeout_s is None else timeout_s
-    ranks = ",".join(map(str, topology.everyone))
-    _constructed[ranks] += 1
-    key = hashlib.sha256(ranks.encode()).hexdigest()[:16]
-    prefix = f"sharded_lamb/{key}/{_constructed[ranks]}"
+    prefix = f"sharded_lamb/{next_meeting(topology.everyone)}"
     store = PrefixStore(prefix, dist.distributed_c10d._get_default_store())
     agreement = _Agreement(store, topology, timeout_s)
     text = json.dumps(description)

@@ -95,6 +95,7 @@ class BackwardReducer:
 
     def __init__(self, collectives: Collectives, kernel: Kernel, *, overlap: bool) -> None:
         self.collectives, self.kernel, self.overlap = collectives, kernel, overlap
+        self._handles: list[Any] = []  # of hooks on parameters
         self.enabled = True
         self.state = ReducerState.EMPTY
         self.buckets: list[FlatBucket] = []
@@ -143,7 +144,7 @@ class BackwardReducer:
 
         for index in members:
             register: Any = self.params[index].register_post_accumulate_grad_hook
-            register(after_accumulation(index))
+            self._handles.append(register(after_accumulation(index)))
 
     def _register_sentinel_hook(self, p: Tensor) -> None:
         this = weakref.ref(self)
@@ -156,7 +157,7 @@ class BackwardReducer:
         # On the AccumulateGrad node, not on the tensor: a tensor's hook fires under torch.autograd.grad too.
         edge = torch.autograd.graph.get_gradient_edge(p)
         self._accumulation = edge.node  # the parameter references it weakly
-        self._accumulation.register_prehook(before_accumulation)
+        self._handles.append(self._accumulation.register_prehook(before_accumulation))
 
     def _enter(self, state: ReducerState) -> None:
         assert state in TRANSITIONS[self.state], f"no transition from {self.state.name} to {state.name}"
@@ -359,6 +360,13 @@ class BackwardReducer:
         self.summary = None
         self._enter(ReducerState.EMPTY)
 
+    def close(self) -> None:
+        """See `GradientSource`. Exchanges in flight are abandoned."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._drop_sentinel()
+        self._round = None
+
     def staging_bytes(self) -> int:
         """Bytes of the staging memory made so far."""
         return sum(staging.nbytes for staging in self._free_staging)
@@ -370,7 +378,7 @@ def reject_ddp(params: Sequence[Tensor]) -> None:
     DDP does not mark its parameters, so this searches for its instances, once.
     """
     reduced = set(map(id, params))
-    for ddp in _instances(DistributedDataParallel):
+    for ddp in instances(DistributedDataParallel):
         if any(id(p) in reduced for p in ddp.parameters()):
             raise ValueError(
                 "stage=2 reduces gradients itself, and the model is wrapped in DistributedDataParallel, which "
@@ -378,7 +386,7 @@ def reject_ddp(params: Sequence[Tensor]) -> None:
             )
 
 
-def _instances(kind: type[Any]) -> Iterator[Any]:
+def instances(kind: type[Any]) -> Iterator[Any]:
     """All objects of a class and its subclasses.
 
     Objects refer to their class. `gc.get_objects` would reference every object, which breaks a ``tuple(… for …)`` in
@@ -387,4 +395,4 @@ def _instances(kind: type[Any]) -> Iterator[Any]:
     yield from (instance for instance in gc.get_referrers(kind) if type(instance) is kind)
     subclasses: list[type[Any]] = kind.__subclasses__()
     for sub in subclasses:
-        yield from _instances(sub)
+        yield from instances(sub)

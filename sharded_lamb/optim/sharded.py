@@ -20,6 +20,7 @@ from typing import Any, Literal, Unpack
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Joinable
 from torch.distributed.device_mesh import DeviceMesh
 
 from sharded_lamb import kernels
@@ -36,7 +37,7 @@ from sharded_lamb.gradients.source import GradientSource, Registration
 from sharded_lamb.gradients.summary import GradientSummary, all_reduce_with_norms, check_present
 from sharded_lamb.kernels import Kernel
 from sharded_lamb.kernels.engine import Update
-from sharded_lamb.optim.sharded_state import ShardedOptimizer
+from sharded_lamb.optim.joining import JoinableOptimizer
 from sharded_lamb.optim.skips import SkipCounter
 from sharded_lamb.sharding.param_store import ParamStore
 from sharded_lamb.sharding.placements import materialized, root_ranks
@@ -53,7 +54,7 @@ class _LastStep:
     grad_norm: Tensor  # fp64 scalar
 
 
-class ShardedLamb(ShardedOptimizer):
+class ShardedLamb(JoinableOptimizer):
     """LAMB (arXiv 1904.00962) with its state sharded over ranks and the exact trust ratio of every parameter.
 
     Parameters become views of flat buckets. Each rank stores moments (and fp32 masters of fp16 and bf16
@@ -129,6 +130,8 @@ class ShardedLamb(ShardedOptimizer):
         store_param_remainders: bool = False,
         **options: Unpack[RuleOptions],
     ) -> None:
+        Joinable.__init__(self)
+        self._groups_of_join = process_group, mesh
         params = materialized(params)
         topology = Topology.of(process_group, mesh, root_ranks(params))
         with propagate_errors(topology):
@@ -163,6 +166,7 @@ class ShardedLamb(ShardedOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch, with `ShardedLamb`'s group options. Collective after construction."""
+        self._check_open()
         super().add_param_group(param_group)
         if self._constructed:
             try:
@@ -243,10 +247,12 @@ class ShardedLamb(ShardedOptimizer):
             ValueError: stage 1 got gradients that are not averaged over ranks.
             TypeError: a sparse gradient, or a plain gradient of a DTensor.
         """
+        self._check_open()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._meet_joined()
         store = self._store
         self.synchronize()
         self._register_unfrozen()
@@ -336,6 +342,7 @@ class ShardedLamb(ShardedOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero gradients: ``.grad`` and, in stage 2, reduced ones, after waiting for exchanges in flight."""
+        self._check_open()
         self._gradients.zero()
         self._clip = None
         super().zero_grad(set_to_none)
@@ -364,7 +371,9 @@ class ShardedLamb(ShardedOptimizer):
         Raises:
             ValueError: ``max_norm`` is not > 0; or as `step`.
         """
+        self._check_open()
         check_max_grad_norm(max_norm)
+        self._meet_joined(clip=max_norm)
         self._register_unfrozen()
         if not self._store.params:
             return torch.zeros(())
@@ -391,8 +400,8 @@ class ShardedLamb(ShardedOptimizer):
         Raises:
             ValueError: this optimizer gathers none of the module's parameters.
         """
-        store = self._store
-        bucket_of = {p: index for index, bucket in enumerate(store.buckets) for p in bucket.params}
+        self._check_open()
+        bucket_of = {p: index for index, bucket in enumerate(self._store.buckets) for p in bucket.params}
         return self._gathers.watch(module, bucket_of)
 
     def synchronize(self) -> None:

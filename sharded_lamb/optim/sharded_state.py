@@ -134,8 +134,9 @@ class ShardedOptimizer(LambOptimizer):
                 states = state.by_index(saved["state"], [store.index.get(p) for p in order])
                 state.check_full(store.names, [tuple(p.shape) for p in store.params], states)
         groups: list[Any] = [state_dict["param_groups"] if first and state_dict is not None else None]
-        if store.topology.everyone[1:]:
-            dist.broadcast_object_list(groups, store.topology.everyone[0], group=self._collectives.everyone)
+        if self._collectives.everyone is not None:
+            first_rank = store.topology.everyone[0]
+            dist.broadcast_object_list(groups, first_rank, group=self._collectives.everyone.pg)
         state.scatter_full(
             self._collectives, store.buckets, store.dtensors, store.step, states if first else None
         )

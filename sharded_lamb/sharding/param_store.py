@@ -22,7 +22,7 @@ from sharded_lamb.sharding.buckets import FlatBucket
 from sharded_lamb.sharding.local_shards import DTensorShards
 from sharded_lamb.sharding.ownership import Ownership
 from sharded_lamb.sharding.placements import Replicas, ShardSpec
-from sharded_lamb.sharding.shard_plan import Settings, ShardPlan, check_new, claim, plan_shards
+from sharded_lamb.sharding.shard_plan import Settings, ShardPlan, check_new, claim, plan_shards, take_over
 
 
 class ParamStore:
@@ -64,7 +64,7 @@ class ParamStore:
             TypeError, ValueError: see `check_new` and `plan_shards`.
         """
         new = [row for row in rows if row[1].requires_grad and row[1] not in self.index]
-        check_new(new, self.names, self.params, self._optimizer())
+        check_new(new, self.names, self.params)
         return plan_shards(new, self.layout, self.topology, self.settings.bucket_mb, self.device)
 
     def register(self, plan: ShardPlan, collectives: Collectives) -> list[FlatBucket]:
@@ -76,6 +76,7 @@ class ParamStore:
             ValueError: the ranks do not hold every element of a DTensor; on every rank.
         """
         self.ownership.extend(plan, collectives)
+        take_over(plan.rows, self._optimizer())
         for name, p, group in plan.rows:
             self.index[p] = len(self.params)
             self.names.append(name)

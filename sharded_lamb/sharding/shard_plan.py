@@ -1,8 +1,8 @@
 """Checks and plans an optimizer's new parameters, before anything is allocated or sent."""
 
-import gc
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -150,13 +150,11 @@ def _shard_spec(name: str, p: DTensor, topology: Topology) -> ShardSpec:
     return spec
 
 
-def check_new(
-    new: Sequence[NamedParameter], names: Sequence[str], params: Sequence[Tensor], optimizer: object
-) -> None:
-    """Check that ``optimizer``, which holds ``params``, can register ``new`` ones.
+def check_new(new: Sequence[NamedParameter], names: Sequence[str], params: Sequence[Tensor]) -> None:
+    """Check that an optimizer that holds ``params`` can register ``new`` ones.
 
     Raises:
-        TypeError, ValueError: see `check_shardable`; two parameters share memory or an optimizer.
+        TypeError, ValueError: see `check_shardable`; two parameters share memory.
     """
     first: dict[Tensor, str] = {}
     for name, p, _ in new:
@@ -166,11 +164,6 @@ def check_new(
     pointers = {_pointer(p): name for name, p in zip(names, params, strict=True)}
     for name, p, _ in new:
         check_shardable(name, p, params[0].device if params else new[0][1].device)
-        if _is_claimed_elsewhere(p, optimizer):
-            raise ValueError(
-                f"parameter {name!r} already belongs to another ShardedLamb: two would each move it into "
-                f"buckets of their own. Delete the other optimizer first, or use one with two groups"
-            )
         if _pointer(p) and _pointer(p) in pointers:
             raise ValueError(
                 f"parameters {pointers[_pointer(p)]!r} and {name!r} are two objects over the same memory: tie "
@@ -203,14 +196,13 @@ def claim(p: Tensor, optimizer: "weakref.ref[Any]") -> None:
     _optimizer_of[p] = optimizer
 
 
-def _is_claimed_elsewhere(p: Tensor, optimizer: object) -> bool:
-    def holder() -> object:
-        return _optimizer_of[p]() if p in _optimizer_of else None
-
-    if holder() in (None, optimizer):
-        return False
-    gc.collect()  # a deleted optimizer may be part of a reference cycle
-    return holder() is not None
+def take_over(new: Sequence[NamedParameter], optimizer: object) -> None:
+    """Close the other optimizers that hold ``new`` parameters: a traceback or a scheduler may keep a discarded one."""
+    for name, p, _ in new:
+        holder = _optimizer_of[p]() if p in _optimizer_of else None
+        if holder is not None and holder is not optimizer:
+            with suppress(RuntimeError):  # a gather of the other one failed
+                holder._close(f"a ShardedLamb constructed later took over {name!r}")
 
 
 def _pointer(p: Tensor) -> int:
