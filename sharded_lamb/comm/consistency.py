@@ -22,6 +22,10 @@ from sharded_lamb.comm.topology import Topology
 TIMEOUT_S = 60.0
 """Seconds that a rank constructing an optimizer waits for the other ranks."""
 
+_RESTART = (
+    "Constructions are counted since init_process_group: after a restart, ranks that live on must call "
+    "destroy_process_group() and init_process_group() again, with a new store or prefix, as the new ranks do"
+)
 Description = list[tuple[str, Any]]
 
 
@@ -65,7 +69,7 @@ class _Agreement:
             self._conclude(
                 f"rank {names} did not construct its ShardedLamb within {self.timeout_s:g} s of rank "
                 f"{self.everyone[0]}: every rank must construct it, in the same order as other optimizers. "
-                f"Look for an earlier error there"
+                f"Look for an earlier error there. {_RESTART}"
             )
             return
         digest = hashlib.sha256(text.encode()).hexdigest()
@@ -87,7 +91,8 @@ class _Agreement:
         if self._await(["verdict"], 2 * self.timeout_s + 5):
             raise RuntimeError(
                 f"rank {self.everyone[0]} did not construct its ShardedLamb within {2 * self.timeout_s + 5:g} s of "
-                f"rank {self.everyone[self.rank]}: every rank must construct it. Look for an earlier error there"
+                f"rank {self.everyone[self.rank]}: every rank must construct it. Look for an earlier error there. "
+                f"{_RESTART}"
             )
         verdict = self.store.get("verdict").decode()
         if verdict == "agreed":
