@@ -164,9 +164,11 @@ class Collectives:
         """
         faults.point("reduce-scatter")
         flight = self.traffic.launched("reduce_scatter", sum(tensor.nbytes for _, tensor in outgoing))
-        works = [dist.irecv(tensor, group=self._shard.pg, group_src=source) for source, tensor in incoming]
+        assert self._shard is not None
+        group = self._shard.pg
+        works = [dist.irecv(tensor, group=group, group_src=source) for source, tensor in incoming]
         faults.point("mid-reduce-scatter")
-        works += [dist.isend(tensor, group=self._shard.pg, group_dst=target) for target, tensor in outgoing]
+        works += [dist.isend(tensor, group=group, group_dst=target) for target, tensor in outgoing]
         return Pending(works, flight, keep_alive=outgoing)
 
     def received_numel(self, full_numel: int) -> int:
@@ -238,7 +240,7 @@ class Collectives:
     ) -> list[Tensor] | None:
         """Transfer one rank's part at a time, so that the first rank never holds two on its device."""
         everyone, here = self.topology.everyone, self.topology.global_rank
-        first = everyone[0]
+        first, group = everyone[0], None if self.everyone is None else self.everyone.pg
         gathered = []
         for index, owner in enumerate(everyone[: self.shard_count] if gather else everyone):
             if here == first == owner:
@@ -250,16 +252,16 @@ class Collectives:
             elif here == first:
                 buffer = torch.empty_like(shard)
                 if gather:
-                    dist.recv(buffer, owner, group=self.everyone.pg)
+                    dist.recv(buffer, owner, group=group)
                     gathered.append(buffer.cpu())
                 else:
                     assert parts is not None
-                    dist.send(buffer.copy_(parts[index % self.shard_count]), owner, group=self.everyone.pg)
+                    dist.send(buffer.copy_(parts[index % self.shard_count]), owner, group=group)
             elif here == owner:
                 if gather:
-                    dist.send(shard.contiguous(), first, group=self.everyone.pg)
+                    dist.send(shard.contiguous(), first, group=group)
                 else:
-                    dist.recv(shard, first, group=self.everyone.pg)
+                    dist.recv(shard, first, group=group)
         return gathered if gather and here == first else None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,6 +26,8 @@ class JoinableOptimizer(ClosableOptimizer, Joinable):
         None  # models that hold parameters of this optimizer
     )
     _has_joined = False
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """The hook that steps on joined ranks; takes no keyword arguments.
@@ -63,6 +66,10 @@ class JoinableOptimizer(ClosableOptimizer, Joinable):
             "Join needs one process group of all ranks of the optimizer, and its 2-D mesh has no such group: "
             "construct ShardedLamb with process_group= instead"
         )
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clip the averaged gradients by their global norm."""
+        raise NotImplementedError
 
     def _meet_joined(self, clip: float | None = None) -> None:
         """Let joined ranks take part in a step, or in `clip_grad_norm_` with ``clip``. Collective inside `Join`."""
@@ -121,8 +128,9 @@ class JoinableOptimizer(ClosableOptimizer, Joinable):
                 group_options.update(options)
         for p, has_gradient in zip(store.params, present, strict=True):
             if has_gradient:
-                sends = is_source and p.grad is not None
-                sent = p.grad.contiguous() if sends else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+                sent = torch.empty(p.shape, dtype=p.dtype, device=p.device)
+                if is_source and p.grad is not None:
+                    sent = p.grad.contiguous()
                 self._collectives.broadcast(sent, source)
             if self._has_joined:
                 p.grad = sent if has_gradient else None
