@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import sys
-import threading
 import time
 import weakref
 from typing import Any
