@@ -39,15 +39,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from sharded_lamb.comm import consistency
-
 _START_TIMEOUT = 120.0
 # A group whose pending work waits for a peer that waits likewise is never destroyed.
 _RENEWAL_TIMEOUT = 10.0
 # Ranks that wait for one that failed will not get there; they get this long to fail by themselves.
 _GRACE_AFTER_ERROR = 5.0
-# Groups whose connections stay open poll them from threads of their own, which slow all later cases.
-_MOST_THREADS = 24
 _LINEAR = torch.nn.functional.linear  # ZeRO-3 replaces it
 # Above any case's own timeout, so that the harness and not gloo decides when a case hangs.
 _GROUP_TIMEOUT = timedelta(minutes=29)  # not the default, so that a test can tell
@@ -124,11 +120,6 @@ class _Worker:
     process: BaseProcess
     pipe: Connection
     log: Path  # its stdout and stderr, and its stack when it had to be killed
-
-    def threads(self) -> int:
-        """How many it has; 0 where the system does not say."""
-        tasks = Path(f"/proc/{self.process.pid}/task")
-        return len(list(tasks.iterdir())) if tasks.is_dir() else 0
 
     def log_tail(self) -> str:
         return self.log.read_text(errors="replace")[-4000:]
@@ -219,7 +210,6 @@ def _run(
         progress = _await_replies(pool, case, timeout, grace)
         clean = not progress.errors and progress.reusable
         clean = clean or (progress.answered and pool.renewed())
-        clean = clean and not any(worker.threads() > _MOST_THREADS for worker in pool.workers)
     finally:
         if clean:
             _pools[world_size] = pool
@@ -302,8 +292,6 @@ def _renew_groups(rank: int, generation: int) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()  # a group that is still referred to keeps its connections open
-    # Ranks meet in the store under the number of the optimizer, and an error may leave them at different numbers.
-    consistency._constructed.clear()
     _join_group(rank, int(os.environ["WORLD_SIZE"]), generation)
     dist.barrier()
 
@@ -360,9 +348,9 @@ def _as_rank_error(error: BaseException) -> RankError:
 
 def _groups_can_be_destroyed() -> bool:
     """Groups made with use_local_synchronization are named by their ranks: torch names the next such group alike
-    once they are destroyed, and it would find their stale addresses in the store."""
+    once they are destroyed, and it would find their stale addresses in the store. The package's names are unique."""
     names = dist.distributed_c10d._world.pg_names.values()
-    return all(name.isdigit() or name == "default_pg" for name in names)
+    return all(name.isdigit() or name == "default_pg" or name.startswith("sharded_lamb/") for name in names)
 
 
 def _clean_up_after_last_case(environment: dict[str, str]) -> None:

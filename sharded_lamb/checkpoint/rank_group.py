@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sharded_lamb.checkpoint.errors import CheckpointError, picklable
+from sharded_lamb.comm.groups import OwnedGroup
 from sharded_lamb.optim.base import LambOptimizer
 from sharded_lamb.optim.sharded_state import ShardedOptimizer
 
@@ -18,20 +19,24 @@ _pending_without_ranks: list[Path] = []
 TIMEOUT = timedelta(hours=2)
 """Limit of the wait for the slowest writer. A dead rank ends the wait at once."""
 
-# Global ranks → the world group at creation, and the `RankGroup`.
-_cache: dict[tuple[int, ...], tuple[Any, "RankGroup"]] = {}
+_cache: dict[tuple[int, ...], "RankGroup"] = {}  # by global ranks
 
 
 @dataclass(frozen=True)
 class RankGroup:
     """Ranks and their control messages, which use a gloo group apart from training's collectives."""
 
-    group: dist.ProcessGroup | None  # None: a single rank
+    owned: OwnedGroup | None  # None: a single rank
     rank: int  # in the group
     size: int
     global_ranks: tuple[int, ...] = (0,)
     pending: list[Path] = field(default_factory=list)  # checkpoints that async saves are writing
-    _async_groups: list[dist.ProcessGroup] = field(default_factory=list)
+    _async_groups: list[OwnedGroup] = field(default_factory=list)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """None: a single rank."""
+        return None if self.owned is None else self.owned.pg
 
     @staticmethod
     def of(global_ranks: tuple[int, ...] | None = None) -> "RankGroup":
@@ -40,8 +45,7 @@ class RankGroup:
         Raises:
             ValueError: this rank is not among them.
         """
-        world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-        if world is None:
+        if not (dist.is_available() and dist.is_initialized()):
             return RankGroup(None, 0, 1, pending=_pending_without_ranks)
         global_ranks = tuple(range(dist.get_world_size())) if global_ranks is None else global_ranks
         if dist.get_rank() not in global_ranks:
@@ -49,30 +53,24 @@ class RankGroup:
                 f"rank {dist.get_rank()} is not among the ranks {list(global_ranks)} that write or read this "
                 f"checkpoint: call save and load on those only, or pass another process_group="
             )
-        world_at_creation, ranks = _cache.get(global_ranks, (None, None))
-        if ranks is None or world_at_creation is not world or not ranks.is_alive():
-            group = _new_group(global_ranks) if len(global_ranks) > 1 else None
-            ranks = RankGroup(group, global_ranks.index(dist.get_rank()), len(global_ranks), global_ranks)
-            _cache[global_ranks] = (world, ranks)
+        ranks = _cache.get(global_ranks)
+        if ranks is None or not ranks.is_alive():
+            owned = _new_group(global_ranks) if len(global_ranks) > 1 else None
+            ranks = RankGroup(owned, global_ranks.index(dist.get_rank()), len(global_ranks), global_ranks)
+            _cache[global_ranks] = ranks
         return ranks
 
     def is_alive(self) -> bool:
         """Returns False once a process group has been destroyed."""
-        try:
-            for group in (self.group, *self._async_groups):
-                if group is not None:
-                    dist.get_backend(group)
-        except ValueError:
-            return False
-        return True
+        return all(owned is None or owned.is_alive for owned in (self.owned, *self._async_groups))
 
     def async_group(self) -> dist.ProcessGroup | None:
         """Returns a second group for async saves, which run while `group` is in use. Collective on the first call."""
-        if self.group is None:
+        if self.owned is None:
             return None
         if not self._async_groups:
             self._async_groups.append(_new_group(self.global_ranks))
-        return self._async_groups[0]
+        return self._async_groups[0].pg
 
     def check_no_pending_save(self) -> None:
         """Raises ValueError while an async save is unfinished, or its result was not asked for."""
@@ -140,10 +138,8 @@ class RankGroup:
         raise kind(f"on rank {rank}: {error}") from own
 
 
-def _new_group(global_ranks: tuple[int, ...]) -> Any:
-    if len(global_ranks) == dist.get_world_size():
-        return dist.new_group(backend="gloo", timeout=TIMEOUT)
-    return dist.new_group(list(global_ranks), backend="gloo", timeout=TIMEOUT, use_local_synchronization=True)
+def _new_group(global_ranks: tuple[int, ...]) -> OwnedGroup:
+    return OwnedGroup(global_ranks, backend="gloo", timeout=TIMEOUT)
 
 
 def bare_optimizer(optimizer: Any) -> Any:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_lamb import faults
+from sharded_lamb.comm.groups import OwnedGroup
 from sharded_lamb.comm.topology import Topology
 from sharded_lamb.timeline import COMPUTE, Flight, Timeline
 
@@ -146,19 +147,18 @@ class Collectives:
         two_level = len(topology.replica_ranks) > 1
         self._shard = self._group(topology.shard_ranks, device) if two_level else self.everyone
         self._replica = self._group(topology.replica_ranks, device) if two_level else None
-        self.uses_p2p = self._shard is not None and _backend(self._shard, device) == "gloo"
+        self.uses_p2p = self._shard is not None and _backend(self._shard.pg, device) == "gloo"
         """Whether `exchange` and local sums replace `reduce_scatter`: on gloo."""
 
     @staticmethod
-    def _group(ranks: tuple[int, ...], device: torch.device) -> dist.ProcessGroup | None:
-        if len(ranks) == 1:
-            return None
-        # torch's counted group names are safest if all ranks take part; a subset can only synchronize locally.
-        is_subset = len(ranks) < dist.get_world_size()
-        group: dist.ProcessGroup = dist.new_group(
-            list(ranks), timeout=_timeout(device), use_local_synchronization=is_subset, sort_ranks=False
-        )
-        return group
+    def _group(ranks: tuple[int, ...], device: torch.device) -> OwnedGroup | None:
+        return OwnedGroup(ranks, timeout=_timeout(device)) if len(ranks) > 1 else None
+
+    def close(self) -> None:
+        """End the groups on this rank; a later collective raises RuntimeError. Not collective."""
+        for group in (self.everyone, self._shard, self._replica):
+            if group is not None:
+                group.end()
 
     @property
     def world_size(self) -> int:
@@ -181,19 +181,19 @@ class Collectives:
         faults.point("all-reduce")
         if self.everyone is not None:
             with self.traffic.blocking("all_reduce_small", vector.nbytes), self._on_wire(vector) as wire:
-                dist.all_reduce(wire, group=self.everyone)
+                dist.all_reduce(wire, group=self.everyone.pg)
 
     def sum_to_first(self, tensor: Tensor) -> None:
         """Reduce (sum) over everyone into the first rank's tensor; the other ranks' tensors become undefined."""
         if self.everyone is not None:
             with self.traffic.blocking("sum_to_first", tensor.nbytes), self._on_wire(tensor) as wire:
-                dist.reduce(wire, self.topology.everyone[0], group=self.everyone)
+                dist.reduce(wire, self.topology.everyone[0], group=self.everyone.pg)
 
-    def broadcast(self, tensor: Tensor) -> None:
-        """Broadcast from the first rank of everyone, in place."""
+    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
+        """Broadcast from the rank of index ``source`` of everyone, in place."""
         if self.everyone is not None:
             with self.traffic.blocking("broadcast", tensor.nbytes), self._on_wire(tensor) as wire:
-                dist.broadcast(wire, self.topology.everyone[0], group=self.everyone)
+                dist.broadcast(wire, self.topology.everyone[source], group=self.everyone.pg)
 
     def reduce_scatter(self, full: Tensor, received: Tensor) -> Pending:
         """Start a reduce-scatter over the shard group; afterwards `parts_of_sum` returns the result.
@@ -207,7 +207,7 @@ class Collectives:
         faults.point("reduce-scatter")
         others = full.nbytes // self.shard_count * (self.shard_count - 1)
         flight = self.traffic.launched("reduce_scatter", others)
-        pending = Pending([_reduce_scatter(received, full, self._shard)], flight)
+        pending = Pending([_reduce_scatter(received, full, self._shard.pg)], flight)
         faults.point("mid-reduce-scatter")
         return pending
 
@@ -221,9 +221,11 @@ class Collectives:
         """
         faults.point("reduce-scatter")
         flight = self.traffic.launched("reduce_scatter", sum(tensor.nbytes for _, tensor in outgoing))
-        works = [dist.irecv(tensor, group=self._shard, group_src=source) for source, tensor in incoming]
+        assert self._shard is not None
+        group = self._shard.pg
+        works = [dist.irecv(tensor, group=group, group_src=source) for source, tensor in incoming]
         faults.point("mid-reduce-scatter")
-        works += [dist.isend(tensor, group=self._shard, group_dst=target) for target, tensor in outgoing]
+        works += [dist.isend(tensor, group=group, group_dst=target) for target, tensor in outgoing]
         return Pending(works, flight, keep_alive=outgoing, reports_completion=False)
 
     def received_numel(self, full_numel: int) -> int:
@@ -253,7 +255,7 @@ class Collectives:
         for part in parts[1:]:
             total += part
         flight = self.traffic.launched("all_reduce_replicas", total.nbytes)
-        work: dist.Work | None = dist.all_reduce(total, group=self._replica, async_op=True)
+        work: dist.Work | None = dist.all_reduce(total, group=self._replica.pg, async_op=True)
         return total.view(1, -1), Pending([work], flight)
 
     def all_gather(self, flat: Tensor) -> Pending:
@@ -264,7 +266,7 @@ class Collectives:
         size, rank = flat.numel() // self.shard_count, self.topology.shard_rank
         flight = self.traffic.launched("all_gather", size * flat.element_size() * (self.shard_count - 1))
         if not self.uses_p2p:
-            work = _all_gather(flat, flat[rank * size : (rank + 1) * size], self._shard)
+            work = _all_gather(flat, flat[rank * size : (rank + 1) * size], self._shard.pg)
             faults.point("mid-all-gather")
             return Pending([work], flight)
         shard = flat[rank * size : (rank + 1) * size]
@@ -274,10 +276,12 @@ class Collectives:
         for distance in range(1, self.shard_count):
             source = (rank - distance) % self.shard_count
             target = flat[source * size : (source + 1) * size]
-            works.append(dist.irecv(target, group=self._shard, group_src=source))
+            works.append(dist.irecv(target, group=self._shard.pg, group_src=source))
         faults.point("mid-all-gather")
         for distance in range(1, self.shard_count):
-            works.append(dist.isend(shard, group=self._shard, group_dst=(rank + distance) % self.shard_count))
+            works.append(
+                dist.isend(shard, group=self._shard.pg, group_dst=(rank + distance) % self.shard_count)
+            )
         return Pending(works, flight, reports_completion=False)
 
     def gather_to(self, shard: Tensor, to: int) -> list[Tensor] | None:
@@ -287,20 +291,22 @@ class Collectives:
         """
         everyone, here = self.topology.everyone, self.topology.global_rank
         receiver, gathered = everyone[to], []
+        group = None if self.everyone is None else self.everyone.pg
         for owner in everyone[: self.shard_count]:
             if here == receiver == owner:
                 gathered.append(shard.cpu())
             elif here == receiver:
                 buffer = torch.empty_like(shard)
-                dist.recv(buffer, owner, group=self.everyone)
+                dist.recv(buffer, owner, group=group)
                 gathered.append(buffer.cpu())
             elif here == owner:
-                dist.send(shard.contiguous(), receiver, group=self.everyone)
+                dist.send(shard.contiguous(), receiver, group=group)
         return gathered if here == receiver else None
 
     def scatter_from_first(self, shard: Tensor, parts: list[Tensor] | None) -> None:
         """The reverse of `gather_to`: ``parts`` (one per shard rank) on the first rank; replicas get copies."""
         everyone, here = self.topology.everyone, self.topology.global_rank
+        group = None if self.everyone is None else self.everyone.pg
         for index, owner in enumerate(everyone):
             if here == everyone[0]:
                 assert parts is not None
@@ -308,9 +314,9 @@ class Collectives:
                 if here == owner:
                     shard.copy_(part)
                 else:
-                    dist.send(torch.empty_like(shard).copy_(part), owner, group=self.everyone)
+                    dist.send(torch.empty_like(shard).copy_(part), owner, group=group)
             elif here == owner:
-                dist.recv(shard, everyone[0], group=self.everyone)
+                dist.recv(shard, everyone[0], group=group)
 
 
 def _backend(group: dist.ProcessGroup, device: torch.device) -> str:

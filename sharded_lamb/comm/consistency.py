@@ -7,7 +7,6 @@ collective or exchange mismatched bytes. Per optimizer: O(ranks) store operation
 import hashlib
 import json
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -18,12 +17,16 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from sharded_lamb import faults
+from sharded_lamb.comm.groups import next_meeting
 from sharded_lamb.comm.topology import Topology
 
 TIMEOUT_S = 60.0
 """Seconds that a rank constructing an optimizer waits for the other ranks."""
 
-_constructed: Counter[str] = Counter()
+_RESTART = (
+    "Constructions are counted since init_process_group: after a restart, ranks that live on must call "
+    "destroy_process_group() and init_process_group() again, with a new store or prefix, as the new ranks do"
+)
 Description = list[tuple[str, Any]]
 
 
@@ -49,10 +52,7 @@ def check_consistency(
     if len(topology.everyone) == 1:
         return
     timeout_s = TIMEOUT_S if timeout_s is None else timeout_s
-    ranks = ",".join(map(str, topology.everyone))
-    _constructed[ranks] += 1
-    key = hashlib.sha256(ranks.encode()).hexdigest()[:16]
-    prefix = f"sharded_lamb/{key}/{_constructed[ranks]}"
+    prefix = f"sharded_lamb/{next_meeting(topology.everyone)}"
     store = PrefixStore(prefix, dist.distributed_c10d._get_default_store())
     agreement = _Agreement(store, topology, timeout_s, f"ranks disagree on {subject}:", remedy)
     text = json.dumps(description)
@@ -81,7 +81,7 @@ class _Agreement:
             self._conclude(
                 f"rank {names} did not construct its ShardedLamb within {self.timeout_s:g} s of rank "
                 f"{self.everyone[0]}: every rank must construct it, in the same order as other optimizers. "
-                f"Look for an earlier error there"
+                f"Look for an earlier error there. {_RESTART}"
             )
             return
         digest = hashlib.sha256(text.encode()).hexdigest()
@@ -103,7 +103,8 @@ class _Agreement:
         if self._await(["verdict"], 2 * self.timeout_s + 5):
             raise RuntimeError(
                 f"rank {self.everyone[0]} did not construct its ShardedLamb within {2 * self.timeout_s + 5:g} s of "
-                f"rank {self.everyone[self.rank]}: every rank must construct it. Look for an earlier error there"
+                f"rank {self.everyone[self.rank]}: every rank must construct it. Look for an earlier error there. "
+                f"{_RESTART}"
             )
         verdict = self.store.get("verdict").decode()
         if verdict == "agreed":

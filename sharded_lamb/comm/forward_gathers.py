@@ -23,6 +23,7 @@ class ForwardGathers:
         self._read: set[Tensor] = set()  # parameters whose module was called
         self._learning = True
         self._may_wait: set[int] = set()
+        self._handles: list[Any] = []  # of hooks on modules
 
     def watch(self, module: nn.Module, bucket_of: Mapping[Tensor, int]) -> "Watch":
         """Make the forward of ``module`` and of its submodules wait for their parameters.
@@ -50,7 +51,16 @@ class ForwardGathers:
             untyped: Any = part
             handles.append(untyped.register_state_dict_pre_hook(self._before_state))
             handles.append(untyped.register_load_state_dict_pre_hook(self._before_state))
+        self._handles += handles
         return Watch(self, watched, handles)
+
+    def close(self) -> None:
+        """Wait for gathers in flight, and remove all hooks."""
+        try:
+            self.wait()
+        finally:
+            while self._handles:
+                self._handles.pop().remove()
 
     def unwatch(self, params: Iterable[Tensor]) -> None:
         """Let steps wait for the gathers of these parameters again."""

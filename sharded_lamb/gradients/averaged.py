@@ -157,6 +157,10 @@ class AveragedGradients:
         """See `GradientSource`."""
         self._summary, self._summarized_grads = None, ([], [])
 
+    def close(self) -> None:
+        """See `GradientSource`."""
+        self.zero()
+
     def staging_bytes(self) -> int:
         """0: gradients need no staging memory."""
         return 0

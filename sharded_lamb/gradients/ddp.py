@@ -14,7 +14,7 @@ def reject_ddp(params: Sequence[Tensor]) -> None:
     DDP does not mark its parameters, so this searches for its instances, once.
     """
     reduced = set(map(id, params))
-    for ddp in _instances(DistributedDataParallel):
+    for ddp in instances(DistributedDataParallel):
         if any(id(p) in reduced for p in ddp.parameters()):
             raise ValueError(
                 "stage=2 reduces gradients itself, and the model is wrapped in DistributedDataParallel, which "
@@ -22,7 +22,7 @@ def reject_ddp(params: Sequence[Tensor]) -> None:
             )
 
 
-def _instances(kind: type[Any]) -> Iterator[Any]:
+def instances(kind: type[Any]) -> Iterator[Any]:
     """All objects of a class and its subclasses.
 
     Objects refer to their class. `gc.get_objects` would reference every object, which breaks a ``tuple(… for …)`` in
@@ -31,4 +31,4 @@ def _instances(kind: type[Any]) -> Iterator[Any]:
     yield from (instance for instance in gc.get_referrers(kind) if type(instance) is kind)
     subclasses: list[type[Any]] = kind.__subclasses__()
     for sub in subclasses:
-        yield from _instances(sub)
+        yield from instances(sub)

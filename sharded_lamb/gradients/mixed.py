@@ -82,6 +82,11 @@ class MixedGradients:
             self.reducer.zero()
         self.averaged.zero()
 
+    def close(self) -> None:
+        """See `GradientSource`."""
+        self.reducer.close()
+        self.averaged.close()
+
     def staging_bytes(self) -> int:
         """See `GradientSource`."""
         return self.reducer.staging_bytes()

@@ -51,6 +51,7 @@ class BackwardReducer:
 
     def __init__(self, collectives: Collectives, kernel: Kernel, *, overlap: bool) -> None:
         self.collectives, self.kernel, self.overlap = collectives, kernel, overlap
+        self._handles: list[Any] = []  # of hooks on parameters
         self.enabled = True
         self.state = ReducerState.EMPTY
         self.buckets: list[FlatBucket] = []
@@ -103,10 +104,10 @@ class BackwardReducer:
                 reducer._on_gradient(param)
 
         p: Any = self.params[param]
-        p.register_post_accumulate_grad_hook(after_accumulation)
+        self._handles.append(p.register_post_accumulate_grad_hook(after_accumulation))
         # On the AccumulateGrad node, not on the tensor: a tensor's hook fires under torch.autograd.grad too.
         node = torch.autograd.graph.get_gradient_edge(p).node
-        node.register_prehook(before_accumulation)
+        self._handles.append(node.register_prehook(before_accumulation))
         self._accumulations.append(node)
 
     def _enter(self, state: ReducerState) -> None:
@@ -394,6 +395,14 @@ class BackwardReducer:
         self._late_grads.clear()
         self._summary = None
         self._enter(ReducerState.EMPTY)
+
+    def close(self) -> None:
+        """See `GradientSource`. Exchanges in flight are abandoned."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._accumulations.clear()
+        self.attached.clear()
+        self._round = None
 
     def staging_bytes(self) -> int:
         """Bytes of the staging memory made so far."""

@@ -37,7 +37,7 @@ class GradientSource(Protocol):
     """The gradients of one optimizer, in its buckets' gradient shards and its DTensors' local shards.
 
     A step calls `ready`, and `stepped` once it has used the gradients; `zero` follows between steps. All methods except
-    `unscale_factor`, `edits` and `staging_bytes` may be collective, in the same order on every rank.
+    `unscale_factor`, `edits`, `close` and `staging_bytes` may be collective, in the same order on every rank.
     """
 
     enabled: bool
@@ -78,6 +78,9 @@ class GradientSource(Protocol):
 
     def zero(self) -> None:
         """Drop the gradients in this source; the caller clears ``.grad``."""
+
+    def close(self) -> None:
+        """Drop the gradients in this source, and remove its hooks. Not collective."""
 
     def staging_bytes(self) -> int:
         """Bytes of the staging memory allocated so far."""

@@ -19,10 +19,11 @@ from typing import Any, Literal, Unpack
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Joinable
 from torch.distributed.device_mesh import DeviceMesh
 
 from sharded_lamb import kernels
-from sharded_lamb.comm.collectives import Collectives, Traffic
+from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.comm.consistency import Description, check_consistency, describe_groups, propagate_errors
 from sharded_lamb.comm.forward_gathers import ForwardGathers, Watch
 from sharded_lamb.comm.step_agreement import StepAgreement
@@ -38,17 +39,17 @@ from sharded_lamb.gradients.summary import GradientSummary, check_present
 from sharded_lamb.kernels import Kernel
 from sharded_lamb.kernels.engine import Update
 from sharded_lamb.optim.base import receives_grad_scale, run_eagerly
-from sharded_lamb.optim.sharded_state import LastStep, ShardedOptimizer
+from sharded_lamb.optim.joining import JoinableOptimizer
+from sharded_lamb.optim.sharded_state import LastStep
 from sharded_lamb.optim.skips import SkipCounter
 from sharded_lamb.sharding.param_store import ParamStore
 from sharded_lamb.sharding.placements import materialized, root_ranks
 from sharded_lamb.sharding.shard_plan import Settings, ShardPlan
-from sharded_lamb.timeline import Timeline
 
 logger = logging.getLogger("sharded_lamb")
 
 
-class ShardedLamb(ShardedOptimizer):
+class ShardedLamb(JoinableOptimizer):
     """LAMB (arXiv 1904.00962) with its state sharded over ranks and the exact trust ratio of every parameter.
 
     Parameters move into flat buckets, each with a storage of its own. Each rank stores moments (and fp32 masters of
@@ -129,6 +130,8 @@ class ShardedLamb(ShardedOptimizer):
         store_param_remainders: bool = False,
         **options: Unpack[RuleOptions],
     ) -> None:
+        Joinable.__init__(self)
+        self._groups_of_join = process_group, mesh
         params = materialized(params)
         topology = Topology.of(process_group, mesh, root_ranks(params))
         with propagate_errors(topology):
@@ -153,12 +156,14 @@ class ShardedLamb(ShardedOptimizer):
         self._gathers = ForwardGathers()
         self._skips = SkipCounter(plan.device, max_consecutive_skips)
         self._live.agreement = StepAgreement(self._collectives)
+        self._close_on_deletion()
         self._register(plan)
 
     # -- parameters ---------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch, with `ShardedLamb`'s group options. Collective after construction."""
+        self._check_open()
         super().add_param_group(param_group)
         if self._constructed:
             try:
@@ -242,10 +247,12 @@ class ShardedLamb(ShardedOptimizer):
                 later), and no weight was changed.
             TypeError: a sparse gradient, or a plain gradient of a DTensor.
         """
+        self._check_open()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._meet_joined()
         store = self._store
         self.synchronize()
         self._register_unfrozen()
@@ -361,6 +368,7 @@ class ShardedLamb(ShardedOptimizer):
     @run_eagerly
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero gradients: ``.grad`` and, in stage 2, reduced ones, after waiting for exchanges in flight."""
+        self._check_open()
         self._gradients.zero()
         self._live.clip = self._live.max_norm = None
         super().zero_grad(set_to_none)
@@ -390,7 +398,9 @@ class ShardedLamb(ShardedOptimizer):
         Raises:
             ValueError: ``max_norm`` is not > 0; or as `step`.
         """
+        self._check_open()
         limit = check_max_grad_norm(max_norm, "max_norm")
+        self._meet_joined(clip=limit)
         self._register_unfrozen()
         if not self._store.params:
             return torch.zeros(())
@@ -417,39 +427,10 @@ class ShardedLamb(ShardedOptimizer):
         Raises:
             ValueError: this optimizer gathers none of the module's parameters.
         """
-        store = self._store
-        bucket_of = {p: index for index, bucket in enumerate(store.buckets) for p in bucket.params}
+        self._check_open()
+        bucket_of = {p: index for index, bucket in enumerate(self._store.buckets) for p in bucket.params}
         return self._gathers.watch(module, bucket_of)
 
     def synchronize(self) -> None:
         """Wait until every parameter is gathered; without `overlap_forward`, `step` does so before it returns."""
         self._gathers.wait()
-
-    # -- reports ------------------------------------------------------------------------------------
-
-    @property
-    def traffic(self) -> Traffic:
-        """Calls and bytes that this rank has sent since construction, by collective."""
-        return self._collectives.traffic
-
-    @contextmanager
-    def record(self, timeline: Timeline) -> Iterator[None]:
-        """Record on ``timeline`` the sends, waits and computation inside, of this rank only. Not collective."""
-        traffic = self._collectives.traffic
-        before, traffic.timeline = traffic.timeline, timeline
-        try:
-            yield
-        finally:
-            traffic.timeline = before
-
-    def expected_bytes(self) -> dict[str, int]:
-        """Predicted bytes that this rank sends per step, by the names of `traffic`.
-
-        The first two steps add 2 W fp64 to the small all-reduces for each kind of replicated gradients (stage 1's
-        plain ones; replicated DTensors). Excludes all-reduces of gradients with ``Partial`` placements.
-        """
-        return self._store.bytes_on_wire(clips=self.max_grad_norm is not None)
-
-    def memory(self) -> dict[str, int]:
-        """Bytes on this rank: parameters, masters, moments, gradient_shards, staging."""
-        return {**self._store.bytes_by_kind(), "staging": self._gradients.staging_bytes()}

@@ -2,22 +2,26 @@
 
 import sys
 import warnings
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_lamb.comm.collectives import Collectives
+from sharded_lamb.comm.collectives import Collectives, Traffic
 from sharded_lamb.comm.consistency import Description, propagate_errors
 from sharded_lamb.core.options import OptionTable
+from sharded_lamb.gradients.source import GradientSource
 from sharded_lamb.optim.agreed_options import AgreedLive, AgreedOptions
 from sharded_lamb.optim.base import States
 from sharded_lamb.optim.skips import SkipCounter
 from sharded_lamb.sharding import state
 from sharded_lamb.sharding.param_store import ParamStore
 from sharded_lamb.sharding.shard_plan import Settings
+from sharded_lamb.timeline import Timeline
 
 LOAD_TIMEOUT_S = 900.0
 """Seconds that a rank which loads a state dict waits for the others, which may still read theirs."""
@@ -50,6 +54,9 @@ class ShardedLive(AgreedLive):
     frozen_params: list[Tensor] = field(default_factory=list)  # those of them that the store lacked
     last: LastStep | None = None
     is_summarized: bool = False
+    closed: str | None = None  # why
+    ddp: "list[weakref.ref[Any]] | None" = None  # models that hold parameters of this optimizer
+    has_joined: bool = False  # this rank, inside `Join`
     consolidated: _Consolidated | None = None
     is_new: bool = True  # no step and no load yet: no state to lose
     may_defer: bool = False  # whether the last step needed no agreed summary of gradients
@@ -62,6 +69,7 @@ class ShardedOptimizer(AgreedOptions):
     _settings: Settings
     _store: ParamStore
     _collectives: Collectives
+    _gradients: GradientSource
     _skips: SkipCounter
     _live: ShardedLive
     _live_class = ShardedLive
@@ -281,8 +289,8 @@ class ShardedOptimizer(AgreedOptions):
                 named = self._named_parameters()
                 state.check_full((name, p.shape, states[p]) for name, p, _ in named if p in states)
                 sent[1] = [i for i, p in enumerate(order) if p in states and state.steps_of(states[p])]
-        if store.topology.everyone[1:]:
-            dist.broadcast_object_list(sent, store.topology.everyone[0], group=self._collectives.everyone)
+        if self._collectives.everyone is not None:
+            dist.broadcast_object_list(sent, store.topology.everyone[0], group=self._collectives.everyone.pg)
         groups, stateful = sent
         self.register_stateful([order[position] for position in stateful])
         by_index = {store.index[p]: saved for p, saved in states.items() if p in store.index}
@@ -303,6 +311,33 @@ class ShardedOptimizer(AgreedOptions):
     def grad_norm(self) -> float | None:
         """Global norm of the last step's averaged gradients, unscaled, before clipping; or None. Reads the device."""
         return None if self._live.last is None else float(self._live.last.grad_norm.item())
+
+    @property
+    def traffic(self) -> Traffic:
+        """Calls and bytes that this rank has sent since construction, by collective."""
+        return self._collectives.traffic
+
+    @contextmanager
+    def record(self, timeline: Timeline) -> Iterator[None]:
+        """Record on ``timeline`` the sends, waits and computation inside, of this rank only. Not collective."""
+        traffic = self._collectives.traffic
+        before, traffic.timeline = traffic.timeline, timeline
+        try:
+            yield
+        finally:
+            traffic.timeline = before
+
+    def expected_bytes(self) -> dict[str, int]:
+        """Predicted bytes that this rank sends per step, by the names of `traffic`.
+
+        The first two steps add 2 W fp64 to the small all-reduces for each kind of replicated gradients (stage 1's
+        plain ones; replicated DTensors). Excludes all-reduces of gradients with ``Partial`` placements.
+        """
+        return self._store.bytes_on_wire(clips=self.max_grad_norm is not None)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on this rank: parameters, masters, moments, gradient_shards, staging."""
+        return {**self._store.bytes_by_kind(), "staging": self._gradients.staging_bytes()}
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ from sharded_lamb.sharding.shard_plan import (
     check_separate,
     claim,
     plan_shards,
+    release_claims,
 )
 
 
@@ -74,7 +75,8 @@ class ParamStore:
         new = [row for row in rows if row[1].requires_grad and row[1] not in self.index]
         for name, p, _ in new:
             self.settings.check_master(name, p.dtype)
-        check_new(new, self.names, self.params, self._optimizer())
+        release_claims(new, self._optimizer())
+        check_new(new, self.names, self.params)
         return plan_shards(new, self.layout, self.topology, self.settings.bucket_mb, self.device)
 
     def register(self, plan: ShardPlan, collectives: Collectives) -> list[FlatBucket]:

@@ -1,8 +1,9 @@
 """Checks and plans an optimizer's new parameters, before anything is allocated or sent."""
 
-import gc
+import sys
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -172,13 +173,11 @@ def _shard_spec(name: str, p: DTensor, topology: Topology) -> ShardSpec:
     return spec
 
 
-def check_new(
-    new: Sequence[NamedParameter], names: Sequence[str], params: Sequence[Tensor], optimizer: object
-) -> None:
-    """Check that ``optimizer``, which holds ``params``, can register ``new`` ones.
+def check_new(new: Sequence[NamedParameter], names: Sequence[str], params: Sequence[Tensor]) -> None:
+    """Check that an optimizer that holds ``params`` can register ``new`` ones.
 
     Raises:
-        TypeError, ValueError: see `check_shardable`; two parameters share memory or an optimizer.
+        TypeError, ValueError: see `check_shardable`; two parameters share memory.
     """
     first: dict[Tensor, str] = {}
     for name, p, _ in new:
@@ -187,11 +186,6 @@ def check_new(
         first[p] = name
     for name, p, _ in new:
         check_shardable(name, p, params[0].device if params else new[0][1].device)
-        if _is_claimed_elsewhere(p, optimizer):
-            raise ValueError(
-                f"parameter {name!r} already belongs to another ShardedLamb: two would each move it into "
-                f"buckets of their own. Delete the other optimizer first, or use one with two groups"
-            )
     check_separate([*names, *(name for name, _, _ in new)], [*params, *(p for _, p, _ in new)])
 
 
@@ -232,14 +226,26 @@ def claim(p: Tensor, optimizer: "weakref.ref[Any]") -> None:
     _optimizer_of[p] = optimizer
 
 
-def _is_claimed_elsewhere(p: Tensor, optimizer: object) -> bool:
-    def holder() -> object:
-        return _optimizer_of[p]() if p in _optimizer_of else None
+def release_claims(new: Sequence[NamedParameter], optimizer: object) -> None:
+    """Check that no other optimizer holds ``new`` parameters, or close it while an exception is handled.
 
-    if holder() in (None, optimizer):
-        return False
-    gc.collect()  # a deleted optimizer may be part of a reference cycle
-    return holder() is not None
+    In an except clause the exception's traceback holds the optimizer that it ended, whatever the program deletes.
+
+    Raises:
+        ValueError: another ShardedLamb holds one of them.
+    """
+    for name, p, _ in new:
+        holder = _optimizer_of[p]() if p in _optimizer_of else None
+        if holder is None or holder is optimizer:
+            continue
+        if sys.exc_info()[0] is None:
+            raise ValueError(
+                f"parameter {name!r} already belongs to another ShardedLamb: two would each move it into buckets of "
+                f"their own. Use one optimizer with two groups, or call close() on the other one first: `del` is not "
+                f"enough while a scheduler, a wrapper or a traceback still holds it"
+            )
+        with suppress(RuntimeError):  # a gather of the other one failed
+            holder._close(f"a ShardedLamb constructed in an except clause took over {name!r}")
 
 
 def _pointer(p: Tensor) -> int:

@@ -186,7 +186,7 @@ def test_a_variant_with_another_clip_can_be_copied(cls: type) -> None:
 
 def timeouts(rank: int) -> tuple[Any, Any]:
     opt = ShardedLamb(small_model().named_parameters())
-    groups = dist.group.WORLD, opt._collectives.everyone
+    groups = dist.group.WORLD, opt._collectives.everyone.pg
     world, own = (group._get_backend(torch.device("cpu")).options._timeout for group in groups)
     return world, own
 

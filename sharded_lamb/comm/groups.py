@@ -1,0 +1,115 @@
+"""Process groups that this package makes, and their end.
+
+A gloo group has threads and connections. It ends with the `OwnedGroup` that holds it: when that is closed or deleted,
+or at exit. At exit this matters beyond tidiness: a gloo thread that drops the last reference to a tensor of Python's
+while the interpreter finalizes aborts the process, so its threads are joined before.
+"""
+
+import gc
+import hashlib
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+_PREFIX = "sharded_lamb/"
+_collect_at = 8
+"""So many groups of this package trigger a garbage collection: optimizers with a scheduler are reference cycles."""
+
+_meetings: Any = weakref.WeakKeyDictionary()
+"""Default process group → how often each set of ranks has met. Ranks that initialize again start again at 0."""
+
+
+def next_meeting(ranks: Sequence[int]) -> str:
+    """A key for the store that all of ``ranks`` compute alike at their n-th meeting since init_process_group."""
+    counts: Counter[str] = _meetings.setdefault(dist.group.WORLD, Counter())
+    key = hashlib.sha256(",".join(map(str, ranks)).encode()).hexdigest()[:16]
+    counts[key] += 1
+    return f"{key}/{counts[key]}"
+
+
+class OwnedGroup:
+    """A process group of this package's own, in the order of ``ranks``. Construction is collective over ``ranks``.
+
+    Groups with NCCL stay until the default process group is destroyed: their end is collective.
+    """
+
+    def __init__(
+        self, ranks: Sequence[int], *, backend: str | None = None, timeout: timedelta | None = None
+    ) -> None:
+        _collect_deleted()
+        held = [_new_group(list(ranks), backend, timeout)]
+        self._held = held  # the only lasting reference, so that `end` destroys the group
+        self.end = weakref.finalize(self, _end, held)
+        """End the group on this rank. Not collective; does nothing the second time."""
+
+    @property
+    def pg(self) -> dist.ProcessGroup:
+        """Raises RuntimeError once the group has ended."""
+        if not self._held:
+            raise RuntimeError(
+                "this process group was closed with the optimizer or checkpoint that it served"
+            )
+        return self._held[0]
+
+    @property
+    def is_alive(self) -> bool:
+        """False once this group or the default process group was destroyed."""
+        return bool(self._held) and self._held[0] in c10d._world.pg_map
+
+
+def _collect_deleted() -> None:
+    """End the groups of deleted optimizers that the garbage collector has not reached."""
+    global _collect_at
+    if _count() >= _collect_at:
+        gc.collect()
+        _collect_at = max(8, 2 * _count())
+
+
+def _count() -> int:
+    return sum(str(name).startswith(_PREFIX) for name in c10d._world.pg_names.values())
+
+
+def _new_group(ranks: list[int], backend: str | None, timeout: timedelta | None) -> dist.ProcessGroup:
+    """As torch's ``new_group``, under a name that depends on meetings of these ranks alone.
+
+    torch numbers groups per process, or hashes ranks and the number of groups, and ranks may delete groups at
+    different times; and a name must not return, since the store keeps the addresses of its first group.
+    """
+    default = c10d._get_default_group()
+    if callable(getattr(default, "new_group", None)):  # a custom default group makes subgroups itself
+        made: dist.ProcessGroup = dist.new_group(ranks, timeout=timeout, backend=backend, sort_ranks=False)
+        return made
+    default_backend, store = c10d._world.pg_map[default]
+    chosen = c10d.Backend(backend or default_backend)
+    name: Any = f"{_PREFIX}{next_meeting(ranks)}"
+    pg: dist.ProcessGroup
+    pg, _ = c10d._new_process_group_helper(
+        len(ranks),
+        ranks.index(default.rank()),
+        ranks,
+        chosen,
+        store,
+        name,
+        timeout=timeout or c10d._get_default_timeout(chosen),
+        device_id=default.bound_device_id,
+    )
+    c10d._world.pg_group_ranks[pg] = {rank: index for index, rank in enumerate(ranks)}
+    return pg
+
+
+def _end(held: list[dist.ProcessGroup]) -> None:
+    """Destroy the group in ``held``, whose last reference this drops: that joins its threads."""
+    if held and all(backend == "gloo" for backend in _backends(held[0])):
+        pg = held.pop()
+        if pg in c10d._world.pg_map:
+            dist.destroy_process_group(pg)
+    held.clear()
+
+
+def _backends(pg: dist.ProcessGroup) -> list[str]:
+    return [pg._get_backend(device).name().lower() for device in pg._device_types]
