@@ -67,11 +67,11 @@ def wait_for_rows(run: Path, count: int, process: subprocess.Popen[str]) -> None
 def ranks_below(process: subprocess.Popen[str]) -> list[int]:
     """Process ids of torchrun's workers."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    found = []
+    workers = []
     for pid in map(int, children.read_text().split()):
         if b"LOCAL_RANK=" in Path(f"/proc/{pid}/environ").read_bytes():
-            found.append(pid)
-    return found
+            workers.append(pid)
+    return workers
 
 
 def call_main(rank: int, arguments: list[str]) -> tuple[int, str]:
@@ -91,7 +91,7 @@ LONG = {
 
 
 def test_a_signal_saves_and_exits_with_the_code_that_requeues(tree: dict[str, Any], tmp_path: Path) -> None:
-    """Stopped twice, once by each signal; the third start, in a worker of the harness, goes on to the end."""
+    """Each signal stops the run once; the third start, in a worker of the harness, completes it."""
     config = write_config(
         tree, tmp_path, **{**LONG, "checkpoint": {"every_steps": 1000, "requeue_exit_code": 85}}
     )

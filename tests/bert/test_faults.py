@@ -35,7 +35,7 @@ KILLS = {
     "kill@mid-all-gather:rank=0:step=5": 4,
     "kill@checkpoint-latest:rank=0:step=7": 6,
 }
-"""The step that the next attempt goes on from. Steps count from 0; after every second one there is a checkpoint."""
+"""The step at which the next attempt resumes. Steps count from 0; every second one writes a checkpoint."""
 UNDER_TORCHRUN = {"kill@mid-backward:rank=1:step=2": 2, "hang@all-reduce:rank=1:step=5": 4}
 HANG_TIMEOUT_S = 8
 EXACT = ("step", "loss", "lr", "grad_norm", "sample", "heldout_loss")
@@ -77,7 +77,7 @@ def assert_same_run(run: Path, whole: Finished) -> None:
 
 
 def start_again(rank: int, tree: dict[str, Any], run_dir: str, fault: str) -> None:
-    """As torchrun starts a rank: after a death in a process of its own. What it prints is added to the file `said`."""
+    """As torchrun starts a rank: in a process of its own after a death. Its output is appended to the file `said`."""
     os.environ[faults.VARIABLE] = fault
     faults.injector.cache_clear()  # an earlier case of this process may have read it
     with Path(run_dir).with_name("said").open("a", buffering=1) as said, contextlib.redirect_stdout(said):

@@ -46,6 +46,7 @@ from pathlib import Path
 import deepspeed
 import torch
 
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # for inference; a minute to compile
 parser = argparse.ArgumentParser()
 parser.add_argument("--local_rank", type=int, default=-1)
 parser.add_argument("--note")
