@@ -16,11 +16,11 @@ import pytest
 from sharded_lamb import faults
 from sharded_lamb.checkpoint import problem_with, read_contents
 from tests.bert.test_command import (
-    ENVIRONMENT,
     ROOT,
-    TORCHRUN,
+    environment,
     ranks_below,
     rows_of,
+    torchrun,
     wait_for_rows,
     write_config,
 )
@@ -105,10 +105,9 @@ def test_killed_or_hung_torchrun_starts_it_again_and_it_ends_with_the_same_bits(
 ) -> None:
     config = write_config(long_tree, tmp_path)
     attempts = ";".join(f"{fault}:attempt={attempt}" for attempt, fault in enumerate(UNDER_TORCHRUN))
-    options = ("--nproc-per-node=2", f"--max-restarts={len(UNDER_TORCHRUN)}", "-m", "sharded_lamb.bert")
     done = subprocess.run(
-        [*TORCHRUN, *options, "--config", str(config), "--resume", "auto"],
-        env={**ENVIRONMENT, faults.VARIABLE: attempts},
+        torchrun(2, config, "--resume", "auto", restarts=len(UNDER_TORCHRUN)),
+        env=environment(**{faults.VARIABLE: attempts}),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -154,7 +153,7 @@ def test_a_node_leaves_and_training_goes_on_with_fewer_ranks(
         for _ in range(2):
             agent = subprocess.Popen(
                 [*command, "--config", str(config)],
-                env={**ENVIRONMENT, **slow},
+                env=environment(**slow),
                 cwd=ROOT,
                 stdout=log,
                 stderr=log,

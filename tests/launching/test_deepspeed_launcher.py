@@ -7,12 +7,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests import interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "deepspeed.sh"
@@ -193,7 +194,7 @@ def settings_of(job: Path) -> dict[str, str]:
         port = str(free.getsockname()[1])
     path = f"{job / 'bin'}:{os.environ['PATH']}"
     found = {"HOSTFILE": "hostfile", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PATH": path}
-    return {**found, "VIRTUAL_ENV": sys.prefix, "PYTHONPATH": str(ROOT)}
+    return {**found, "VIRTUAL_ENV": str(interpreter.prefix()), "PYTHONPATH": str(ROOT)}
 
 
 ARGUMENTS = ("train.py", "--deepspeed", "--deepspeed_config", "ds.json", "--note", "two words")
