@@ -356,6 +356,7 @@ def _groups_can_be_destroyed() -> bool:
 def _clean_up_after_last_case(environment: dict[str, str]) -> None:
     """Done at the start of a case: all ranks have replied by then, so nobody still uses these groups."""
     gc.collect()
+    gc.freeze()  # modules that the case imported: later collections need not look at them
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)

@@ -3,8 +3,12 @@
 import os
 import re
 import subprocess
+<<<<<<< HEAD
 import sys
 from collections.abc import Hashable, Sequence
+=======
+from collections.abc import Sequence
+>>>>>>> bert15
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from sharded_lamb.kernels.incoming import GradientCopy
 from sharded_lamb.kernels.native import CppKernel
 from sharded_lamb.sharding.buckets import FlatBucket
 from sharded_lamb.verify import Reference, Report, verify
+from tests import interpreter
 from tests.harness import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -216,7 +221,15 @@ def test_command_line_mistakes(arguments: list[str], says: str, capsys: pytest.C
 
 
 def test_command_line_under_torchrun() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "sharded_lamb"]
+    command = [
+        interpreter.python(),
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "sharded_lamb",
+    ]
     done = subprocess.run(
         [*command, "verify", "--steps", "3"],
         cwd=ROOT,

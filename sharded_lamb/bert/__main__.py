@@ -27,25 +27,25 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print batch arithmetic, memory and steps; train nothing"
     )
     parser.add_argument(
-        "--world-size", type=int, help="with --dry-run: how many ranks (default: this process group's)"
+        "--world-size", type=int, help="with --dry-run: number of ranks (default: this process group's)"
     )
     parser.add_argument(
-        "--resume", metavar="auto|FOLDER", help="go on from the newest whole checkpoint, or a named one"
+        "--resume", metavar="auto|FOLDER", help="resume from the newest complete checkpoint, or a named one"
     )
     parser.add_argument("--batches", help="study: global batches, such as 32,64,128")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over FILE")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override FILE")
     return parser
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    # An override may come first, and argparse would take it for the command.
+    # An override may be the first argument, and argparse would read it as the command.
     named = [a for a in arguments if a in _COMMANDS][:1]
     rest = [a for a in arguments if a not in named]
     return _parser().parse_intermixed_args([*(named or ["train"]), *rest])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0 done, 1 refused or failed, `checkpoint.requeue_exit_code` saved: start it again."""
+    """The exit code: 0 done, 1 error, `checkpoint.requeue_exit_code` saved after a signal, to be restarted."""
     parsed = _parse(sys.argv[1:] if arguments is None else arguments)
     try:
         config = load_config(parsed.config, parsed.overrides)
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _on_ranks(parsed, config)
     except (ValueError, OSError) as error:
         rank = os.environ.get("RANK")
-        # In one write: print() writes the end of the line apart, and another rank's line may come between.
+        # One write: print() writes the newline separately, so that lines of several ranks could mix.
         sys.stderr.write(f"error{f' (rank {rank})' if rank else ''}: {error}\n")
         sys.stderr.flush()
         return 1
@@ -87,7 +87,7 @@ def _on_ranks(parsed: argparse.Namespace, config: RunConfig) -> int:
             return 0
         resume = parsed.resume
         if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-            resume = "auto"  # torchrun started the ranks again after one died
+            resume = "auto"  # torchrun restarted the ranks after one died
         outcome = run(config, resume, ranks)
         if outcome.metrics is None:
             return config.checkpoint.requeue_exit_code

@@ -1,31 +1,36 @@
-"""`--dry-run`: what a run would be, by arithmetic alone."""
+"""`--dry-run`: the numbers of a run, by arithmetic alone."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from sharded_lamb.bert.batch import plan_batches
 from sharded_lamb.bert.config import RunConfig
-from sharded_lamb.bert.model import ModelSize, hf_config, model_size, resolve_precision
+from sharded_lamb.bert.model import hf_config, model_size, parameters_to_train, resolve_precision
 from sharded_lamb.bert.optim import STAGES
 from sharded_lamb.bert.schedule import build_schedule
 from sharded_lamb.bert.train_backend import check_parallel
+from sharded_lamb.plan.costs import costs
+from sharded_lamb.plan.sharding import Choices, Sharding
 
-_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2}
+_DTYPES = {"fp32": torch.float32, "bf16_autocast": torch.float32, "bf16": torch.bfloat16}
 
 
 def describe(config: RunConfig, world_size: int) -> str:
     """Batch arithmetic, memory and steps of `config` on `world_size` ranks.
 
     Raises:
-        ValueError: what the run itself would refuse.
+        ValueError: as in the run itself.
     """
     check_parallel(config, world_size)
-    size = _size(config)
+    bert = _meta_bert(config)
+    size = model_size(bert)
     lines = [
         f"model: {size.parameters:,} parameters; {config.parallel} on {world_size} ranks, "
         f"{config.speed.precision}",
-        *_memory(config, size.parameters, world_size),
+        _memory_line(config, bert, world_size),
     ]
     steps = samples = flops = 0
     for phase in config.phases:
@@ -46,7 +51,8 @@ def describe(config: RunConfig, world_size: int) -> str:
     return "\n".join(lines)
 
 
-def _size(config: RunConfig) -> ModelSize:
+def _meta_bert(config: RunConfig) -> Any:
+    """The model without memory for its parameters."""
     from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
 
     kind = BertForPreTraining if config.data.nsp else BertForMaskedLM
@@ -55,24 +61,41 @@ def _size(config: RunConfig) -> ModelSize:
     if config.model.pretrained is not None:
         shape = BertConfig.from_pretrained(config.model.pretrained)
     with torch.device("meta"):
-        return model_size(kind(shape))
+        return kind(shape)
 
 
-def _memory(config: RunConfig, parameters: int, world_size: int) -> list[str]:
-    """Bytes a rank by kind, without activations."""
-    width = _BYTES[resolve_precision(config.speed.precision)]
-    deepspeed = config.parallel == "deepspeed"
-    stages = {**STAGES, "fsdp2": 3, "deepspeed": config.deepspeed.zero_stage}
-    stage = stages[config.parallel]
-    master = 4 if width == 2 or deepspeed else 0  # DeepSpeed copies fp32 weights too
-    weights = parameters * width // (world_size if stage == 3 else 1)
-    shard = width if config.parallel == "fsdp2" else 4  # bytes of a gradient element that a rank keeps
-    gradients = parameters * width if stage == 1 else parameters * shard // world_size
-    state = parameters * (8 + master) // world_size
-    total = weights + gradients + state
-    parts = {"weights": weights, "gradients": gradients, "optimizer state": state}
-    listing = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in parts.items())
-    note = "" if stage == 1 or deepspeed else "; full gradients as well while accumulating"
-    if config.deepspeed.config is not None and deepspeed:
-        note = "; before what deepspeed.config offloads"
-    return [f"memory a rank before activations: {total / 2**20:,.0f} MiB ({listing}{note})"]
+def _memory_line(config: RunConfig, bert: Any, world_size: int) -> str:
+    parts = memory(config, bert, world_size)
+    listing = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in parts.items() if size)
+    note = "; full gradients as well while accumulating" if config.parallel in ("zero2", "fsdp2") else ""
+    if config.parallel == "deepspeed" and config.deepspeed.config is not None:
+        note = "; before offloading by deepspeed.config"
+    total = sum(parts.values())
+    return f"memory a rank before activations: {total / 2**20:,.0f} MiB ({listing}{note})"
+
+
+def memory(config: RunConfig, bert: Any, world_size: int) -> dict[str, int]:
+    """Bytes of the first rank, which has the most, by kind, without activations."""
+    model_dtype = _DTYPES[resolve_precision(config.speed.precision)]
+    if config.parallel == "deepspeed":
+        return _deepspeed_memory(config, model_size(bert).parameters, model_dtype.itemsize, world_size)
+    shapes = {name: p.shape for name, p in parameters_to_train(bert)}
+    sharding = Sharding(3 if config.parallel == "fsdp2" else STAGES[config.parallel], world_size)
+    choices = Choices(model_dtype=model_dtype, bucket_mb=config.optimizer.bucket_mb)
+    by_kind = costs(shapes, choices, sharding).memory
+    return {
+        "weights": by_kind["parameters"],
+        "gradients": by_kind["gradients"] + by_kind["gradient_shards"],
+        "gradient exchange": by_kind["staging"],
+        "optimizer state": by_kind["masters"] + by_kind["moments"],
+    }
+
+
+def _deepspeed_memory(config: RunConfig, parameters: int, width: int, world_size: int) -> dict[str, int]:
+    """An estimate: ZeRO shards everything evenly, and copies fp32 weights into masters too."""
+    stage = config.deepspeed.zero_stage
+    return {
+        "weights": parameters * width // (world_size if stage == 3 else 1),
+        "gradients": parameters * width if stage == 1 else parameters * 4 // world_size,
+        "optimizer state": parameters * 12 // world_size,
+    }

@@ -1,4 +1,4 @@
-"""`parallel: deepspeed`: the recipe's settings as DeepSpeed's configuration. DeepSpeed itself is not needed here."""
+"""`parallel: deepspeed`: the recipe's settings as DeepSpeed's configuration, without importing DeepSpeed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from sharded_lamb.bert.config_io import merged_over
 from sharded_lamb.bert.model import resolve_precision
 from sharded_lamb.core.hyperparams import VARIANTS
 
-# Sections of a ds_config that would decide what the recipe decides, and the settings that do.
+# Sections of a ds_config that the recipe decides → the settings to use instead.
 DECIDED = {
-    "optimizer": "optimizer.variant, optimizer.weight_decay and the others there",
+    "optimizer": "optimizer.variant, optimizer.weight_decay and other keys of optimizer",
     "scheduler": "phases.N.lr, phases.N.warmup_fraction and phases.N.decay_power",
     "train_batch_size": "phases.N.global_batch",
     "train_micro_batch_size_per_gpu": "batch.max_micro_batch",
@@ -31,22 +31,22 @@ DECIDED = {
 
 
 def ds_config(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given: the recipe's settings, and the other sections of `deepspeed.config`.
+    """The configuration for `deepspeed.initialize`: the recipe's settings and further sections of `deepspeed.config`.
 
     Raises:
-        ValueError: the file is missing or not JSON, or it sets what the recipe decides.
+        ValueError: the file is missing or not JSON, or it has a section that the recipe decides.
     """
     file = {} if config.deepspeed.config is None else _read(Path(config.deepspeed.config))
     _refuse_decided(file, config)
     plans = [plan_batches(config, phase, world_size) for phase in config.phases]
     bf16 = config.speed.precision == "bf16"
     elements = int(config.optimizer.bucket_mb * 2**20) // (2 if bf16 else 4)
-    bucket = max(2, elements // 2 * 2)  # DeepSpeed wants an even number
+    bucket = max(2, elements // 2 * 2)  # DeepSpeed requires an even number
     own: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": max(plan.max_micro_batch for plan in plans),
-        # Of information only: the loop says which micro-batch is a step's last.
+        # For information only: the loop sets the accumulation boundary itself.
         "gradient_accumulation_steps": max(plan.accumulation(plan.steps) for plan in plans),
-        "gradient_clipping": config.optimizer.max_grad_norm or 0.0,  # 1.0 where nothing is said
+        "gradient_clipping": config.optimizer.max_grad_norm or 0.0,  # DeepSpeed's default is 1.0
         "optimizer": {"type": "ShardedLamb", "params": lamb_params(config.optimizer)},
         "bf16": {"enabled": bf16},
         "zero_optimization": {
@@ -55,7 +55,7 @@ def ds_config(config: RunConfig, world_size: int) -> dict[str, Any]:
             "allgather_bucket_size": bucket,
         },
     }
-    if bf16:  # the sum of hundreds of micro-batches does not fit 8 bits
+    if bf16:  # a sum of hundreds of micro-batches needs more than bf16's 8 bits
         own["data_types"] = {"grad_accum_dtype": "fp32"}
     return merged_over(own, file)
 
@@ -63,30 +63,30 @@ def ds_config(config: RunConfig, world_size: int) -> dict[str, Any]:
 def lamb_params(settings: OptimizerConfig) -> dict[str, Any]:
     """``optimizer.params`` of a ds_config.
 
-    The variant is spelt out option by option: by its name, the plugin would insist on its authors' clipping, and read
-    DeepSpeed's meaning into bias_correction, where here explicit settings win.
+    It lists the variant's options instead of its name: given the name, the plugin would require its authors' clipping
+    and DeepSpeed's meaning of bias_correction, but explicit settings win here.
     """
     given = settings.keywords()
     options = {**VARIANTS[given.pop("variant")], **given}
-    del options["max_grad_norm"]  # `ds_config` says it to DeepSpeed
+    del options["max_grad_norm"]  # `ds_config` passes it as gradient_clipping
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
     return {**plain, "lr": 0.0}  # the schedule sets it before every step
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        read = json.loads(path.read_text())
+        sections = json.loads(path.read_text())
     except OSError as error:
         raise ValueError(
             f"deepspeed.config={str(path)!r}: {error.strerror}; give the path of a JSON file"
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"deepspeed.config={str(path)!r}: not valid JSON: {error}") from None
-    if not isinstance(read, dict):
+    if not isinstance(sections, dict):
         raise ValueError(
-            f"deepspeed.config={str(path)!r}: expected an object of sections, found {type(read).__name__}"
+            f"deepspeed.config={str(path)!r}: expected an object of sections, found {type(sections).__name__}"
         )
-    return read
+    return sections
 
 
 def _refuse_decided(file: dict[str, Any], config: RunConfig) -> None:

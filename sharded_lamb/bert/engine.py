@@ -112,39 +112,45 @@ class EngineBackend:
             for group in full["param_groups"]
         ]
         whole = {name: weights.get(name, tensor.cpu()) for name, tensor in own.items() if name not in aliases}
-        wide = {"max_grad_norm": self._lamb.max_grad_norm, "skipped_steps": self._lamb.skipped_steps}
-        return InMemoryCheckpoint(whole, states, groups, wide, extra, aliases)
+        optimizer = {"max_grad_norm": self._lamb.max_grad_norm, "skipped_steps": self._lamb.skipped_steps}
+        return InMemoryCheckpoint(whole, states, groups, optimizer, extra, aliases)
 
     def load(self, path: Path, *, options: bool) -> dict[str, Any]:
         def read() -> tuple[dict[str, Any], int]:
-            found.append(read_contents(path))
-            return found[0].extra, found[0].optimizer.get("skipped_steps", 0)
+            contents.append(read_contents(path))
+            return contents[0].extra, contents[0].optimizer.get("skipped_steps", 0)
 
-        found: list[InMemoryCheckpoint] = []
+        contents: list[InMemoryCheckpoint] = []  # on the first rank
         extra, skipped = self._ranks().first(read)
         template = self._lamb.full_state_dict()
-        state = self._ranks().each(lambda: self._state(found[0], template, path, options) if found else None)
+        state = self._ranks().each(
+            lambda: self._state(contents[0], template, path, options) if contents else None
+        )
         self._lamb.load_full_state_dict(state)
         if options:
             self._lamb.skipped_steps = skipped
         return extra
 
     def _state(
-        self, found: InMemoryCheckpoint, template: dict[str, Any], path: Path, options: bool
+        self, contents: InMemoryCheckpoint, template: dict[str, Any], path: Path, options: bool
     ) -> dict[str, Any]:
-        """As `DeepSpeedLamb.load_full_state_dict` takes it. Raises ValueError for another model's."""
+        """The argument of `DeepSpeedLamb.load_full_state_dict`. Raises ValueError if parameters' names differ."""
         names = [name for name, _ in self._trained]
-        if sorted(name for group in found.groups for name in group["names"]) != sorted(names):
-            odd = sorted({name for group in found.groups for name in group["names"]} ^ {*names})
-            raise ValueError(f"checkpoint {path} is of another model: their parameters differ in {odd[:5]}")
-        # Masters are how weights reach DeepSpeed; one that was not saved is the weight itself.
+        saved_names = [name for group in contents.groups for name in group["names"]]
+        if sorted(saved_names) != sorted(names):
+            mismatched = sorted({*saved_names} ^ {*names})
+            raise ValueError(
+                f"checkpoint {path} is of another model: their parameters differ in {mismatched[:5]}; check run_dir "
+                f"and model"
+            )
+        # DeepSpeed copies weights from masters; a master that was not saved equals the weight.
         states = {
-            index: {"master": found.weights[name].float(), **found.states[name]}
+            index: {"master": contents.weights[name].float(), **contents.states[name]}
             for index, name in enumerate(names)
         }
         groups = [dict(group) for group in template["param_groups"]]
         if options:
-            for group, saved in zip(groups, found.groups, strict=True):
+            for group, saved in zip(groups, contents.groups, strict=True):
                 group.update(saved["options"])
         return {"state": states, "param_groups": groups}
 

@@ -80,7 +80,7 @@ class ShardedBackend(OptimizerBackend):
 
 
 def build_optimizer(config: RunConfig, bert: Any, stage: Literal[1, 2]) -> Any:
-    """ShardedLamb over the model's parameters, named as the model names them."""
+    """ShardedLamb over the model's parameters, with the model's names."""
     from sharded_lamb import ShardedLamb
 
     return ShardedLamb(

@@ -1,4 +1,4 @@
-"""The process group of a run, and what ranks do together: agree, fail, gather small numbers."""
+"""The process group of a run, and its small collectives: agreement, errors, sums."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _MEETING_S = 1800.0  # as torch's own rendezvous
 
 
 class RankZeroError(ValueError):
-    """What rank 0 refused, raised on the other ranks."""
+    """An error of rank 0, raised on the other ranks."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the ranks. Host numbers travel on `control`, a gloo group, so no GPU has to wait."""
+    """This process among the ranks. Host numbers use `control`, a gloo group, so no GPU waits."""
 
     rank: int
     world_size: int
@@ -37,7 +37,7 @@ class Ranks:
 
     @staticmethod
     def start() -> Ranks:
-        """Join the group that torchrun describes (or that is there already); without torchrun, a group of one."""
+        """Join torchrun's group, or the initialized one; without torchrun, create a group of one."""
         local = int(os.environ.get("LOCAL_RANK", 0))
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -62,7 +62,7 @@ class Ranks:
         return self.rank == 0
 
     def from_first(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns on rank 0, on every rank; what it raises there is raised on every rank."""
+        """Runs `work` on rank 0; returns its result, or raises its error, on every rank."""
         box: list[Any] = [None, None]
         failure: BaseException | None = None
         if self.is_first:
@@ -86,34 +86,34 @@ class Ranks:
 
     def gather(self, numbers: Sequence[float]) -> Tensor:
         """[world size, numbers] fp64: every rank's numbers, in rank order, on every rank."""
-        mine = torch.tensor(numbers, dtype=torch.float64)
-        rows = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(rows, mine, group=self.control)
+        own = torch.tensor(numbers, dtype=torch.float64)
+        rows = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(rows, own, group=self.control)
         return torch.stack(rows)
 
     def agree(self, what: str, value: str, remedy: str) -> None:
         """Raises: ValueError on every rank, naming the ranks whose value differs from rank 0's."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
-        odd = {rank: v for rank, v in enumerate(values) if v != values[0]}
-        if odd:
+        mismatched = {rank: v for rank, v in enumerate(values) if v != values[0]}
+        if mismatched:
             raise ValueError(
-                f"{what} differs between ranks: rank 0 has {values[0]!r}, others {odd}; {remedy}"
+                f"{what} differs between ranks: rank 0 has {values[0]!r}, others {mismatched}; {remedy}"
             )
 
 
 def of_this_attempt(shared: Store, rank: int, world_size: int, timeout_s: float = _MEETING_S) -> PrefixStore:
-    """The store under a name of rank 0's that no earlier attempt has used.
+    """The store with a prefix that rank 0 draws for this attempt.
 
-    torchrun keeps its store over restarts (2.13), and with it the dead ranks' addresses. Its count of restarts tells
-    attempts apart on one node only: a node that joined later counts from 0, and a change of nodes is not counted.
+    torchrun keeps its store over restarts (2.13), and with it the dead ranks' addresses. Its restart count identifies
+    an attempt on one node only: a node that joined later counts from 0, and a change of nodes is not counted.
 
     Raises:
-        RuntimeError: ranks that did not come; rank 0 names them.
+        RuntimeError: a rank did not join; rank 0 lists them.
     """
     token = uuid.uuid4().hex
     if rank:
-        shared.set(f"meeting/{rank}", token)  # over what a dead one may have left
+        shared.set(f"meeting/{rank}", token)  # overwrites a dead rank's token
         shared.wait([f"welcome/{token}"], timedelta(seconds=timeout_s))
         name = shared.get(f"welcome/{token}").decode()
         shared.set(f"thanks/{token} {name}", "")
@@ -122,7 +122,7 @@ def of_this_attempt(shared: Store, rank: int, world_size: int, timeout_s: float 
     deadline = time.monotonic() + timeout_s
     while absent and time.monotonic() < deadline:
         for other, known in list(absent.items()):
-            # For this welcome: what a dead one has thanked for is still there.
+            # Thanks for this very welcome: the store still has those of dead ranks.
             if known and shared.check([f"thanks/{known} {token}"]):
                 del absent[other]
             elif shared.check([f"meeting/{other}"]):
@@ -132,6 +132,6 @@ def of_this_attempt(shared: Store, rank: int, world_size: int, timeout_s: float 
         time.sleep(0.01)
     if absent:
         raise RuntimeError(
-            f"ranks {sorted(absent)} of {world_size} did not come within {timeout_s:g} s: look for an error there"
+            f"ranks {sorted(absent)} of {world_size} did not join within {timeout_s:g} s: look for errors in their logs"
         )
     return PrefixStore(token, shared)

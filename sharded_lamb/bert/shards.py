@@ -89,7 +89,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """All of the file or none of it, also after a power cut."""
+    """Writes all of the file or none of it, also in a power cut, and if several processes write the same file."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with aside.open("wb") as out:

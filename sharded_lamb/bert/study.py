@@ -22,18 +22,18 @@ from sharded_lamb.core.hyperparams import VARIANTS
 Row = dict[str, Any]
 
 BATCHES = (32, 64, 128, 256, 512, 1024)
-# Peak rates tried at the smallest batch. A rate in common shows whether the two are different optimizers.
+# Peak rates at the smallest batch. The common rate shows whether the two are different optimizers.
 _TRIED = {"lamb": (2e-3, 5e-3, 1e-2, 2e-2), "adamw": (5e-4, 1e-3, 2e-3, 4e-3)}
 
 
 def study(config: RunConfig, batches: str | None, ranks: Ranks) -> Path:
-    """Run what is not yet in the study's results, then write study.json, study.md and study.png.
+    """Train the runs missing from study.json, then write study.json, study.md and study.png. Collective.
 
-    The first phase's steps x global_batch is the number of examples of every run.
+    The number of examples of every run is the first phase's steps x global_batch.
 
     Raises:
-        ValueError: on every rank: batches that are not numbers, or do not split over the ranks; settings or results
-            that show two contestants to be one optimizer.
+        ValueError: batches that are not numbers, or do not divide by the ranks; settings or results by which the two
+            optimizers are one.
     """
     sizes = _batches(batches)
     _refuse_equal_options(config)
@@ -73,33 +73,36 @@ class _Runs:
     config: RunConfig
     folder: Path
     ranks: Ranks
-    saved: list[Row]  # as study.json has them
-    used: list[Row] = field(default_factory=list)  # of `saved`, those of this configuration
+    saved: list[Row]  # the rows of study.json
+    used: list[Row] = field(default_factory=list)  # the rows of this configuration
 
     def row(self, optimizer: str, batch: int, lr: float) -> Row:
-        """One run's results, from study.json where its row has the digest of this run's configuration.
+        """One run's results: from study.json if its row has the digest of this configuration, else by training.
 
         Raises:
-            ValueError: another optimizer has the same result; the run was asked to stop.
+            ValueError: another optimizer has the same result, or a signal stopped the run.
         """
         one = self._config_of(optimizer, batch, lr)
         digest = one.digest()
-        there = [row for row in self.saved if _is_of(row, batch, lr) and row["optimizer"] == optimizer]
-        found = next((row for row in there if row.get("config_digest") == digest), None)
-        if found is None:
-            if there and self.ranks.is_first:
-                print(f"study.json: {_called(there[0])} has another configuration: trained anew", flush=True)
+        same_run = [row for row in self.saved if _is_of(row, batch, lr) and row["optimizer"] == optimizer]
+        result = next((row for row in same_run if row.get("config_digest") == digest), None)
+        if result is None:
+            if same_run and self.ranks.is_first:
+                print(
+                    f"study.json: {_label(same_run[0])} has another configuration: trains it again",
+                    flush=True,
+                )
             metrics = run(one, "auto", self.ranks).metrics
             if metrics is None:
-                raise ValueError("the study was asked to stop; start it again to train the missing runs")
+                raise ValueError("a signal stopped the study; start it again to train the missing runs")
             head = {"optimizer": optimizer, "batch": batch, "lr": lr, "steps": one.phases[0].steps}
-            found = {**head, "config_digest": digest, **metrics}
-            self.saved = [row for row in self.saved if row not in there] + [found]
+            result = {**head, "config_digest": digest, **metrics}
+            self.saved = [row for row in self.saved if row not in same_run] + [result]
             if self.ranks.is_first:
                 write_atomically(self.folder / "study.json", json.dumps(self.saved, indent=1).encode())
-        _refuse_equal_results(found, self.used)
-        self.used.append(found)
-        return found
+        _refuse_equal_results(result, self.used)
+        self.used.append(result)
+        return result
 
     def _config_of(self, optimizer: str, batch: int, lr: float) -> RunConfig:
         phase = self.config.phases[0]
@@ -116,12 +119,12 @@ def _is_of(row: Row, batch: int, lr: float) -> bool:
     return row["batch"] == batch and math.isclose(row["lr"], lr, rel_tol=1e-9)
 
 
-def _called(row: Row) -> str:
+def _label(row: Row) -> str:
     return f"{row['optimizer']} (batch {row['batch']}, lr {row['lr']:.4g})"
 
 
 def _refuse_equal_options(config: RunConfig) -> None:
-    """Raises ValueError where settings of ``optimizer`` leave two contestants no difference."""
+    """Raises ValueError if settings of ``optimizer`` make two optimizers equal."""
     rules: dict[str, dict[str, Any]] = {}
     for name in _TRIED:
         rule = {**VARIANTS[name], **replace(config.optimizer, variant=name).keywords()}
@@ -136,12 +139,12 @@ def _refuse_equal_options(config: RunConfig) -> None:
 
 
 def _refuse_equal_results(row: Row, others: Sequence[Row]) -> None:
-    """Raises ValueError where another optimizer has the same result at the same batch and rate."""
+    """Raises ValueError if another optimizer has the same result at the same batch and rate."""
     for other in others:
         same_run = other["optimizer"] != row["optimizer"] and _is_of(other, row["batch"], row["lr"])
         if same_run and other["heldout_loss"] == row["heldout_loss"]:
             raise ValueError(
-                f"{_called(other)} and {_called(row)} have the same held-out loss to the last digit, "
+                f"{_label(other)} and {_label(row)} have the same held-out loss to the last digit, "
                 f"{row['heldout_loss']!r}: expected two optimizers to differ, so both runs trained the same one; "
                 f"compare config.yaml and the trust ratios in metrics.jsonl of both run folders"
             )

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from sharded_lamb.bench.overlap import main, summarize, table
 from sharded_lamb.bench.overlapped import CONFIGURATIONS, Configured, Work
 from sharded_lamb.cluster.namespaces import NetworkError, network
 from sharded_lamb.timeline import Span, Timeline
+from tests import interpreter
 from tests.harness import run_ranks
 
 
@@ -64,7 +64,7 @@ def test_under_torchrun_it_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On every rank, at once: each would start hosts of its own."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    launch = [interpreter.python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     done = subprocess.run(
         [*launch, "sharded_lamb", "bench", "overlap"], capture_output=True, text=True, timeout=120
     )

@@ -20,12 +20,17 @@ import yaml
 
 from sharded_lamb.bert.__main__ import main
 from sharded_lamb.checkpoint import problem_with, read_contents
+from tests import interpreter
 from tests.bert.conftest import LENGTH
 from tests.harness import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def environment(**more: str) -> dict[str, str]:
+    """torchrun starts ranks by PYTHON_EXEC."""
+    settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, **settings, "PYTHON_EXEC": interpreter.python(), **more}
 
 
 def write_config(tree: dict[str, Any], folder: Path, **changed: Any) -> Path:
@@ -37,13 +42,22 @@ def write_config(tree: dict[str, Any], folder: Path, **changed: Any) -> Path:
 
 def torchrun(ranks: int, config: Path, *arguments: str, restarts: int = 0) -> list[str]:
     options = (f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "-m", "sharded_lamb.bert")
-    return [*TORCHRUN, *options, "--config", str(config), *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        *options,
+        "--config",
+        str(config),
+        *arguments,
+    ]
 
 
 def call(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
-        env=ENVIRONMENT,
+        env=environment(),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -67,11 +81,11 @@ def wait_for_rows(run: Path, count: int, process: subprocess.Popen[str]) -> None
 def ranks_below(process: subprocess.Popen[str]) -> list[int]:
     """Process ids of torchrun's workers."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    found = []
+    workers = []
     for pid in map(int, children.read_text().split()):
         if b"LOCAL_RANK=" in Path(f"/proc/{pid}/environ").read_bytes():
-            found.append(pid)
-    return found
+            workers.append(pid)
+    return workers
 
 
 def call_main(rank: int, arguments: list[str]) -> tuple[int, str]:
@@ -91,7 +105,7 @@ LONG = {
 
 
 def test_a_signal_saves_and_exits_with_the_code_that_requeues(tree: dict[str, Any], tmp_path: Path) -> None:
-    """Stopped twice, once by each signal; the third start, in a worker of the harness, goes on to the end."""
+    """Each signal stops the run once; the third start, in a worker of the harness, completes it."""
     config = write_config(
         tree, tmp_path, **{**LONG, "checkpoint": {"every_steps": 1000, "requeue_exit_code": 85}}
     )
@@ -99,8 +113,8 @@ def test_a_signal_saves_and_exits_with_the_code_that_requeues(tree: dict[str, An
     arguments = ["--config", str(config), "--resume", "auto"]
     for number in (signal.SIGTERM, signal.SIGUSR1):
         process = subprocess.Popen(
-            [sys.executable, "-m", "sharded_lamb.bert", *arguments],
-            env=ENVIRONMENT,
+            [interpreter.python(), "-m", "sharded_lamb.bert", *arguments],
+            env=environment(),
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -175,10 +189,10 @@ def test_the_quickstart_leaves_all_it_promises(tmp_path: Path, tree: dict[str, A
     small = ["phases=[{steps: 8, global_batch: 24, sequence_length: 32, lr: 0.01, warmup_fraction: 0.1}]"]
     small += [f"data.prepared={tree['data']['prepared']}", f"data.source=['{tree['data']['source'][0]}']"]
     small += ["tokenizer.vocab_size=1024", f"run_dir={run}"]
-    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         [str(ROOT / "launch" / "quickstart"), "--use-current-env", *small],
-        env={**ENVIRONMENT, **path},
+        env=environment(PATH=path),
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -37,7 +37,7 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(
         ("model.layers=0", r"model\.layers=0: expected a positive number"),
         ("model.hidden_size=33", r"model\.hidden_size=33: expected a multiple of model\.heads=2"),
         ("parallel=zero3", r"parallel='zero3': .*'zero2'"),
-        ("masking.probability=15", r"masking\.probability=15\.0: expected a number in \(0, 1\)"),
+        ("masking.probability=15", r"masking\.probability=15: expected a number in \(0, 1\)"),
         (
             "phases.0.sequence_length=64",
             r"phases\.0\.sequence_length=64: expected at most model\.max_positions=32",
@@ -45,6 +45,14 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(
         ("phases.1.lr=1", r"phases\.1\.lr=1: expected an index below 1"),
         ("seed.value=1", r"'seed' is a value, it has no keys"),
         ("layers", r"override='layers': expected key=value"),
+        ("phases[0].lr=1", r"override='phases\[0\]\.lr=1': expected key=value, .* or phases\.0\.lr"),
+        ("phases.0.lr=-1", r"phases\.0\.lr=-1: expected 'auto' or a positive number$"),
+        ("phases.0.ramp={start: 0, steps: 3}", r"phases\.0\.ramp\.start=0: expected a positive number$"),
+        ("optimizer.eps=0", r"optimizer\.eps=0: expected a positive number$"),
+        ("optimizer.betas=[0.9, 1]", r"optimizer\.betas\.1=1: expected a number in \[0, 1\)$"),
+        ("optimizer.max_grad_norm=0", r"=0: expected null or a positive number; null switches clipping off$"),
+        ("checkpoint.requeue_exit_code=256", r"checkpoint\.requeue_exit_code=256: expected 1 to 255$"),
+        ("run_dir=[", r"override 'run_dir=\[': the value is not valid YAML"),
         ("phases=[]", r"phases=\(\): expected at least one phase"),
         ("data.source=[]", r"data\.source=\(\): expected at least one"),
     ],
@@ -64,6 +72,15 @@ def test_overrides_reach_nested_and_listed_settings(tree: dict[str, Any]) -> Non
     assert config.data.source == ("a", "b")
     assert config.phases[0].ramp is not None
     assert config.phases[0].ramp.start == 2
+
+
+def test_a_dollar_sign_is_text(tree: dict[str, Any]) -> None:
+    assert build_config(tree, ["run_dir=runs/${USER}"]).run_dir == "runs/${USER}"
+
+
+def test_settings_are_checked_wherever_they_come_from(tree: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="greater than 0"):
+        dataclasses.replace(build_config(tree).phases[0], steps=0)
 
 
 def test_the_resolved_configuration_reads_back(tree: dict[str, Any]) -> None:

@@ -63,8 +63,14 @@ def train(
 
 
 def _take_ratios_of_partitions(patch: pytest.MonkeyPatch) -> None:
+<<<<<<< HEAD
     """What a LAMB that knows nothing of shards would do: norms of what lies on this rank."""
     from sharded_lamb.comm.step_agreement import StepAgreement
+=======
+    """A LAMB without knowledge of shards: it takes norms of this rank's parts."""
+    from sharded_lamb.comm.collectives import Collectives
+    from sharded_lamb.core import rule
+>>>>>>> bert15
 
     exact = StepAgreement.all_reduce
 
@@ -97,11 +103,11 @@ def trained(
     return rows, read_contents(last).weights
 
 
-def assert_alike(found: Rows, expected: Rows, tolerance: float = SAME) -> None:
-    assert losses(found) == pytest.approx(losses(expected), rel=tolerance)
+def assert_alike(rows: Rows, expected: Rows, tolerance: float = SAME) -> None:
+    assert losses(rows) == pytest.approx(losses(expected), rel=tolerance)
     for key in ("heldout_loss", "heldout_accuracy"):
-        assert found[-1][key] == pytest.approx(expected[-1][key], rel=tolerance)
-    for one, two in zip(found[:-1], expected[:-1], strict=True):
+        assert rows[-1][key] == pytest.approx(expected[-1][key], rel=tolerance)
+    for one, two in zip(rows[:-1], expected[:-1], strict=True):
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-5)
         for part in (
             "embeddings",

@@ -16,11 +16,11 @@ import pytest
 from sharded_lamb import faults
 from sharded_lamb.checkpoint import problem_with, read_contents
 from tests.bert.test_command import (
-    ENVIRONMENT,
     ROOT,
-    TORCHRUN,
+    environment,
     ranks_below,
     rows_of,
+    torchrun,
     wait_for_rows,
     write_config,
 )
@@ -35,7 +35,7 @@ KILLS = {
     "kill@mid-all-gather:rank=0:step=5": 4,
     "kill@checkpoint-latest:rank=0:step=7": 6,
 }
-"""The step that the next attempt goes on from. Steps count from 0; after every second one there is a checkpoint."""
+"""The step at which the next attempt resumes. Steps count from 0; every second one writes a checkpoint."""
 UNDER_TORCHRUN = {"kill@mid-backward:rank=1:step=2": 2, "hang@all-reduce:rank=1:step=5": 4}
 HANG_TIMEOUT_S = 8
 EXACT = ("step", "loss", "lr", "grad_norm", "sample", "heldout_loss")
@@ -77,7 +77,7 @@ def assert_same_run(run: Path, whole: Finished) -> None:
 
 
 def start_again(rank: int, tree: dict[str, Any], run_dir: str, fault: str) -> None:
-    """As torchrun starts a rank: after a death in a process of its own. What it prints is added to the file `said`."""
+    """As torchrun starts a rank: in a process of its own after a death. Its output is appended to the file `said`."""
     os.environ[faults.VARIABLE] = fault
     faults.injector.cache_clear()  # an earlier case of this process may have read it
     with Path(run_dir).with_name("said").open("a", buffering=1) as said, contextlib.redirect_stdout(said):
@@ -105,10 +105,9 @@ def test_killed_or_hung_torchrun_starts_it_again_and_it_ends_with_the_same_bits(
 ) -> None:
     config = write_config(long_tree, tmp_path)
     attempts = ";".join(f"{fault}:attempt={attempt}" for attempt, fault in enumerate(UNDER_TORCHRUN))
-    options = ("--nproc-per-node=2", f"--max-restarts={len(UNDER_TORCHRUN)}", "-m", "sharded_lamb.bert")
     done = subprocess.run(
-        [*TORCHRUN, *options, "--config", str(config), "--resume", "auto"],
-        env={**ENVIRONMENT, faults.VARIABLE: attempts},
+        torchrun(2, config, "--resume", "auto", restarts=len(UNDER_TORCHRUN)),
+        env=environment(**{faults.VARIABLE: attempts}),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -154,7 +153,7 @@ def test_a_node_leaves_and_training_goes_on_with_fewer_ranks(
         for _ in range(2):
             agent = subprocess.Popen(
                 [*command, "--config", str(config)],
-                env={**ENVIRONMENT, **slow},
+                env=environment(**slow),
                 cwd=ROOT,
                 stdout=log,
                 stderr=log,

@@ -35,5 +35,5 @@ def test_what_an_earlier_attempt_left_is_not_taken_for_this_ones(order: list[int
 
 def test_ranks_that_do_not_come_are_named(tmp_path: Path) -> None:
     store = dist.FileStore(str(tmp_path / "store"), -1)  # type: ignore[attr-defined]
-    with pytest.raises(RuntimeError, match=r"ranks \[1, 2\] of 3 did not come within 0.2 s"):
+    with pytest.raises(RuntimeError, match=r"ranks \[1, 2\] of 3 did not join within 0.2 s"):
         of_this_attempt(store, 0, 3, timeout_s=0.2)

@@ -5,10 +5,12 @@ import math
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from sharded_lamb.bert import picture
 from sharded_lamb.bert.config_io import build_config
 from sharded_lamb.bert.ranks import Ranks
 from sharded_lamb.bert.train import run
@@ -22,7 +24,8 @@ def train(
     rank: int, tree: dict[str, Any], run_dir: str, overrides: list[str], resume: str | None = None
 ) -> None:
     torch.set_num_threads(1)
-    run(build_config(tree, [f"run_dir={run_dir}", *overrides]), resume, Ranks.start())
+    with mock.patch.object(picture, "draw_run"):  # drawing takes as long as training
+        run(build_config(tree, [f"run_dir={run_dir}", *overrides]), resume, Ranks.start())
 
 
 def trained(

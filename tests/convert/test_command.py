@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from sharded_lamb import Lamb, ShardedLamb, checkpoint
 from sharded_lamb.__main__ import main
 from sharded_lamb.checkpoint.in_memory import read_contents
 from sharded_lamb.convert.command import FORMATS
+from tests import interpreter
 from tests.convert import cases
 from tests.test_readme import README
 
@@ -316,7 +316,7 @@ def test_weights_alone_are_no_optimizer(
 
 def program(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Runs the command line in a process of its own; all other tests call `main`."""
-    command = [sys.executable, "-m", "sharded_lamb", *map(str, arguments)]
+    command = [interpreter.python(), "-m", "sharded_lamb", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import yaml
 from torch import Tensor
 
 from sharded_lamb.checkpoint import read_contents
+from tests import interpreter
 from tests.bert import conftest as bert
 from tests.bert.test_train import trained
 from tests.launching.slurm_cluster import Cluster, SlurmError, slurm
@@ -206,7 +206,7 @@ class Jobs:
 
     def submit(self, name: str, **settings: str) -> None:
         """On two nodes of one rank, whose names do not resolve."""
-        where = {"VIRTUAL_ENV": sys.prefix, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        where = {"VIRTUAL_ENV": str(interpreter.prefix()), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         where |= {"MASTER_ADDR": "127.0.0.1", "INTERFACE": "lo", "LOG_DIR": str(self.folder / name / "logs")}
         command = ["sbatch", "--parsable", "--nodes=2", f"--output={self.folder / name}/job.out", str(SCRIPT)]
         said = self.cluster.call(*command, *self.program(name), cwd=ROOT, **where, **settings)

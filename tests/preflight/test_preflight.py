@@ -19,6 +19,7 @@ from sharded_lamb.preflight import network, rank_report
 from sharded_lamb.preflight.network import Speeds
 from sharded_lamb.preflight.rank_report import RankReport
 from sharded_lamb.watchdog.diagnosis import rank_ranges
+from tests import interpreter
 from tests.forked import forked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,7 +158,7 @@ def test_all_is_well_on_two_ranks(tmp_path: Path) -> None:
         "--json",
         str(tmp_path / "j"),
     ]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launcher = [interpreter.python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*launcher, "-m", "sharded_lamb", "preflight", "--device", "cpu", *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
