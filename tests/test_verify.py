@@ -3,12 +3,7 @@
 import os
 import re
 import subprocess
-<<<<<<< HEAD
-import sys
 from collections.abc import Hashable, Sequence
-=======
-from collections.abc import Sequence
->>>>>>> bert15
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -63,14 +63,8 @@ def train(
 
 
 def _take_ratios_of_partitions(patch: pytest.MonkeyPatch) -> None:
-<<<<<<< HEAD
-    """What a LAMB that knows nothing of shards would do: norms of what lies on this rank."""
-    from sharded_lamb.comm.step_agreement import StepAgreement
-=======
     """A LAMB without knowledge of shards: it takes norms of this rank's parts."""
-    from sharded_lamb.comm.collectives import Collectives
-    from sharded_lamb.core import rule
->>>>>>> bert15
+    from sharded_lamb.comm.step_agreement import StepAgreement
 
     exact = StepAgreement.all_reduce
 
