@@ -7,15 +7,18 @@ python -m tests.fuzz --show 17
 
 import argparse
 import collections
+import contextlib
 import json
+import queue
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tests.fuzz.generate import generate
-from tests.fuzz.outcome import outcome_of
+from tests.fuzz.outcome import TIMEOUT_S, outcome_of
 from tests.fuzz.shrink import shrunk
 
 
@@ -35,6 +38,9 @@ def main() -> int:
     parser.add_argument(
         "--without", default="", help="comma-separated kinds of operations, or values, to leave out"
     )
+    parser.add_argument(
+        "--timeout", type=float, default=TIMEOUT_S, help="seconds after which a program hangs"
+    )
     args = parser.parse_args()
     without = frozenset(filter(None, args.without.split(",")))
     if args.show is not None:
@@ -44,9 +50,9 @@ def main() -> int:
         return _shrink(args.shrink, without)
     seeds = range(*map(int, args.seeds.split(":")))
     source = (
-        _rows(seeds, without, details=args.details)
+        _rows(seeds, without, args.timeout, details=args.details)
         if args.workers == 1
-        else _in_parallel(seeds, args.workers, args.without)
+        else _in_parallel(seeds, args.workers, ["--without", args.without, "--timeout", str(args.timeout)])
     )
     rows = []
     for row in source:
@@ -64,10 +70,12 @@ def main() -> int:
     return 1 if counts["FAULT"] else 0
 
 
-def _rows(seeds: range, without: frozenset[str], *, details: bool) -> Iterator[dict[str, Any]]:
+def _rows(
+    seeds: range, without: frozenset[str], timeout: float, *, details: bool
+) -> Iterator[dict[str, Any]]:
     for seed in seeds:
         program = generate(seed, without)
-        outcome = outcome_of(program)
+        outcome = outcome_of(program, timeout)
         if details and outcome.kind == "FAULT":
             print(program, outcome.details, sep="\n", flush=True)
         yield {
@@ -81,25 +89,24 @@ def _rows(seeds: range, without: frozenset[str], *, details: bool) -> Iterator[d
         }
 
 
-def _in_parallel(seeds: range, workers: int, without: str) -> Iterator[dict[str, Any]]:
+def _in_parallel(seeds: range, workers: int, options: list[str]) -> Iterator[dict[str, Any]]:
+    rows: queue.Queue[dict[str, Any]] = queue.Queue()
+
+    def run(part: range) -> None:
+        span = f"{part.start}:{part.stop}:{part.step}"
+        command = [sys.executable, "-m", "tests.fuzz", "--seeds", span, *options]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                rows.put(json.loads(line))
+
     parts = [seeds[worker::workers] for worker in range(workers)]
-    commands = [
-        [
-            sys.executable,
-            "-m",
-            "tests.fuzz",
-            "--seeds",
-            f"{part.start}:{part.stop}:{part.step}",
-            "--without",
-            without,
-        ]
-        for part in parts
-    ]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
-    for process in processes:
-        assert process.stdout is not None
-        yield from (json.loads(line) for line in process.stdout)
-        process.wait()
+    threads = [threading.Thread(target=run, args=(part,)) for part in parts if len(part)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads) or not rows.empty():
+        with contextlib.suppress(queue.Empty):
+            yield rows.get(timeout=1)
 
 
 def _shrink(seed: int, without: frozenset[str]) -> int:

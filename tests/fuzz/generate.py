@@ -17,7 +17,7 @@ PATTERNS = [[], [r"\.a$"], [r"^layers\.0\."], [r"layers"]]
 def generate(seed: int, without: frozenset[str] = frozenset()) -> Program:
     """The program of ``seed``; the same on every machine.
 
-    ``without``: kinds of operations, values of their arguments, and wrappers, that it does not have.
+    ``without``: kinds of operations, their arguments or values of those, and wrappers, that it does not have.
     """
     generator = _Generator(seed, without)
     for _ in range(100):
@@ -28,6 +28,14 @@ def generate(seed: int, without: frozenset[str] = frozenset()) -> Program:
             continue
         return program
     raise AssertionError(f"no program for seed {seed}")
+
+
+def _words(op: Op) -> set[str]:
+    words = {op.kind}
+    for name, value in op.args.items():
+        if value is not None:
+            words |= {name, *map(str, value if isinstance(value, list) else [value])}
+    return words
 
 
 class _Generator:
@@ -141,7 +149,7 @@ class _Generator:
         length = self.rng.randint(4, MOST_OPERATIONS - 2)
 
         def add(op: Op) -> bool:
-            if self.without & {op.kind, *map(str, op.args.values())}:
+            if self.without & _words(op):
                 return False
             try:
                 replay.apply(op)

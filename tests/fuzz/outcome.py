@@ -29,15 +29,14 @@ class Outcome:
         return f"{self.kind} {' '.join(words.split())[:60]}"
 
 
-def outcome_of(program: Program) -> Outcome:
+def outcome_of(program: Program, timeout: float = TIMEOUT_S) -> Outcome:
+    """Raises Undefined where the contract leaves an operation open. ``timeout``: seconds after which ranks hang."""
     replay = replayed(program)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         for number, phase in enumerate(program.phases):
             expected = {key: seen for key, seen in replay.observations.items() if key[0] == number}
             try:
-                digests = run_ranks(
-                    phase.world, execute, program, number, folder, expected, timeout=TIMEOUT_S
-                )
+                digests = run_ranks(phase.world, execute, program, number, folder, expected, timeout=timeout)
             except RankErrors as errors:
                 return _judged(program, replay, errors)
             if len(set(digests)) > 1:

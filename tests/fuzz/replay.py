@@ -374,7 +374,8 @@ class Replay:
         """Every optimizer's; ``missing``: the rank that omits it."""
         here = (self.phase, self.index + 1)
         if missing is not None:
-            _ensure(self.world > 1 and self.refusal is None and bool(self.averaged))
+            # Elsewhere the next backward's collectives wait for the rank that is in the step, as without an optimizer.
+            _ensure(self.how == "stage2" and self.world > 1 and self.refusal is None and bool(self.averaged))
             _ensure(np.isfinite(self._norm(self.slots)))
         self._check_step()
         if self.refusal is not None:
