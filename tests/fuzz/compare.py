@@ -22,7 +22,7 @@ def compare(program: Program, how: str, seen: Observation, right: Observation) -
     worst = max(TOLERANCE[slot.dtype] for slot in slots.values())
     if right.number is not None:
         assert seen.number is not None
-        _close("the number", seen.number, right.number, 20 * worst)
+        _close("the number", seen.number, right.number, 20 * worst, worst * right.terms)
     if right.norms is not None:
         assert seen.norms is not None
         _same("parameters with a .grad", sorted(seen.norms), sorted(right.norms))
@@ -52,6 +52,6 @@ def _same(what: str, seen: object, right: object) -> None:
         raise WrongNumber(f"{what}: {seen!r}, and {right!r} is right")
 
 
-def _close(what: str, seen: float, right: float, tolerance: float) -> None:
-    if not math.isclose(seen, right, rel_tol=tolerance, abs_tol=1e-5):
+def _close(what: str, seen: float, right: float, tolerance: float, absolute: float = 0.0) -> None:
+    if not math.isclose(seen, right, rel_tol=tolerance, abs_tol=max(absolute, 1e-5)):
         raise WrongNumber(f"{what} is {seen:.8g}, and {right:.8g} is right")

@@ -17,7 +17,8 @@ PATTERNS = [[], [r"\.a$"], [r"^layers\.0\."], [r"layers"]]
 def generate(seed: int, without: frozenset[str] = frozenset()) -> Program:
     """The program of ``seed``; the same on every machine.
 
-    ``without``: kinds of operations, their arguments or values of those, and wrappers, that it does not have.
+    ``without``: kinds of operations, their arguments or values of those, and wrappers, that it does not
+        have; "two": optimizers.
     """
     generator = _Generator(seed, without)
     for _ in range(100):
@@ -59,7 +60,9 @@ class _Generator:
         )
         held_out = numbers.pop() if not tied and not sharded and not resumes and rng.random() < 0.15 else None
         frozen = (numbers[-1],) if not tied and not bare and len(numbers) > 1 and rng.random() < 0.15 else ()
-        optimizers = self._optimizers(numbers, two=not resumes and len(numbers) > 1 and rng.random() < 0.2)
+        optimizers = self._optimizers(
+            numbers, two=not resumes and len(numbers) > 1 and rng.random() < 0.2 and "two" not in self.without
+        )
         low = any(slot.dtype == "bfloat16" for layer in layers for slot in layer)
         settings = {
             "bucket_mb": rng.choice([0.001, 0.004, 32]),
@@ -186,9 +189,9 @@ class _Generator:
 
     def _scene(self, replay: Replay, late: bool) -> list[Op]:
         """A few operations that belong together."""
-        scenes = {self._train: 10, self._gradients: 5, self._edit: 2, self._state: 2, self._handling: 2}
+        scenes = {self._train: 10, self._gradients: 5, self._edit: 2, self._state: 2, self._handling: 3}
         if late:
-            scenes[self._difference] = 1
+            scenes[self._difference] = 2
         return self.rng.choices(list(scenes), list(scenes.values()))[0](replay)
 
     def _train(self, replay: Replay) -> list[Op]:
@@ -321,28 +324,28 @@ class _Generator:
     def _handling(self, replay: Replay) -> list[Op]:
         """What frameworks do to the model and to parameters."""
         rng = self.rng
-        kind = rng.choice(
-            ["freeze", "unfreeze", "add", "rewrite", "copy", "model", "share", "to", "evaluate", "evaluate"]
-        )
-        layer = rng.randrange(len(replay.program.layers))
-        if kind == "freeze":
-            return [Op("zero_grad", {"who": "model", "set_to_none": True}), Op("freeze", {"layer": layer})]
-        if kind == "unfreeze":
+        if replay.frozen and rng.random() < 0.4:
             return [Op("unfreeze", {"layer": layer}) for layer in sorted(replay.frozen)]
-        if kind == "add" and self.held_out is not None:
+        if self.held_out is not None and not self._is_in_use(replay, self.held_out) and rng.random() < 0.4:
             optimizer = rng.randrange(len(replay.optimizers))
             return [
                 Op("add_group", {"optimizer": optimizer, "layer": self.held_out, "options": self._options()})
             ]
+        kinds = ["freeze", "rewrite", "copy", "model", "share", "to", "evaluate", "evaluate"]
+        kind = rng.choice(kinds)
+        layer = rng.randrange(len(replay.program.layers))
+        if kind == "freeze":
+            return [Op("zero_grad", {"who": "model", "set_to_none": True}), Op("freeze", {"layer": layer})]
         if kind == "rewrite":
             way = rng.choice(["copy", "copy", "data", "vector"])
             return [
                 Op("rewrite", {"names": self._names(replay), "factor": rng.choice([0.5, 2.0]), "way": way})
             ]
-        if kind == "copy" and (replay.world == 1 or rng.random() < 0.1):
-            return [Op("copy", {"way": rng.choice(["deepcopy", "pickle"])})]
+        if kind == "copy" and (replay.world == 1 or rng.random() < 0.2):
+            zero = Op("zero_grad", {"who": "model", "set_to_none": True})
+            return [zero, Op("copy", {"way": rng.choice(["deepcopy", "pickle"])})]
         if kind == "model":
-            return [Op("copy_model")]
+            return [Op("zero_grad", {"who": "model", "set_to_none": True}), Op("copy_model")]
         if kind == "share" and rng.random() < 0.3:
             return [Op("share_memory")]
         if kind == "to":

@@ -62,6 +62,7 @@ class Observation:
     ratios: list[dict[str, float]] | None = None  # by optimizer
     skipped: list[int] | None = None
     number: float | None = None  # a norm or a loss
+    terms: float = 0.0  # the sum of the absolute values that ``number`` sums
     norms: dict[str, float] | None = None  # of .grad
 
 
@@ -525,12 +526,14 @@ class Replay:
 
     def evaluate(self, key: int) -> None:
         """The loss of all layers, without gradients."""
-        total = sum(
-            float(np.sum(self.lamb.params[slot.name] * data.gradient(slot, layer, 0, key)))
-            for layer, slots in enumerate(self.program.layers)
-            for slot in slots
+        terms = np.concatenate(
+            [
+                np.ravel(self.lamb.params[slot.name] * data.gradient(slot, layer, 0, key))
+                for layer, slots in enumerate(self.program.layers)
+                for slot in slots
+            ]
         )
-        self._observation = Observation(number=total)
+        self._observation = Observation(number=float(terms.sum()), terms=float(np.abs(terms).sum()))
 
     # -- state --------------------------------------------------------------------------------------
 
