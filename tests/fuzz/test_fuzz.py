@@ -28,6 +28,8 @@ OPEN = frozenset(
             "grad_none",
             "grad_scale",
             "layer",
+            "fail",
+            "grad_add",
             "collective",
         ),  # stage 2's .grad, and hooks
         *(
