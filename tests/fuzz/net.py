@@ -43,6 +43,7 @@ class _AllReduce(torch.autograd.Function):
 
 def _parameter(slot: Slot) -> Parameter:
     value = torch.from_numpy(data.weight(slot)).to(getattr(torch, slot.dtype))
+    value = value.clone(memory_format=torch.contiguous_format)  # numpy's empty arrays have odd strides
     if slot.transposed:
         value = value.t().contiguous().t()
     return Parameter(value)

@@ -469,7 +469,11 @@ class Replay:
         if clip is not None:
             self.clip(clip[0], 0, clip[1])
         for optimizer in self.optimizers:
+            skipped = optimizer.skipped, optimizer.skips_in_a_row
             self._step(optimizer)
+            if self.program.wrapper == "accelerate" and optimizer.skipped > skipped[0]:
+                # GradScaler does not see that the wrapped optimizer supports it, and skips the step itself.
+                optimizer.skipped, optimizer.skips_in_a_row = skipped
         self._observation = self._after_step()
         self._zero(list(self.slots), True)
         for optimizer in self.optimizers:
