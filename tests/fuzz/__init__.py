@@ -1,0 +1,1 @@
+"""Random programs over the public API and torch's, replayed in float64 (`README.md`)."""

@@ -1,0 +1,623 @@
+"""The float64 oracle: a program's right numbers, or the refusal that the contract promises.
+
+Gradients follow torch's ``.grad`` under DistributedDataParallel: ``averaged`` holds what all ranks have averaged,
+``local`` what each rank has accumulated since (in no_sync, or before stage 2 reduces it). Operations whose meaning the
+contract leaves open raise `Undefined`, and the generator does not emit them.
+"""
+
+import copy
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tests.fuzz import program as data
+from tests.fuzz.program import Array, Op, Phase, Program
+from tests.oracle import PLAIN, OracleLamb
+
+REFUSALS: dict[str, str] = {
+    "lr": r"\blr\b|learning rate",
+    "weight_decay": r"weight_decay",
+    "betas": r"\bbetas?\b",
+    "max_grad_norm": r"max_grad_norm",
+    "clip differs": r"clip",
+    "a gradient on some ranks": r"gradient.* some|ranks only|\.grad",
+    "gradients scaled differently": r"not averaged|different gradients|\.grad|scale|factor",
+    "assigned over a reduced gradient": r"\.grad.*(assigned|reduced)",
+    "edited after it was reduced": r"reduce",
+    "a step less": r"\bsteps?\b",
+    "converted": r"bucket|dtype|float16",
+    "copied over several ranks": r"cannot be pickled|copied",
+}
+"""Refused by contract: what happened, and a fragment of the message on every rank."""
+
+AFTER_A_DIFFERENCE = {"backward", "step"}
+MOST_SKIPS = 8  # max_consecutive_skips is 10
+CHECKED_STEPS = 2  # in which stage 1 compares gradients over ranks
+
+
+class Undefined(Exception):
+    """The contract does not say what happens."""
+
+
+@dataclass
+class Refusal:
+    """Every rank raises at an operation in [first, last], with a message that ``key`` of `REFUSALS` matches."""
+
+    key: str
+    first: tuple[int, int]  # phase, operation
+    last: tuple[int, int] | None = None
+
+    def matches(self, message: str) -> bool:
+        return re.search(REFUSALS[self.key], message, re.IGNORECASE | re.DOTALL) is not None
+
+
+@dataclass
+class Observation:
+    """What every rank must see after one operation."""
+
+    weights: dict[str, Array] | None = None
+    ratios: list[dict[str, float]] | None = None  # by optimizer
+    skipped: list[int] | None = None
+    number: float | None = None  # a norm or a loss
+    terms: float = 0.0  # the sum of the absolute values that ``number`` sums
+    norms: dict[str, float] | None = None  # of .grad
+
+
+@dataclass
+class _Optimizer:
+    groups: list[list[str]]
+    options: list[dict[str, Any]]
+    max_grad_norm: float | None
+    registered: set[str] = field(default_factory=set)
+    clip: float | None = None
+    is_clip_stale: bool = False  # applied once, to gradients that are still there
+    ratios: dict[str, float] = field(default_factory=dict)
+    skipped: int = 0
+    skips_in_a_row: int = 0
+    steps: int = 0
+    is_used: bool = False  # a step has used the gradients
+
+    @property
+    def names(self) -> list[str]:
+        return [name for group in self.groups for name in group]
+
+
+def _ensure(condition: bool) -> None:
+    if not condition:
+        raise Undefined
+
+
+class Replay:
+    """Interprets operations one by one; ``observations`` by (phase, operation)."""
+
+    def __init__(self, program: Program) -> None:
+        self.program, self.slots = program, program.slots()
+        self.lamb = OracleLamb({name: data.weight(slot) for name, slot in self.slots.items()})
+        self.observations: dict[tuple[int, int], Observation] = {}
+        self.refusal: Refusal | None = None
+        self.ended = False
+        self.phase = self.index = -1
+        self.skipped = [0] * 9
+        self.is_low_precision = any(slot.dtype == "bfloat16" for slot in self.slots.values())
+
+    def start(self, phase: Phase) -> None:
+        self.phase, self.index = self.phase + 1, -1
+        self.world, self.how = phase.world, phase.how
+        self.frozen = set(phase.frozen)
+        self.averaged: dict[str, Array] = {}
+        self.local: list[dict[str, Array]] = [{} for _ in range(self.world)]
+        self.zeroed: set[str] = set()  # in stage 2, by zero_grad(set_to_none=False)
+        self.snapshots: dict[int, Any] = {}
+        before = self.optimizers if self.phase else None
+        self.optimizers = []
+        for groups in phase.optimizers:
+            clip = self.program.options["max_grad_norm"]
+            options = [self._group_options(group.options) for group in groups]
+            names = [self.program.names_of(group.layers) for group in groups]
+            self.optimizers.append(_Optimizer(names, options, clip))
+        for optimizer, old in zip(self.optimizers, before or [], strict=False):
+            optimizer.options, optimizer.max_grad_norm = old.options, old.max_grad_norm
+            optimizer.skipped = old.skipped
+        for optimizer in self.optimizers:
+            self._register(optimizer)
+
+    def apply(self, op: Op) -> None:
+        """Raises Undefined before it changes anything."""
+        _ensure(not self.ended)
+        _ensure(self.refusal is None or op.kind in AFTER_A_DIFFERENCE)
+        getattr(self, op.kind)(**op.args)
+        self.index += 1
+        if self._observation is not None:
+            self.observations[self.phase, self.index] = self._observation
+        self._observation = None
+
+    _observation: Observation | None = None
+
+    # -- helpers ------------------------------------------------------------------------------------
+
+    def _refuse(self, key: str, *, now: bool) -> None:
+        here = (self.phase, self.index + 1)
+        self.refusal = Refusal(key, here, here if now else None)
+        self.ended = now
+
+    def _group_options(self, own: dict[str, Any]) -> dict[str, Any]:
+        return {key: v for key, v in {**self.program.options, **own}.items() if key != "max_grad_norm"}
+
+    def _register(self, optimizer: _Optimizer) -> None:
+        optimizer.registered |= {n for n in optimizer.names if self._layer(n) not in self.frozen}
+
+    @staticmethod
+    def _layer(name: str) -> int:
+        return int(name.split(".")[1])
+
+    def _is_dtensor(self, name: str) -> bool:
+        return self.program.is_dtensor(self.how, name)
+
+    def _is_reduced_here(self, name: str) -> bool:
+        return self.how in data.REDUCED_HERE and not self._is_dtensor(name)
+
+    def _optimizer_of(self, name: str) -> _Optimizer | None:
+        return next((o for o in self.optimizers if name in o.names), None)
+
+    def _has_local(self, names: Iterable[str] | None = None) -> bool:
+        wanted = None if names is None else set(names)
+        return any(wanted is None or name in wanted for own in self.local for name in own)
+
+    def _fold(self, names: Iterable[str]) -> None:
+        """Average over ranks; a rank without a gradient counts as zero."""
+        for name in names:
+            parts = [own.pop(name) for own in self.local if name in own]
+            if parts:
+                total = sum(parts[1:], parts[0]) / self.world
+                self.averaged[name] = self.averaged[name] + total if name in self.averaged else total
+
+    def _gradients(self, optimizer: _Optimizer) -> dict[str, Array]:
+        return {name: self.averaged[name] for name in optimizer.names if name in self.averaged}
+
+    def _norm(self, names: Iterable[str]) -> float:
+        return float(np.sqrt(sum(float(np.sum(self.averaged[n] ** 2)) for n in names if n in self.averaged)))
+
+    def _no_clip(self) -> None:
+        _ensure(all(optimizer.clip is None and not optimizer.is_clip_stale for optimizer in self.optimizers))
+
+    # -- gradients ----------------------------------------------------------------------------------
+
+    def backward(
+        self,
+        parts: list[list[int]],
+        key: int,
+        sync: bool = True,
+        fail: list[int | None] | None = None,
+        nan: int | None = None,
+        collective: int | None = None,
+    ) -> None:
+        """``fail``: by rank, the lowest layer whose gradients arrive before backward raises."""
+        self._no_clip()
+        same = all(part == parts[0] for part in parts)
+        _ensure(
+            self.how not in data.WITH_DTENSORS or (same and fail is None and (sync or self.how == "mixed2"))
+        )
+        _ensure(self.how != "ddp" or (fail is None and all(parts)))
+        _ensure(collective is None or all(collective in part for part in parts))
+        _ensure(collective is None or fail is None)
+        _ensure(self.refusal is None or (nan is None and sync and fail is None))
+        touched = set()
+        for rank, part in enumerate(parts):
+            lowest = (fail or [None] * self.world)[rank]
+            for layer in part:
+                if layer < (lowest or 0):
+                    continue
+                for slot in self.program.layers[layer]:
+                    name = slot.name
+                    if self._layer(name) in self.frozen:
+                        continue
+                    value = data.gradient(slot, layer, rank, key)
+                    if rank == nan:
+                        value = value * np.nan
+                    self.zeroed.discard(name)
+                    own = self.local[rank]
+                    own[name] = own[name] + value if name in own else value
+                    touched.add(name)
+        self._fold(name for name in touched if self._is_dtensor(name))
+        if sync:
+            self._average(touched)
+        for optimizer in self.optimizers:
+            optimizer.is_used = False
+
+    def _average(self, touched: set[str]) -> None:
+        if self.how == "ddp":
+            self._fold(touched)
+        elif self.how in data.AVERAGED_BY_HAND:
+            self._fold([name for name in self.slots if not self._is_dtensor(name)])
+        else:
+            for optimizer in self.optimizers:
+                self._fold([n for n in optimizer.names if n in optimizer.registered])
+
+    def zero_grad(self, who: Any, set_to_none: bool) -> None:
+        """``who``: "model", ["optimizer", index] or ["layer", index]."""
+        if who == "model":
+            names = list(self.slots)
+        elif who[0] == "optimizer":
+            names = self.optimizers[who[1]].names
+        else:
+            names = [slot.name for slot in self.program.layers[who[1]]]
+            self._no_clip()
+        self._zero(names, set_to_none)
+        for optimizer in self.optimizers:
+            if set(optimizer.names) <= set(names):
+                optimizer.clip, optimizer.is_clip_stale, optimizer.is_used = None, False, False
+
+    def _zero(self, names: list[str], set_to_none: bool) -> None:
+        for name in names:
+            for own in [self.averaged, *self.local]:
+                if name in own and (set_to_none or self._is_reduced_here(name)):
+                    del own[name]
+                    if not set_to_none:
+                        self.zeroed.add(name)
+                elif name in own:
+                    own[name] = np.zeros_like(own[name])
+            if set_to_none:
+                self.zeroed.discard(name)
+
+    def grad_none(self, names: list[str], rank: int | None = None) -> None:
+        self._no_clip()
+        if rank is None:
+            _ensure(not any(self._is_reduced_here(n) for n in names) or not self._has_local(names))
+            _ensure(not self.zeroed & set(names))
+            self._zero(names, True)
+            return
+        _ensure(self.world > 1 and not self._has_local() and not self.zeroed)
+        name = names[0]
+        optimizer = self._optimizer_of(name)
+        _ensure(name in self.averaged and self.slots[name].shape != () and self.averaged[name].size > 0)
+        _ensure(optimizer is not None and len(self._gradients(optimizer)) > 1)
+        assert optimizer is not None
+        _ensure(all(np.isfinite(g).all() for g in self._gradients(optimizer).values()))
+        self._refuse("a gradient on some ranks", now=False)
+
+    def grad_scale(self, names: list[str], factor: float, rank: int | None = None) -> None:
+        self._no_clip()
+        _ensure(self.how not in data.REDUCED_HERE or not self._has_local())
+        _ensure(not self.zeroed & set(names))
+        if rank is not None:
+            optimizer = self._optimizer_of(names[0])
+            _ensure(
+                self.world > 1 and len(names) == 1 and names[0] in self.averaged and optimizer is not None
+            )
+            assert optimizer is not None
+            _ensure(self.averaged[names[0]].size > 0 and not self._is_dtensor(names[0]))
+            _ensure(self._is_reduced_here(names[0]) or optimizer.steps < CHECKED_STEPS)
+            _ensure(np.isfinite(self._norm(self.slots)))
+            self._refuse("gradients scaled differently", now=False)
+            return
+        for name in names:
+            for own in [self.averaged, *self.local]:
+                if name in own:
+                    own[name] = own[name] * factor
+
+    def grad_add(self, names: list[str], value: float) -> None:
+        self._no_clip()
+        _ensure(not self._has_local(names) and not self.zeroed)
+        there = [name for name in names if name in self.averaged]
+        _ensure(not any(self._is_dtensor(name) for name in names) and bool(there))
+        if any(self._is_reduced_here(name) for name in there):
+            self._refuse("edited after it was reduced", now=True)
+            return
+        for name in there:
+            self.averaged[name] = self.averaged[name] + value * np.sign(
+                data.gradient(self.slots[name], 0, 0, 0)
+            )
+
+    def grad_assign(self, names: list[str], key: int) -> None:
+        """Stage 1: the same gradient on all ranks; stage 2: each rank's own."""
+        self._no_clip()
+        _ensure(not any(self._is_dtensor(name) or self._layer(name) in self.frozen for name in names))
+        _ensure(not self._has_local() and not self.zeroed)
+        if self.how in data.REDUCED_HERE:
+            optimizer = self._optimizer_of(names[0])
+            _ensure(optimizer is not None and set(names) <= optimizer.registered)
+            assert optimizer is not None
+            if self._gradients(optimizer):
+                _ensure(not optimizer.is_used and names[0] in self.averaged and len(names) == 1)
+                _ensure(np.isfinite(self._norm(self.slots)))
+                self._refuse("assigned over a reduced gradient", now=False)
+                return
+        for name in names:
+            for rank in range(self.world):
+                at = rank if self.how in data.REDUCED_HERE else 0
+                value = data.gradient(self.slots[name], self._layer(name), at, key)
+                if self.how in data.REDUCED_HERE:
+                    self.local[rank][name] = value
+                else:
+                    self.averaged[name] = value
+
+    def read_norms(self) -> None:
+        """The 2-norm of every ``.grad``."""
+        _ensure(not self._has_local() and not self.zeroed)
+        self._no_clip()
+        norms = {name: float(np.sqrt(np.sum(g * g))) for name, g in self.averaged.items()}
+        self._observation = Observation(norms=norms)
+
+    def clip(self, kind: str, optimizer: int, limit: float, differs: float | None = None) -> None:
+        """``differs``: the last rank's limit."""
+        chosen = self.optimizers[optimizer]
+        if kind == "torch":
+            self._no_clip()
+            _ensure(not self._has_local() and not self.zeroed and not self.how.startswith("mixed"))
+            norm = self._norm(self.slots)
+            _ensure(differs is None and bool(self.averaged))
+            factor = min(1.0, limit / (norm + 1e-6)) if np.isfinite(norm) else np.nan
+            self.averaged = {name: g * factor for name, g in self.averaged.items()}
+        else:
+            _ensure(not self.zeroed and not chosen.is_clip_stale)
+            _ensure(self.how in data.REDUCED_HERE or not self._has_local(chosen.names))
+            self._register(chosen)
+            self._fold(chosen.registered)
+            norm = self._norm(chosen.names)
+            before = 1.0 if chosen.clip is None else chosen.clip
+            if differs is not None:
+                _ensure(
+                    self.world > 1 and np.isfinite(norm) and norm > 2 * max(limit, differs) and before == 1.0
+                )
+                self._refuse("clip differs", now=False)
+                return
+            norm *= before
+            chosen.clip = before * (limit / norm if norm > limit else 1.0)
+        if np.isfinite(norm):
+            self._observation = Observation(number=norm)
+
+    # -- steps --------------------------------------------------------------------------------------
+
+    def step(self, missing: int | None = None) -> None:
+        """Every optimizer's; ``missing``: the rank that omits it."""
+        here = (self.phase, self.index + 1)
+        if missing is not None:
+            # Elsewhere the next backward's collectives wait for the rank that is in the step, as without an optimizer.
+            _ensure(self.how == "stage2" and self.world > 1 and self.refusal is None and bool(self.averaged))
+            _ensure(np.isfinite(self._norm(self.slots)))
+        self._check_step()
+        if self.refusal is not None:
+            _ensure(all(self._gradients(optimizer) for optimizer in self.optimizers))
+            self.refusal.last, self.ended = here, True
+            return
+        if missing is not None:
+            self._refuse("a step less", now=False)
+            return
+        for optimizer in self.optimizers:
+            self._step(optimizer)
+        self._observation = self._after_step()
+
+    def _check_step(self) -> None:
+        for optimizer in self.optimizers:
+            names = [n for n in optimizer.names if self._layer(n) not in self.frozen]
+            _ensure(not (self.zeroed & set(names)) and not optimizer.is_clip_stale)
+            local = self._has_local(n for n in names if not self._is_reduced_here(n))
+            _ensure(not local and optimizer.skips_in_a_row < MOST_SKIPS)
+            _ensure(not (optimizer.is_used and optimizer.clip is not None))
+
+    def _after_step(self) -> Observation:
+        return Observation(
+            weights={name: value.copy() for name, value in self.lamb.params.items()},
+            ratios=[optimizer.ratios for optimizer in self.optimizers],
+            skipped=[optimizer.skipped for optimizer in self.optimizers],
+        )
+
+    def _step(self, optimizer: _Optimizer) -> None:
+        self._register(optimizer)
+        self._fold(optimizer.registered)
+        gradients = self._gradients(optimizer)
+        optimizer.steps += 1
+        optimizer.is_used = True
+        clip = 1.0 if optimizer.clip is None else optimizer.clip
+        optimizer.is_clip_stale, optimizer.clip = optimizer.clip is not None, None
+        if any(not np.isfinite(g).all() for g in gradients.values()):
+            optimizer.skipped += 1
+            optimizer.skips_in_a_row += 1
+            optimizer.ratios = {}
+            return
+        optimizer.skips_in_a_row = 0
+        lamb = self.lamb
+        for names, group in zip(optimizer.groups, optimizer.options, strict=True):
+            for name in names:
+                options = {k: v for k, v in group.items() if k in ("lr", "betas", "weight_decay")}
+                lamb.options[name] = {
+                    **{k: v for k, v in PLAIN.items() if k in lamb.options[name]},
+                    "eps": 1e-6,
+                    **options,
+                }
+                for excluded, key in (
+                    (lamb.no_decay, "exclude_from_weight_decay"),
+                    (lamb.no_adapt, "exclude_from_layer_adaptation"),
+                ):
+                    excluded.discard(name)
+                    if any(re.search(pattern, name) for pattern in group.get(key, ())):
+                        excluded.add(name)
+        lamb.max_grad_norm = optimizer.max_grad_norm
+        lamb.step({name: g * clip for name, g in gradients.items()})
+        optimizer.ratios = dict(lamb.ratios)
+
+    def amp_step(
+        self,
+        parts: list[list[int]],
+        key: int,
+        unscale: bool,
+        clip: list[Any] | None = None,
+        nan: int | None = None,
+    ) -> None:
+        """zero_grad, scaled backward, clip, scaler.step, update, zero_grad."""
+        self._no_clip()
+        _ensure(not self.how.startswith("mixed") and self.refusal is None)
+        _ensure(clip is None or (unscale and (clip[0] == "torch" or len(self.optimizers) == 1)))
+        used = {slot.name for part in parts for i in part for slot in self.program.layers[i]}
+        used = {name for name in used if self._layer(name) not in self.frozen}
+        for optimizer in self.optimizers:
+            _ensure(
+                bool(used & optimizer.registered)
+                and used <= {n for o in self.optimizers for n in o.registered}
+            )
+        kept = copy.deepcopy((self.averaged, self.local, self.zeroed))
+        try:
+            self._zero(list(self.slots), True)
+            self.backward(parts, key, nan=nan)
+            self._check_step()
+        except Undefined:
+            self.averaged, self.local, self.zeroed = kept
+            raise
+        if clip is not None:
+            self.clip(clip[0], 0, clip[1])
+        for optimizer in self.optimizers:
+            skipped = optimizer.skipped, optimizer.skips_in_a_row
+            self._step(optimizer)
+            if self.program.wrapper == "accelerate" and optimizer.skipped > skipped[0]:
+                # GradScaler does not see that the wrapped optimizer supports it, and skips the step itself.
+                optimizer.skipped, optimizer.skips_in_a_row = skipped
+        self._observation = self._after_step()
+        self._zero(list(self.slots), True)
+        for optimizer in self.optimizers:
+            optimizer.clip, optimizer.is_clip_stale, optimizer.is_used = None, False, False
+
+    # -- options, parameters ------------------------------------------------------------------------
+
+    def edit(self, optimizer: int, group: int, option: str, value: Any, rank: int | None = None) -> None:
+        """``rank``: the only rank that edits."""
+        chosen = self.optimizers[optimizer]
+        _ensure(group < len(chosen.groups))
+        if rank is not None:
+            now = chosen.max_grad_norm if option == "max_grad_norm" else chosen.options[group].get(option)
+            _ensure(self.world > 1 and now != value and option in REFUSALS)
+            self._refuse(option, now=False)
+        elif option == "max_grad_norm":
+            chosen.max_grad_norm = value
+        else:
+            if option.startswith("exclude"):
+                _ensure(all(any(re.search(p, n) for n in chosen.groups[group]) for p in value))
+            chosen.options[group][option] = value
+
+    def freeze(self, layer: int) -> None:
+        names = [slot.name for slot in self.program.layers[layer]]
+        _ensure(self.how in ("averaged", "stage2") and layer not in self.frozen)
+        _ensure(all(self._layer(name) == layer for name in names) and not self.zeroed & set(names))
+        _ensure(not self._has_local(names) and not any(name in self.averaged for name in names))
+        _ensure(not any(name in names for i in self._other_layers(layer) for name in i))
+        self.frozen.add(layer)
+
+    def _other_layers(self, layer: int) -> list[list[str]]:
+        return [[slot.name for slot in slots] for i, slots in enumerate(self.program.layers) if i != layer]
+
+    def unfreeze(self, layer: int) -> None:
+        _ensure(layer in self.frozen and self.how in ("averaged", "stage2"))
+        self.frozen.discard(layer)
+
+    def add_group(self, optimizer: int, layer: int, options: dict[str, Any]) -> None:
+        names = self.program.names_of([layer])
+        _ensure(not any(set(names) & set(o.names) for o in self.optimizers) and layer not in self.frozen)
+        _ensure(self.how not in data.WITH_DTENSORS and not self._has_local())
+        chosen = self.optimizers[optimizer]
+        self._no_clip()
+        chosen.groups.append(names)
+        chosen.options.append(self._group_options(options))
+        self._register(chosen)
+
+    def rewrite(self, names: list[str], factor: float, way: str) -> None:
+        """Write weights on every rank: in place, by ``.data =`` or by vector_to_parameters."""
+        _ensure(not any(self._is_dtensor(name) for name in names))
+        _ensure(way != "vector" or len({self.slots[name].dtype for name in names}) == 1)
+        for name in names:
+            self.lamb.params[name] = self.lamb.params[name] * factor
+
+    def evaluate(self, key: int) -> None:
+        """The loss of all layers, without gradients."""
+        terms = np.concatenate(
+            [
+                np.ravel(self.lamb.params[slot.name] * data.gradient(slot, layer, 0, key))
+                for layer, slots in enumerate(self.program.layers)
+                for slot in slots
+            ]
+        )
+        self._observation = Observation(number=float(terms.sum()), terms=float(np.abs(terms).sum()))
+
+    # -- state --------------------------------------------------------------------------------------
+
+    def save(self, number: int, form: str) -> None:
+        """``form``: "local", "full", "whole" (as "full", loaded by load_state_dict) or "checkpoint"."""
+        _ensure(form != "checkpoint" or len(self.optimizers) == 1)
+        self.snapshots[number] = (
+            form,
+            copy.deepcopy((self.lamb.params, self.lamb.m, self.lamb.v, self.lamb.steps)),
+            [
+                (
+                    copy.deepcopy(o.groups),
+                    copy.deepcopy(o.options),
+                    o.max_grad_norm,
+                    o.skipped,
+                    set(o.registered),
+                )
+                for o in self.optimizers
+            ],
+        )
+
+    def load(self, number: int, weights: bool) -> None:
+        """Load a snapshot; all but "checkpoint" leave the weights unless ``weights``."""
+        _ensure(number in self.snapshots and self.refusal is None)
+        form, (params, m, v, steps), saved = self.snapshots[number]
+        _ensure(weights or (form != "checkpoint" and not self.is_low_precision))
+        for optimizer, (groups, _, _, _, registered) in zip(self.optimizers, saved, strict=True):
+            _ensure(
+                groups == optimizer.groups and registered == optimizer.registered and optimizer.clip is None
+            )
+        for optimizer, (_, options, clip, skipped, _) in zip(self.optimizers, saved, strict=True):
+            optimizer.options, optimizer.skips_in_a_row = copy.deepcopy(options), 0
+            if form == "checkpoint":
+                optimizer.max_grad_norm, optimizer.skipped = clip, skipped
+            for name in optimizer.names:
+                self.lamb.m[name], self.lamb.v[name] = m[name].copy(), v[name].copy()
+                self.lamb.steps[name] = steps[name]
+        if weights:
+            self.lamb.params = {name: value.copy() for name, value in params.items()}
+
+    def end_phase(self) -> None:
+        """Write the checkpoint from which the next phase resumes."""
+        _ensure(len(self.optimizers) == 1 and self.refusal is None)
+
+    # -- what frameworks do to models ---------------------------------------------------------------
+
+    def copy(self, way: str) -> None:
+        """Go on with a copy of model and optimizers."""
+        _ensure(self.how in ("averaged", "stage2") and not self.program.wrapper)
+        _ensure(not self.averaged and not self._has_local() and not self.program.overlap_forward)
+        _ensure(not self.zeroed and not self.frozen)
+        if self.world > 1:
+            self._refuse("copied over several ranks", now=True)
+            return
+        for optimizer in self.optimizers:
+            optimizer.skipped = optimizer.skips_in_a_row = optimizer.steps = 0
+            optimizer.ratios = {}
+
+    def copy_model(self) -> None:
+        """Copy the model, and go on with the original."""
+        _ensure(self.how in ("averaged", "stage2") and not self.averaged and not self._has_local())
+
+    def share_memory(self) -> None:
+        _ensure(self.how not in data.WITH_DTENSORS)
+
+    def to(self, device: str) -> None:
+        _ensure(self.how not in data.WITH_DTENSORS)
+
+    def half(self) -> None:
+        _ensure(self.how in ("averaged", "stage2") and not self.averaged and not self._has_local())
+        self._refuse("converted", now=False)
+
+
+def replayed(program: Program) -> Replay:
+    """Raises Undefined where the contract leaves an operation open."""
+    replay = Replay(program)
+    for phase in program.phases:
+        replay.start(phase)
+        for op in phase.ops:
+            replay.apply(op)
+    if replay.refusal is not None and not replay.ended:
+        raise Undefined
+    return replay
