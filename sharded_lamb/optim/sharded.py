@@ -344,7 +344,8 @@ class ShardedLamb(JoinableOptimizer):
         if self._settings.skip_nonfinite:
             skip = skip | summary.bad.any()
         if found_inf is not None:
-            skip = skip | (found_inf.to(skip.device).reshape(()) > 0)
+            # GradScaler's is the number 0 if no parameter has elements.
+            skip = skip | (torch.as_tensor(found_inf, device=skip.device).reshape(()) > 0)
         return skip
 
     def _inverse_scale(self) -> Tensor:
