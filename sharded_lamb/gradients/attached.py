@@ -29,6 +29,8 @@ class AttachedGradients:
         """Parameters whose ``.grad`` was zeroed in place since the last reduction."""
         self._marks: list[Mark | None] = []
         self._aside: set[int] = set()
+        self.additions = 0
+        """How often backward has added to a gradient that is in the shards."""
         self._versions: dict[int, int] = {}  # of gradients that backward accumulated in no_sync
         self._owner, self._factors = owner, Factors()
         self._references: list[weakref.ref[Tensor]] = []
@@ -120,6 +122,7 @@ class AttachedGradients:
         """Free ``.grad`` for the gradient that autograd is about to accumulate. Raises as `keeps`."""
         if self.keeps(param, used=used) and param not in self._aside:
             self._aside.add(param)
+            self.additions += 1
             self._versions.pop(param, None)
             self.params[param].grad = None
 

@@ -54,6 +54,11 @@ class AveragedGradients:
         self.replicas, self._owner_mask = added.replicas, added.owner_mask
         self._summary = None  # it lacks the new parameters
 
+    @property
+    def additions(self) -> int:
+        """0: backward adds to ``.grad`` itself."""
+        return 0
+
     def settle(self) -> None:
         """Does nothing: no reduction is ever in flight."""
 

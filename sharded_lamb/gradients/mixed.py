@@ -27,6 +27,11 @@ class MixedGradients:
         self.reducer.enabled = value
 
     @property
+    def additions(self) -> int:
+        """See `GradientSource`."""
+        return self.reducer.additions
+
+    @property
     def rounds(self) -> int:
         """Rounds that the reducer has finished."""
         return self.reducer.rounds

@@ -115,6 +115,11 @@ class BackwardReducer:
         self.state = state
 
     @property
+    def additions(self) -> int:
+        """See `GradientSource`."""
+        return self.attached.additions
+
+    @property
     def _used(self) -> bool:
         return self.state is ReducerState.USED if self._round is None else self._round.used
 

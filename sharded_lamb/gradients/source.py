@@ -43,6 +43,10 @@ class GradientSource(Protocol):
     enabled: bool
     """Whether backward may reduce gradients: False inside ``no_sync()``."""
 
+    @property
+    def additions(self) -> int:
+        """How often backward has added to gradients that this source holds."""
+
     def extend(self, added: Registration) -> None:
         """Add parameters, after `settle`."""
 

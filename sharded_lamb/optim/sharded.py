@@ -264,6 +264,7 @@ class ShardedLamb(JoinableOptimizer):
         if self._skips.check(store.names):
             self._raise_disagreement()
         problem = self._option_problem(alone=self._collectives.world_size == 1)
+        live.clip = self._clip_factor()
         decides = self._settings.skip_nonfinite or live.max_grad_norm is not None or live.clip is not None
         may_defer = not decides and live.found_inf is None
         if live.has_deferred and not may_defer:  # ranks without this change send a deferred summary now
@@ -273,7 +274,7 @@ class ShardedLamb(JoinableOptimizer):
         live.may_defer, live.has_deferred = may_defer, not summary.agreed
         self._update(summary, problem)
         self._gradients.stepped()
-        live.clip = live.max_norm = None
+        self._drop_clip()
         if not live.is_summarized and store.topology.rank == 0:
             logger.info(store.summary(self._table, self._kernel.name, str(self.defaults["variant"])))
         live.is_summarized = True
@@ -293,7 +294,8 @@ class ShardedLamb(JoinableOptimizer):
         if problem is not None:
             self._sum_norms(store.step.new_zeros(len(rule.SUMS), len(store.step)), summary, problem)
         clip = torch.ones_like(grad_norm) if live.clip is None else live.clip
-        clip = clip * rule.clip_factor(grad_norm * clip, live.max_grad_norm)
+        clipped_norm = summary.norm(is_fp64, inverse * clip) if clip.ndim else grad_norm * clip
+        clip = clip * rule.clip_factor(clipped_norm, live.max_grad_norm)
         options, step = self._table.options(), store.step + updated
         scale = torch.where(skip, torch.zeros_like(clip), inverse * clip)
         update = Update(self._kernel, store.shards(), options, step=step, active=updated, grad_scale=scale)
@@ -371,7 +373,7 @@ class ShardedLamb(JoinableOptimizer):
         """Zero gradients: ``.grad`` and, in stage 2, reduced ones, after waiting for exchanges in flight."""
         self._check_open()
         self._gradients.zero()
-        self._live.clip = self._live.max_norm = None
+        self._drop_clip()
         super().zero_grad(set_to_none)
 
     @contextmanager
@@ -391,6 +393,7 @@ class ShardedLamb(JoinableOptimizer):
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the averaged gradients by their global norm, in the next step. Collective.
 
+        Gradients that are zeroed before that step take their factor with them; a second call clips what the first left.
         With DTensors the step summarizes gradients again: one small all-reduce more than with ``max_grad_norm``.
 
         Returns:
@@ -408,8 +411,12 @@ class ShardedLamb(JoinableOptimizer):
         summary = self._gradients.ready(None)
         unscaled = self._gradients.unscale_factor()
         one = torch.ones((), dtype=torch.float64, device=self._store.device)
-        norm = summary.norm(self._table.is_fp64, one if unscaled is None else unscaled)
-        self._live.clip, self._live.max_norm = rule.clip_factor(norm, limit), limit
+        before = self._clip_factor()
+        if before is None:
+            self._drop_clip()
+            before = one
+        norm = summary.norm(self._table.is_fp64, before if unscaled is None else before * unscaled)
+        self._clip_by(before * rule.clip_factor(norm, limit), limit)
         return norm.float()
 
     # -- gathers behind the next forward ---------------------------------------------------------------

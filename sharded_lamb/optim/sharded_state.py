@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -49,7 +50,9 @@ class ShardedLive(AgreedLive):
 
     table: OptionTable | None = None
     clip: Tensor | None = None  # the factor of `clip_grad_norm_` for the next step
-    max_norm: float | None = None  # its argument
+    clip_of: "list[weakref.ref[Tensor] | None]" = field(default_factory=list)  # the gradients that it clips
+    clip_additions: int = 0  # `GradientSource.additions` then
+    max_norm: tuple[float, ...] = ()  # its arguments
     scanned_params: list[Tensor] = field(default_factory=list)  # all groups' parameters at the last scan
     frozen_params: list[Tensor] = field(default_factory=list)  # those of them that the store lacked
     last: LastStep | None = None
@@ -85,6 +88,35 @@ class ShardedOptimizer(AgreedOptions):
     def synchronize(self) -> None:
         """Wait until every parameter is gathered."""
         raise NotImplementedError
+
+    # -- the factor of clip_grad_norm_ --------------------------------------------------------------
+
+    def _clip_by(self, factor: Tensor, max_norm: float) -> None:
+        live, grads = self._live, [p.grad for p in self._store.params]
+        live.clip, live.max_norm = factor, (*live.max_norm, max_norm)
+        live.clip_of = [None if grad is None else weakref.ref(grad) for grad in grads]
+        live.clip_additions = self._gradients.additions
+
+    def _drop_clip(self) -> None:
+        live = self._live
+        live.clip, live.max_norm, live.clip_of = None, (), []
+
+    def _clip_factor(self) -> Tensor | None:
+        """fp64 scalar, or [P]: 1 for gradients that are not those that were clipped; None: no gradient was."""
+        live, params = self._live, self._store.params
+        if live.clip is None or live.clip_additions != self._gradients.additions:
+            return live.clip
+        is_new = [
+            p.grad is not None and (ref is None or ref() is not p.grad)
+            for p, ref in zip(params, live.clip_of, strict=False)
+        ]
+        is_new += [True] * (len(params) - len(is_new))
+        if not any(is_new):
+            return live.clip
+        if all(new or p.grad is None for new, p in zip(is_new, params, strict=True)):
+            return None
+        mask = torch.tensor(is_new).to(live.clip.device, non_blocking=True)
+        return torch.where(mask, torch.ones_like(live.clip), live.clip)
 
     def _refresh_state(self) -> None:
         """Set ``self.state`` of all parameters to views of the store's current memory."""
