@@ -182,9 +182,8 @@ class _Loading:
         """Raises ValueError for a tensor whose elements share memory."""
         for name, tensor in self.model_parts.tensors.items():
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            if any(
-                stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True)
-            ):
+            strides = zip(local.stride(), local.shape, strict=True)
+            if local.numel() and any(stride == 0 and size > 1 for stride, size in strides):
                 raise ValueError(
                     f"{name} is expanded, and its elements share memory: nothing can be loaded into it; clone() it"
                 )

@@ -48,11 +48,14 @@ class ModelParts:
         plain: dict[str, Any] = {}
         raw_names: dict[str, str] = {}
         first: dict[int, str] = {}
+        entries = model.state_dict(
+            keep_vars=True
+        )  # first: it reshards an FSDP2 model that was just evaluated
         live = {id(value) for value in (*model.parameters(), *model.buffers())}
         memory = {
             _memory(value) for value in (*model.parameters(), *model.buffers()) if not _unsupported(value)
         }
-        for raw, value in model.state_dict(keep_vars=True).items():
+        for raw, value in entries.items():
             name = normalize(raw)
             own_state = raw.rpartition(".")[2] == "_extra_state"  # set by the module itself
             if own_state or not isinstance(value, Tensor) or is_sparse(value):

@@ -52,7 +52,7 @@ class ShardedLive(AgreedLive):
     clip: Tensor | None = None  # the factor of `clip_grad_norm_` for the next step
     clip_of: "list[weakref.ref[Tensor] | None]" = field(default_factory=list)  # the gradients that it clips
     clip_additions: int = 0  # `GradientSource.additions` then
-    max_norm: tuple[float, ...] = ()  # its arguments
+    max_norm: tuple[float | None, ...] = ()  # its arguments
     scanned_params: list[Tensor] = field(default_factory=list)  # all groups' parameters at the last scan
     frozen_params: list[Tensor] = field(default_factory=list)  # those of them that the store lacked
     last: LastStep | None = None
@@ -91,7 +91,7 @@ class ShardedOptimizer(AgreedOptions):
 
     # -- the factor of clip_grad_norm_ --------------------------------------------------------------
 
-    def _clip_by(self, factor: Tensor, max_norm: float) -> None:
+    def _clip_by(self, factor: Tensor, max_norm: float | None) -> None:
         live, grads = self._live, [p.grad for p in self._store.params]
         live.clip, live.max_norm = factor, (*live.max_norm, max_norm)
         live.clip_of = [None if grad is None else weakref.ref(grad) for grad in grads]

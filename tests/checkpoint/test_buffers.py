@@ -31,6 +31,7 @@ BUFFERS: dict[str, Callable[[], Tensor]] = {
     "bool": lambda: numbers(5) > 2,
     "scalar": lambda: torch.tensor(3.5),
     "empty": lambda: torch.zeros(0, 3, dtype=torch.complex64),
+    "empty, expanded": lambda: torch.zeros(3, 0).expand(5, 3, 0),
     "transposed": lambda: numbers(3, 4).t(),
     "strided": lambda: numbers(8)[::3],
     "channels last": lambda: numbers(2, 3, 4, 4).to(memory_format=torch.channels_last),
