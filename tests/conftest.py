@@ -28,6 +28,7 @@ SYSTEM = (
     "bert/test_hosts.py",
     "kernels/test_triton_kernels.py",
     "deepspeed/test_launcher.py",
+    "checkpoint/test_exits.py",
     "kernels/test_compiling.py",
     "cluster/test_namespaces.py",
     "launching/test_env.py",

@@ -154,6 +154,11 @@ class Collectives:
     def _group(ranks: tuple[int, ...], device: torch.device) -> OwnedGroup | None:
         return OwnedGroup(ranks, timeout=_timeout(device)) if len(ranks) > 1 else None
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether all groups exist; True if one rank needs none."""
+        return all(group is None or group.is_alive for group in (self.everyone, self._shard, self._replica))
+
     def close(self) -> None:
         """End the groups on this rank; a later collective raises RuntimeError. Not collective."""
         for group in (self.everyone, self._shard, self._replica):

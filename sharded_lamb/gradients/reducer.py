@@ -205,7 +205,8 @@ class BackwardReducer:
         staging = self._take_staging(index)
         grads: list[Tensor | None] = []
         kept: list[Kept] = []
-        for param, p in zip(bucket.plan.params, bucket.params, strict=True):
+        for position, (param, p) in enumerate(zip(bucket.plan.params, bucket.params, strict=True)):
+            bucket.check_fits(position, self.names[param])
             stays = self.present[param] and self.attached.has_gradient(param)
             keeps = self.attached.keeps(param, used=used)
             grad = self._take_gradient(param, p)

@@ -32,6 +32,11 @@ class ClosableOptimizer(ShardedOptimizer):
         """
         self._close("close() was called")
 
+    @property
+    def is_open(self) -> bool:
+        """False once it was closed, or its default process group destroyed."""
+        return self._live.closed is None and self._collectives.is_alive
+
     def _close(self, reason: str) -> None:
         if self._live.closed is None:
             self._live.closed = reason

@@ -227,7 +227,7 @@ def claim(p: Tensor, optimizer: "weakref.ref[Any]") -> None:
 
 
 def release_claims(new: Sequence[NamedParameter], optimizer: object) -> None:
-    """Check that no other optimizer holds ``new`` parameters, or close it while an exception is handled.
+    """Check that no other open optimizer holds ``new`` parameters, or close it while an exception is handled.
 
     In an except clause the exception's traceback holds the optimizer that it ended, whatever the program deletes.
 
@@ -238,14 +238,14 @@ def release_claims(new: Sequence[NamedParameter], optimizer: object) -> None:
         holder = _optimizer_of[p]() if p in _optimizer_of else None
         if holder is None or holder is optimizer:
             continue
-        if sys.exc_info()[0] is None:
+        if holder.is_open and sys.exc_info()[0] is None:
             raise ValueError(
                 f"parameter {name!r} already belongs to another ShardedLamb: two would each move it into buckets of "
                 f"their own. Use one optimizer with two groups, or call close() on the other one first: `del` is not "
                 f"enough while a scheduler, a wrapper or a traceback still holds it"
             )
         with suppress(RuntimeError):  # a gather of the other one failed
-            holder._close(f"a ShardedLamb constructed in an except clause took over {name!r}")
+            holder._close(f"a ShardedLamb constructed later took over {name!r}")
 
 
 def _pointer(p: Tensor) -> int:

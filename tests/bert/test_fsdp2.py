@@ -93,7 +93,12 @@ def test_a_run_moves_between_ways_of_sharding(
 
 def test_dry_run_counts_what_is_cut(tree: dict[str, Any]) -> None:
     def bytes_of(parallel: str) -> int:
-        overrides = [f"parallel={parallel}", "model.hidden_size=256", "model.layers=4"]
+        overrides = [
+            f"parallel={parallel}",
+            "model.hidden_size=256",
+            "model.layers=4",
+            "optimizer.bucket_mb=1",
+        ]
         lines = describe(build_config(tree, overrides), 4).splitlines()
         line = next(line for line in lines if "memory" in line)
         return int(line.split(" MiB")[0].split()[-1].replace(",", ""))

@@ -242,4 +242,5 @@ def test_every_row_says_how_the_run_goes(tree: dict[str, Any], tmp_path: Path) -
     assert {"embeddings", "layer 0", "head"} == steps[2]["trust_ratio_by_layer"].keys()
     assert {"heldout_loss", "heldout_accuracy", "unigram_entropy"} <= final.keys()
     assert steps[-1]["tokens"] == final["tokens"] <= 6 * 12 * 32
+    picture.draw_run(steps, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"

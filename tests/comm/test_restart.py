@@ -16,6 +16,7 @@ def member(rank: int, port: int, generations: list[int], one_store: bool) -> Non
     """Train in each generation; rank 0 makes one optimizer more before its peer is lost."""
     consistency.TIMEOUT_S = 20.0
     model, shared = nn.Linear(8, 8), None
+    opt: ShardedLamb | None = None
     for generation in generations:
         if shared is None or not one_store:
             # one store for all generations, or one for each
@@ -24,7 +25,9 @@ def member(rank: int, port: int, generations: list[int], one_store: bool) -> Non
             )
         store = dist.PrefixStore(f"generation {generation}", shared)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=30))
-        for _ in range(1 + generation):
+        for number in range(1 + generation):
+            if opt is not None and number > 0:
+                opt.close()  # the first takes over from the optimizer of a group that was destroyed
             opt = ShardedLamb(model.named_parameters(), stage=2)
             model(torch.ones(4, 8)).sum().backward()
             opt.step()

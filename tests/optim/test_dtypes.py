@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from sharded_lamb import ShardedLamb
 from sharded_lamb.core.layout import BLOCK, round_up
+from sharded_lamb.gradients.handles import ReducedGradient
 from tests.harness import run_ranks
 from tests.sharded_cases import (
     BASE,
@@ -189,7 +190,9 @@ def _storages() -> set[tuple[int, int]]:
     gc.collect()
     with torch.no_grad():
         tensors = [
-            x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.device.type == "cpu"
+            x
+            for x in gc.get_objects()
+            if issubclass(type(x), torch.Tensor) and type(x) is not ReducedGradient and x.device.type == "cpu"
         ]
     return {(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) for x in tensors}
 

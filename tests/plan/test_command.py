@@ -121,7 +121,7 @@ def test_options_reach_the_prediction(tmp_path: Path) -> None:
 
 
 def test_what_a_rank_sends_of_an_all_reduce_is_a_ring_s(tmp_path: Path) -> None:
-    """4,096 elements, 16 KiB: gathered and scattered over 4 ranks 12 KiB leave each; a shard has 4 KiB, facts 48 B."""
+    """4,096 elements, 16 KiB: gathered and scattered over 4 ranks 12 KiB leave each; a shard has 4 KiB, facts 96 B."""
     sizes, out = tmp_path / "sizes.json", tmp_path / "plan.json"
     sizes.write_text(json.dumps({"w": [4096]}))
 
@@ -131,10 +131,10 @@ def test_what_a_rank_sends_of_an_all_reduce_is_a_ring_s(tmp_path: Path) -> None:
         (found,) = rows_of(out)
         return int(found["sent_bytes"])
 
-    assert sent(1, 4) == 12_288 + 2 * 16_384 * 3 // 4 + 2 * 48 * 3 // 4
-    assert sent(2, 4) == 2 * 12_288 + 2 * 48 * 3 // 4
-    assert sent(2, 12) == 2 * 12_288 + 2 * 4_096 * 2 // 3 + 2 * 48 * 11 // 12
-    assert sent(3, 12) == 3 * 12_288 + 2 * 4_096 * 2 // 3 + 2 * 48 * 11 // 12
+    assert sent(1, 4) == 12_288 + 2 * 16_384 * 3 // 4 + 2 * 96 * 3 // 4
+    assert sent(2, 4) == 2 * 12_288 + 2 * 96 * 3 // 4
+    assert sent(2, 12) == 2 * 12_288 + 2 * 4_096 * 2 // 3 + 2 * 96 * 11 // 12
+    assert sent(3, 12) == 3 * 12_288 + 2 * 4_096 * 2 // 3 + 2 * 96 * 11 // 12
 
 
 def test_calibration_goes_over_the_preset_and_options_over_it(tmp_path: Path) -> None:
