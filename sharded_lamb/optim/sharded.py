@@ -264,7 +264,7 @@ class ShardedLamb(JoinableOptimizer):
         if self._skips.check(store.names):
             self._raise_disagreement()
         problem = self._option_problem(alone=self._collectives.world_size == 1)
-        live.clip = self._clip_factor()
+        live.clip = self._clip_factor(for_step=True)
         decides = self._settings.skip_nonfinite or live.max_grad_norm is not None or live.clip is not None
         may_defer = not decides and live.found_inf is None
         if live.has_deferred and not may_defer:  # ranks without this change send a deferred summary now
@@ -411,7 +411,7 @@ class ShardedLamb(JoinableOptimizer):
         summary = self._gradients.ready(None)
         unscaled = self._gradients.unscale_factor()
         one = torch.ones((), dtype=torch.float64, device=self._store.device)
-        before = self._clip_factor()
+        before = self._clip_factor(for_step=False)
         if before is None:
             self._drop_clip()
             before = one

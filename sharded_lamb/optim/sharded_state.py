@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from sharded_lamb.comm.collectives import Collectives, Traffic
 from sharded_lamb.comm.consistency import Description, propagate_errors
 from sharded_lamb.core.options import OptionTable
+from sharded_lamb.gradients.handles import ReducedGradient
 from sharded_lamb.gradients.source import GradientSource
 from sharded_lamb.optim.agreed_options import AgreedLive, AgreedOptions
 from sharded_lamb.optim.base import States
@@ -50,7 +52,9 @@ class ShardedLive(AgreedLive):
 
     table: OptionTable | None = None
     clip: Tensor | None = None  # the factor of `clip_grad_norm_` for the next step
-    clip_of: "list[weakref.ref[Tensor] | None]" = field(default_factory=list)  # the gradients that it clips
+    clip_of: "list[tuple[weakref.ref[Tensor], int] | None]" = field(
+        default_factory=list
+    )  # gradients, versions
     clip_additions: int = 0  # `GradientSource.additions` then
     max_norm: tuple[float | None, ...] = ()  # its arguments
     scanned_params: list[Tensor] = field(default_factory=list)  # all groups' parameters at the last scan
@@ -94,23 +98,35 @@ class ShardedOptimizer(AgreedOptions):
     def _clip_by(self, factor: Tensor, max_norm: float | None) -> None:
         live, grads = self._live, [p.grad for p in self._store.params]
         live.clip, live.max_norm = factor, (*live.max_norm, max_norm)
-        live.clip_of = [None if grad is None else weakref.ref(grad) for grad in grads]
+        live.clip_of = [None if grad is None else (weakref.ref(grad), _version(grad)) for grad in grads]
         live.clip_additions = self._gradients.additions
 
     def _drop_clip(self) -> None:
         live = self._live
         live.clip, live.max_norm, live.clip_of = None, (), []
 
-    def _clip_factor(self) -> Tensor | None:
-        """fp64 scalar, or [P]: 1 for gradients that are not those that were clipped; None: no gradient was."""
+    def _clip_factor(self, *, for_step: bool) -> Tensor | None:
+        """fp64 scalar, or [P]: 1 for gradients that are not those that were clipped; None: no gradient was.
+
+        Raises:
+            RuntimeError: ``for_step``, and gradients were changed in place after they were clipped.
+        """
         live, params = self._live, self._store.params
         if live.clip is None or live.clip_additions != self._gradients.additions:
             return live.clip
-        is_new = [
-            p.grad is not None and (ref is None or ref() is not p.grad)
-            for p, ref in zip(params, live.clip_of, strict=False)
-        ]
-        is_new += [True] * (len(params) - len(is_new))
+        is_new = []
+        for name, p, clipped in zip_longest(self._store.names, params, live.clip_of):
+            grad, clipped_grad = p.grad, None if clipped is None else clipped[0]()
+            if grad is None or clipped is None or grad is not clipped_grad:
+                is_new.append(grad is not None)
+                continue
+            is_changed = _version(grad) != clipped[1]
+            if is_changed and for_step:
+                raise RuntimeError(
+                    f"the gradient of {name!r} was changed in place after clip_grad_norm_(): call it again after the "
+                    f"last change, or zero gradients with set_to_none=True"
+                )
+            is_new.append(is_changed)
         if not any(is_new):
             return live.clip
         if all(new or p.grad is None for new, p in zip(is_new, params, strict=True)):
@@ -424,3 +440,8 @@ def asked_by_dcp() -> bool | None:
         found = found or name.startswith("torch.distributed.checkpoint.")
         frame = frame.f_back  # type: ignore[assignment]
     return False if found else None
+
+
+def _version(grad: Tensor) -> int:
+    """Counts changes in place, but those that a handle applies itself."""
+    return 0 if isinstance(grad, ReducedGradient) else grad._version

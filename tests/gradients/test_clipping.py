@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sharded_lamb import ShardedLamb
-from tests.harness import run_ranks
+from tests.harness import run_ranks, run_ranks_expecting_errors
 from tests.training import (
     assert_follows,
     average,
@@ -73,6 +73,20 @@ def zeroed_and_clipped(opt: ShardedLamb, params: dict[str, Parameter], rank: int
     return clipped(averaged(1), 2 * LIMIT)
 
 
+def zeroed_in_place(opt: ShardedLamb, params: dict[str, Parameter], rank: int, stage: int) -> Gradients:
+    opt.clip_grad_norm_(LIMIT)
+    for p in params.values():
+        assert p.grad is not None
+        p.grad.zero_()
+    if stage == 2:
+        backward(params, own_gradients(rank, 1))
+    else:
+        for name, grad in averaged(1).items():
+            params[name].grad += grad.float()  # type: ignore[operator, union-attr]
+    opt.clip_grad_norm_(2 * LIMIT)
+    return clipped(averaged(1), 2 * LIMIT)
+
+
 Change = Callable[[ShardedLamb, dict[str, Parameter], int, int], Gradients]
 
 
@@ -86,7 +100,22 @@ def run(rank: int, change: Change, stage: int) -> tuple[dict[str, Tensor], Gradi
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("change", [twice, zeroed, one_zeroed, zeroed_and_clipped])
+@pytest.mark.parametrize("change", [twice, zeroed, one_zeroed, zeroed_and_clipped, zeroed_in_place])
 def test_the_step_clips_the_gradients_that_were_clipped(change: Change, stage: int) -> None:
     for stepped, expected in run_ranks(2, run, change, stage):
         assert_follows(stepped, oracle_run(weights(), [expected]))
+
+
+def changed_after(rank: int) -> None:
+    params = parameters()
+    opt = ShardedLamb(params.items())
+    give(params, rank, 0, 1)
+    opt.clip_grad_norm_(LIMIT)
+    assert params[ONE].grad is not None
+    params[ONE].grad.mul_(2)
+    opt.step()
+
+
+def test_a_change_in_place_after_clipping_is_an_error() -> None:
+    for kind, message in run_ranks_expecting_errors(2, changed_after).values():
+        assert (kind, "call it again after the last change" in message) == ("RuntimeError", True)
