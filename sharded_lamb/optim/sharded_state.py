@@ -116,8 +116,8 @@ class ShardedOptimizer(AgreedOptions):
             return live.clip
         is_new = []
         for name, p, clipped in zip_longest(self._store.names, params, live.clip_of):
-            grad, clipped_grad = p.grad, None if clipped is None else clipped[0]()
-            if grad is None or clipped is None or grad is not clipped_grad:
+            grad: Tensor | None = p.grad
+            if grad is None or clipped is None or clipped[0]() is not grad:
                 is_new.append(grad is not None)
                 continue
             is_changed = _version(grad) != clipped[1]
