@@ -44,6 +44,8 @@ _START_TIMEOUT = 120.0
 _RENEWAL_TIMEOUT = 10.0
 # Ranks that wait for one that failed will not get there; they get this long to fail by themselves.
 _GRACE_AFTER_ERROR = 5.0
+# Groups whose connections stay open poll them from threads of their own, which slow all later cases.
+_MOST_THREADS = 24
 _LINEAR = torch.nn.functional.linear  # ZeRO-3 replaces it
 # Above any case's own timeout, so that the harness and not gloo decides when a case hangs.
 _GROUP_TIMEOUT = timedelta(minutes=29)  # not the default, so that a test can tell
@@ -120,6 +122,11 @@ class _Worker:
     process: BaseProcess
     pipe: Connection
     log: Path  # its stdout and stderr, and its stack when it had to be killed
+
+    def threads(self) -> int:
+        """How many it has; 0 where the system does not say."""
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        return len(list(tasks.iterdir())) if tasks.is_dir() else 0
 
     def log_tail(self) -> str:
         return self.log.read_text(errors="replace")[-4000:]
@@ -210,6 +217,7 @@ def _run(
         progress = _await_replies(pool, case, timeout, grace)
         clean = not progress.errors and progress.reusable
         clean = clean or (progress.answered and pool.renewed())
+        clean = clean and not any(worker.threads() > _MOST_THREADS for worker in pool.workers)
     finally:
         if clean:
             _pools[world_size] = pool
@@ -356,7 +364,6 @@ def _groups_can_be_destroyed() -> bool:
 def _clean_up_after_last_case(environment: dict[str, str]) -> None:
     """Done at the start of a case: all ranks have replied by then, so nobody still uses these groups."""
     gc.collect()
-    gc.freeze()  # modules that the case imported: later collections need not look at them
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
