@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+import threading
 import time
 import weakref
 from typing import Any
@@ -319,3 +320,15 @@ def test_shutdown_ends_every_process() -> None:
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def _leak_threads(rank: int) -> int:
+    for _ in range(40):
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+    return os.getpid()
+
+
+def test_workers_with_too_many_threads_are_replaced() -> None:
+    """Connections that are never closed are polled by threads, and make every later case slower."""
+    worn = run_ranks(2, _leak_threads)
+    assert not {*worn} & {*run_ranks(2, _pid)}
