@@ -128,6 +128,8 @@ class JoinableOptimizer(ClosableOptimizer, Joinable):
                 self._collectives.broadcast(sent, source)
             if self._live.has_joined:
                 p.grad = sent if has_gradient else None
+        if self._live.has_joined:
+            self._note_clipped()  # the same gradients, received again
         self._gradients.zero()  # the summary that an earlier clip_grad_norm_ made; the joined ranks have new gradients
         return clip
 

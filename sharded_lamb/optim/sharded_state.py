@@ -96,8 +96,13 @@ class ShardedOptimizer(AgreedOptions):
     # -- the factor of clip_grad_norm_ --------------------------------------------------------------
 
     def _clip_by(self, factor: Tensor, max_norm: float | None) -> None:
-        live, grads = self._live, [p.grad for p in self._store.params]
+        live = self._live
         live.clip, live.max_norm = factor, (*live.max_norm, max_norm)
+        self._note_clipped()
+
+    def _note_clipped(self) -> None:
+        """The factor is of the gradients as they are now."""
+        live, grads = self._live, [p.grad for p in self._store.params]
         live.clip_of = [None if grad is None else (weakref.ref(grad), _version(grad)) for grad in grads]
         live.clip_additions = self._gradients.additions
 
