@@ -394,3 +394,8 @@ def _nan(like: Tensor, device: torch.device) -> Tensor:
     if like.numel() <= 1:
         return torch.full(like.shape, torch.nan, dtype=like.dtype, device=device)
     return ReducedGradient(like, None, device)
+
+
+def version_of(grad: Tensor) -> int:
+    """The number of changes of ``grad`` in place, but those that a handle applies itself."""
+    return 0 if isinstance(grad, ReducedGradient) else grad._version

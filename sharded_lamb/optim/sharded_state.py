@@ -16,7 +16,7 @@ from torch import Tensor
 from sharded_lamb.comm.collectives import Collectives, Traffic
 from sharded_lamb.comm.consistency import Description, propagate_errors
 from sharded_lamb.core.options import OptionTable
-from sharded_lamb.gradients.handles import ReducedGradient
+from sharded_lamb.gradients.handles import version_of
 from sharded_lamb.gradients.source import GradientSource
 from sharded_lamb.optim.agreed_options import AgreedLive, AgreedOptions
 from sharded_lamb.optim.base import States
@@ -103,7 +103,7 @@ class ShardedOptimizer(AgreedOptions):
     def _note_clipped(self) -> None:
         """The factor is of the gradients as they are now."""
         live, grads = self._live, [p.grad for p in self._store.params]
-        live.clip_of = [None if grad is None else (weakref.ref(grad), _version(grad)) for grad in grads]
+        live.clip_of = [None if grad is None else (weakref.ref(grad), version_of(grad)) for grad in grads]
         live.clip_additions = self._gradients.additions
 
     def _drop_clip(self) -> None:
@@ -125,7 +125,7 @@ class ShardedOptimizer(AgreedOptions):
             if grad is None or clipped is None or clipped[0]() is not grad:
                 is_new.append(grad is not None)
                 continue
-            is_changed = _version(grad) != clipped[1]
+            is_changed = version_of(grad) != clipped[1]
             if is_changed and for_step:
                 raise RuntimeError(
                     f"the gradient of {name!r} was changed in place after clip_grad_norm_(): call it again after the "
@@ -445,8 +445,3 @@ def asked_by_dcp() -> bool | None:
         found = found or name.startswith("torch.distributed.checkpoint.")
         frame = frame.f_back  # type: ignore[assignment]
     return False if found else None
-
-
-def _version(grad: Tensor) -> int:
-    """Counts changes in place, but those that a handle applies itself."""
-    return 0 if isinstance(grad, ReducedGradient) else grad._version
