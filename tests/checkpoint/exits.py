@@ -1,7 +1,7 @@
 """How processes end after training: ``python -m tests.checkpoint.exits KIND RUNS`` prints {exit code: number of ranks}.
 
 Every run forks two ranks, which end as programs do. KIND joins "save", "async", "unasked" (an async save whose result
-nobody asks for) and "destroy" (the program destroys the process groups) by +; "step" alone: only steps. Exit code 99:
+is never read) and "destroy" (the program destroys the process groups) by +; "step" alone: only steps. Exit code 99:
 threads of the package's process groups outlived the exit handlers, and could abort the process (exit code -6).
 """
 

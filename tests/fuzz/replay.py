@@ -597,7 +597,7 @@ class Replay:
             optimizer.ratios = {}
 
     def copy_model(self) -> None:
-        """Copy the model, and go on with the original."""
+        """Copy the model, and continue with the original."""
         _ensure(self.how in ("averaged", "stage2") and not self.averaged and not self._has_local())
 
     def share_memory(self) -> None:

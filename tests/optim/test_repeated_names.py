@@ -1,4 +1,4 @@
-"""Parameters of equal names in one optimizer (two models, experts) are told apart by group and position."""
+"""Parameters of equal names in one optimizer (two models, experts) are distinguished by group and position."""
 
 from typing import Any
 
