@@ -2,6 +2,7 @@
 
 import gc
 import os
+import time
 from typing import Any
 
 import pytest
@@ -75,6 +76,15 @@ def live_and_end(model: nn.Module, way: str, mesh: Any, kept: list[Any]) -> None
         opt.zero_grad() if way == "deleted" else None
 
 
+def settled(model: nn.Module, wanted: dict[str, int]) -> dict[str, int]:
+    """The counts once they are what is wanted, or after five seconds: gloo closes connections in its own time."""
+    for _ in range(100):
+        if (now := count(model)) == wanted:
+            break
+        time.sleep(0.05)
+    return now
+
+
 def one_after_another(rank: int, way: str, axes: tuple[int, ...]) -> tuple[dict[str, int], ...]:
     mesh = init_device_mesh("cpu", axes) if axes else None
     model, kept, seen = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 3)), [], []  # type: ignore[var-annotated]
@@ -84,20 +94,27 @@ def one_after_another(rank: int, way: str, axes: tuple[int, ...]) -> tuple[dict[
         seen.append(count(model))
     if way == "taken over":
         kept[0].close()
-    return start, seen[1], seen[-1], count(model)
+    most = {what: max(now[what] for now in seen[:3]) for what in start}
+    least = {what: min(now[what] for now in seen[3:]) for what in start}
+    return start, most, least, settled(model, start)
+
+
+def assert_flat(most: dict[str, int], least: dict[str, int]) -> None:
+    """The last three of six optimizers cost no more than the first three did: one thing left by each would show."""
+    assert {what: (most[what], least[what]) for what in most if least[what] > most[what]} == {}
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_many_optimizers_cost_what_one_does(way: str) -> None:
-    for start, second, last, end in run_ranks(2, one_after_another, way, ()):
-        assert last == second
+    for start, most, least, end in run_ranks(2, one_after_another, way, ()):
+        assert_flat(most, least)
         assert end == start
 
 
 @pytest.mark.parametrize("axes", [(2, 1), (1, 2)])
 def test_many_optimizers_on_a_mesh_cost_what_one_does(axes: tuple[int, ...]) -> None:
-    for start, second, last, end in run_ranks(2, one_after_another, "deleted", axes):
-        assert last == second
+    for start, most, least, end in run_ranks(2, one_after_another, "deleted", axes):
+        assert_flat(most, least)
         assert end["hooks"] == start["hooks"]
 
 
