@@ -5,13 +5,14 @@
 
 A new interpreter spends five seconds of CPU time on its imports. This `python` is a small program that asks the server
 to fork: the fork gets its arguments, environment, folder and open files, runs the module, script or code as
-``__main__``, and ends after its exit functions, without the interpreter's finalization, which would take a second of
-its own. Signals, exit codes and death are handed on in both directions. Other calls (``python -V``) and other network
-namespaces get the real interpreter.
+``__main__`` in its network namespace, and ends after its exit functions, without the interpreter's finalization, which
+would take a second of its own. Signals, exit codes and death are handed on in both directions. Other calls
+(``python -V``) get the real interpreter.
 """
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -38,18 +39,17 @@ import json, os, resource, signal, socket, sys
 flags, rest = [], sys.argv[1:]
 while rest and rest[0] in ("-u", "-B", "-s"):
     flags.append(rest.pop(0))
-namespace = os.stat("/proc/self/ns/net").st_ino
 program = {program!r}
 if program:
     rest = [program, *rest]
-if not rest or (rest[0].startswith("-") and rest[0] not in ("-m", "-c")) or namespace != {namespace}:
+if not rest or (rest[0].startswith("-") and rest[0] not in ("-m", "-c")):
     os.execv({python!r}, [{python!r}, *flags, *rest])
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 request = [rest, dict(os.environ), os.getcwd(), "-u" in flags, os.path.join({folder!r}, "python"), limits]
 text = json.dumps(request).encode("utf-8", "surrogateescape")
-socket.send_fds(server, [len(text).to_bytes(8, "big")], [0, 1, 2])
+socket.send_fds(server, [len(text).to_bytes(8, "big")], [0, 1, 2, os.open("/proc/self/ns/net", os.O_RDONLY)])
 server.sendall(text)
 replies = server.makefile("r")
 pid = int(replies.readline())
@@ -89,7 +89,6 @@ def prefix() -> Path:
         client = CLIENT.format(
             python=sys.executable,
             program=program,
-            namespace=os.stat("/proc/self/ns/net").st_ino,
             address=address,
             folder=str(bin_folder),
         )
@@ -160,11 +159,16 @@ def serve(address: str) -> None:
 
 
 def _received(client: socket.socket) -> tuple[list[Any], list[int]]:
-    head, files, _, _ = socket.recv_fds(client, 8, 3)
+    head, files, _, _ = socket.recv_fds(client, 8, 4)
     text = b""
     while len(text) < int.from_bytes(head, "big"):
         text += client.recv(1 << 16)
     return json.loads(text), list(files)
+
+
+def _enter(namespace: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).setns(namespace, 0) != 0:
+        raise OSError(ctypes.get_errno(), "setns")
 
 
 def _end(code: int) -> NoReturn:
@@ -181,7 +185,11 @@ def _run(request: list[Any], files: list[int]) -> int:
     arguments, environment, folder, unbuffered, executable, limits = request
     os.setsid()
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    for number, file in enumerate(files):
+    *streams, namespace = files
+    if os.fstat(namespace).st_ino != os.stat("/proc/self/ns/net").st_ino:  # else no permission is needed
+        _enter(namespace)
+    os.close(namespace)
+    for number, file in enumerate(streams):
         os.dup2(file, number)
         os.close(file)
     os.chdir(folder)

@@ -12,6 +12,7 @@ from sharded_lamb import faults
 from sharded_lamb.checkpoint import read_contents
 from sharded_lamb.cluster import local as cluster
 from sharded_lamb.cluster.namespaces import Host, NetworkError, network, run_together
+from tests import interpreter
 from tests.bert.test_command import write_config
 from tests.bert.test_train import trained
 from tests.training import assert_same_bits
@@ -30,6 +31,7 @@ def hosts() -> Iterator[list[Host]]:
 def settings(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("MAX_RESTARTS", "0")
+    monkeypatch.setenv("VIRTUAL_ENV", str(interpreter.prefix()))
     return monkeypatch
 
 
