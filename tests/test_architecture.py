@@ -72,14 +72,14 @@ class Import:
 
 def imports_of(source: str, package: str) -> list[Import]:
     """Every import in `source`, a module of `package`, at any depth."""
-    found: list[Import] = []
+    imports: list[Import] = []
 
     def visit(node: ast.AST, type_checking_only: bool) -> None:
         if isinstance(node, ast.Import):
-            found.extend(Import(alias.name, node.lineno, type_checking_only) for alias in node.names)
+            imports.extend(Import(alias.name, node.lineno, type_checking_only) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = _absolute(node, package)
-            found.extend(
+            imports.extend(
                 Import(f"{base}.{alias.name}", node.lineno, type_checking_only) for alias in node.names
             )
         elif isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
@@ -92,7 +92,7 @@ def imports_of(source: str, package: str) -> list[Import]:
                 visit(child, type_checking_only)
 
     visit(ast.parse(source), False)
-    return found
+    return imports
 
 
 def _absolute(node: ast.ImportFrom, package: str) -> str:
@@ -114,9 +114,9 @@ def unit_of_import(target: str) -> str | None:
 def mentions_process_groups(source: str, package: str) -> list[int]:
     """Lines that import torch.distributed or reach it as an attribute of torch."""
     lines = [
-        found.line
-        for found in imports_of(source, package)
-        if found.target == "torch.distributed" or found.target.startswith("torch.distributed.")
+        imported.line
+        for imported in imports_of(source, package)
+        if imported.target == "torch.distributed" or imported.target.startswith("torch.distributed.")
     ]
     lines += [
         node.lineno
@@ -131,21 +131,21 @@ def mentions_process_groups(source: str, package: str) -> list[int]:
 
 def runtime_torch_imports(source: str, package: str) -> list[int]:
     return [
-        found.line
-        for found in imports_of(source, package)
-        if found.target.split(".")[0] == "torch" and not found.type_checking_only
+        imported.line
+        for imported in imports_of(source, package)
+        if imported.target.split(".")[0] == "torch" and not imported.type_checking_only
     ]
 
 
 def upward_imports(source: str, package: str, unit: str) -> list[str]:
     """What `source`, a module of `unit`, imports from its own floor or a higher one."""
     bad = []
-    for found in imports_of(source, package):
-        target = unit_of_import(found.target)
+    for imported in imports_of(source, package):
+        target = unit_of_import(imported.target)
         if target is None or target == unit or not {target, unit} <= FLOOR_OF.keys():
             continue  # a unit that is not on the plan has a test of its own
         if FLOOR_OF[target] >= FLOOR_OF[unit]:
-            bad.append(f"line {found.line}: {unit} imports {target}")
+            bad.append(f"line {imported.line}: {unit} imports {target}")
     return list(dict.fromkeys(bad))
 
 
@@ -159,13 +159,13 @@ def cycle_in(graph: Mapping[str, set[str]]) -> list[str] | None:
         if node in done:
             return None
         for target in sorted(graph[node]):
-            found = walk(target, [*path, node])
-            if found:
-                return found
+            cycle = walk(target, [*path, node])
+            if cycle:
+                return cycle
         done.add(node)
         return None
 
-    return next((found for node in sorted(graph) if (found := walk(node, []))), None)
+    return next((cycle for node in sorted(graph) if (cycle := walk(node, []))), None)
 
 
 def _file_graph() -> dict[str, set[str]]:
@@ -175,11 +175,11 @@ def _file_graph() -> dict[str, set[str]]:
     graph: dict[str, set[str]] = {}
     for path, name in dotted.items():
         targets = set()
-        for found in imports_of(path.read_text(), _package_of(path)):
-            target = found.target
+        for imported in imports_of(path.read_text(), _package_of(path)):
+            target = imported.target
             while target and target not in names:
                 target = target.rpartition(".")[0]
-            if target and not found.type_checking_only:
+            if target and not imported.type_checking_only:
                 targets.add(target)
         own = name.removesuffix(".__init__")
         graph[own] = targets - {own}
@@ -240,8 +240,8 @@ def test_imports_run_one_way() -> None:
 
 
 def test_no_file_imports_itself_by_way_of_others() -> None:
-    found = cycle_in(_file_graph())
-    assert found is None, " → ".join(found or [])
+    cycle = cycle_in(_file_graph())
+    assert cycle is None, " → ".join(cycle or [])
 
 
 def test_the_package_root_holds_folders_and_public_modules_only() -> None:

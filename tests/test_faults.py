@@ -57,7 +57,7 @@ def test_mistakes_show_the_variable_and_the_part(text: str, why: str) -> None:
 
 def points_called() -> set[str]:
     """The names that the package's modules pass to `faults.point`, or to what calls it by a parameter named fault."""
-    found = set()
+    results = set()
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if (
@@ -65,12 +65,12 @@ def points_called() -> set[str]:
                 and isinstance(node.func, ast.Attribute)
                 and node.func.attr == "point"
             ):
-                found |= {
+                results |= {
                     a.value
                     for a in ast.walk(node)
                     if isinstance(a, ast.Constant) and isinstance(a.value, str)
                 }
-    return found
+    return results
 
 
 def test_every_point_is_somewhere() -> None:
@@ -93,11 +93,11 @@ def test_whose_fault_it_is() -> None:
 def test_when_it_happens() -> None:
     here = injector("nan@gradient:step=3:visit=2")
     assert here is not None
-    told = []
+    warnings_seen = []
     for step in (2, 3, 3, 3, 4):
         here.passed("step", step)
-        told.append(here.passed("gradient", None))
-    assert told == [False, False, True, False, False]
+        warnings_seen.append(here.passed("gradient", None))
+    assert warnings_seen == [False, False, True, False, False]
 
 
 def test_a_loop_that_never_says_its_step_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

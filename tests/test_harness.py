@@ -236,9 +236,9 @@ def test_a_case_does_not_see_what_the_last_one_left() -> None:
 def _assert_renewed(world_size: int) -> None:
     """The default group works, is not the remembered one, and finds nothing of an earlier one in the store."""
     total = world_size * (world_size + 1) / 2
-    for rank, found in enumerate(run_ranks(world_size, _look_at_the_group)):
-        assert found.pop("ranks") == (rank, world_size)
-        assert found == {"totals": (total, total), "stale": False, "same": False, "kept": False}
+    for rank, results in enumerate(run_ranks(world_size, _look_at_the_group)):
+        assert results.pop("ranks") == (rank, world_size)
+        assert results == {"totals": (total, total), "stale": False, "same": False, "kept": False}
 
 
 def test_a_case_may_destroy_its_process_group() -> None:
@@ -251,7 +251,9 @@ def test_a_case_may_destroy_its_process_group() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_where_every_rank_raises_workers_stay_and_their_group_is_new(world_size: int) -> None:
     run_ranks(world_size, _remember_the_group, False)
-    assert all(found["same"] for found in run_ranks(world_size, _look_at_the_group)), "nothing to tell apart"
+    assert all(results["same"] for results in run_ranks(world_size, _look_at_the_group)), (
+        "nothing to tell apart"
+    )
     pids = run_ranks(world_size, _pid)
     for _ in range(2):
         run_ranks_expecting_errors(world_size, _remember_the_group, True)
@@ -302,9 +304,9 @@ def test_groups_named_by_their_ranks_are_made_again_under_the_same_name() -> Non
 
 
 def test_workers_have_imported_what_their_server_preloads() -> None:
-    (found,) = run_ranks(1, _preloaded)
-    assert {"torch", "sharded_lamb", "tests.harness"} <= found.keys()
-    assert found == {name: importlib.util.find_spec(name.split(".")[0]) is not None for name in found}
+    (results,) = run_ranks(1, _preloaded)
+    assert {"torch", "sharded_lamb", "tests.harness"} <= results.keys()
+    assert results == {name: importlib.util.find_spec(name.split(".")[0]) is not None for name in results}
 
 
 def test_a_result_that_cannot_travel_is_an_error() -> None:

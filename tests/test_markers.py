@@ -18,12 +18,12 @@ UNIT_ALL_THE_SAME = {
 
 
 def test_files_that_start_programs_are_system_tests() -> None:
-    found = {
+    results = {
         path.relative_to(TESTS).as_posix()
         for path in TESTS.rglob("test_*.py")
         if PROGRAMS.search(path.read_text()) and path.name != "test_markers.py"
     }
-    assert found - UNIT_ALL_THE_SAME <= set(SYSTEM), "add them to tests/conftest.py"
+    assert results - UNIT_ALL_THE_SAME <= set(SYSTEM), "add them to tests/conftest.py"
 
 
 def test_system_files_are_there() -> None:

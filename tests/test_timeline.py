@@ -52,12 +52,12 @@ def test_sums_of_spans(clock: Clock) -> None:
         clock.now = 12.5
     with timeline.span("pass 1", "compute"):
         clock.now = 13
-    found = timeline.summary()
+    results = timeline.summary()
     gather = {"calls": 2, "bytes": 150, "wire": 6, "exposed": 2, "hidden": pytest.approx(2 / 3)}
     small = {"calls": 1, "bytes": 8, "wire": 1, "exposed": 1, "hidden": 0}
     total = {"calls": 3, "bytes": 158, "wire": 7, "exposed": 3, "hidden": pytest.approx(4 / 7)}
-    assert found["collectives"] == {"gather": gather, "small": small, "total": total}
-    assert found["seconds"] == {"marks": {"forward": 2.5}, "compute": {"pass 1": 0.5}}
+    assert results["collectives"] == {"gather": gather, "small": small, "total": total}
+    assert results["seconds"] == {"marks": {"forward": 2.5}, "compute": {"pass 1": 0.5}}
 
 
 def test_of_nothing_nothing_is_hidden() -> None:
@@ -248,31 +248,31 @@ def _steps(rank: int, stage: int, behind_forward: bool) -> Recorded:
 
 @pytest.mark.parametrize(("stage", "behind_forward"), [(1, False), (2, False), (2, True)])
 def test_a_step_leaves_what_traffic_counts(stage: int, behind_forward: bool) -> None:
-    for found in run_ranks(2, _steps, stage, behind_forward):
-        buckets = found.buckets
+    for results in run_ranks(2, _steps, stage, behind_forward):
+        buckets = results.buckets
         assert buckets > 1
-        flights = [span for span in found.spans if span.lane == "wire"]
-        waits = [span for span in found.spans if span.lane == "exposed"]
+        flights = [span for span in results.spans if span.lane == "wire"]
+        waits = [span for span in results.spans if span.lane == "exposed"]
         expected = {"all_reduce_small": 2 * STEPS, "all_gather": buckets * STEPS}
         if stage == 2:
             expected["reduce_scatter"] = buckets * STEPS
-        assert Counter(span.name for span in flights) == found.calls == expected
+        assert Counter(span.name for span in flights) == results.calls == expected
         assert Counter(span.name for span in waits) == expected
         sent: Counter[str] = Counter()
         for span in flights:
             sent[span.name] += span.bytes
-        assert sent == found.bytes
-        computed = Counter(span.name for span in found.spans if span.lane == "compute")
+        assert sent == results.bytes
+        computed = Counter(span.name for span in results.spans if span.lane == "compute")
         reduced = {"copy gradients": buckets * STEPS, "average": buckets * STEPS} if stage == 2 else {}
         assert computed == {"pass 1": STEPS, "pass 2": buckets * STEPS, **reduced}
-        assert all(span.end >= span.start for span in found.spans)
-        assert found.left == 0
+        assert all(span.end >= span.start for span in results.spans)
+        assert results.left == 0
 
 
 def test_gradients_are_copied_before_and_averaged_after_their_flight() -> None:
-    for found in run_ranks(2, _steps, 2, False):
+    for results in run_ranks(2, _steps, 2, False):
         of = {
-            name: sorted((s.start, s.end) for s in found.spans if s.name == name and s.lane != "exposed")
+            name: sorted((s.start, s.end) for s in results.spans if s.name == name and s.lane != "exposed")
             for name in ("copy gradients", "reduce_scatter", "average")
         }
         for copy, flight, average in zip(*of.values(), strict=True):
@@ -281,14 +281,14 @@ def test_gradients_are_copied_before_and_averaged_after_their_flight() -> None:
 
 def test_gathers_behind_the_next_forward_land_in_it() -> None:
     """Pass 1 ends a step's small all-reduces; what flies past the next step's first copy was waited for in between."""
-    for found in run_ranks(2, _steps, 2, True):
+    for results in run_ranks(2, _steps, 2, True):
         gathers = sorted(
-            (s.start, s.end) for s in found.spans if s.name == "all_gather" and s.lane == "exposed"
+            (s.start, s.end) for s in results.spans if s.name == "all_gather" and s.lane == "exposed"
         )
-        second = sorted(s.start for s in found.spans if s.name == "copy gradients")[found.buckets]
-        passed = sorted(s.end for s in found.spans if s.name == "pass 2")[found.buckets - 1]
+        second = sorted(s.start for s in results.spans if s.name == "copy gradients")[results.buckets]
+        passed = sorted(s.end for s in results.spans if s.name == "pass 2")[results.buckets - 1]
         between = [1 for start, end in gathers if passed <= start and end <= second]
-        assert len(between) == found.buckets
+        assert len(between) == results.buckets
 
 
 def _profiled(rank: int) -> set[str]:

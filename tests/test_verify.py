@@ -76,8 +76,8 @@ def with_a_dropped_slice(rank: int, stage: int) -> Verdict:
     original = Bucket.segments
 
     def fewer(self: Bucket, of_rank: int) -> tuple[Segment, ...]:
-        found = original(self, of_rank)
-        return found[1:] if of_rank == 1 else found
+        results = original(self, of_rank)
+        return results[1:] if of_rank == 1 else results
 
     with mock.patch.object(Bucket, "segments", fewer):
         return verify_here(rank, stage, "float32")

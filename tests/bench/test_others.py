@@ -32,13 +32,13 @@ def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     where = tmp_path / "kernels.json"
     given = ["--shapes", "tiny", "--threads", "1", "--rounds", "3", "--device", "cpu", "--json", str(where)]
     assert main(["bench", "kernels", *given]) == 0
-    found = json.loads(where.read_text())
-    assert found["machine"].keys() >= {"cpu", "cores", "memory_gib", "threads"}
-    assert "torch" in found["backends"]
-    assert found["shapes"] == {"tiny": {"tensors": 36, "elements": 37_304}}
-    assert set(found["summary"]) == set(found["rounds_ms"]) == {"tiny, 1 threads"}
-    for key, rows in found["summary"].items():
-        times = recorded(found["rounds_ms"][key])
+    results = json.loads(where.read_text())
+    assert results["machine"].keys() >= {"cpu", "cores", "memory_gib", "threads"}
+    assert "torch" in results["backends"]
+    assert results["shapes"] == {"tiny": {"tensors": 36, "elements": 37_304}}
+    assert set(results["summary"]) == set(results["rounds_ms"]) == {"tiny, 1 threads"}
+    for key, rows in results["summary"].items():
+        times = recorded(results["rounds_ms"][key])
         bandwidth = 8 * 65_536 / times["in-place scale"]  # bytes a ms
         expected = spread(100 * (40 * 37_304 / times["torch"]) / bandwidth)
         assert rows["torch"]["roofline_percent"] == expected
@@ -115,12 +115,12 @@ def compared(rank: int, folder: str) -> dict[str, Any]:
 
 def test_comm(tmp_path: Path) -> None:
     run_ranks(2, compared, str(tmp_path))
-    found = json.loads((tmp_path / "comm.json").read_text())
-    assert found["ranks"] == 2
-    assert found["backend"] == "gloo"
-    assert set(found["summary"]) == {"0.01", "0.3"}
-    for size, rows in found["summary"].items():
-        times = recorded(found["rounds_ms"][size])
+    results = json.loads((tmp_path / "comm.json").read_text())
+    assert results["ranks"] == 2
+    assert results["backend"] == "gloo"
+    assert set(results["summary"]) == {"0.01", "0.3"}
+    for size, rows in results["summary"].items():
+        times = recorded(results["rounds_ms"][size])
         assert set(rows) == set(times) >= {"all_reduce", "ours: reduce-scatter", "ours: all-gather"}
         for name, row in rows.items():
             moved = float(size) / 2 if name == "point to point" else float(size)
@@ -134,7 +134,7 @@ def exchanged(rank: int) -> dict[str, list[float]]:
     from sharded_lamb.comm.topology import Topology
 
     made = comm.Exchanges(Collectives(Topology.of(None, None), CPU), 0.8, CPU)
-    places = {
+    positions = {
         "ours: reduce-scatter": made.bucket.shard.grad[:300],
         "reduce_scatter_tensor": made.shard,
         "ours: all-gather": made.bucket.flat,
@@ -142,18 +142,18 @@ def exchanged(rank: int) -> dict[str, list[float]]:
         "all_reduce": made.full,
         "point to point": made.arrived,
     }
-    found = {}
+    results = {}
     for name, action in made.actions().items():
         for filled in (made.bucket.flat, made.grad, made.full, made.shard, made.sent):
             filled.fill_(rank + 1)
         action()
-        found[name] = places[name].unique().tolist()
-    return found
+        results[name] = positions[name].unique().tolist()
+    return results
 
 
 def test_comm_moves_what_it_says() -> None:
-    for rank, found in enumerate(run_ranks(2, exchanged)):
-        assert found == {
+    for rank, results in enumerate(run_ranks(2, exchanged)):
+        assert results == {
             "all_reduce": [3.0],
             "point to point": [2.0 - rank],
             "ours: reduce-scatter": [1.5],
@@ -182,17 +182,17 @@ def test_memory(tmp_path: Path) -> None:
     elements = 8 * 1024 * 1024
     (tmp_path / "sizes.json").write_text(json.dumps({f"w{i}": [1024, 1024] for i in range(8)}))
     run_ranks(2, remembered, str(tmp_path))
-    found = json.loads((tmp_path / "memory.json").read_text())
-    assert found["shapes"]["elements"] == elements
-    assert set(found["summary"]) == {"bare", "ours-2"}
-    for name, row in found["summary"].items():
-        ranks = found["ranks_bytes"][name]
+    results = json.loads((tmp_path / "memory.json").read_text())
+    assert results["shapes"]["elements"] == elements
+    assert set(results["summary"]) == {"bare", "ours-2"}
+    for name, row in results["summary"].items():
+        ranks = results["ranks_bytes"][name]
         assert len(ranks) == 2
         assert row["peak"] == max(rank["peak"] for rank in ranks)
         assert row["own"] == row["peak"] - row["baseline"]
-    bare, ours = found["summary"]["bare"], found["summary"]["ours-2"]
+    bare, ours = results["summary"]["bare"], results["summary"]["ours-2"]
     assert bare["own"] == pytest.approx(8 * elements, abs=20e6)
-    held = found["ranks_bytes"]["ours-2"][0]["by_kind"]
+    held = results["ranks_bytes"]["ours-2"][0]["by_kind"]
     assert ours["formula"] == elements * 14 + held["staging"]
     assert ours["held_by_optimizer"] == sum(held.values())
     assert held["parameters"] == 4 * elements

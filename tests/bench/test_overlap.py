@@ -30,14 +30,14 @@ def test_ratios_are_taken_within_a_round() -> None:
     """The second round's machine was twice as slow: a ratio of medians over unlike rounds would show it."""
     rounds = [_round(1), _round(2), _round(1)]
     rounds[0]["both"]["iteration"] = 0.1
-    found = summarize(rounds, rate=1e9)
-    assert [found[name]["iteration_ratio"] for name in CONFIGURATIONS] == pytest.approx([1, 0.75, 0.5])
-    assert [found[name]["iteration"] for name in CONFIGURATIONS] == pytest.approx([0.4, 0.3, 0.2])
-    gather = found["both"]["collectives"]["all_gather"]
+    results = summarize(rounds, rate=1e9)
+    assert [results[name]["iteration_ratio"] for name in CONFIGURATIONS] == pytest.approx([1, 0.75, 0.5])
+    assert [results[name]["iteration"] for name in CONFIGURATIONS] == pytest.approx([0.4, 0.3, 0.2])
+    gather = results["both"]["collectives"]["all_gather"]
     assert gather["exposed_ratio"] == pytest.approx(0.25)
     assert gather["bytes_over_rate"] == pytest.approx(0.008)
     assert (gather["calls"], gather["bytes"]) == (3, 1_000_000)
-    text = table(found)
+    text = table(results)
     assert "| and parameters behind the next forward | 200 | 10 | 20 | 30 | 0.50 |" in text
     assert "| all_gather: no overlap | 8.0 | 50.0 | 40.0 | 1.00 | 0% |" in text
     assert gather["hidden"] == 0
@@ -125,11 +125,11 @@ def test_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outputs = [f"--json={tmp_path}/r.json", f"--png={tmp_path}/r.png", f"--traces={tmp_path}/traces"]
     assert main([*small, "--rounds=2", "--iterations=2", *outputs]) == 0
     assert "final weights of the three are bit-equal" in capsys.readouterr().out
-    found = json.loads((tmp_path / "r.json").read_text())
-    assert {"command", "date", "machine", "rate", "summary", "same_weights"} <= found.keys()
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert {"command", "date", "machine", "rate", "summary", "same_weights"} <= results.keys()
     sent = {
         name: {kind: (row["calls"], row["bytes"]) for kind, row in of["collectives"].items()}
-        for name, of in found["summary"].items()
+        for name, of in results["summary"].items()
     }
     assert sent["none"] == sent["backward"] == sent["both"]
     assert sent["none"]["all_gather"] == sent["none"]["reduce_scatter"]

@@ -53,8 +53,8 @@ def trained(kind: Kind, setting: Setting, steps: int = 2) -> list[Tensor]:
 def weights_after_two_steps(rank: int, world_size: int, names: Sequence[str]) -> dict[str, list[Tensor]]:
     setting = Setting(Workload(shapes.named("tiny"), rank, CPU), world_size, bucket_mb=0.02)
     kinds = [*OURS.values(), *(PEERS[name] for name in names)]
-    there = [kind for kind in kinds if kind.missing(world_size, [[1]]) is None]
-    return {kind.name: trained(kind, setting) for kind in there}
+    existing = [kind for kind in kinds if kind.missing(world_size, [[1]]) is None]
+    return {kind.name: trained(kind, setting) for kind in existing}
 
 
 def oracle_after_two_steps(world_size: int) -> list[np.ndarray]:
@@ -91,10 +91,10 @@ def test_all_that_claim_to_be_lamb_end_with_the_same_weights(world_size: int) ->
     expected = oracle_after_two_steps(world_size)
     load = Workload(shapes.named("tiny"), 0, CPU)
     everyone = run_ranks(world_size, weights_after_two_steps, world_size, FAST)
-    for found in everyone:
-        assert set(found) >= {"ours-1", "ours-2", "allreduce-lamb", "allreduce-timm", "adamw"}
-        assert ("zero-views-timm" in found) == (world_size > 1)
-        for name, weights in found.items():
+    for results in everyone:
+        assert set(results) >= {"ours-1", "ours-2", "allreduce-lamb", "allreduce-timm", "adamw"}
+        assert ("zero-views-timm" in results) == (world_size > 1)
+        for name, weights in results.items():
             exact = name.startswith("ours") or PEERS[name].exact
             assert (error(weights, expected, load) < 1e-3) is exact, name
 
@@ -118,11 +118,11 @@ def test_the_compiled_one_is_lamb() -> None:
 
 
 def engines(rank: int) -> dict[str, list[Tensor]]:
-    found = {}
+    results = {}
     setting = Setting(Workload(shapes.bert(1, 32, 128), rank, CPU), 2)
     for kind in (OURS[2], PEERS["deepspeed1-timm"], PEERS["deepspeed2-ours"]):
-        found[kind.name] = trained(kind, setting)
-    return found
+        results[kind.name] = trained(kind, setting)
+    return results
 
 
 @NEEDS_TIMM
@@ -130,10 +130,10 @@ def engines(rank: int) -> dict[str, list[Tensor]]:
 def test_deepspeed_is_lamb_with_the_plugin_and_not_with_timm() -> None:
     pytest.importorskip("deepspeed")
     load = Workload(shapes.bert(1, 32, 128), 0, CPU)
-    for found in run_ranks(2, engines):
-        expected = [w.double().numpy() for w in found["ours-2"]]
-        assert error(found["deepspeed2-ours"], expected, load) < 1e-3
-        assert error(found["deepspeed1-timm"], expected, load) > 0.05  # a ratio for each flat partition
+    for results in run_ranks(2, engines):
+        expected = [w.double().numpy() for w in results["ours-2"]]
+        assert error(results["deepspeed2-ours"], expected, load) < 1e-3
+        assert error(results["deepspeed1-timm"], expected, load) > 0.05  # a ratio for each flat partition
 
 
 def measured(rank: int, folder: str, alive: str, names: Sequence[str]) -> dict[str, Any]:
@@ -151,24 +151,24 @@ def test_the_json_holds_what_was_promised(
     world_size: int, alive: str, names: Sequence[str], tmp_path: Path
 ) -> None:
     run_ranks(world_size, measured, str(tmp_path), alive, names)
-    found = json.loads((tmp_path / "step.json").read_text())
-    assert found["machine"].keys() >= {"cpu", "cores", "memory_gib", "threads", "device"}
-    assert found["versions"].keys() >= {"python", "torch"}
-    assert found["ranks"] == world_size
-    assert found["kernel"]
-    assert found["bucket_mb"] == 0.02
-    assert found["command"].startswith("sharded-lamb")
-    assert found["date"][:2] == "20"
-    assert found["alive"] == alive
-    assert found["reference"] == "ours-2"
-    assert found["shapes"] == {"name": "tiny", "tensors": 36, "elements": 37_304}
-    assert set(found["skipped"]) == ({"zero-timm", "zero-views-timm"} if world_size == 1 else set())
-    there = {"bare", "ours-1", "ours-2", *names} - set(found["skipped"])
-    assert set(found["rounds_ms"]) == set(found["summary"]) == set(found["titles"]) == there
-    for turns in found["rounds_ms"].values():
+    results = json.loads((tmp_path / "step.json").read_text())
+    assert results["machine"].keys() >= {"cpu", "cores", "memory_gib", "threads", "device"}
+    assert results["versions"].keys() >= {"python", "torch"}
+    assert results["ranks"] == world_size
+    assert results["kernel"]
+    assert results["bucket_mb"] == 0.02
+    assert results["command"].startswith("sharded-lamb")
+    assert results["date"][:2] == "20"
+    assert results["alive"] == alive
+    assert results["reference"] == "ours-2"
+    assert results["shapes"] == {"name": "tiny", "tensors": 36, "elements": 37_304}
+    assert set(results["skipped"]) == ({"zero-timm", "zero-views-timm"} if world_size == 1 else set())
+    existing = {"bare", "ours-1", "ours-2", *names} - set(results["skipped"])
+    assert set(results["rounds_ms"]) == set(results["summary"]) == set(results["titles"]) == existing
+    for turns in results["rounds_ms"].values():
         assert [len(turn) for turn in turns] == [2, 2, 2]
         assert min(min(turn) for turn in turns) > 0
-    check_summary(found)
+    check_summary(results)
     if world_size == 1:
         pytest.importorskip("matplotlib")
         assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
@@ -208,9 +208,9 @@ def test_ratios_are_of_the_same_round() -> None:
 def test_a_net_time_that_is_none_has_no_ratio() -> None:
     """In one round "fast" takes less than the bare backward; no candidate has a ratio to such a reference."""
     turns = {"bare": [[2.0], [2.0]], "ours-2": [[4.0], [3.0]], "fast": [[1.0], [2.5]], "slow": [[6.0], [5.0]]}
-    found = step.summarize(turns, "ours-2")
-    assert (found["fast"]["net_ratio"], found["slow"]["net_ratio"]["median"]) == (None, 2.5)
-    assert found["fast"]["iteration_ratio"]["median"] == pytest.approx((1 / 4 + 2.5 / 3) / 2)
+    results = step.summarize(turns, "ours-2")
+    assert (results["fast"]["net_ratio"], results["slow"]["net_ratio"]["median"]) == (None, 2.5)
+    assert results["fast"]["iteration_ratio"]["median"] == pytest.approx((1 / 4 + 2.5 / 3) / 2)
     assert {row["net_ratio"] is None for row in step.summarize(turns, "fast").values()} == {True}
     assert step.summarize({**turns, "fast": [[2.0], [2.0]]}, "fast")["slow"]["net_ratio"] is None
     assert step._net(-0.25, None) == step._net(0.0, None) == ["—", "—"]
@@ -263,8 +263,8 @@ def test_mistakes_are_exit_code_2(given: list[str], says: str, capsys: pytest.Ca
 
 def test_what_cannot_take_part_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "is_installed", lambda name: name == "deepspeed")
-    there, missing = choose(None, "2", 2, [(3, 4)])
-    assert [kind.name for kind in there] == [
+    existing, missing = choose(None, "2", 2, [(3, 4)])
+    assert [kind.name for kind in existing] == [
         "ours-2",
         "allreduce-lamb",
         "deepspeed1-ours",
@@ -291,10 +291,10 @@ def with_a_broken_one(rank: int, folder: str, alive: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("alive", ["all", "one"])
 def test_a_peer_that_fails_on_one_rank_is_left_out_on_all(alive: str, tmp_path: Path) -> None:
-    for found in run_ranks(2, with_a_broken_one, str(tmp_path), alive):
-        assert found["skipped"] == {"allreduce-lamb": "RuntimeError: no compiler"}
-        assert set(found["summary"]) == set(found["rounds_ms"]) == {"bare", "ours-1", "ours-2", "adamw"}
-        assert [len(turns) for turns in found["rounds_ms"].values()] == [3] * 4
+    for results in run_ranks(2, with_a_broken_one, str(tmp_path), alive):
+        assert results["skipped"] == {"allreduce-lamb": "RuntimeError: no compiler"}
+        assert set(results["summary"]) == set(results["rounds_ms"]) == {"bare", "ours-1", "ours-2", "adamw"}
+        assert [len(turns) for turns in results["rounds_ms"].values()] == [3] * 4
 
 
 def test_a_compiler_that_does_not_work_costs_its_peer_alone(

@@ -103,11 +103,11 @@ def test_attention_stays_inside_each_document(tree: dict[str, Any]) -> None:
 
     def loss_of_second(tokens: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
         """The loss of everything in the second document of that row."""
-        places = (batch.documents[row] == 2).nonzero()[:, 0]
-        labels = torch.full_like(places, 77)
+        locations = (batch.documents[row] == 2).nonzero()[:, 0]
+        labels = torch.full_like(locations, 77)
         positions = batch.positions[row : row + 1]
         with torch.no_grad():
-            return losses(MicroBatch(tokens, None, positions, documents, places, labels, None))[0]
+            return losses(MicroBatch(tokens, None, positions, documents, locations, labels, None))[0]
 
     tokens, documents = batch.tokens[row : row + 1], batch.documents[row : row + 1]
     changed = torch.where(documents == 1, 99, tokens)

@@ -229,18 +229,20 @@ def _forget_after(run_dir: Path, step: int) -> None:
 
 def test_a_checkpoint_has_the_same_parts_however_it_was_made(tree: dict[str, Any], tmp_path: Path) -> None:
     for precision, masters in (("fp32", 0), ("bf16", 26)):
-        found = []
+        results = []
         for way in (ours(), theirs(3)):
             run_dir = tmp_path / precision / way[-1]
             trained(tree, run_dir, [*way, "phases.0.steps=1", f"speed.precision={precision}"])
             newest = max((run_dir / "checkpoints").glob("step-*"))
-            found.append(read_contents(newest))
-        one, two = ({name: sorted(state) for name, state in contents.states.items()} for contents in found)
+            results.append(read_contents(newest))
+        one, two = ({name: sorted(state) for name, state in contents.states.items()} for contents in results)
         assert one == two
-        assert sum("master" in state for state in found[1].states.values()) == masters
-        assert found[0].aliases == found[1].aliases
-        assert found[0].weights.keys() == found[1].weights.keys()
-        assert [group["names"] for group in found[0].groups] == [group["names"] for group in found[1].groups]
+        assert sum("master" in state for state in results[1].states.values()) == masters
+        assert results[0].aliases == results[1].aliases
+        assert results[0].weights.keys() == results[1].weights.keys()
+        assert [group["names"] for group in results[0].groups] == [
+            group["names"] for group in results[1].groups
+        ]
 
 
 def test_a_phase_started_from_a_checkpoint_counts_steps_anew(tree: dict[str, Any], tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def steps_with(rank: int, paths: list[Path]) -> dict[str, Any]:
     importlib.reload(groups)
     deepspeed.logger.setLevel("ERROR")
     linear = torch.nn.functional.linear
-    found = {}
+    results = {}
     for path in paths:
         torch.manual_seed(1)
         engine = deepspeed.initialize(model=Tiny(), config=shrunk(path))[0]
@@ -61,7 +61,7 @@ def steps_with(rank: int, paths: list[Path]) -> dict[str, Any]:
         group = engine.basic_optimizer.param_groups[0]
         names = sorted(engine.basic_optimizer.trust_ratios())
         lamb = engine.basic_optimizer
-        found[path.stem] = (
+        results[path.stem] = (
             engine.zero_optimization_stage(),
             type(lamb).__name__,
             group["variant"],
@@ -73,7 +73,7 @@ def steps_with(rank: int, paths: list[Path]) -> dict[str, Any]:
         engine.destroy()
     torch.nn.functional.linear = linear  # ZeRO 3 replaces it
     importlib.reload(groups)
-    return found
+    return results
 
 
 def test_every_file_trains() -> None:

@@ -178,10 +178,10 @@ def test_a_node_leaves_and_training_goes_on_with_fewer_ranks(
     checkpoints = tmp_path / "run" / "checkpoints"
     position = read_contents(max(checkpoints.glob("step-*"))).extra["position"]
     assert position["world_size"] == 1
-    found = rows_of(tmp_path / "run")
+    results = rows_of(tmp_path / "run")
     for key in ("step", "sample", "global_batch", "lr"):
-        assert [row.get(key) for row in found] == [row.get(key) for row in rows]
-    assert losses(found) == pytest.approx(losses(rows), rel=1e-5)
-    assert found[0]["loss"] == rows[0]["loss"], (
+        assert [row.get(key) for row in results] == [row.get(key) for row in rows]
+    assert losses(results) == pytest.approx(losses(rows), rel=1e-5)
+    assert results[0]["loss"] == rows[0]["loss"], (
         "the first steps were made by two ranks, as those of the other run"
     )

@@ -58,10 +58,10 @@ def test_hosts_train_to_the_same_bits_as_one(
     assert codes == [0] * count
     trained(count, tree, tmp_path / "one")
     newest = Path("checkpoints", "step-00000006")
-    found, expected = read_contents(tmp_path / "run" / newest), read_contents(tmp_path / "one" / newest)
-    assert_same_bits(found.weights, expected.weights)
+    results, expected = read_contents(tmp_path / "run" / newest), read_contents(tmp_path / "one" / newest)
+    assert_same_bits(results.weights, expected.weights)
     for name, state in expected.states.items():
-        assert_same_bits(found.states[name], state)
+        assert_same_bits(results.states[name], state)
     assert (f"preflight: {count} ranks" in capfd.readouterr().out) == (preflight == "1")
 
 

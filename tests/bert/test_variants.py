@@ -87,11 +87,11 @@ CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
 
 def micro_batch() -> MicroBatch:
     tokens = torch.randint(1, 64, (2, 8))
-    places = torch.tensor([0, 5, 11])
+    locations = torch.tensor([0, 5, 11])
     positions = torch.arange(8).expand(2, 8)
     follows = torch.tensor([0, 1])
     return MicroBatch(
-        tokens, torch.zeros_like(tokens), positions, None, places, tokens.flatten()[places], follows
+        tokens, torch.zeros_like(tokens), positions, None, locations, tokens.flatten()[locations], follows
     )
 
 
@@ -122,13 +122,13 @@ def steps_of(
 
         deepspeed.logger.setLevel("ERROR")
         importlib.reload(groups)  # an earlier case of other tests may have left its process groups there
-    found = {}
+    results = {}
     for name, (file, settings) in cases.items():
         torch.manual_seed(1)
-        found[name] = stepped(load_config(file, [*SMALL, f"parallel={way}", *settings]))
+        results[name] = stepped(load_config(file, [*SMALL, f"parallel={way}", *settings]))
     if groups is not None:
         importlib.reload(groups)
-    return found
+    return results
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -139,18 +139,18 @@ def test_a_variant_is_the_same_however_it_is_sharded(way: str) -> None:
     cases = {name: (quickstart, settings) for name, (settings, _) in CASES.items()}
     twins = {path.stem: (str(path), []) for path in TWINS}
     assert len(twins) == 5
-    (found,) = run_ranks(1, steps_of, way, {**cases, **twins}, timeout=300)
+    (results,) = run_ranks(1, steps_of, way, {**cases, **twins}, timeout=300)
     for name, (_, options) in CASES.items():
-        assert found[name][0] == options, name
+        assert results[name][0] == options, name
     for name in twins:
-        assert found[name][0] == expected("adamw"), name
-        assert set(found[name][1].values()) == {1.0}, name
-    assert set(found["adamw"][1].values()) == {1.0}
+        assert results[name][0] == expected("adamw"), name
+        assert set(results[name][1].values()) == {1.0}, name
+    assert set(results["adamw"][1].values()) == {1.0}
     for name in ("lamb", "adamw, with every ratio"):
-        assert 1.0 not in {r for n, r in found[name][1].items() if n.endswith("weight")}, name
-    undecayed = {r for n, r in found["tfa"][1].items() if n.endswith("bias") or "LayerNorm" in n}
+        assert 1.0 not in {r for n, r in results[name][1].items() if n.endswith("weight")}, name
+    undecayed = {r for n, r in results["tfa"][1].items() if n.endswith("bias") or "LayerNorm" in n}
     assert undecayed == {1.0}
-    assert len(set(found["tfa"][1].values())) > len(undecayed)
+    assert len(set(results["tfa"][1].values())) > len(undecayed)
 
 
 def train(rank: int, tree: dict[str, Any], overrides: list[str]) -> None:

@@ -65,14 +65,14 @@ def _space(process: int) -> str:
 
 
 def _processes_in(spaces: set[str]) -> list[str]:
-    found = []
+    results = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             if _space(int(path.name)) in spaces:
-                found.append(path.name)
+                results.append(path.name)
         except OSError:
             continue
-    return found
+    return results
 
 
 def test_two_hosts_talk_and_the_limit_holds_bytes_back(hosts: list[Host]) -> None:
@@ -132,9 +132,9 @@ def test_ranks_do_not_take_the_launcher_for_theirs(
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("OF_THE_USER", "kept")
     assert run_together([Task(Host(0, 0, "127.0.0.1"), ["env"], {"OF_THE_TASK": "set"})], timeout=20) == [0]
-    found = capfd.readouterr().out
-    assert "TORCHELASTIC" not in found
-    assert {"OF_THE_USER=kept", "OF_THE_TASK=set"} <= set(found.splitlines())
+    results = capfd.readouterr().out
+    assert "TORCHELASTIC" not in results
+    assert {"OF_THE_USER=kept", "OF_THE_TASK=set"} <= set(results.splitlines())
 
 
 def test_nothing_stays_when_the_body_raises() -> None:

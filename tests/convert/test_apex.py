@@ -51,7 +51,7 @@ def apex_file(oracle: OracleLamb, model: cases.Net, half: bool = False) -> dict[
         "max_grad_norm": 1.0,
         "step": 4,
     }
-    places = {name: i for i, name in enumerate([*decayed, *rest])}
+    positions = {name: i for i, name in enumerate([*decayed, *rest])}
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(torch.from_numpy(np.asarray(oracle.params[name])))
@@ -61,11 +61,11 @@ def apex_file(oracle: OracleLamb, model: cases.Net, half: bool = False) -> dict[
             "exp_avg": torch.from_numpy(np.asarray(oracle.m[name])).float(),
             "exp_avg_sq": torch.from_numpy(np.asarray(oracle.v[name])).float(),
         }
-        for name, place in places.items()
+        for name, place in positions.items()
     }
     groups = [
-        {**common, "weight_decay": 0.1, "params": [places[n] for n in decayed]},
-        {**common, "weight_decay": 0.0, "params": [places[n] for n in rest]},
+        {**common, "weight_decay": 0.1, "params": [positions[n] for n in decayed]},
+        {**common, "weight_decay": 0.0, "params": [positions[n] for n in rest]},
     ]
     file = {
         "model": (model.half() if half else model).state_dict(),

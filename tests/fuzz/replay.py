@@ -301,12 +301,12 @@ class Replay:
     def grad_add(self, names: list[str], value: float) -> None:
         self._no_clip()
         _ensure(not self._has_local(names) and not self.zeroed)
-        there = [name for name in names if name in self.averaged]
-        _ensure(not any(self._is_dtensor(name) for name in names) and bool(there))
-        if any(self._is_reduced_here(name) for name in there):
+        existing = [name for name in names if name in self.averaged]
+        _ensure(not any(self._is_dtensor(name) for name in names) and bool(existing))
+        if any(self._is_reduced_here(name) for name in existing):
             self._refuse("edited after it was reduced", now=True)
             return
-        for name in there:
+        for name in existing:
             self.averaged[name] = self.averaged[name] + value * np.sign(
                 data.gradient(self.slots[name], 0, 0, 0)
             )

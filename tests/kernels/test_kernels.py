@@ -102,11 +102,11 @@ def piece_shard(lengths: Sequence[int], dtypes: Dtypes, seed: int) -> ScatteredS
 
     def pieces(kind: Tensor, dtype: torch.dtype) -> list[Tensor]:
         memory = torch.full((sum(lengths) + len(lengths) + 1,), 7.0, dtype=dtype)
-        parts, at, odd = [], 0, 1
+        parts, at, mismatched = [], 0, 1
         for length in lengths:
-            parts.append(memory[odd : odd + length])
+            parts.append(memory[mismatched : mismatched + length])
             parts[-1].copy_(kind[at : at + length])
-            at, odd = at + round_up(length, BLOCK), odd + length + 1
+            at, mismatched = at + round_up(length, BLOCK), mismatched + length + 1
         return parts
 
     return ScatteredShard(

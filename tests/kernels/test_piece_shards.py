@@ -39,9 +39,9 @@ def shards_of(lengths: list[int], seed: int, state_dtype: torch.dtype) -> tuple[
     generator = torch.Generator().manual_seed(seed)
     aligned = sum(round_up(length, BLOCK) for length in lengths)
     flat = {kind: torch.zeros(aligned) for kind in reference.KINDS}
-    odd = {kind: torch.zeros(sum(lengths) + 3 * len(lengths) + 1) for kind in reference.KINDS}
+    mismatched = {kind: torch.zeros(sum(lengths) + 3 * len(lengths) + 1) for kind in reference.KINDS}
     for moment in ("exp_avg", "exp_avg_sq"):
-        flat[moment], odd[moment] = flat[moment].to(state_dtype), odd[moment].to(state_dtype)
+        flat[moment], mismatched[moment] = flat[moment].to(state_dtype), mismatched[moment].to(state_dtype)
     pieces: dict[str, list[Tensor]] = {kind: [] for kind in reference.KINDS}
     block_param, at, odd_at = [], 0, 1
     for param, length in enumerate(lengths):
@@ -49,7 +49,7 @@ def shards_of(lengths: list[int], seed: int, state_dtype: torch.dtype) -> tuple[
             value = torch.randn(length, generator=generator)
             value = value.abs() if kind == "exp_avg_sq" else value
             flat[kind][at : at + length] = value
-            pieces[kind].append(odd[kind][odd_at : odd_at + length])
+            pieces[kind].append(mismatched[kind][odd_at : odd_at + length])
             pieces[kind][-1].copy_(value)
         block_param += [param] * (round_up(length, BLOCK) // BLOCK)
         at, odd_at = at + round_up(length, BLOCK), odd_at + length + 3

@@ -52,8 +52,8 @@ def nearest(bits: Bits) -> Bits:
     below, above = bits & ~0xFFFF, (bits & ~0xFFFF) + 0x10000  # towards 0 and away from 0
     value = np.abs(exact(bits))
     down, up = value - np.abs(exact(below)), np.abs(exact(above)) - value
-    odd = below >> 16 & 1
-    return np.where((up < down) | ((up == down) & (odd == 1)), above, below) >> 16
+    mismatched = below >> 16 & 1
+    return np.where((up < down) | ((up == down) & (mismatched == 1)), above, below) >> 16
 
 
 def is_nan(bits: Bits) -> npt.NDArray[np.bool_]:

@@ -41,9 +41,9 @@ def test_launches_do_not_grow_with_shards_pieces_and_parameters(launches: list[s
 def test_launches_are_counted_by_forms_of_memory(launches: list[str]) -> None:
     """Another dtype is one more launch per pass, and so are pieces with unaligned addresses or lengths."""
     bf16 = replace(Form(False, (256, 512), *F32), model=torch.bfloat16)
-    odd = Form(False, (16,) * 6 + (7,), *F32)
+    mismatched = Form(False, (16,) * 6 + (7,), *F32)
     both_passes(
-        TritonKernel(), [made(form, 0, 0, False) for form in (Form(True, (256,), *F32), bf16, odd)], 8
+        TritonKernel(), [made(form, 0, 0, False) for form in (Form(True, (256,), *F32), bf16, mismatched)], 8
     )
     assert launches.count("apply") == launches.count("moments_and_norms") == 3
     assert launches.count("add_by_parameter") == 2

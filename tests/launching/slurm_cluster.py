@@ -65,8 +65,8 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        mine = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
-        self.environment = {**mine, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
+        own = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
+        self.environment = {**own, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
 
     def call(self, *command: str, cwd: Path | None = None, **settings: str) -> str:
         """Its output. Raises: SlurmError where it fails or takes a minute."""
@@ -182,9 +182,9 @@ def _start_munge(folder: Path) -> subprocess.Popen[bytes]:
     key.touch(0o600)
     key.write_bytes(secrets.token_bytes(128))
     files = ("key-file=munge.key", "log-file=munge.log", "pid-file=munge.pid", "seed-file=munge.seed")
-    places = [f"--{option.replace('=', f'={folder}/')}" for option in files]
+    file_options = [f"--{option.replace('=', f'={folder}/')}" for option in files]
     environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(folder / "slurm.conf")}
-    command = ["munged", "--foreground", f"--socket={folder}/munge.socket", *places]
+    command = ["munged", "--foreground", f"--socket={folder}/munge.socket", *file_options]
     started = _start(command, environment, folder)
     wait_for("munge's socket", (folder / "munge.socket").exists, 15, folder)
     return started
@@ -193,14 +193,14 @@ def _start_munge(folder: Path) -> subprocess.Popen[bytes]:
 def _of_cluster(folder: Path) -> list[int]:
     """Daemons, steps and what jobs started: all have the cluster's SLURM_CONF in their environment."""
     mark = f"SLURM_CONF={folder}/slurm.conf\0".encode()
-    found = []
+    pids = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             if mark in (path / "environ").read_bytes() and int(path.name) != os.getpid():
-                found.append(int(path.name))
+                pids.append(int(path.name))
         except OSError:
             continue
-    return found
+    return pids
 
 
 def _end_all(folder: Path, started: list[subprocess.Popen[bytes]]) -> None:

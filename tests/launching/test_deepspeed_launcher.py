@@ -194,8 +194,8 @@ def settings_of(job: Path) -> dict[str, str]:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     path = f"{job / 'bin'}:{os.environ['PATH']}"
-    found = {"HOSTFILE": "hostfile", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PATH": path}
-    return {**found, "VIRTUAL_ENV": str(interpreter.prefix()), "PYTHONPATH": str(ROOT)}
+    results = {"HOSTFILE": "hostfile", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PATH": path}
+    return {**results, "VIRTUAL_ENV": str(interpreter.prefix()), "PYTHONPATH": str(ROOT)}
 
 
 ARGUMENTS = ("train.py", "--deepspeed", "--deepspeed_config", "ds.json", "--note", "two words")

@@ -77,8 +77,8 @@ def of_manifest(manifest: dict[str, Any]) -> list[str]:
 
 
 def load(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((FOLDER / name).read_text())
-    return found
+    results: dict[str, Any] = yaml.safe_load((FOLDER / name).read_text())
+    return results
 
 
 def rendered(folder: str) -> list[dict[str, Any]]:
@@ -97,14 +97,14 @@ def job() -> dict[str, Any]:
 
 
 def worker(job: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = job["spec"]["pytorchReplicaSpecs"]["Worker"]
-    return found
+    results: dict[str, Any] = job["spec"]["pytorchReplicaSpecs"]["Worker"]
+    return results
 
 
 def container(job: dict[str, Any]) -> dict[str, Any]:
-    (found,) = worker(job)["template"]["spec"]["containers"]
-    assert isinstance(found, dict)
-    return found
+    (results,) = worker(job)["template"]["spec"]["containers"]
+    assert isinstance(results, dict)
+    return results
 
 
 @pytest.mark.parametrize("name", ["pytorchjob.yaml", "checkpoints.yaml"])
@@ -130,17 +130,17 @@ def test_wrong_fields_are_refused(
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
-    (found,) = of_manifest(job)
-    assert found.startswith("." + ".".join(path))
-    assert message in found
+    (results,) = of_manifest(job)
+    assert results.startswith("." + ".".join(path))
+    assert message in results
 
 
 def test_missing_fields_and_wrong_amounts_are_refused(job: dict[str, Any]) -> None:
     changed = copy.deepcopy(job)
     del container(changed)["name"]
-    assert any("`name`, must not be `None`" in found for found in of_manifest(changed))
+    assert any("`name`, must not be `None`" in results for results in of_manifest(changed))
     container(job)["resources"]["limits"]["memory"] = "512 GB"
-    assert [found.rsplit(": ", 1)[1] for found in of_manifest(job)] == ["'512 GB' is no amount"]
+    assert [results.rsplit(": ", 1)[1] for results in of_manifest(job)] == ["'512 GB' is no amount"]
 
 
 def operators_environment(job: dict[str, Any]) -> dict[str, str]:

@@ -73,10 +73,10 @@ def test_shell_is_clean(script: Path) -> None:
     shellcheck = shutil.which("shellcheck", path=sysconfig.get_path("scripts")) or shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
-    found = subprocess.run(
+    results = subprocess.run(
         [shellcheck, "--external-sources", script], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    assert found.returncode == 0, found.stdout
+    assert results.returncode == 0, results.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

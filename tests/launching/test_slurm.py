@@ -123,14 +123,14 @@ def test_jobs_and_array_tasks_beside_each_other_have_ports_of_their_own() -> Non
     def port(job: int, task: int | None) -> str:
         array = {} if task is None else {"SLURM_ARRAY_TASK_ID": str(task)}
         lines = printed("x.py", SLURM_JOB_ID=str(job), SLURM_JOB_NODELIST="a", PREFLIGHT="0", **array)
-        (found,) = (word for word in lines[-1].split() if word.startswith("--master-port="))
-        return found.removeprefix("--master-port=")
+        (results,) = (word for word in lines[-1].split() if word.startswith("--master-port="))
+        return results.removeprefix("--master-port=")
 
     # SLURM numbers the tasks of an array from the array's own number on; it keeps that for the last one.
     # Some sites' wrappers hand the array's number to all of them.
     ports = [port(job, task) for job, task in [(99, 0), (100, 1), (98, 2), (98, 0), (101, None), (19_999, 3)]]
     assert len(set(ports)) == len(ports)
-    assert all(10_000 <= int(found) < 30_000 for found in ports)
+    assert all(10_000 <= int(results) < 30_000 for results in ports)
 
 
 JOB = {"SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "a"}
@@ -227,9 +227,9 @@ class Jobs:
         job = self.numbers[name]
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.wait("the job's end", name, lambda: self.cluster.job(job)["JobState"] in over)
-        found = self.cluster.job(job)
-        assert found["JobState"] == state, self.said(name)
-        return found
+        results = self.cluster.job(job)
+        assert results["JobState"] == state, self.said(name)
+        return results
 
     def said(self, name: str) -> str:
         return (self.folder / name / "job.out").read_text()
@@ -257,22 +257,22 @@ def jobs(cluster: Cluster, tree: dict[str, Any], tmp_path_factory: pytest.TempPa
     """All jobs at once, since a job that is queued again waits; and one finished run, of two ranks on one host."""
     config = {**tree, "phases": [{**tree["phases"][0], "steps": STEPS}], "speed": {"threads": 1}}
     config["checkpoint"] = {"every_steps": 1000, "keep": 0}
-    found = Jobs(cluster, config, tmp_path_factory.mktemp("slurm"))
-    trained(2, config, found.folder / "whole" / "run")
+    results = Jobs(cluster, config, tmp_path_factory.mktemp("slurm"))
+    trained(2, config, results.folder / "whole" / "run")
 
     left = dict(STOPPED)
     for name, (launch, _) in STOPPED.items():
-        found.submit(name, LAUNCH=launch, PREFLIGHT="0")
-    found.submit("plain", PREFLIGHT_ARGS="--mb=0")
-    found.submit("fails", LAUNCH="srun", PREFLIGHT_ARGS="--world-size=3")
+        results.submit(name, LAUNCH=launch, PREFLIGHT="0")
+    results.submit("plain", PREFLIGHT_ARGS="--mb=0")
+    results.submit("fails", LAUNCH="srun", PREFLIGHT_ARGS="--world-size=3")
 
     def all_signalled() -> bool:
-        for name in [name for name in left if found.steps(name) >= 5]:
-            cluster.call("scancel", "--signal=USR1", *left.pop(name)[1], found.numbers[name])
+        for name in [name for name in left if results.steps(name) >= 5]:
+            cluster.call("scancel", "--signal=USR1", *left.pop(name)[1], results.numbers[name])
         return not left
 
-    found.wait("5 steps of each job", "tasks", all_signalled)
-    return found
+    results.wait("5 steps of each job", "tasks", all_signalled)
+    return results
 
 
 def test_a_job_on_two_nodes_has_the_bits_of_one_host(jobs: Jobs) -> None:

@@ -84,9 +84,9 @@ def test_variant_follows_its_vectors_when_sharded(world: int) -> None:
 @pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
 def test_a_default_stands_in_one_place(cls: type) -> None:
     """Signatures show the scalars; the options that variants fill have no default there."""
-    found = {name: x.default for name, x in inspect.signature(cls).parameters.items()}
-    assert {name: found[name] for name in SCALAR_DEFAULTS} == SCALAR_DEFAULTS
-    assert not found.keys() & PLAIN.keys()
+    results = {name: x.default for name, x in inspect.signature(cls).parameters.items()}
+    assert {name: results[name] for name in SCALAR_DEFAULTS} == SCALAR_DEFAULTS
+    assert not results.keys() & PLAIN.keys()
     assert scalar_defaults("lamb") == SCALAR_DEFAULTS
     assert SCALAR_DEFAULTS.items() <= group_options("lamb", {}).items()
 

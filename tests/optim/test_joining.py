@@ -63,7 +63,7 @@ def uneven(rank: int, clip: float | None, scaled: bool) -> tuple[dict[str, Tenso
 
 @pytest.mark.parametrize(("clip", "scaled"), [(None, False), (0.5, False), (None, True), (0.5, True)])
 def test_joined_ranks_update_their_shards(clip: float | None, scaled: bool) -> None:
-    found = run_ranks(3, uneven, clip, scaled)
+    results = run_ranks(3, uneven, clip, scaled)
     start = {name: draw(shape, "weight", name).double().numpy() for name, shape in SHAPES.items()}
     oracle = OracleLamb(start, max_grad_norm=clip)
     for step in range(max(BATCHES)):
@@ -72,8 +72,8 @@ def test_joined_ranks_update_their_shards(clip: float | None, scaled: bool) -> N
         averaged = average(gradients(rank, step) for rank in range(3))
         oracle.step({name: None if g is None else g.numpy() for name, g in averaged.items()})
     last = BATCHES.index(max(BATCHES))
-    assert_follows(found[last][0], oracle)
-    for _, after, steps in found:
+    assert_follows(results[last][0], oracle)
+    for _, after, steps in results:
         assert_follows(after, oracle)
         assert steps == max(BATCHES)
 

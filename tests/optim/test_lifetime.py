@@ -194,8 +194,8 @@ def take_over(rank: int, stage: int) -> tuple[dict[str, Tensor], str, list[str]]
 def test_an_optimizer_constructed_in_an_except_clause_takes_over_the_parameters(stage: int) -> None:
     averaged = [average(own_gradients(rank, step) for rank in range(2)) for step in range(3)]
     oracle = oracle_run(weights(), averaged)
-    for found, error, _ in run_ranks(2, take_over, stage):
-        assert_follows(found, oracle)
+    for results, error, _ in run_ranks(2, take_over, stage):
+        assert_follows(results, oracle)
         assert "a scheduler or a wrapper may still hold this one" in error
 
 

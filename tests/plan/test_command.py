@@ -88,8 +88,8 @@ def test_options_reach_the_prediction(tmp_path: Path) -> None:
     def row(*arguments: str) -> dict[str, Any]:
         out = tmp_path / "row.json"
         assert main(["plan", "--world-sizes", "16", "--stages", "2", "--json", str(out), *arguments]) == 0
-        (found,) = rows_of(out)
-        return found
+        (results,) = rows_of(out)
+        return results
 
     plain = row()
     changes = {
@@ -128,8 +128,8 @@ def test_what_a_rank_sends_of_an_all_reduce_is_a_ring_s(tmp_path: Path) -> None:
     def sent(stage: int, world: int) -> int:
         where = ["--stages", str(stage), "--world-sizes", str(world), "--shard", "4", "--json", str(out)]
         assert main(["plan", "--shapes", str(sizes), *where]) == 0
-        (found,) = rows_of(out)
-        return int(found["sent_bytes"])
+        (results,) = rows_of(out)
+        return int(results["sent_bytes"])
 
     assert sent(1, 4) == 12_288 + 2 * 16_384 * 3 // 4 + 2 * 96 * 3 // 4
     assert sent(2, 4) == 2 * 12_288 + 2 * 96 * 3 // 4
@@ -143,17 +143,21 @@ def test_calibration_goes_over_the_preset_and_options_over_it(tmp_path: Path) ->
     measured.write_text(
         json.dumps({"rows": [], "kernel_bytes_per_second": 5e9, "wire_bytes_per_second": 2e9})
     )
-    found = calibrated(preset, [str(measured)])
-    assert (found.update_bytes_per_second, found.intra_bytes_per_second, found.inter_bytes_per_second) == (
+    results = calibrated(preset, [str(measured)])
+    assert (
+        results.update_bytes_per_second,
+        results.intra_bytes_per_second,
+        results.inter_bytes_per_second,
+    ) == (
         5e9,
         2e9,
         2e9,
     )
-    assert (found.intra_latency, found.ranks_per_node) == (preset.intra_latency, 8)
+    assert (results.intra_latency, results.ranks_per_node) == (preset.intra_latency, 8)
     measured.write_text(json.dumps({"latency_seconds": 1e-3}))
-    found = calibrated(preset, [str(measured)])
-    assert (found.intra_latency, found.inter_latency) == (1e-3, 1e-3)
-    assert found.update_bytes_per_second == preset.update_bytes_per_second
+    results = calibrated(preset, [str(measured)])
+    assert (results.intra_latency, results.inter_latency) == (1e-3, 1e-3)
+    assert results.update_bytes_per_second == preset.update_bytes_per_second
     out = tmp_path / "plan.json"
     arguments = ["--calibrate", str(measured), "--intra-us", "7", "--world-sizes", "2", "--json", str(out)]
     assert main(["plan", *arguments]) == 0

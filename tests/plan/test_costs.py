@@ -15,7 +15,7 @@ from sharded_lamb.plan.sharding import Choices, Sharding, shardings
 
 BF16 = Choices(model_dtype=torch.bfloat16)
 SHAPES = st.lists(st.lists(st.integers(0, 40), max_size=3).map(tuple), min_size=1, max_size=12).map(
-    lambda found: {f"p{i}": shape for i, shape in enumerate(found)}
+    lambda shapes: {f"p{i}": shape for i, shape in enumerate(shapes)}
 )
 CHOICES = st.builds(
     Choices,
@@ -35,54 +35,54 @@ def test_chunks_are_those_of_torch(shape: list[int], ranks: int) -> None:
     assert held == chunks + [0] * (ranks - len(chunks))
 
 
-@given(found=SHAPES, choices=CHOICES, ranks=RANKS)
+@given(shapes=SHAPES, choices=CHOICES, ranks=RANKS)
 def test_every_element_is_somewhere_once(
-    found: dict[str, tuple[int, ...]], choices: Choices, ranks: int
+    shapes: dict[str, tuple[int, ...]], choices: Choices, ranks: int
 ) -> None:
-    total = sum(map(prod, found.values()))
+    total = sum(map(prod, shapes.values()))
     segments = [
         sum(
             segment.length
-            for bucket in buckets_of(found.values(), choices, ranks)
+            for bucket in buckets_of(shapes.values(), choices, ranks)
             for segment in bucket.segments(rank)
         )
         for rank in range(ranks)
     ]
     assert sum(segments) == total
     widths = choices.precision.widths
-    chunks = [costs(found, choices, Sharding(3, ranks), rank).memory for rank in range(ranks)]
+    chunks = [costs(shapes, choices, Sharding(3, ranks), rank).memory for rank in range(ranks)]
     assert sum(memory["parameters"] for memory in chunks) == total * widths.model
     assert sum(memory["moments"] for memory in chunks) == 2 * total * widths.state
     # The first rank has the most, which the table shows.
     assert max(memory["parameters"] for memory in chunks) == chunks[0]["parameters"]
 
 
-@given(found=SHAPES, choices=CHOICES, ranks=RANKS, factor=st.integers(2, 5))
+@given(shapes=SHAPES, choices=CHOICES, ranks=RANKS, factor=st.integers(2, 5))
 def test_more_ranks_need_no_more_memory_but_for_padding(
-    found: dict[str, tuple[int, ...]], choices: Choices, ranks: int, factor: int
+    shapes: dict[str, tuple[int, ...]], choices: Choices, ranks: int, factor: int
 ) -> None:
     def kept(cost: Costs) -> int:
         return cost.total_memory - cost.memory["staging"]  # several ranks also receive
 
-    widths, buckets = choices.precision.widths, len(buckets_of(found.values(), choices, 1))
+    widths, buckets = choices.precision.widths, len(buckets_of(shapes.values(), choices, 1))
     shard_padding = BLOCK * buckets * (widths.master + 2 * widths.state + widths.compute)
     for stage in (1, 2):
-        few, many = (costs(found, choices, Sharding(stage, n)) for n in (ranks, ranks * factor))
+        few, many = (costs(shapes, choices, Sharding(stage, n)) for n in (ranks, ranks * factor))
         whole_padding = BLOCK * buckets * ranks * factor * widths.model
         assert kept(many) <= kept(few) + whole_padding + shard_padding
-    assert kept(costs(found, choices, Sharding(3, ranks * factor))) <= kept(
-        costs(found, choices, Sharding(3, ranks))
+    assert kept(costs(shapes, choices, Sharding(3, ranks * factor))) <= kept(
+        costs(shapes, choices, Sharding(3, ranks))
     )
 
 
-@given(found=SHAPES, choices=CHOICES, shard=RANKS, replicate=st.integers(2, 4))
+@given(shapes=SHAPES, choices=CHOICES, shard=RANKS, replicate=st.integers(2, 4))
 def test_replicas_hold_what_one_copy_holds(
-    found: dict[str, tuple[int, ...]], choices: Choices, shard: int, replicate: int
+    shapes: dict[str, tuple[int, ...]], choices: Choices, shard: int, replicate: int
 ) -> None:
     for stage in (1, 2, 3):
         one, several = (
-            costs(found, choices, Sharding(stage, shard)),
-            costs(found, choices, Sharding(stage, shard, replicate)),
+            costs(shapes, choices, Sharding(stage, shard)),
+            costs(shapes, choices, Sharding(stage, shard, replicate)),
         )
         assert several.memory == one.memory
         assert several.large.get("all_gather") == one.large.get("all_gather")
@@ -92,22 +92,22 @@ def test_replicas_hold_what_one_copy_holds(
 @pytest.mark.parametrize("world", [8, 64])
 def test_the_memory_that_the_design_promises(world: int) -> None:
     """Stage 2, bf16: 2 B weights + 12/W state + 4/W gradient shard an element, and the staging of a few buckets."""
-    found = shapes.named("bert-large")
-    elements = sum(map(prod, found.values()))
-    cost = costs(found, BF16, Sharding(2, world))
+    results = shapes.named("bert-large")
+    elements = sum(map(prod, results.values()))
+    cost = costs(results, BF16, Sharding(2, world))
     promised = elements * (2 + 12 / world + 4 / world)
     assert cost.total_memory - cost.memory["staging"] == pytest.approx(promised, rel=0.02)
-    largest = max(map(prod, found.values())) * 2  # bytes; the word embeddings have a bucket of their own
+    largest = max(map(prod, results.values())) * 2  # bytes; the word embeddings have a bucket of their own
     assert cost.memory["staging"] == pytest.approx(2 * largest * (1 + 1 / world), rel=0.02)
-    by_hand = costs(found, Choices(model_dtype=torch.bfloat16, sums_here=True), Sharding(2, world))
+    by_hand = costs(results, Choices(model_dtype=torch.bfloat16, sums_here=True), Sharding(2, world))
     assert by_hand.memory["staging"] == pytest.approx(2 * (2 - 1 / world) * largest, rel=0.02)
 
 
 @pytest.mark.parametrize("sharding", [Sharding(1, 8), Sharding(2, 64), Sharding(3, 64)])
 def test_remainders_are_half_of_the_masters_and_nothing_else(sharding: Sharding) -> None:
-    found = shapes.named("bert-large")
+    results = shapes.named("bert-large")
     whole, split = (
-        costs(found, replace(BF16, store_param_remainders=splits), sharding) for splits in (False, True)
+        costs(results, replace(BF16, store_param_remainders=splits), sharding) for splits in (False, True)
     )
     assert split.memory == {**whole.memory, "masters": whole.memory["masters"] // 2}
     assert whole.memory["masters"] * 2 == whole.memory["moments"]
@@ -116,38 +116,40 @@ def test_remainders_are_half_of_the_masters_and_nothing_else(sharding: Sharding)
 
 def test_bytes_on_the_wire_of_bert_large() -> None:
     """fp32, 8 ranks: 7/8 of the model once and once again, and 5 P + 7 fp64 in two all-reduces."""
-    found = shapes.named("bert-large")
-    size = 4 * sum(map(prod, found.values()))
-    cost = costs(found, Choices(), Sharding(2, 8))
+    results = shapes.named("bert-large")
+    size = 4 * sum(map(prod, results.values()))
+    cost = costs(results, Choices(), Sharding(2, 8))
     for name in ("reduce_scatter", "all_gather"):
         assert cost.wire[name] == pytest.approx(size * 7 / 8, rel=1e-3)
     assert cost.wire["all_reduce_small"] == 8 * (5 * 398 + 7)
     assert cost.calls["all_reduce_small"] == 2
     assert cost.calls["all_gather"] == cost.calls["reduce_scatter"] == len(cost.large["all_gather"])
-    two_levels = costs(found, Choices(), Sharding(2, 8, 4))
+    two_levels = costs(results, Choices(), Sharding(2, 8, 4))
     assert two_levels.wire["all_reduce_replicas"] == pytest.approx(size / 8, rel=1e-3)
 
 
 def test_more_ranks_than_rows() -> None:
-    found = shapes.named("bert-large")
-    flat, chunks = (costs(found, Choices(), Sharding(stage, 4096)) for stage in (2, 3))
+    results = shapes.named("bert-large")
+    flat, chunks = (costs(results, Choices(), Sharding(stage, 4096)) for stage in (2, 3))
     assert flat.memory["parameters"] % (BLOCK * 4096) == 0
     # The last rank has the last row of what has 4,096 rows: a layer's intermediate weight and bias.
-    last = costs(found, Choices(), Sharding(3, 4096), rank=4095)
+    last = costs(results, Choices(), Sharding(3, 4096), rank=4095)
     assert last.memory["parameters"] == 4 * 24 * (1024 + 1)
     assert last.padding == 2 * (chunks.memory["parameters"] - last.memory["parameters"])
-    update = flat.update / sum(bucket.shard_numel for bucket in buckets_of(found.values(), Choices(), 4096))
+    update = flat.update / sum(bucket.shard_numel for bucket in buckets_of(results.values(), Choices(), 4096))
     assert update == 40
-    assert costs(found, BF16, Sharding(2, 1)).update / sum(map(prod, found.values())) == pytest.approx(
+    assert costs(results, BF16, Sharding(2, 1)).update / sum(map(prod, results.values())) == pytest.approx(
         42, rel=1e-3
     )
     split = replace(BF16, store_param_remainders=True)
-    assert costs(found, split, Sharding(2, 8)).update / costs(found, BF16, Sharding(2, 8)).update == 40 / 42
+    assert (
+        costs(results, split, Sharding(2, 8)).update / costs(results, BF16, Sharding(2, 8)).update == 40 / 42
+    )
 
 
 def test_shardings_by_node_number_and_all() -> None:
-    found = shardings([16, 4, 16], [2], ["all", "node", "2"], ranks_per_node=8)
-    assert [(sharding.world_size, sharding.mesh) for sharding in found] == [
+    results = shardings([16, 4, 16], [2], ["all", "node", "2"], ranks_per_node=8)
+    assert [(sharding.world_size, sharding.mesh) for sharding in results] == [
         (4, "4"),  # of which "node" is the same
         (16, "16"),
         (16, "2x8"),

@@ -36,13 +36,13 @@ def shardings_of(world: int) -> list[Sharding]:
 
 
 def compared(rank: int, world: int) -> list[tuple[str, str, int, int]]:
-    found = []
+    results = []
     for sharding in shardings_of(world):
         for name, choices in list(CHOICES.items())[-2 if world == 8 else 0 :]:
             measured = measure(UGLY, choices, sharding, CPU, timed_steps=1)
             for row in compare(costs(UGLY, choices, sharding, rank), measured):
-                found.append((f"{sharding}, {name}", row.what, row.predicted, row.measured))
-    return found
+                results.append((f"{sharding}, {name}", row.what, row.predicted, row.measured))
+    return results
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])

@@ -53,14 +53,14 @@ def test_all_reduces() -> None:
 
 
 def test_a_step_with_nothing_to_hide_behind() -> None:
-    found = of(made(2, 4))
-    assert found.update == 3.0
-    assert found.small == 2.5
-    assert found.gradients == 2 * 4.75
-    assert found.gathers == 2 * 2.75
-    assert found.exposed == found.communication == 2.5 + 9.5 + 5.5
-    assert found.optimizer == 3.0 + 17.5
-    assert found.in_step == 3.0 + 2.5 + 5.5
+    results = of(made(2, 4))
+    assert results.update == 3.0
+    assert results.small == 2.5
+    assert results.gradients == 2 * 4.75
+    assert results.gathers == 2 * 2.75
+    assert results.exposed == results.communication == 2.5 + 9.5 + 5.5
+    assert results.optimizer == 3.0 + 17.5
+    assert results.in_step == 3.0 + 2.5 + 5.5
 
 
 def test_reductions_hide_behind_backward_but_for_a_bucket() -> None:
@@ -91,9 +91,9 @@ def test_replicas_and_the_other_stages() -> None:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_faster_machines_and_longer_computation_expose_no_more(stage: int) -> None:
-    found = shapes.named("bert-base")
+    results = shapes.named("bert-base")
     for ranks in (1, 4, 64):
-        cost = costs(found, Choices(), Sharding(stage, ranks))
+        cost = costs(results, Choices(), Sharding(stage, ranks))
         exposed = [
             times(cost, Choices(), machine, Computation(seconds, seconds)).exposed
             for machine in (MACHINE, replace(MACHINE, intra_bytes_per_second=1e9, inter_bytes_per_second=1e9))

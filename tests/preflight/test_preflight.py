@@ -44,19 +44,19 @@ def test_a_host_that_differs_is_named_with_its_ranks(name: str) -> None:
 
 
 def test_full_disks_and_what_cannot_be_read() -> None:
-    found = cluster(4)
-    found[9] = replace(found[9], free=5 * 10**8)
-    found[17] = replace(found[17], problem="/data: Permission denied")
-    found[30] = replace(found[30], problem="/data: Permission denied")
-    assert rank_report.problems_of(found, 10**9) == [
+    results = cluster(4)
+    results[9] = replace(results[9], free=5 * 10**8)
+    results[17] = replace(results[17], problem="/data: Permission denied")
+    results[30] = replace(results[30], problem="/data: Permission denied")
+    assert rank_report.problems_of(results, 10**9) == [
         "host node2 (rank 17), host node3 (rank 30) cannot use /data: Permission denied",
         "host node1 (rank 9) has 0.5 GB free, 1.0 are needed",
     ]
 
 
 def test_many_hosts_are_counted() -> None:
-    found = [replace(one, same={"code": str(one.rank // 8)}) for one in cluster(40)]
-    lines = rank_report.problems_of(found, 0)
+    results = [replace(one, same={"code": str(one.rank // 8)}) for one in cluster(40)]
+    lines = rank_report.problems_of(results, 0)
     assert len(lines) == 39
     mismatched = [replace(one, same={"code": "x" if one.rank >= 168 else "y"}) for one in cluster(40)]
     (line,) = rank_report.problems_of(mismatched, 0)
@@ -108,10 +108,10 @@ def test_the_report_of_a_rank(tmp_path: Path) -> None:
     config.write_text("a: 1")
 
     def collected() -> dict[str, str]:
-        found = rank_report.collect(0, torch.device("cpu"), [config], [tmp_path / "data"], tmp_path)
-        assert found.problem is None
-        assert found.free
-        return dict(found.same)
+        results = rank_report.collect(0, torch.device("cpu"), [config], [tmp_path / "data"], tmp_path)
+        assert results.problem is None
+        assert results.free
+        return dict(results.same)
 
     before = collected()
     assert before == collected()
@@ -171,10 +171,10 @@ def test_all_is_well_on_two_ranks(tmp_path: Path) -> None:
     assert "preflight: 2 ranks on 1 hosts" in done.stdout
     assert "ok in " in done.stdout
     assert list(writes.iterdir()) == []
-    found = json.loads((tmp_path / "j").read_text())
-    assert [one["rank"] for one in found["ranks"]] == [0, 1]
-    assert all(link > 0 for link in found["network"]["links"])
-    assert found["problems"] == []
+    results = json.loads((tmp_path / "j").read_text())
+    assert [one["rank"] for one in results["ranks"]] == [0, 1]
+    assert all(link > 0 for link in results["network"]["links"])
+    assert results["problems"] == []
 
 
 def test_problems_fail_with_their_names() -> None:

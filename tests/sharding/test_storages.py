@@ -261,8 +261,8 @@ def step_after(rank: int, write: Writer, stage: int) -> None:
 @pytest.mark.parametrize("write", MISTAKES)
 def test_memory_that_cannot_be_followed_is_an_error(write: Writer, stage: int) -> None:
     kind, text = MISTAKES[write]
-    found = run_ranks_expecting_errors(2, step_after, write, stage)
-    for actual, message in found.values():
+    results = run_ranks_expecting_errors(2, step_after, write, stage)
+    for actual, message in results.values():
         assert actual == kind
         assert text in message
 

@@ -174,13 +174,13 @@ def with_accelerate(rank: int, folder: str, consolidates: bool) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         accelerator.save_state(folder, safe_serialization=False)
-    told = [str(warning.message) for warning in caught if "ShardedLamb" in str(warning.message)]
+    warnings_seen = [str(warning.message) for warning in caught if "ShardedLamb" in str(warning.message)]
     train()
     expected = training.bits_of(opt, dict(model.named_parameters()))
     accelerator.load_state(folder)
     train()
     training.assert_same_bits(training.bits_of(opt, dict(model.named_parameters())), expected)
-    return told
+    return warnings_seen
 
 
 def test_accelerate_resumes_what_was_consolidated(tmp_path: Path) -> None:
