@@ -1,5 +1,6 @@
 """Settings, markers and fixtures of the whole suite."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker("system" if file_of(item) in place else "unit")
     items.sort(key=lambda item: place.get(file_of(item), len(place)))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # collections during tests look at what these make
 
 
 @pytest.fixture(scope="session", autouse=True)

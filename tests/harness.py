@@ -322,14 +322,16 @@ def _worker_main(pipe: Connection, rank: int, world_size: int, port: int, log: s
     _store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     _join_group(rank, world_size, 0)
     environment = dict(os.environ)
-    gc.collect()
-    gc.freeze()  # later collections look at what cases made, not at all of torch
+    imported = 0
     while True:
         try:
             case = pipe.recv_bytes()
         except EOFError:
             os._exit(0)
         _clean_up_after_last_case(environment)
+        if len(sys.modules) > imported:
+            gc.freeze()  # later collections look at what cases made, not at all of torch
+            imported = len(sys.modules)
         ok, value = _call(case, rank)
         reusable = (
             dist.is_initialized() and dist.get_world_size() == world_size and _groups_can_be_destroyed()

@@ -22,6 +22,8 @@ NAMES = [
 ]
 if not Path("/dev/nvidiactl").exists():
     NAMES.append("deepspeed")  # it asks CUDA for devices, after which no fork can use them
+    # Every engine imports it, and it torch.compiles a function, which imports Inductor: five seconds.
+    NAMES.append("deepspeed.runtime.zero.muon.muon_optimizer")
 
 for _name in NAMES:
     with contextlib.suppress(ImportError):

@@ -128,10 +128,11 @@ def run(
 
 def bytes_covered(storages: Iterable[tuple[int, int]]) -> int:
     """Bytes of (address, size) pairs, counted once where some cover the same memory, as parameters and buckets do."""
-    addresses: set[int] = set()
-    for address, size in storages:
-        addresses.update(range(address, address + size))
-    return len(addresses)
+    total = end = 0
+    for address, size in sorted(storages):
+        total += max(0, address + size - max(address, end))
+        end = max(end, address + size)
+    return total
 
 
 def copies(params: Mapping[str, Parameter]) -> dict[str, Tensor]:

@@ -17,9 +17,8 @@ from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.config_io import build_config
 from sharded_lamb.bert.dryrun import describe
 from sharded_lamb.bert.ds_config import DECIDED, ds_config
-from sharded_lamb.bert.ranks import Ranks
-from sharded_lamb.bert.train import run
 from sharded_lamb.checkpoint import read_contents, write_contents
+from tests.bert import test_train
 from tests.bert.test_train import Rows, distance, losses
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
@@ -46,7 +45,6 @@ def train(
     from deepspeed.utils import groups
 
     importlib.reload(groups)  # an earlier case of other tests may have left its process groups there
-    torch.set_num_threads(1)
     deepspeed.logger.setLevel("ERROR")
     if os.environ["WORLD_SIZE"] == "1":
         del os.environ["LOCAL_RANK"]  # as without a launcher
@@ -55,7 +53,7 @@ def train(
         if naive:
             _take_ratios_of_partitions(patch)
         try:
-            run(build_config(tree, [f"run_dir={run_dir}", *overrides]), resume, Ranks.start())
+            test_train.train(rank, tree, run_dir, overrides, resume)
             torch.distributed.barrier()
             assert torch.nn.functional.linear is linear, "ZeRO 3 left its own linear behind"
         finally:

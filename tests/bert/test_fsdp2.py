@@ -10,21 +10,14 @@ from safetensors.torch import load_file
 
 from sharded_lamb.bert.config_io import build_config
 from sharded_lamb.bert.dryrun import describe
-from sharded_lamb.bert.ranks import Ranks
-from sharded_lamb.bert.train import run
 from sharded_lamb.checkpoint import read_contents
-from tests.bert.test_train import Rows, distance, losses
+from tests.bert.test_train import Rows, distance, losses, train
 from tests.harness import run_ranks
 
 SAME = 1e-6  # relative, of fp32 losses and weights
 # Steps that depend on the ratios, of 1, 2 and 3 micro-batches.
 SHARP = ["phases.0.steps=6", "phases.0.lr=0.1", "model.initializer_range=0.1"]
 SHARP += ["phases.0.ramp={start: 6, steps: 4}", "batch.max_micro_batch=2"]
-
-
-def train(rank: int, tree: dict[str, Any], run_dir: str, overrides: list[str], resume: str | None) -> None:
-    torch.set_num_threads(1)
-    run(build_config(tree, [f"run_dir={run_dir}", *overrides]), resume, Ranks.start())
 
 
 def trained(

@@ -23,6 +23,7 @@ Rows = list[dict[str, Any]]
 def train(
     rank: int, tree: dict[str, Any], run_dir: str, overrides: list[str], resume: str | None = None
 ) -> None:
+    """A run that draws no picture."""
     torch.set_num_threads(1)
     with mock.patch.object(picture, "draw_run"):  # drawing takes as long as training
         run(build_config(tree, [f"run_dir={run_dir}", *overrides]), resume, Ranks.start())

@@ -22,8 +22,9 @@ from sharded_lamb import Lamb, ShardedLamb, checkpoint
 from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint, read_contents, write_contents
 from sharded_lamb.checkpoint.manifest import read_manifest
 from tests import training
-from tests.checkpoint.cases import Layout, build, steps, whole
+from tests.checkpoint.cases import whole
 from tests.harness import run_ranks, run_ranks_expecting_errors
+from tests.layouts import Layout, build, steps
 
 
 class Unusual(nn.Module):

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from tests import training
-from tests.checkpoint.cases import Layout, Whole, resumed, saved, saved_and_resumed
+from tests.checkpoint.cases import Whole, resumed, saved, saved_and_resumed
 from tests.harness import run_ranks
+from tests.layouts import Layout
 
 LAYOUTS = [
     Layout(1, stage=2),

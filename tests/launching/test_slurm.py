@@ -255,7 +255,11 @@ STOPPED = {
 @pytest.fixture(scope="module")
 def jobs(cluster: Cluster, tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     """All jobs at once, since a job that is queued again waits; and one finished run, of two ranks on one host."""
-    config = {**tree, "phases": [{**tree["phases"][0], "steps": STEPS}], "speed": {"threads": 1}}
+    config = {
+        **tree,
+        "phases": [{**tree["phases"][0], "steps": STEPS}],
+        "speed": {**tree["speed"], "threads": 1},
+    }
     config["checkpoint"] = {"every_steps": 1000, "keep": 0}
     results = Jobs(cluster, config, tmp_path_factory.mktemp("slurm"))
     trained(2, config, results.folder / "whole" / "run")

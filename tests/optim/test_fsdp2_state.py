@@ -1,6 +1,5 @@
 """torch.distributed.checkpoint saves every stage's state and loads it in any layout; state under fully_shard."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,67 +14,20 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from sharded_lamb import Lamb, ShardedLamb
 from tests import training
 from tests.harness import run_ranks, run_ranks_expecting_errors
+from tests.layouts import OPTIONS, Layout, build, groups, steps
 from tests.optim import fsdp_models as models
-
-OPTIONS: dict[str, Any] = {"lr": 0.02, "max_grad_norm": 5.0}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A model over ranks. ``stage`` 0: DTensors, on a mesh of ``axes``."""
-
-    world: int
-    stage: int = 0
-    axes: tuple[str, ...] = ("dp",)
-
-    def __str__(self) -> str:
-        return f"{self.world}x{'-'.join(self.axes) if self.stage == 0 else f'stage{self.stage}'}"
-
-
-def build(layout: Layout, dtype: torch.dtype, **more: Any) -> tuple[models.Block, ShardedLamb]:
-    if layout.stage:
-        model = models.block().to(dtype)
-        options = {"stage": layout.stage, "bucket_mb": 0.0005, **more}
-        if layout.axes == ("replicate", "shard"):
-            options["mesh"] = models.named_mesh(replicate=2, shard=layout.world // 2)
-        return model, ShardedLamb(model.named_parameters(), **OPTIONS, **options)
-    first, rest = (layout.world, 1) if len(layout.axes) == 1 else (2, layout.world // 2)
-    mesh = models.named_mesh(**dict(zip(layout.axes, (first, rest), strict=False)))
-    if layout.axes == ("tp",):
-        model = models.parallel_block(mesh, None, "tp")
-    elif "tp" in layout.axes:
-        model = models.parallel_block(mesh, "dp", "tp")
-    else:
-        model = models.parallel_block(mesh, layout.axes if len(layout.axes) > 1 else "dp", None)
-    model = model.to(dtype)
-    return model, ShardedLamb(model.named_parameters(), **OPTIONS, **more)
-
-
-def steps(model: models.Block, opt: ShardedLamb, which: range) -> None:
-    """The same averaged gradients in every layout."""
-    for step in which:
-        for name, p in model.named_parameters():
-            g = training.draw(tuple(p.shape), "state", name, step).to(p.dtype)
-            p.grad = (
-                distribute_tensor(g, p.device_mesh, p.placements, src_data_rank=None)
-                if isinstance(p, DTensor)
-                else g
-            )
-        opt.step()
-        opt.zero_grad()
-
 
 Whole = tuple[dict[str, Tensor], dict[str, Any] | None]
 
 
-def save(rank: int, layout: Layout, dtype: torch.dtype, folder: Path) -> tuple[Whole, Whole]:
+def save(rank: int, layout: Layout, folder: Path) -> tuple[Whole, Whole]:
     """Whole weights and state as saved after two steps, and after two more."""
-    model, opt = build(layout, dtype)
+    model, opt = build(layout)
     steps(model, opt, range(2))
     optim = get_optimizer_state_dict(model, opt)
     dcp.save({"model": get_model_state_dict(model), "optim": optim}, checkpoint_id=folder)
@@ -84,8 +36,8 @@ def save(rank: int, layout: Layout, dtype: torch.dtype, folder: Path) -> tuple[W
     return saved, (models.whole_weights(model), opt.full_state_dict())
 
 
-def load(rank: int, layout: Layout, dtype: torch.dtype, folder: Path) -> tuple[Whole, Whole]:
-    model, opt = build(layout, dtype)
+def load(rank: int, layout: Layout, folder: Path) -> tuple[Whole, Whole]:
+    model, opt = build(layout)
     steps(model, opt, range(7, 8))  # loading must replace this state
     state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, opt)}
     dcp.load(state, checkpoint_id=folder)
@@ -124,11 +76,10 @@ def targets_of(source: Layout) -> list[Layout]:
 
 @pytest.mark.parametrize("source", LAYOUTS, ids=str)
 def test_a_checkpoint_of_any_layout_loads_in_any_other(source: Layout, tmp_path: Path) -> None:
-    dtype = torch.float32
-    results = run_ranks(source.world, save, source, dtype, tmp_path)
+    results = run_ranks(source.world, save, source, tmp_path)
     (weights, full), (end, _) = results[0]
     for target in targets_of(source):
-        loaded = run_ranks(target.world, load, target, dtype, tmp_path)
+        loaded = run_ranks(target.world, load, target, tmp_path)
         for (loaded_weights, _), (loaded_end, _) in loaded:
             training.assert_same_bits(loaded_weights, weights)
             for name, value in end.items():
@@ -138,14 +89,17 @@ def test_a_checkpoint_of_any_layout_loads_in_any_other(source: Layout, tmp_path:
 
 @pytest.mark.parametrize(
     ("source", "target"),
-    [(Layout(3), Layout(2, stage=2)), (Layout(2, stage=1), Layout(4, axes=("dp", "tp")))],
+    [
+        (Layout(3, dtype=torch.bfloat16), Layout(2, stage=2, dtype=torch.bfloat16)),
+        (Layout(2, stage=1, dtype=torch.bfloat16), Layout(4, axes=("dp", "tp"), dtype=torch.bfloat16)),
+    ],
     ids=str,
 )
 def test_checkpoints_include_masters(source: Layout, target: Layout, tmp_path: Path) -> None:
-    (weights, full), (end, _) = run_ranks(source.world, save, source, torch.bfloat16, tmp_path)[0]
+    (weights, full), (end, _) = run_ranks(source.world, save, source, tmp_path)[0]
     assert full is not None
     assert all("master" in entry for entry in full["state"].values())
-    loaded = run_ranks(target.world, load, target, torch.bfloat16, tmp_path)
+    loaded = run_ranks(target.world, load, target, tmp_path)
     for (loaded_weights, _), (loaded_end, _) in loaded:
         training.assert_same_bits(loaded_weights, weights)
         assert (
@@ -198,7 +152,7 @@ def test_odd_shapes_and_memory_formats(saved_at: int, loaded_at: int, tmp_path: 
 
 def offloaded(rank: int, stage: int, folder: Path) -> None:
     """StateDictOptions(cpu_offload=True) copies the saved tensors and preserves their region and stamp."""
-    model, opt = build(Layout(2, stage=stage), torch.float32)
+    model, opt = build(Layout(2, stage=stage))
     steps(model, opt, range(1))
     before = opt.full_state_dict()
     options = StateDictOptions(cpu_offload=True)
@@ -223,12 +177,12 @@ def test_states_are_offloaded(stage: int, tmp_path: Path) -> None:
 
 def resumed(rank: int, axes: tuple[str, ...], dtype: torch.dtype) -> None:
     """state_dict() of one rank, serialized and loaded: bit-equal to the uninterrupted run."""
-    layout = Layout(4, axes=axes)
-    model, opt = build(layout, dtype)
+    layout = Layout(4, axes=axes, dtype=dtype)
+    model, opt = build(layout)
     steps(model, opt, range(2))
     state, weights = training.through_bytes(opt.state_dict()), training.through_bytes(model.state_dict())
     steps(model, opt, range(2, 4))
-    other, again = build(layout, dtype)
+    other, again = build(layout)
     other.load_state_dict(weights)
     again.load_state_dict(state)
     steps(other, again, range(2, 4))
@@ -251,13 +205,13 @@ def test_resuming_is_bit_exact(axes: tuple[str, ...], dtype: torch.dtype) -> Non
 
 
 def stamps_of(rank: int, layout: Layout) -> dict[str, Any]:
-    model, opt = build(layout, torch.float32)
+    model, opt = build(layout)
     steps(model, opt, range(1))
     return {"state": {i: {"shard": s["shard"].tolist()} for i, s in opt.state_dict()["state"].items()}}
 
 
 def load_with_other_stamps(rank: int, layout: Layout, stamps: list[dict[str, Any]]) -> None:
-    _model, opt = build(layout, torch.float32)
+    _model, opt = build(layout)
     state = opt.state_dict()
     others = stamps[(rank + 1) % len(stamps)]["state"]
     for i, entry in state["state"].items():
@@ -275,12 +229,12 @@ def test_state_of_other_ranks_is_rejected(saved_at: Layout) -> None:
 
 
 def lamb_state(rank: int, layout: Layout) -> dict[str, Any] | None:
-    _model, opt = build(layout, torch.float32)
+    _model, opt = build(layout)
     reference = models.block()
-    lamb = Lamb(reference.named_parameters(), **OPTIONS)
+    lamb = Lamb(groups(reference), **OPTIONS)
     for step in range(3):
         for name, p in reference.named_parameters():
-            p.grad = training.draw(tuple(p.shape), "state", name, step)
+            p.grad = training.draw(tuple(p.shape), "layouts", name, step)
         lamb.step()
     opt.load_full_state_dict(training.through_bytes(lamb.state_dict()) if rank == 0 else None)
     full = opt.full_state_dict()
@@ -299,13 +253,13 @@ def test_whole_state_of_lamb_round_trips(layout: Layout) -> None:
 
 def round_trip_of_torchs_full_state(rank: int, layout: Layout) -> None:
     """torch's full_state_dict option, which Accelerate's FULL_STATE_DICT uses."""
-    model, opt = build(layout, torch.float32)
+    model, opt = build(layout)
     steps(model, opt, range(2))
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     saved = get_optimizer_state_dict(model, opt, options=options)
     saved = training.through_bytes(saved)
     expected = training.through_bytes(opt.full_state_dict())
-    model, opt = build(layout, torch.float32)
+    model, opt = build(layout)
     steps(model, opt, range(4, 5))
     whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_optimizer_state_dict(model, opt, saved if rank == 0 else {}, options=whole)
@@ -327,14 +281,14 @@ def test_torchs_full_state_of_flat_slices_is_rejected(stage: int) -> None:
 
 def train_during_save(rank: int, layout: Layout, folder: Path) -> tuple[Any, Any]:
     """Train while the checkpoint is written: it holds the state from before."""
-    model, opt = build(layout, torch.float32)
+    model, opt = build(layout)
     steps(model, opt, range(2))
     state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, opt)}
     expected = training.through_bytes(opt.full_state_dict())
     writing = dcp.async_save(state, checkpoint_id=folder)
     steps(model, opt, range(2, 3))
     writing.result()
-    (_, loaded), _ = load(rank, layout, torch.float32, folder)
+    (_, loaded), _ = load(rank, layout, folder)
     return expected, loaded
 
 
