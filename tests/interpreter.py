@@ -1,4 +1,4 @@
-"""A `python` for tests that start programs: its processes are forked from a server that has imported torch.
+"""A `python` for tests that start programs: its processes are forked from one that has imported torch.
 
     subprocess.run([interpreter.python(), "-m", "sharded_lamb", ...])
     subprocess.run(["launch/torchrun.sh", ...], env={"VIRTUAL_ENV": str(interpreter.prefix()), ...})
@@ -22,7 +22,6 @@ import runpy
 import select
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -31,6 +30,8 @@ import traceback
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
+
+from tests.harness import _die_with_parent, _worker_context
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIENT = """#!{python} -IS
@@ -98,22 +99,18 @@ def prefix() -> Path:
     for other in here.iterdir():  # tools that tests call by name
         if not (bin_folder / other.name).exists():
             (bin_folder / other.name).symlink_to(other)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    code = f"from tests.interpreter import serve; serve({address!r})"
-    server = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT)
-    atexit.register(server.wait)
+    server = _worker_context().Process(target=serve, args=(address,))
+    server.start()
+    atexit.register(server.join)
     atexit.register(server.kill)
     while not Path(address).exists():
-        assert server.poll() is None, "the server of tests.interpreter ended"
+        assert server.is_alive(), "the server of tests.interpreter ended"
         time.sleep(0.02)
     return Path(folder.name)
 
 
 def serve(address: str) -> None:
     """Forks until it is killed."""
-    importlib.import_module("tests.preloaded")
-    from tests.harness import _die_with_parent
-
     _die_with_parent()
     for module in MODULES:
         importlib.import_module(module)
@@ -203,7 +200,7 @@ def _run(request: list[Any], files: list[int]) -> int:
     sys.stdout = open(1, "w", buffering=1 if unbuffered or os.isatty(1) else -1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
     added = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    sys.path[:] = [*added, *(entry for entry in sys.path[1:] if entry not in (*added, str(ROOT)))]
+    sys.path[:] = [*added, *(entry for entry in sys.path if entry not in ("", str(ROOT), *added))]
     try:
         if arguments[0] == "-m":
             sys.argv = arguments[1:]

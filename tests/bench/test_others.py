@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 from sharded_lamb import shapes
 from sharded_lamb.__main__ import main
 from sharded_lamb.bench import comm, kernels, peak_memory, report
+from tests import interpreter
 from tests.harness import run_ranks
 
 CPU = torch.device("cpu")
@@ -163,7 +166,7 @@ def test_comm_moves_what_it_says() -> None:
         }
 
 
-def remembered(rank: int, folder: str) -> dict[str, Any]:
+def remembered(rank: int, folder: str, python: str) -> dict[str, Any]:
     sizes = Path(folder, "sizes.json")
     chosen = argparse.Namespace(
         shapes=str(sizes),
@@ -174,14 +177,15 @@ def remembered(rank: int, folder: str) -> dict[str, Any]:
         json=Path(folder, "memory.json"),
         png=None,
     )
-    return peak_memory.measure(chosen, CPU)
+    with mock.patch.object(sys, "executable", python):
+        return peak_memory.measure(chosen, CPU)
 
 
 def test_memory(tmp_path: Path) -> None:
     """8 M elements: the bare backward needs 8 B of each, ours on two ranks what the formula says, to some MB."""
     elements = 8 * 1024 * 1024
     (tmp_path / "sizes.json").write_text(json.dumps({f"w{i}": [1024, 1024] for i in range(8)}))
-    run_ranks(2, remembered, str(tmp_path))
+    run_ranks(2, remembered, str(tmp_path), interpreter.python())
     results = json.loads((tmp_path / "memory.json").read_text())
     assert results["shapes"]["elements"] == elements
     assert set(results["summary"]) == {"bare", "ours-2"}

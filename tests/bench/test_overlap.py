@@ -113,7 +113,9 @@ def test_configurations_overlap_what_they_say() -> None:
         assert early > 0
 
 
-def test_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("matplotlib")
     try:
@@ -123,6 +125,7 @@ def test_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         pytest.skip(str(error))
     small = ["--layers=1", "--hidden=64", "--vocabulary=64", "--batch=1", "--sequence=8", "--bucket-mb=0.05"]
     outputs = [f"--json={tmp_path}/r.json", f"--png={tmp_path}/r.png", f"--traces={tmp_path}/traces"]
+    monkeypatch.setattr("sys.executable", interpreter.python())
     assert main([*small, "--rounds=2", "--iterations=2", *outputs]) == 0
     assert "final weights of the three are bit-equal" in capsys.readouterr().out
     results = json.loads((tmp_path / "r.json").read_text())

@@ -46,6 +46,7 @@ def tree(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
             "source": [str(corpus)],
             "prepared": str(tmp_path_factory.mktemp("prepared")),
             "heldout_fraction": 0.05,
+            "workers": 1,  # others would spawn interpreters
         },
         "phases": [
             {"steps": 6, "global_batch": 12, "sequence_length": LENGTH, "lr": 0.01, "warmup_fraction": 0.2}
