@@ -69,6 +69,7 @@ MODULES = (
     "sharded_lamb.bert.picture",
     "sharded_lamb.bert.train",
     "sharded_lamb.preflight",
+    "torch.distributed.elastic.rendezvous.dynamic_rendezvous",
     "torch.distributed.run",
     "torch.utils.tensorboard",
 )
@@ -114,8 +115,13 @@ def serve(address: str) -> None:
     _die_with_parent()
     for module in MODULES:
         importlib.import_module(module)
-    # Drawing takes as long as training. launch/quickstart, which real interpreters run in its test, draws.
-    sys.modules["sharded_lamb.bert.picture"].draw_run = lambda rows, path: path
+    picture = sys.modules["sharded_lamb.bert.picture"]
+    draw = picture.draw_run
+    # Drawing takes as long as training. torchrun looks up its caller's name for a log in all of these modules' files.
+    picture.draw_run = lambda rows, path: draw(rows, path) if "DRAWS" in os.environ else path
+    sys.modules["torch.distributed.elastic.rendezvous.dynamic_rendezvous"].get_method_name = lambda depth=2: (
+        ""
+    )
     gc.collect()
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX)

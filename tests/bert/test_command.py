@@ -192,7 +192,7 @@ def test_the_quickstart_leaves_all_it_promises(tmp_path: Path, tree: dict[str, A
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         [str(ROOT / "launch" / "quickstart"), "--use-current-env", *small],
-        env=environment(PATH=path),
+        env=environment(PATH=path, DRAWS="1"),
         cwd=tmp_path,
         capture_output=True,
         text=True,
