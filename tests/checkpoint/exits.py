@@ -1,4 +1,4 @@
-"""How processes end after training: ``python -m tests.checkpoint.exits KIND RUNS`` prints {exit code: number of ranks}.
+"""How processes end after training: ``python -m tests.checkpoint.exits RUNS KIND…`` prints {kind: {exit code: ranks}}.
 
 Every run forks two ranks, which end as programs do. KIND joins "save", "async", "unasked" (an async save whose result
 is never read) and "destroy" (the program destroys the process groups) by +; "step" alone: only steps. Exit code 99:
@@ -7,6 +7,7 @@ threads of the package's process groups outlived the exit handlers, and could ab
 
 import atexit
 import collections
+import json
 import os
 import socket
 import sys
@@ -84,17 +85,19 @@ def ended(pids: list[int], timeout_s: float = 120.0) -> list[int]:
 
 
 def main() -> None:
-    acts, runs = sys.argv[1].split("+"), int(sys.argv[2])
+    runs, kinds = int(sys.argv[1]), sys.argv[2:]
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    codes: collections.Counter[int] = collections.Counter()
-    for _ in range(runs):
+    codes: dict[str, collections.Counter[int]] = {kind: collections.Counter() for kind in kinds}
+    for kind in kinds * runs:
         with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
             probe.close()
-            codes.update(ended([start(rank, port, acts, f"{folder}/run") for rank in range(2)]))
-    print(dict(codes), flush=True)
+            codes[kind].update(
+                ended([start(rank, port, kind.split("+"), f"{folder}/run") for rank in range(2)])
+            )
+    print(json.dumps(codes), flush=True)
 
 
 if __name__ == "__main__":
