@@ -1,7 +1,8 @@
 """Uneven inputs: `torch.distributed.algorithms.join.Join` over a DistributedDataParallel model and a `ShardedLamb`.
 
 A rank that has joined still holds shards, and updates them with the gradients, options and GradScaler of the first
-rank that has not: it receives them at the beginning of each step.
+rank that has not: it receives them at the beginning of each step. Inside `Join`, a clip is followed by its step, for
+which a joined rank waits.
 """
 
 import copy
