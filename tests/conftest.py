@@ -17,9 +17,9 @@ hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 if hasattr(os, "SCHED_BATCH"):
-    # For all processes that tests start. A thread of gloo's that is woken while another holds its connection's lock polls
-    # until it gets it; as a batch process it does not displace the holder. All-reduces of two busy ranks on two cores
-    # took 5.0 ms, and take 1.6.
+    # For all processes that tests start. A gloo thread that is woken while another holds its connection's lock polls
+    # until it gets the lock; in batch scheduling it does not displace the holder. An all-reduce and a send between two
+    # ranks, beside two others on two cores, took 5.0 ms, and take 1.6.
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 TESTS = Path(__file__).parent
 # The longest first: workers of pytest-xdist take files in this order, so that none is left with a long one at the end.
