@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 KINDS = ("step", "save", "save+destroy", "async+destroy", "unasked")
-RUNS = 2
+RUNS = 1
 
 
 def test_processes_end_with_0() -> None:

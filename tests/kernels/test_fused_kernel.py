@@ -294,7 +294,7 @@ def test_twenty_steps_follow_the_oracle(options: Mapping[str, Any], stage: int) 
 
 
 def _twenty_steps(rank: int, world: int, stage: int, options: dict[str, Any]) -> Any:
-    return training.run(rank, world, stage, {**options, "kernel": "fused"}, steps=20)
+    return training.run(rank, world, stage, {**options, "kernel": "fused"}, steps=10)
 
 
 def test_it_is_the_default_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
