@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sharded_lamb import faults
 from sharded_lamb.comm.groups import OwnedGroup
+from sharded_lamb.comm.stalls import Entered, Stalls
 from sharded_lamb.comm.topology import Topology
 from sharded_lamb.timeline import COMPUTE, Flight, Timeline
 
@@ -74,26 +75,35 @@ class Pending:
         *,
         keep_alive: object = None,
         reports_completion: bool = True,
+        entered: Entered | None = None,
     ) -> None:
         """``reports_completion``: works have ``is_completed``, which gloo's messages lack before their wait."""
         self._works = [work for work in works if work is not None]
         self._flight = flight
         self._keep_alive = keep_alive  # the memory that is sent
         self._reports_completion = reports_completion
+        self._entered = entered  # of a collective whose wait blocks the host
         self._waiter: _Waiter | None = None
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the result, at most ``timeout`` seconds. Returns whether it is there."""
+        """Wait for the result, at most ``timeout`` seconds. Returns whether it is there.
+
+        Raises:
+            RuntimeError: gloo; ranks wait for each other in different collectives.
+        """
         begin = None if self._flight is None else self._flight.timeline.clock()
         if timeout is not None and not self._arrives(timeout):
             return False
         with nullcontext() if self._flight is None else self._flight.landing(begin):
+            if self._entered is not None and timeout is None:
+                self._entered.wait(self._arrives)
             if self._waiter is not None:
                 self._waiter.finish()
             else:
                 for work in self._works:
                     work.wait()
-        self._works, self._flight, self._keep_alive, self._waiter = [], None, None, None
+        self._works, self._flight, self._keep_alive = [], None, None
+        self._entered = self._waiter = None
         return True
 
     def _arrives(self, timeout: float) -> bool:
@@ -149,6 +159,9 @@ class Collectives:
         self._replica = self._group(topology.replica_ranks, device) if two_level else None
         self.uses_p2p = self._shard is not None and _backend(self._shard.pg, device) == "gloo"
         """Whether `exchange` and local sums replace `reduce_scatter`: on gloo."""
+        self._stalls: Stalls | None = None
+        if self.everyone is not None and _backend(self.everyone.pg, device) == "gloo":
+            self._stalls = Stalls(self.everyone.name, topology.global_rank, topology.everyone, self._abandon)
 
     @staticmethod
     def _group(ranks: tuple[int, ...], device: torch.device) -> OwnedGroup | None:
@@ -157,13 +170,19 @@ class Collectives:
     @property
     def is_alive(self) -> bool:
         """Whether all groups exist; True if one rank needs none."""
-        return all(group is None or group.is_alive for group in (self.everyone, self._shard, self._replica))
+        return all(group.is_alive for group in self._groups())
 
     def close(self) -> None:
         """End the groups on this rank; a later collective raises RuntimeError. Not collective."""
-        for group in (self.everyone, self._shard, self._replica):
-            if group is not None:
-                group.end()
+        for group in self._groups():
+            group.end()
+
+    def _abandon(self) -> None:
+        for group in self._groups():
+            group.abandon()
+
+    def _groups(self) -> list[OwnedGroup]:
+        return [group for group in (self.everyone, self._shard, self._replica) if group is not None]
 
     @property
     def world_size(self) -> int:
@@ -172,6 +191,9 @@ class Collectives:
     @property
     def shard_count(self) -> int:
         return len(self.topology.shard_ranks)
+
+    def _entered(self, collective: str, ranks: Sequence[int]) -> Entered | None:
+        return None if self._stalls is None else self._stalls.entered(collective, ranks)
 
     @contextmanager
     def _on_wire(self, tensor: Tensor) -> Iterator[Tensor]:
@@ -186,7 +208,14 @@ class Collectives:
         faults.point("all-reduce")
         if self.everyone is not None:
             with self.traffic.blocking("all_reduce_small", vector.nbytes), self._on_wire(vector) as wire:
-                dist.all_reduce(wire, group=self.everyone.pg)
+                entered = self._entered(
+                    "all-reduce of step or clip_grad_norm_, number", self.topology.everyone
+                )
+                work = dist.all_reduce(wire, group=self.everyone.pg, async_op=entered is not None)
+                if entered is not None:
+                    assert work is not None
+                    entered.wait(lambda seconds: _completes(work, seconds))
+                    work.wait()
 
     def sum_to_first(self, tensor: Tensor) -> None:
         """Reduce (sum) over everyone into the first rank's tensor; the other ranks' tensors become undefined."""
@@ -228,10 +257,11 @@ class Collectives:
         flight = self.traffic.launched("reduce_scatter", sum(tensor.nbytes for _, tensor in outgoing))
         assert self._shard is not None
         group = self._shard.pg
+        entered = self._entered("reduce-scatter of backward, number", self.topology.shard_ranks)
         works = [dist.irecv(tensor, group=group, group_src=source) for source, tensor in incoming]
         faults.point("mid-reduce-scatter")
         works += [dist.isend(tensor, group=group, group_dst=target) for target, tensor in outgoing]
-        return Pending(works, flight, keep_alive=outgoing, reports_completion=False)
+        return Pending(works, flight, keep_alive=outgoing, reports_completion=False, entered=entered)
 
     def received_numel(self, full_numel: int) -> int:
         """The number of elements of ``received`` for a `reduce_scatter` of ``full_numel`` elements."""
@@ -274,6 +304,7 @@ class Collectives:
             work = _all_gather(flat, flat[rank * size : (rank + 1) * size], self._shard.pg)
             faults.point("mid-all-gather")
             return Pending([work], flight)
+        entered = self._entered("all-gather of parameters, number", self.topology.shard_ranks)
         shard = flat[rank * size : (rank + 1) * size]
         # Receives first: a "ready to receive" queued behind data serializes two ranks (half the speed). Ranks pair up
         # by distance, so that no rank is the first peer of all others.
@@ -287,7 +318,7 @@ class Collectives:
             works.append(
                 dist.isend(shard, group=self._shard.pg, group_dst=(rank + distance) % self.shard_count)
             )
-        return Pending(works, flight, reports_completion=False)
+        return Pending(works, flight, reports_completion=False, entered=entered)
 
     def gather_to(self, shard: Tensor, to: int) -> list[Tensor] | None:
         """Gather all shards of a bucket to the CPU of the ``to``-th rank of everyone; None on the other ranks.
@@ -322,6 +353,16 @@ class Collectives:
                     dist.send(torch.empty_like(shard).copy_(part), owner, group=group)
             elif here == owner:
                 dist.recv(shard, everyone[0], group=group)
+
+
+def _completes(work: "dist.Work", seconds: float) -> bool:
+    try:
+        work.wait(timedelta(seconds=seconds))
+    except RuntimeError:
+        if work.is_completed():
+            raise
+        return False
+    return True
 
 
 def _backend(group: dist.ProcessGroup, device: torch.device) -> str:

@@ -5,6 +5,7 @@ or at exit. At exit this matters beyond tidiness: a gloo thread that drops the l
 while the interpreter finalizes aborts the process, so its threads are joined before.
 """
 
+import ctypes
 import gc
 import hashlib
 import weakref
@@ -55,6 +56,16 @@ class OwnedGroup:
                 "this process group was closed with the optimizer or checkpoint that it served"
             )
         return self._held[0]
+
+    def abandon(self) -> None:
+        """Keep the group until the process ends: its end would wait for an operation that never completes."""
+        if self.end.detach() is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._held[0]))
+
+    @property
+    def name(self) -> str:
+        """Equal on all ranks, and of no other group since init_process_group."""
+        return str(c10d._world.pg_names[self.pg])
 
     @property
     def is_alive(self) -> bool:

@@ -60,6 +60,8 @@ def main() -> int:
         if args.out is None or row["outcome"] == "FAULT":
             print(json.dumps(row), flush=True)
     rows.sort(key=lambda row: row["seed"])
+    if [row["seed"] for row in rows] != [*seeds]:
+        raise RuntimeError(f"{len(rows)} of {len(seeds)} programs were run: a worker failed")
     if args.out is not None:
         args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     counts = collections.Counter(row["outcome"] for row in rows)
@@ -98,7 +100,8 @@ def _in_parallel(seeds: range, workers: int, options: list[str]) -> Iterator[dic
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
-                rows.put(json.loads(line))
+                if line.startswith("{"):  # DeepSpeed warns on stdout
+                    rows.put(json.loads(line))
 
     parts = [seeds[worker::workers] for worker in range(workers)]
     threads = [threading.Thread(target=run, args=(part,)) for part in parts if len(part)]

@@ -1,0 +1,82 @@
+"""Ranks that call backward or step on some ranks only raise on all of them; slow ranks do not."""
+
+import time
+from collections.abc import Callable
+from unittest import mock
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch import nn
+
+from sharded_lamb import ShardedLamb
+from sharded_lamb.comm import stalls
+from sharded_lamb.comm.stalls import Post, stuck_ranks
+from tests.harness import run_ranks, run_ranks_expecting_errors
+
+ROUNDS = 4
+
+
+def train(rank: int, stage: int, differs: str, odd: int) -> None:
+    """Rank ``odd`` makes one call less, or late, in the second of `ROUNDS` rounds."""
+    model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20))
+    opt = ShardedLamb(model.named_parameters(), stage=stage, bucket_mb=0.001)
+    calls: list[tuple[str, Callable[[], object]]] = [
+        ("backward", lambda: model(torch.ones(2, 40)).square().mean().backward()),
+        *([("clip", lambda: opt.clip_grad_norm_(1.0))] if "clip" in differs else []),
+        ("step", opt.step),
+    ]
+    with mock.patch.object(stalls, "PATIENCE", 0.4), mock.patch.object(stalls, "PERIOD", 0.3):
+        for number in range(ROUNDS):
+            for name, call in calls:
+                if rank == odd and number == 1 and name in differs:
+                    if differs == name:
+                        continue
+                    time.sleep(2.5)  # "late …"
+                call()
+            opt.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("stage", "missing", "ranks"), [(2, "step", 3), (2, "step", 2), (2, "clip", 2), (1, "clip", 2)]
+)
+def test_a_missing_call_is_an_error_on_every_rank(stage: int, missing: str, ranks: int) -> None:
+    failed = run_ranks_expecting_errors(ranks, train, stage, missing, 1, timeout=60)
+    for kind, message in failed.values():
+        assert kind in ("RuntimeError", "ValueError"), message
+        assert "step" in message, message
+
+
+@pytest.mark.parametrize("late", ["late backward", "late clip", "late step"])
+def test_a_late_rank_is_waited_for(late: str) -> None:
+    run_ranks(2, train, 2, late, 0)
+
+
+def post(collective: str, number: int, ranks: int = 2, **entered: int) -> Post:
+    return {"entered": entered, "in": collective, "number": number, "ranks": [*range(ranks)]}
+
+
+def test_ranks_are_stuck_if_each_waits_for_a_rank_that_waits() -> None:
+    first, second = post("reduce", 5, reduce=5, sums=3), post("sums", 3, reduce=4, sums=3)
+    assert stuck_ranks({0: first, 1: second}) == set()  # rank 0 has entered rank 1's collective: it arrives
+    second = post("sums", 4, reduce=4, sums=4)
+    assert stuck_ranks({0: first, 1: second}) == {0, 1}
+    assert stuck_ranks({0: first}) == set()  # rank 1 computes
+    behind = post("sums", 4, ranks=3, reduce=4, sums=4)
+    assert stuck_ranks({0: first, 1: second, 2: behind}) == {0, 1, 2}
+
+
+@given(st.lists(st.lists(st.sampled_from("abc"), min_size=3, max_size=3), min_size=2, max_size=4), st.data())
+def test_ranks_with_the_same_calls_are_never_stuck(calls: list[list[str]], data: st.DataObject) -> None:
+    """Whatever each rank has reached, in one order of collectives for all."""
+    order = calls[0] * 2
+    ranks = len(calls)
+    posts = {}
+    for rank in range(ranks):
+        at = data.draw(st.integers(0, len(order) - 1))
+        entered = order[: at + 1]
+        posts[rank] = post(
+            order[at], entered.count(order[at]), ranks, **{name: entered.count(name) for name in "abc"}
+        )
+    assert stuck_ranks(posts) == set()
