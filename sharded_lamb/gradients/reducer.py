@@ -364,8 +364,13 @@ class BackwardReducer:
                 "reduced ones: run the last backward before a step outside no_sync()"
             )
         if self.state is not ReducerState.ROUND:
-            self.attached.check(used=self._used)
-            if self.state is ReducerState.EMPTY or has_own:
+            try:
+                self.attached.check(used=self._used)
+            except RuntimeError:
+                self._drain()  # the other ranks still receive what this one sends
+                raise
+            keeps = self.state is not ReducerState.EMPTY and any(map(self.attached.has_gradient, members))
+            if has_own or not keeps:  # another rank may have a gradient
                 self._open_round()
         self.settle()
         self._zero(self.attached.collect_edits())

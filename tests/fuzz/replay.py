@@ -7,6 +7,7 @@ contract leaves open raise `Undefined`, and the generator does not emit them.
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ REFUSALS: dict[str, str] = {
     "assigned over a reduced gradient": r"\.grad.*(assigned|reduced)",
     "edited after it was reduced": r"reduce",
     "a step less": r"\bsteps?\b",
+    "backward on some ranks": r"wait for each other.*backward",
     "converted": r"bucket|dtype|float16",
     "copied over several ranks": r"cannot be pickled|copied",
 }
@@ -79,6 +81,9 @@ class _Optimizer:
     skips_in_a_row: int = 0
     steps: int = 0
     is_used: bool = False  # a step has used the gradients
+    rounds: Counter[int] = field(
+        default_factory=Counter
+    )  # rank → backwards that reached it since the last step
 
     @property
     def names(self) -> list[str]:
@@ -204,8 +209,10 @@ class Replay:
         _ensure(collective is None or all(collective in part for part in parts))
         _ensure(collective is None or fail is None)
         _ensure(self.refusal is None or (nan is None and sync and fail is None))
+        _ensure(self.refusal is None or self.refusal.key != "backward on some ranks")
         touched = set()
         for rank, part in enumerate(parts):
+            reached: set[str] = set()
             lowest = (fail or [None] * self.world)[rank]
             for layer in part:
                 if layer < (lowest or 0):
@@ -221,11 +228,23 @@ class Replay:
                     own = self.local[rank]
                     own[name] = own[name] + value if name in own else value
                     touched.add(name)
+                    reached.add(name)
+            for optimizer in self.optimizers if sync else ():
+                optimizer.rounds[rank] += any(
+                    self._is_reduced_here(name) for name in reached & optimizer.registered
+                )
         self._fold(name for name in touched if self._is_dtensor(name))
         if sync:
             self._average(touched)
         for optimizer in self.optimizers:
             optimizer.is_used = False
+            if self.refusal is None and self._is_uneven(optimizer) and max(optimizer.rounds.values()) > 1:
+                self._refuse("backward on some ranks", now=False)
+
+    def _is_uneven(self, optimizer: _Optimizer) -> bool:
+        """Ranks reduce gradients at each backward that reaches them, and wait for as many of every rank."""
+        counts = {optimizer.rounds[rank] for rank in range(self.world)}
+        return len(counts) > 1 and bool(self.program.settings["overlap"])
 
     def _average(self, touched: set[str]) -> None:
         if self.how == "ddp":
@@ -247,6 +266,8 @@ class Replay:
             self._no_clip()
         self._zero(names, set_to_none)
         for optimizer in self.optimizers:
+            if not set_to_none and not self._is_uneven(optimizer):
+                optimizer.rounds.clear()  # zeroing in place waits for the gradients
             if set(optimizer.names) <= set(names):
                 optimizer.clip, optimizer.is_clip_stale, optimizer.is_used = None, False, False
 
@@ -337,6 +358,7 @@ class Replay:
     def read_norms(self) -> None:
         """The 2-norm of every ``.grad``."""
         _ensure(not self._has_local() and not self.zeroed)
+        _ensure(not any(map(self._is_uneven, self.optimizers)))
         self._no_clip()
         norms = {name: float(np.sqrt(np.sum(g * g))) for name, g in self.averaged.items()}
         self._observation = Observation(norms=norms)
@@ -346,6 +368,7 @@ class Replay:
         chosen = self.optimizers[optimizer]
         if kind == "torch":
             self._no_clip()
+            _ensure(not any(map(self._is_uneven, self.optimizers)))
             _ensure(not self._has_local() and not self.zeroed and not self.how.startswith("mixed"))
             norm = self._norm(self.slots)
             _ensure(differs is None and bool(self.averaged))
@@ -355,6 +378,7 @@ class Replay:
             _ensure(not self.zeroed and not chosen.is_clip_stale)
             _ensure(self.how in data.REDUCED_HERE or not self._has_local(chosen.names))
             self._register(chosen)
+            chosen.rounds.clear()
             self._fold(chosen.registered)
             norm = self._norm(chosen.names)
             before = 1.0 if chosen.clip is None else chosen.clip
@@ -407,6 +431,7 @@ class Replay:
 
     def _step(self, optimizer: _Optimizer) -> None:
         self._register(optimizer)
+        optimizer.rounds.clear()
         self._fold(optimizer.registered)
         gradients = self._gradients(optimizer)
         optimizer.steps += 1
@@ -459,12 +484,17 @@ class Replay:
                 and used <= {n for o in self.optimizers for n in o.registered}
             )
         kept = copy.deepcopy((self.averaged, self.local, self.zeroed))
+        rounds = [optimizer.rounds.copy() for optimizer in self.optimizers]
         try:
             self._zero(list(self.slots), True)
             self.backward(parts, key, nan=nan)
             self._check_step()
+            _ensure(self.refusal is None)
         except Undefined:
             self.averaged, self.local, self.zeroed = kept
+            self.refusal = None
+            for optimizer, before in zip(self.optimizers, rounds, strict=True):
+                optimizer.rounds = before
             raise
         if clip is not None:
             self.clip(clip[0], 0, clip[1])

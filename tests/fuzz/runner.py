@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from sharded_lamb import ShardedLamb, checkpoint
+from sharded_lamb.comm import stalls
 from tests.fuzz import program as data
 from tests.fuzz.compare import compare
 from tests.fuzz.net import Net, Planned
@@ -42,7 +44,9 @@ def execute(rank: int, program: Program, number: int, folder: str, expected: Exp
     """
     index, run = -1, None
     digest = hashlib.sha256()
+    patience = mock.patch.object(stalls, "PATIENCE", 2.0)
     try:
+        patience.start()
         run = Run(rank, program, number, Path(folder))
         for index, op in enumerate(program.phases[number].ops):
             seen = getattr(run, op.kind)(**op.args)
@@ -53,6 +57,7 @@ def execute(rank: int, program: Program, number: int, folder: str, expected: Exp
         where = {"at": [number, index], "kind": type(error).__name__, "message": str(error)}
         raise AtOperation(json.dumps(where)) from error
     finally:
+        patience.stop()
         unwrap_all()
     return digest.hexdigest()
 

@@ -3,12 +3,14 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sharded_lamb import ShardedLamb, kernels
 from tests.harness import run_ranks
+from tests.oracle import OracleLamb
 from tests.sharded_cases import (
     Case,
     assert_near,
@@ -20,6 +22,7 @@ from tests.sharded_cases import (
     run,
     through_lamb,
 )
+from tests.training import assert_follows
 
 CASE = Case(
     shapes={"embed": (97, 11), "fc": (31, 37), "bias": (257,), "one": (1,), "scale": (), "none": (0,)},
@@ -165,3 +168,28 @@ def second_order(rank: int, kernel: str) -> tuple[bool, bool]:
 @pytest.mark.parametrize("kernel", kernels.available())
 def test_create_graph_changes_nothing(kernel: str, world_size: int) -> None:
     assert run_ranks(world_size, second_order, kernel) == [(True, False)] * world_size
+
+
+def _reached_on_one_rank(rank: int, zeroed: bool) -> dict[str, Tensor]:
+    """Rank 1's backwards alone reach the optimizer, after a step without gradients and after ``model.zero_grad()``."""
+    model = torch.nn.Linear(7, 3)
+    opt = ShardedLamb(model.named_parameters(), lr=0.1, stage=2)
+    opt.step()
+    for _ in range(2 if zeroed else 1):
+        if rank == 1:
+            model(torch.ones(2, 7)).sum().backward()
+        opt.step()
+        model.zero_grad()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_a_rank_that_backward_does_not_reach_counts_as_zero(zeroed: bool) -> None:
+    first, second = run_ranks(2, _reached_on_one_rank, zeroed, timeout=60)
+    torch.manual_seed(0)  # as in every case
+    model = torch.nn.Linear(7, 3)
+    oracle = OracleLamb({name: p.detach().double().numpy() for name, p in model.named_parameters()}, lr=0.1)
+    for _ in range(2 if zeroed else 1):  # rank 1's sums over its batch of 2, averaged over 2 ranks
+        oracle.step({"weight": np.ones((3, 7)), "bias": np.ones(3)})
+    for weights in (first, second):
+        assert_follows(weights, oracle)
