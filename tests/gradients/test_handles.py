@@ -340,3 +340,25 @@ def test_gradients_assigned_after_backward_are_an_error(
     for kind, message in run_ranks_expecting_errors(2, assign_after_backward, assigned, then).values():
         assert kind == "RuntimeError"
         assert "the .grad of 'fc.weight' was assigned while stage=2 holds its reduced gradient" in message
+
+
+def step_with_a_foreign_handle(rank: int, whose: str) -> None:
+    """``whose``: of an earlier step's gradient, or of another optimizer's."""
+    params, others = training.parameters(), training.parameters()
+    opt = ShardedLamb(params.items(), lr=LR, stage=2)
+    other = ShardedLamb(others.items(), lr=LR, stage=2)
+    for own in (params, others):
+        training.backward(own, training.own_gradients(rank, 0))
+    handle = (params if whose == "earlier" else others)["fc.weight"].grad
+    opt.step()
+    other.step()
+    opt.zero_grad()
+    params["fc.weight"].grad = handle
+    opt.step()
+
+
+@pytest.mark.parametrize("whose", ["earlier", "another optimizer's"])
+def test_a_handle_of_another_gradient_is_an_error(whose: str) -> None:
+    for kind, message in run_ranks_expecting_errors(2, step_with_a_foreign_handle, whose).values():
+        assert kind == "RuntimeError"
+        assert "the .grad of 'fc.weight' was assigned" in message

@@ -118,6 +118,23 @@ def test_reentrant_checkpoints_with_a_tied_weight(world: int, bucket_mb: float) 
             torch.testing.assert_close(value, plain[name], rtol=1e-11, atol=1e-13, msg=name)
 
 
+def exchanges_of_a_step(rank: int, checkpointed: bool) -> int:
+    """After steps in which the reducer learns which hooks fire several times."""
+    model = Tied(checkpointed)
+    opt = ShardedLamb(model.named_parameters(), lr=LR, stage=2, bucket_mb=16 * 16 * 8 / 2**20)
+    before = 0
+    for step in range(3):
+        before = opt.traffic.calls["reduce_scatter"]
+        model(training.draw((5, 16), "x", rank, step).double().requires_grad_()).backward()
+        opt.step()
+        opt.zero_grad()
+    return opt.traffic.calls["reduce_scatter"] - before
+
+
+def test_reentrant_checkpoints_exchange_no_bucket_twice() -> None:
+    assert run_ranks(2, exchanges_of_a_step, True) == run_ranks(2, exchanges_of_a_step, False)
+
+
 # -- 2: GradScaler and freed gradients -----------------------------------------------------------------------
 
 SCALED_LR = 0.02
