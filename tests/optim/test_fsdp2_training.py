@@ -101,6 +101,25 @@ def test_unscaled_gradients_of_both_kinds(stage: int) -> None:
         assert norm == pytest.approx(oracle.grad_norm, rel=1e-5)
 
 
+def norm_of_halved(rank: int, stage: int) -> float:
+    tree = half_sharded(init_device_mesh("cpu", (2,)))
+    opt = ShardedLamb(tree.named_parameters(), stage=stage, lr=0.02)
+    tree(models.gradients(rank, 0)).backward()
+    if stage == 1:
+        average_plain(tree, 2)
+    for p in tree.parameters():
+        if p.grad is not None:
+            p.grad.mul_(0.5)
+    return float(opt.clip_grad_norm_(1e9))
+
+
+@STAGES
+def test_the_norm_of_scaled_gradients_of_both_kinds(stage: int) -> None:
+    grads = training.average(models.gradients(rank, 0) for rank in range(2))
+    norm = sum(float(g.double().square().sum()) for g in grads.values() if g is not None) ** 0.5
+    assert run_ranks(2, norm_of_halved, stage) == pytest.approx([norm / 2] * 2, rel=1e-5)
+
+
 def added_later(rank: int, stage: int) -> dict[str, Tensor]:
     """DTensors first, then a group of plain parameters, then an unfrozen parameter."""
     tree = half_sharded(init_device_mesh("cpu", (2,)))

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint.state_dict as dcp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter
 
 from sharded_lamb import Lamb, ShardedLamb
@@ -269,3 +271,32 @@ def dcp_round_trip(rank: int) -> dict[str, Tensor]:
 
 def test_dcp_gets_and_sets_the_state_of_a_rank() -> None:
     run_ranks(2, dcp_round_trip)
+
+
+def load_with_other_strides(rank: int) -> None:
+    """Moments of a channels_last DTensor, saved as contiguous tensors."""
+    mesh = init_device_mesh("cpu", (2,))
+
+    def build() -> tuple[Tensor, ShardedLamb]:
+        local = training.draw((2, 3, 5, 5), "conv", rank).to(memory_format=torch.channels_last)
+        p = torch.nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)]))
+        return p, ShardedLamb([("conv", p)], lr=0.1)
+
+    p, opt = build()
+    grad = training.draw((2, 3, 5, 5), "gradient", rank).to(memory_format=torch.channels_last)
+    p.grad = DTensor.from_local(grad, mesh, [Shard(0)])
+    opt.step()
+    state = opt.state_dict()
+    for key in ("exp_avg", "exp_avg_sq"):
+        moment = state["state"][0][key]
+        contiguous = moment.to_local().contiguous()
+        assert contiguous.stride() != moment.to_local().stride()
+        state["state"][0][key] = DTensor.from_local(contiguous, mesh, [Shard(0)])
+    other, again = build()
+    again.load_state_dict(state)
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(again.state[other][key].to_local(), opt.state[p][key].to_local()), key
+
+
+def test_moments_with_other_strides_are_loaded() -> None:
+    run_ranks(2, load_with_other_strides)
