@@ -238,13 +238,14 @@ class Replay:
             self._average(touched)
         for optimizer in self.optimizers:
             optimizer.is_used = False
-            if self.refusal is None and self._is_uneven(optimizer) and max(optimizer.rounds.values()) > 1:
+            # Ranks reduce at each backward that reaches them, and wait for as many reductions of every rank.
+            is_refused = self._is_uneven(optimizer) and max(optimizer.rounds.values()) > 1
+            if self.refusal is None and is_refused and self.program.settings["overlap"]:
                 self._refuse("backward on some ranks", now=False)
 
     def _is_uneven(self, optimizer: _Optimizer) -> bool:
-        """Ranks reduce gradients at each backward that reaches them, and wait for as many of every rank."""
-        counts = {optimizer.rounds[rank] for rank in range(self.world)}
-        return len(counts) > 1 and bool(self.program.settings["overlap"])
+        """Whether backward reached some ranks more often than others since the last step."""
+        return len({optimizer.rounds[rank] for rank in range(self.world)}) > 1
 
     def _average(self, touched: set[str]) -> None:
         if self.how == "ddp":
