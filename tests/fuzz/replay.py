@@ -210,6 +210,7 @@ class Replay:
         _ensure(collective is None or fail is None)
         _ensure(self.refusal is None or (nan is None and sync and fail is None))
         _ensure(self.refusal is None or self.refusal.key != "backward on some ranks")
+        kept = [bool(self._gradients(optimizer)) for optimizer in self.optimizers]
         touched = set()
         for rank, part in enumerate(parts):
             reached: set[str] = set()
@@ -236,11 +237,12 @@ class Replay:
         self._fold(name for name in touched if self._is_dtensor(name))
         if sync:
             self._average(touched)
-        for optimizer in self.optimizers:
+        for optimizer, keeps in zip(self.optimizers, kept, strict=True):
             optimizer.is_used = False
-            # Ranks reduce at each backward that reaches them, and wait for as many reductions of every rank.
-            is_refused = self._is_uneven(optimizer) and max(optimizer.rounds.values()) > 1
-            if self.refusal is None and is_refused and self.program.settings["overlap"]:
+            # Ranks reduce at each backward that reaches them, and wait for as many reductions of every rank. One that
+            # has no gradients makes up for one reduction in the step.
+            is_refused = self._is_uneven(optimizer) and (keeps or max(optimizer.rounds.values()) > 1)
+            if self.refusal is None and is_refused:
                 self._refuse("backward on some ranks", now=False)
 
     def _is_uneven(self, optimizer: _Optimizer) -> bool:
