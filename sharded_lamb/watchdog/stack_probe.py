@@ -74,6 +74,9 @@ def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
 
 def _locate(frames: list[FrameType]) -> Location:
     """``frames``: from the innermost."""
+    caller = next((at for at, frame in enumerate(frames) if _file(frame) != threading.__file__), 0)
+    if frames and _file(frames[caller]) in _OUR_COLLECTIVES:  # it waits for a thread that waits in C++
+        frames = frames[caller:]
     if not frames:
         return Location("the end of the program", COMPUTES)
     inside = []
