@@ -20,32 +20,6 @@ from tests.harness import run_ranks
 
 SEEDS = range(100)
 TIMEOUT_S = 100.0  # a loaded machine is no hang
-OPEN = frozenset(
-    {
-        *(
-            "read_norms",
-            "torch",
-            "grad_none",
-            "grad_scale",
-            "layer",
-            "fail",
-            "grad_assign",
-            "grad_add",
-            "collective",
-        ),  # stage 2's .grad, and hooks
-        *(
-            "inherits",
-            "copies",
-            "exclude_from_weight_decay",
-            "exclude_from_layer_adaptation",
-            "rank",
-            "differs",
-        ),
-        *("whole", "rewrite", "share_memory", "cpu:0", "missing", "two", "2.0", "0.5", "overlap_forward"),
-    }
-)
-"""Operations, arguments, values and wrappers that the suite leaves out until the faults found with them are diagnosed;
-`python -m tests.fuzz` draws them."""
 OPTIONS: dict[str, Any] = {"lr": 0.05, "betas": (0.9, 0.99), "weight_decay": 0.01, "max_grad_norm": None}
 SETTINGS = {"bucket_mb": 0.001, "overlap": True, "store_param_remainders": False}
 LAYERS = ((Slot("layers.0.a", (13, 5)),), (Slot("layers.1.a", (31,)), Slot("layers.1.b", (7,))))
@@ -62,7 +36,7 @@ def backward(key: int, world: int = 1) -> Op:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_programs(seed: int) -> None:
-    program = generate(seed, OPEN)
+    program = generate(seed)
     outcome = outcome_of(program, TIMEOUT_S)
     assert outcome.kind != "FAULT", f"{outcome.reason}\n{program}\n{outcome.details}"
 
