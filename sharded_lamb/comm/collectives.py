@@ -304,7 +304,6 @@ class Collectives:
             work = _all_gather(flat, flat[rank * size : (rank + 1) * size], self._shard.pg)
             faults.point("mid-all-gather")
             return Pending([work], flight)
-        entered = self._entered("all-gather of parameters, number", self.topology.shard_ranks)
         shard = flat[rank * size : (rank + 1) * size]
         # Receives first: a "ready to receive" queued behind data serializes two ranks (half the speed). Ranks pair up
         # by distance, so that no rank is the first peer of all others.
@@ -318,7 +317,8 @@ class Collectives:
             works.append(
                 dist.isend(shard, group=self._shard.pg, group_dst=(rank + distance) % self.shard_count)
             )
-        return Pending(works, flight, reports_completion=False, entered=entered)
+        # Every rank that has summed the norms starts it, so that no rank waits in vain.
+        return Pending(works, flight, reports_completion=False)
 
     def gather_to(self, shard: Tensor, to: int) -> list[Tensor] | None:
         """Gather all shards of a bucket to the CPU of the ``to``-th rank of everyone; None on the other ranks.
