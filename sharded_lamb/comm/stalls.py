@@ -39,7 +39,7 @@ class Stalls:
 
     def posts(self, own: "Entered") -> dict[int, Post]:
         """Write what this rank waits for; returns what all waiting ranks wrote."""
-        store = PrefixStore(f"sharded_lamb/stalls/{self._name}", dist.distributed_c10d._get_default_store())
+        store = self._store()
         post = {
             "entered": self._entered,
             "in": own.collective,
@@ -53,8 +53,10 @@ class Stalls:
 
     def moved_on(self) -> None:
         """This rank no longer waits."""
-        store = PrefixStore(f"sharded_lamb/stalls/{self._name}", dist.distributed_c10d._get_default_store())
-        store.set(str(self.rank), "")
+        self._store().set(str(self.rank), "")
+
+    def _store(self) -> PrefixStore:
+        return PrefixStore(f"sharded_lamb/stalls/{self._name}", dist.distributed_c10d._get_default_store())
 
 
 @dataclass(frozen=True)
