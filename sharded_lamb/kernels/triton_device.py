@@ -350,9 +350,9 @@ def apply(
         tl.store(weight + offsets, _rounded(w, WEIGHT), mask=mask)
 
 
-@triton.jit(do_not_specialize=["params", "slots"])
-def add_by_parameter(block_sums, first_slots, sums, params, slots):
-    """Adds each parameter's block sums to ``sums`` [planes, params] fp64; grid (params, planes).
+@triton.jit(do_not_specialize=["columns", "slots"])
+def add_by_parameter(block_sums, first_slots, sums, columns, slots):
+    """Adds each parameter's block sums to ``sums`` [planes, columns] fp64; grid (columns, planes).
 
     The order does not depend on the grid: a lane adds DEPTH consecutive blocks one by one, with a stride of
     LANES x DEPTH blocks; then lanes are summed by halving. The first lane starts from the value in ``sums``, so that up
@@ -361,7 +361,7 @@ def add_by_parameter(block_sums, first_slots, sums, params, slots):
     param, plane = tl.program_id(0), tl.program_id(1)
     low, high = tl.load(first_slots + param), tl.load(first_slots + param + 1)
     lane = tl.arange(0, LANES)
-    target = sums + plane * params + param
+    target = sums + plane * columns + param
     before = tl.load(target)
     total = tl.where(lane == 0, before, tl.zeros_like(before))
     source = block_sums + plane.to(tl.int64) * slots
