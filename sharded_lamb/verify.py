@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sharded_lamb.comm.collectives import Traffic
+from sharded_lamb.core.host_values import as_tensor
 from sharded_lamb.optim.sharded import ShardedLamb
 
 TOLERANCE = 2e-6
@@ -166,7 +167,7 @@ class _Comparison:
         """[shape] fp32 random numbers, the same on every rank; each parameter has a scale of its own."""
         key = hashlib.sha256(f"{self.seed}/{what}/{index}".encode()).digest()[:7]
         generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
-        return torch.randn(shape, generator=generator) * 10.0 ** (-(index % 4))
+        return torch.randn(shape, generator=generator, device="cpu") * 10.0 ** (-(index % 4))
 
     def gradient(self, step: int, rank: int, index: int) -> Tensor:
         """The gradient of ``rank``, in the parameter's shape and dtype, on the CPU.
@@ -183,7 +184,7 @@ class _Comparison:
     def averaged(self, step: int, index: int) -> Tensor:
         """The mean of `gradient` over ranks, fp64."""
         total = sum(self.gradient(step, rank, index).double() for rank in range(self.world_size))
-        return torch.as_tensor(total) / self.world_size
+        return as_tensor(total) / self.world_size
 
     def give_gradients(self, step: int, stage: int) -> None:
         """Stage 1: set ``.grad`` to the averages. Stage 2: run a backward that yields this rank's gradients."""

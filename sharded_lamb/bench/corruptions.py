@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sharded_lamb import ShardedLamb, checkpoint
 from sharded_lamb.bench.report import about, dumped
+from sharded_lamb.core.host_values import as_tensor
 
 Damage = Callable[[random.Random, Path, Path], str]
 """(random numbers, a checkpoint, another of the same run) → description of the damage, for the report."""
@@ -124,7 +125,7 @@ def _build() -> tuple[nn.Module, ShardedLamb]:
 def _step(model: nn.Module, opt: ShardedLamb, number: int) -> None:
     generator = torch.Generator().manual_seed(number)
     for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator)
+        p.grad = torch.randn(p.shape, generator=generator, device="cpu")
     opt.step()
 
 
@@ -132,8 +133,10 @@ def _loaded_state(model: nn.Module, opt: ShardedLamb) -> dict[str, Tensor]:
     """The tensors on this rank that a load writes."""
     tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
     for place, state in opt.state_dict()["state"].items():
-        tensors |= {f"{place}.{kind}": torch.as_tensor(value).clone() for kind, value in state.items()}
-    tensors |= {f"lr {i}": torch.tensor(float(group["lr"])) for i, group in enumerate(opt.param_groups)}
+        tensors |= {f"{place}.{kind}": as_tensor(value).clone() for kind, value in state.items()}
+    tensors |= {
+        f"lr {i}": torch.tensor(float(group["lr"]), device="cpu") for i, group in enumerate(opt.param_groups)
+    }
     return tensors
 
 

@@ -70,7 +70,7 @@ def work(name: str, model: torch.dtype | None, ranks: int, device: torch.device,
 def _shard(bucket: Bucket, model: torch.dtype | None, device: torch.device, splits: bool) -> FlatShard:
     """The first rank's shard of a bucket, filled with random numbers."""
     numel = bucket.shard_numel
-    owners = torch.full((numel // BLOCK,), bucket.params[0])
+    owners = torch.full((numel // BLOCK,), bucket.params[0], device="cpu")
     for segment in bucket.segments(0):
         first = segment.shard_start // BLOCK
         owners[first : -(-(segment.shard_start + segment.length) // BLOCK)] = segment.param

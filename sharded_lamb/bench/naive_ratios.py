@@ -65,7 +65,9 @@ def quotients(stage: int, naive: bool, arguments: argparse.Namespace) -> dict[st
     generator = torch.Generator().manual_seed(arguments.seed + dist.get_rank())
     before = {}
     for step in range(arguments.steps):
-        tokens = torch.randint(0, 8192, (arguments.batch, 64), generator=generator).to(engine.device)
+        tokens = torch.randint(0, 8192, (arguments.batch, 64), generator=generator, device="cpu").to(
+            engine.device
+        )
         engine.backward(engine(input_ids=tokens, labels=tokens).loss)
         if step == arguments.steps - 1:
             before = masters(engine.module)

@@ -92,7 +92,7 @@ class Configured:
         """One iteration; each rank has batches of its own, the same under every configuration."""
         generator = torch.Generator().manual_seed(1_000_003 * dist.get_rank() + self._done)
         size = (self.work.batch, self.work.sequence)
-        tokens = torch.randint(self.work.vocabulary, size, generator=generator)
+        tokens = torch.randint(self.work.vocabulary, size, generator=generator, device="cpu")
         with timeline.span("forward"):
             loss = self.model(input_ids=tokens, labels=tokens).loss
         with timeline.span("backward"):
@@ -135,8 +135,8 @@ class Configured:
                 self.iterate(timeline)
             self.optimizer.synchronize()
         edges.append(timeline.clock())
-        lengths = torch.tensor(edges[2:], dtype=torch.float64) - torch.tensor(
-            edges[1:-1], dtype=torch.float64
+        lengths = torch.tensor(edges[2:], dtype=torch.float64, device="cpu") - torch.tensor(
+            edges[1:-1], dtype=torch.float64, device="cpu"
         )
         dist.all_reduce(lengths, dist.ReduceOp.MAX)
         index = 1 + int(lengths.argsort()[TRACED // 2])
@@ -189,7 +189,7 @@ def _write(
 def _same(models: Sequence[Sequence[Tensor]]) -> bool:
     """Whether all models have the same bits on every rank. Collective."""
     equal = all(torch.equal(p, q) for model in models[1:] for p, q in zip(models[0], model, strict=True))
-    agreed = torch.tensor(int(equal))
+    agreed = torch.tensor(int(equal), device="cpu")
     dist.all_reduce(agreed, dist.ReduceOp.MIN)
     return bool(agreed.item())
 

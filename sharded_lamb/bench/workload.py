@@ -92,7 +92,7 @@ def _layers(numels: Sequence[int]) -> list[range]:
 
 
 def _pool(seed: int, device: torch.device) -> Tensor:
-    return torch.randn(POOL, generator=torch.Generator().manual_seed(seed)).to(device)
+    return torch.randn(POOL, generator=torch.Generator().manual_seed(seed), device="cpu").to(device)
 
 
 def _runs(pool: Tensor, shape: tuple[int, ...], start: int) -> Tensor:

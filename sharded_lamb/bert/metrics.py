@@ -109,8 +109,8 @@ def summarize_ratios(ratios: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _quantiles(values: Sequence[float]) -> list[float]:
-    points = torch.tensor(QUANTILES, dtype=torch.float64)
-    return torch.tensor(values, dtype=torch.float64).quantile(points).tolist()
+    points = torch.tensor(QUANTILES, dtype=torch.float64, device="cpu")
+    return torch.tensor(values, dtype=torch.float64, device="cpu").quantile(points).tolist()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -164,7 +164,7 @@ def _load_pretrained(kind: Any, folder: str, vocabulary: Vocabulary) -> Any:
 def _start_at_unigram(bert: Any, counts: Any) -> None:
     """Start at the loss that the first steps would reach anyway: the unigram entropy instead of log(vocabulary)."""
     bias = bert.cls.predictions.bias
-    seen = torch.ones(bias.numel(), dtype=torch.float64)  # add-one smoothing: no log of 0
+    seen = torch.ones(bias.numel(), dtype=torch.float64, device="cpu")  # add-one smoothing: no log of 0
     seen[: len(counts)] += torch.from_numpy(counts)
     with torch.no_grad():
         bias.copy_((seen / seen.sum()).log())

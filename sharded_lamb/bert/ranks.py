@@ -80,13 +80,13 @@ class Ranks:
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
         """Element-wise sums over ranks (fp64, exact for integers below 2^53)."""
-        packed = torch.tensor(numbers, dtype=torch.float64)
+        packed = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         dist.all_reduce(packed, group=self.control)
         return packed.tolist()
 
     def gather(self, numbers: Sequence[float]) -> Tensor:
         """[world size, numbers] fp64: every rank's numbers, in rank order, on every rank."""
-        own = torch.tensor(numbers, dtype=torch.float64)
+        own = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         rows = [torch.empty_like(own) for _ in range(self.world_size)]
         dist.all_gather(rows, own, group=self.control)
         return torch.stack(rows)

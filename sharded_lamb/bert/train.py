@@ -221,7 +221,7 @@ class _Phase:
         multiplied by the number of ranks: neither accumulation nor world size changes the result.
         """
         job, ranks = self.job, self.job.ranks
-        scale = torch.tensor([1 / totals.predicted, 1 / totals.rows]) * ranks.world_size
+        scale = torch.tensor([1 / totals.predicted, 1 / totals.rows], device="cpu") * ranks.world_size
         scale = scale.to(ranks.device)
         # A key, so that dropout in a resumed run equals that of an uninterrupted one.
         torch.manual_seed(key_of(job.config.seed, "dropout", self.number, data.step, ranks.rank) >> 1)

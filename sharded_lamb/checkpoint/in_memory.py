@@ -13,6 +13,7 @@ from sharded_lamb.checkpoint import plain, tensorfile
 from sharded_lamb.checkpoint.manifest import Manifest, SavedTensor, check_files, read_manifest
 from sharded_lamb.checkpoint.saving import ExtraTensors, written_by
 from sharded_lamb.checkpoint.storage import ManifestHeader, Writer
+from sharded_lamb.core.host_values import as_tensor
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def write_contents(path: str | os.PathLike[str], contents: InMemoryCheckpoint) -
     tensors = {f"model.{name}": tensor for name, tensor in contents.weights.items()}
     for name, state in contents.states.items():
         for kind, value in state.items():
-            value = torch.as_tensor(value)
+            value = as_tensor(value)
             tensors[f"optimizer.{name}.{kind}"] = value.double().reshape(()) if kind == "step" else value
     groups = tuple(
         {

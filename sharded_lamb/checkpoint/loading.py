@@ -318,6 +318,6 @@ def _template(extra: Mapping[str, Any], name: str) -> Any:
 def _empty_lamb_state(p: Tensor) -> dict[str, Tensor]:
     """Returns zero state for a parameter of `Lamb`, which otherwise makes it at the first gradient."""
     dtype = torch.promote_types(p.dtype, torch.float32)
-    return {"step": torch.zeros((), dtype=torch.float64)} | {
+    return {"step": torch.zeros((), dtype=torch.float64, device="cpu")} | {
         kind: torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format) for kind in parts.KINDS
     }

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from sharded_lamb.checkpoint.manifest import Manifest, SavedTensor
 from sharded_lamb.checkpoint.rank_group import bare_optimizer
 from sharded_lamb.checkpoint.sparse import is_sparse
+from sharded_lamb.core.host_values import as_tensor
 from sharded_lamb.core.names import normalize
 from sharded_lamb.optim.base import LambOptimizer
 from sharded_lamb.optim.lamb import Lamb
@@ -254,5 +255,5 @@ def rounds(requests: Iterable[ReadRequest]) -> list[dict[str, Tensor]]:
 
 def steps_taken(states: Mapping[Any, Mapping[str, Any]]) -> int:
     """Returns the largest step count of all parameters. Reads the device."""
-    steps = [torch.as_tensor(state["step"]).reshape(()) for state in states.values()]
+    steps = [as_tensor(state["step"]).reshape(()) for state in states.values()]
     return int(torch.stack(steps).max()) if steps else 0

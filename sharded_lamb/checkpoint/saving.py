@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from sharded_lamb.checkpoint import parts, plain
 from sharded_lamb.checkpoint.rank_group import RankGroup, ranks_of, unwrapped
 from sharded_lamb.checkpoint.storage import ManifestHeader, PostSaveError, Writer
+from sharded_lamb.core.host_values import as_tensor
 from sharded_lamb.optim.lamb import Lamb
 from sharded_lamb.optim.sharded_state import ShardedOptimizer
 
@@ -226,7 +227,7 @@ def _collected(ranks: RankGroup, model: nn.Module, optimizer: Any, extra: Mappin
         flat = [name for group in names for name in group]
         for place, state in packed["state"].items():
             tensors |= {
-                f"optimizer.{flat[place]}.{kind}": torch.as_tensor(value)
+                f"optimizer.{flat[place]}.{kind}": as_tensor(value)
                 for kind, value in state.items()
                 if kind in ("step", "master", *parts.KINDS)
             }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.comm.consistency import Description, check_consistency
+from sharded_lamb.core.host_values import to_device
 
 LANES = 3
 SLOTS = 2 * LANES
@@ -58,8 +59,7 @@ class StepAgreement:
                 "<3H", hashlib.blake2b(repr(facts).encode(), digest_size=2 * LANES).digest()
             )
             slots = [float(lane) for lane in lanes] + [float(lane * lane) for lane in lanes]
-            host = torch.tensor(slots, dtype=torch.float64, pin_memory=device.type == "cuda")
-            self._facts, self._slots = facts, host.to(device, non_blocking=True)
+            self._facts, self._slots = facts, to_device(slots, torch.float64, device)
         if not on_device:
             return self._slots
         scalars = torch.stack([x.to(device, torch.float64, non_blocking=True).reshape(()) for x in on_device])

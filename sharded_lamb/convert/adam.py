@@ -84,7 +84,7 @@ def to_adam(contents: InMemoryCheckpoint) -> Converted[dict[str, Any]]:
         for group in groups
     ]
     states = {
-        name: {"step": torch.tensor(float(state["step"]), dtype=torch.float32), **moments}
+        name: {"step": torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu"), **moments}
         for (name, state), moments in zip(
             contents.states.items(), positional.moments(contents.states).values(), strict=True
         )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
+from sharded_lamb.core.host_values import as_tensor
 from sharded_lamb.core.hyperparams import GROUP_OPTIONS, SCALAR_DEFAULTS, validate_group, variant_options
 from sharded_lamb.core.names import normalize
 
@@ -159,7 +160,7 @@ def moment_state(name: str, weight: Tensor, state: Mapping[str, Any], step: Any)
         raise ValueError(
             f"there is no step count of {name!r}: the file is not of the optimizer that --from names"
         )
-    moments = {"step": torch.as_tensor(step).detach().to("cpu", torch.float64, copy=True).reshape(())}
+    moments = {"step": as_tensor(step).detach().to("cpu", torch.float64, copy=True).reshape(())}
     for kind in MOMENTS:
         moment = state.get(kind)
         if not isinstance(moment, Tensor):

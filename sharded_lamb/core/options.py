@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharded_lamb.core.host_values import as_tensor, to_device
 from sharded_lamb.core.hyperparams import PATTERN_OPTIONS
 from sharded_lamb.core.names import matching
 from sharded_lamb.core.parameters import NamedParameter, ndim_of
@@ -115,22 +116,18 @@ class OptionTable:
         if any(isinstance(value, Tensor) for value in values):
             self._lrs = None
             parts = [
-                torch.as_tensor(value).to(self._device, torch.float64, non_blocking=True).reshape(())
+                as_tensor(value).to(self._device, torch.float64, non_blocking=True).reshape(())
                 for value in values
             ]
             return torch.stack(parts)[self._group_of]
         if self._lr is None or values != self._lrs:
             self._lrs = values
-            self._lr = self._on_device(values)[self._group_of]
+            self._lr = to_device(values, torch.float64, self._device)[self._group_of]
         return self._lr
 
-    def _on_device(self, values: Sequence[Any]) -> Tensor:
-        """Copies from pinned memory, without a device synchronization."""
-        host = torch.tensor(values, dtype=torch.float64, pin_memory=self._device.type == "cuda")
-        return host.to(self._device, non_blocking=True)
-
     def _assemble(self, of_groups: Sequence[_GroupOptions]) -> ParameterOptions:
-        table = self._on_device([astuple(options) for options in of_groups])[self._group_of]
+        table = to_device([astuple(options) for options in of_groups], torch.float64, self._device)
+        table = table[self._group_of]
         names = [field.name for field in fields(_GroupOptions)]
         named = dict(zip(names, table.unbind(dim=1), strict=True))
         without_decay = named.pop("adapts_without_decay").bool()

@@ -65,7 +65,7 @@ def gather(
             if not partitions.sharded:
                 entry[key] = memory.cpu().clone()
                 continue
-            full = torch.zeros(math.prod(shape), dtype=memory.dtype)
+            full = torch.zeros(math.prod(shape), dtype=memory.dtype, device="cpu")
             for owner, segment in segments:
                 part = tensor_slice(_memory(owner, key, state), segment)
                 full[segment.start : segment.start + segment.length] = part.cpu()
@@ -126,13 +126,15 @@ def scatter(
     for param, (partition, segments) in _by_parameter(partitions).items():
         p = rows[param][1]
         entry = saved.get(param, {})
-        flags = torch.tensor([float(entry.get("step", 0.0)), float("master" in entry)], dtype=torch.float64)
+        flags = torch.tensor(
+            [float(entry.get("step", 0.0)), float("master" in entry)], dtype=torch.float64, device="cpu"
+        )
         _broadcast(flags)
         state[partition.tensor]["step"].fill_(float(flags[0]))
         for key in KEYS:
             if key == "master" and not flags[1]:
                 continue
-            full = torch.zeros(_shape(p), dtype=state[partition.tensor]["exp_avg"].dtype)
+            full = torch.zeros(_shape(p), dtype=state[partition.tensor]["exp_avg"].dtype, device="cpu")
             if key in entry:
                 full.copy_(entry[key])
             _broadcast(full)

@@ -26,6 +26,7 @@ from sharded_lamb.comm.consistency import Description, check_consistency, descri
 from sharded_lamb.comm.step_agreement import StepAgreement
 from sharded_lamb.comm.topology import Topology
 from sharded_lamb.core import rule
+from sharded_lamb.core.host_values import to_device
 from sharded_lamb.core.hyperparams import fill, flag, integer, validate_group
 from sharded_lamb.core.options import OptionTable
 from sharded_lamb.core.parameters import NamedParameter, check_parameter, named
@@ -277,14 +278,14 @@ class DeepSpeedLamb(AgreedOptions):
         problem = self._option_problem(alone=self._collectives.world_size == 1)
         shards = tensors.shards(self.state)
         summary = self._gradient_summary(tensors, shards) if self._skip_nonfinite else None
-        updated = torch.tensor(tensors.present()).to(tensors.device, non_blocking=True)
+        updated = to_device(tensors.present(), None, tensors.device)
         if summary is not None:
             skip = summary.bad.any()
             # DeepSpeed passes zeros if no rank has a gradient; decay alone would shrink the weight by η per step.
             updated = (summary.square_sums > 0) & ~skip
             if tensors.device.type == "cpu" and skip:
                 tensors.skips.record(skip, summary.bad)
-                self._last[tensors.params] = torch.ones(len(updated)), updated
+                self._last[tensors.params] = torch.ones(len(updated), device="cpu"), updated
                 return
         if problem is not None:
             sums = torch.zeros(len(rule.SUMS), len(updated), dtype=torch.float64, device=tensors.device)

@@ -17,7 +17,7 @@ def prove(rows: Sequence[Row], partitions: OptimizerPartitions, collectives: Col
         ValueError: on every rank: the ranks' element counts do not sum to a parameter's numel; a partition's values,
             in the model's dtype, differ from the model's; or a parameter that every rank has differs between ranks.
     """
-    measures = torch.zeros(4, len(rows), dtype=torch.float64)
+    measures = torch.zeros(4, len(rows), dtype=torch.float64, device="cpu")
     for partition in partitions.local:
         for segment in partition.segments:
             if segment.length:
@@ -38,7 +38,9 @@ def _measure(partition: Partition, segment: Segment, p: Tensor, sharded: bool) -
     else:
         weights, model = partition.tensor.detach(), p.detach()
     square = float(torch.linalg.vector_norm(weights, dtype=torch.float64)) ** 2
-    return torch.tensor([segment.length, _differing(weights, model), square, square**2], dtype=torch.float64)
+    return torch.tensor(
+        [segment.length, _differing(weights, model), square, square**2], dtype=torch.float64, device="cpu"
+    )
 
 
 def _check(name: str, numel: int, measures: list[float], partitions: OptimizerPartitions, world: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharded_lamb.core.host_values import as_tensor
 from sharded_lamb.core.options import OptionTable
 from sharded_lamb.deepspeed.mapping import Partition
 from sharded_lamb.kernels import ScatteredShard
@@ -47,7 +48,7 @@ class StateKeeper:
             step = own.get("step")
             if step is None or step is not self._steps.get(tensor):
                 replaced = replaced or step is not None
-                count = 0.0 if step is None else float(torch.as_tensor(step).reshape(-1)[0])
+                count = 0.0 if step is None else float(as_tensor(step).reshape(-1)[0])
                 own["step"] = torch.full((), count, dtype=torch.float64, device=tensor.device)
                 self._steps[tensor] = own["step"]
         return replaced
@@ -62,7 +63,7 @@ class StateKeeper:
         for key in MOMENTS:
             check_moment(key, saved[key], tensor)
             self.state[tensor][key].copy_(saved[key])
-        self.state[tensor]["step"].fill_(float(torch.as_tensor(saved["step"]).reshape(-1)[0]))
+        self.state[tensor]["step"].fill_(float(as_tensor(saved["step"]).reshape(-1)[0]))
 
 
 def _zeros_like(tensor: Tensor) -> Tensor:

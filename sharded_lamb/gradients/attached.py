@@ -233,7 +233,7 @@ class AttachedGradients:
         edits = edits if self.removed or self.zeroed else 0
         factors = self._factors_of_all()
         if factors is None:
-            return torch.tensor(float(edits), dtype=torch.float64) if edits else None
+            return torch.tensor(float(edits), dtype=torch.float64, device="cpu") if edits else None
         bits = factors.view(torch.int64) - torch.ones_like(factors).view(torch.int64)
         weights = torch.arange(1, len(bits) + 1, device=bits.device) * 2 + 1
         return ((bits * weights).sum().remainder(_PRIME) + edits).remainder(_PRIME).to(torch.float64)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sharded_lamb import faults
 from sharded_lamb.comm.collectives import Collectives
+from sharded_lamb.core.host_values import to_device
 from sharded_lamb.core.parameters import check_gradients
 from sharded_lamb.gradients.source import Registration
 from sharded_lamb.gradients.summary import (
@@ -39,7 +40,7 @@ class AveragedGradients:
         self.is_member: list[bool] = []  # [P] whether this source reads the gradient
         self.buckets: list[FlatBucket] = []
         self.replicas = Replicas((), (), ())
-        self._owner_mask = torch.zeros(0, dtype=torch.float64)
+        self._owner_mask = torch.zeros(0, dtype=torch.float64, device="cpu")
         self._steps_seen = 0
         self._summary: GradientSummary | None = None
         self._summarized_grads: tuple[list[Tensor | None], list[int]] = [], []  # gradients and their versions
@@ -142,7 +143,7 @@ class AveragedGradients:
             return torch.zeros((), dtype=torch.bool, device=summary.present.device)
         partial = (summary.present > 0) & (summary.present < self.collectives.world_size)
         if not all(self.is_member):
-            partial = partial & torch.tensor(self.is_member).to(partial.device, non_blocking=True)
+            partial = partial & to_device(self.is_member, None, partial.device)
         return partial.any()
 
     def unscale_factor(self) -> Tensor | None:

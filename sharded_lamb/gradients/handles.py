@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+from sharded_lamb.core.host_values import as_tensor
+
 aten = torch.ops.aten
 
 
@@ -44,7 +46,7 @@ class Factors:
             )
             if last_factor is factor and same and (last_version, last_divides) == (version, divides):
                 return product
-        scale = torch.as_tensor(by).detach().to(device, torch.float64).reshape(())
+        scale = as_tensor(by).detach().to(device, torch.float64).reshape(())
         one = torch.ones((), dtype=torch.float64, device=device) if factor is None else factor
         product = one / scale if divides else one * scale
         self._last = factor, by, version, divides, product

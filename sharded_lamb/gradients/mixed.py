@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sharded_lamb.core.host_values import to_device
 from sharded_lamb.gradients.averaged import AveragedGradients
 from sharded_lamb.gradients.reducer import BackwardReducer
 from sharded_lamb.gradients.source import Registration
@@ -68,7 +69,7 @@ class MixedGradients:
         factor = self.reducer.unscale_factor()
         if factor is None or not self._has_dtensors:
             return factor
-        is_dtensor = torch.tensor(self.averaged.is_member).to(factor.device, non_blocking=True)
+        is_dtensor = to_device(self.averaged.is_member, None, factor.device)
         return torch.where(is_dtensor, torch.ones_like(factor), factor)
 
     def edits(self) -> Tensor | None:

@@ -64,8 +64,8 @@ class BackwardReducer:
         self.rounds = 0
         self._summary: GradientSummary | None = None
         self._impatient_rounds = 0
-        self._owner_mask = torch.zeros(0, dtype=torch.float64)
-        self._square_sums = torch.zeros(0, dtype=torch.float64)  # of the last round
+        self._owner_mask = torch.zeros(0, dtype=torch.float64, device="cpu")
+        self._square_sums = torch.zeros(0, dtype=torch.float64, device="cpu")  # of the last round
         self._round: Round | None = None
         self._late_grads: dict[int, Tensor] = {}  # that arrived after their bucket's launch
         self._in_flight: deque[InFlight] = deque()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.core import rule
+from sharded_lamb.core.host_values import to_device
 from sharded_lamb.sharding.placements import Replicas
 
 TOLERANCE = 1e-3
@@ -142,9 +143,7 @@ def _flags(flags: Sequence[bool], device: torch.device) -> Tensor:
 @lru_cache(maxsize=16)
 def _flags_on_device(flags: tuple[bool, ...], device: torch.device) -> Tensor:
     """Cached: steps pass the same flags, and a CUDA graph cannot include a copy from the host."""
-    return torch.tensor(flags, dtype=torch.float64, pin_memory=device.type == "cuda").to(
-        device, non_blocking=True
-    )
+    return to_device(flags, torch.float64, device)
 
 
 def local_summary(square_sums: Tensor, present: Sequence[bool]) -> GradientSummary:

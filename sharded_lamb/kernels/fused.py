@@ -214,8 +214,14 @@ class FusedKernel(StockIncoming):
     def __init__(self) -> None:
         self._reference = ReferenceKernel()
         self._spans: Any = WeakIdKeyDictionary()  # block_param → list[_Span]
-        self._scratch = {CHUNK: _Scratch(torch.zeros(CHUNK), torch.empty(CHUNK), torch.empty(CHUNK))}
-        self._no_correction = [torch.tensor(math.inf)]  # the step count of a call
+        self._scratch = {
+            CHUNK: _Scratch(
+                torch.zeros(CHUNK, device="cpu"),
+                torch.empty(CHUNK, device="cpu"),
+                torch.empty(CHUNK, device="cpu"),
+            )
+        }
+        self._no_correction = [torch.tensor(math.inf, device="cpu")]  # the step count of a call
 
     def square_sums(self, shards: Sequence[Shard], sums: Tensor) -> None:
         """Adds Σg² per parameter to ``sums`` [P] fp64."""
@@ -362,7 +368,9 @@ class FusedKernel(StockIncoming):
         """``found``: (parameter, one value for each row of ``sums`` [k, P])."""
         if found:
             params, *values = zip(*found, strict=True)
-            sums.index_add_(1, torch.tensor(params), torch.tensor(values, dtype=torch.float64))
+            sums.index_add_(
+                1, torch.tensor(params, device="cpu"), torch.tensor(values, dtype=torch.float64, device="cpu")
+            )
 
     def _divided(self, shard: Shard, possible: Callable[[int], bool]) -> tuple[list[_Run], list[Shard]]:
         """(runs to update with calls, shards left to the reference)."""

@@ -130,7 +130,7 @@ class CppKernel:
     def __init__(self) -> None:
         self._library = library()
         self._templates: dict[int, tuple[Sequence[Segment], Table, npt.NDArray[np.int64]]] = {}
-        self._block_sums = {dtype: torch.empty(0, dtype=dtype) for dtype in SUFFIXES}
+        self._block_sums = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in SUFFIXES}
 
     def square_sums(self, shards: Sequence[Shard], sums: Tensor) -> None:
         """Adds Σg² per parameter to ``sums`` [P] fp64."""
@@ -246,7 +246,7 @@ class CppKernel:
     def _scratch(self, dtype: torch.dtype, numel: int) -> Tensor:
         """Memory for the block sums of a call, reused; as large as the largest call needed."""
         if self._block_sums[dtype].numel() < numel:
-            self._block_sums[dtype] = torch.empty(numel, dtype=dtype)
+            self._block_sums[dtype] = torch.empty(numel, dtype=dtype, device="cpu")
         return self._block_sums[dtype]
 
     def _function(self, name: str, dtype: torch.dtype) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.core import rule
+from sharded_lamb.core.host_values import to_device
 from sharded_lamb.core.layout import BLOCK
 from sharded_lamb.core.rule import COLUMNS, Coefficients, PerTensor
 from sharded_lamb.kernels import formats, packing
@@ -159,7 +160,7 @@ class _PackedChunk(_Chunk):
 @lru_cache(maxsize=1024)
 def _owners(params: tuple[int, ...], blocks: tuple[int, ...], device: torch.device) -> Tensor:
     """[sum of blocks] int64: the parameter of each block of packed runs."""
-    return torch.tensor(params).repeat_interleave(torch.tensor(blocks)).to(device)
+    return torch.tensor(params, device="cpu").repeat_interleave(torch.tensor(blocks, device="cpu")).to(device)
 
 
 def _chunks(shards: Sequence[Shard], table: Tensor) -> Iterator[_Chunk]:
@@ -178,7 +179,7 @@ def _flat_chunks(shard: FlatShard, table: Tensor) -> Iterator[_Chunk]:
 def _piece_chunks(shard: ScatteredShard, table: Tensor) -> Iterator[_Chunk]:
     lengths, device = shard.lengths, shard.device
     blocks = sum(-(-length // BLOCK) for length in lengths)
-    param_of = torch.tensor(shard.params).to(device, non_blocking=True)
+    param_of = to_device(shard.params, None, device)
     for runs in packing.pack(lengths, _chunk_blocks(device, blocks)):
         run = runs[0]
         if len(runs) == 1 and not run.padding:

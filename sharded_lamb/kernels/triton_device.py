@@ -2,7 +2,9 @@
 # ruff: noqa: SIM300 (ruff takes capitals for constants, to be on the right of a comparison)
 """Device code: `sharded_lamb.core.rule` for tiles of blocks, in Triton. Importing this module imports Triton.
 
-A program computes TILE blocks of one run as a [TILE, BLOCK] tensor of the compute dtype. Every arithmetic step is one
+A program computes TILE blocks of one run as a [2 TILE, HALF] tensor of the compute dtype: the first halves of the
+blocks, then the second ones. A row is one warp's, so that sums over a block need no memory between warps: on an H100
+fp32's pass 1 moves 98 % of the bytes per second of a copy, and 38 % as [TILE, BLOCK]. Every arithmetic step is one
 correctly rounded IEEE operation, as in the rule: ``div_rn``, ``sqrt_rn``, and no fused multiply-add
 (``enable_fp_fusion=False``). A run-table column (`triton_runs.ROW`) and a dtype identify memory; int16 weights are
 `remainders`.
@@ -19,8 +21,9 @@ from sharded_lamb.kernels.triton_runs import ALIGNMENT, ROW
 
 BLOCK = tl.constexpr(layout.BLOCK)
 TILE = tl.constexpr(8)
-HALVINGS = tl.constexpr(layout.BLOCK.bit_length() - 1)
-HALVES = tl.constexpr((8, *([2] * (layout.BLOCK.bit_length() - 1))))
+HALF = tl.constexpr(layout.BLOCK // 2)
+HALVINGS = tl.constexpr(layout.BLOCK.bit_length() - 2)
+HALVES = tl.constexpr((8, *([2] * (layout.BLOCK.bit_length() - 2))))
 LANES = tl.constexpr(256)
 LANE_HALVINGS = tl.constexpr(8)
 LANE_HALVES = tl.constexpr((2,) * 8)
@@ -69,10 +72,18 @@ def _tile(runs, tile_run, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _offsets(left):
-    """(offsets of a tile's elements [TILE, BLOCK], their mask [TILE, BLOCK], the mask of its blocks [TILE])."""
-    blocks = tl.arange(0, TILE)
-    offsets = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    return offsets, offsets < left, blocks * BLOCK < left
+    """(offsets of a tile's elements [2 TILE, HALF], their mask, the mask of its blocks [TILE])."""
+    rows = tl.arange(0, 2 * TILE)
+    first = (rows % TILE) * BLOCK + (rows // TILE) * HALF
+    offsets = first[:, None] + tl.arange(0, HALF)[None, :]
+    return offsets, offsets < left, tl.arange(0, TILE) * BLOCK < left
+
+
+@triton.jit
+def _params(block_param, block, left):
+    """[2 TILE]: the parameter of each row."""
+    blocks = tl.arange(0, 2 * TILE) % TILE
+    return tl.load(block_param + block + blocks, mask=blocks * BLOCK < left, other=0)
 
 
 @triton.jit
@@ -134,7 +145,7 @@ def _remainder(master, model):
 
 @triton.jit
 def _coefficient(table, params, COLUMN: tl.constexpr):
-    """[TILE, 1]: each block's coefficient."""
+    """[2 TILE, 1]: each row's coefficient."""
     return tl.load(table + params * TABLE_COLUMNS + COLUMN)[:, None]
 
 
@@ -170,8 +181,9 @@ def _direction(m, v, w, table, params, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _square_sums(x):
-    """[TILE, BLOCK] → [TILE], Σx² by halving: each sum is of two, so that its order is no compiler's choice."""
-    total = tl.reshape(x * x, HALVES)
+    """[2 TILE, HALF] → [TILE], Σx² by halving: each sum is of two, so that its order is no compiler's choice."""
+    total = tl.sum(tl.reshape(x * x, (2, TILE, HALF)), axis=0)
+    total = tl.reshape(total, HALVES)
     for _ in tl.static_range(HALVINGS):
         total = tl.sum(total, axis=1)
     return total
@@ -213,11 +225,9 @@ def average(
     """
     row, start, block, left = _tile(runs, tile_run, ALIGNED)
     offsets, mask, blocks = _offsets(left)
-    part = parts + start
-    numel = tl.multiple_of(numel, BLOCK)
-    total = _widened(tl.load(part + offsets, mask=mask, other=0), WIRE, COMPUTE)
-    for _ in range(1, count):
-        part += numel
+    total = _widened(tl.load(parts + start + offsets, mask=mask, other=0), WIRE, COMPUTE)
+    for i in range(1, count):
+        part = parts + start + tl.multiple_of(i * numel.to(tl.int64), BLOCK)
         total += _widened(tl.load(part + offsets, mask=mask, other=0), WIRE, COMPUTE)
     total = _divided(total, tl.full((1, 1), 0, COMPUTE) + divisor.to(COMPUTE), COMPUTE)
     grad = _memory(row, GRAD_AT, start, COMPUTE, ALIGNED)
@@ -271,7 +281,7 @@ def moments_and_norms(
     """Pass 1: m, v ← g; writes Σw² and Σu² of each block to its slot of the sums."""
     row, start, block, left = _tile(runs, tile_run, ALIGNED)
     offsets, mask, blocks = _offsets(left)
-    params = tl.load(block_param + block + tl.arange(0, TILE), mask=blocks, other=0)
+    params = _params(block_param, block, left)
 
     weight = _memory(row, WEIGHT_AT, start, WEIGHT, ALIGNED)
     grad = _memory(row, GRAD_AT, start, GRAD, ALIGNED)
@@ -323,8 +333,8 @@ def apply(
 ):
     """Pass 2: u from m and v; w ← w - step_size u; writes the model's copy of w."""
     row, start, block, left = _tile(runs, tile_run, ALIGNED)
-    offsets, mask, blocks = _offsets(left)
-    params = tl.load(block_param + block + tl.arange(0, TILE), mask=blocks, other=0)
+    offsets, mask, _ = _offsets(left)
+    params = _params(block_param, block, left)
 
     weight = _memory(row, WEIGHT_AT, start, WEIGHT, ALIGNED)
     exp_avg = _memory(row, EXP_AVG_AT, start, EXP_AVG, ALIGNED)

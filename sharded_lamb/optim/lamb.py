@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.core import rule
+from sharded_lamb.core.host_values import as_tensor
 from sharded_lamb.core.hyperparams import RuleOptions
 from sharded_lamb.core.options import OptionTable
 from sharded_lamb.core.parameters import check_gradient, check_parameter, named
@@ -106,7 +107,7 @@ class Lamb(LambOptimizer):
             state = self.state[p]
             if not state:
                 dtype = torch.promote_types(p.dtype, torch.float32)
-                state["step"] = torch.zeros((), dtype=torch.float64)
+                state["step"] = torch.zeros((), dtype=torch.float64, device="cpu")
                 state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
             entries.append(_Entry(row, name, p, p.grad, state))
@@ -114,14 +115,14 @@ class Lamb(LambOptimizer):
 
     def _update(self, entries: list["_Entry"]) -> None:
         device = entries[0].p.device
-        rows = torch.tensor([entry.row for entry in entries])
+        rows = torch.tensor([entry.row for entry in entries], device="cpu")
         m = [entry.state["exp_avg"] for entry in entries]
         v = [entry.state["exp_avg_sq"] for entry in entries]
         w = [entry.p.to(moment.dtype) for entry, moment in zip(entries, m, strict=True)]
         g = [entry.grad.to(moment.dtype) for entry, moment in zip(entries, m, strict=True)]
 
         scale, grad_norm = self._gradient_scale(g, device)
-        step = torch.zeros(len(self._table(torch.device("cpu"))), dtype=torch.float64)
+        step = torch.zeros(len(self._table(torch.device("cpu"))), dtype=torch.float64, device="cpu")
         for entry in entries:
             entry.state["step"] += 1
             step[entry.row] = entry.state["step"]
@@ -158,8 +159,8 @@ class Lamb(LambOptimizer):
         return inverse * rule.clip_factor(grad_norm, self.max_grad_norm), grad_norm
 
     def _per_tensor(self, step: Tensor, rows: Tensor, scale: list[Tensor]) -> PerTensor:
-        active = torch.ones(len(step), dtype=torch.bool)
-        one = torch.ones((), dtype=torch.float64)
+        active = torch.ones(len(step), dtype=torch.bool, device="cpu")
+        one = torch.ones((), dtype=torch.float64, device="cpu")
         options = self._table(torch.device("cpu")).options()
         vectors = rule.coefficients(options, step, active, one)
         lists = {name: getattr(vectors, name)[rows].tolist() for name in rule.COLUMNS}
@@ -199,7 +200,7 @@ class Lamb(LambOptimizer):
         self.state.clear()
         for p, saved in states.items():
             moments = {key: saved[key].detach().to(p.device, copy=True) for key in ("exp_avg", "exp_avg_sq")}
-            step = torch.as_tensor(saved["step"]).detach().to("cpu", torch.float64, copy=True)
+            step = as_tensor(saved["step"]).detach().to("cpu", torch.float64, copy=True)
             self.state[p] = {"step": step.reshape(()), **moments}
 
 

@@ -407,7 +407,7 @@ class ShardedLamb(JoinableOptimizer):
         self._meet_joined(clip=limit)
         self._register_unfrozen()
         if not self._store.params:
-            return torch.zeros(())
+            return torch.zeros((), device="cpu")
         summary = self._gradients.ready(None)
         unscaled = self._gradients.unscale_factor()
         one = torch.ones((), dtype=torch.float64, device=self._store.device)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sharded_lamb.comm.collectives import Collectives, Traffic
 from sharded_lamb.comm.consistency import Description, propagate_errors
+from sharded_lamb.core.host_values import to_device
 from sharded_lamb.core.options import OptionTable
 from sharded_lamb.gradients.handles import version_of
 from sharded_lamb.gradients.source import GradientSource
@@ -136,7 +137,7 @@ class ShardedOptimizer(AgreedOptions):
             return live.clip
         if all(new or p.grad is None for new, p in zip(is_new, params, strict=True)):
             return None
-        mask = torch.tensor(is_new).to(live.clip.device, non_blocking=True)
+        mask = to_device(is_new, None, live.clip.device)
         return torch.where(mask, torch.ones_like(live.clip), live.clip)
 
     def _refresh_state(self) -> None:

@@ -16,7 +16,7 @@ class SkipCounter:
         self.limit = limit
         # [4]: skips in total, skips in a row, index of the first bad parameter of the last skip, whether ranks differ
         self._counts = torch.zeros(4, dtype=torch.int64, device=device)
-        self._host_counts = torch.zeros(4, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._host_counts = torch.zeros(4, dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu")
         self._arrived = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @property

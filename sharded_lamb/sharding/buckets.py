@@ -134,7 +134,7 @@ class FlatBucket:
         if precision.masters is not None:
             masters = zeros(numel, precision.masters.storage, device, lane=4)
             precision.masters.reset(masters, shard_flat)
-        block_param = torch.full((numel // BLOCK,), self.plan.params[0], dtype=torch.int64)
+        block_param = torch.full((numel // BLOCK,), self.plan.params[0], dtype=torch.int64, device="cpu")
         for segment in self.segments:
             first = segment.shard_start // BLOCK
             block_param[first : -(-(segment.shard_start + segment.length) // BLOCK)] = segment.param

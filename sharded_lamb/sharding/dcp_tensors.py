@@ -173,8 +173,8 @@ class Stamp(_CheckpointTensor):
 
     @staticmethod
     def of(numbers: Sequence[int]) -> "Stamp":
-        stamp = torch.tensor(numbers, dtype=torch.int64).as_subclass(Stamp)
-        stamp.version = torch.ones(1, dtype=torch.int64)
+        stamp = torch.tensor(numbers, dtype=torch.int64, device="cpu").as_subclass(Stamp)
+        stamp.version = torch.ones(1, dtype=torch.int64, device="cpu")
         return stamp
 
     def size(self, dim: int | None = None) -> Any:

@@ -18,7 +18,7 @@ class Ownership:
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
         self.specs: dict[int, ShardSpec] = {}  # DTensors only
-        self.mask = torch.zeros(0, dtype=torch.float64)
+        self.mask = torch.zeros(0, dtype=torch.float64, device="cpu")
         """[P] fp64: 1 where this rank owns its part of the parameter, 0 where it holds a replica. Sums are
         multiplied by it: 0 x inf is nan, so a replica's infinity reaches every rank."""
         self._shard_indices: dict[ShardSpec, tuple[int, ...]] = {}  # one per rank
@@ -30,10 +30,12 @@ class Ownership:
             ValueError: the owners do not hold every element of a DTensor; on every rank.
         """
         rank, first = self.topology.rank, len(self.mask)
-        mask = torch.full((len(plan.rows),), float(self.topology.is_first_replica), dtype=torch.float64)
+        mask = torch.full(
+            (len(plan.rows),), float(self.topology.is_first_replica), dtype=torch.float64, device="cpu"
+        )
         if plan.specs:
             self._exchange_shard_indices(plan, collectives)
-            owned = torch.zeros(len(plan.rows), dtype=torch.float64)
+            owned = torch.zeros(len(plan.rows), dtype=torch.float64, device="cpu")
             for param, spec in plan.specs.items():
                 row = param - first
                 mask[row] = owners(self._shard_indices[spec])[rank]
@@ -46,8 +48,8 @@ class Ownership:
     def _exchange_shard_indices(self, plan: ShardPlan, collectives: Collectives) -> None:
         rank, world = self.topology.rank, len(self.topology.everyone)
         new = [spec for spec in dict.fromkeys(plan.specs.values()) if spec not in self._shard_indices]
-        indices = torch.zeros(len(new), world, dtype=torch.float64)
-        indices[:, rank] = torch.tensor([spec.shard_index for spec in new], dtype=torch.float64)
+        indices = torch.zeros(len(new), world, dtype=torch.float64, device="cpu")
+        indices[:, rank] = torch.tensor([spec.shard_index for spec in new], dtype=torch.float64, device="cpu")
         collectives.all_reduce_small(indices)
         for spec, row in zip(new, indices.tolist(), strict=True):
             self._shard_indices[spec] = tuple(map(int, row))

@@ -14,6 +14,7 @@ from sharded_lamb.comm.step_agreement import SLOTS
 from sharded_lamb.comm.topology import Topology
 from sharded_lamb.core import rule
 from sharded_lamb.core.footprint import large_sends, small_sends
+from sharded_lamb.core.host_values import as_tensor
 from sharded_lamb.core.layout import ShardLayout
 from sharded_lamb.core.options import OptionTable
 from sharded_lamb.core.parameters import NamedParameter
@@ -48,7 +49,7 @@ class ParamStore:
         self.dtensors = DTensorShards()
         self.ownership = Ownership(topology)
         self.layout = ShardLayout((), (), topology.shard_rank, len(topology.shard_ranks))
-        self.step = torch.zeros(0, dtype=torch.float64)  # [P] on the parameters' device
+        self.step = torch.zeros(0, dtype=torch.float64, device="cpu")  # [P] on the parameters' device
         self._bucket_of: dict[int, FlatBucket] = {}
         self._optimizer = weakref.ref(optimizer)
 
@@ -137,7 +138,7 @@ class ParamStore:
                 state.format.reset(state.stored, weight)
             else:
                 state.stored.zero_()
-        self.step[param] = 0 if saved is None else torch.as_tensor(saved["step"]).reshape(())
+        self.step[param] = 0 if saved is None else as_tensor(saved["step"]).reshape(())
 
     def replicas(self) -> Replicas:
         """Which ranks must hold equal gradients: in stage 1 all of them, for plain parameters."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sharded_lamb.comm.collectives import Collectives
+from sharded_lamb.core.host_values import as_tensor
 from sharded_lamb.core.layout import ShardLayout
 from sharded_lamb.kernels.state_format import StoredState
 from sharded_lamb.sharding.buckets import FlatBucket, flattened
@@ -124,7 +125,7 @@ def check_local(name: str, own: State, states: Sequence[StoredState], saved: Map
             f"the state of {name!r} has no stamp of a rank and others have one: load the result of one state_dict(), "
             f"consolidate_state_dict() or full_state_dict()"
         )
-    stamp, expected = torch.as_tensor(saved["shard"]).tolist(), own["shard"].tolist()
+    stamp, expected = as_tensor(saved["shard"]).tolist(), own["shard"].tolist()
     if stamp != expected and isinstance(own["exp_avg"], DTensor):
         raise ValueError(
             f"the state of {name!r} was saved by rank {stamp[0]} of {stamp[1]} and this is rank {expected[0]} of "
@@ -150,7 +151,7 @@ def check_local(name: str, own: State, states: Sequence[StoredState], saved: Map
 
 def load_local(own: State, states: Sequence[StoredState], saved: Mapping[str, Any]) -> None:
     """Copy one parameter's checked, saved slices into its state. Arguments as of `check_local`."""
-    own["step"].copy_(torch.as_tensor(saved["step"]).reshape(()))
+    own["step"].copy_(as_tensor(saved["step"]).reshape(()))
     for state in states:
         values = saved[state.kind]
         if isinstance(values, DTensor):
@@ -177,13 +178,13 @@ def is_whole(states: Iterable[Mapping[str, Any]]) -> bool:
 
 def steps_of(saved: Mapping[str, Any]) -> float:
     """The step count of one parameter's saved state. Reads the device."""
-    return float(torch.as_tensor(saved["step"]))
+    return float(as_tensor(saved["step"]))
 
 
 def check_full(rows: Iterable[tuple[str, Sequence[int], Mapping[str, Any]]]) -> None:
     """Raises ValueError if a whole state does not fit its parameter. ``rows``: (name, shape, saved state)."""
     for name, shape, saved in rows:
-        if "step" not in saved or torch.as_tensor(saved["step"]).numel() != 1:
+        if "step" not in saved or as_tensor(saved["step"]).numel() != 1:
             raise ValueError(f"step of {name!r}: expected one number, got {saved.get('step')!r}")
         for key in ("exp_avg", "exp_avg_sq", *({"master"} & saved.keys())):
             if key not in saved or tuple(saved[key].shape) != tuple(shape):
@@ -257,7 +258,7 @@ def scatter_full(
     step.zero_()
     if first:
         for param, entry in saved.items():
-            step[param] = torch.as_tensor(entry["step"]).reshape(())
+            step[param] = as_tensor(entry["step"]).reshape(())
     collectives.broadcast(step)
 
 

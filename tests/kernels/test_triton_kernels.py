@@ -126,7 +126,7 @@ def compiled(kernel: Any, dtype: str, **constants: Any) -> str:
     pointers = {"runs": "*i64", "tile_run": "*i32", "block_param": "*i32", "block_slot": "*i32"}
     pointers |= {
         "first_slots": "*i32",
-        **dict.fromkeys(("params", "slots", "count", "numel", "divisor"), "i32"),
+        **dict.fromkeys(("columns", "slots", "count", "numel", "divisor"), "i32"),
     }
     if kernel.__name__ == "add_by_parameter":
         pointers["sums"] = "*fp64"

@@ -1,0 +1,18 @@
+"""Values of the host as tensors, wherever ``torch.set_default_device`` points."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def to_device(values: Any, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+    """``torch.tensor(values)`` on ``device``; a GPU copies from pinned memory, and the host does not wait."""
+    pin = device.type == "cuda"
+    host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=pin)
+    return host.to(device, non_blocking=True)
+
+
+def as_tensor(value: Any) -> Tensor:
+    """A tensor as it is; a number as a tensor on the CPU (``torch.as_tensor`` moves both to the default device)."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
