@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from sharded_lamb import ShardedLamb
+from sharded_lamb.core.rule import COLUMNS
 from sharded_lamb.gradients import summary as facts
-from sharded_lamb.kernels import FlatShard, ReferenceKernel, triton_kernel
+from sharded_lamb.kernels import FlatShard, ReceivedShards, ReferenceKernel, triton_kernel
 from sharded_lamb.kernels.engine import _batches
 from sharded_lamb.kernels.triton_kernel import TritonKernel, usable
 from sharded_lamb.optim.skips import SkipCounter
@@ -186,6 +187,34 @@ def test_split_masters_are_compiled_to_vectors(device_code: Any) -> None:
         assert not re.findall(r"\bfma\.|\.ftz|\.approx|div\.full", ptx)
         assert re.search(r"ld\.global\S*\.v4\.b32", ptx)
         assert not re.search(r"(ld|st)\.global\S*\.b16", ptx)
+
+
+@needs_triton
+def test_the_launcher_accepts_every_kernel(device_code: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments are bound as a launch on a GPU binds them. The interpreter and the compiler do not bind them so: an
+    argument named ``params``, as a local variable of the launcher's is, fails in launches only.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend, bound = make_backend(GPUTarget("cuda", 90, 32)), set()
+
+    def bind(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+        _, specialization, _ = binder(*arguments, **constants, num_warps=triton_kernel.WARPS)
+        assert len(specialization) == len(kernel.arg_names)
+        bound.add(kernel.__name__)
+
+    monkeypatch.setattr(triton_kernel, "launch", bind)
+    kernel, memory = TritonKernel(), torch.ones(512)
+    shard = FlatShard(memory, None, memory, memory, memory, torch.zeros(2, dtype=torch.int64))
+    table, sums = torch.ones(1, len(COLUMNS)), torch.zeros(2, 1, dtype=torch.float64)
+    kernel.square_sums([shard], sums[0])
+    kernel.moments_and_norms([shard], table, sums)
+    kernel.apply([shard], table, torch.ones(1))
+    kernel.average(shard, [], ReceivedShards(torch.ones(2, 512), 2, None), sums[0], add=False)
+    assert bound == {"square_sums", "moments_and_norms", "apply", "average", "add_by_parameter"}
 
 
 @needs_triton
