@@ -28,7 +28,8 @@ ALIGNMENT = 16
 """Bytes of a vector load; also elements, so that a vector load is entirely inside or outside a run."""
 
 KEPT_TABLES, KEPT_PLACES = 64, 4
-"""Cached tables, and cached row sets per table: gradients often alternate between a few addresses."""
+"""Cached tables, and cached row sets per table: gradients often alternate between a few addresses. A shard that is
+called alone, as each bucket is in backward, keeps its table beside these."""
 
 Integers = npt.NDArray[np.int64]
 
@@ -71,6 +72,7 @@ class Memory:
         header = repr((dtypes, len(self.numels), None if self.block_param is None else id(self.block_param)))
         parts = header.encode(), self.numels.tobytes(), self.params.tobytes(), self.aligned.tobytes()
         self.structure, self.where = b"".join(parts), self.addresses.tobytes()
+        self.table: dict[tuple[Any, ...], Table] = {}  # of the last call on this shard alone, by its key
 
 
 def _form(dtypes: Sequence[torch.dtype | None], aligned: bool) -> Form:
@@ -245,17 +247,23 @@ class Tables:
             return None
         compute, device = nonempty[0].compute, nonempty[0].device
         key = params, compute, device, tuple(memory.structure for memory in memories)
+        table = memories[0].table.get(key) or self._cached(key, memories)
+        if len(memories) == 1:
+            memories[0].table = {key: table}
+        rows = table.rows(memories)
+        if _is_capturing(device):
+            self._captured.append((table, rows))
+        return table, rows
+
+    def _cached(self, key: tuple[Any, ...], memories: Sequence[Memory]) -> Table:
         if key not in self._tables:
+            params, compute, device, _ = key
             refuse_in_capture(device)
             self._tables[key] = Table(memories, params, compute, device, self.tile_blocks)
             if len(self._tables) > KEPT_TABLES:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(key)
-        table = self._tables[key]
-        rows = table.rows(memories)
-        if _is_capturing(device):
-            self._captured.append((table, rows))
-        return table, rows
+        return self._tables[key]
 
     def _memory(self, shard: Shard) -> Memory:
         cached = self._memories.get(id(shard))

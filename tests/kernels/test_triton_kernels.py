@@ -16,7 +16,7 @@ import torch
 from sharded_lamb import ShardedLamb
 from sharded_lamb.core.rule import COLUMNS
 from sharded_lamb.gradients import summary as facts
-from sharded_lamb.kernels import FlatShard, ReceivedShards, ReferenceKernel, triton_kernel
+from sharded_lamb.kernels import FlatShard, ReceivedShards, ReferenceKernel, triton_kernel, triton_runs
 from sharded_lamb.kernels.engine import _batches
 from sharded_lamb.kernels.triton_kernel import TritonKernel, usable
 from sharded_lamb.optim.skips import SkipCounter
@@ -83,6 +83,27 @@ def test_pass_2_is_at_most_8_calls_on_a_device() -> None:
         calls = list(_batches([shard] * count))
         assert len(calls) <= 8
         assert sorted(index for call in calls for index in call) == list(range(count))
+
+
+@pytest.mark.parametrize("buckets", [20, 100, 400])
+def test_a_step_like_the_last_makes_no_table(buckets: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many buckets: each alone in backward, all in pass 1, and the batches of pass 2."""
+    memory = torch.empty(256)
+    shards = [
+        FlatShard(memory, None, memory, memory, memory, torch.full((1,), i, dtype=torch.int64))
+        for i in range(buckets)
+    ]
+    size = -(-buckets // 8)
+    batches = [shards[first : first + size] for first in range(0, buckets, size)]
+    made, real = [], triton_runs.Table
+    monkeypatch.setattr(triton_runs, "Table", lambda *arguments: made.append(1) or real(*arguments))
+    tables = triton_runs.Tables(tile_blocks=8)
+    for _ in range(3):
+        made.clear()
+        for call in ([[shard] for shard in shards], [shards], batches):
+            for together in call:
+                assert tables.of(together, buckets) is not None
+    assert not made
 
 
 def test_gradient_flags_are_copied_to_the_device_once() -> None:
