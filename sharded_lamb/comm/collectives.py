@@ -147,9 +147,14 @@ class Collectives:
     """The process groups of one optimizer and its operations on them, in one fixed order on every rank.
 
     Construction is collective over ``topology.everyone`` (one new group per role with several ranks).
+
+    Raises:
+        RuntimeError: at construction; the backend for ``device`` cannot send its memory.
     """
 
     def __init__(self, topology: Topology, device: torch.device) -> None:
+        if len(topology.everyone) > 1:
+            _refuse_gloo_on_devices(device)
         self.topology = topology
         self.device = device
         self.traffic = Traffic()
@@ -166,6 +171,11 @@ class Collectives:
     @staticmethod
     def _group(ranks: tuple[int, ...], device: torch.device) -> OwnedGroup | None:
         return OwnedGroup(ranks, timeout=_timeout(device)) if len(ranks) > 1 else None
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether reductions and gathers have a group; one rank needs none."""
+        return bool(self._groups())
 
     @property
     def is_alive(self) -> bool:
@@ -241,7 +251,8 @@ class Collectives:
         faults.point("reduce-scatter")
         others = full.nbytes // self.shard_count * (self.shard_count - 1)
         flight = self.traffic.launched("reduce_scatter", others)
-        pending = Pending([_reduce_scatter(received, full, self._shard.pg)], flight)
+        op = dist.ReduceOp.AVG if self._averages(full.dtype) else dist.ReduceOp.SUM
+        pending = Pending([_reduce_scatter(received, full, self._shard.pg, op)], flight)
         faults.point("mid-reduce-scatter")
         return pending
 
@@ -270,12 +281,20 @@ class Collectives:
         shard_numel = full_numel // self.shard_count
         return full_numel - shard_numel if self.uses_p2p else shard_numel
 
+    def _averages(self, dtype: torch.dtype) -> bool:
+        """Whether `reduce_scatter` averages: it sums in ``dtype``, and a sum of float16 would overflow."""
+        return self._shard is not None and not self.uses_p2p and dtype.itemsize == 2
+
+    def divisor(self, dtype: torch.dtype) -> int:
+        """What the sum of `parts_of_sum`, exchanged in ``dtype``, is divided by for the average over all ranks."""
+        return self.world_size // self.shard_count if self._averages(dtype) else self.world_size
+
     @property
     def has_replicas(self) -> bool:
         return self._replica is not None
 
     def parts_of_sum(self, full: Tensor, received: Tensor) -> Tensor:
-        """[k, n] wire dtype: parts whose sum, in order, is the sum over the ranks of the shard group.
+        """[k, n] wire dtype: parts whose sum, in order, is the sum over the ranks of the shard group, or its average.
 
         With point-to-point messages, one part from every other rank; this rank's own part is not among them.
         """
@@ -377,9 +396,21 @@ def _timeout(device: torch.device) -> timedelta | None:
     return getattr(options, "_timeout", None)
 
 
-def _reduce_scatter(output: Tensor, full: Tensor, group: dist.ProcessGroup) -> "dist.Work | None":
+def _refuse_gloo_on_devices(device: torch.device) -> None:
+    assert dist.group.WORLD is not None
+    if device.type != "cpu" and _backend(dist.group.WORLD, device) == "gloo":
+        raise RuntimeError(
+            f"the parameters are on {device} and the process group's backend for {device.type} is gloo, which sends "
+            f"memory of the CPU only: use init_process_group('cpu:gloo,cuda:nccl') or ('nccl'), or move the model to "
+            f"the CPU"
+        )
+
+
+def _reduce_scatter(
+    output: Tensor, full: Tensor, group: dist.ProcessGroup, op: "dist.ReduceOp.RedOpType"
+) -> "dist.Work | None":
     single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    work: dist.Work | None = single(output, full, group=group, async_op=True)
+    work: dist.Work | None = single(output, full, op=op, group=group, async_op=True)
     return work
 
 

@@ -10,7 +10,8 @@ import gc
 import hashlib
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -99,18 +100,34 @@ def _new_group(ranks: list[int], backend: str | None, timeout: timedelta | None)
     chosen = c10d.Backend(backend or default_backend)
     name: Any = f"{_PREFIX}{next_meeting(ranks)}"
     pg: dist.ProcessGroup
-    pg, _ = c10d._new_process_group_helper(
-        len(ranks),
-        ranks.index(default.rank()),
-        ranks,
-        chosen,
-        store,
-        name,
-        timeout=timeout or c10d._get_default_timeout(chosen),
-        device_id=default.bound_device_id,
-    )
+    with _device_unbound(default) if len(ranks) < default.size() else nullcontext():
+        pg, _ = c10d._new_process_group_helper(
+            len(ranks),
+            ranks.index(default.rank()),
+            ranks,
+            chosen,
+            store,
+            name,
+            timeout=timeout or c10d._get_default_timeout(chosen),
+            device_id=default.bound_device_id,
+        )
     c10d._world.pg_group_ranks[pg] = {rank: index for index, rank in enumerate(ranks)}
     return pg
+
+
+@contextmanager
+def _device_unbound(default: dist.ProcessGroup) -> Iterator[None]:
+    """``default`` without the device of ``init_process_group(device_id=…)``.
+
+    With one, torch splits NCCL communicators of the default group, which is collective over all its ranks: a subset
+    that meets alone would wait for the others.
+    """
+    bound = default.bound_device_id
+    default.bound_device_id = None
+    try:
+        yield
+    finally:
+        default.bound_device_id = bound
 
 
 def _end(held: list[dist.ProcessGroup]) -> None:

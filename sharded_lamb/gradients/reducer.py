@@ -27,6 +27,7 @@ from sharded_lamb.gradients.exchange import Staging
 from sharded_lamb.gradients.handles import Mark, ReducedGradient
 from sharded_lamb.gradients.source import Registration
 from sharded_lamb.gradients.states import TRANSITIONS, InFlight, ReducerState, Round
+from sharded_lamb.gradients.streams import ReductionStream
 from sharded_lamb.gradients.summary import GradientSummary, agree, inject_nan
 from sharded_lamb.kernels import Kernel, ReceivedShards
 from sharded_lamb.kernels.incoming import with_local_contribution
@@ -52,6 +53,7 @@ class BackwardReducer:
     def __init__(self, collectives: Collectives, kernel: Kernel, *, overlap: bool) -> None:
         self.collectives, self.kernel, self.overlap = collectives, kernel, overlap
         self._handles: list[Any] = []  # of hooks on parameters
+        self._stream = ReductionStream(collectives.device, has_peers=collectives.has_peers)
         self.enabled = True
         self.state = ReducerState.EMPTY
         self.buckets: list[FlatBucket] = []
@@ -200,9 +202,10 @@ class BackwardReducer:
         """
         bucket, used = self.buckets[index], self._used
         faults.point("mid-backward")
-        if current is not None:
-            self._throttle(current)
-        staging = self._take_staging(index)
+        with self._stream.entered():
+            if current is not None:
+                self._throttle(current)
+            staging = self._take_staging(index)
         grads: list[Tensor | None] = []
         kept: list[Kept] = []
         for position, (param, p) in enumerate(zip(bucket.plan.params, bucket.params, strict=True)):
@@ -219,7 +222,8 @@ class BackwardReducer:
                 self.attached.attach(param, renew=not keeps)
         if faults.point("gradient"):
             inject_nan(grads)
-        pending = staging.exchange(index, bucket).start(grads)
+        with self._stream.entered(grads, [factor for _, factor in kept], [self._square_sums]):
+            pending = staging.exchange(index, bucket).start(grads)
         # A fused exchange has already copied them.
         sent = grads if self.collectives.uses_p2p else []
         self._in_flight.append(InFlight(index, pending, staging, sent, kept, self._square_sums))
@@ -240,7 +244,7 @@ class BackwardReducer:
         while len(self._in_flight) >= IN_FLIGHT and current.is_throttled:
             if self._impatient_rounds == IMPATIENT_ROUNDS:
                 return
-            if self._land_oldest(None if _is_capturing(self.params[0]) else PATIENCE):
+            if self._land_oldest(PATIENCE if self._stream.blocks_host else None):
                 continue
             current.is_throttled = False
             self._impatient_rounds += 1
@@ -273,7 +277,8 @@ class BackwardReducer:
         self._in_flight.popleft()
         with self.collectives.traffic.computing("average"):
             adds = self._prepare_shard(bucket, oldest.kept)
-            received = ReceivedShards(parts, self.collectives.world_size, own)
+            divisor = self.collectives.divisor(exchange.full.dtype)
+            received = ReceivedShards(parts, divisor, own)
             self.kernel.average(shard, bucket.segments, received, oldest.square_sums, add=adds)
         if len(self._free_staging) < IN_FLIGHT:
             self._free_staging.append(oldest.staging)
@@ -299,8 +304,10 @@ class BackwardReducer:
         return self._free_staging.pop(reusable[0] if reusable else 0)
 
     def _drain(self) -> None:
-        while self._in_flight:
-            self._land_oldest()
+        with self._stream.entered():
+            while self._in_flight:
+                self._land_oldest()
+        self._stream.join()
 
     # -- the summary --------------------------------------------------------------------------------
 
@@ -439,7 +446,3 @@ class BackwardReducer:
         self.settle()
         assert self._summary is not None
         return self._summary.without(self.attached.removed, self.attached.zeroed).any_bad
-
-
-def _is_capturing(p: Tensor) -> bool:
-    return p.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -105,4 +105,6 @@ def makes_tensors_somewhere(source: str) -> list[str]:
 def test_every_tensor_is_made_on_a_device() -> None:
     found = {path.name: makes_tensors_somewhere(path.read_text()) for path in PACKAGE.rglob("*.py")}
     assert not {name: calls for name, calls in found.items() if calls}
-    assert makes_tensors_somewhere("x = torch.zeros(3)\ny = torch.zeros(3, device=d)") == ["1: torch.zeros(3)"]
+    assert makes_tensors_somewhere("x = torch.zeros(3)\ny = torch.zeros(3, device=d)") == [
+        "1: torch.zeros(3)"
+    ]
