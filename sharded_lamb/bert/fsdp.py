@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from sharded_lamb import faults
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.data import MicroBatch
-from sharded_lamb.bert.model import Losses
+from sharded_lamb.bert.model import Losses, compile_layers
 from sharded_lamb.bert.optim import OptimizerBackend, build_optimizer
 from sharded_lamb.checkpoint import Checkpoints
 
@@ -21,9 +21,9 @@ class FsdpBackend(OptimizerBackend):
     """A `TrainBackend`. FSDP unshards a layer's parameters while it runs, and averages gradients."""
 
     def __init__(self, config: RunConfig, losses: Losses) -> None:
+        if config.speed.compile:
+            compile_layers(losses.module)
         for layer in losses.module.bert.encoder.layer:
-            if config.speed.compile:
-                layer.compile()
             fully_shard(layer)
         # The rest as one unit: embeddings and decoder share a weight.
         root = fully_shard(losses)

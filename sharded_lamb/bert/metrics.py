@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import resource
 import sys
 import time
@@ -16,8 +17,17 @@ import torch
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _PROGRESS_SECONDS = 15.0  # between lines, without a terminal to redraw the bar
 
-# Dense bf16 peaks from the makers' data sheets, without sparsity.
-_KNOWN_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40": 181.0, "V100": 125.0}
+# Dense 16-bit peaks from the makers' data sheets, without sparsity; a name's first match counts.
+_KNOWN_TFLOPS = {
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "V100": 125.0,
+}
 
 
 class MetricsLog:
@@ -120,23 +130,30 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def peak_flops(device: torch.device, configured_tflops: float | None) -> tuple[float, str]:
-    """(peak FLOP/s of one rank, the reference of MFU; the source of the number)."""
+def peak_flops(
+    device: torch.device, configured_tflops: float | None, *, is_fp32: bool = False
+) -> tuple[float, str]:
+    """(peak FLOP/s of one rank, the reference of MFU; the source of the number).
+
+    ``is_fp32``: matmuls are in fp32 (or TF32, if torch is set so), whose peak on a GPU is measured.
+    """
     if configured_tflops is not None:
         return configured_tflops * 1e12, "speed.peak_tflops"
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu and not is_fp32:
         name = torch.cuda.get_device_name(device)
         for known, tflops in _KNOWN_TFLOPS.items():
-            if known in name:
+            if re.search(rf"\b{known}\b", name):
                 return tflops * 1e12, f"data sheet of {known}, dense bf16"
-    return _measured_flops(device), "a 1024 x 1024 fp32 matmul on this rank's threads"
+    size, where = (8192, "GPU") if on_gpu else (1024, "threads")
+    return _measured_flops(device, size), f"a {size} x {size} fp32 matmul on this rank's {where}"
 
 
-def _measured_flops(device: torch.device) -> float:
-    a = torch.randn(1024, 1024, device=device)
+def _measured_flops(device: torch.device, size: int) -> float:
+    a = torch.randn(size, size, device=device)
     best = 0.0
     for _ in range(4):
         begin = time.perf_counter()
         (a @ a).sum().item()
-        best = max(best, 2 * 1024**3 / (time.perf_counter() - begin))
+        best = max(best, 2 * size**3 / (time.perf_counter() - begin))
     return best

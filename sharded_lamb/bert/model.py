@@ -182,5 +182,13 @@ def whole_bert(bert: Any, weights: dict[str, Tensor]) -> Any:
     return fresh.train(bert.training)
 
 
+def compile_layers(bert: Any) -> None:
+    """Compile each encoder layer by itself: parameters keep their names, and hooks fire layer by layer in backward,
+    so that reductions overlap it. One compiled whole is one node of autograd, whose hooks fire at its end.
+    """
+    for layer in bert.bert.encoder.layer:
+        layer.compile()
+
+
 def parameters_to_train(bert: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in bert.named_parameters() if p.requires_grad]

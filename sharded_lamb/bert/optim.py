@@ -12,7 +12,7 @@ from torch import Tensor
 from sharded_lamb import checkpoint, faults
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.data import MicroBatch
-from sharded_lamb.bert.model import Losses, parameters_to_train
+from sharded_lamb.bert.model import Losses, compile_layers, parameters_to_train
 from sharded_lamb.checkpoint import Checkpoints
 
 STAGES: dict[str, Literal[1, 2]] = {"ddp+zero1": 1, "zero2": 2}
@@ -54,14 +54,14 @@ class ShardedBackend(OptimizerBackend):
     """A `TrainBackend`. Stage 1: DDP averages gradients; stage 2: the optimizer does."""
 
     def __init__(self, config: RunConfig, losses: Losses) -> None:
-        self._wrapped: Any = losses  # in DDP or compiled, as configured
+        self._wrapped: Any = losses  # in DDP, in stage 1
+        if config.speed.compile:
+            compile_layers(losses.module)
         stage = STAGES[config.parallel]
         if stage == 1:
             self._wrapped = torch.nn.parallel.DistributedDataParallel(losses)
         super().__init__(losses, build_optimizer(config, losses.module, stage))
         self._unsynchronized = self._optimizer.no_sync if stage == 2 else self._wrapped.no_sync
-        if config.speed.compile:
-            self._wrapped = torch.compile(self._wrapped)
 
     def accumulate(self, batch: MicroBatch, scale: Tensor, *, last: bool) -> Tensor:
         context: AbstractContextManager[Any] = nullcontext() if last else self._unsynchronized()

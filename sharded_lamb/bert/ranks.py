@@ -43,17 +43,17 @@ class Ranks:
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
+        backend, bound = ("cpu:gloo,cuda:nccl", device) if cuda else ("gloo", None)
         if dist.is_initialized():
             pass
         elif "RANK" in os.environ:
             store: Any
             shared, rank, world_size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
             store = of_this_attempt(shared, rank, world_size)
-            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=bound)
         else:
             store = dist.TCPStore("localhost", 0, 1, is_master=True)  # type: ignore[attr-defined]
-            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=bound)
         control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
         return Ranks(dist.get_rank(), dist.get_world_size(), device, control)
 

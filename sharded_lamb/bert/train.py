@@ -124,7 +124,8 @@ def _set_up(config: RunConfig, ranks: Ranks, run_dir: Path, stop: StopRequested)
     bert = build_bert(config, vocabulary, folders[0] / "unigram.npy").to(ranks.device)
     size = model_size(bert)
     backend = build_backend(config, bert, ranks.world_size)
-    flops, flops_source = peak_flops(ranks.device, config.speed.peak_tflops)
+    speed = config.speed
+    flops, flops_source = peak_flops(ranks.device, speed.peak_tflops, is_fp32=speed.precision == "fp32")
     if ranks.is_first:
         print(outputs.headline(config, size, ranks, flops, flops_source), flush=True)
     manifest = PackedSamples(folders[0], "train").manifest
@@ -155,6 +156,12 @@ class _Clock:
     begin: float
     data: float = 0.0
     total: float = 0.0
+
+    def stopped_by(self, result: torch.Tensor) -> list[float]:
+        """The numbers of a step's ``result``; a GPU has completed the step once they are on the host."""
+        numbers: list[float] = result.double().tolist()
+        self.total = time.perf_counter() - self.begin
+        return numbers
 
 
 @dataclass(frozen=True)
@@ -188,8 +195,7 @@ class _Phase:
             faults.point("step", step=position.total_step)
             self.beat(f"step {position.total_step}: data")
             totals = self._totals(data)
-            sums = self._step(data, totals)
-            clock.total = time.perf_counter() - clock.begin
+            sums = clock.stopped_by(self._step(data, totals))
             position = replace(
                 position,
                 step=data.step + 1,
@@ -245,13 +251,11 @@ class _Phase:
         self._last_save = time.monotonic()
 
     def _record(
-        self, position: Position, data: StepData, totals: _StepTotals, sums: torch.Tensor, clock: _Clock
+        self, position: Position, data: StepData, totals: _StepTotals, sums: list[float], clock: _Clock
     ) -> None:
         """Gathers every rank's numbers and writes the step's row."""
         job = self.job
-        gathered = job.ranks.gather(
-            [*sums.double().tolist(), clock.data, clock.total, peak_memory(job.ranks.device)]
-        )
+        gathered = job.ranks.gather([*sums, clock.data, clock.total, peak_memory(job.ranks.device)])
         ratios: dict[str, float] = {}
         if (position.total_step - 1) % job.config.log.trust_ratio_steps == 0:
             ratios = job.backend.trust_ratios()
