@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.gradients.handles import Factors, Mark, ReducedGradient, ReducedGradients
+from sharded_lamb.sharding.buckets import FlatBucket
 
 Kept = tuple[bool, Tensor | None]
 """Whether the gradient in the shard stays, to be added to, and its factor (fp64 scalar; None: 1)."""
@@ -179,6 +180,14 @@ class AttachedGradients:
     def _marked(self) -> Iterator[int]:
         return (param for param, mark in enumerate(self._marks) if mark is not None)
 
+    def holds_any(self) -> bool:
+        """Whether the shards hold a gradient whose ``.grad`` was neither set to None nor zeroed in place."""
+        return any(self.has_gradient(param) and not self._is_zeroed(param) for param in self._marked())
+
+    def _is_zeroed(self, param: int) -> bool:
+        grad = self.params[param].grad
+        return isinstance(grad, ReducedGradient) and grad.mark is not None and grad.mark.is_zeroed
+
     def has_own_gradients(self, params: Sequence[int]) -> bool:
         """Whether any ``.grad`` is no handle."""
         grads = (self.params[param].grad for param in params)
@@ -240,6 +249,18 @@ class AttachedGradients:
 
 
 _PRIME = 2**31 - 1
+
+
+def apply_edits(bucket: FlatBucket, kept: Sequence[Kept]) -> bool:
+    """Zero and scale gradients in the shard of ``bucket`` as users did; False: none of them is kept."""
+    if not any(keeps for keeps, _ in kept):
+        return False
+    for param, (keeps, factor) in zip(bucket.plan.params, kept, strict=True):
+        if not keeps:
+            bucket.slice_of(param, bucket.shard.grad).zero_()
+        elif factor is not None:
+            bucket.slice_of(param, bucket.shard.grad).mul_(factor.to(bucket.shard.grad.dtype))
+    return True
 
 
 def _detach(references: Sequence["weakref.ref[Tensor]"]) -> None:

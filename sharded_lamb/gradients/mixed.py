@@ -26,6 +26,7 @@ class MixedGradients:
     @enabled.setter
     def enabled(self, value: bool) -> None:
         self.reducer.enabled = value
+        self.reducer.may_lag |= not value  # backward may accumulate on some ranks only
 
     @property
     def additions(self) -> int:
@@ -49,6 +50,7 @@ class MixedGradients:
     def settle(self) -> None:
         """See `GradientSource`."""
         if self.reducer.buckets:
+            self.reducer.catch_up()
             self.reducer.settle()
 
     def ready(self, found_inf: Tensor | None, *, may_defer: bool = False) -> GradientSummary:

@@ -21,7 +21,7 @@ from torch import Tensor
 from sharded_lamb import faults
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.core.parameters import check_gradient
-from sharded_lamb.gradients.attached import AttachedGradients, Kept
+from sharded_lamb.gradients.attached import AttachedGradients, Kept, apply_edits
 from sharded_lamb.gradients.ddp import reject_ddp
 from sharded_lamb.gradients.exchange import Staging
 from sharded_lamb.gradients.handles import Mark, ReducedGradient
@@ -64,6 +64,8 @@ class BackwardReducer:
         self.late: set[int] = set()  # parameters whose hook fires more than once in a backward
         self.attached = AttachedGradients(weakref.ref(self))
         self.rounds = 0
+        self.may_lag = False
+        """Whether other ranks may have gradients that no round includes, of new parameters or of no_sync."""
         self._summary: GradientSummary | None = None
         self._impatient_rounds = 0
         self._owner_mask = torch.zeros(0, dtype=torch.float64, device="cpu")
@@ -90,6 +92,7 @@ class BackwardReducer:
         self._free_staging.clear()  # new buckets may be larger
         for param in sorted(added.members):
             self._register_hooks(param)
+        self.may_lag = True
 
     def _register_hooks(self, param: int) -> None:
         """Hooks reference this object weakly: a model may outlive its optimizer."""
@@ -139,6 +142,7 @@ class BackwardReducer:
             self._round, self._summary, self._square_sums = Round(self._used, sums, missing), None, sums
             self.attached.removed.clear()
             self.attached.zeroed.clear()
+            self.may_lag = False
             self._enter(ReducerState.ROUND)
         return self._round
 
@@ -276,24 +280,12 @@ class BackwardReducer:
             parts, own = oldest.total, None
         self._in_flight.popleft()
         with self.collectives.traffic.computing("average"):
-            adds = self._prepare_shard(bucket, oldest.kept)
+            adds = apply_edits(bucket, oldest.kept)
             divisor = self.collectives.divisor(exchange.full.dtype)
             received = ReceivedShards(parts, divisor, own)
             self.kernel.average(shard, bucket.segments, received, oldest.square_sums, add=adds)
         if len(self._free_staging) < IN_FLIGHT:
             self._free_staging.append(oldest.staging)
-        return True
-
-    @staticmethod
-    def _prepare_shard(bucket: FlatBucket, kept: Sequence[Kept]) -> bool:
-        """Zero and scale gradients in the shard as users did; False: none of them is kept."""
-        if not any(keeps for keeps, _ in kept):
-            return False
-        for param, (keeps, factor) in zip(bucket.plan.params, kept, strict=True):
-            if not keeps:
-                bucket.slice_of(param, bucket.shard.grad).zero_()
-            elif factor is not None:
-                bucket.slice_of(param, bucket.shard.grad).mul_(factor.to(bucket.shard.grad.dtype))
         return True
 
     def _take_staging(self, index: int) -> Staging:
@@ -354,6 +346,23 @@ class BackwardReducer:
             self._late_grads.pop(param, None)
             self.present[param] = param in self.attached.zeroed and self.present[param]
 
+    def catch_up(self) -> None:
+        """Open a round if this rank has gradients that no round includes, or another rank may have some.
+
+        Raises:
+            RuntimeError: as `AttachedGradients.check`.
+        """
+        if self.state is ReducerState.ROUND:
+            return
+        try:
+            self.attached.check(used=self._used)
+        except RuntimeError:
+            self._drain()  # the other ranks still receive what this one sends
+            raise
+        holds = self.state is not ReducerState.EMPTY and self.attached.holds_any()
+        if not holds or self.may_lag or self.attached.has_own_gradients([*self.bucket_of]):
+            self._open_round()
+
     def ready(self, found_inf: Tensor | None, *, may_defer: bool = False) -> GradientSummary:
         """See `GradientSource`: the summary of the last round, or of a new one.
 
@@ -363,22 +372,12 @@ class BackwardReducer:
             RuntimeError: GradScaler read gradients that were not reduced yet, or gradients were assigned to ``.grad``
                 after backward.
         """
-        members = list(self.bucket_of)
-        has_own = self.attached.has_own_gradients(members)
-        if found_inf is not None and has_own:
+        if found_inf is not None and self.attached.has_own_gradients([*self.bucket_of]):
             raise RuntimeError(
                 "GradScaler read gradients that stage=2 had not reduced, and would unscale them separately from the "
                 "reduced ones: run the last backward before a step outside no_sync()"
             )
-        if self.state is not ReducerState.ROUND:
-            try:
-                self.attached.check(used=self._used)
-            except RuntimeError:
-                self._drain()  # the other ranks still receive what this one sends
-                raise
-            keeps = self.state is not ReducerState.EMPTY and any(map(self.attached.has_gradient, members))
-            if has_own or not keeps:  # another rank may have a gradient
-                self._open_round()
+        self.catch_up()
         self.settle()
         self._zero(self.attached.collect_edits())
         assert self._summary is not None

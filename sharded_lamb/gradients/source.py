@@ -51,7 +51,7 @@ class GradientSource(Protocol):
         """Add parameters, after `settle`."""
 
     def settle(self) -> None:
-        """Finish reductions in flight."""
+        """Finish reductions in flight, also those of other ranks that this rank has not started."""
 
     def ready(self, found_inf: Tensor | None, *, may_defer: bool = False) -> GradientSummary:
         """Put gradients into their shards and return their summary; all-reduce (a), unless the last one is still valid.

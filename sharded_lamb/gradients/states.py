@@ -17,7 +17,7 @@ class ReducerState(Enum):
 
     ======== ================ =============== ================== ========== ==========================
     state    gradient, or     end of backward `settle`, `ready`, `stepped`  `zero`
-             `ready`          or `settle`     a norm that is
+             `catch_up`       or `settle`     a norm that is
              opens a round    launches all    read
     ======== ================ =============== ================== ========== ==========================
     EMPTY    ROUND                                                          EMPTY
@@ -27,7 +27,7 @@ class ReducerState(Enum):
     USED     ROUND                                               USED       EMPTY
     ======== ================ =============== ================== ========== ==========================
 
-    Zeroing or setting ``.grad`` to None changes no state: the next round, or `ready`, sees it.
+    Zeroing or setting ``.grad`` to None changes no state: the next round, or `catch_up`, sees it.
     """
 
     EMPTY = auto()  # no reduced gradients: none yet, or they were zeroed

@@ -1,5 +1,6 @@
 """Gradient accumulation: no_sync, several backwards before a step, and every way to zero gradients or not."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -193,3 +194,58 @@ def test_a_rank_that_backward_does_not_reach_counts_as_zero(zeroed: bool) -> Non
         oracle.step({"weight": np.ones((3, 7)), "bias": np.ones(3)})
     for weights in (first, second):
         assert_follows(weights, oracle)
+
+
+def _behind(rank: int, how: str) -> tuple[dict[str, Tensor], float | None]:
+    """Rank 1's backwards alone reach layer 0 or layer 1, at a time when rank 0 may hold other gradients."""
+    model = nn.ModuleList([nn.Linear(7, 3), nn.Linear(5, 2)])
+    model[1].requires_grad_(not how.startswith("unfrozen"))
+    held = model[:1] if how == "group added" else model
+    opt = ShardedLamb(held.named_parameters(), lr=0.1, stage=2)
+
+    def backward(*layers: int) -> None:
+        torch.stack([model[layer](torch.ones(2, 7 - 2 * layer)).sum() for layer in layers]).sum().backward()
+
+    if how in ("zeroed in place", "no_sync", "unfrozen"):
+        backward(*([0] if how == "unfrozen" else [0, 1]))
+        opt.step()
+    if how == "zeroed in place":
+        model.zero_grad(set_to_none=False)
+    model[1].requires_grad_(True)
+    with opt.no_sync() if how == "no_sync" else nullcontext():
+        if how == "unfrozen":
+            backward(*range(rank + 1))
+        elif rank == 1:
+            backward(0)
+    if how == "group added":
+        opt.add_param_group({"params": [(f"1.{name}", p) for name, p in model[1].named_parameters()]})
+    opt.step()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}, opt.grad_norm
+
+
+@pytest.mark.parametrize(
+    ("how", "scales"),  # of the gradients of each layer, in every step
+    [
+        ("zeroed in place", [(2, 2), (1, 0)]),
+        ("no_sync", [(2, 2), (3, 2)]),
+        ("unfrozen", [(2, None), (4, 1)]),
+        ("unfrozen in flight", [(1, None)]),
+        ("group added", [(1, None)]),
+    ],
+)
+def test_ranks_reduce_alike_where_one_may_lack_gradients_of_another(
+    how: str, scales: list[tuple[int | None, ...]]
+) -> None:
+    torch.manual_seed(0)  # as in every case
+    model = nn.ModuleList([nn.Linear(7, 3), nn.Linear(5, 2)])
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    oracle = OracleLamb({name: p.detach().double().numpy() for name, p in model.named_parameters()}, lr=0.1)
+    grads: dict[str, np.ndarray] = {}
+    for step in scales:
+        scale_of = {name: step[int(name[0])] for name in shapes}
+        grads = {name: np.full(shapes[name], float(s)) for name, s in scale_of.items() if s is not None}
+        oracle.step(grads)
+    norm = sum(float((g * g).sum()) for g in grads.values()) ** 0.5
+    for weights, grad_norm in run_ranks(2, _behind, how, timeout=60):
+        assert_follows(weights, oracle)
+        assert grad_norm == pytest.approx(norm, rel=1e-6)
