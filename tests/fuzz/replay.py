@@ -214,13 +214,15 @@ class Replay:
         touched = set()
         for rank, part in enumerate(parts):
             reached: set[str] = set()
-            lowest = (fail or [None] * self.world)[rank]
+            lowest = (fail or [None] * self.world)[rank] or 0
+            # Autograd accumulates a tied parameter's gradient once those of all its uses have arrived.
+            lost = {slot.name for layer in part if layer < lowest for slot in self.program.layers[layer]}
             for layer in part:
-                if layer < (lowest or 0):
+                if layer < lowest:
                     continue
                 for slot in self.program.layers[layer]:
                     name = slot.name
-                    if self._layer(name) in self.frozen:
+                    if self._layer(name) in self.frozen or name in lost:
                         continue
                     value = data.gradient(slot, layer, rank, key)
                     if rank == nan:

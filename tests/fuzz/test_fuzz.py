@@ -91,6 +91,19 @@ def test_undefined_operations_are_dropped() -> None:
         replayed(made(Op("backward", {"parts": [[0]] * 2, "key": 1, "sync": False}), Op("step"), world=2))
 
 
+TIED = (LAYERS[0], (Slot("layers.1.a", (31,)), LAYERS[0][0]))
+
+
+@pytest.mark.parametrize("how", ["averaged", "stage2"])
+def test_a_tied_gradient_of_a_failed_backward_is_lost(how: str) -> None:
+    """Layer 1's part has arrived on rank 1 and layer 0's has not: autograd accumulates neither."""
+    fails = Op("backward", {"parts": [[0, 1]] * 2, "key": 2, "fail": [None, 1]})
+    outcome = outcome_of(
+        replace(made(backward(1, 2), Op("step"), fails, Op("step"), how=how, world=2), layers=TIED)
+    )
+    assert outcome.kind == "equal", outcome.reason
+
+
 def test_shrinking_keeps_the_fault() -> None:
     differs = Op("edit", {"optimizer": 0, "group": 0, "option": "lr", "value": 0.07, "rank": 5})
     rest = [op for key in range(3) for op in (backward(key, 2), Op("step"), Op("read_norms"))]
