@@ -9,7 +9,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -504,11 +504,13 @@ class Replay:
         if clip is not None:
             self.clip(clip[0], 0, clip[1])
         for optimizer in self.optimizers:
-            skipped = optimizer.skipped, optimizer.skips_in_a_row
+            before = replace(optimizer)
             self._step(optimizer)
-            if self.program.wrapper == "accelerate" and optimizer.skipped > skipped[0]:
-                # GradScaler does not see that the wrapped optimizer supports it, and skips the step itself.
-                optimizer.skipped, optimizer.skips_in_a_row = skipped
+            if self.program.wrapper == "accelerate" and optimizer.skipped > before.skipped:
+                # GradScaler does not see that the wrapped optimizer supports it, and skips the step itself: the
+                # optimizer has made no step.
+                optimizer.skipped, optimizer.skips_in_a_row = before.skipped, before.skips_in_a_row
+                optimizer.steps, optimizer.ratios = before.steps, before.ratios
         self._observation = self._after_step()
         self._zero(list(self.slots), True)
         for optimizer in self.optimizers:

@@ -104,6 +104,13 @@ def test_a_tied_gradient_of_a_failed_backward_is_lost(how: str) -> None:
     assert outcome.kind == "equal", outcome.reason
 
 
+def test_ratios_stay_where_gradscaler_skips_the_step_itself() -> None:
+    args = {"parts": [[0, 1]], "key": 2, "unscale": False}
+    ops = [Op("amp_step", {**args, "nan": nan}) for nan in (None, 0)]
+    outcome = outcome_of(replace(made(*ops, how="stage2"), wrapper="accelerate"))
+    assert outcome.kind == "equal", outcome.reason
+
+
 def test_shrinking_keeps_the_fault() -> None:
     differs = Op("edit", {"optimizer": 0, "group": 0, "option": "lr", "value": 0.07, "rank": 5})
     rest = [op for key in range(3) for op in (backward(key, 2), Op("step"), Op("read_norms"))]
