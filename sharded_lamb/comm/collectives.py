@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from enum import IntEnum
 from typing import TypeVar
 
 import torch
@@ -29,6 +30,17 @@ T = TypeVar("T")
 
 POLL_SECONDS = 5e-5
 """Between two looks at whether a collective has completed."""
+
+
+class Tag(IntEnum):
+    """Tags of point-to-point messages: gloo matches those between two ranks by tag and order.
+
+    A rank may have sent gradients of a reduction that another has not started when both transfer state.
+    """
+
+    GRADIENTS = 0
+    PARAMETERS = 1
+    STATE = 2
 
 
 @dataclass
@@ -269,9 +281,10 @@ class Collectives:
         assert self._shard is not None
         group = self._shard.pg
         entered = self._entered("reduce-scatter of backward, number", self.topology.shard_ranks)
-        works = [dist.irecv(tensor, group=group, group_src=source) for source, tensor in incoming]
+        tag = Tag.GRADIENTS
+        works = [dist.irecv(tensor, group=group, tag=tag, group_src=source) for source, tensor in incoming]
         faults.point("mid-reduce-scatter")
-        works += [dist.isend(tensor, group=group, group_dst=target) for target, tensor in outgoing]
+        works += [dist.isend(tensor, group=group, tag=tag, group_dst=target) for target, tensor in outgoing]
         return Pending(works, flight, keep_alive=outgoing, reports_completion=False, entered=entered)
 
     def received_numel(self, full_numel: int) -> int:
@@ -327,15 +340,15 @@ class Collectives:
         # Receives first: a "ready to receive" queued behind data serializes two ranks (half the speed). Ranks pair up
         # by distance, so that no rank is the first peer of all others.
         works: list[dist.Work | None] = []
+        group, tag = self._shard.pg, Tag.PARAMETERS
         for distance in range(1, self.shard_count):
             source = (rank - distance) % self.shard_count
-            target = flat[source * size : (source + 1) * size]
-            works.append(dist.irecv(target, group=self._shard.pg, group_src=source))
+            part = flat[source * size : (source + 1) * size]
+            works.append(dist.irecv(part, group=group, tag=tag, group_src=source))
         faults.point("mid-all-gather")
         for distance in range(1, self.shard_count):
-            works.append(
-                dist.isend(shard, group=self._shard.pg, group_dst=(rank + distance) % self.shard_count)
-            )
+            target = (rank + distance) % self.shard_count
+            works.append(dist.isend(shard, group=group, tag=tag, group_dst=target))
         # Every rank that has summed the norms starts it, so that no rank waits in vain.
         return Pending(works, flight, reports_completion=False)
 
@@ -352,10 +365,10 @@ class Collectives:
                 gathered.append(shard.cpu())
             elif here == receiver:
                 buffer = torch.empty_like(shard)
-                dist.recv(buffer, owner, group=group)
+                dist.recv(buffer, owner, group=group, tag=Tag.STATE)
                 gathered.append(buffer.cpu())
             elif here == owner:
-                dist.send(shard.contiguous(), receiver, group=group)
+                dist.send(shard.contiguous(), receiver, group=group, tag=Tag.STATE)
         return gathered if here == receiver else None
 
     def scatter_from_first(self, shard: Tensor, parts: list[Tensor] | None) -> None:
@@ -369,9 +382,9 @@ class Collectives:
                 if here == owner:
                     shard.copy_(part)
                 else:
-                    dist.send(torch.empty_like(shard).copy_(part), owner, group=group)
+                    dist.send(torch.empty_like(shard).copy_(part), owner, group=group, tag=Tag.STATE)
             elif here == owner:
-                dist.recv(shard, everyone[0], group=group)
+                dist.recv(shard, everyone[0], group=group, tag=Tag.STATE)
 
 
 def _completes(work: "dist.Work", seconds: float) -> bool:

@@ -110,6 +110,35 @@ def test_clipping_with_everything_frozen_is_zero() -> None:
     assert opt.clip_grad_norm_(1.0).item() == 0
 
 
+def state_in_flight(rank: int, loads: bool) -> tuple[float, float]:
+    """Sums of a first moment: before, and after a transfer of the state while rank 1 alone has sent gradients."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64)
+    opt = ShardedLamb(model.named_parameters(), lr=0.1, stage=2)
+
+    def backward() -> None:
+        model(torch.ones(2, 64)).sum().backward()
+
+    backward()
+    opt.step()
+    opt.zero_grad()
+    before = opt.full_state_dict()
+    if rank == 1:
+        backward()
+    if loads:
+        opt.load_full_state_dict(before)
+    after = opt.full_state_dict()
+    opt.step()
+    sums = [float(state["state"][0]["exp_avg"].sum()) if state else 0.0 for state in (before, after)]
+    return sums[0], sums[1]
+
+
+@pytest.mark.parametrize("loads", [False, True])
+def test_state_travels_beside_gradients_that_one_rank_has_sent(loads: bool) -> None:
+    before, after = run_ranks(2, state_in_flight, loads, timeout=60)[0]
+    assert before == after
+
+
 def test_the_models_zero_grad_after_no_sync_drops_reduced_gradients() -> None:
     def narrow() -> tuple[nn.Module, ShardedLamb]:
         torch.manual_seed(3)  # backward reaches the smallest parameter's layer last
