@@ -44,7 +44,7 @@ IMPATIENT_ROUNDS = 3
 """After so many rounds in which `PATIENCE` ran out, backward waits no longer: memory grows instead."""
 
 SYNCED_ROUNDS = 2
-"""On a GPU the host reads left-over gradients in the first rounds only; later, `BackwardReducer.late` is complete."""
+"""On a GPU the host reads late gradients in the first rounds only; later, `BackwardReducer.late` is complete."""
 
 
 class BackwardReducer:
@@ -64,8 +64,7 @@ class BackwardReducer:
         self.late: set[int] = set()  # parameters whose hook fires more than once in a backward
         self.attached = AttachedGradients(weakref.ref(self))
         self.rounds = 0
-        self.may_lag = False
-        """Whether other ranks may have gradients that no round includes, of new parameters or of no_sync."""
+        self.may_lag = False  # whether other ranks may have gradients that no round includes
         self._summary: GradientSummary | None = None
         self._impatient_rounds = 0
         self._owner_mask = torch.zeros(0, dtype=torch.float64, device="cpu")
@@ -123,6 +122,11 @@ class BackwardReducer:
     def additions(self) -> int:
         """See `GradientSource`."""
         return self.attached.additions
+
+    @property
+    def _reads_all(self) -> bool:
+        """Whether the host reads summaries; on a GPU it would wait for the device in every step."""
+        return self.params[0].device.type == "cpu"
 
     @property
     def _used(self) -> bool:
@@ -228,8 +232,7 @@ class BackwardReducer:
             inject_nan(grads)
         with self._stream.entered(grads, [factor for _, factor in kept], [self._square_sums]):
             pending = staging.exchange(index, bucket).start(grads)
-        # A fused exchange has already copied them.
-        sent = grads if self.collectives.uses_p2p else []
+        sent = grads if self.collectives.uses_p2p else []  # a fused exchange has copied them
         self._in_flight.append(InFlight(index, pending, staging, sent, kept, self._square_sums))
 
     def _take_gradient(self, param: int, p: Tensor) -> Tensor | None:
@@ -281,8 +284,7 @@ class BackwardReducer:
         self._in_flight.popleft()
         with self.collectives.traffic.computing("average"):
             adds = apply_edits(bucket, oldest.kept)
-            divisor = self.collectives.divisor(exchange.full.dtype)
-            received = ReceivedShards(parts, divisor, own)
+            received = ReceivedShards(parts, self.collectives.divisor(exchange.full.dtype), own)
             self.kernel.average(shard, bucket.segments, received, oldest.square_sums, add=adds)
         if len(self._free_staging) < IN_FLIGHT:
             self._free_staging.append(oldest.staging)
@@ -310,25 +312,27 @@ class BackwardReducer:
         if self.state is ReducerState.LAUNCHED:
             self._drain()
             edited = self.attached.collect_edits()
-            self._summary = (
-                self._agreed_summary()
-            )  # before edits: another rank may read norms before it edits
+            # Before edits: another rank may read norms before it edits.
+            self._summary = self._agreed_summary()
             self._zero(edited)
             self._enter(ReducerState.REDUCED)
 
     def _agreed_summary(self) -> GradientSummary:
-        """All-reduce (a); a second one follows if any rank has late gradients."""
+        """All-reduce (a); a second one follows if any rank has late gradients.
+
+        Where the host does not read them, such a step counts as one with non-finite gradients: it lacks some.
+        """
         summary = self._agree()
-        on_cpu = summary.left_over.device.type == "cpu"
-        if on_cpu or self.rounds <= SYNCED_ROUNDS:
-            late = {self.bucket_of[param] for param in summary.left_over.nonzero().flatten().tolist()}
+        if not self._reads_all and self.rounds > SYNCED_ROUNDS:
+            return replace(summary, bad=summary.bad | (summary.left_over > 0))
+        late = {self.bucket_of[param] for param in summary.left_over.nonzero().flatten().tolist()}
+        if late:
             for index in sorted(late):
                 self._square_sums[list(self.buckets[index].plan.params)] = 0  # summed again
                 self._launch(index)
             self._drain()
-            if late:
-                summary = self._agree()
-        if on_cpu:
+            summary = self._agree()
+        if self._reads_all:
             for param in (summary.present == 0).nonzero().flatten().tolist():
                 self.attached.drop_absent(param)
         return summary
@@ -423,8 +427,7 @@ class BackwardReducer:
 
     def staging_bytes(self) -> int:
         """Bytes of the staging memory made so far."""
-        in_flight = (exchange.staging for exchange in self._in_flight)
-        return sum(staging.nbytes for staging in (*self._free_staging, *in_flight))
+        return sum(s.nbytes for s in (*self._free_staging, *(x.staging for x in self._in_flight)))
 
     # -- read by handles ----------------------------------------------------------------------------
 

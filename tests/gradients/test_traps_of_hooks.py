@@ -5,6 +5,7 @@ Those of flat memory: tests/sharding/test_traps_of_memory.py.
 
 import threading
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from sharded_lamb import ShardedLamb
 from sharded_lamb.core import rule as lamb_rule
 from sharded_lamb.core.layout import BLOCK
+from sharded_lamb.gradients.reducer import BackwardReducer
 from sharded_lamb.kernels import FlatShard, ReferenceKernel
 from tests import training
 from tests.harness import run_ranks
@@ -133,6 +135,30 @@ def exchanges_of_a_step(rank: int, checkpointed: bool) -> int:
 
 def test_reentrant_checkpoints_exchange_no_bucket_twice() -> None:
     assert run_ranks(2, exchanges_of_a_step, True) == run_ranks(2, exchanges_of_a_step, False)
+
+
+def late_on_one_rank(rank: int, steps: tuple[int, ...], late_from: int) -> tuple[dict[str, Tensor], int]:
+    """As on a GPU, where the host reads no summary after the first rounds."""
+    model = Tied(checkpointed=False)
+    with mock.patch.object(BackwardReducer, "_reads_all", False):
+        opt = ShardedLamb(model.named_parameters(), lr=LR, stage=2, bucket_mb=16 * 16 * 8 / 2**20)
+        for step in steps:
+            model.checkpointed = rank == 0 and step >= late_from
+            model(training.draw((5, 16), "x", rank, step).double().requires_grad_()).backward()
+            opt.step()
+            opt.zero_grad()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}, opt.skipped_steps
+
+
+def test_a_step_whose_late_gradients_no_host_reads_is_skipped() -> None:
+    """It lacks gradients of one rank, and no rank waits for the device to learn of it. Later steps are complete."""
+    plain = run_ranks(2, late_on_one_rank, (0, 1, 2, 4, 5), 9)
+    for (weights, skipped), (expected, none) in zip(
+        run_ranks(2, late_on_one_rank, (0, 1, 2, 3, 4, 5), 3), plain, strict=True
+    ):
+        assert (skipped, none) == (1, 0)
+        for name, value in weights.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-11, atol=1e-13, msg=name)
 
 
 # -- 2: GradScaler and freed gradients -----------------------------------------------------------------------
