@@ -261,8 +261,12 @@ class ShardedLamb(JoinableOptimizer):
         store.reattach()
         self._state_changed()
         live = self._live
-        if self._skips.check(store.names):
-            self._raise_disagreement()
+        try:
+            if self._skips.check(store.names):
+                self._raise_disagreement()
+        except RuntimeError:
+            self._gradients.settle()  # every rank raises: their messages arrive before a group ends
+            raise
         problem = self._option_problem(alone=self._collectives.world_size == 1)
         live.clip = self._clip_factor(for_step=True)
         decides = self._settings.skip_nonfinite or live.max_grad_norm is not None or live.clip is not None
