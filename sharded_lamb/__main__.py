@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from sharded_lamb.bench import command as bench
     from sharded_lamb.convert import command as convert
     from sharded_lamb.convert import inspect
+    from sharded_lamb.gpu_check import command as gpu_check
     from sharded_lamb.plan import command as plan
     from sharded_lamb.preflight import command as preflight
 
@@ -45,9 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inspect.add_arguments(
         commands.add_parser("inspect", help="show the content of a checkpoint and verify it")
     )
+    gpu_check.add_arguments(
+        commands.add_parser("gpu-check", help="check and measure everything on one GPU, in minutes")
+    )
     collective = {"verify": _verify, "plan": plan.run, "bench": bench.run}
     # These join the ranks themselves, or need none.
-    others = {"preflight": preflight.run, "convert": convert.run, "inspect": inspect.run}
+    others = {
+        "preflight": preflight.run,
+        "convert": convert.run,
+        "inspect": inspect.run,
+        "gpu-check": gpu_check.run,
+    }
     chosen = parser.parse_args(arguments)
     device = _join_ranks(chosen.device) if chosen.command in collective else None
     try:

@@ -31,6 +31,7 @@ FLOORS = (
     {"convert", "bench"},
     {"preflight"},
     {"bert"},
+    {"gpu_check"},
     {"__main__"},
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
