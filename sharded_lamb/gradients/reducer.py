@@ -153,9 +153,12 @@ class BackwardReducer:
     def _before_gradient(self, param: int) -> None:
         """Free ``.grad``; first, close the round of a backward that failed, as ranks on which it did not fail did."""
         if self.enabled and self._round is not None and self._round.is_abandoned:
-            self._round.is_zeroed = all(self.params[member].grad is None for member in self.bucket_of)
-            self._close_round()
+            self._close_abandoned(self._round)
         self.attached.set_aside(param, used=self._used)
+
+    def _close_abandoned(self, current: Round) -> None:
+        current.is_zeroed = all(self.params[member].grad is None for member in self.bucket_of)
+        self._close_round()
 
     def _on_gradient(self, param: int) -> None:
         """Count the gradient of ``param``, which autograd has accumulated, and launch complete buckets."""
@@ -356,8 +359,8 @@ class BackwardReducer:
         Raises:
             RuntimeError: as `AttachedGradients.check`.
         """
-        if self.state is ReducerState.ROUND:
-            return
+        if self._round is not None:
+            self._close_abandoned(self._round)
         try:
             self.attached.check(used=self._used)
         except RuntimeError:

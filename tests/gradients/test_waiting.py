@@ -150,8 +150,11 @@ def test_memory_in_flight_is_bounded_unless_a_rank_is_late() -> None:
     assert other == []
 
 
-def after_a_failed_backward(rank: int, failing: tuple[int, ...]) -> dict[str, Tensor]:
-    """A backward fails, and the model zeroes gradients, as a loop that skips a batch does."""
+def after_a_failed_backward(rank: int, failing: tuple[int, ...], steps: bool) -> dict[str, Tensor]:
+    """A backward fails, and the model zeroes gradients, as a loop that skips a batch does.
+
+    ``steps``: the batch that it skips has a step, without gradients.
+    """
     params = training.parameters()
     opt = ShardedLamb(params.items(), lr=LR, stage=2, bucket_mb=0.002)
     for step in range(3):
@@ -164,6 +167,8 @@ def after_a_failed_backward(rank: int, failing: tuple[int, ...]) -> dict[str, Te
         else:
             loss.backward()
         nn.ParameterDict({name.replace(".", "_"): p for name, p in params.items()}).zero_grad()
+        if steps:
+            opt.step()
         training.backward(params, training.own_gradients(rank, step))
         opt.step()
         opt.zero_grad()
@@ -174,8 +179,9 @@ def _fail(grad: Tensor) -> None:
     raise ArithmeticError
 
 
+@pytest.mark.parametrize("steps", [False, True])
 @pytest.mark.parametrize("failing", [(0, 1), (1,)], ids=["everywhere", "on one rank"])
-def test_a_model_zeroed_after_a_failed_backward_starts_anew(failing: tuple[int, ...]) -> None:
+def test_a_model_zeroed_after_a_failed_backward_starts_anew(failing: tuple[int, ...], steps: bool) -> None:
     oracle = training.oracle_of_ranks(2, range(3), lr=LR)
-    for weights in run_ranks(2, after_a_failed_backward, failing, timeout=60):
+    for weights in run_ranks(2, after_a_failed_backward, failing, steps, timeout=60):
         training.assert_follows(weights, oracle)
