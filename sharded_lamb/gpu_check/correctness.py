@@ -117,8 +117,11 @@ def stored_remainders(setting: Setting, found: Findings) -> str:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """[…] the integers of the same memory, on the CPU: nan equals itself."""
-    return x.cpu().view(torch.int16 if x.itemsize == 2 else torch.int32)
+    """[…] the integers of the same memory, on the CPU. Conversions on a GPU make other nans than those on a CPU."""
+    x = x.cpu()
+    if x.is_floating_point():
+        x = x.masked_fill(x.isnan(), torch.nan)
+    return x.view(torch.int16 if x.itemsize == 2 else torch.int32)
 
 
 def checkpoints(setting: Setting, found: Findings) -> str:
