@@ -20,6 +20,7 @@ SECTIONS: tuple[Section, ...] = (
     *memory.SECTIONS,
     *speed.SECTIONS,
     *recipe.SECTIONS,
+    host.NCCL_GRAPH,
 )
 """In the order in which they run: the cheap and the decisive first."""
 

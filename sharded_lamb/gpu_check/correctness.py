@@ -99,7 +99,7 @@ def accumulation(setting: Setting, found: Findings) -> str:
 def stored_remainders(setting: Setting, found: Findings) -> str:
     """16-bit remainders: split and joined on the device as on the CPU, at half the bytes, and the same run."""
     generator = torch.Generator().manual_seed(5)
-    values = torch.randint(-(2**31), 2**31, (1 << 16,), generator=generator).to(torch.int32)
+    values = torch.randint(-(2**31), 2**31, (1 << 16,), generator=generator, device="cpu").to(torch.int32)
     masters = values.view(torch.float32)
     on_device, on_cpu = remainders.split(masters.to(setting.device)), remainders.split(masters)
     found.equal("split", [_bits(x) for x in on_device], [_bits(x) for x in on_cpu])

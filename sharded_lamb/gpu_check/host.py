@@ -13,6 +13,7 @@ from sharded_lamb.gpu_check.training import (
     Large,
     Stage,
     gradients_alone,
+    group_of_one,
     large,
     recorded_warnings,
 )
@@ -85,36 +86,42 @@ def _operations(run: Callable[[], object]) -> dict[str, Any]:
 
 def graphs(setting: Setting, found: Findings) -> str:
     """A step (stage 1), and backward with a step (stage 2), in one CUDA graph, against eager twins."""
-    replays = []
-    for stage in STAGES:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
-            ours, twin = large(setting, stage), large(setting, stage)
-            parts = [_part(run, stage) for run in (ours, twin)]
-            for part in parts:
-                for _ in range(3):
-                    part()
-        name = "step" if stage == 1 else "backward and step"
-        try:
-            graph = timing.captured(setting, parts[0], stream)
-        except RuntimeError as error:
-            found.check(f"stage {stage}, {name}", False, f"{type(error).__name__}: {error}"[:300])
-            continue
-        for _ in range(3):
-            graph.replay()
-            with torch.cuda.stream(stream):
-                parts[1]()
-            setting.synchronize()
-        found.equal(
-            f"stage {stage}, {name}",
-            *([p.detach().cpu() for p in run.model.parameters()] for run in (ours, twin)),
-        )
-        replay = timing.back_to_back_ms(setting, graph.replay)
-        found.note(f"stage {stage}, {name}: replay ms", round(replay, 3))
-        replays.append(f"{name} {replay:.2f} ms")
-        graph.reset()
-        del ours, twin, parts, graph
+    replays = [_captured_and_eager(setting, found, stage) for stage in STAGES]
     return f"equal to the bit to eager twins; replays: {', '.join(replays)}"
+
+
+def nccl_graph(setting: Setting, found: Findings) -> str:
+    """Backward with a step of stage 2 in one CUDA graph: NCCL's collectives, on the stream of reductions, are in it."""
+    with group_of_one(setting):
+        return f"equal to the bit to an eager twin; replay: {_captured_and_eager(setting, found, 2)}"
+
+
+def _captured_and_eager(setting: Setting, found: Findings, stage: Stage) -> str:
+    """Replays of a graph beside an eager twin; what was captured, and the milliseconds of a replay."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        ours, twin = large(setting, stage), large(setting, stage)
+        parts = [_part(run, stage) for run in (ours, twin)]
+        for part in parts:
+            for _ in range(3):
+                part()
+    name = "step" if stage == 1 else "backward and step"
+    try:
+        graph = timing.captured(setting, parts[0], stream)
+    except RuntimeError as error:
+        found.check(f"stage {stage}, {name}", False, f"{type(error).__name__}: {error}"[:300])
+        return f"{name} refused"
+    for _ in range(3):
+        graph.replay()
+        with torch.cuda.stream(stream):
+            parts[1]()
+        setting.synchronize()
+    weights = ([p.detach().cpu() for p in run.model.parameters()] for run in (ours, twin))
+    found.equal(f"stage {stage}, {name}", *weights)
+    replay = timing.back_to_back_ms(setting, graph.replay)
+    found.note(f"stage {stage}, {name}: replay ms", round(replay, 3))
+    graph.reset()
+    return f"{name} {replay:.2f} ms"
 
 
 def _part(run: Large, stage: Stage) -> Callable[[], object]:
@@ -130,3 +137,5 @@ SECTIONS = (
     Section("launches", "Launches a step", 15, launches, is_check=False, needs_gpu=True),
     Section("graphs", "CUDA graphs", 20, graphs, needs_gpu=True),
 )
+NCCL_GRAPH = Section("nccl-graph", "A CUDA graph over NCCL", 10, nccl_graph, needs_gpu=True)
+"""Last: a capture that NCCL refuses may leave a device that nothing runs on."""

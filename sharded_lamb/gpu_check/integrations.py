@@ -163,7 +163,10 @@ def _trainer(setting: Setting, found: Findings) -> None:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(0)
     data = [
-        {name: torch.randint(0, 500, (16,), generator=generator) for name in ("input_ids", "labels")}
+        {
+            name: torch.randint(0, 500, (16,), generator=generator, device="cpu")
+            for name in ("input_ids", "labels")
+        }
         for _ in range(64)
     ]
     shape = BertConfig(

@@ -187,17 +187,17 @@ def _batch(setting: Setting, case: Case) -> "MicroBatch":
 
     sizes, generator = _sizes(setting), torch.Generator().manual_seed(0)
     shape = case.micro_batch, sizes.length
-    positions = torch.arange(sizes.length).expand(shape).contiguous()
+    positions = torch.arange(sizes.length, device="cpu").expand(shape).contiguous()
     predictions = case.micro_batch * sizes.predictions
-    order = torch.randperm(case.micro_batch * sizes.length, generator=generator)
+    order = torch.randperm(case.micro_batch * sizes.length, generator=generator, device="cpu")
     return MicroBatch(
-        tokens=torch.randint(5, sizes.vocabulary, shape, generator=generator),
+        tokens=torch.randint(5, sizes.vocabulary, shape, generator=generator, device="cpu"),
         segments=(positions > sizes.length // 2).long(),
         positions=positions,
         documents=(positions < sizes.length - 8).long() if case.masked else None,
         masked_positions=order[:predictions].sort().values,
-        labels=torch.randint(5, sizes.vocabulary, (predictions,), generator=generator),
-        follows=torch.randint(0, 2, (case.micro_batch,), generator=generator),
+        labels=torch.randint(5, sizes.vocabulary, (predictions,), generator=generator, device="cpu"),
+        follows=torch.randint(0, 2, (case.micro_batch,), generator=generator, device="cpu"),
     ).to(setting.device)
 
 

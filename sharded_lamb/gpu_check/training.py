@@ -113,7 +113,7 @@ def small_model(device: torch.device) -> nn.Module:
 def small_data(device: torch.device, steps: int) -> list[Tensor]:
     """[32, 64] fp32 inputs, the same on every device."""
     generator = torch.Generator().manual_seed(3)
-    return [torch.randn(32, 64, generator=generator).to(device) for _ in range(steps)]
+    return [torch.randn(32, 64, generator=generator, device="cpu").to(device) for _ in range(steps)]
 
 
 def reconstruction_loss(model: Any, x: Tensor) -> Tensor:
