@@ -32,7 +32,9 @@ class AttachedGradients:
         self._aside: set[int] = set()
         self.additions = 0
         """How often backward has added to a gradient that is in the shards."""
-        self._versions: dict[int, int] = {}  # of gradients that backward accumulated in no_sync
+        self._versions: dict[
+            int, int
+        ] = {}  # of gradients that backward accumulated and no reduction includes
         self._owner, self._factors = owner, Factors()
         self._references: list[weakref.ref[Tensor]] = []
         weakref.finalize(self, _detach, self._references).atexit = False
@@ -102,7 +104,7 @@ class AttachedGradients:
         return kept
 
     def _was_zeroed(self, param: int, grad: Tensor) -> bool:
-        """``model.zero_grad(set_to_none=False)`` after no_sync; reads the value only after an in-place write."""
+        """``model.zero_grad(set_to_none=False)``; reads the value only after an in-place write."""
         version = self._versions.get(param)
         return version is not None and version != grad._version and not bool(grad.any())
 
@@ -128,17 +130,19 @@ class AttachedGradients:
             self.params[param].grad = None
 
     def accumulated(self, param: int) -> None:
-        """Note the gradient that autograd has accumulated in no_sync."""
+        """Note the gradient that autograd has accumulated."""
         grad = self.params[param].grad
         if grad is not None:
             self._versions[param] = grad._version
 
-    def take_factor(self, param: int) -> Tensor | None:
-        """The factor of the gradient in the shards, which the caller applies to them."""
+    def take_edits(self, param: int, *, used: bool) -> Kept:
+        """Whether the shards keep the gradient, and its factor, which the caller applies to them. Raises as `keeps`."""
+        keeps = self.keeps(param, used=used)
         mark = self._marks[param]
-        assert mark is not None
+        if not keeps or mark is None:
+            return False, None
         factor, mark.factor = mark.factor, None
-        return factor
+        return True, factor
 
     def attach(self, param: int, *, renew: bool) -> None:
         """Put a handle into ``.grad``; ``renew``: handles of earlier gradients become invalid."""
@@ -182,11 +186,21 @@ class AttachedGradients:
 
     def holds_any(self) -> bool:
         """Whether the shards hold a gradient whose ``.grad`` was neither set to None nor zeroed in place."""
-        return any(self.has_gradient(param) and not self._is_zeroed(param) for param in self._marked())
+        return any(self.has_gradient(param) and not self.is_zeroed(param) for param in self._marked())
 
-    def _is_zeroed(self, param: int) -> bool:
+    def is_zeroed(self, param: int) -> bool:
+        """Whether ``.grad``, a handle or this rank's gradient, was zeroed in place."""
         grad = self.params[param].grad
-        return isinstance(grad, ReducedGradient) and grad.mark is not None and grad.mark.is_zeroed
+        if isinstance(grad, ReducedGradient):
+            return grad.mark is not None and grad.mark.is_zeroed
+        return grad is not None and self._was_zeroed(param, grad)
+
+    def zero(self, params: Sequence[int]) -> None:
+        """Zero gradients in the shards."""
+        for param in params:
+            mark = self._marks[param]
+            if mark is not None:
+                mark.zero()
 
     def has_own_gradients(self, params: Sequence[int]) -> bool:
         """Whether any ``.grad`` is no handle."""

@@ -157,13 +157,16 @@ class BackwardReducer:
         self.attached.set_aside(param, used=self._used)
 
     def _close_abandoned(self, current: Round) -> None:
-        current.is_zeroed = all(self.params[member].grad is None for member in self.bucket_of)
+        """Close a round that may have been zeroed while it was open."""
+        zeroed = [member for member in self.bucket_of if self.attached.is_zeroed(member)]
+        current.is_zeroed = all(self.params[m].grad is None for m in self.bucket_of.keys() - set(zeroed))
         self._close_round()
+        self.attached.zero(zeroed)
 
     def _on_gradient(self, param: int) -> None:
         """Count the gradient of ``param``, which autograd has accumulated, and launch complete buckets."""
+        self.attached.accumulated(param)
         if not self.enabled:
-            self.attached.accumulated(param)
             return
         current = self._open_round()
         task = torch._C._current_graph_task_id()
@@ -222,15 +225,14 @@ class BackwardReducer:
         for position, (param, p) in enumerate(zip(bucket.plan.params, bucket.params, strict=True)):
             bucket.check_fits(position, self.names[param])
             stays = self.present[param] and self.attached.has_gradient(param)
-            keeps = self.attached.keeps(param, used=used)
+            kept.append(self.attached.take_edits(param, used=used))
             grad = self._take_gradient(param, p)
             grads.append(grad)
-            kept.append((keeps, self.attached.take_factor(param) if keeps else None))
             self.present[param] = stays or grad is not None
             # Another rank may have a gradient.
             elsewhere = current is not None and not current.is_zeroed and self.collectives.world_size > 1
             if self.present[param] or (elsewhere and p.requires_grad):
-                self.attached.attach(param, renew=not keeps)
+                self.attached.attach(param, renew=not kept[-1][0])
         if faults.point("gradient"):
             inject_nan(grads)
         with self._stream.entered(grads, [factor for _, factor in kept], [self._square_sums]):

@@ -150,10 +150,10 @@ def test_memory_in_flight_is_bounded_unless_a_rank_is_late() -> None:
     assert other == []
 
 
-def after_a_failed_backward(rank: int, failing: tuple[int, ...], steps: bool) -> dict[str, Tensor]:
+def after_a_failed_backward(rank: int, failing: tuple[int, ...], then: str) -> dict[str, Tensor]:
     """A backward fails, and the model zeroes gradients, as a loop that skips a batch does.
 
-    ``steps``: the batch that it skips has a step, without gradients.
+    ``then``: "step": the batch that it skips has a step, without gradients; "in place": how it zeroes.
     """
     params = training.parameters()
     opt = ShardedLamb(params.items(), lr=LR, stage=2, bucket_mb=0.002)
@@ -166,8 +166,10 @@ def after_a_failed_backward(rank: int, failing: tuple[int, ...], steps: bool) ->
             handle.remove()
         else:
             loss.backward()
-        nn.ParameterDict({name.replace(".", "_"): p for name, p in params.items()}).zero_grad()
-        if steps:
+        nn.ParameterDict({name.replace(".", "_"): p for name, p in params.items()}).zero_grad(
+            set_to_none=then != "in place"
+        )
+        if then == "step":
             opt.step()
         training.backward(params, training.own_gradients(rank, step))
         opt.step()
@@ -179,9 +181,9 @@ def _fail(grad: Tensor) -> None:
     raise ArithmeticError
 
 
-@pytest.mark.parametrize("steps", [False, True])
+@pytest.mark.parametrize("then", ["", "step", "in place"])
 @pytest.mark.parametrize("failing", [(0, 1), (1,)], ids=["everywhere", "on one rank"])
-def test_a_model_zeroed_after_a_failed_backward_starts_anew(failing: tuple[int, ...], steps: bool) -> None:
+def test_a_model_zeroed_after_a_failed_backward_starts_anew(failing: tuple[int, ...], then: str) -> None:
     oracle = training.oracle_of_ranks(2, range(3), lr=LR)
-    for weights in run_ranks(2, after_a_failed_backward, failing, steps, timeout=60):
+    for weights in run_ranks(2, after_a_failed_backward, failing, then, timeout=60):
         training.assert_follows(weights, oracle)
