@@ -32,6 +32,8 @@ class AttachedGradients:
         self._aside: set[int] = set()
         self.additions = 0
         """How often backward has added to a gradient that is in the shards."""
+        self.history = 0
+        """Hash of which gradients the reductions since the last step kept; equal on ranks that zeroed alike."""
         self._versions: dict[
             int, int
         ] = {}  # of gradients that backward accumulated and no reduction includes
@@ -138,6 +140,7 @@ class AttachedGradients:
     def take_edits(self, param: int, *, used: bool) -> Kept:
         """Whether the shards keep the gradient, and its factor, which the caller applies to them. Raises as `keeps`."""
         keeps = self.keeps(param, used=used)
+        self.history = hash((self.history, param, keeps)) % _PRIME
         mark = self._marks[param]
         if not keeps or mark is None:
             return False, None
@@ -180,6 +183,7 @@ class AttachedGradients:
             self.drop(param)
         self.removed.clear()
         self.zeroed.clear()
+        self.history = 0
 
     def _marked(self) -> Iterator[int]:
         return (param for param, mark in enumerate(self._marks) if mark is not None)
@@ -254,6 +258,8 @@ class AttachedGradients:
         """fp64 scalar: an integer below 2³¹ that differs between ranks whose edits differ; None: no edits, as 0."""
         edits = hash((tuple(sorted(self.removed)), tuple(sorted(self.zeroed)))) % _PRIME
         edits = edits if self.removed or self.zeroed else 0
+        if self.params[0].device.type == "cpu":  # on a GPU it would be copied to the device in every step
+            edits = (edits + self.history) % _PRIME
         factors = self._factors_of_all()
         if factors is None:
             return torch.tensor(float(edits), dtype=torch.float64, device="cpu") if edits else None

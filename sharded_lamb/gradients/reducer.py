@@ -412,6 +412,7 @@ class BackwardReducer:
 
     def stepped(self) -> None:
         """Mark the gradients as used; like ``.grad`` they stay until they are zeroed."""
+        self.attached.history = 0
         self._enter(ReducerState.USED)
 
     def zero(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sharded_lamb import ShardedLamb, kernels
-from tests.harness import run_ranks
+from tests.harness import run_ranks, run_ranks_expecting_errors
 from tests.oracle import OracleLamb
 from tests.sharded_cases import (
     Case,
@@ -249,3 +249,21 @@ def test_ranks_reduce_alike_where_one_may_lack_gradients_of_another(
     for weights, grad_norm in run_ranks(2, _behind, how, timeout=60):
         assert_follows(weights, oracle)
         assert grad_norm == pytest.approx(norm, rel=1e-6)
+
+
+def _zeroed_between(rank: int) -> None:
+    """Gradients are zeroed after rank 1's first reduction and before rank 0's; then rank 0 makes one more."""
+    model = nn.Linear(7, 3)
+    opt = ShardedLamb(model.named_parameters(), lr=0.1, stage=2)
+    if rank == 1:
+        model(torch.ones(2, 7)).sum().backward()
+    model.zero_grad()
+    for _ in range(2 - rank):
+        model(torch.ones(2, 7)).sum().backward()
+    opt.step()
+
+
+def test_gradients_zeroed_between_one_reduction_on_two_ranks_are_an_error() -> None:
+    for kind, message in run_ranks_expecting_errors(2, _zeroed_between, timeout=60).values():
+        assert kind == "ValueError"
+        assert "edits of .grad" in message
