@@ -70,6 +70,33 @@ class Staging:
         return self._exchanges[index]
 
 
+class FreeStaging:
+    """Staging memory that no exchange uses, kept for the next ones."""
+
+    def __init__(self, collectives: Collectives, *, at_most: int) -> None:
+        self._collectives, self._at_most = collectives, at_most
+        self._free: list[Staging] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(staging.nbytes for staging in self._free)
+
+    def resize(self) -> None:
+        """Free what is kept: buckets were added, which may be larger."""
+        self._free.clear()
+
+    def take(self, index: int, buckets: Sequence[FlatBucket]) -> Staging:
+        """Memory for bucket ``index``, if possible some that it used before: its pages are already mapped."""
+        if not self._free:
+            return Staging(buckets, self._collectives)
+        used = (i for i, staging in enumerate(self._free) if staging.has_exchanged(index))
+        return self._free.pop(next(used, 0))
+
+    def give_back(self, staging: Staging) -> None:
+        if len(self._free) < self._at_most:
+            self._free.append(staging)
+
+
 class FusedReduceScatter:
     """One reduce-scatter of the whole bucket."""
 

@@ -23,7 +23,7 @@ from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.core.parameters import check_gradient
 from sharded_lamb.gradients.attached import AttachedGradients, Kept, apply_edits
 from sharded_lamb.gradients.ddp import reject_ddp
-from sharded_lamb.gradients.exchange import Staging
+from sharded_lamb.gradients.exchange import FreeStaging
 from sharded_lamb.gradients.handles import Mark, ReducedGradient
 from sharded_lamb.gradients.source import Registration
 from sharded_lamb.gradients.states import TRANSITIONS, InFlight, ReducerState, Round
@@ -72,7 +72,7 @@ class BackwardReducer:
         self._round: Round | None = None
         self._late_grads: dict[int, Tensor] = {}  # that arrived after their bucket's launch
         self._in_flight: deque[InFlight] = deque()
-        self._free_staging: list[Staging] = []
+        self._staging = FreeStaging(collectives, at_most=IN_FLIGHT)
         self._accumulations: list[Any] = []  # nodes of the graph; parameters reference theirs weakly
 
     def extend(self, added: Registration) -> None:
@@ -88,7 +88,7 @@ class BackwardReducer:
         for index, bucket in enumerate(added.buckets, start=len(self.buckets)):
             self.bucket_of.update(dict.fromkeys(bucket.plan.params, index))
         self.buckets.extend(added.buckets)
-        self._free_staging.clear()  # new buckets may be larger
+        self._staging.resize()
         for param in sorted(added.members):
             self._register_hooks(param)
         self.may_lag = True
@@ -219,7 +219,7 @@ class BackwardReducer:
         with self._stream.entered():
             if current is not None:
                 self._throttle(current)
-            staging = self._take_staging(index)
+            staging = self._staging.take(index, self.buckets)
         grads: list[Tensor | None] = []
         kept: list[Kept] = []
         for position, (param, p) in enumerate(zip(bucket.plan.params, bucket.params, strict=True)):
@@ -291,16 +291,8 @@ class BackwardReducer:
             adds = apply_edits(bucket, oldest.kept)
             received = ReceivedShards(parts, self.collectives.divisor(exchange.full.dtype), own)
             self.kernel.average(shard, bucket.segments, received, oldest.square_sums, add=adds)
-        if len(self._free_staging) < IN_FLIGHT:
-            self._free_staging.append(oldest.staging)
+        self._staging.give_back(oldest.staging)
         return True
-
-    def _take_staging(self, index: int) -> Staging:
-        """A free staging memory, if possible one that this bucket used before: its pages are already mapped."""
-        if not self._free_staging:
-            return Staging(self.buckets, self.collectives)
-        reusable = [i for i, staging in enumerate(self._free_staging) if staging.has_exchanged(index)]
-        return self._free_staging.pop(reusable[0] if reusable else 0)
 
     def _drain(self) -> None:
         with self._stream.entered():
@@ -433,7 +425,7 @@ class BackwardReducer:
 
     def staging_bytes(self) -> int:
         """Bytes of the staging memory made so far."""
-        return sum(s.nbytes for s in (*self._free_staging, *(x.staging for x in self._in_flight)))
+        return self._staging.nbytes + sum(exchange.staging.nbytes for exchange in self._in_flight)
 
     # -- read by handles ----------------------------------------------------------------------------
 
