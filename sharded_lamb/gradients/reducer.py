@@ -7,10 +7,10 @@ Backward waits for no other rank, save for a bounded time to bound memory: the o
 user's backward. Whoever needs the gradients first waits. Like ``.grad``, rounds accumulate until gradients are zeroed.
 """
 
-import warnings
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from sharded_lamb.gradients.ddp import reject_ddp
 from sharded_lamb.gradients.exchange import FreeStaging
 from sharded_lamb.gradients.handles import Mark, ReducedGradient
 from sharded_lamb.gradients.source import Registration
-from sharded_lamb.gradients.states import TRANSITIONS, InFlight, ReducerState, Round
+from sharded_lamb.gradients.states import TRANSITIONS, InFlight, ReducerState, Round, warn_of_late_buckets
 from sharded_lamb.gradients.streams import ReductionStream
 from sharded_lamb.gradients.summary import GradientSummary, agree, inject_nan
 from sharded_lamb.kernels import Kernel, ReceivedShards
@@ -100,12 +100,12 @@ class BackwardReducer:
         def before_accumulation(grads: tuple[Tensor | None, ...]) -> None:
             reducer = this()
             if reducer is not None and grads[0] is not None:
-                reducer._before_gradient(param)
+                reducer._guarded(reducer._before_gradient, param)
 
         def after_accumulation(_: Tensor) -> None:
             reducer = this()
             if reducer is not None:
-                reducer._on_gradient(param)
+                reducer._guarded(reducer._on_gradient, param)
 
         p: Any = self.params[param]
         self._handles.append(p.register_post_accumulate_grad_hook(after_accumulation))
@@ -191,7 +191,16 @@ class BackwardReducer:
         # A callback queued inside a reentrant checkpoint's backward runs while the outer backward still
         # evaluates the checkpoint's node: more gradients follow, and `ready` launches the rest at the latest.
         if self._round is not None and torch._C._current_autograd_node() is None:
-            self._close_round()
+            self._guarded(self._close_round)
+
+    def _guarded(self, call: Callable[..., None], *arguments: Any) -> None:
+        """If the call raises, complete what is in flight first: ranks that raise alike end at different times."""
+        try:
+            call(*arguments)
+        except Exception:
+            with suppress(RuntimeError):
+                self._drain()
+            raise
 
     def _close_round(self) -> None:
         """Launch the remaining buckets; attach handles in place of gradients that arrived after their launch."""
@@ -261,13 +270,7 @@ class BackwardReducer:
             current.is_throttled = False
             self._impatient_rounds += 1
             if self._impatient_rounds == IMPATIENT_ROUNDS:
-                warnings.warn(
-                    f"in {IMPATIENT_ROUNDS} backward passes a bucket of stage=2 did not arrive within {PATIENCE} s, "
-                    f"since another rank is late or waits in a collective of backward for this one: from now on "
-                    f"backward does not wait for buckets, and staging memory grows up to the size of all gradients",
-                    UserWarning,
-                    stacklevel=2,
-                )
+                warn_of_late_buckets(IMPATIENT_ROUNDS, PATIENCE)
 
     @torch.no_grad()  # as `_launch`
     def _land_oldest(self, timeout: float | None = None) -> bool:
@@ -355,11 +358,7 @@ class BackwardReducer:
         """
         if self._round is not None:
             self._close_abandoned(self._round)
-        try:
-            self.attached.check(used=self._used)
-        except RuntimeError:
-            self._drain()  # the other ranks still receive what this one sends
-            raise
+        self._guarded(partial(self.attached.check, used=self._used))
         holds = self.state is not ReducerState.EMPTY and self.attached.holds_any()
         if not holds or self.may_lag or self.attached.has_own_gradients([*self.bucket_of]):
             self._open_round()

@@ -1,5 +1,6 @@
 """The states of stage 2's reducer, and its records of a round and of exchanges in flight."""
 
+import warnings
 import weakref
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -79,3 +80,14 @@ class Round:
     def is_abandoned(self) -> bool:
         """Whether an exception ended its backward."""
         return any(callback is not None and callback() is None for callback in self.callbacks.values())
+
+
+def warn_of_late_buckets(rounds: int, seconds: float) -> None:
+    """Tell that backward waits for buckets no longer, after ``rounds`` in which one took longer than ``seconds``."""
+    warnings.warn(
+        f"in {rounds} backward passes a bucket of stage=2 did not arrive within {seconds} s, since another rank is "
+        f"late or waits in a collective of backward for this one: from now on backward does not wait for buckets, and "
+        f"staging memory grows up to the size of all gradients",
+        UserWarning,
+        stacklevel=4,
+    )
