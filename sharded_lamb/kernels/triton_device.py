@@ -2,9 +2,10 @@
 # ruff: noqa: SIM300 (ruff takes capitals for constants, to be on the right of a comparison)
 """Device code: `sharded_lamb.core.rule` for tiles of blocks, in Triton. Importing this module imports Triton.
 
-A program computes TILE blocks of one run as a [2, TILE, HALF] tensor of the compute dtype: the first halves of the
-blocks, then the second ones. A half is one warp's, so that sums over a block need no memory between warps: on an H100
-fp32's pass 1 moves 98 % of the bytes per second of a copy, and 38 % as [TILE, BLOCK]. Every arithmetic step is one
+A program computes TILE blocks of one run as a [2 TILE, HALF] tensor of the compute dtype: the first halves of the
+blocks, then the second ones. A row is one warp's, so that sums over a block need no memory between warps. On an H100
+(`bench/results/gpu-tiles.json`) fp32's pass 1 moves as many bytes a second as 99 % of a copy; as [TILE, BLOCK] 38 %, as
+[2, TILE, HALF], which has fewer registers and loads, 80 %: measure a change. Every arithmetic step is one
 correctly rounded IEEE operation, as in the rule: ``div_rn``, ``sqrt_rn``, and no fused multiply-add
 (``enable_fp_fusion=False``). A run-table column (`triton_runs.ROW`) and a dtype identify memory; int16 weights are
 `remainders`.
@@ -72,11 +73,18 @@ def _tile(runs, tile_run, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _offsets(left):
-    """(offsets of a tile's elements [2, TILE, HALF], their mask, the mask of its blocks [TILE])."""
-    blocks = tl.arange(0, TILE)
-    halves, elements = tl.arange(0, 2) * HALF, tl.arange(0, HALF)
-    offsets = halves[:, None, None] + (blocks * BLOCK)[None, :, None] + elements[None, None, :]
-    return offsets, offsets < left, blocks * BLOCK < left
+    """(offsets of a tile's elements [2 TILE, HALF], their mask, the mask of its blocks [TILE])."""
+    rows = tl.arange(0, 2 * TILE)
+    first = (rows % TILE) * BLOCK + (rows // TILE) * HALF
+    offsets = first[:, None] + tl.arange(0, HALF)[None, :]
+    return offsets, offsets < left, tl.arange(0, TILE) * BLOCK < left
+
+
+@triton.jit
+def _params(block_param, block, left):
+    """[2 TILE]: the parameter of each row."""
+    blocks = tl.arange(0, 2 * TILE) % TILE
+    return tl.load(block_param + block + blocks, mask=blocks * BLOCK < left, other=0)
 
 
 @triton.jit
@@ -138,8 +146,8 @@ def _remainder(master, model):
 
 @triton.jit
 def _coefficient(table, params, COLUMN: tl.constexpr):
-    """[1, TILE, 1]: each block's coefficient."""
-    return tl.load(table + params * TABLE_COLUMNS + COLUMN)[None, :, None]
+    """[2 TILE, 1]: each row's coefficient."""
+    return tl.load(table + params * TABLE_COLUMNS + COLUMN)[:, None]
 
 
 # -- the rule ------------------------------------------------------------------------------------------
@@ -174,8 +182,9 @@ def _direction(m, v, w, table, params, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _square_sums(x):
-    """[2, TILE, HALF] → [TILE], Σx² by halving: each sum is of two, so that its order is no compiler's choice."""
-    total = tl.reshape(tl.sum(x * x, axis=0), HALVES)
+    """[2 TILE, HALF] → [TILE], Σx² by halving: each sum is of two, so that its order is no compiler's choice."""
+    total = tl.sum(tl.reshape(x * x, (2, TILE, HALF)), axis=0)
+    total = tl.reshape(total, HALVES)
     for _ in tl.static_range(HALVINGS):
         total = tl.sum(total, axis=1)
     return total
@@ -221,7 +230,7 @@ def average(
     for i in range(1, count):
         part = parts + start + tl.multiple_of(i * numel.to(tl.int64), BLOCK)
         total += _widened(tl.load(part + offsets, mask=mask, other=0), WIRE, COMPUTE)
-    total = _divided(total, tl.full((1, 1, 1), 0, COMPUTE) + divisor.to(COMPUTE), COMPUTE)
+    total = _divided(total, tl.full((1, 1), 0, COMPUTE) + divisor.to(COMPUTE), COMPUTE)
     grad = _memory(row, GRAD_AT, start, COMPUTE, ALIGNED)
     if ADD:
         total = tl.load(grad + offsets, mask=mask, other=0) + total
@@ -273,7 +282,7 @@ def moments_and_norms(
     """Pass 1: m, v ← g; writes Σw² and Σu² of each block to its slot of the sums."""
     row, start, block, left = _tile(runs, tile_run, ALIGNED)
     offsets, mask, blocks = _offsets(left)
-    params = tl.load(block_param + block + tl.arange(0, TILE), mask=blocks, other=0)
+    params = _params(block_param, block, left)
 
     weight = _memory(row, WEIGHT_AT, start, WEIGHT, ALIGNED)
     grad = _memory(row, GRAD_AT, start, GRAD, ALIGNED)
@@ -325,8 +334,8 @@ def apply(
 ):
     """Pass 2: u from m and v; w ← w - step_size u; writes the model's copy of w."""
     row, start, block, left = _tile(runs, tile_run, ALIGNED)
-    offsets, mask, blocks = _offsets(left)
-    params = tl.load(block_param + block + tl.arange(0, TILE), mask=blocks, other=0)
+    offsets, mask, _ = _offsets(left)
+    params = _params(block_param, block, left)
 
     weight = _memory(row, WEIGHT_AT, start, WEIGHT, ALIGNED)
     exp_avg = _memory(row, EXP_AVG_AT, start, EXP_AVG, ALIGNED)
@@ -341,7 +350,7 @@ def apply(
     v = _widened(tl.load(exp_avg_sq + offsets, mask=mask, other=0), EXP_AVG_SQ, COMPUTE)
 
     u = _direction(m, v, w, table, params, COMPUTE)
-    w = w - u * tl.load(step_sizes + params)[None, :, None]
+    w = w - u * tl.load(step_sizes + params)[:, None]
     if MODEL is not None:
         model = _memory(row, MODEL_AT, start, MODEL, ALIGNED)
         rounded = _rounded(w, MODEL)
