@@ -30,6 +30,7 @@ REFUSALS: dict[str, str] = {
     "edited after it was reduced": r"reduce",
     "a step less": r"\bsteps?\b",
     "backward on some ranks": r"wait for each other.*backward",
+    "zeroed between reductions": r"edits of \.grad",
     "converted": r"bucket|dtype|float16",
     "copied over several ranks": r"cannot be pickled|copied",
 }
@@ -81,9 +82,11 @@ class _Optimizer:
     skips_in_a_row: int = 0
     steps: int = 0
     is_used: bool = False  # a step has used the gradients
-    rounds: Counter[int] = field(
-        default_factory=Counter
-    )  # rank → backwards that reached it since the last step
+    # Stage 2, by rank:
+    reductions: Counter[int] = field(default_factory=Counter)  # that it has started
+    held: dict[int, set[str]] = field(default_factory=dict)  # reduced gradients, not zeroed
+    lagging: set[int] = field(default_factory=set)  # no reduction since no_sync or new parameters
+    is_zeroed_between: bool = False  # when some ranks had started a reduction that others had not
 
     @property
     def names(self) -> list[str]:
@@ -188,6 +191,13 @@ class Replay:
     def _no_clip(self) -> None:
         _ensure(all(optimizer.clip is None and not optimizer.is_clip_stale for optimizer in self.optimizers))
 
+    def _read(self, optimizers: Iterable[_Optimizer]) -> None:
+        """Norms are read, for which ranks wait for the reductions that they have started."""
+        for optimizer in optimizers:
+            lagging = optimizer.lagging.copy()
+            self._settled(optimizer)
+            optimizer.lagging = lagging
+
     # -- gradients ----------------------------------------------------------------------------------
 
     def backward(
@@ -209,8 +219,7 @@ class Replay:
         _ensure(collective is None or all(collective in part for part in parts))
         _ensure(collective is None or fail is None)
         _ensure(self.refusal is None or (nan is None and sync and fail is None))
-        _ensure(self.refusal is None or self.refusal.key != "backward on some ranks")
-        kept = [bool(self._gradients(optimizer)) for optimizer in self.optimizers]
+        _ensure(self.refusal is None or collective is None)
         touched = set()
         for rank, part in enumerate(parts):
             reached: set[str] = set()
@@ -233,23 +242,46 @@ class Replay:
                     touched.add(name)
                     reached.add(name)
             for optimizer in self.optimizers if sync else ():
-                optimizer.rounds[rank] += any(
-                    self._is_reduced_here(name) for name in reached & optimizer.registered
-                )
+                if any(map(self._is_reduced_here, reached & optimizer.registered)):
+                    self._reduce(optimizer, rank)
         self._fold(name for name in touched if self._is_dtensor(name))
         if sync:
             self._average(touched)
-        for optimizer, keeps in zip(self.optimizers, kept, strict=True):
+        for optimizer in self.optimizers:
             optimizer.is_used = False
-            # Ranks reduce at each backward that reaches them, and wait for as many reductions of every rank. One that
-            # has no gradients makes up for one reduction in the step.
-            is_refused = self._is_uneven(optimizer) and (keeps or max(optimizer.rounds.values()) > 1)
-            if self.refusal is None and is_refused:
-                self._refuse("backward on some ranks", now=False)
+            if not sync:
+                optimizer.lagging = set(range(self.world))
+
+    def _reduce(self, optimizer: _Optimizer, rank: int) -> None:
+        """``rank`` starts a reduction; afterwards it holds what any rank may have."""
+        optimizer.reductions[rank] += 1
+        optimizer.lagging.discard(rank)
+        may_have = {n for n in optimizer.registered if self._layer(n) not in self.frozen}
+        optimizer.held[rank] = set(filter(self._is_reduced_here, may_have))
 
     def _is_uneven(self, optimizer: _Optimizer) -> bool:
-        """Whether backward reached some ranks more often than others since the last step."""
-        return len({optimizer.rounds[rank] for rank in range(self.world)}) > 1
+        """Whether some ranks have started more reductions than others."""
+        return len({optimizer.reductions[rank] for rank in range(self.world)}) > 1
+
+    def _catches_up(self, optimizer: _Optimizer) -> bool:
+        """Whether ranks have started as many reductions once those that must have started another one.
+
+        Ranks reduce at each backward that reaches them, and wait for as many reductions of every rank. In the step
+        those reduce once more that hold no reduced gradient, have one that is not reduced, or may lack another rank's.
+        """
+        counts = set()
+        for rank in range(self.world):
+            own = any(self._is_reduced_here(n) for n in set(self.local[rank]) & optimizer.registered)
+            again = not optimizer.held.get(rank) or own or rank in optimizer.lagging
+            counts.add(optimizer.reductions[rank] + again)
+        return len(counts) == 1
+
+    def _settled(self, optimizer: _Optimizer) -> None:
+        """All ranks have reduced as often, and know which gradients there are."""
+        optimizer.reductions.clear()
+        optimizer.lagging.clear()
+        held = set(filter(self._is_reduced_here, self._gradients(optimizer)))
+        optimizer.held = {rank: held.copy() for rank in range(self.world)}
 
     def _average(self, touched: set[str]) -> None:
         if self.how == "ddp":
@@ -269,14 +301,22 @@ class Replay:
         else:
             names = [slot.name for slot in self.program.layers[who[1]]]
             self._no_clip()
+            # A gradient that some ranks have not reduced cannot be zeroed alike on all.
+            _ensure(not any(map(self._is_uneven, self.optimizers)))
+        if who != "model" and who[0] == "optimizer":
+            # It waits for the reductions that this rank has started.
+            _ensure(not self._is_uneven(self.optimizers[who[1]]))
+            self.optimizers[who[1]].is_zeroed_between = False
         self._zero(names, set_to_none)
         for optimizer in self.optimizers:
-            if not set_to_none and not self._is_uneven(optimizer):
-                optimizer.rounds.clear()  # zeroing in place waits for the gradients
+            optimizer.is_zeroed_between |= who == "model" and self._is_uneven(optimizer)
             if set(optimizer.names) <= set(names):
                 optimizer.clip, optimizer.is_clip_stale, optimizer.is_used = None, False, False
 
     def _zero(self, names: list[str], set_to_none: bool) -> None:
+        for optimizer in self.optimizers:
+            for held in optimizer.held.values():
+                held -= set(names)
         for name in names:
             for own in [self.averaged, *self.local]:
                 if name in own and (set_to_none or self._is_reduced_here(name)):
@@ -292,6 +332,7 @@ class Replay:
         self._no_clip()
         if rank is None:
             _ensure(not any(self._is_reduced_here(n) for n in names) or not self._has_local(names))
+            _ensure(not any(map(self._is_uneven, self.optimizers)))
             _ensure(not self.zeroed & set(names))
             self._zero(names, True)
             return
@@ -367,6 +408,7 @@ class Replay:
         self._no_clip()
         norms = {name: float(np.sqrt(np.sum(g * g))) for name, g in self.averaged.items()}
         self._observation = Observation(norms=norms)
+        self._read(self.optimizers)
 
     def clip(self, kind: str, optimizer: int, limit: float, differs: float | None = None) -> None:
         """``differs``: the last rank's limit."""
@@ -379,12 +421,18 @@ class Replay:
             _ensure(differs is None and bool(self.averaged))
             factor = min(1.0, limit / (norm + 1e-6)) if np.isfinite(norm) else np.nan
             self.averaged = {name: g * factor for name, g in self.averaged.items()}
+            self._read(self.optimizers)
         else:
             _ensure(not self.zeroed and not chosen.is_clip_stale)
             _ensure(self.how in data.REDUCED_HERE or not self._has_local(chosen.names))
+            _ensure(not chosen.is_zeroed_between)
+            if not self._catches_up(chosen):
+                _ensure(differs is None)
+                self._refuse("backward on some ranks", now=True)
+                return
             self._register(chosen)
-            chosen.rounds.clear()
             self._fold(chosen.registered)
+            self._settled(chosen)
             norm = self._norm(chosen.names)
             before = 1.0 if chosen.clip is None else chosen.clip
             if differs is not None:
@@ -408,10 +456,20 @@ class Replay:
             _ensure(self.how == "stage2" and self.world > 1 and self.refusal is None and bool(self.averaged))
             _ensure(np.isfinite(self._norm(self.slots)))
         self._check_step()
+        catches_up = all(map(self._catches_up, self.optimizers))
         if self.refusal is not None:
-            _ensure(all(self._gradients(optimizer) for optimizer in self.optimizers))
+            _ensure(all(self._gradients(optimizer) for optimizer in self.optimizers) and catches_up)
+            _ensure(not any(optimizer.is_zeroed_between for optimizer in self.optimizers))
             self.refusal.last, self.ended = here, True
             return
+        for key, happened in (
+            ("backward on some ranks", not catches_up),
+            ("zeroed between reductions", any(o.is_zeroed_between for o in self.optimizers)),
+        ):
+            if happened:
+                _ensure(missing is None)
+                self._refuse(key, now=True)
+                return
         if missing is not None:
             self._refuse("a step less", now=False)
             return
@@ -436,8 +494,8 @@ class Replay:
 
     def _step(self, optimizer: _Optimizer) -> None:
         self._register(optimizer)
-        optimizer.rounds.clear()
         self._fold(optimizer.registered)
+        self._settled(optimizer)
         gradients = self._gradients(optimizer)
         optimizer.steps += 1
         optimizer.is_used = True
@@ -488,18 +546,16 @@ class Replay:
                 bool(used & optimizer.registered)
                 and used <= {n for o in self.optimizers for n in o.registered}
             )
-        kept = copy.deepcopy((self.averaged, self.local, self.zeroed))
-        rounds = [optimizer.rounds.copy() for optimizer in self.optimizers]
+        _ensure(not any(map(self._is_uneven, self.optimizers)))
+        kept = copy.deepcopy((self.averaged, self.local, self.zeroed, self.optimizers))
         try:
             self._zero(list(self.slots), True)
             self.backward(parts, key, nan=nan)
             self._check_step()
-            _ensure(self.refusal is None)
+            # GradScaler finds no .grad on a rank that backward does not reach, and raises there.
+            _ensure(not any(map(self._is_uneven, self.optimizers)))
         except Undefined:
-            self.averaged, self.local, self.zeroed = kept
-            self.refusal = None
-            for optimizer, before in zip(self.optimizers, rounds, strict=True):
-                optimizer.rounds = before
+            self.averaged, self.local, self.zeroed, self.optimizers = kept
             raise
         if clip is not None:
             self.clip(clip[0], 0, clip[1])
@@ -515,6 +571,7 @@ class Replay:
         self._zero(list(self.slots), True)
         for optimizer in self.optimizers:
             optimizer.clip, optimizer.is_clip_stale, optimizer.is_used = None, False, False
+            optimizer.is_zeroed_between = False
 
     # -- options, parameters ------------------------------------------------------------------------
 
@@ -554,6 +611,12 @@ class Replay:
         _ensure(self.how not in data.WITH_DTENSORS and not self._has_local())
         chosen = self.optimizers[optimizer]
         self._no_clip()
+        _ensure(not chosen.is_zeroed_between)
+        if not self._catches_up(chosen):
+            self._refuse("backward on some ranks", now=True)
+            return
+        self._settled(chosen)
+        chosen.lagging = set(range(self.world))
         chosen.groups.append(names)
         chosen.options.append(self._group_options(options))
         self._register(chosen)

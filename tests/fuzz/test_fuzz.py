@@ -111,6 +111,44 @@ def test_ratios_stay_where_gradscaler_skips_the_step_itself() -> None:
     assert outcome.kind == "equal", outcome.reason
 
 
+def reached(*parts: list[int], **args: Any) -> Op:
+    """A backward by rank; its key is as good as any."""
+    return Op("backward", {"parts": [*parts], "key": 1, **args})
+
+
+BOTH, FIRST = reached([0, 1], [0, 1]), reached([0, 1], [1])
+SECOND = reached([1], [0, 1])  # the first optimizer has gradients on the second rank alone
+STEP, ZERO = Op("step"), Op("zero_grad", {"who": "model", "set_to_none": True})
+IN_PLACE = Op("zero_grad", {"who": "model", "set_to_none": False})
+OF_FIRST = Op("zero_grad", {"who": ["optimizer", 0], "set_to_none": True})
+UNREDUCED = reached([0, 1], [1], sync=False)
+
+
+@pytest.mark.parametrize(
+    ("ops", "expected"),
+    [
+        ([BOTH, OF_FIRST, SECOND, STEP], "equal"),
+        ([BOTH, ZERO, SECOND, STEP], "equal"),
+        ([BOTH, STEP, IN_PLACE, SECOND, STEP], "equal"),
+        ([BOTH, STEP, UNREDUCED, SECOND, STEP], "equal"),
+        ([FIRST, SECOND, STEP], "equal"),
+        ([BOTH, SECOND, STEP], "backward on some ranks"),
+        ([SECOND, ZERO, BOTH, STEP], "backward on some ranks"),
+        ([SECOND, ZERO, FIRST, STEP], "backward on some ranks"),
+        ([SECOND, ZERO, BOTH, FIRST, STEP], "zeroed between reductions"),
+        ([SECOND, ZERO, BOTH, FIRST, OF_FIRST, BOTH, STEP], "equal"),
+    ],
+)
+def test_reductions_are_counted_as_ranks_make_them(ops: list[Op], expected: str) -> None:
+    program = made(*ops, how="stage2", world=2)
+    phase = replace(program.phases[0], optimizers=((Group((0,)),), (Group((1,)),)))
+    program = replace(program, phases=(phase,))
+    refusal = replayed(program).refusal
+    assert (refusal.key if refusal else "equal") == expected
+    outcome = outcome_of(program, TIMEOUT_S)
+    assert outcome.kind == ("refused" if refusal else "equal"), outcome.reason
+
+
 def test_shrinking_keeps_the_fault() -> None:
     differs = Op("edit", {"optimizer": 0, "group": 0, "option": "lr", "value": 0.07, "rank": 5})
     rest = [op for key in range(3) for op in (backward(key, 2), Op("step"), Op("read_norms"))]
