@@ -9,11 +9,12 @@ point, in place, and this rank sums the received parts in fp32 and in rank order
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import IntEnum
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -230,26 +231,31 @@ class Collectives:
         faults.point("all-reduce")
         if self.everyone is not None:
             with self.traffic.blocking("all_reduce_small", vector.nbytes), self._on_wire(vector) as wire:
-                entered = self._entered(
-                    "all-reduce of step or clip_grad_norm_, number", self.topology.everyone
-                )
-                work = dist.all_reduce(wire, group=self.everyone.pg, async_op=entered is not None)
-                if entered is not None:
-                    assert work is not None
-                    entered.wait(lambda seconds: _completes(work, seconds))
-                    work.wait()
+                start = partial(dist.all_reduce, wire, group=self.everyone.pg)
+                self._finish("all-reduce of step or clip_grad_norm_, number", start)
 
     def sum_to_first(self, tensor: Tensor) -> None:
         """Reduce (sum) over everyone into the first rank's tensor; the other ranks' tensors become undefined."""
         if self.everyone is not None:
             with self.traffic.blocking("sum_to_first", tensor.nbytes), self._on_wire(tensor) as wire:
-                dist.reduce(wire, self.topology.everyone[0], group=self.everyone.pg)
+                start = partial(dist.reduce, wire, self.topology.everyone[0], group=self.everyone.pg)
+                self._finish("sum of whole state, number", start)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """Broadcast from the rank of index ``source`` of everyone, in place."""
         if self.everyone is not None:
             with self.traffic.blocking("broadcast", tensor.nbytes), self._on_wire(tensor) as wire:
-                dist.broadcast(wire, self.topology.everyone[source], group=self.everyone.pg)
+                start = partial(dist.broadcast, wire, self.topology.everyone[source], group=self.everyone.pg)
+                self._finish("broadcast of parameters, number", start)
+
+    def _finish(self, collective: str, start: Callable[..., "dist.Work | None"]) -> None:
+        """Start an operation over everyone and wait for it; raises as `Entered.wait`."""
+        entered = self._entered(collective, self.topology.everyone)
+        work = start(async_op=entered is not None)
+        if entered is not None:
+            assert work is not None
+            entered.wait(lambda seconds: _completes(work, seconds))
+            work.wait()
 
     def reduce_scatter(self, full: Tensor, received: Tensor) -> Pending:
         """Start a reduce-scatter over the shard group; afterwards `parts_of_sum` returns the result.
@@ -359,22 +365,22 @@ class Collectives:
         """
         everyone, here = self.topology.everyone, self.topology.global_rank
         receiver, gathered = everyone[to], []
-        group = None if self.everyone is None else self.everyone.pg
+        entered = self._entered("transfer of whole state, number", everyone)
         for owner in everyone[: self.shard_count]:
             if here == receiver == owner:
                 gathered.append(shard.cpu())
             elif here == receiver:
                 buffer = torch.empty_like(shard)
-                dist.recv(buffer, owner, group=group, tag=Tag.STATE)
+                self._transfer(dist.irecv, buffer, owner, entered)
                 gathered.append(buffer.cpu())
             elif here == owner:
-                dist.send(shard.contiguous(), receiver, group=group, tag=Tag.STATE)
+                self._transfer(dist.isend, shard.contiguous(), receiver, entered)
         return gathered if here == receiver else None
 
     def scatter_from_first(self, shard: Tensor, parts: list[Tensor] | None) -> None:
         """The reverse of `gather_to`: ``parts`` (one per shard rank) on the first rank; replicas get copies."""
         everyone, here = self.topology.everyone, self.topology.global_rank
-        group = None if self.everyone is None else self.everyone.pg
+        entered = self._entered("transfer of whole state, number", everyone)
         for index, owner in enumerate(everyone):
             if here == everyone[0]:
                 assert parts is not None
@@ -382,9 +388,17 @@ class Collectives:
                 if here == owner:
                     shard.copy_(part)
                 else:
-                    dist.send(torch.empty_like(shard).copy_(part), owner, group=group, tag=Tag.STATE)
+                    self._transfer(dist.isend, torch.empty_like(shard).copy_(part), owner, entered)
             elif here == owner:
-                dist.recv(shard, everyone[0], group=group, tag=Tag.STATE)
+                self._transfer(dist.irecv, shard, everyone[0], entered)
+
+    def _transfer(
+        self, start: Callable[..., "dist.Work | None"], tensor: Tensor, peer: int, entered: Entered | None
+    ) -> None:
+        """Send ``tensor`` to or receive it from the global rank ``peer``, and wait for it."""
+        assert self.everyone is not None
+        work = start(tensor, peer, group=self.everyone.pg, tag=Tag.STATE)
+        Pending([work], keep_alive=tensor, reports_completion=False, entered=entered).wait()
 
 
 def _completes(work: "dist.Work", seconds: float) -> bool:

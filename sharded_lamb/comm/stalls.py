@@ -110,7 +110,7 @@ def _message(posts: Mapping[int, Post], stuck: set[int]) -> str:
         [
             "ranks wait for each other in different collectives:",
             *lines,
-            "A call of backward(), step() or clip_grad_norm_() is missing on some ranks: every rank must make the same "
-            "calls in the same order",
+            "A call of backward(), step(), clip_grad_norm_() or full_state_dict() is missing on some ranks: every rank "
+            "must make the same calls in the same order",
         ]
     )

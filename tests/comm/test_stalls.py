@@ -53,6 +53,36 @@ def test_a_late_rank_is_waited_for(late: str) -> None:
     run_ranks(2, train, 2, late, 0)
 
 
+def gather(rank: int, reads: bool) -> None:
+    """The first rank alone gathers the whole state, or backward reaches it alone before parameters are registered."""
+    model = nn.ModuleList([nn.Linear(40, 30), nn.Linear(40, 20)])
+    model[1].requires_grad_(False)
+    opt = ShardedLamb(model.named_parameters(), stage=2)
+
+    def backward() -> None:
+        model[0](torch.ones(2, 40)).square().mean().backward()
+
+    with mock.patch.object(stalls, "PATIENCE", 0.4), mock.patch.object(stalls, "PERIOD", 0.3):
+        backward()
+        opt.step()
+        if reads:
+            if rank == 0:
+                opt.full_state_dict()
+            backward()
+        else:
+            model[1].requires_grad_(True)
+            if rank == 0:
+                backward()
+        opt.step()
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_call_that_moves_state_or_parameters_on_one_rank_is_an_error(reads: bool) -> None:
+    for kind, message in run_ranks_expecting_errors(2, gather, reads, timeout=60).values():
+        assert kind == "RuntimeError"
+        assert "ranks wait for each other" in message
+
+
 def post(collective: str, number: int, ranks: int = 2, **entered: int) -> Post:
     return {"entered": entered, "in": collective, "number": number, "ranks": [*range(ranks)]}
 
