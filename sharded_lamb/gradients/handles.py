@@ -66,6 +66,7 @@ class Mark:
     is_absent: bool = (
         False  # no rank had a gradient; a handle that was read before that was known means zeros
     )
+    gave_nan: bool = False  # something unknown, NaN, was computed from it
     copy_of: "Mark | None" = None
 
     @property
@@ -95,6 +96,7 @@ class Mark:
             return torch.zeros((), dtype=torch.float64, device=device)
         # Settling may have dropped it. A copy of a gradient that was zeroed since is no longer known.
         if square_sum is None or self.holder() is None or self.origin.is_zeroed:
+            self.origin.gave_nan = True
             return torch.full((), torch.nan, dtype=torch.float64, device=device)
         norm = square_sum.sqrt()
         return norm if self.factor is None else norm * self.factor.abs()
@@ -246,8 +248,13 @@ def _is_stale(mark: Mark) -> bool:
 
 
 def _check_factor(mark: Mark, by: Any) -> None:
-    """Raises RuntimeError for NaN, on a CPU, where the host does not wait to see it: it comes from an unknown value."""
+    """Raises RuntimeError for NaN that may come from an unknown value; on a CPU, where the host does not wait for it.
+
+    The norm of all gradients of a model is NaN if one of another optimizer is.
+    """
     if not isinstance(by, Tensor) or by.device.type != "cpu" or not bool(by.isnan().any()):
+        return
+    if not mark.origin.gave_nan:
         return
     holder = mark.holder()
     if holder is not None and not bool(holder.any_bad()):
@@ -303,6 +310,7 @@ def _unscaled(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def _item(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> float:
+    _note_nan(args)
     return torch.nan
 
 
@@ -374,7 +382,14 @@ def _without_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> A
     if any(returned.alias_info is not None for returned in func._schema.returns):
         viewed = handles[0]
         return tree_map(lambda leaf: ReducedGradient(leaf, viewed.mark, device, is_part=True), results)
+    _note_nan(handles)
     return tree_map(lambda leaf: _nan(leaf, device), results)
+
+
+def _note_nan(handles: Sequence[Any]) -> None:
+    for handle in handles:
+        if handle.mark is not None:
+            handle.mark.origin.gave_nan = True
 
 
 def _is_free(handle: ReducedGradient) -> bool:

@@ -362,3 +362,16 @@ def test_a_handle_of_another_gradient_is_an_error(whose: str) -> None:
     for kind, message in run_ranks_expecting_errors(2, step_with_a_foreign_handle, whose).values():
         assert kind == "RuntimeError"
         assert "the .grad of 'fc.weight' was assigned" in message
+
+
+def test_a_gradient_of_another_optimizer_that_is_nan_makes_the_clipped_ones_nan() -> None:
+    """As torch's clip_grad_norm_ does over parameters of several optimizers: both skip."""
+    model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
+    optimizers = [ShardedLamb(part.named_parameters(), stage=2) for part in model]
+    before = training.copies(dict(model.named_parameters()))
+    (model[0](torch.ones(1, 3)).sum() + model[1](torch.full((1, 3), torch.nan)).sum()).backward()
+    assert nn.utils.clip_grad_norm_(model.parameters(), 1.0).isnan()
+    for opt in optimizers:
+        opt.step()
+        assert opt.skipped_steps == 1
+    training.assert_same_bits(training.copies(dict(model.named_parameters())), before)
