@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sharded_lamb.gradients.handles import Factors, Mark, ReducedGradient, ReducedGradients
+from sharded_lamb.gradients.handles import Factors, Mark, ReducedGradient, ReducedGradients, version_of
 from sharded_lamb.sharding.buckets import FlatBucket
 
 Kept = tuple[bool, Tensor | None]
@@ -30,8 +30,6 @@ class AttachedGradients:
         """Parameters whose ``.grad`` was zeroed in place since the last reduction."""
         self._marks: list[Mark | None] = []
         self._aside: set[int] = set()
-        self.additions = 0
-        """How often backward has added to a gradient that is in the shards."""
         self.history = 0
         """Hash of which gradients the reductions since the last step kept; equal on ranks that zeroed alike."""
         self._versions: dict[
@@ -127,7 +125,6 @@ class AttachedGradients:
         """Free ``.grad`` for the gradient that autograd is about to accumulate. Raises as `keeps`."""
         if self.keeps(param, used=used) and param not in self._aside:
             self._aside.add(param)
-            self.additions += 1
             self._versions.pop(param, None)
             self.params[param].grad = None
 
@@ -174,6 +171,15 @@ class AttachedGradients:
         self._marks[param] = None
         self._aside.discard(param)
         self._versions.pop(param, None)
+
+    def identity(self, param: int) -> tuple[Mark | Tensor, int] | None:
+        """See `GradientSource.identities`: the mark stays if backward adds to a gradient in the shards."""
+        grad, mark = self.params[param].grad, self._marks[param]
+        if grad is None:
+            return None
+        if mark is not None and (param in self._aside or self._is_handle(param, grad)):
+            return mark, 0
+        return grad, version_of(grad)
 
     # -- all parameters -------------------------------------------------------------------------------
 

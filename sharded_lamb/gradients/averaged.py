@@ -10,7 +10,7 @@ from sharded_lamb import faults
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.core.host_values import to_device
 from sharded_lamb.core.parameters import check_gradients
-from sharded_lamb.gradients.source import Registration
+from sharded_lamb.gradients.source import Identity, Registration
 from sharded_lamb.gradients.summary import (
     GradientSummary,
     agree,
@@ -55,10 +55,9 @@ class AveragedGradients:
         self.replicas, self._owner_mask = added.replicas, added.owner_mask
         self._summary = None  # it lacks the new parameters
 
-    @property
-    def additions(self) -> int:
-        """0: backward adds to ``.grad`` itself."""
-        return 0
+    def identities(self) -> list[Identity | None]:
+        """See `GradientSource`: ``.grad`` and its version."""
+        return [None if grad is None else (grad, grad._version) for grad in (p.grad for p in self.params)]
 
     def settle(self) -> None:
         """Does nothing: no reduction is ever in flight."""

@@ -6,7 +6,7 @@ from torch import Tensor
 from sharded_lamb.core.host_values import to_device
 from sharded_lamb.gradients.averaged import AveragedGradients
 from sharded_lamb.gradients.reducer import BackwardReducer
-from sharded_lamb.gradients.source import Registration
+from sharded_lamb.gradients.source import Identity, Registration
 from sharded_lamb.gradients.summary import GradientSummary
 
 
@@ -28,10 +28,9 @@ class MixedGradients:
         self.reducer.enabled = value
         self.reducer.may_lag |= not value  # backward may accumulate on some ranks only
 
-    @property
-    def additions(self) -> int:
-        """See `GradientSource`."""
-        return self.reducer.additions
+    def identities(self) -> list[Identity | None]:
+        """See `GradientSource`: without marks, a DTensor's gradient is ``.grad`` in both."""
+        return self.reducer.identities()
 
     @property
     def rounds(self) -> int:

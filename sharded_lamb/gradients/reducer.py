@@ -25,7 +25,7 @@ from sharded_lamb.gradients.attached import AttachedGradients, Kept, apply_edits
 from sharded_lamb.gradients.ddp import reject_ddp
 from sharded_lamb.gradients.exchange import FreeStaging
 from sharded_lamb.gradients.handles import Mark, ReducedGradient
-from sharded_lamb.gradients.source import Registration
+from sharded_lamb.gradients.source import Identity, Registration
 from sharded_lamb.gradients.states import TRANSITIONS, InFlight, ReducerState, Round, warn_of_late_buckets
 from sharded_lamb.gradients.streams import ReductionStream
 from sharded_lamb.gradients.summary import GradientSummary, agree, inject_nan
@@ -118,10 +118,9 @@ class BackwardReducer:
         assert state in TRANSITIONS[self.state], f"no transition from {self.state.name} to {state.name}"
         self.state = state
 
-    @property
-    def additions(self) -> int:
+    def identities(self) -> list[Identity | None]:
         """See `GradientSource`."""
-        return self.attached.additions
+        return [*map(self.attached.identity, range(len(self.params)))]
 
     @property
     def _reads_all(self) -> bool:

@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
+from sharded_lamb.gradients.handles import Mark
 from sharded_lamb.gradients.summary import GradientSummary
 from sharded_lamb.sharding.buckets import FlatBucket
 from sharded_lamb.sharding.local_shards import DTensorShards
 from sharded_lamb.sharding.placements import Replicas
+
+Identity: TypeAlias = tuple[Mark | Tensor, int]
+"""An object that stays while the gradient is that of the same backwards, and the number of its changes in place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +41,14 @@ class GradientSource(Protocol):
     """The gradients of one optimizer, in its buckets' gradient shards and its DTensors' local shards.
 
     A step calls `ready`, and `stepped` once it has used the gradients; `zero` follows between steps. All methods except
-    `unscale_factor`, `edits`, `close` and `staging_bytes` may be collective, in the same order on every rank.
+    `identities`, `unscale_factor`, `edits`, `close` and `staging_bytes` may be collective, in one order on every rank.
     """
 
     enabled: bool
     """Whether backward may reduce gradients: False inside ``no_sync()``."""
 
-    @property
-    def additions(self) -> int:
-        """How often backward has added to gradients that this source holds."""
+    def identities(self) -> Sequence[Identity | None]:
+        """[P] which gradient each parameter has now, and None without one. Not collective."""
 
     def extend(self, added: Registration) -> None:
         """Add parameters, after `settle`."""

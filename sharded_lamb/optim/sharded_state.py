@@ -17,7 +17,6 @@ from sharded_lamb.comm.collectives import Collectives, Traffic
 from sharded_lamb.comm.consistency import Description, propagate_errors
 from sharded_lamb.core.host_values import to_device
 from sharded_lamb.core.options import OptionTable
-from sharded_lamb.gradients.handles import version_of
 from sharded_lamb.gradients.source import GradientSource
 from sharded_lamb.optim.agreed_options import AgreedLive, AgreedOptions
 from sharded_lamb.optim.base import States
@@ -53,10 +52,7 @@ class ShardedLive(AgreedLive):
 
     table: OptionTable | None = None
     clip: Tensor | None = None  # the factor of `clip_grad_norm_` for the next step
-    clip_of: "list[tuple[weakref.ref[Tensor], int] | None]" = field(
-        default_factory=list
-    )  # gradients, versions
-    clip_additions: int = 0  # `GradientSource.additions` then
+    clip_of: "list[tuple[weakref.ref[Any], int] | None]" = field(default_factory=list)  # identities then
     max_norm: tuple[float | None, ...] = ()  # its arguments
     scanned_params: list[Tensor] = field(default_factory=list)  # all groups' parameters at the last scan
     frozen_params: list[Tensor] = field(default_factory=list)  # those of them that the store lacked
@@ -103,9 +99,8 @@ class ShardedOptimizer(AgreedOptions):
 
     def _note_clipped(self) -> None:
         """The factor is of the gradients as they are now."""
-        live, grads = self._live, [p.grad for p in self._store.params]
-        live.clip_of = [None if grad is None else (weakref.ref(grad), version_of(grad)) for grad in grads]
-        live.clip_additions = self._gradients.additions
+        grads = self._gradients.identities()
+        self._live.clip_of = [None if grad is None else (weakref.ref(grad[0]), grad[1]) for grad in grads]
 
     def _drop_clip(self) -> None:
         live = self._live
@@ -117,16 +112,15 @@ class ShardedOptimizer(AgreedOptions):
         Raises:
             RuntimeError: ``for_step``, and gradients were changed in place after they were clipped.
         """
-        live, params = self._live, self._store.params
-        if live.clip is None or live.clip_additions != self._gradients.additions:
-            return live.clip
-        is_new = []
-        for name, p, clipped in zip_longest(self._store.names, params, live.clip_of):
-            grad: Tensor | None = p.grad
-            if grad is None or clipped is None or clipped[0]() is not grad:
+        live = self._live
+        if live.clip is None:
+            return None
+        is_new, grads = [], self._gradients.identities()
+        for name, grad, clipped in zip_longest(self._store.names, grads, live.clip_of):
+            if grad is None or clipped is None or clipped[0]() is not grad[0]:
                 is_new.append(grad is not None)
                 continue
-            is_changed = version_of(grad) != clipped[1]
+            is_changed = grad[1] != clipped[1]
             if is_changed and for_step:
                 raise RuntimeError(
                     f"the gradient of {name!r} was changed in place after clip_grad_norm_(): call it again after the "
@@ -135,7 +129,7 @@ class ShardedOptimizer(AgreedOptions):
             is_new.append(is_changed)
         if not any(is_new):
             return live.clip
-        if all(new or p.grad is None for new, p in zip(is_new, params, strict=True)):
+        if all(new or grad is None for new, grad in zip(is_new, grads, strict=True)):
             return None
         mask = to_device(is_new, None, live.clip.device)
         return torch.where(mask, torch.ones_like(live.clip), live.clip)

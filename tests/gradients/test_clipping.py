@@ -87,6 +87,17 @@ def zeroed_in_place(opt: ShardedLamb, params: dict[str, Parameter], rank: int, s
     return clipped(averaged(1), 2 * LIMIT)
 
 
+def zeroed_and_added(opt: ShardedLamb, params: dict[str, Parameter], rank: int, stage: int) -> Gradients:
+    """Two backwards after the gradients that were clipped are gone."""
+    zeroed(opt, params, rank, stage)
+    if stage == 2:
+        backward(params, own_gradients(rank, 2))
+    else:
+        for name, grad in averaged(2).items():
+            params[name].grad += grad.float()  # type: ignore[operator, union-attr]
+    return {name: grad + averaged(2)[name] for name, grad in averaged(1).items()}  # type: ignore[operator]
+
+
 Change = Callable[[ShardedLamb, dict[str, Parameter], int, int], Gradients]
 
 
@@ -100,7 +111,9 @@ def run(rank: int, change: Change, stage: int) -> tuple[dict[str, Tensor], Gradi
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("change", [twice, zeroed, one_zeroed, zeroed_and_clipped, zeroed_in_place])
+@pytest.mark.parametrize(
+    "change", [twice, zeroed, one_zeroed, zeroed_and_added, zeroed_and_clipped, zeroed_in_place]
+)
 def test_the_step_clips_the_gradients_that_were_clipped(change: Change, stage: int) -> None:
     for stepped, expected in run_ranks(2, run, change, stage):
         assert_follows(stepped, oracle_run(weights(), [expected]))
