@@ -624,7 +624,11 @@ class Replay:
     def rewrite(self, names: list[str], factor: float, way: str) -> None:
         """Write weights on every rank: in place, by ``.data =`` or by vector_to_parameters."""
         _ensure(not any(self._is_dtensor(name) for name in names))
-        _ensure(way != "vector" or len({self.slots[name].dtype for name in names}) == 1)
+        slots = [self.slots[name] for name in names]
+        # parameters_to_vector views parameters flat, and concatenates them.
+        _ensure(
+            way != "vector" or (len({s.dtype for s in slots}) == 1 and not any(s.transposed for s in slots))
+        )
         for name in names:
             self.lamb.params[name] = self.lamb.params[name] * factor
 

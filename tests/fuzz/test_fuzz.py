@@ -149,6 +149,14 @@ def test_reductions_are_counted_as_ranks_make_them(ops: list[Op], expected: str)
     assert outcome.kind == ("refused" if refusal else "equal"), outcome.reason
 
 
+def test_a_transposed_parameter_is_in_no_vector() -> None:
+    """torch's parameters_to_vector raises."""
+    rewrite = Op("rewrite", {"names": ["layers.0.a"], "factor": 2.0, "way": "vector"})
+    replayed(made(rewrite))
+    with pytest.raises(Undefined):
+        replayed(replace(made(rewrite), layers=((Slot("layers.0.a", (13, 5), transposed=True),), LAYERS[1])))
+
+
 def test_shrinking_keeps_the_fault() -> None:
     differs = Op("edit", {"optimizer": 0, "group": 0, "option": "lr", "value": 0.07, "rank": 5})
     rest = [op for key in range(3) for op in (backward(key, 2), Op("step"), Op("read_norms"))]
