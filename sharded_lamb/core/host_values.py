@@ -7,8 +7,18 @@ from torch import Tensor
 
 
 def to_device(values: Any, dtype: torch.dtype | None, device: torch.device) -> Tensor:
-    """``torch.tensor(values)`` on ``device``; a GPU copies from pinned memory, and the host does not wait."""
+    """``torch.tensor(values)`` on ``device``; a GPU copies from pinned memory, and the host does not wait.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured; its replays would copy from memory that is reused since.
+    """
     pin = device.type == "cuda"
+    if pin and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured, and this step needs values of the host that changed since the step before "
+            "it (a learning rate, other options, which parameters have gradients): run a step with them first, or keep "
+            "the learning rate in a tensor on the device"
+        )
     host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=pin)
     return host.to(device, non_blocking=True)
 
