@@ -44,7 +44,7 @@ class Work:
         kernel.moments_and_norms(self.shards, self.table, self.sums)
 
     def pass_2(self, kernel: Kernel) -> None:
-        for together in _batches(self.shards):
+        for together in _batches(self.shards, are_gathered=True):
             kernel.apply([self.shards[index] for index in together], self.table, self.step_sizes)
 
     def bytes_of(self, passes: int) -> int:

@@ -299,8 +299,10 @@ class DeepSpeedLamb(AgreedOptions):
         bad = torch.zeros_like(updated) if summary is None else summary.bad
         tensors.skips.record(bad.any(), bad, differs)
         ratios = rule.ratios_of_sums(square_sums, options)
-        for _ in update.apply(rule.step_sizes(tensors.table.lr(), ratios, options, step, updated & ~differs)):
-            pass  # DeepSpeed all-gathers the partitions after the step
+        step_sizes = rule.step_sizes(tensors.table.lr(), ratios, options, step, updated & ~differs)
+        list(
+            update.apply(step_sizes, are_gathered=False)
+        )  # DeepSpeed all-gathers the partitions after the step
         tensors.write_steps(counts, self.state)
         self._last[tensors.params] = ratios, updated
 

@@ -6,7 +6,7 @@ The caller all-reduces between the passes::
     square_sums = update.moments_and_norms()          pass 1: m, v; Σw², Σu² of this rank's shards
     all_reduce(square_sums)                           by the caller: sum over ranks, in place
     ratios = rule.ratios_of_sums(square_sums, options)
-    for index in update.apply(step_sizes):            pass 2: w, one shard after the other
+    for index in update.apply(step_sizes, are_gathered=…):   pass 2: w, one shard after the other
         gather(index)                                 by the caller
 """
 
@@ -57,15 +57,16 @@ class Update:
             self._kernel.moments_and_norms(shards, self._tables[dtype], square_sums)
         return square_sums
 
-    def apply(self, step_sizes: Tensor) -> Iterator[int]:
+    def apply(self, step_sizes: Tensor, *, are_gathered: bool) -> Iterator[int]:
         """Pass 2: writes weights. Yields the index of each shard once its weights are written.
 
         Args:
             step_sizes: [P] fp64, `rule.step_sizes`.
+            are_gathered: the caller sends shards to other ranks meanwhile.
         """
         faults.point("pass-2")
         rounded = {dtype: step_sizes.to(dtype) for dtype in self._by_compute}
-        for indices in _batches(self._shards):
+        for indices in _batches(self._shards, are_gathered=are_gathered):
             dtype = self._shards[indices[0]].compute
             self._kernel.apply([self._shards[i] for i in indices], self._tables[dtype], rounded[dtype])
             yield from indices
@@ -108,13 +109,14 @@ def _by_compute(shards: Sequence[Shard]) -> dict[torch.dtype, list[Shard]]:
     return groups
 
 
-def _batches(shards: Sequence[Shard]) -> Iterator[list[int]]:
+def _batches(shards: Sequence[Shard], *, are_gathered: bool) -> Iterator[list[int]]:
     """The shard indices of each call of pass 2: one on a CPU, so that its all-gather overlaps the next shard's update.
 
-    On a GPU a call is a launch: an eighth of the shards each, so that a step has few launches. The last shard is
-    first: buckets start at the model's end, and the next forward reads its beginning first.
+    On a GPU a call is a launch: an eighth of the shards each, so that a step has few launches, or all of them where
+    nothing is sent. The last shard is first: buckets start at the model's end, and the next forward reads its beginning
+    first.
     """
-    size = 1 if _one_by_one(shards) else -(-len(shards) // 8)
+    size = 1 if _one_by_one(shards) else -(-len(shards) // (8 if are_gathered else 1))
     batch: list[int] = []
     for index in reversed(range(len(shards))):
         if len(batch) == size or (batch and shards[index].compute != shards[batch[0]].compute):

@@ -309,7 +309,8 @@ class ShardedLamb(JoinableOptimizer):
         self._skips.record(skip, summary.bad, differs)
         ratios = rule.ratios_of_sums(square_sums, options)
         step_sizes = rule.step_sizes(self._table.lr(), ratios, options, step, updated & ~differs)
-        for index in traffic.computing_each("pass 2", update.apply(step_sizes)):
+        written = update.apply(step_sizes, are_gathered=self._collectives.has_peers)
+        for index in traffic.computing_each("pass 2", written):
             if index < len(store.gathers):
                 store.gathers[index].start()
         store.step.copy_(step)

@@ -76,13 +76,14 @@ def test_usable_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pass_2_is_at_most_8_calls_on_a_device() -> None:
-    """With 2 launches for Σg² and 2 for pass 1, a step has at most 12, for any number of buckets."""
+    """With 2 launches for Σg² and 2 for pass 1, a step has at most 12, for any number of buckets; 5 without gathers."""
     empty = torch.empty(256, device="meta")
     shard = FlatShard(empty, None, empty, empty, empty, torch.empty(1, dtype=torch.int64, device="meta"))
     for count in (1, 7, 8, 9, 42, 1000):
-        calls = list(_batches([shard] * count))
-        assert len(calls) <= 8
-        assert sorted(index for call in calls for index in call) == list(range(count))
+        for are_gathered, most in ((True, 8), (False, 1)):
+            calls = list(_batches([shard] * count, are_gathered=are_gathered))
+            assert len(calls) <= most
+            assert sorted(index for call in calls for index in call) == list(range(count))
 
 
 @pytest.mark.parametrize("buckets", [20, 100, 400])
