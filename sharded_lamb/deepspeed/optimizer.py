@@ -300,9 +300,7 @@ class DeepSpeedLamb(AgreedOptions):
         tensors.skips.record(bad.any(), bad, differs)
         ratios = rule.ratios_of_sums(square_sums, options)
         step_sizes = rule.step_sizes(tensors.table.lr(), ratios, options, step, updated & ~differs)
-        list(
-            update.apply(step_sizes, are_gathered=False)
-        )  # DeepSpeed all-gathers the partitions after the step
+        list(update.apply(step_sizes, are_gathered=False))  # DeepSpeed gathers the partitions after the step
         tensors.write_steps(counts, self.state)
         self._last[tensors.params] = ratios, updated
 
