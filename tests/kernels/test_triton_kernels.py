@@ -140,8 +140,10 @@ def test_no_event_is_waited_for_while_a_graph_is_captured(
 # -- code compiled for a GPU; needs no GPU -------------------------------------------------------------
 
 
-def compiled(kernel: Any, dtype: str, **constants: Any) -> str:
-    """The PTX of a kernel for compute capability 9.0, as `TritonKernel` launches it."""
+def compiled(
+    kernel: Any, dtype: str, target: tuple[str, Any, int] = ("cuda", 90, 32), **constants: Any
+) -> str:
+    """The PTX of a kernel for compute capability 9.0, as `TritonKernel` launches it; AMD's assembly for a "hip" one."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -164,8 +166,8 @@ def compiled(kernel: Any, dtype: str, **constants: Any) -> str:
     plain_pass_1 = kernel.__name__ == "moments_and_norms" and constants["MODEL"] is None
     warps = triton_kernel.PASS_1_WARPS if plain_pass_1 else triton_kernel.WARPS
     options = {"num_warps": warps, "enable_fp_fusion": False}
-    ptx: str = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-    return ptx
+    assembly = triton.compile(source, target=GPUTarget(*target), options=options).asm
+    return str(assembly["ptx" if target[0] == "cuda" else "amdgcn"])
 
 
 @pytest.fixture
@@ -240,6 +242,34 @@ def test_the_launcher_accepts_every_kernel(device_code: Any, monkeypatch: pytest
     kernel.apply([shard], table, torch.ones(1))
     kernel.average(shard, [], ReceivedShards(torch.ones(2, 512), 2, None), sums[0], add=False)
     assert bound == {"square_sums", "moments_and_norms", "apply", "average", "add_by_parameter"}
+
+
+OTHER_TARGETS = {"sm_80": ("cuda", 80, 32), "gfx942": ("hip", "gfx942", 64)}
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("target", OTHER_TARGETS)
+def test_other_gpus_get_ieee_arithmetic_and_vectors(device_code: Any, target: str) -> None:
+    """Compiled only, for GPUs that nothing has run on. AMD's exact division and root are sequences with fused
+    multiply-adds of their own, at most six and two; contraction of the rule's products and sums would add 20.
+    """
+    f32 = device_code.tl.float32
+    plain = {"WEIGHT": f32, "MODEL": None, "EXP_AVG": f32, "EXP_AVG_SQ": f32, "COMPUTE": f32, "ALIGNED": True}
+    for kernel, more in ((device_code.moments_and_norms, {"GRAD": f32}), (device_code.apply, {})):
+        text = compiled(kernel, "fp32", OTHER_TARGETS[target], **plain, **more)
+        if target.startswith("sm"):
+            assert not re.findall(r"\bfma\.|\.ftz|\.approx|div\.full|(ld|st)\.local", text)
+            assert "div.rn.f32" in text
+            assert "sqrt.rn.f32" in text
+            assert re.search(r"ld\.global\S*\.v4\.b32", text)
+            continue
+        divisions, roots = len(re.findall(r"v_div_fixup_f32", text)), len(re.findall(r"v_sqrt_f32", text))
+        assert divisions > 0
+        assert roots > 0
+        assert len(re.findall(r"\sv_(?:pk_)?(?:fma|fmac|mad|mac)_\w*f32", text)) <= 6 * divisions + 2 * roots
+        assert "global_load_dwordx4" in text
+        assert set(re.findall(r"(?:vgpr|sgpr)_spill_count:\s*(\d+)", text)) == {"0"}
 
 
 @needs_triton
