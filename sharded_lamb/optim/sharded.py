@@ -83,7 +83,8 @@ class ShardedLamb(JoinableOptimizer):
         master_dtype: dtype of the master weights, which exist where it differs from the parameters' dtype.
         state_dtype: dtype of the moments; not float16, in which second moments underflow. (float64 parameters have
             float64 masters and moments.)
-        reduce_dtype: dtype of gradients on the wire in stage 2; None: the parameters' dtype.
+        reduce_dtype: dtype of gradients on the wire in stage 2; None: the parameters' dtype. NCCL sums in it, and
+            averages 16-bit gradients; on gloo sums are fp32.
         overlap: stage 2: reduce buckets as backward fills them; False: all at the end of backward.
         skip_nonfinite: a non-finite gradient on any rank skips the step on every rank, which changes nothing. (Stage 1:
             a non-finite averaged gradient; each rank checks its own slices of it.)
