@@ -28,6 +28,7 @@ REFUSALS: dict[str, str] = {
     "gradients scaled differently": r"not averaged|different gradients|\.grad|scale|factor",
     "assigned over a reduced gradient": r"\.grad.*(assigned|reduced)",
     "edited after it was reduced": r"reduce",
+    "changed after it was clipped": r"changed in place after clip_grad_norm_",
     "a step less": r"\bsteps?\b",
     "backward on some ranks": r"wait for each other.*backward",
     "zeroed between reductions": r"edits of \.grad",
@@ -77,6 +78,9 @@ class _Optimizer:
     registered: set[str] = field(default_factory=set)
     clip: float | None = None
     is_clip_stale: bool = False  # applied once, to gradients that are still there
+    changed: set[str] = field(
+        default_factory=set
+    )  # zeroed in place, in .grad itself, after they were clipped
     ratios: dict[str, float] = field(default_factory=dict)
     skipped: int = 0
     skips_in_a_row: int = 0
@@ -307,6 +311,13 @@ class Replay:
             # It waits for the reductions that this rank has started.
             _ensure(not self._is_uneven(self.optimizers[who[1]]))
             self.optimizers[who[1]].is_zeroed_between = False
+            self.optimizers[who[1]].changed.clear()
+        elif not set_to_none:
+            # In .grad itself zeroing cannot be told from other changes, which clip_grad_norm_ has not seen.
+            for optimizer in self.optimizers:
+                if optimizer.clip is not None:
+                    there = set(self._gradients(optimizer)) & set(names)
+                    optimizer.changed |= {name for name in there if not self._is_reduced_here(name)}
         self._zero(names, set_to_none)
         for optimizer in self.optimizers:
             optimizer.is_zeroed_between |= who == "model" and self._is_uneven(optimizer)
@@ -317,6 +328,8 @@ class Replay:
         for optimizer in self.optimizers:
             for held in optimizer.held.values():
                 held -= set(names)
+            if set_to_none:
+                optimizer.changed -= set(names)
         for name in names:
             for own in [self.averaged, *self.local]:
                 if name in own and (set_to_none or self._is_reduced_here(name)):
@@ -433,6 +446,7 @@ class Replay:
             self._register(chosen)
             self._fold(chosen.registered)
             self._settled(chosen)
+            chosen.changed.clear()
             norm = self._norm(chosen.names)
             before = 1.0 if chosen.clip is None else chosen.clip
             if differs is not None:
@@ -459,12 +473,13 @@ class Replay:
         catches_up = all(map(self._catches_up, self.optimizers))
         if self.refusal is not None:
             _ensure(all(self._gradients(optimizer) for optimizer in self.optimizers) and catches_up)
-            _ensure(not any(optimizer.is_zeroed_between for optimizer in self.optimizers))
+            _ensure(not any(o.is_zeroed_between or o.changed for o in self.optimizers))
             self.refusal.last, self.ended = here, True
             return
         for key, happened in (
             ("backward on some ranks", not catches_up),
             ("zeroed between reductions", any(o.is_zeroed_between for o in self.optimizers)),
+            ("changed after it was clipped", any(o.changed for o in self.optimizers)),
         ):
             if happened:
                 _ensure(missing is None)
@@ -611,7 +626,7 @@ class Replay:
         _ensure(self.how not in data.WITH_DTENSORS and not self._has_local())
         chosen = self.optimizers[optimizer]
         self._no_clip()
-        _ensure(not chosen.is_zeroed_between)
+        _ensure(not chosen.is_zeroed_between and not chosen.changed)
         if not self._catches_up(chosen):
             self._refuse("backward on some ranks", now=True)
             return
@@ -666,6 +681,7 @@ class Replay:
     def load(self, number: int, weights: bool) -> None:
         """Load a snapshot; all but "checkpoint" leave the weights unless ``weights``."""
         _ensure(number in self.snapshots and self.refusal is None)
+        _ensure(not any(optimizer.changed for optimizer in self.optimizers))
         form, (params, m, v, steps), saved = self.snapshots[number]
         _ensure(weights or (form != "checkpoint" and not self.is_low_precision))
         for optimizer, (groups, _, _, _, registered) in zip(self.optimizers, saved, strict=True):

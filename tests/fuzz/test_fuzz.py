@@ -157,6 +157,17 @@ def test_a_transposed_parameter_is_in_no_vector() -> None:
         replayed(replace(made(rewrite), layers=((Slot("layers.0.a", (13, 5), transposed=True),), LAYERS[1])))
 
 
+@pytest.mark.parametrize(
+    ("how", "kind"), [("averaged", "refused"), ("sharded", "refused"), ("stage2", "equal")]
+)
+def test_gradients_zeroed_in_place_after_they_were_clipped(how: str, kind: str) -> None:
+    """In stage 2 they are handles, which tell zeroing from other changes."""
+    clip = Op("clip", {"kind": "ours", "optimizer": 0, "limit": 0.5})
+    ops = [backward(1), clip, IN_PLACE, backward(2), Op("step")]
+    outcome = outcome_of(made(*ops, how=how))
+    assert outcome.kind == kind, outcome.reason
+
+
 def test_shrinking_keeps_the_fault() -> None:
     differs = Op("edit", {"optimizer": 0, "group": 0, "option": "lr", "value": 0.07, "rank": 5})
     rest = [op for key in range(3) for op in (backward(key, 2), Op("step"), Op("read_norms"))]
