@@ -432,6 +432,8 @@ class Replay:
             _ensure(not self._has_local() and not self.zeroed and not self.how.startswith("mixed"))
             norm = self._norm(self.slots)
             _ensure(differs is None and bool(self.averaged))
+            # torch rounds the norm of a bfloat16 gradient to bfloat16, and scales all gradients by a factor of it.
+            _ensure(len({self.slots[name].dtype == "bfloat16" for name in self.averaged}) == 1)
             factor = min(1.0, limit / (norm + 1e-6)) if np.isfinite(norm) else np.nan
             self.averaged = {name: g * factor for name, g in self.averaged.items()}
             self._read(self.optimizers)

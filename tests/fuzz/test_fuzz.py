@@ -168,6 +168,15 @@ def test_gradients_zeroed_in_place_after_they_were_clipped(how: str, kind: str) 
     assert outcome.kind == kind, outcome.reason
 
 
+def test_torch_clips_float64_beside_bfloat16_roughly() -> None:
+    """torch's norm of a bfloat16 gradient is a bfloat16, and its factor scales all gradients."""
+    clip = Op("clip", {"kind": "torch", "optimizer": 0, "limit": 0.5})
+    replayed(made(backward(1), clip))
+    mixed = replace(made(backward(1), clip), layers=((Slot("layers.0.a", (13, 5), "bfloat16"),), LAYERS[1]))
+    with pytest.raises(Undefined):
+        replayed(mixed)
+
+
 def test_shrinking_keeps_the_fault() -> None:
     differs = Op("edit", {"optimizer": 0, "group": 0, "option": "lr", "value": 0.07, "rank": 5})
     rest = [op for key in range(3) for op in (backward(key, 2), Op("step"), Op("read_norms"))]
