@@ -40,6 +40,9 @@ used 55 MB more."""
 PATIENCE = 1.0
 """Seconds that backward waits for one bucket of the `IN_FLIGHT`, before it launches more."""
 
+GRACE = 10.0
+"""Seconds that a rank that raises waits for one bucket, which ranks that do not raise may never send."""
+
 IMPATIENT_ROUNDS = 3
 """After so many rounds in which `PATIENCE` ran out, backward waits no longer: memory grows instead."""
 
@@ -197,8 +200,9 @@ class BackwardReducer:
         try:
             call(*arguments)
         except Exception:
-            with suppress(RuntimeError):
-                self._drain()
+            with suppress(RuntimeError), self._stream.entered():
+                while self._in_flight and self._land_oldest(GRACE):
+                    pass
             raise
 
     def _close_round(self) -> None:

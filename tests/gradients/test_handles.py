@@ -5,12 +5,15 @@ import gc
 import pickle
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sharded_lamb import Lamb, ShardedLamb
+from sharded_lamb.gradients import reducer
 from tests import training
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
@@ -340,6 +343,25 @@ def test_gradients_assigned_after_backward_are_an_error(
     for kind, message in run_ranks_expecting_errors(2, assign_after_backward, assigned, then).values():
         assert kind == "RuntimeError"
         assert "the .grad of 'fc.weight' was assigned while stage=2 holds its reduced gradient" in message
+
+
+def raise_beside_a_rank_that_waits(rank: int) -> str:
+    """Rank 1 has sent buckets that rank 0, which waits in a collective of its own, never receives."""
+    params, message = training.parameters(), ""
+    opt = ShardedLamb(params.items(), lr=LR, stage=2)
+    if rank == 1:
+        training.backward(params, training.own_gradients(rank, 0))
+        assign(params)
+        with mock.patch.object(reducer, "GRACE", 0.2), pytest.raises(RuntimeError) as error:
+            training.backward(params, training.own_gradients(rank, 1))
+        message = str(error.value)
+    dist.barrier()
+    del opt
+    return message
+
+
+def test_an_error_is_raised_though_another_rank_sends_nothing() -> None:
+    assert "was assigned while stage=2" in run_ranks(2, raise_beside_a_rank_that_waits, timeout=30)[1]
 
 
 def step_with_a_foreign_handle(rank: int, whose: str) -> None:
