@@ -127,6 +127,8 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1_000, help="steps between counts")
     parser.add_argument("--out", type=Path, help="a file of one JSON row per count of a rank")
     args = parser.parse_args()
+    if args.steps < args.every:
+        parser.error(f"--steps must be at least --every ({args.every}), got {args.steps}")
     folder = tempfile.mkdtemp(prefix="endurance-")
     try:
         ranks = run_ranks(WORLD, train, args.steps, args.every, folder, timeout=max(600.0, args.steps))
