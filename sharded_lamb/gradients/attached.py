@@ -30,8 +30,9 @@ class AttachedGradients:
         """Parameters whose ``.grad`` was zeroed in place since the last reduction."""
         self._marks: list[Mark | None] = []
         self._aside: set[int] = set()
-        self.history = 0
-        """Hash of which gradients the reductions since the last step kept; equal on ranks that zeroed alike."""
+        self.kept_rounds: list[int] = []
+        """[P] how many of the latest reductions added to the gradient that was in the shards. Reductions match by their
+        number, so ranks whose counts are equal have summed the same gradients, whenever they zeroed."""
         self._versions: dict[
             int, int
         ] = {}  # of gradients that backward accumulated and no reduction includes
@@ -44,6 +45,7 @@ class AttachedGradients:
         self.names.extend(names)
         self.params.extend(params)
         self._marks.extend([None] * len(params))
+        self.kept_rounds.extend([0] * len(params))
         self._references.extend(map(weakref.ref, params))
 
     def holds(self, mark: Mark) -> bool:
@@ -137,12 +139,16 @@ class AttachedGradients:
     def take_edits(self, param: int, *, used: bool) -> Kept:
         """Whether the shards keep the gradient, and its factor, which the caller applies to them. Raises as `keeps`."""
         keeps = self.keeps(param, used=used)
-        self.history = hash((self.history, param, keeps)) % _PRIME
+        self.kept_rounds[param] = self.kept_rounds[param] + 1 if keeps else 0
         mark = self._marks[param]
         if not keeps or mark is None:
             return False, None
         factor, mark.factor = mark.factor, None
         return True, factor
+
+    def forget_rounds(self) -> None:
+        """A step has used the gradients, on every rank."""
+        self.kept_rounds = [0] * len(self.params)
 
     def attach(self, param: int, *, renew: bool) -> None:
         """Put a handle into ``.grad``; ``renew``: handles of earlier gradients become invalid."""
@@ -189,7 +195,7 @@ class AttachedGradients:
             self.drop(param)
         self.removed.clear()
         self.zeroed.clear()
-        self.history = 0
+        self.forget_rounds()
 
     def _marked(self) -> Iterator[int]:
         return (param for param, mark in enumerate(self._marks) if mark is not None)
@@ -265,7 +271,7 @@ class AttachedGradients:
         edits = hash((tuple(sorted(self.removed)), tuple(sorted(self.zeroed)))) % _PRIME
         edits = edits if self.removed or self.zeroed else 0
         if self.params[0].device.type == "cpu":  # on a GPU it would be copied to the device in every step
-            edits = (edits + self.history) % _PRIME
+            edits = (edits + (hash(tuple(self.kept_rounds)) if any(self.kept_rounds) else 0)) % _PRIME
         factors = self._factors_of_all()
         if factors is None:
             return torch.tensor(float(edits), dtype=torch.float64, device="cpu") if edits else None

@@ -406,7 +406,7 @@ class BackwardReducer:
 
     def stepped(self) -> None:
         """Mark the gradients as used; like ``.grad`` they stay until they are zeroed."""
-        self.attached.history = 0
+        self.attached.forget_rounds()
         self._enter(ReducerState.USED)
 
     def zero(self) -> None:
