@@ -267,3 +267,37 @@ def test_gradients_zeroed_between_one_reduction_on_two_ranks_are_an_error() -> N
     for kind, message in run_ranks_expecting_errors(2, _zeroed_between, timeout=60).values():
         assert kind == "ValueError"
         assert "edits of .grad" in message
+
+
+class _Failing(torch.autograd.Function):
+    """Identity whose backward raises."""
+
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: torch.Tensor) -> torch.Tensor:
+        raise ArithmeticError("planted")
+
+
+def _after_a_failed_backward(rank: int, fails: bool) -> torch.Tensor:
+    """Gradients are zeroed in place after a backward that failed on rank 0, after it had reached one layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
+    opt = ShardedLamb(model.named_parameters(), lr=0.1, stage=2, bucket_mb=0.0002)
+    if fails:
+        model(torch.ones(2, 7)).sum().backward()
+        hidden = model[0](torch.ones(2, 7))
+        with pytest.raises(ArithmeticError) if rank == 0 else nullcontext():
+            model[1](_Failing.apply(hidden) if rank == 0 else hidden).sum().backward()
+        model.zero_grad(set_to_none=False)
+    model(torch.full((2, 7), 1.0 + rank)).square().sum().backward()
+    opt.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_gradients_zeroed_in_place_after_a_backward_that_failed_on_one_rank_are_gone() -> None:
+    expected = run_ranks(2, _after_a_failed_backward, False)
+    for actual, weights in zip(run_ranks(2, _after_a_failed_backward, True), expected, strict=True):
+        assert torch.equal(actual, weights)
