@@ -46,7 +46,7 @@ class AgreedOptions(LambOptimizer):
         facts: Description = [("max_grad_norm", self._live.max_grad_norm), ("scale of GradScaler", shown)]
         edits = self._gradient_edits()
         if edits is not None and edits.device.type == "cpu":
-            facts.append(("checksum of edits of .grad since backward", int(edits)))
+            facts.append(("checksum of edits of .grad and of the reductions it holds", int(edits)))
         return facts
 
     def _gradient_edits(self) -> Tensor | None:

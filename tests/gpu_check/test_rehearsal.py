@@ -183,13 +183,7 @@ def test_a_later_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(KeyboardInterrupt):
         rehearse(tmp_path)
     assert results_in(tmp_path)["killed"]["status"] == "running"
-    sections(
-        monkeypatch,
-        good=counted("good", passes),
-        bad=counted("bad", passes),
-        absent=counted("absent", passes),
-        killed=counted("killed", passes),
-    )
+    sections(monkeypatch, **{name: counted(name, passes) for name in ("good", "bad", "absent", "killed")})
     runs.clear()
     assert rehearse(tmp_path) == 1  # bad still has its verdict
     assert runs == ["absent", "killed"]
