@@ -85,7 +85,8 @@ class Exchanges:
         (plan,) = plan_buckets([max(int(size_mb * 1e6 / 4), 1)], [0], [4], 1, self.world_size)
         precision = Precision.of(torch.float32, torch.float32, torch.float32, None)
         param = torch.zeros(plan.numels[0], device=device)
-        self.bucket = FlatBucket(plan, [param], precision, collectives.topology.shard_rank, device)
+        rank = collectives.topology.shard_rank
+        self.bucket = FlatBucket(plan, [param], precision, rank, device, holds_gradients=True)
         self.grad = torch.zeros_like(param)  # source of our reductions
         self.full = torch.zeros(
             plan.numel, device=device

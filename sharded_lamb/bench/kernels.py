@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from sharded_lamb.bench.timing import Clock, Spread, Turns, by_round, quotients,
 from sharded_lamb.bench.workload import Workload
 from sharded_lamb.core import rule
 from sharded_lamb.gradients.averaged import AveragedGradients
-from sharded_lamb.kernels import FlatShard, Kernel
+from sharded_lamb.kernels import Kernel
 
 SCALE, ADAMW, STEP = "in-place scale", "fused AdamW", "ShardedLamb.step(), "  # and the kernel's name
 
@@ -110,7 +110,7 @@ def _actions(
     model = workload.model()
     model().backward()
     optimizer = ShardedLamb(model.named_parameters(), **LAMB)
-    optimizer.step()  # fills the gradient shards
+    optimizer.step()
     others = [p.detach().clone().requires_grad_() for p in model.parameters()]
     for other, p in zip(others, model.parameters(), strict=True):
         other.grad = p.grad
@@ -140,7 +140,7 @@ def _discard(_: object) -> None:
 def _two_passes(optimizer: ShardedLamb, kernel: Kernel) -> Callable[[], None]:
     """Passes 1 and 2 with coefficients that are computed once, as in a step."""
     store, table = optimizer._store, optimizer._table
-    shards = [shard for shard in store.shards() if isinstance(shard, FlatShard)]
+    shards = [replace(bucket.shard, grad=torch.randn_like(bucket.shard.weight)) for bucket in store.buckets]
     active = torch.ones(len(store.params), dtype=torch.bool, device=store.device)
     one = torch.ones((), dtype=torch.float64, device=store.device)
     vectors = rule.coefficients(table.options(), store.step + 1, active, one)

@@ -293,14 +293,14 @@ class DeepSpeedLamb(AgreedOptions):
         step, counts = tensors.next_steps(updated, self.state)
         options, one = tensors.table.options(), torch.ones((), dtype=torch.float64, device=tensors.device)
         kernel = self._kernel_on(tensors.device)
-        update = Update(kernel, shards, options, step=step, active=updated, grad_scale=one)
-        square_sums = update.moments_and_norms()
+        update = Update(kernel, options, step=step, active=updated, grad_scale=one)
+        square_sums = update.moments_and_norms(shards)
         differs = self._all_reduce_agreed([square_sums])
         bad = torch.zeros_like(updated) if summary is None else summary.bad
         tensors.skips.record(bad.any(), bad, differs)
         ratios = rule.ratios_of_sums(square_sums, options)
         step_sizes = rule.step_sizes(tensors.table.lr(), ratios, options, step, updated & ~differs)
-        list(update.apply(step_sizes, are_gathered=False))  # DeepSpeed gathers the partitions after the step
+        list(update.apply(shards, step_sizes, are_gathered=False))  # DeepSpeed gathers partitions after it
         tensors.write_steps(counts, self.state)
         self._last[tensors.params] = ratios, updated
 

@@ -108,7 +108,7 @@ class StepTensors:
                 rows += splits.rows
                 for column, flat in zip(columns, memory, strict=True):
                     column += torch.split(flat, splits.sizes)[1::2]
-        return [ScatteredShard(tuple(rows), *columns) for rows, columns in by_dtype.values()]
+        return [ScatteredShard(tuple(rows), w, g, m, v) for rows, (w, g, m, v) in by_dtype.values()]
 
     def present(self) -> list[bool]:
         """[rows] whether a parameter has a gradient; in a flat partition all have one, possibly zeros."""

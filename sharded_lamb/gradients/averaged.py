@@ -19,9 +19,9 @@ from sharded_lamb.gradients.summary import (
     inject_nan,
     local_summary,
 )
-from sharded_lamb.kernels import Kernel
-from sharded_lamb.kernels.engine import collect_gradients, gradient_square_sums
-from sharded_lamb.sharding.buckets import FlatBucket
+from sharded_lamb.kernels import Kernel, Shard
+from sharded_lamb.kernels.engine import gradient_square_sums
+from sharded_lamb.sharding.buckets import FlatBucket, GradientsInPlace
 from sharded_lamb.sharding.local_shards import DTensorShards
 from sharded_lamb.sharding.placements import Replicas
 
@@ -30,7 +30,7 @@ CHECKED_STEPS = 2
 
 
 class AveragedGradients:
-    """A `GradientSource` that reads ``.grad`` at the step and leaves it unchanged."""
+    """A `GradientSource` that reads ``.grad`` at the step, where it is, and leaves it unchanged."""
 
     def __init__(self, collectives: Collectives, kernel: Kernel, dtensors: DTensorShards) -> None:
         self.collectives, self.kernel, self.dtensors = collectives, kernel, dtensors
@@ -42,6 +42,8 @@ class AveragedGradients:
         self.replicas = Replicas((), (), ())
         self._owner_mask = torch.zeros(0, dtype=torch.float64, device="cpu")
         self._steps_seen = 0
+        self._in_place = GradientsInPlace([])
+        self._shards: list[Shard] = []
         self._summary: GradientSummary | None = None
         self._summarized_grads: tuple[list[Tensor | None], list[int]] = [], []  # gradients and their versions
 
@@ -52,6 +54,7 @@ class AveragedGradients:
         self.params.extend(added.params)
         self.is_member += [index in added.members for index in range(first, len(self.params))]
         self.buckets.extend(added.buckets)
+        self._in_place = GradientsInPlace(self.buckets)
         self.replicas, self._owner_mask = added.replicas, added.owner_mask
         self._summary = None  # it lacks the new parameters
 
@@ -103,12 +106,11 @@ class AveragedGradients:
         )
 
     def _collect(self, grads: Sequence[Tensor | None]) -> Tensor:
-        """Read gradients into their shards. Returns [P] fp64: Σg² of this rank's parts, replicas included."""
+        """Find this rank's parts of gradients. Returns [P] fp64: Σg² of them, replicas included."""
         check_gradients(self.names, grads)
         self.dtensors.read_gradients(self.names, self.collectives.traffic)
-        sums = gradient_square_sums(self.kernel, self.dtensors.shards, len(grads), self.params[0].device)
-        collect_gradients(self.kernel, [bucket.own_gradients(grads) for bucket in self.buckets], sums)
-        return sums
+        self._shards = [*self._in_place.shards(grads), *self.dtensors.shards]
+        return gradient_square_sums(self.kernel, self._shards, len(grads), self.params[0].device)
 
     def _agree(
         self, grads: Sequence[Tensor | None], square_sums: Tensor, found_inf: Tensor | None
@@ -136,6 +138,10 @@ class AveragedGradients:
                 totals[1, kind] += torch.linalg.vector_norm(part, dtype=torch.float64).square()
         return totals
 
+    def shards(self) -> list[Shard]:
+        """See `GradientSource`: this rank's parts of the gradients, in their own memory."""
+        return self._shards
+
     def is_partial(self, summary: GradientSummary) -> Tensor:
         """See `GradientSource`. On a GPU the host does not read it."""
         if not summary.agreed or self.collectives.world_size == 1:
@@ -160,7 +166,7 @@ class AveragedGradients:
 
     def zero(self) -> None:
         """See `GradientSource`."""
-        self._summary, self._summarized_grads = None, ([], [])
+        self._summary, self._summarized_grads, self._shards = None, ([], []), []
 
     def close(self) -> None:
         """See `GradientSource`."""

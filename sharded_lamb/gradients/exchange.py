@@ -15,7 +15,7 @@ from torch import Tensor
 from sharded_lamb.comm.collectives import Collectives, Pending
 from sharded_lamb.core.layout import Segment
 from sharded_lamb.kernels import LocalContribution
-from sharded_lamb.sharding.buckets import FlatBucket, flattened
+from sharded_lamb.sharding.buckets import FlatBucket, flattened, in_memory_order
 
 GAP_ELEMENTS = 10_000
 """Zeroing one gap separately costs about as much as zeroing this many elements of the whole bucket."""
@@ -193,7 +193,8 @@ class P2PExchange:
     def own(self, grads: Sequence[Tensor | None]) -> LocalContribution:
         """This rank's slices, in their gradients' memory."""
         own = [grads[self._position[segment.param]] for segment in self._bucket.segments]
-        return LocalContribution(self._collectives.topology.shard_rank, self._bucket.in_memory_order(own))
+        in_order = in_memory_order(own, self._bucket.segment_strides)
+        return LocalContribution(self._collectives.topology.shard_rank, in_order)
 
     def start(self, grads: Sequence[Tensor | None]) -> Pending:
         """See `Exchange`."""

@@ -8,6 +8,7 @@ from sharded_lamb.gradients.averaged import AveragedGradients
 from sharded_lamb.gradients.reducer import BackwardReducer
 from sharded_lamb.gradients.source import Identity, Registration
 from sharded_lamb.gradients.summary import GradientSummary
+from sharded_lamb.kernels import Shard
 
 
 class MixedGradients:
@@ -60,6 +61,10 @@ class MixedGradients:
             return self.averaged.ready(found_inf, may_defer=may_defer)
         reduced = self.reducer.ready(found_inf)
         return reduced.joined(self.averaged.ready(found_inf))
+
+    def shards(self) -> list[Shard]:
+        """See `GradientSource`."""
+        return [*(bucket.shard for bucket in self.reducer.buckets), *self.averaged.shards()]
 
     def is_partial(self, summary: GradientSummary) -> Tensor:
         """See `GradientSource`. The reducer counts a gradient that some ranks lack as zero."""

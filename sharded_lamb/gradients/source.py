@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sharded_lamb.gradients.handles import Mark
 from sharded_lamb.gradients.summary import GradientSummary
+from sharded_lamb.kernels import Shard
 from sharded_lamb.sharding.buckets import FlatBucket
 from sharded_lamb.sharding.local_shards import DTensorShards
 from sharded_lamb.sharding.placements import Replicas
@@ -38,10 +39,11 @@ class Registration:
 
 
 class GradientSource(Protocol):
-    """The gradients of one optimizer, in its buckets' gradient shards and its DTensors' local shards.
+    """The gradients of one optimizer: reduced into its buckets' gradient shards, or in ``.grad``.
 
     A step calls `ready`, and `stepped` once it has used the gradients; `zero` follows between steps. All methods except
-    `identities`, `unscale_factor`, `edits`, `close` and `staging_bytes` may be collective, in one order on every rank.
+    `identities`, `shards`, `unscale_factor`, `edits`, `close` and `staging_bytes` may be collective, in one order on
+    every rank.
     """
 
     enabled: bool
@@ -67,6 +69,9 @@ class GradientSource(Protocol):
         Raises:
             ValueError, TypeError, RuntimeError: unusable gradients; see the implementations.
         """
+
+    def shards(self) -> Sequence[Shard]:
+        """The kernels' shards with this step's gradients, once `ready` has read them. Not collective."""
 
     def is_partial(self, summary: GradientSummary) -> Tensor:
         """Bool scalar on the device: some ranks lack a gradient that must be on all ranks or on none."""

@@ -2,11 +2,11 @@
 
 The caller all-reduces between the passes::
 
-    update = Update(kernel, shards, options, step=…, active=…, grad_scale=…)
-    square_sums = update.moments_and_norms()          pass 1: m, v; Σw², Σu² of this rank's shards
+    update = Update(kernel, options, step=…, active=…, grad_scale=…)
+    square_sums = update.moments_and_norms(shards)    pass 1: m, v; Σw², Σu² of this rank's shards
     all_reduce(square_sums)                           by the caller: sum over ranks, in place
     ratios = rule.ratios_of_sums(square_sums, options)
-    for index in update.apply(step_sizes, are_gathered=…):   pass 2: w, one shard after the other
+    for index in update.apply(shards, step_sizes, are_gathered=…):   pass 2: w, one shard after the other
         gather(index)                                 by the caller
 """
 
@@ -19,11 +19,12 @@ from sharded_lamb import faults
 from sharded_lamb.core import rule
 from sharded_lamb.core.rule import ParameterOptions
 from sharded_lamb.kernels import Kernel, Shard
-from sharded_lamb.kernels.incoming import GradientCopy, fill_together
 
 
 class Update:
     """Pass 1 and pass 2 of one step over this rank's shards, without a process group or parameters' shapes.
+
+    The passes may see the same memory cut in other ways: gradients lie in pieces where weights are one range.
 
     Args:
         step: [P] fp64, this step included.
@@ -34,30 +35,28 @@ class Update:
     def __init__(
         self,
         kernel: Kernel,
-        shards: Sequence[Shard],
         options: ParameterOptions,
         *,
         step: Tensor,
         active: Tensor,
         grad_scale: Tensor,
     ) -> None:
-        self._kernel, self._shards = kernel, shards
+        self._kernel = kernel
         self._step = step
-        vectors = rule.coefficients(options, step, active, grad_scale)
-        self._by_compute = _by_compute(shards)
-        self._tables = {dtype: rule.table(vectors, dtype) for dtype in self._by_compute}
+        self._coefficients = rule.coefficients(options, step, active, grad_scale)
+        self._tables: dict[torch.dtype, Tensor] = {}
 
-    def moments_and_norms(self) -> Tensor:
+    def moments_and_norms(self, shards: Sequence[Shard]) -> Tensor:
         """Pass 1: writes moments. Returns [SUMS, P] fp64 on the device: `rule.SUMS` of this rank's shards."""
         faults.point("pass-1")
         square_sums = torch.zeros(
             len(rule.SUMS), len(self._step), dtype=torch.float64, device=self._step.device
         )
-        for dtype, shards in self._by_compute.items():
-            self._kernel.moments_and_norms(shards, self._tables[dtype], square_sums)
+        for dtype, alike in _by_compute(shards).items():
+            self._kernel.moments_and_norms(alike, self._table(dtype), square_sums)
         return square_sums
 
-    def apply(self, step_sizes: Tensor, *, are_gathered: bool) -> Iterator[int]:
+    def apply(self, shards: Sequence[Shard], step_sizes: Tensor, *, are_gathered: bool) -> Iterator[int]:
         """Pass 2: writes weights. Yields the index of each shard once its weights are written.
 
         Args:
@@ -65,11 +64,16 @@ class Update:
             are_gathered: the caller sends shards to other ranks meanwhile.
         """
         faults.point("pass-2")
-        rounded = {dtype: step_sizes.to(dtype) for dtype in self._by_compute}
-        for indices in _batches(self._shards, are_gathered=are_gathered):
-            dtype = self._shards[indices[0]].compute
-            self._kernel.apply([self._shards[i] for i in indices], self._tables[dtype], rounded[dtype])
+        rounded = {dtype: step_sizes.to(dtype) for dtype in _by_compute(shards)}
+        for indices in _batches(shards, are_gathered=are_gathered):
+            dtype = shards[indices[0]].compute
+            self._kernel.apply([shards[i] for i in indices], self._table(dtype), rounded[dtype])
             yield from indices
+
+    def _table(self, dtype: torch.dtype) -> Tensor:
+        if dtype not in self._tables:
+            self._tables[dtype] = rule.table(self._coefficients, dtype)
+        return self._tables[dtype]
 
 
 def gradient_square_sums(
@@ -80,21 +84,6 @@ def gradient_square_sums(
     for alike in _by_compute(shards).values():
         kernel.square_sums(alike, sums)
     return sums
-
-
-def collect_gradients(kernel: Kernel, copies: Sequence[GradientCopy], sums: Tensor) -> None:
-    """Copy segments of whole gradients into flat shards, and add Σg² to ``sums`` [P] fp64.
-
-    On a CPU shard by shard, each in one sweep; on a GPU, where every call is a launch, all shards in one call.
-    """
-    shards = [shard for shard, _, _ in copies]
-    if _one_by_one(shards):
-        for shard, segments, grads in copies:
-            kernel.collect(shard, segments, grads, sums)
-        return
-    fill_together([(shard.grad, segments, grads) for shard, segments, grads in copies])
-    for alike in _by_compute(shards).values():
-        kernel.square_sums(alike, sums)
 
 
 def _one_by_one(shards: Sequence[Shard]) -> bool:

@@ -17,7 +17,7 @@ crowds of short runs, which are faster side by side. Masters that are split are 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sharded_lamb.core.layout import BLOCK, Segment
+from sharded_lamb.core.layout import BLOCK
 from sharded_lamb.core.rule import Coefficients
 from sharded_lamb.kernels import formats
-from sharded_lamb.kernels.incoming import StockIncoming, segment_view
+from sharded_lamb.kernels.incoming import StockIncoming
 from sharded_lamb.kernels.reference import ReferenceKernel, resync_master
 from sharded_lamb.kernels.shard import FlatShard, ScatteredShard, Shard
 
@@ -130,9 +130,10 @@ class _Run(NamedTuple):
         if self.weight.numel() <= CHUNK:
             yield self
             return
-        kinds = [torch.split(kind, CHUNK) for kind in (self.weight, self.grad, self.exp_avg, self.exp_avg_sq)]
+        kinds = [torch.split(kind, CHUNK) for kind in (self.weight, self.exp_avg, self.exp_avg_sq)]
         models = [None] * len(kinds[0]) if self.model is None else torch.split(self.model, CHUNK)
-        for w, model, g, m, v in zip(kinds[0], models, *kinds[1:], strict=True):
+        grads = torch.split(self.grad, CHUNK) if len(self.grad) else [self.grad] * len(kinds[0])
+        for w, model, g, m, v in zip(kinds[0], models, grads, *kinds[1:], strict=True):
             yield _Run(self.param, w, model, g, m, v)
 
 
@@ -185,13 +186,6 @@ def _piece_run(shard: ScatteredShard, i: int) -> _Run:
     return _Run(shard.params[i], shard.weight[i], model, shard.grad[i], shard.exp_avg[i], shard.exp_avg_sq[i])
 
 
-def _piece_part(shard: ScatteredShard, pieces: Sequence[int]) -> ScatteredShard:
-    model = None if shard.model is None else [shard.model[i] for i in pieces]
-    kinds = (shard.weight, shard.grad, shard.exp_avg, shard.exp_avg_sq)
-    w, g, m, v = ([kind[i] for i in pieces] for kind in kinds)
-    return ScatteredShard(tuple(shard.params[i] for i in pieces), w, g, m, v, model)
-
-
 def _is_fp32(shard: Shard) -> bool:
     """Whether masters and moments are; a piece's gradients and a model's copies may be anything."""
     kinds = [shard.exp_avg, shard.exp_avg_sq, *([] if shard.master_format.beside_weight else [shard.weight])]
@@ -232,25 +226,6 @@ class FusedKernel(StockIncoming):
             )
             if rest:
                 self._reference.square_sums(rest, sums)
-
-    def collect(
-        self, shard: FlatShard, segments: Sequence[Segment], grads: Sequence[Tensor | None], sums: Tensor
-    ) -> None:
-        """grad ← segments of ``grads``, and Σg² of each chunk while it is in the cache."""
-        if shard.grad.dtype != torch.float32 or any(span.param is None for span in self._spans_of(shard)):
-            super().collect(shard, segments, grads, sums)
-            return
-        found = []
-        for segment, grad in zip(segments, grads, strict=True):
-            place = shard.grad[segment.shard_start : segment.shard_start + segment.length]
-            if grad is None:
-                place.zero_()
-                continue
-            chunks = zip(
-                torch.split(place, CHUNK), torch.split(segment_view(segment, grad), CHUNK), strict=True
-            )
-            found += [(segment.param, self._square_sum(to.copy_(part))) for to, part in chunks]
-        self._add(sums.view(1, -1), found)
 
     def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
         """m, v ← g; adds Σw², Σu² per parameter to ``sums`` [SUMS, P] fp64."""
@@ -378,6 +353,7 @@ class FusedKernel(StockIncoming):
             return [], [shard]
         if isinstance(shard, FlatShard):
             return self._divided_flat(shard, possible)
+        shard = replace(shard, grad=shard.gradients(), grad_starts=None)
         fusible = [
             not crowded and possible(param)
             for param, crowded in zip(shard.params, _crowded(shard.lengths), strict=True)
@@ -386,7 +362,7 @@ class FusedKernel(StockIncoming):
             return [], [shard]
         rest = [i for i, fuses in enumerate(fusible) if not fuses]
         runs = [_piece_run(shard, i) for i, fuses in enumerate(fusible) if fuses]
-        return runs, [_piece_part(shard, rest)] if rest else []
+        return runs, [shard.chosen(rest)] if rest else []
 
     def _divided_flat(
         self, shard: FlatShard, possible: Callable[[int], bool]

@@ -8,18 +8,14 @@ from torch import Tensor
 from sharded_lamb.core.layout import Segment
 from sharded_lamb.kernels.shard import FlatShard, LocalContribution, ReceivedShards, Shard
 
-GradientCopy = tuple[FlatShard, Sequence[Segment], Sequence[Tensor | None]]
-"""Arguments of `Kernel.collect`: the destination, its segments, and the gradient of each segment."""
-
 
 def segment_view(segment: Segment, grad: Tensor) -> Tensor:
     """[segment.length] view of the segment in a gradient without gaps in memory, in memory order."""
-    run = grad.as_strided((grad.numel(),), (1,))
-    return run[segment.start : segment.start + segment.length]
+    return grad.as_strided((segment.length,), (1,), grad.storage_offset() + segment.start)
 
 
 class StockIncoming:
-    """`Kernel.average` and `Kernel.collect` for backends that do not implement them."""
+    """`Kernel.average` for backends that do not implement it."""
 
     def square_sums(self, shards: Sequence[Shard], sums: Tensor) -> None:
         """See `Kernel`."""
@@ -47,13 +43,6 @@ class StockIncoming:
             shard.grad.copy_(total)
         self.square_sums([shard], sums)
 
-    def collect(
-        self, shard: FlatShard, segments: Sequence[Segment], grads: Sequence[Tensor | None], sums: Tensor
-    ) -> None:
-        """grad ← segments of ``grads``; then Σg²."""
-        fill(shard.grad, segments, grads)
-        self.square_sums([shard], sums)
-
 
 def with_local_contribution(
     parts: Tensor, segments: Sequence[Segment], own: LocalContribution | None, dtype: torch.dtype
@@ -68,21 +57,15 @@ def with_local_contribution(
 
 
 def fill(flat: Tensor, segments: Sequence[Segment], grads: Sequence[Tensor | None]) -> None:
-    """Copy segments of ``grads`` to their position in a shard's flat memory; None: zeros."""
-    fill_together([(flat, segments, grads)])
-
-
-def fill_together(copies: Sequence[tuple[Tensor, Sequence[Segment], Sequence[Tensor | None]]]) -> None:
-    """`fill` for many; few launches on a GPU."""
+    """Copy segments of ``grads`` to their position in a shard's flat memory; None: zeros. Few launches on a GPU."""
     targets, sources, zeros = [], [], []
-    for flat, segments, grads in copies:
-        for segment, grad in zip(segments, grads, strict=True):
-            target = flat[segment.shard_start : segment.shard_start + segment.length]
-            if grad is None:
-                zeros.append(target)
-            else:
-                targets.append(target)
-                sources.append(segment_view(segment, grad))
+    for segment, grad in zip(segments, grads, strict=True):
+        target = flat[segment.shard_start : segment.shard_start + segment.length]
+        if grad is None:
+            zeros.append(target)
+        else:
+            targets.append(target)
+            sources.append(segment_view(segment, grad))
     if zeros:
         torch._foreach_zero_(zeros)
     if targets:

@@ -75,10 +75,11 @@ Table = npt.NDArray[np.void]  # of RUN or SLICE
 
 def _runs(shards: Sequence[Shard]) -> Table:
     """[runs] of `RUN`: the memory of all ``shards``. Both moments have one dtype."""
-    rows: list[tuple[int, ...]] = []
-    for shard in shards:
-        rows += [_flat_run(shard)] if isinstance(shard, FlatShard) else _scattered_runs(shard)
-    runs = np.array(rows, dtype=RUN)
+    parts = [
+        np.array([_flat_run(shard)], RUN) if isinstance(shard, FlatShard) else _scattered_runs(shard)
+        for shard in shards
+    ]
+    runs = parts[0] if len(parts) == 1 else np.concatenate(parts)
     blocks = -(-runs["numel"] // BLOCK)
     runs["first_block"] = np.cumsum(blocks) - blocks
     return runs
@@ -95,16 +96,21 @@ def _flat_run(shard: FlatShard) -> tuple[int, ...]:
     return weight, copy, grad, exp_avg, exp_avg_sq, owners, numel, 0, 0, *dtypes
 
 
-def _scattered_runs(shard: ScatteredShard) -> list[tuple[int, ...]]:
+def _scattered_runs(shard: ScatteredShard) -> Table:
     assert shard.exp_avg[0].dtype == shard.exp_avg_sq[0].dtype
+    runs = np.zeros(len(shard.params), RUN)
+    runs["param"], runs["numel"] = shard.params, shard.lengths
+    memory = {name: getattr(shard, name) for name in ("weight", "model", "grad", "exp_avg", "exp_avg_sq")}
+    for name, tensors in memory.items():
+        if tensors is not None:
+            runs[name] = list(map(_POINTER, tensors))
+    if shard.grad_starts is not None:
+        runs["grad"] += shard.grad[0].itemsize * np.array(shard.grad_starts, np.int64)
     models = shard.model
     dtypes = _dtypes(shard.weight[0], models[0] if models else None, shard.grad[0], shard.exp_avg[0])
-    copies = [0] * len(shard.params) if models is None else [model.data_ptr() for model in models]
-    parts = zip(shard.params, shard.weight, copies, shard.grad, shard.exp_avg, shard.exp_avg_sq, strict=True)
-    return [
-        (w.data_ptr(), copy, g.data_ptr(), m.data_ptr(), v.data_ptr(), 0, w.numel(), param, 0, *dtypes)
-        for param, w, copy, g, m, v in parts
-    ]
+    for name, dtype in zip(("weight_dtype", "model_dtype", "grad_dtype", "state_dtype"), dtypes, strict=True):
+        runs[name] = dtype
+    return runs
 
 
 def _dtypes(weight: Tensor, model: Tensor | None, grad: Tensor, exp_avg: Tensor) -> tuple[int, int, int, int]:
@@ -165,26 +171,15 @@ class CppKernel:
         assert parts.shape[1:] == shard.grad.shape
         rows = parts.data_ptr(), len(parts), DTYPES[parts.dtype], shard.grad.numel()
         slices = self._slices(segments, [] if own is None else own.grads)
-        self._average(shard, slices, (*rows, -1 if own is None else own.row), received.divisor, add, sums)
-
-    def collect(
-        self, shard: FlatShard, segments: Sequence[Segment], grads: Sequence[Tensor | None], sums: Tensor
-    ) -> None:
-        """grad ← segments of ``grads``, and Σg², in one sweep."""
-        self._average(shard, self._slices(segments, grads), (0, 0, 0, 0, 0), 1, False, sums)
-
-    def _average(
-        self, shard: FlatShard, slices: Table, parts: tuple[int, ...], divisor: int, add: bool, sums: Tensor
-    ) -> None:
-        """``parts``: lamb.cpp's ``Parts``."""
         threads = torch.get_num_threads()
         block_sums = self._scratch(shard.compute, len(shard.block_param) if threads > 1 else 0)
         self._function("average", shard.compute)(
             shard.grad.data_ptr(),
             slices.ctypes.data,
             len(slices),
-            *parts,
-            divisor,
+            *rows,
+            -1 if own is None else own.row,
+            received.divisor,
             add,
             len(sums),
             sums.data_ptr(),

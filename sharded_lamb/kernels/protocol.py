@@ -33,15 +33,6 @@ class Kernel(Protocol):
         step.
         """
 
-    def collect(
-        self, shard: FlatShard, segments: Sequence[Segment], grads: Sequence[Tensor | None], sums: Tensor
-    ) -> None:
-        """grad ← segments of whole gradients; adds Σg² per parameter to ``sums`` [P] fp64.
-
-        ``grads``: entry i is the whole gradient of the parameter of ``segments[i]``, without gaps in memory, any
-        floating-point dtype; None: zeros.
-        """
-
     def square_sums(self, shards: Sequence[Shard], sums: Tensor) -> None:
         """Adds Σg² over each parameter's blocks to ``sums`` [P] fp64."""
 

@@ -6,6 +6,7 @@ only on its 256 values.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -177,6 +178,7 @@ def _flat_chunks(shard: FlatShard, table: Tensor) -> Iterator[_Chunk]:
 
 
 def _piece_chunks(shard: ScatteredShard, table: Tensor) -> Iterator[_Chunk]:
+    shard = replace(shard, grad=shard.gradients(), grad_starts=None)
     lengths, device = shard.lengths, shard.device
     blocks = sum(-(-length // BLOCK) for length in lengths)
     param_of = to_device(shard.params, None, device)

@@ -1,7 +1,9 @@
 """The memory of the two passes, in two forms: one flat range of whole blocks, or scattered pieces."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ class FlatShard:
 
     weight: Tensor  # [n] storage dtype of masters; without separate masters, the parameters' memory
     model: Tensor | None  # [n] model dtype: the parameters' memory, if masters are separate
-    grad: Tensor  # [n] compute dtype: averaged gradients; 0 in padding
+    grad: Tensor  # [n] compute dtype: averaged gradients, 0 in padding; [0] if a `ScatteredShard` reads them in place
     exp_avg: Tensor  # [n] state dtype
     exp_avg_sq: Tensor  # [n] state dtype
     block_param: Tensor  # [n / BLOCK] int64: the parameter of each block
@@ -63,10 +65,41 @@ class ScatteredShard:
 
     params: tuple[int, ...]  # the parameter of each piece
     weight: Sequence[Tensor]  # [n_i] as `FlatShard.weight`
-    grad: Sequence[Tensor]  # [n_i] any floating-point dtype
+    grad: Sequence[
+        Tensor
+    ]  # [≥ grad_start_i + n_i] in any shape without gaps in memory, any floating-point dtype
     exp_avg: Sequence[Tensor]  # [n_i] state dtype
     exp_avg_sq: Sequence[Tensor]  # [n_i] state dtype
     model: Sequence[Tensor] | None = None  # [n_i] model dtype, if masters are separate
+    grad_starts: Sequence[int] | None = None  # the first element of each piece in its gradient; None: 0
+
+    def gradients(self) -> list[Tensor]:
+        """[n_i] views of the pieces' gradients, in memory order."""
+        starts = self.grad_starts or [0] * len(self.grad)
+        return [
+            grad.as_strided((length,), (1,), grad.storage_offset() + start)
+            for grad, length, start in zip(self.grad, self.lengths, starts, strict=True)
+        ]
+
+    def chosen(self, pieces: Sequence[int]) -> "ScatteredShard":
+        """Some of the pieces, by index."""
+        return ScatteredShard(
+            **{name: column and tuple(column[i] for i in pieces) for name, column in self._columns()}
+        )
+
+    @staticmethod
+    def joined(shards: Sequence["ScatteredShard"]) -> "ScatteredShard":
+        """The pieces of several shards with the same dtypes."""
+        columns = [dict(shard._columns()) for shard in shards]
+        return ScatteredShard(
+            **{
+                name: column and tuple(chain.from_iterable(each[name] for each in columns))
+                for name, column in columns[0].items()
+            }
+        )
+
+    def _columns(self) -> list[tuple[str, Any]]:
+        return [(field.name, getattr(self, field.name)) for field in fields(self)]
 
     @property
     def lengths(self) -> tuple[int, ...]:

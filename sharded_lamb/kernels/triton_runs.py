@@ -59,6 +59,8 @@ class Memory:
         pointers = [np.array(list(map(_POINTER, column)), dtype=np.int64) for column in columns if column]
         if not columns[1]:
             pointers.insert(1, np.zeros_like(numels))
+        if isinstance(shard, ScatteredShard) and shard.grad_starts is not None:
+            pointers[2] += shard.grad[0].itemsize * np.array(shard.grad_starts, np.int64)
         self.addresses: Integers = (
             np.stack(pointers, axis=1)[nonempty] if len(numels) else np.zeros((0, 5), np.int64)
         )

@@ -303,14 +303,14 @@ class ShardedLamb(JoinableOptimizer):
         clip = clip * rule.clip_factor(clipped_norm, live.max_grad_norm)
         options, step = self._table.options(), store.step + updated
         scale = torch.where(skip, torch.zeros_like(clip), inverse * clip)
-        update = Update(self._kernel, store.shards(), options, step=step, active=updated, grad_scale=scale)
+        update = Update(self._kernel, options, step=step, active=updated, grad_scale=scale)
         with traffic.computing("pass 1"):
-            square_sums = update.moments_and_norms()
+            square_sums = update.moments_and_norms(self._gradients.shards())
         summary, differs = self._sum_norms(square_sums, summary)
         self._skips.record(skip, summary.bad, differs)
         ratios = rule.ratios_of_sums(square_sums, options)
         step_sizes = rule.step_sizes(self._table.lr(), ratios, options, step, updated & ~differs)
-        written = update.apply(step_sizes, are_gathered=self._collectives.has_peers)
+        written = update.apply(store.shards(), step_sizes, are_gathered=self._collectives.has_peers)
         for index in traffic.computing_each("pass 2", written):
             if index < len(store.gathers):
                 store.gathers[index].start()

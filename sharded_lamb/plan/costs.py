@@ -95,7 +95,7 @@ def _of_buckets(shapes: Shapes, widths: Widths, choices: Choices, sharding: Shar
             "gradients": kept * widths.model,
             "masters": shard * widths.master,
             "moments": 2 * shard * widths.state,
-            "gradient_shards": shard * widths.compute,
+            "gradient_shards": shard * widths.compute if reduces else 0,
             "staging": staging,
         },
         large=large_sends(flat, reduces=reduces, replicas=sharding.replicate),
@@ -103,7 +103,7 @@ def _of_buckets(shapes: Shapes, widths: Widths, choices: Choices, sharding: Shar
         if sharding.world_size > 1
         else [],
         around=around,
-        update=update_bytes(shard, widths),
+        update=update_bytes(shard, widths if reduces else replace(widths, compute=widths.model)),
         padding=0,
     )
 
@@ -127,7 +127,7 @@ def _of_chunks(shapes: Shapes, widths: Widths, choices: Choices, sharding: Shard
         if sharding.world_size > 1
         else [],
         around=_around_chunks(placed, widths, choices, sharding),
-        update=update_bytes(own, replace(widths, compute=widths.model)),  # gradients are read in place
+        update=update_bytes(own, replace(widths, compute=widths.model)),
         padding=2 * (padded - own) * widths.model,
     )
 

@@ -11,6 +11,7 @@ since other processes may read it: a step copies it before, and copies the resul
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -18,8 +19,7 @@ from torch.utils.dlpack import from_dlpack
 
 from sharded_lamb.core.footprint import Widths
 from sharded_lamb.core.layout import BLOCK, Bucket, Segment
-from sharded_lamb.kernels import FlatShard, formats
-from sharded_lamb.kernels.incoming import GradientCopy
+from sharded_lamb.kernels import FlatShard, ScatteredShard, formats
 from sharded_lamb.kernels.state_format import StateFormat, StoredState, moments
 from sharded_lamb.sharding.flat_memory import zeros
 
@@ -97,8 +97,29 @@ def in_shared_memory(p: Tensor) -> bool:
     return p.device.type == "cpu" and bool(p.untyped_storage().is_shared())
 
 
+def in_memory_order(
+    grads: list[Tensor | None], strides: Sequence[tuple[int, ...] | None]
+) -> list[Tensor | None]:
+    """Gradients in the memory order of their parameters, whose ``strides`` these are; None: of a contiguous one.
+
+    Copies only gradients with other strides.
+    """
+    if all(
+        grad is None or (grad.is_contiguous() if own is None else grad.stride() == own)
+        for grad, own in zip(grads, strides, strict=True)
+    ):
+        return grads
+    return [
+        grad if grad is None else grad.contiguous() if own is None else flattened(grad, own)
+        for grad, own in zip(grads, strides, strict=True)
+    ]
+
+
 class FlatBucket:
-    """One bucket's memory on this rank. Construction copies the parameters' values into it."""
+    """One bucket's memory on this rank. Construction copies the parameters' values into it.
+
+    Without ``holds_gradients`` gradients are read where they are: see `shards_with_gradients`.
+    """
 
     def __init__(
         self,
@@ -107,6 +128,8 @@ class FlatBucket:
         precision: Precision,
         shard_rank: int,
         device: torch.device,
+        *,
+        holds_gradients: bool,
     ) -> None:
         self.plan, self.params, self.precision = plan, list(params), precision
         self.strides = [memory_strides(p) for p in params]
@@ -114,10 +137,10 @@ class FlatBucket:
         self._segment_of = {segment.param: segment for segment in self.segments}
         position_of = {param: position for position, param in enumerate(plan.params)}
         positions = [position_of[segment.param] for segment in self.segments]
-        self._segment_strides = [
-            self.strides[position] for position in positions
-        ]  # of each segment's parameter
-        self._contiguous = all(self.params[position].is_contiguous() for position in positions)
+        self.segment_strides = [  # of each segment's parameter; None: contiguous
+            None if self.params[position].is_contiguous() else self.strides[position]
+            for position in positions
+        ]
         self.flat = zeros(plan.numel, precision.model, device, lane=0)  # [bucket]
         self.low, self.high = plan.shard_range(shard_rank)
         self._shapes, self._numels = [p.shape for p in self.params], [p.numel() for p in self.params]
@@ -126,9 +149,9 @@ class FlatBucket:
         self._shared: set[int] = set()  # positions of parameters in shared memory, outside ``flat``
         for position, p in enumerate(self.params):
             self.attach(position, p.detach())
-        self.shard = self._shard()
+        self.shard = self._shard(holds_gradients=holds_gradients)
 
-    def _shard(self) -> FlatShard:
+    def _shard(self, *, holds_gradients: bool) -> FlatShard:
         numel, precision, device = self.plan.shard_numel, self.precision, self.flat.device
         shard_flat, masters = self.flat[self.low : self.high], None
         if precision.masters is not None:
@@ -141,10 +164,27 @@ class FlatBucket:
         return FlatShard(
             weight=shard_flat if masters is None else masters,
             model=None if masters is None else shard_flat,
-            grad=zeros(numel, precision.compute, device, lane=1),
+            grad=zeros(numel if holds_gradients else 0, precision.compute, device, lane=1),
             exp_avg=zeros(numel, precision.moments.storage, device, lane=2),
             exp_avg_sq=zeros(numel, precision.moments.storage, device, lane=3),
             block_param=block_param.to(device),
+        )
+
+    def pieces(self) -> ScatteredShard:
+        """`shard` in pieces, one per segment, without gradients."""
+        shard, params = self.shard, [segment.param for segment in self.segments]
+
+        def pieces(memory: Tensor) -> list[Tensor]:
+            return [self.slice_of(param, memory) for param in params]
+
+        return ScatteredShard(
+            params=tuple(params),
+            weight=pieces(shard.weight),
+            grad=(),
+            exp_avg=pieces(shard.exp_avg),
+            exp_avg_sq=pieces(shard.exp_avg_sq),
+            model=None if shard.model is None else pieces(shard.model),
+            grad_starts=[segment.start for segment in self.segments],
         )
 
     def states_of(self, param: int) -> list[StoredState]:
@@ -263,19 +303,6 @@ class FlatBucket:
         offset = flat.storage_offset() + self.plan.offsets[position]
         return flat.as_strided(self._shapes[position], self.strides[position], offset)
 
-    def own_gradients(self, grads: Sequence[Tensor | None]) -> GradientCopy:
-        """Whole gradients, whose slices the kernel copies into the gradient shard. ``grads``: [P], all parameters."""
-        return self.shard, self.segments, self.in_memory_order([grads[s.param] for s in self.segments])
-
-    def in_memory_order(self, grads: list[Tensor | None]) -> list[Tensor | None]:
-        """Gradients, one per segment, in their parameters' memory order; copies only those with other strides."""
-        if not (self._contiguous and all(grad is not None and grad.is_contiguous() for grad in grads)):
-            grads = [
-                grad if grad is None or grad.stride() == strides else flattened(grad, strides)
-                for grad, strides in zip(grads, self._segment_strides, strict=True)
-            ]
-        return grads
-
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes of this bucket on this rank, by kind."""
         shard = self.shard
@@ -285,3 +312,36 @@ class FlatBucket:
             "moments": shard.exp_avg.nbytes + shard.exp_avg_sq.nbytes,
             "gradient_shards": shard.grad.nbytes,
         }
+
+
+class GradientsInPlace:
+    """This rank's shards of some buckets in pieces, whose gradients are read where they are."""
+
+    def __init__(self, buckets: Sequence[FlatBucket]) -> None:
+        alike: dict[Precision, list[FlatBucket]] = {}
+        for bucket in buckets:
+            if bucket.segments:
+                alike.setdefault(bucket.precision, []).append(bucket)
+        self._pieces = [ScatteredShard.joined([b.pieces() for b in group]) for group in alike.values()]
+        self._strides = [
+            list(chain.from_iterable(b.segment_strides for b in group)) for group in alike.values()
+        ]
+
+    def shards(self, grads: Sequence[Tensor | None]) -> list[ScatteredShard]:
+        """One shard per precision and gradient dtype. Pieces without a gradient are left out.
+
+        Args:
+            grads: [P], whole gradients of all parameters.
+        """
+        shards = []
+        for pieces, strides in zip(self._pieces, self._strides, strict=True):
+            own = in_memory_order([grads[param] for param in pieces.params], strides)
+            by_dtype: dict[torch.dtype, list[int]] = {}
+            for piece, grad in enumerate(own):
+                if grad is not None:
+                    by_dtype.setdefault(grad.dtype, []).append(piece)
+            for dtype, chosen in by_dtype.items():
+                part = pieces if len(chosen) == len(own) else pieces.chosen(chosen)
+                found = [grad for grad in own if grad is not None and grad.dtype == dtype]
+                shards.append(replace(part, grad=found))
+        return shards

@@ -99,7 +99,14 @@ class ParamStore:
         for bucket_plan in plan.buckets:
             params = [self.params[param] for param in bucket_plan.params]
             precision = self.settings.precision(params[0].dtype)
-            bucket = FlatBucket(bucket_plan, params, precision, self.topology.shard_rank, plan.device)
+            bucket = FlatBucket(
+                bucket_plan,
+                params,
+                precision,
+                self.topology.shard_rank,
+                plan.device,
+                holds_gradients=self.settings.stage == 2,
+            )
             collectives.broadcast(bucket.flat)
             bucket.refresh_masters()
             bucket.write_shared()

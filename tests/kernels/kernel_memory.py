@@ -1,7 +1,7 @@
 """Memory for the two passes in every form, the results of a backend on it, and an optimizer with a given backend."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -75,6 +75,18 @@ def made(form: Form, first_param: int, seed: int, bad: bool, device: str = "cpu"
     blocks = torch.tensor([round_up(length, BLOCK) // BLOCK for length in form.lengths])
     owners = torch.arange(first_param, first_param + len(slices)).repeat_interleave(blocks)
     return FlatShard(**{"model": None, **memory}, block_param=owners.to(device))
+
+
+def in_whole_gradients(shard: ScatteredShard) -> ScatteredShard:
+    """The same pieces, with each gradient inside a larger one: a vector, a matrix, or a transposed matrix."""
+    grads, starts = [], []
+    for index, grad in enumerate(shard.grad):
+        start, numel = 3 * index, 2 * (3 * index + len(grad))
+        whole = torch.full((numel,), torch.nan, dtype=grad.dtype, device=grad.device)
+        whole[start : start + len(grad)] = grad
+        grads.append((whole, whole.view(2, -1), whole.view(2, -1).t())[index % 3])
+        starts.append(start)
+    return replace(shard, grad=grads, grad_starts=starts)
 
 
 def table_of(count: int, dtype: torch.dtype, bad: bool, device: str = "cpu") -> Tensor:

@@ -10,12 +10,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sharded_lamb.core.layout import BLOCK, Segment
 from sharded_lamb.core.rule import COLUMNS
 from sharded_lamb.kernels import FlatShard, ReferenceKernel, ScatteredShard, Shard, choice, fused, remainders
 from sharded_lamb.kernels.fused import CHUNK, CROWD, SHORT, FusedKernel
 from tests import training
 from tests.harness import run_ranks
+from tests.kernels.kernel_memory import in_whole_gradients
 from tests.kernels.test_kernels import BF16, DTYPES, F16, F32, F64, Dtypes, flat_shard, memory_of, piece_shard
 
 TOLERANCE = 6e-6
@@ -248,25 +248,15 @@ def test_a_weight_that_must_not_move_keeps_its_bits() -> None:
 
 @given(st.lists(st.sampled_from([1, 256, SHORT, SHORT + 1, 5000]), min_size=1, max_size=12), SEEDS)
 @example([5000, CHUNK + 300, 3], 0)
-def test_gradients_are_collected_and_squared(lengths: list[int], seed: int) -> None:
-    """A segment may start inside its parameter, and every third gradient is missing."""
-    generator = torch.Generator().manual_seed(seed)
-    shard = flat_shard(lengths, FULL, seed)
-    shard.grad.zero_()
-    expected, segments, grads, at = shard.grad.clone(), [], [], 0
-    squares = torch.zeros(len(lengths), dtype=F64)
-    for param, length in enumerate(lengths):
-        shard.grad[at : at + length] = 9.0  # from the previous step
-        grad = torch.randn(length + 5, generator=generator).to(BF16 if param % 2 else F32)
-        if param % 3 != 2:
-            expected[at : at + length] = grad[5:]
-            squares[param] = grad[5:].double().square().sum()
-        grads.append(None if param % 3 == 2 else grad)
-        segments.append(Segment(param, 5, length, at))
-        at += -(-length // BLOCK) * BLOCK
+def test_gradients_are_squared_in_place(lengths: list[int], seed: int) -> None:
+    """A piece may start inside its gradient."""
+    flat, generator = flat_shard(lengths, FULL, seed), torch.Generator().manual_seed(seed)
+    pieces = [[kind[:length] for length in lengths] for kind in (flat.weight, flat.exp_avg, flat.exp_avg_sq)]
+    grads = [torch.randn(length, generator=generator) for length in lengths]
+    bare = ScatteredShard(tuple(range(len(lengths))), pieces[0], grads, *pieces[1:])
     sums = torch.zeros(len(lengths), dtype=F64)
-    FusedKernel().collect(shard, tuple(segments), grads, sums)
-    assert torch.equal(shard.grad, expected)
+    FusedKernel().square_sums([in_whole_gradients(bare)], sums)
+    squares = torch.stack([grad.double().square().sum() for grad in grads])
     torch.testing.assert_close(sums, squares, rtol=TOLERANCE, atol=0)
 
 

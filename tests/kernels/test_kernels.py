@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from sharded_lamb.kernels import (
     Shard,
     remainders,
 )
+from tests.kernels.kernel_memory import in_whole_gradients
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 SPLIT = remainders.RemainderFormat.storage
@@ -283,7 +284,7 @@ def test_a_written_infinity_beside_a_remainder_is_infinite(name: str) -> None:
 EDGES = (-0x8000, -0x7FFF, -1, 0, 1, 0x7FFF)
 
 
-# -- average and collect ------------------------------------------------------------------------------
+# -- gradients: averages, and in place ------------------------------------------------------------------
 
 
 def segments_of(lengths: Sequence[int]) -> tuple[Segment, ...]:
@@ -346,28 +347,16 @@ def test_average_is_the_sum_in_rank_order_over_the_divisor(
 
 @pytest.mark.parametrize("name", ["torch", *OTHERS])
 @given(LENGTHS, st.sampled_from([F32, BF16, F16]), SEEDS)
-def test_collect_copies_segments_of_gradients_of_any_stride(
+def test_pieces_read_their_part_of_a_gradient_in_place(
     name: str, lengths: list[int], dtype: torch.dtype, seed: int
 ) -> None:
-    """A segment may start inside its parameter; the last gradient is transposed, and every third is missing."""
-    shard = flat_shard(lengths, Dtypes(F32, None, F32, F32), seed)
-    generator = torch.Generator().manual_seed(seed)
-    shard.grad.zero_()
-    segments, grads, expected, at = [], [], shard.grad.clone(), 0
-    for param, length in enumerate(lengths):
-        before = 256 * (param % 2)
-        grad = torch.randn(before + length + 3, generator=generator).to(dtype)
-        shard.grad[at : at + length] = 9.0  # from the previous step
-        if param % 3 == 2:
-            grads.append(None)
-        else:
-            grads.append(grad.view(-1, 1).t() if param == len(lengths) - 1 else grad)
-            expected[at : at + length] = grad[before : before + length]
-        segments.append(Segment(param, before, length, at))
-        at += round_up(length, BLOCK)
-    sums = torch.zeros(len(lengths), dtype=F64)
-    kernels.load(name).collect(shard, tuple(segments), grads, sums)
-    assert torch.equal(shard.grad, expected)
-    squares = torch.zeros(len(lengths), dtype=F64)
-    ReferenceKernel().square_sums([replace(shard, grad=expected)], squares)
-    assert torch.equal(sums, squares)
+    """A piece may start inside its gradient, which may be a matrix or transposed; around it is nan."""
+    pieces = [piece_shard(lengths, Dtypes(F32, None, dtype, F32), seed) for _ in range(2)]
+    expected = [*one_step(ReferenceKernel(), pieces[:1], len(lengths), seed), *written(pieces[0])]
+    inside = in_whole_gradients(pieces[1])
+    actual = [*one_step(kernels.load(name), [inside], len(lengths), seed), *written(inside)]
+    assert_same(actual, expected, F32)
+
+
+def written(shard: ScatteredShard) -> list[Tensor]:
+    return [*shard.weight, *shard.exp_avg, *shard.exp_avg_sq]

@@ -24,6 +24,7 @@ from tests.kernels.kernel_memory import (
     Form,
     assert_same,
     contents,
+    in_whole_gradients,
     made,
     stepped,
     table_of,
@@ -67,6 +68,23 @@ MIXED = Form(False, (700,), torch.float32, None, torch.float32, torch.float32, t
 def test_bits_are_the_references(forms: list[Form], seed: int, bad: bool) -> None:
     """Any dtypes, lengths and forms in one call; nan gradients with a scale of 0; weights that the user wrote."""
     assert_same(stepped(TritonKernel(), forms, seed, bad), stepped(ReferenceKernel(), forms, seed, bad))
+
+
+def test_pieces_read_their_part_of_a_gradient_in_place() -> None:
+    """A piece may start inside its gradient; around it is nan."""
+    for dtype in (torch.float32, torch.bfloat16):
+        form = Form(False, (5, 700, 256, 3000), torch.float32, None, dtype, *F32[3:])
+        shards = [made(form, 0, 1, False) for _ in range(2)]
+        assert isinstance(shards[1], ScatteredShard)
+        shards[1] = in_whole_gradients(shards[1])
+        results = []
+        for kernel, shard in zip((ReferenceKernel(), TritonKernel()), shards, strict=True):
+            squares, sums = torch.zeros(4, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64)
+            kernel.square_sums([shard], squares)
+            kernel.moments_and_norms([shard], table_of(4, torch.float32, False), sums)
+            assert isinstance(shard, ScatteredShard)
+            results.append([squares, sums, *shard.exp_avg, *shard.exp_avg_sq])
+        assert_same(*results)
 
 
 def test_gradients_with_scale_0_are_not_used() -> None:
