@@ -97,19 +97,26 @@ def _flat_run(shard: FlatShard) -> tuple[int, ...]:
 
 
 def _scattered_runs(shard: ScatteredShard) -> Table:
+    if "cpp" not in shard.derived:
+        shard.derived["cpp"] = _without_gradients(shard)
+    runs: Table = shard.derived["cpp"].copy()
+    addresses = np.array(list(map(_POINTER, shard.grad)), np.int64)
+    if shard.grad_starts is not None:
+        addresses += shard.grad[0].itemsize * np.array(shard.grad_starts, np.int64)
+    runs["grad"], runs["grad_dtype"] = addresses, DTYPES[shard.grad[0].dtype]
+    return runs
+
+
+def _without_gradients(shard: ScatteredShard) -> Table:
     assert shard.exp_avg[0].dtype == shard.exp_avg_sq[0].dtype
     runs = np.zeros(len(shard.params), RUN)
     runs["param"], runs["numel"] = shard.params, shard.lengths
-    memory = {name: getattr(shard, name) for name in ("weight", "model", "grad", "exp_avg", "exp_avg_sq")}
-    for name, tensors in memory.items():
+    runs["weight_dtype"], runs["state_dtype"] = DTYPES[shard.weight[0].dtype], DTYPES[shard.exp_avg[0].dtype]
+    runs["model_dtype"] = DTYPES[shard.model[0].dtype] if shard.model else NO_MODEL
+    for name in ("weight", "model", "exp_avg", "exp_avg_sq"):
+        tensors = getattr(shard, name)
         if tensors is not None:
             runs[name] = list(map(_POINTER, tensors))
-    if shard.grad_starts is not None:
-        runs["grad"] += shard.grad[0].itemsize * np.array(shard.grad_starts, np.int64)
-    models = shard.model
-    dtypes = _dtypes(shard.weight[0], models[0] if models else None, shard.grad[0], shard.exp_avg[0])
-    for name, dtype in zip(("weight_dtype", "model_dtype", "grad_dtype", "state_dtype"), dtypes, strict=True):
-        runs[name] = dtype
     return runs
 
 

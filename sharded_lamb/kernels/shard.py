@@ -1,7 +1,7 @@
 """The memory of the two passes, in two forms: one flat range of whole blocks, or scattered pieces."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Any
 
@@ -72,6 +72,12 @@ class ScatteredShard:
     exp_avg_sq: Sequence[Tensor]  # [n_i] state dtype
     model: Sequence[Tensor] | None = None  # [n_i] model dtype, if masters are separate
     grad_starts: Sequence[int] | None = None  # the first element of each piece in its gradient; None: 0
+    derived: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What a kernel has computed, by its name, from all fields but ``grad``."""
+
+    def with_gradients(self, grads: Sequence[Tensor]) -> "ScatteredShard":
+        """The same pieces with other gradients; what is derived stays."""
+        return replace(self, grad=grads)
 
     def gradients(self) -> list[Tensor]:
         """[n_i] views of the pieces' gradients, in memory order."""
@@ -83,23 +89,22 @@ class ScatteredShard:
 
     def chosen(self, pieces: Sequence[int]) -> "ScatteredShard":
         """Some of the pieces, by index."""
-        return ScatteredShard(
-            **{name: column and tuple(column[i] for i in pieces) for name, column in self._columns()}
-        )
+        columns = self._columns()
+        return _of_columns({name: column and [column[i] for i in pieces] for name, column in columns.items()})
 
     @staticmethod
     def joined(shards: Sequence["ScatteredShard"]) -> "ScatteredShard":
         """The pieces of several shards with the same dtypes."""
-        columns = [dict(shard._columns()) for shard in shards]
-        return ScatteredShard(
-            **{
-                name: column and tuple(chain.from_iterable(each[name] for each in columns))
+        columns = [shard._columns() for shard in shards]
+        return _of_columns(
+            {
+                name: column and list(chain.from_iterable(each[name] for each in columns))
                 for name, column in columns[0].items()
             }
         )
 
-    def _columns(self) -> list[tuple[str, Any]]:
-        return [(field.name, getattr(self, field.name)) for field in fields(self)]
+    def _columns(self) -> dict[str, Any]:
+        return {kind.name: getattr(self, kind.name) for kind in fields(self) if kind.name != "derived"}
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -118,6 +123,10 @@ class ScatteredShard:
     @property
     def device(self) -> torch.device:
         return self.weight[0].device
+
+
+def _of_columns(columns: dict[str, Any]) -> ScatteredShard:
+    return ScatteredShard(**{**columns, "params": tuple(columns["params"])})
 
 
 Shard = FlatShard | ScatteredShard

@@ -104,13 +104,14 @@ def in_memory_order(
 
     Copies only gradients with other strides.
     """
-    if all(
-        grad is None or (grad.is_contiguous() if own is None else grad.stride() == own)
-        for grad, own in zip(grads, strides, strict=True)
-    ):
+    if not any(strides) and all(map(Tensor.is_contiguous, [grad for grad in grads if grad is not None])):
         return grads
     return [
-        grad if grad is None else grad.contiguous() if own is None else flattened(grad, own)
+        grad
+        if grad is None or grad.stride() == own
+        else grad.contiguous()
+        if own is None
+        else flattened(grad, own)
         for grad, own in zip(grads, strides, strict=True)
     ]
 
@@ -336,12 +337,12 @@ class GradientsInPlace:
         shards = []
         for pieces, strides in zip(self._pieces, self._strides, strict=True):
             own = in_memory_order([grads[param] for param in pieces.params], strides)
-            by_dtype: dict[torch.dtype, list[int]] = {}
-            for piece, grad in enumerate(own):
-                if grad is not None:
-                    by_dtype.setdefault(grad.dtype, []).append(piece)
-            for dtype, chosen in by_dtype.items():
-                part = pieces if len(chosen) == len(own) else pieces.chosen(chosen)
+            dtypes = [None if grad is None else grad.dtype for grad in own]
+            for dtype in dict.fromkeys(dtypes):
                 found = [grad for grad in own if grad is not None and grad.dtype == dtype]
-                shards.append(replace(part, grad=found))
+                part = pieces
+                if found and len(found) < len(own):
+                    part = pieces.chosen([piece for piece, other in enumerate(dtypes) if other == dtype])
+                if found:
+                    shards.append(part.with_gradients(found))
         return shards
