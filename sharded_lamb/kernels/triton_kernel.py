@@ -5,9 +5,9 @@ shards, pieces and parameters; one more for sums. Every arithmetic step is one I
 `reference`, except the last bits of fp64 sums over more than `triton_device.DEPTH` blocks of a parameter, which have a
 different fixed order (norms are rounded to fp32 before use).
 
-Nothing synchronizes with the device; addresses are copied to it once and cached. A step can be captured as a **CUDA
-graph** after a step on the same memory: weights, gradients (``zero_grad(set_to_none=False)``) and state keep their
-addresses, and a learning rate that changes is a tensor on the device. Otherwise capturing raises RuntimeError.
+Nothing synchronizes with the device; addresses are copied to it once and cached. A step, with or without its backward,
+can be captured as a **CUDA graph** after a step like it: the same parameters have gradients, at any addresses of the
+same alignment, and a learning rate that changes is a tensor on the device. Otherwise capturing raises RuntimeError.
 
 Importing this module does not import Triton; constructing a `TritonKernel` does.
 """

@@ -150,6 +150,7 @@ class Table:
         self._shapes = np.stack([numels, first_tile, first_block], axis=1)
         self.block_param = self._block_param(memories, blocks)
         self._rows: OrderedDict[tuple[bytes, ...], Tensor] = OrderedDict()
+        self._copied_by_replays: list[Tensor] = []
 
     def _spread(self, values: Integers, counts: Integers) -> Tensor:
         """int32: values[i] repeated counts[i] times."""
@@ -185,15 +186,21 @@ class Table:
         return torch.empty(len(SUMS), padded, dtype=self.compute, device=self.device)
 
     def rows(self, memories: Sequence[Memory]) -> Tensor:
-        """[runs, 8] int64, see `ROW`; copied to the device unless an earlier call used the same memory."""
+        """[runs, 8] int64, see `ROW`; copied to the device unless an earlier call used the same memory.
+
+        In a CUDA graph each replay copies them, from memory that stays.
+        """
         where = tuple(memory.where for memory in memories)
         if where in self._rows:
             self._rows.move_to_end(where)
             return self._rows[where]
-        refuse_in_capture(self.device)
         addresses = np.concatenate([memory.addresses for memory in memories])
-        host = np.concatenate([addresses, self._shapes], axis=1)[self._order]
-        self._rows[where] = rows = _on_device(host, self.device)
+        host = _pinned(np.concatenate([addresses, self._shapes], axis=1)[self._order], self.device)
+        rows = host.to(self.device, non_blocking=True)
+        if _is_capturing(self.device):
+            self._copied_by_replays.append(host)
+            return rows
+        self._rows[where] = rows
         if len(self._rows) > KEPT_PLACES:
             self._rows.popitem(last=False)
         return rows
@@ -205,10 +212,14 @@ def _form_of(memory: Memory, forms: Sequence[Form]) -> Integers:
     return np.where(memory.aligned, aligned, plain)
 
 
-def _on_device(values: Integers, device: torch.device) -> Tensor:
-    """Copy from pinned memory, without a synchronization."""
+def _pinned(values: Integers, device: torch.device) -> Tensor:
+    """Memory from which a copy to ``device`` needs no synchronization."""
     host = torch.from_numpy(values)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    return host.pin_memory() if device.type == "cuda" else host
+
+
+def _on_device(values: Integers, device: torch.device) -> Tensor:
+    return _pinned(values, device).to(device, non_blocking=True)
 
 
 def _is_capturing(device: torch.device) -> bool:
@@ -216,12 +227,11 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def refuse_in_capture(device: torch.device) -> None:
-    """Raises RuntimeError while a CUDA graph is captured: a replay would copy from freed host memory."""
+    """Raises RuntimeError while a CUDA graph is captured: each replay would build the table anew."""
     if _is_capturing(device):
         raise RuntimeError(
-            "a CUDA graph is being captured, and this step's weights, gradients or state have other addresses than in "
-            "earlier steps: run a step on the same memory first, and keep gradients in place between steps "
-            "(zero_grad(set_to_none=False))"
+            "a CUDA graph is being captured, and this step updates other parameters, or memory of other dtypes or "
+            "alignment, than earlier steps: run a step like it first"
         )
 
 
@@ -241,7 +251,7 @@ class Tables:
         """The table of a call and its rows; None if no shard has an element.
 
         Raises:
-            RuntimeError: the table or its rows are not cached, and a CUDA graph is being captured.
+            RuntimeError: the table is not cached, and a CUDA graph is being captured.
         """
         memories = [self._memory(shard) for shard in shards]
         nonempty = [shard for shard, memory in zip(shards, memories, strict=True) if len(memory.numels)]

@@ -53,13 +53,13 @@ def test_launches_are_counted_by_forms_of_memory(launches: list[str]) -> None:
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the tables copied to the device."""
     seen: list[tuple[int, ...]] = []
-    real = triton_runs._on_device
+    real = triton_runs._pinned
 
     def counted(values: Any, device: torch.device) -> Tensor:
         seen.append(values.shape)
         return real(values, device)
 
-    monkeypatch.setattr(triton_runs, "_on_device", counted)
+    monkeypatch.setattr(triton_runs, "_pinned", counted)
     return seen
 
 
@@ -137,16 +137,32 @@ def test_old_tables_are_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_new_table_raises_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, form = TritonKernel(), Form(False, (5,), *F32)
-    cached, moved = (made(form, 0, seed, False) for seed in range(2))
+    cached = made(form, 0, 0, False)
     other = made(replace(form, lengths=(6,)), 0, 0, False)
     both_passes(kernel, [cached], 1)
     monkeypatch.setattr(triton_runs, "_is_capturing", lambda device: True)
     both_passes(kernel, [cached], 1)
     assert len(kernel._tables._captured) == 3
-    for shard in (moved, other):
-        with pytest.raises(RuntimeError, match="set_to_none=False"):
-            both_passes(kernel, [shard], 1)
+    with pytest.raises(RuntimeError, match="a step like it first"):
+        both_passes(kernel, [other], 1)
     assert len(kernel._tables._tables) == 1
+
+
+def test_new_addresses_in_a_graph_are_for_that_graph_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a replay writes them to the device, from memory that stays: a later call copies them itself."""
+    kernel, form = TritonKernel(), Form(False, (5,), *F32)
+    shards = [made(form, 0, seed, False) for seed in range(2)]
+    both_passes(kernel, shards[:1], 1)
+    (table,) = kernel._tables._tables.values()
+    before = dict(table._rows)
+    with monkeypatch.context() as patched:
+        patched.setattr(triton_runs, "_is_capturing", lambda device: True)
+        both_passes(kernel, shards[1:], 1)
+    assert table._rows == before
+    captured = [(id(table), rows.data_ptr()) for table, rows in kernel._tables._captured]
+    assert len(captured) == len(table._copied_by_replays) == 3
+    both_passes(kernel, shards[1:], 1)
+    assert len(table._rows) == len(before) + 1
 
 
 # -- the optimizer -------------------------------------------------------------------------------------
