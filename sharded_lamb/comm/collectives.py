@@ -395,10 +395,13 @@ class Collectives:
     def _transfer(
         self, start: Callable[..., "dist.Work | None"], tensor: Tensor, peer: int, entered: Entered | None
     ) -> None:
-        """Send ``tensor`` to or receive it from the global rank ``peer``, and wait for it."""
+        """Send ``tensor`` to or receive it from the global rank ``peer``, and wait for it.
+
+        As a batch of one: outside of batches NCCL makes a communicator for every pair of ranks.
+        """
         assert self.everyone is not None
-        work = start(tensor, peer, group=self.everyone.pg, tag=Tag.STATE)
-        Pending([work], keep_alive=tensor, reports_completion=False, entered=entered).wait()
+        works = dist.batch_isend_irecv([dist.P2POp(start, tensor, peer, self.everyone.pg, Tag.STATE)])
+        Pending(works, keep_alive=tensor, reports_completion=False, entered=entered).wait()
 
 
 def _completes(work: "dist.Work", seconds: float) -> bool:

@@ -72,6 +72,20 @@ def test_averages_of_16_bit_gradients_do_not_overflow() -> None:
                 )
 
 
+def batches_of_whole_states(rank: int) -> int:
+    weight = nn.Parameter(torch.ones(300))
+    optimizer = ShardedLamb([("weight", weight)], lr=0.01)
+    with mock.patch.object(dist, "batch_isend_irecv", wraps=dist.batch_isend_irecv) as batch:
+        optimizer.load_full_state_dict(optimizer.full_state_dict())
+    return batch.call_count
+
+
+def test_whole_states_travel_in_batches() -> None:
+    """Outside of batches NCCL makes a communicator for every pair of ranks, with memory of its own."""
+    sent, received = run_ranks(2, batches_of_whole_states)
+    assert sent == received > 0
+
+
 def on_a_gpu_with_gloo(rank: int) -> str:
     try:
         Collectives(Topology.of(None, None), torch.device("cuda", 0))
