@@ -200,6 +200,16 @@ class AttachedGradients:
     def _marked(self) -> Iterator[int]:
         return (param for param, mark in enumerate(self._marks) if mark is not None)
 
+    def _touched(self) -> list[int]:
+        """The marked parameters whose ``.grad`` is no longer the handle it was given, or zeroed: mostly none."""
+        touched = []
+        for param, (p, mark) in enumerate(zip(self.params, self._marks, strict=True)):
+            if mark is not None:
+                grad = p.grad
+                if type(grad) is not ReducedGradient or grad.mark is not mark or mark.is_zeroed:
+                    touched.append(param)
+        return touched
+
     def holds_any(self) -> bool:
         """Whether the shards hold a gradient whose ``.grad`` was neither set to None nor zeroed in place."""
         return any(self.has_gradient(param) and not self.is_zeroed(param) for param in self._marked())
@@ -225,7 +235,7 @@ class AttachedGradients:
 
     def check(self, *, used: bool) -> None:
         """Raises RuntimeError as `keeps`; changes nothing."""
-        for param in self._marked():
+        for param in self._touched():
             grad = self.params[param].grad
             if grad is None or param in self._aside or self._is_handle(param, grad):
                 continue
@@ -235,7 +245,7 @@ class AttachedGradients:
     def collect_edits(self) -> list[int]:
         """Parameters newly removed or zeroed; afterwards `removed` and `zeroed` contain them."""
         edited = []
-        for param in list(self._marked()):
+        for param in self._touched():
             mark, grad = self._marks[param], self.params[param].grad
             assert mark is not None
             if param in self._aside:
