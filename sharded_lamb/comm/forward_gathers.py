@@ -5,7 +5,7 @@ that is read without a call of its module (``nn.MultiheadAttention`` reads ``out
 detects them: the step itself waits for every bucket with a parameter whose module was not called.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,35 +19,36 @@ class ForwardGathers:
 
     def __init__(self) -> None:
         self._in_flight: dict[int, ParamGather] = {}
-        self._bucket_of: dict[Tensor, int] = {}  # parameters of watched modules
+        self._watched: set[Tensor] = set()  # parameters of watched modules
+        self._bucket_of: dict[Tensor, int] = {}  # of those that are in a bucket
+        self._buckets = 0  # when that was last looked up
         self._read: set[Tensor] = set()  # parameters whose module was called
         self._learning = True
         self._may_wait: set[int] = set()
         self._handles: list[Any] = []  # of hooks on modules
 
-    def watch(self, module: nn.Module, bucket_of: Mapping[Tensor, int]) -> "Watch":
+    def watch(self, module: nn.Module, params: Collection[Tensor]) -> "Watch":
         """Make the forward of ``module`` and of its submodules wait for their parameters.
 
         Args:
-            bucket_of: the bucket of every parameter of the optimizer that is in one.
+            params: all parameters of the optimizer; those in no bucket (frozen, DTensors) are not waited for.
 
         Raises:
-            ValueError: no parameter of ``module`` is in ``bucket_of``.
+            ValueError: no parameter of ``module`` is in ``params``.
         """
-        watched: dict[Tensor, int] = {p: bucket_of[p] for p in module.parameters() if p in bucket_of}
+        watched = set(module.parameters()).intersection(params)
         if not watched:
             raise ValueError(
-                "overlap_forward got a module without a parameter that this optimizer gathers: pass the model whose "
-                "parameters it was constructed from (DTensors are gathered by fully_shard)"
+                "overlap_forward got a module without a parameter of this optimizer: pass the model whose parameters "
+                "it was constructed from"
             )
-        self._bucket_of.update(watched)
+        self._watched |= watched
         self._learning, self._read, self._may_wait = True, set(), set()
         handles: list[Any] = []
         for part in module.modules():
             own = [p for p in part.parameters(recurse=False) if p in watched]
             if own:
-                buckets = sorted({self._bucket_of[p] for p in own})
-                handles.append(part.register_forward_pre_hook(_BeforeForward(self, own, buckets)))
+                handles.append(part.register_forward_pre_hook(_BeforeForward(self, own)))
             untyped: Any = part
             handles.append(untyped.register_state_dict_pre_hook(self._before_state))
             handles.append(untyped.register_load_state_dict_pre_hook(self._before_state))
@@ -65,15 +66,17 @@ class ForwardGathers:
     def unwatch(self, params: Iterable[Tensor]) -> None:
         """Let steps wait for the gathers of these parameters again."""
         self.wait()
+        self._watched.difference_update(params)
+        self._read.difference_update(params)
         for p in params:
             self._may_wait.discard(self._bucket_of.pop(p, -1))
 
-    def read(self, own: Sequence[Tensor], buckets: Sequence[int]) -> None:
+    def read(self, own: Sequence[Tensor]) -> None:
         """Before a module reads its own parameters: wait for their buckets."""
         if self._learning:
             self._read.update(own)
         if self._in_flight:
-            self.wait(buckets)
+            self.wait({self._bucket_of[p] for p in own if p in self._bucket_of})
 
     def __reduce__(self) -> tuple[type["ForwardGathers"], tuple[()]]:
         """A copied or pickled model has complete parameters and no gathers."""
@@ -91,10 +94,10 @@ class ForwardGathers:
             params: the parameters of each bucket.
         """
         assert not self._in_flight, "a step starts after all parameters are gathered"
-        if self._learning and self._read:
-            self._learning = False
-            buckets = set(self._bucket_of.values())
-            self._may_wait = {b for b in buckets if all(p in self._read for p in params[b])}
+        if self._read and (self._learning or len(params) != self._buckets):
+            self._learning, self._buckets = False, len(params)
+            self._bucket_of = {p: b for b, own in enumerate(params) for p in own if p in self._watched}
+            self._may_wait = {b for b in self._bucket_of.values() if all(p in self._read for p in params[b])}
         for bucket in reversed(range(len(gathers))):  # the order in which pass 2 started them
             if bucket in self._may_wait:
                 self._in_flight[bucket] = gathers[bucket]
@@ -115,10 +118,9 @@ class _BeforeForward:
 
     gathers: ForwardGathers
     own: Sequence[Tensor]
-    buckets: Sequence[int]
 
     def __call__(self, _: nn.Module, __: Any) -> None:
-        self.gathers.read(self.own, self.buckets)
+        self.gathers.read(self.own)
 
 
 class Watch:

@@ -439,11 +439,10 @@ class ShardedLamb(JoinableOptimizer):
             A handle whose ``remove()`` ends the overlap.
 
         Raises:
-            ValueError: this optimizer gathers none of the module's parameters.
+            ValueError: the module has none of this optimizer's parameters.
         """
         self._check_open()
-        bucket_of = {p: index for index, bucket in enumerate(self._store.buckets) for p in bucket.params}
-        return self._gathers.watch(module, bucket_of)
+        return self._gathers.watch(module, [p for group in self.param_groups for p in group["params"]])
 
     def synchronize(self) -> None:
         """Wait until every parameter is gathered; without `overlap_forward`, `step` does so before it returns."""

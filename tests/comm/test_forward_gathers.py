@@ -175,9 +175,39 @@ def test_every_module_waits_for_its_own_parameters() -> None:
             assert stale == [], event
 
 
+def unfrozen(rank: int, overlap: bool) -> tuple[list[int], Tensor]:
+    """Gathers in flight after each step, and weights; the optimizer's layers are unfrozen one after the other."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1:].requires_grad_(False)
+    opt = ShardedLamb(model[1:].named_parameters(), lr=0.1, stage=2, bucket_mb=SMALL)
+    flying = []
+    with lazy_gathers():
+        if overlap:
+            opt.overlap_forward(model)
+        for layer in (None, 2, 1):
+            if layer is not None:
+                model[layer].requires_grad_(True)
+            for _ in range(2):
+                model(torch.full((1, 64), 1.0 + rank)).square().sum().backward()
+                opt.step()
+                flying.append(len(opt._gathers._in_flight))
+                opt.zero_grad()
+        opt.synchronize()
+    return flying, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_unfrozen_parameters_are_gathered_in_the_next_forward() -> None:
+    for (flying, weights), (_, expected) in zip(
+        run_ranks(2, unfrozen, True), run_ranks(2, unfrozen, False), strict=True
+    ):
+        assert flying == [0, 0, 1, 1, 2, 2]
+        assert torch.equal(weights, expected)
+
+
 def test_a_model_of_another_optimizer_raises() -> None:
     opt = ShardedLamb(nn.Linear(3, 3).named_parameters())
-    with pytest.raises(ValueError, match="without a parameter that this optimizer gathers"):
+    with pytest.raises(ValueError, match="without a parameter of this optimizer"):
         opt.overlap_forward(nn.Linear(3, 3))
 
 
