@@ -1,7 +1,7 @@
 """Which gradients stage 2 holds reduced, by the handles that it attaches to ``.grad``, and users' edits of them."""
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -221,9 +221,39 @@ class AttachedGradients:
             return grad.mark is not None and grad.mark.is_zeroed
         return grad is not None and self._was_zeroed(param, grad)
 
-    def zero(self, params: Sequence[int]) -> None:
-        """Zero gradients in the shards."""
-        for param in params:
+    def expect(self, param: int) -> bool:
+        """Attach a handle where there is no gradient, of one that another rank may have; False: there is one."""
+        p = self.params[param]
+        if self._marks[param] is not None or p.grad is not None or not p.requires_grad:
+            return False
+        self.attach(param, renew=True)
+        return True
+
+    def edits_during(self, fired: Container[int], awaited: Iterable[int]) -> tuple[list[int], list[int]]:
+        """Take back the edits of gradients since their hooks have ``fired``, and the handles of ``awaited``.
+
+        Returns:
+            The parameters that were removed, and zeroed, for `repeat`.
+        """
+        zeroed = [*filter(self.is_zeroed, range(len(self.params)))]
+        marked = [*self._marked()]
+        removed = [
+            param
+            for param, p in enumerate(self.params)
+            if p.grad is None and (param in fired or param in marked)
+        ]
+        for param in marked:
+            if self.params[param].grad is None:
+                self.attach(param, renew=False)
+        for param in awaited:
+            self.drop(param)
+        return removed, zeroed
+
+    def repeat(self, removed: Iterable[int], zeroed: Iterable[int]) -> None:
+        """Edit gradients as `edits_during` found."""
+        for param in removed:
+            self.params[param].grad = None
+        for param in zeroed:
             mark = self._marks[param]
             if mark is not None:
                 mark.zero()

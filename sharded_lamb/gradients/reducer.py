@@ -155,15 +155,8 @@ class BackwardReducer:
     def _before_gradient(self, param: int) -> None:
         """Free ``.grad``; first, close the round of a backward that failed, as ranks on which it did not fail did."""
         if self.enabled and self._round is not None and self._round.is_abandoned:
-            self._close_abandoned(self._round)
+            self._close_round()
         self.attached.set_aside(param, used=self._used)
-
-    def _close_abandoned(self, current: Round) -> None:
-        """Close a round that may have been zeroed while it was open."""
-        zeroed = [member for member in self.bucket_of if self.attached.is_zeroed(member)]
-        current.is_zeroed = all(self.params[m].grad is None for m in self.bucket_of.keys() - set(zeroed))
-        self._close_round()
-        self.attached.zero(zeroed)
 
     def _on_gradient(self, param: int) -> None:
         """Count the gradient of ``param``, which autograd has accumulated, and launch complete buckets."""
@@ -175,7 +168,9 @@ class BackwardReducer:
         if task not in current.callbacks:
             callback = partial(self._end_of_backward, task)
             torch.autograd.Variable._execution_engine.queue_callback(callback)
-            current.callbacks[task] = weakref.ref(callback)
+            others = self.bucket_of if self.collectives.world_size > 1 else ()
+            failed = partial(current.failed, self.attached, others)
+            current.callbacks[task] = weakref.ref(callback, failed)
             del callback  # a traceback may hold this frame
         if param in current.fired:
             self.late.add(param)
@@ -206,9 +201,10 @@ class BackwardReducer:
             raise
 
     def _close_round(self) -> None:
-        """Launch the remaining buckets; attach handles in place of gradients that arrived after their launch."""
+        """Launch the remaining buckets, attach handles for late gradients, repeat edits since a failed backward."""
         current = self._round
         assert current is not None
+        edits = self.attached.edits_during(current.fired, current.awaited) if current.is_abandoned else None
         while current.next < len(self.buckets):
             current.next += 1
             self._launch(current.next - 1, current)
@@ -218,7 +214,10 @@ class BackwardReducer:
                 self._late_grads[param], self.params[param].grad = grad, None
                 self.attached.attach(param, renew=False)
         self._round, self.rounds = None, self.rounds + 1
+        current.callbacks.clear()
         self._enter(ReducerState.LAUNCHED)
+        if edits is not None:
+            self.attached.repeat(*edits)
 
     @torch.no_grad()  # after backward(create_graph=True) gradients require gradients
     def _launch(self, index: int, current: Round | None = None) -> None:
@@ -242,7 +241,7 @@ class BackwardReducer:
             grads.append(grad)
             self.present[param] = stays or grad is not None
             # Another rank may have a gradient.
-            elsewhere = current is not None and not current.is_zeroed and self.collectives.world_size > 1
+            elsewhere = current is not None and self.collectives.world_size > 1
             if self.present[param] or (elsewhere and p.requires_grad):
                 self.attached.attach(param, renew=not kept[-1][0])
         if faults.point("gradient"):
@@ -310,7 +309,7 @@ class BackwardReducer:
 
     def settle(self) -> None:
         """Launch an open round's remaining buckets, wait for all, and sum the summaries (small all-reduce a)."""
-        if self.state is ReducerState.ROUND:
+        if self._round is not None:
             self._close_round()
         if self.state is ReducerState.LAUNCHED:
             self._drain()
@@ -360,7 +359,7 @@ class BackwardReducer:
             RuntimeError: as `AttachedGradients.check`.
         """
         if self._round is not None:
-            self._close_abandoned(self._round)
+            self._close_round()
         self._guarded(partial(self.attached.check, used=self._used))
         holds = self.state is not ReducerState.EMPTY and self.attached.holds_any()
         if not holds or self.may_lag or self.attached.has_own_gradients([*self.bucket_of]):

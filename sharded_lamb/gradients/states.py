@@ -2,6 +2,7 @@
 
 import warnings
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sharded_lamb.comm.collectives import Pending
-from sharded_lamb.gradients.attached import Kept
+from sharded_lamb.gradients.attached import AttachedGradients, Kept
 from sharded_lamb.gradients.exchange import Staging
 
 
@@ -74,12 +75,16 @@ class Round:
     # For each backward pass: the callback that autograd calls at its end, and drops if it fails; None: called.
     callbacks: dict[int, "weakref.ref[Any] | None"] = field(default_factory=dict)
     is_throttled: bool = True
-    is_zeroed: bool = False  # its backward failed, and the user zeroed all gradients since
+    is_abandoned: bool = False  # an exception ended its backward
+    awaited: set[int] = field(default_factory=set)  # then: parameters without a gradient, which got handles
 
-    @property
-    def is_abandoned(self) -> bool:
-        """Whether an exception ended its backward."""
-        return any(callback is not None and callback() is None for callback in self.callbacks.values())
+    def failed(self, attached: AttachedGradients, members: Iterable[int], _: Any) -> None:
+        """Autograd has dropped a callback, so its backward failed: handles show what users remove or zero from now on.
+
+        ``members``: parameters of which other ranks may have gradients.
+        """
+        self.is_abandoned = True
+        self.awaited.update(filter(attached.expect, members))
 
 
 def warn_of_late_buckets(rounds: int, seconds: float) -> None:

@@ -104,6 +104,24 @@ def test_a_tied_gradient_of_a_failed_backward_is_lost(how: str) -> None:
     assert outcome.kind == "equal", outcome.reason
 
 
+LAYER = Op("zero_grad", {"who": ["layer", 1], "set_to_none": True})
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("before", [[], [backward(1, 2)]], ids=["first", "second"])
+@pytest.mark.parametrize(
+    "after", [[], [backward(3, 2)], [Op("zero_grad", {"who": "model", "set_to_none": True})]]
+)
+def test_a_layer_zeroed_after_a_backward_that_failed_on_one_rank(
+    before: list[Op], after: list[Op], overlap: bool
+) -> None:
+    """Rank 1's reduction is still open, rank 0's is not."""
+    fails = Op("backward", {"parts": [[0, 1]] * 2, "key": 2, "fail": [None, 1]})
+    program = made(*before, fails, LAYER, *after, Op("step"), how="stage2", world=2)
+    outcome = outcome_of(replace(program, settings={**SETTINGS, "overlap": overlap}), TIMEOUT_S)
+    assert outcome.kind == "equal", outcome.reason
+
+
 def test_ratios_stay_where_gradscaler_skips_the_step_itself() -> None:
     args = {"parts": [[0, 1]], "key": 2, "unscale": False}
     ops = [Op("amp_step", {**args, "nan": nan}) for nan in (None, 0)]
