@@ -44,7 +44,7 @@ def compare(program: Program, how: str, seen: Observation, right: Observation) -
     for name, expected in right.weights.items():
         gap = float(np.linalg.norm(seen.weights[name] - expected))
         size = float(np.linalg.norm(expected))
-        if not gap <= TOLERANCE[slots[name].dtype] * size:
+        if not gap <= (worst if right.is_rough else TOLERANCE[slots[name].dtype]) * size:
             raise WrongNumber(f"weights of {name} are off by {gap / size:.2g} of their norm")
     for ratios, expected_ratios in zip(seen.ratios, right.ratios, strict=True):
         _same("updated parameters", sorted(ratios), sorted(expected_ratios))

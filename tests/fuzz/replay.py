@@ -68,6 +68,7 @@ class Observation:
     number: float | None = None  # a norm or a loss
     terms: float = 0.0  # the sum of the absolute values that ``number`` sums
     norms: dict[str, float] | None = None  # of .grad
+    is_rough: bool = False  # weights are as exact as those of the roughest dtype
 
 
 @dataclass
@@ -113,6 +114,7 @@ class Replay:
         self.ended = False
         self.phase = self.index = -1
         self.skipped = [0] * 9
+        self.is_rough = False
         self.is_low_precision = any(slot.dtype == "bfloat16" for slot in self.slots.values())
 
     def start(self, phase: Phase) -> None:
@@ -433,7 +435,7 @@ class Replay:
             norm = self._norm(self.slots)
             _ensure(differs is None and bool(self.averaged))
             # torch rounds the norm of a bfloat16 gradient to bfloat16, and scales all gradients by a factor of it.
-            _ensure(len({self.slots[name].dtype == "bfloat16" for name in self.averaged}) == 1)
+            _ensure(not self._mixes(self.averaged))
             factor = min(1.0, limit / (norm + 1e-6)) if np.isfinite(norm) else np.nan
             self.averaged = {name: g * factor for name, g in self.averaged.items()}
             self._read(self.optimizers)
@@ -507,6 +509,7 @@ class Replay:
             weights={name: value.copy() for name, value in self.lamb.params.items()},
             ratios=[optimizer.ratios for optimizer in self.optimizers],
             skipped=[optimizer.skipped for optimizer in self.optimizers],
+            is_rough=self.is_rough,
         )
 
     def _step(self, optimizer: _Optimizer) -> None:
@@ -524,6 +527,7 @@ class Replay:
             optimizer.ratios = {}
             return
         optimizer.skips_in_a_row = 0
+        self.is_rough |= clip < 1 and self._mixes(gradients)
         lamb = self.lamb
         for names, group in zip(optimizer.groups, optimizer.options, strict=True):
             for name in names:
@@ -542,7 +546,18 @@ class Replay:
                         excluded.add(name)
         lamb.max_grad_norm = optimizer.max_grad_norm
         lamb.step({name: g * clip for name, g in gradients.items()})
+        limit = lamb.max_grad_norm
+        self.is_rough |= limit is not None and lamb.grad_norm > 0.9 * limit and self._mixes(gradients)
         optimizer.ratios = dict(lamb.ratios)
+
+    def _mixes(self, gradients: Iterable[str]) -> bool:
+        """Whether a norm of these gradients has the rounding of bfloat16 and scales others.
+
+        A bfloat16 gradient that was rounded k times is off by k·2⁻⁹ at most, and so is the norm. A step that it clips
+        changes elements of u by 2k·2⁻⁹, and after the ratio a weight by lr·4k·2⁻⁹ of its norm, at most. Where
+        all steps clip alike it cancels, so that it rarely comes near.
+        """
+        return len({self.slots[name].dtype == "bfloat16" for name in gradients}) > 1
 
     def amp_step(
         self,

@@ -1,5 +1,6 @@
 """The fuzzer: programs in the suite, and that it sees faults."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,19 @@ def test_torch_clips_float64_beside_bfloat16_roughly() -> None:
     mixed = replace(made(backward(1), clip), layers=((Slot("layers.0.a", (13, 5), "bfloat16"),), LAYERS[1]))
     with pytest.raises(Undefined):
         replayed(mixed)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", None), ("bfloat16", 0.5), ("float64", 0.5)])
+def test_a_norm_of_bfloat16_gradients_clips_roughly(dtype: str, limit: float | None) -> None:
+    layers = ((Slot("layers.0.a", (13, 5), dtype),), LAYERS[1])
+    plan = replace(made(backward(1), Op("step")), layers=layers, options={**OPTIONS, "max_grad_norm": limit})
+    right = replayed(plan).observations[0, 1]
+    assert right.is_rough == (dtype == "bfloat16" and limit is not None)
+    assert right.weights is not None
+    for off, accepted in ((1e-3, right.is_rough), (1e-2, False)):
+        seen = replace(right, weights={name: value * (1 + off) for name, value in right.weights.items()})
+        with nullcontext() if accepted else pytest.raises(WrongNumber):
+            compare(plan, "averaged", seen, right)
 
 
 def test_shrinking_keeps_the_fault() -> None:
