@@ -179,7 +179,7 @@ class Collectives:
         """Whether `exchange` and local sums replace `reduce_scatter`: on gloo."""
         self._stalls: Stalls | None = None
         if self.everyone is not None and _backend(self.everyone.pg, device) == "gloo":
-            self._stalls = Stalls(self.everyone.name, topology.global_rank, topology.everyone, self._abandon)
+            self._stalls = Stalls(self.everyone.name, topology.global_rank, self._abandon)
 
     @staticmethod
     def _group(ranks: tuple[int, ...], device: torch.device) -> OwnedGroup | None:

@@ -2,11 +2,12 @@
 
 A rank that waits for longer than `PATIENCE` writes to the rendezvous store how many collectives of each kind it has
 entered and in which it waits, and reads what other waiting ranks wrote. It is stuck if it waits for a rank that has
-not entered the same collective, and that rank waits as well, for one that is stuck. A slow rank or a slow network is
-never stuck: one rank of those that wait for each other makes progress.
+not entered the same collective, and that rank waits as well, perhaps in another optimizer, for one that is stuck. A
+slow rank or a slow network is never stuck: one rank of those that wait for each other makes progress.
 """
 
 import json
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,17 +21,23 @@ PATIENCE = 10.0
 PERIOD = 1.0
 """Seconds between two looks. Two that see the same make ranks stuck."""
 Post = Mapping[str, Any]
-"""``{"entered": {collective: count}, "in": collective, "number": of this one, "ranks": [...]}``; ranks are global."""
+"""``{"entered": {group: {collective: count}}, "in": [group, collective], "number": of this one, "ranks": [...]}``.
+
+Ranks are global. "entered" lacks the groups that this rank has ended, after all of their collectives.
+"""
+
+_LIVE: "weakref.WeakSet[Stalls]" = weakref.WeakSet()
 
 
 class Stalls:
-    """Counts the collectives that this rank enters, for the ranks that share ``name``."""
+    """Counts the collectives of one group that this rank enters."""
 
-    def __init__(self, name: str, rank: int, ranks: Sequence[int], abandon: Callable[[], None]) -> None:
-        """``abandon``: called before this rank raises; its collective never completes."""
-        self.rank, self.ranks, self.abandon = rank, ranks, abandon
-        self._name = name
+    def __init__(self, name: str, rank: int, abandon: Callable[[], None]) -> None:
+        """``abandon``: called before a rank raises that waits for it; a collective never completes."""
+        self.rank, self.abandon = rank, abandon
+        self.name = name
         self._entered: Counter[str] = Counter()
+        _LIVE.add(self)
 
     def entered(self, collective: str, ranks: Sequence[int]) -> "Entered":
         """Count a collective that waits for ``ranks`` (global), before its start."""
@@ -38,25 +45,32 @@ class Stalls:
         return Entered(self, collective, self._entered[collective], ranks)
 
     def posts(self, own: "Entered") -> dict[int, Post]:
-        """Write what this rank waits for; returns what all waiting ranks wrote."""
+        """Write what this rank waits for; returns what was written by the ranks for which it waits, also indirectly."""
         store = self._store()
         post = {
-            "entered": self._entered,
-            "in": own.collective,
+            "entered": {stalls.name: stalls._entered for stalls in _LIVE},
+            "in": [self.name, own.collective],
             "number": own.number,
             "ranks": [*own.ranks],
         }
         store.set(str(self.rank), json.dumps(post, sort_keys=True))
-        keys = {rank: str(rank) for rank in self.ranks}
-        waiting = {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
-        return {rank: json.loads(text) for rank, text in waiting.items() if text}
+        posts: dict[int, Post] = {}
+        unread, read = {self.rank}, set()
+        while unread:
+            read |= unread
+            waiting = {rank: store.get(str(rank)).decode() for rank in unread if store.check([str(rank)])}
+            found = {rank: json.loads(text) for rank, text in waiting.items() if text}
+            posts |= found
+            unread = {rank for post in found.values() for rank in post["ranks"]} - read
+        return posts
 
     def moved_on(self) -> None:
         """This rank no longer waits."""
         self._store().set(str(self.rank), "")
 
-    def _store(self) -> PrefixStore:
-        return PrefixStore(f"sharded_lamb/stalls/{self._name}", dist.distributed_c10d._get_default_store())
+    @staticmethod
+    def _store() -> PrefixStore:
+        return PrefixStore("sharded_lamb/stalls", dist.distributed_c10d._get_default_store())
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,9 @@ class Entered:
             posts = self.stalls.posts(self)
             stuck = stuck_ranks(posts)
             if self.stalls.rank in stuck and all(before.get(rank) == posts[rank] for rank in stuck):
-                self.stalls.abandon()
+                waited = {posts[rank]["in"][0] for rank in stuck}
+                for stalls in [each for each in _LIVE if each.name in waited]:
+                    stalls.abandon()
                 raise RuntimeError(_message(posts, stuck))
             before = posts
         self.stalls.moved_on()
@@ -100,17 +116,24 @@ def stuck_ranks(posts: Mapping[int, Post]) -> set[int]:
 def _holders(rank: int, posts: Mapping[int, Post]) -> set[int]:
     """The waiting ranks that have not entered the collective in which ``rank`` waits."""
     post = posts[rank]
-    others = [other for other in post["ranks"] if other in posts]
-    return {other for other in others if posts[other]["entered"].get(post["in"], 0) < post["number"]}
+    group, collective = post["in"]
+    others = [other for other in post["ranks"] if group in posts.get(other, {}).get("entered", ())]
+    return {other for other in others if posts[other]["entered"][group].get(collective, 0) < post["number"]}
 
 
 def _message(posts: Mapping[int, Post], stuck: set[int]) -> str:
-    lines = [f"  rank {rank} waits in {posts[rank]['in']} {posts[rank]['number']}" for rank in sorted(stuck)]
+    groups = sorted({posts[rank]["in"][0] for rank in stuck}, key=lambda name: (len(name), name))
+    lines = []
+    for rank in sorted(stuck):
+        group, collective = posts[rank]["in"]
+        which = f" of optimizer {groups.index(group) + 1} of {len(groups)}" if len(groups) > 1 else ""
+        lines.append(f"  rank {rank} waits in {collective} {posts[rank]['number']}{which}")
     return "\n".join(
         [
             "ranks wait for each other in different collectives:",
             *lines,
-            "A call of backward(), step(), clip_grad_norm_() or full_state_dict() is missing on some ranks: every rank "
-            "must make the same calls in the same order",
+            "A call of backward(), step(), zero_grad(), clip_grad_norm_() or full_state_dict() is missing on a rank. "
+            "Make the same calls in the same order on every rank. In stage=2, step after a backward that reaches an "
+            "optimizer on some ranks only, before zero_grad() or another backward()",
         ]
     )

@@ -83,8 +83,13 @@ def test_a_call_that_moves_state_or_parameters_on_one_rank_is_an_error(reads: bo
         assert "ranks wait for each other" in message
 
 
-def post(collective: str, number: int, ranks: int = 2, **entered: int) -> Post:
-    return {"entered": entered, "in": collective, "number": number, "ranks": [*range(ranks)]}
+def post(collective: str, number: int, ranks: int = 2, group: str = "", **entered: int) -> Post:
+    return {
+        "entered": {group: entered},
+        "in": [group, collective],
+        "number": number,
+        "ranks": [*range(ranks)],
+    }
 
 
 def test_ranks_are_stuck_if_each_waits_for_a_rank_that_waits() -> None:
@@ -95,6 +100,33 @@ def test_ranks_are_stuck_if_each_waits_for_a_rank_that_waits() -> None:
     assert stuck_ranks({0: first}) == set()  # rank 1 computes
     behind = post("sums", 4, ranks=3, reduce=4, sums=4)
     assert stuck_ranks({0: first, 1: second, 2: behind}) == {0, 1, 2}
+    elsewhere = post("sums", 4, group="another optimizer", sums=4)
+    assert stuck_ranks({0: first, 1: elsewhere}) == set()  # rank 1 has ended rank 0's optimizer
+    elsewhere["entered"][""] = {"reduce": 4}
+    assert stuck_ranks({0: first, 1: elsewhere}) == set()  # rank 0 has ended rank 1's
+    first["entered"]["another optimizer"] = {"sums": 3}
+    assert stuck_ranks({0: first, 1: elsewhere}) == {0, 1}
+
+
+def two_optimizers(rank: int) -> None:
+    """Rank 0 zeroes what backward reached on it alone; rank 1 is in the other optimizer's step."""
+    model = nn.ModuleList([nn.Linear(40, 30), nn.Linear(40, 20)])
+    first, second = (ShardedLamb(layer.named_parameters(), stage=2) for layer in model)
+    with mock.patch.object(stalls, "PATIENCE", 0.4), mock.patch.object(stalls, "PERIOD", 0.3):
+        model[0](torch.ones(2, 40)).square().mean().backward()
+        if rank == 0:
+            model[1](torch.ones(2, 40)).square().mean().backward()
+        second.zero_grad()
+        first.step()
+
+
+def test_ranks_that_wait_in_different_optimizers_raise() -> None:
+    for kind, message in run_ranks_expecting_errors(2, two_optimizers, timeout=60).values():
+        assert kind == "RuntimeError"
+        assert "rank 0 waits in reduce-scatter of backward, number 1 of optimizer 2 of 2" in message
+        assert (
+            "rank 1 waits in all-reduce of step or clip_grad_norm_, number 1 of optimizer 1 of 2" in message
+        )
 
 
 @given(st.lists(st.lists(st.sampled_from("abc"), min_size=3, max_size=3), min_size=2, max_size=4), st.data())

@@ -310,8 +310,9 @@ class Replay:
             # A gradient that some ranks have not reduced cannot be zeroed alike on all.
             _ensure(not any(map(self._is_uneven, self.optimizers)))
         if who != "model" and who[0] == "optimizer":
-            # It waits for the reductions that this rank has started.
-            _ensure(not self._is_uneven(self.optimizers[who[1]]))
+            # It waits for the reductions that this rank has started, and other ranks may not know of.
+            if self._is_uneven(self.optimizers[who[1]]):
+                self._refuse("backward on some ranks", now=False)
             self.optimizers[who[1]].is_zeroed_between = False
             self.optimizers[who[1]].changed.clear()
         elif not set_to_none:
@@ -476,8 +477,9 @@ class Replay:
         self._check_step()
         catches_up = all(map(self._catches_up, self.optimizers))
         if self.refusal is not None:
-            _ensure(all(self._gradients(optimizer) for optimizer in self.optimizers) and catches_up)
-            _ensure(not any(o.is_zeroed_between or o.changed for o in self.optimizers))
+            if self.refusal.key != "backward on some ranks":
+                _ensure(all(self._gradients(optimizer) for optimizer in self.optimizers) and catches_up)
+                _ensure(not any(o.is_zeroed_between or o.changed for o in self.optimizers))
             self.refusal.last, self.ended = here, True
             return
         for key, happened in (
@@ -584,8 +586,11 @@ class Replay:
             self._zero(list(self.slots), True)
             self.backward(parts, key, nan=nan)
             self._check_step()
-            # GradScaler finds no .grad on a rank that backward does not reach, and raises there.
-            _ensure(not any(map(self._is_uneven, self.optimizers)))
+            # On a rank that backward does not reach GradScaler finds no .grad, before it calls the optimizer: it
+            # unscales none, and sees no infinity; without any inf check it raises there.
+            if any(map(self._is_uneven, self.optimizers)):
+                _ensure(not unscale and nan is None and self.program.wrapper != "accelerate")
+                _ensure(all(any(o.reductions[r] for o in self.optimizers) for r in range(self.world)))
         except Undefined:
             self.averaged, self.local, self.zeroed, self.optimizers = kept
             raise

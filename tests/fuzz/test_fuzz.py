@@ -140,6 +140,8 @@ SECOND = reached([1], [0, 1])  # the first optimizer has gradients on the second
 STEP, ZERO = Op("step"), Op("zero_grad", {"who": "model", "set_to_none": True})
 IN_PLACE = Op("zero_grad", {"who": "model", "set_to_none": False})
 OF_FIRST = Op("zero_grad", {"who": ["optimizer", 0], "set_to_none": True})
+OF_SECOND = Op("zero_grad", {"who": ["optimizer", 1], "set_to_none": True})
+SCALED = Op("amp_step", {"parts": [[0, 1], [1]], "key": 2, "unscale": False})
 UNREDUCED = reached([0, 1], [1], sync=False)
 
 
@@ -156,6 +158,10 @@ UNREDUCED = reached([0, 1], [1], sync=False)
         ([SECOND, ZERO, FIRST, STEP], "backward on some ranks"),
         ([SECOND, ZERO, BOTH, FIRST, STEP], "zeroed between reductions"),
         ([SECOND, ZERO, BOTH, FIRST, OF_FIRST, BOTH, STEP], "equal"),
+        ([SECOND, OF_FIRST, STEP], "backward on some ranks"),
+        ([SECOND, OF_FIRST, BOTH, STEP], "backward on some ranks"),
+        ([reached([0, 1], [0]), OF_SECOND, STEP], "backward on some ranks"),
+        ([SCALED, BOTH, STEP], "equal"),
     ],
 )
 def test_reductions_are_counted_as_ranks_make_them(ops: list[Op], expected: str) -> None:
