@@ -319,6 +319,17 @@ class AttachedGradients:
         weights = torch.arange(1, len(bits) + 1, device=bits.device) * 2 + 1
         return ((bits * weights).sum().remainder(_PRIME) + edits).remainder(_PRIME).to(torch.float64)
 
+    def described_edits(self) -> list[tuple[str, str]]:
+        """What `signature` hashes, by parameter."""
+        described = []
+        for param, mark in enumerate(self._marks):
+            factor = None if mark is None or mark.is_zeroed else mark.factor
+            edit = "zeroed" if param in self.zeroed else "set to None" if param in self.removed else "none"
+            edit = edit if factor is None else f"scaled by {float(factor):.6g}"
+            label = f"edits of .grad of {self.names[param]!r}, and earlier reductions that it keeps"
+            described.append((label, f"{edit}, {self.kept_rounds[param]}"))
+        return described
+
 
 _PRIME = 2**31 - 1
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sharded_lamb import faults
 from sharded_lamb.comm.collectives import Collectives
+from sharded_lamb.comm.consistency import Description
 from sharded_lamb.core.host_values import to_device
 from sharded_lamb.core.parameters import check_gradients
 from sharded_lamb.gradients.source import Identity, Registration
@@ -158,6 +159,10 @@ class AveragedGradients:
     def edits(self) -> Tensor | None:
         """None: edits of ``.grad`` are in the gradients themselves."""
         return None
+
+    def described_edits(self) -> Description:
+        """See `GradientSource`."""
+        return []
 
     def stepped(self) -> None:
         """See `GradientSource`."""

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sharded_lamb.comm.consistency import Description
 from sharded_lamb.core.host_values import to_device
 from sharded_lamb.gradients.averaged import AveragedGradients
 from sharded_lamb.gradients.reducer import BackwardReducer
@@ -81,6 +82,10 @@ class MixedGradients:
     def edits(self) -> Tensor | None:
         """See `GradientSource`."""
         return self.reducer.edits()
+
+    def described_edits(self) -> Description:
+        """See `GradientSource`."""
+        return self.reducer.attached.described_edits()
 
     def stepped(self) -> None:
         """See `GradientSource`."""

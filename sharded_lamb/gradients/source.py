@@ -6,6 +6,7 @@ from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
+from sharded_lamb.comm.consistency import Description
 from sharded_lamb.gradients.handles import Mark
 from sharded_lamb.gradients.summary import GradientSummary
 from sharded_lamb.kernels import Shard
@@ -84,6 +85,9 @@ class GradientSource(Protocol):
 
     def edits(self) -> Tensor | None:
         """An integer below 2³¹ (fp64 scalar), equal on all ranks if users edited gradients alike; None: no edits."""
+
+    def described_edits(self) -> Description:
+        """The edits of `edits`, by parameter, for messages."""
 
     def stepped(self) -> None:
         """Mark the gradients as used by a step."""

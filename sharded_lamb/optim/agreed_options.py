@@ -46,12 +46,16 @@ class AgreedOptions(LambOptimizer):
         facts: Description = [("max_grad_norm", self._live.max_grad_norm), ("scale of GradScaler", shown)]
         edits = self._gradient_edits()
         if edits is not None and edits.device.type == "cpu":
-            facts.append(("checksum of edits of .grad and of the reductions it holds", int(edits)))
+            facts.append(("checksum of edits of .grad and of the reductions that it holds", int(edits)))
         return facts
 
     def _gradient_edits(self) -> Tensor | None:
         """See `GradientSource.edits`."""
         return None
+
+    def _described_edits(self) -> Description:
+        """See `GradientSource.described_edits`."""
+        return []
 
     def _all_reduce_agreed(self, parts: Sequence[Tensor], problem: Exception | None = None) -> Tensor:
         """All-reduce (b): sum ``parts`` over ranks, in place, with a checksum of all options.
@@ -95,6 +99,7 @@ class AgreedOptions(LambOptimizer):
         else:
             described = [
                 ("options", "valid"),
+                *self._described_edits(),
                 *self._step_facts(),
                 *describe_groups(self._groups_of_options()),
             ]

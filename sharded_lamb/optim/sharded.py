@@ -342,9 +342,6 @@ class ShardedLamb(JoinableOptimizer):
                 check_present(summary, names, world, dtensors=range(len(names)))
         return summary, differs
 
-    def _gradient_edits(self) -> Tensor | None:
-        return self._gradients.edits()
-
     def _must_skip(self, summary: GradientSummary) -> Tensor:
         """Bool scalar on the device, the same on every rank."""
         found_inf = self._live.found_inf

@@ -81,6 +81,12 @@ class ShardedOptimizer(AgreedOptions):
     def _step_facts(self) -> Description:
         return [*super()._step_facts(), ("max_norm of clip_grad_norm_", self._live.max_norm)]
 
+    def _gradient_edits(self) -> Tensor | None:
+        return self._gradients.edits()
+
+    def _described_edits(self) -> Description:
+        return self._gradients.described_edits()
+
     @property
     def _table(self) -> OptionTable:
         assert self._live.table is not None

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -309,11 +310,15 @@ def edit_on_one_rank(rank: int, edit: str) -> None:
     opt.step()
 
 
-@pytest.mark.parametrize("edit", ["taken away", "zeroed", "scaled"])
-def test_edits_on_one_rank_only_are_an_error_on_all(edit: str) -> None:
+@pytest.mark.parametrize(
+    ("edit", "named"), [("taken away", "set to None, 0"), ("zeroed", "zeroed, 0"), ("scaled", "scaled by")]
+)
+def test_edits_on_one_rank_only_are_an_error_on_all(edit: str, named: str) -> None:
     for kind, message in run_ranks_expecting_errors(3, edit_on_one_rank, edit, timeout=60).values():
         assert kind == "ValueError"
-        assert "edits of .grad" in message
+        assert re.search(
+            rf"edits of \.grad of '.*: rank 0 has 'none, 0', rank . has .*: '{named}", message
+        ), message
 
 
 def assign(params: Params) -> None:
