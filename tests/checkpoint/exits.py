@@ -7,6 +7,7 @@ threads of the package's process groups outlived the exit handlers, and could ab
 
 import atexit
 import collections
+import gc
 import json
 import os
 import socket
@@ -31,7 +32,9 @@ def _check_threads() -> None:
 atexit.register(_check_threads)
 
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402 (the first step imports it, in every fork)
 import torch.distributed as dist  # noqa: E402
+import torch.distributed.checkpoint  # noqa: E402
 
 from sharded_lamb import ShardedLamb  # noqa: E402
 from sharded_lamb.checkpoint import Checkpoints  # noqa: E402
@@ -88,6 +91,7 @@ def main() -> None:
     runs, kinds = int(sys.argv[1]), sys.argv[2:]
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
+    gc.freeze()  # collections in the forks look at what they make, not at all of torch
     codes: dict[str, collections.Counter[int]] = {kind: collections.Counter() for kind in kinds}
     for kind in kinds * runs:
         with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
