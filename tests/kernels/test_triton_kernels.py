@@ -1,5 +1,6 @@
 """The Triton backend: bits under the interpreter, code compiled for GPUs, and tests on a GPU if present."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -20,6 +21,7 @@ from sharded_lamb.kernels import FlatShard, ReceivedShards, ReferenceKernel, tri
 from sharded_lamb.kernels.engine import _batches
 from sharded_lamb.kernels.triton_kernel import TritonKernel, usable
 from sharded_lamb.optim.skips import SkipCounter
+from tests.forked import forked
 from tests.kernels.kernel_memory import SPLIT, Form, assert_same, optimizer_with, stepped, trained
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,15 +47,26 @@ def test_the_cases_pass_under_the_interpreter() -> None:
     assert "skipped" not in done.stdout
 
 
+def without_triton() -> None:
+    """The package, imported again where triton cannot be."""
+    for name in [name for name in sys.modules if name.startswith(("sharded_lamb", "triton"))]:
+        del sys.modules[name]
+    sys.modules["triton"] = None  # type: ignore[assignment]
+    again = importlib.import_module("sharded_lamb")
+    assert again.ShardedLamb is not ShardedLamb
+    kernel = importlib.import_module("sharded_lamb.kernels.triton_kernel")
+    print(kernel.usable(torch.device("cpu")))
+    try:
+        kernel.TritonKernel()
+    except ModuleNotFoundError:
+        print("refused")
+
+
 def test_the_package_does_not_import_triton() -> None:
-    code = (
-        "import sys; sys.modules['triton'] = None; import torch, sharded_lamb\n"
-        "from sharded_lamb.kernels.triton_kernel import TritonKernel, usable\n"
-        "print(usable(torch.device('cpu')))\n"
-        "try:\n    TritonKernel()\nexcept ModuleNotFoundError:\n    print('refused')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [
+    with forked(without_triton) as process:
+        code, output = process.ended()
+    assert code == 0, output
+    assert output.splitlines() == [
         "triton is not installed (pip install 'sharded-lamb[gpu]')",
         "refused",
     ]
