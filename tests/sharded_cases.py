@@ -40,7 +40,7 @@ class Case:
     drive: str = "assign"  # or "backward": the way gradients get into ``.grad``
     bits: int = 12  # of a gradient element
     seed: int = 0
-    steps: int = 10
+    steps: int = 6
 
     @property
     def stage(self) -> int:

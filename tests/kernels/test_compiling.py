@@ -1,5 +1,6 @@
 """Kernels are compiled once per machine, by one process at a time; without a compiler, stock operations run."""
 
+import logging
 import os
 import signal
 import stat
@@ -9,8 +10,11 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
+from sharded_lamb import ShardedLamb
 from sharded_lamb.kernels import choice, compiling
+from tests.forked import forked
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 
@@ -215,33 +219,24 @@ def test_no_compiler(source: Path, monkeypatch: pytest.MonkeyPatch, cxx: str, sa
         compiling.load(source)
 
 
-TRAIN = """
-import logging
-logging.basicConfig(format="%(levelname)s %(message)s")
-import torch
-from sharded_lamb import ShardedLamb
-for _ in range(2):
-    p = torch.nn.Parameter(torch.ones(3))
-    optimizer = ShardedLamb([p])
-    p.grad = torch.ones(3)
-    optimizer.step()
-    print(optimizer._kernel.name)
-"""
+def train() -> None:
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    for _ in range(2):
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizer = ShardedLamb([p])
+        p.grad = torch.ones(3)
+        optimizer.step()
+        print("kernel", optimizer._kernel.name)
 
 
 @pytest.mark.parametrize("cxx", ["no-such-compiler", "false"])
 def test_training_without_a_compiler_warns_once(tmp_path: Path, cxx: str) -> None:
-    environment = {**os.environ, "CXX": cxx, compiling.CACHE: str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", TRAIN],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert done.stdout.split() == ["fused", "fused"]
-    (warning,) = (line for line in done.stderr.splitlines() if "WARNING" in line)
+    with forked(train, **{"CXX": cxx, compiling.CACHE: str(tmp_path)}) as process:
+        code, output = process.ended()
+    assert code == 0, output
+    lines = output.splitlines()
+    assert [line for line in lines if line.startswith("kernel")] == ["kernel fused"] * 2
+    (warning,) = (line for line in lines if "WARNING" in line)
     assert "cpp kernel cannot run" in warning
     assert cxx in warning
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -63,6 +63,7 @@ def table_of(count: int) -> Tensor:
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=50)
 @given(LENGTHS, st.integers(1, 5), st.integers(0, 99))
 def test_pieces_have_the_bits_of_a_flat_shard(
     state_dtype: torch.dtype, lengths: list[int], chunk_blocks: int, seed: int
@@ -111,6 +112,7 @@ def with_model(
 
 @pytest.mark.parametrize("master", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@settings(max_examples=30)
 @given(LENGTHS, st.integers(1, 5), st.integers(0, 99), st.integers(0, 1))
 def test_pieces_with_masters_have_the_bits_of_a_flat_shard(
     dtype: torch.dtype,

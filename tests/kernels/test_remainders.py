@@ -104,7 +104,7 @@ def test_every_lower_half_round_trips(upper: int) -> None:
 def test_a_joined_master_rounds_to_its_weight_for_any_remainder() -> None:
     """A weight that the user wrote beside an old remainder keeps its value, also after another split; a valid remainder
     is used unchanged."""
-    lower = np.unique(np.concatenate([np.arange(-0x8000, 0x8000, 509), LOWER - 0x8000, [0x7FFF, -1]]))
+    lower = np.unique(np.concatenate([np.arange(-0x8000, 0x8000, 1021), LOWER - 0x8000, [0x7FFF, -1]]))
     upper, remainder = (x.ravel() for x in np.meshgrid(np.arange(2**16), lower, indexing="ij"))
     model = torch.from_numpy(upper.astype(np.uint16).view(np.int16)).view(BF16)
     stored = torch.from_numpy(remainder.astype(np.int16))
@@ -463,7 +463,7 @@ def fsdp_run(rank: int, options: dict[str, Any]) -> tuple[models.Run, int]:
         entries = opt.state_dict()["state"].values()
         count += nudges([entry["master"].to_local() for entry in entries])
 
-    run = models.train(tree, opt, lambda step: tree(models.gradients(rank, step + FIRST)), 20, watch)
+    run = models.train(tree, opt, lambda step: tree(models.gradients(rank, step + FIRST)), 8, watch)
     state = opt.full_state_dict()
     opt.load_full_state_dict(state)
     again = opt.full_state_dict()

@@ -14,7 +14,7 @@ from tests.harness import run_ranks
 from tests.optim import fsdp_models as models
 from tests.optim.fsdp_models import GROUPED, SHAPES, Run
 
-STEPS = 20
+STEPS = 8
 # Counting an element twice cancels in ‖w‖/‖u‖; clipping ‖w‖ reveals it.
 CLIP = (0.0, 0.7)
 BLOCK_OPTIONS: dict[str, Any] = {

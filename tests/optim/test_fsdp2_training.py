@@ -289,7 +289,7 @@ def policy_run(rank: int, dtype: torch.dtype, policy: str) -> Run:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     tree = models.sharded_tree(init_device_mesh("cpu", (3,)), dtype, **options)
     opt = ShardedLamb(models.two_groups(tree), **models.GROUPED)
-    run = models.train(tree, opt, lambda step: tree(models.gradients(rank, step)), 20)
+    run = models.train(tree, opt, lambda step: tree(models.gradients(rank, step)), 8)
     for name, p in tree.named_parameters():
         assert p.dtype == dtype
         if dtype == torch.bfloat16:

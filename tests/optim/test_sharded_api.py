@@ -125,7 +125,7 @@ def test_wrong_ranks_are_rejected(argument: str, message: str) -> None:
 
 # -- parameters ---------------------------------------------------------------------------------------
 
-LATE = {"fc": 7, "one": 7, "scale": 7}  # the second group
+LATE = {"fc": 3, "one": 3, "scale": 3}  # the second group
 
 
 def _add_group(rank: int, case: Case, world: int) -> Outcome:
@@ -136,7 +136,7 @@ def _add_group(rank: int, case: Case, world: int) -> Outcome:
     )
 
     def before_step(step: int) -> None:
-        if step == 7:
+        if step == LATE["fc"]:
             opt.add_param_group({"params": [(name, params[name]) for name in second], **late})
 
     return take_steps(case, params, opt, rank, world, before_step)
@@ -157,7 +157,7 @@ def _unfreeze(rank: int, case: Case, world: int, frozen_share: bool) -> tuple[Ou
     memory, states = opt.memory(), len(opt.state)
 
     def before_step(step: int) -> None:
-        if step == 7:
+        if step == LATE["fc"]:
             for name in LATE:
                 params[name].requires_grad_(True)
 

@@ -78,7 +78,7 @@ def ugly(stage: int, **changes: Any) -> Case:
     return Case(**{**vars(UGLY), "settings": {**UGLY.settings, "stage": stage}, **changes})
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 3])
 @settings(max_examples=8)
 @given(case=cases(1))
 @example(case=ugly(1))
@@ -87,7 +87,7 @@ def test_stage_1_follows_the_oracle(world: int, case: Case) -> None:
     check_run(case, run_ranks(world, run, case, world))
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 3])
 @settings(max_examples=8)
 @given(case=cases(2))
 @example(case=ugly(2))
@@ -97,9 +97,20 @@ def test_stage_2_follows_the_oracle(world: int, case: Case) -> None:
     check_run(case, run_ranks(world, run, case, world))
 
 
-@pytest.mark.parametrize("case", [ugly(1), ugly(2), ugly(2, drive="backward")], ids=["1", "2", "2-backward"])
-def test_eight_ranks_follow_the_oracle(case: Case) -> None:
-    check_run(case, run_ranks(8, run, case, 8))
+MANY = {
+    "1": ugly(1),
+    "2": ugly(2),
+    "2-backward": ugly(2, drive="backward"),
+    "1-missing": ugly(1, missing=0.9),
+    "2-backward-missing": ugly(2, drive="backward", missing=0.9),
+}
+
+
+@pytest.mark.parametrize(
+    ("world", "case"), [*((4, case) for case in MANY), *((8, case) for case in [*MANY][:3])]
+)
+def test_many_ranks_follow_the_oracle(world: int, case: str) -> None:
+    check_run(MANY[case], run_ranks(world, run, MANY[case], world))
 
 
 class Model(nn.Module):
@@ -122,7 +133,7 @@ MODEL_OPTIONS = {
     "max_grad_norm": 0.5,
     "exclude_from_weight_decay": ("bias", "norm"),
 }
-BATCH, STEPS = 24, 10
+BATCH, STEPS = 24, 5
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:

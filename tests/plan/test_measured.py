@@ -38,14 +38,16 @@ def shardings_of(world: int) -> list[Sharding]:
 def compared(rank: int, world: int) -> list[tuple[str, str, int, int]]:
     results = []
     for sharding in shardings_of(world):
-        for name, choices in list(CHOICES.items())[-2 if world == 8 else 0 :]:
+        for name, choices in list(CHOICES.items())[
+            -2 if world == 6 or (world == 4 and sharding.replicate == 1) else 0 :
+        ]:
             measured = measure(UGLY, choices, sharding, CPU, timed_steps=1)
             for row in compare(costs(UGLY, choices, sharding, rank), measured):
                 results.append((f"{sharding}, {name}", row.what, row.predicted, row.measured))
     return results
 
 
-@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("world", [2, 4, 6])
 def test_bytes_and_calls_are_those_of_real_ranks(world: int) -> None:
     for rank, rows in enumerate(run_ranks(world, compared, world)):
         assert len(rows) > 20 * len(shardings_of(world))

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
 
 from sharded_lamb import ShardedLamb
-from tests import training
+from tests import forked, training
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
 STAGES = pytest.mark.parametrize("stage", [1, 2])
@@ -350,7 +349,7 @@ def evaluator(inbox: Any, outbox: Any) -> None:
 def test_a_state_dict_in_a_queue_shows_every_step() -> None:
     model = squares()
     opt = ShardedLamb(model.named_parameters(), lr=0.05)
-    context = mp.get_context("spawn")
+    context = forked.context()
     inbox, outbox = context.Queue(), context.Queue()
     process = context.Process(target=evaluator, args=(inbox, outbox), daemon=True)
     process.start()
