@@ -1,4 +1,4 @@
-"""``python -m sharded_lamb.bert``: train, prepare data, or run the batch-scaling study."""
+"""``python -m sharded_lamb.bert``: train, prepare data, run the batch-scaling study, or measure padding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.config_io import load_config
 
-_COMMANDS = ("train", "prepare", "study")
+_COMMANDS = ("train", "prepare", "study", "padding")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -19,7 +19,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Pretrain BERT with ShardedLamb. Start it with torchrun for more than one process.",
         allow_abbrev=False,
     )
-    parser.add_argument("command", nargs="?", default="train", help="train (default), prepare or study")
+    parser.add_argument(
+        "command", nargs="?", default="train", help="train (default), prepare, study or padding"
+    )
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="YAML file, such as configs/bert-quickstart.yaml"
     )
@@ -56,6 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if parsed.command == "prepare":
             return _prepare(config)
+        if parsed.command == "padding":
+            from sharded_lamb.bert.padding import compare
+
+            compare(config)
+            return 0
         return _on_ranks(parsed, config)
     except (ValueError, OSError) as error:
         rank = os.environ.get("RANK")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from sharded_lamb.bert.attention import Documents
 from sharded_lamb.bert.batch import BatchPlan
 from sharded_lamb.bert.masking import Masker
 from sharded_lamb.bert.packing import MIN_NSP_TOKENS
@@ -22,24 +24,60 @@ from sharded_lamb.bert.tokenizer import Vocabulary
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward's input: B sequences of length L, with M masked positions."""
+    """One forward's input: T tokens of documents that lie one after another, with M masked positions."""
 
-    tokens: Tensor  # [B, L] int64
-    segments: Tensor | None  # [B, L] int64: 0 in A, 1 in B; None without next-sentence prediction
-    positions: Tensor  # [B, L] int64: position inside its document
-    documents: Tensor | None  # [B, L] int64: attention stays inside equal numbers; None: one document a row
-    masked_positions: Tensor  # [M] int64, into tokens.flatten()
+    tokens: Tensor  # [T] int64
+    segments: Tensor  # [T] int64: 0 in A, 1 in B
+    positions: Tensor  # [T] int64: position inside its document
+    documents: Documents  # attention stays inside each
+    masked_positions: Tensor  # [M] int64, into tokens
     labels: Tensor  # [M] int64
-    follows: Tensor | None  # [B] int64: 0 if B follows A, 1 if it was replaced (Hugging Face's convention)
+    follows: Tensor | None  # [D] int64: 0 if B follows A, 1 if it was replaced (Hugging Face's convention)
+
+    @staticmethod
+    def of(
+        rows: I64,
+        chosen: NDArray[np.bool_],
+        masked: I64,
+        segments: I64 | None,
+        follows: I64 | None,
+        *,
+        pad: int,
+        cls: int,
+    ) -> MicroBatch:
+        """The documents of [B, L] ``rows``, each of which begins with ``cls``; ``pad`` is left out.
+
+        ``chosen``: the places to predict; ``masked``: the rows with masks; ``segments``: [B, L]; ``follows``: [B].
+        """
+        kept = np.flatnonzero(rows != pad)
+        begins = np.flatnonzero(rows.ravel()[kept] == cls)
+        lengths = np.diff(begins, append=len(kept))
+        order = np.argsort(lengths, kind="stable")
+        places = np.concatenate([kept[begins[d] : begins[d] + lengths[d]] for d in order])
+        ends = np.cumsum(lengths[order])
+        positions = np.arange(len(kept)) - np.repeat(ends - lengths[order], lengths[order])
+        predicted = chosen.ravel()[places]
+        return MicroBatch(
+            tokens=torch.from_numpy(masked.ravel()[places]),
+            segments=torch.from_numpy(
+                np.zeros_like(places) if segments is None else segments.ravel()[places]
+            ),
+            positions=torch.from_numpy(positions),
+            documents=Documents.of(lengths[order], rows.shape[1]),
+            masked_positions=torch.from_numpy(np.flatnonzero(predicted)),
+            labels=torch.from_numpy(rows.ravel()[places][predicted]),
+            follows=None if follows is None else torch.from_numpy(follows[order]),
+        )
 
     def to(self, device: torch.device) -> MicroBatch:
         if device.type == "cpu":
             return self
         moved: dict[str, Any] = {
-            name: None if value is None else value.pin_memory().to(device, non_blocking=True)
+            name: value.pin_memory().to(device, non_blocking=True)
             for name, value in vars(self).items()
+            if isinstance(value, Tensor)
         }
-        return MicroBatch(**moved)
+        return replace(self, documents=self.documents.to(device), **moved)
 
 
 @dataclass(frozen=True)
@@ -51,7 +89,8 @@ class StepData:
     global_batch: int
     micro_batches: tuple[MicroBatch, ...]
     predicted: int  # on this rank
-    tokens: int  # on this rank, without padding
+    tokens: int  # on this rank
+    pairs: int  # of tokens that attend to each other, on this rank
 
 
 class BatchSource:
@@ -89,25 +128,9 @@ class BatchSource:
         if self.samples.manifest.nsp:
             rows, follows = self._next_sentences(rows, numbers, indices)
         masked, chosen = self._masker(rows, indices)
-        documents, positions = self._structure(rows)
-        single = bool((documents == 1).all())
-        return MicroBatch(
-            tokens=torch.from_numpy(masked),
-            segments=torch.from_numpy(self._segments(rows)) if follows is not None else None,
-            positions=torch.from_numpy(positions),
-            documents=None if single else torch.from_numpy(documents),
-            masked_positions=torch.from_numpy(np.flatnonzero(chosen)),
-            labels=torch.from_numpy(rows[chosen]),
-            follows=None if follows is None else torch.from_numpy(follows),
-        )
-
-    def _structure(self, rows: I64) -> tuple[I64, I64]:
-        """(document number from 1, 0 for padding; position inside the document)."""
-        begins = rows == self._vocabulary.cls
-        columns = np.arange(rows.shape[1])
-        documents = np.where(rows == self._vocabulary.pad, 0, np.cumsum(begins, 1))
-        positions: I64 = columns - np.maximum.accumulate(np.where(begins, columns, 0), 1)
-        return documents, positions
+        segments = None if follows is None else self._segments(rows)
+        vocabulary = self._vocabulary
+        return MicroBatch.of(rows, chosen, masked, segments, follows, pad=vocabulary.pad, cls=vocabulary.cls)
 
     def _segments(self, rows: I64) -> I64:
         is_sep = rows == self._vocabulary.sep
@@ -144,7 +167,8 @@ class BatchSource:
             global_batch=cuts.global_batch,
             micro_batches=micro,
             predicted=sum(len(m.labels) for m in micro),
-            tokens=sum(int((m.tokens != self._vocabulary.pad).sum()) for m in micro),
+            tokens=sum(len(m.tokens) for m in micro),
+            pairs=sum(m.documents.pairs for m in micro),
         )
 
     def steps(self, plan: BatchPlan, begin: int, rank: int) -> Iterator[StepData]:

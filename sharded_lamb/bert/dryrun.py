@@ -46,7 +46,7 @@ def describe(config: RunConfig, world_size: int) -> str:
             f"({schedule.source})"
         )
         steps, samples = steps + phase.steps, samples + count
-        flops += size.flops(tokens, count * config.max_predictions(phase), phase.sequence_length)
+        flops += size.flops(tokens, count * config.max_predictions(phase), tokens * phase.sequence_length)
     lines.append(f"in all: {steps:,} steps, {samples:,} sequences, {flops:.3g} floating point operations")
     return "\n".join(lines)
 

@@ -49,10 +49,10 @@ def held_out(
             micro = source.micro_batch(np.arange(start, min(start + batch, total)), shuffled=False)
             out = losses(micro.to(ranks.device))
             if number < len(starts):
-                sums += [*out.double().tolist(), len(micro.labels), len(micro.tokens)]
+                sums += [*out.double().tolist(), len(micro.labels), micro.documents.count]
     losses.train(was_training)
-    loss, _, right, pair_right, masked, rows = ranks.sum(sums.tolist())
-    nsp = pair_right / rows if source.samples.manifest.nsp else None
+    loss, _, right, pair_right, masked, documents = ranks.sum(sums.tolist())
+    nsp = pair_right / documents if source.samples.manifest.nsp else None
     return HeldOut(loss / max(1, masked), right / max(1, masked), int(masked), nsp)
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sharded_lamb.bert.attention import Documents, use_documents
 from sharded_lamb.bert.config import ModelConfig, Precision, RunConfig
 from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.tokenizer import Vocabulary
@@ -36,18 +37,9 @@ class Losses(torch.nn.Module):
             return self._sums(batch)
 
     def _sums(self, batch: MicroBatch) -> Tensor:
-        core = self.module.bert
-        attention = None
-        if batch.documents is not None:
-            attention = (batch.documents[:, None, :, None] == batch.documents[:, None, None, :]).contiguous()
-        hidden = core(
-            input_ids=batch.tokens,
-            attention_mask=attention,
-            token_type_ids=batch.segments,
-            position_ids=batch.positions,
-        )
-        # [B, L, H] -> [M, H]: the vocabulary-wide head runs on masked positions only.
-        picked = hidden.last_hidden_state.flatten(0, 1).index_select(0, batch.masked_positions)
+        hidden = self._hidden(batch)
+        # [T, H] -> [M, H]: the vocabulary-wide head runs on masked positions only.
+        picked = hidden.index_select(0, batch.masked_positions)
         logits = self.module.cls.predictions(picked).float()
         loss = F.cross_entropy(logits, batch.labels, reduction="sum")
         right = (logits.detach().argmax(1) == batch.labels).sum()
@@ -55,10 +47,22 @@ class Losses(torch.nn.Module):
             zero = torch.zeros_like(loss.detach())
             return torch.stack([loss, zero, right.to(loss.dtype), zero])
         assert batch.follows is not None
-        pair = self.module.cls.seq_relationship(hidden.pooler_output).float()
+        first = hidden.index_select(0, batch.documents.offsets[:-1])
+        pair = self.module.cls.seq_relationship(self.module.bert.pooler(first[:, None])).float()
         pair_loss = F.cross_entropy(pair, batch.follows, reduction="sum")
         pair_right = (pair.detach().argmax(1) == batch.follows).sum()
         return torch.stack([loss, pair_loss, right.to(loss.dtype), pair_right.to(loss.dtype)])
+
+    def _hidden(self, batch: MicroBatch) -> Tensor:
+        """[T, H], the encoder's output. All documents are one sequence of Hugging Face's modules."""
+        core = self.module.bert
+        embedded = core.embeddings(
+            input_ids=batch.tokens[None],
+            token_type_ids=batch.segments[None],
+            position_ids=batch.positions[None],
+        )
+        hidden: Tensor = core.encoder(embedded, documents=batch.documents).last_hidden_state
+        return hidden[0]
 
 
 @dataclass(frozen=True)
@@ -71,17 +75,17 @@ class ModelSize:
     intermediate: int
     vocabulary: int
 
-    def flops(self, tokens: int, predicted: int, length: int) -> int:
-        """Floating point operations of forward and backward over `tokens` positions, padding included.
+    def flops(self, tokens: int, predicted: int, pairs: int) -> int:
+        """Floating point operations of forward and backward.
 
-        6 per weight and position (2 forward, 4 backward) for the matrices of the layers, and of the head at masked
-        positions; 12 · length · hidden per layer and position for attention (QKᵀ and AV). Not counted: lookups, norms,
+        6 per weight and token (2 forward, 4 backward) for the matrices of the layers, and of the head at masked
+        positions; 12 · hidden per layer and pair of tokens for attention (QKᵀ and AV). Not counted: lookups, norms,
         softmax, recomputation under activation checkpointing, the optimizer.
         """
         layer = 4 * self.hidden**2 + 2 * self.hidden * self.intermediate
-        body = self.layers * (6 * layer + 12 * length * self.hidden)
+        body = self.layers * (6 * layer * tokens + 12 * self.hidden * pairs)
         head = 6 * (self.hidden**2 + self.hidden * self.vocabulary)
-        return tokens * body + predicted * head
+        return body + predicted * head
 
 
 def padded_vocabulary(vocabulary: Vocabulary, config: ModelConfig) -> int:
@@ -142,6 +146,7 @@ def build_bert(config: RunConfig, vocabulary: Vocabulary, unigram: Path | None =
         bert = kind(hf_config(config.model, padded_vocabulary(vocabulary, config.model), vocabulary.pad))
         if config.model.unigram_bias and unigram is not None:
             _start_at_unigram(bert, np.load(unigram))
+    use_documents(bert)
     if config.speed.activation_checkpointing:
         bert.gradient_checkpointing_enable({"use_reentrant": False})
     if config.speed.precision == "bf16":
@@ -188,6 +193,15 @@ def compile_layers(bert: Any) -> None:
     """
     for layer in bert.bert.encoder.layer:
         layer.compile()
+    bert.bert.encoder.register_forward_pre_hook(_mark_lengths, with_kwargs=True)
+
+
+def _mark_lengths(encoder: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> None:
+    """Numbers of tokens and documents differ from batch to batch, unless documents are full: compile once for all."""
+    documents: Documents | None = kwargs.get("documents")
+    if documents is not None and not documents.are_full:
+        torch._dynamo.maybe_mark_dynamic(args[0], 1)
+        torch._dynamo.maybe_mark_dynamic(documents.offsets, 0)
 
 
 def parameters_to_train(bert: nn.Module) -> list[tuple[str, nn.Parameter]]:

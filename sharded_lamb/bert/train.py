@@ -169,8 +169,9 @@ class _StepTotals:
     """Sums over ranks for one step, known before its forward."""
 
     predicted: float  # masked positions
-    tokens: float  # without padding
-    rows: float
+    tokens: float
+    pairs: float  # of tokens that attend to each other
+    documents: float
     stop_signals: float  # ranks that a signal asked to stop
     due_saves: float  # 1 if checkpoint.every_minutes are up on rank 0
 
@@ -216,9 +217,9 @@ class _Phase:
 
     def _totals(self, data: StepData) -> _StepTotals:
         job = self.job
-        rows = sum(len(micro.tokens) for micro in data.micro_batches)
+        documents = sum(micro.documents.count for micro in data.micro_batches)
         stop, due = job.stop.signal is not None, self._save_is_due() and job.ranks.is_first
-        return _StepTotals(*job.ranks.sum([data.predicted, data.tokens, rows, stop, due]))
+        return _StepTotals(*job.ranks.sum([data.predicted, data.tokens, data.pairs, documents, stop, due]))
 
     def _step(self, data: StepData, totals: _StepTotals) -> torch.Tensor:
         """Forward, backward and update of one global batch; returns this rank's [4] sums.
@@ -227,7 +228,7 @@ class _Phase:
         multiplied by the number of ranks: neither accumulation nor world size changes the result.
         """
         job, ranks = self.job, self.job.ranks
-        scale = torch.tensor([1 / totals.predicted, 1 / totals.rows], device="cpu") * ranks.world_size
+        scale = torch.tensor([1 / totals.predicted, 1 / totals.documents], device="cpu") * ranks.world_size
         scale = scale.to(ranks.device)
         # A key, so that dropout in a resumed run equals that of an uninterrupted one.
         torch.manual_seed(key_of(job.config.seed, "dropout", self.number, data.step, ranks.rank) >> 1)
@@ -262,10 +263,9 @@ class _Phase:
         norm = job.backend.grad_norm()
         if self.log is None:
             return
-        positions = data.global_batch * self.settings.sequence_length
         loss, pair_loss, right, pair_right = gathered[:, :4].sum(0).tolist()
         seconds = gathered[:, 5].max().item()
-        work = job.size.flops(positions, int(totals.predicted), self.settings.sequence_length)
+        work = job.size.flops(int(totals.tokens), int(totals.predicted), int(totals.pairs))
         row = {
             "step": position.total_step,
             "phase": self.number,
@@ -286,7 +286,7 @@ class _Phase:
             **summarize_ratios(ratios),
         }
         if job.config.data.nsp:
-            row |= {"nsp_loss": pair_loss / totals.rows, "nsp_accuracy": pair_right / totals.rows}
+            row |= {"nsp_loss": pair_loss / totals.documents, "nsp_accuracy": pair_right / totals.documents}
         self.log.step(row)
 
 

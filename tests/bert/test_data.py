@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,28 @@ def source_of(
     return BatchSource(PackedSamples(folder, "train"), vocabulary, masker, key), vocabulary, folder
 
 
-def same(a: MicroBatch, b: MicroBatch) -> bool:
-    pairs = zip(vars(a).values(), vars(b).values(), strict=True)
-    return all((x is None and y is None) or torch.equal(x, y) for x, y in pairs)
+def split(batch: MicroBatch, values: torch.Tensor) -> list[list[int]]:
+    """[T] values by document."""
+    offsets = batch.documents.offsets.tolist()
+    return [values[begin:end].tolist() for begin, end in pairwise(offsets)]
+
+
+def originals(batch: MicroBatch) -> torch.Tensor:
+    """[T] tokens without masks."""
+    tokens = batch.tokens.clone()
+    tokens[batch.masked_positions] = batch.labels
+    return tokens
+
+
+def documents_in(rows: Any, vocabulary: Vocabulary) -> list[list[int]]:
+    """The documents in [B, L] rows, in no order: `[CLS] … [SEP]` each, without padding."""
+    found: list[list[int]] = []
+    for piece in rows.ravel().tolist():
+        if piece == vocabulary.cls:
+            found.append([])
+        if piece != vocabulary.pad:
+            found[-1].append(piece)
+    return sorted(found)
 
 
 def test_every_epoch_sees_every_sample_once_in_an_order_of_its_own(tree: dict[str, Any]) -> None:
@@ -47,17 +67,17 @@ def test_batches_do_not_depend_on_world_size_accumulation_or_where_a_run_began(
     tree: dict[str, Any], nsp: bool
 ) -> None:
     source, _, _ = source_of(tree, nsp=nsp)
-    expected: list[torch.Tensor] = []
+    expected: list[list[list[int]]] = []
     for world, micro, begin in ((1, 12, 0), (2, 4, 0), (3, 4, 2), (2, 5, 3), (1, 1, 5)):
         plan = BatchPlan(6, 12, world, micro, 12, 0)
         ranks = [list(source.steps(plan, begin, rank)) for rank in range(world)]
         tokens = [
-            torch.cat([m.tokens for data in datas for m in data.micro_batches])
+            sorted(document for data in datas for m in data.micro_batches for document in split(m, m.tokens))
             for datas in zip(*ranks, strict=True)
         ]
         expected = expected or tokens
         assert len(tokens) == 6 - begin
-        assert all(torch.equal(a, b) for a, b in zip(tokens, expected[begin:], strict=True))
+        assert tokens == expected[begin:]
         for datas in ranks:
             assert all(d.predicted == sum(len(m.labels) for m in d.micro_batches) for d in datas)
             assert [d.first_sample for d in datas] == [12 * step for step in range(begin, 6)]
@@ -66,54 +86,44 @@ def test_batches_do_not_depend_on_world_size_accumulation_or_where_a_run_began(
 def test_another_seed_gives_another_order(tree: dict[str, Any]) -> None:
     one, two = (source_of(tree, key=key)[0].micro_batch(np.arange(12)) for key in (5, 6))
     again = source_of(tree, key=5)[0].micro_batch(np.arange(12))
-    assert same(one, again)
-    assert not torch.equal(one.tokens, two.tokens)
+    assert split(one, one.tokens) == split(again, again.tokens)
+    assert torch.equal(one.masked_positions, again.masked_positions)
+    assert sorted(split(one, one.tokens)) != sorted(split(two, two.tokens))
 
 
 def test_labels_are_what_stood_at_the_predicted_places(tree: dict[str, Any]) -> None:
     source, vocabulary, _ = source_of(tree)
     numbers = np.arange(40)
     batch = source.micro_batch(numbers)
-    rows = torch.from_numpy(source.samples.rows(source.sample_numbers(numbers)))
-    assert torch.equal(rows.flatten()[batch.masked_positions], batch.labels)
-    untouched = torch.ones(rows.numel(), dtype=torch.bool)
-    untouched[batch.masked_positions] = False
-    assert torch.equal(rows.flatten()[untouched], batch.tokens.flatten()[untouched])
+    rows = source.samples.rows(source.sample_numbers(numbers))
+    assert sorted(split(batch, originals(batch))) == documents_in(rows, vocabulary)
+    changed = batch.tokens != originals(batch)
+    assert changed.any()
+    assert torch.isin(changed.nonzero()[:, 0], batch.masked_positions).all()
     assert not torch.isin(batch.labels, torch.tensor(vocabulary.special)).any()
 
 
-def test_positions_begin_again_in_every_document(tree: dict[str, Any]) -> None:
+def test_documents_lie_one_after_another_the_shortest_first_without_padding(tree: dict[str, Any]) -> None:
     source, vocabulary, _ = source_of(tree)
     batch = source.micro_batch(np.arange(40))
-    assert batch.documents is not None
-    begins = torch.from_numpy(source.samples.rows(source.sample_numbers(np.arange(40)))) == vocabulary.cls
-    assert (batch.positions[begins] == 0).all()
-    inside = (batch.documents[:, 1:] == batch.documents[:, :-1]) & ~begins[:, 1:]
-    assert (batch.positions[:, 1:] == batch.positions[:, :-1] + 1)[inside].all()
-    assert batch.documents.max() > 1, "no row holds two documents, so this test shows nothing"
-
-
-def test_attention_stays_inside_each_document(tree: dict[str, Any]) -> None:
-    source, vocabulary, _ = source_of(tree)
-    bert = build_bert(build_config(tree), vocabulary).eval()
-    losses = Losses(bert, nsp=False)
-    batch = source.micro_batch(np.arange(40))
-    assert batch.documents is not None
-    row = int((batch.documents == 2).any(1).nonzero()[0])
-
-    def loss_of_second(tokens: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
-        """The loss of everything in the second document of that row."""
-        locations = (batch.documents[row] == 2).nonzero()[:, 0]
-        labels = torch.full_like(locations, 77)
-        positions = batch.positions[row : row + 1]
-        with torch.no_grad():
-            return losses(MicroBatch(tokens, None, positions, documents, locations, labels, None))[0]
-
-    tokens, documents = batch.tokens[row : row + 1], batch.documents[row : row + 1]
-    changed = torch.where(documents == 1, 99, tokens)
-    assert torch.equal(loss_of_second(tokens, documents), loss_of_second(changed, documents))
-    one = torch.ones_like(documents)
-    assert not torch.equal(loss_of_second(tokens, one), loss_of_second(changed, one))
+    lengths = [len(document) for document in split(batch, batch.tokens)]
+    assert lengths == sorted(lengths)
+    assert [(lengths.count(n), n) for n in sorted(set(lengths))] == list(batch.documents.groups)
+    assert batch.documents.count == len(lengths) > 40, (
+        "no row holds two documents, so this test shows nothing"
+    )
+    assert batch.documents.pairs == sum(n * n for n in lengths)
+    assert split(batch, batch.positions) == [list(range(n)) for n in lengths]
+    for document in split(batch, originals(batch)):
+        assert (document[0], document[-1]) == (vocabulary.cls, vocabulary.sep)
+        assert vocabulary.pad not in document
+    assert not batch.documents.are_full
+    full = source.samples.rows(np.arange(len(source.samples)))
+    full = full[(full != vocabulary.pad).all(1) & ((full == vocabulary.cls).sum(1) == 1)][:3]
+    none = np.zeros_like(full, dtype=bool)
+    one = MicroBatch.of(full, none, full, None, None, pad=vocabulary.pad, cls=vocabulary.cls)
+    assert len(full)
+    assert one.documents.are_full
 
 
 def test_next_sentences_are_replaced_half_of_the_time(tree: dict[str, Any]) -> None:
@@ -121,22 +131,21 @@ def test_next_sentences_are_replaced_half_of_the_time(tree: dict[str, Any]) -> N
     count = min(2000, 8 * len(source.samples))
     indices = np.arange(count)
     batch = source.micro_batch(indices)
-    own = torch.from_numpy(source.samples.rows(source.sample_numbers(indices)))
+    own = source.samples.rows(source.sample_numbers(indices))
     assert batch.follows is not None
-    assert batch.segments is not None
     assert abs(batch.follows.double().mean() - 0.5) < 5 * 0.5 / count**0.5
-    rebuilt = batch.tokens.clone().flatten()
-    rebuilt[batch.masked_positions] = batch.labels
-    rebuilt = rebuilt.view_as(own)
-    differs = (rebuilt != own).any(1)
-    assert not differs[batch.follows == 0].any()
-    assert differs[batch.follows == 1].double().mean() > 0.95
-    assert ((rebuilt == vocabulary.sep).sum(1) == 2).all()
-    real = rebuilt != vocabulary.pad
-    a_side = (batch.segments == 0) & real
-    assert torch.equal(rebuilt[a_side], own[a_side])
-    assert (batch.segments[~real] == 0).all()
-    assert (real.long().diff(dim=1) <= 0).all(), "padding is at the end only"
+    pieces, segments = split(batch, originals(batch)), split(batch, batch.segments)
+    kept = {tuple(document) for document in documents_in(own, vocabulary)}
+    differs = [tuple(document) not in kept for document in pieces]
+    replaced = batch.follows.tolist()
+    assert not any(d for d, r in zip(differs, replaced, strict=True) if not r)
+    assert sum(d for d, r in zip(differs, replaced, strict=True) if r) > 0.95 * sum(replaced)
+    beginnings = {document[: document.index(vocabulary.sep) + 1] for document in kept}
+    for document, segment in zip(pieces, segments, strict=True):
+        assert document.count(vocabulary.sep) == 2
+        a_side = document.index(vocabulary.sep) + 1
+        assert segment == [0] * a_side + [1] * (len(document) - a_side)
+        assert tuple(document[:a_side]) in beginnings
 
 
 def test_an_empty_split_is_refused(tree: dict[str, Any]) -> None:
@@ -145,31 +154,6 @@ def test_an_empty_split_is_refused(tree: dict[str, Any]) -> None:
     vocabulary = vocabulary_of(load_tokenizer(folder / "tokenizer"))
     with pytest.raises(ValueError, match="the heldout split holds no sample"):
         BatchSource(PackedSamples(folder, "heldout"), vocabulary, Masker(vocabulary, 0.15, 5, False, 1), 1)
-
-
-@pytest.mark.parametrize("nsp", [False, True])
-def test_the_loss_is_transformers_own_on_the_masked_places(tree: dict[str, Any], nsp: bool) -> None:
-    source, vocabulary, _ = source_of(tree, nsp=nsp)
-    config = build_config({**tree, "data": {**tree["data"], "nsp": nsp}})
-    bert = build_bert(config, vocabulary).eval()
-    batch = source.micro_batch(np.arange(8))
-    labels = torch.full(batch.tokens.shape, -100).flatten()
-    labels[batch.masked_positions] = batch.labels
-    documents = batch.documents
-    extra: dict[str, Any] = {"next_sentence_label": batch.follows} if nsp else {}
-    mask = None if documents is None else documents[:, None, :, None] == documents[:, None, None, :]
-    with torch.no_grad():
-        ours = Losses(bert, nsp=nsp)(batch)
-        theirs = bert(
-            input_ids=batch.tokens,
-            attention_mask=mask,
-            token_type_ids=batch.segments,
-            position_ids=batch.positions,
-            labels=labels.view_as(batch.tokens),
-            **extra,
-        ).loss
-    expected = ours[0] / len(batch.labels) + ours[1] / len(batch.tokens)
-    assert torch.allclose(expected, theirs, rtol=1e-5)
 
 
 def test_the_prediction_bias_starts_at_the_corpus_frequencies(tree: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -86,13 +87,11 @@ CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
 
 
 def micro_batch() -> MicroBatch:
-    tokens = torch.randint(1, 64, (2, 8))
-    locations = torch.tensor([0, 5, 11])
-    positions = torch.arange(8).expand(2, 8)
-    follows = torch.tensor([0, 1])
-    return MicroBatch(
-        tokens, torch.zeros_like(tokens), positions, None, locations, tokens.flatten()[locations], follows
-    )
+    rows = np.random.default_rng(1).integers(2, 64, (2, 8))
+    rows[:, 0] = 1
+    chosen = np.zeros_like(rows, dtype=bool)
+    chosen.ravel()[[3, 5, 11]] = True
+    return MicroBatch.of(rows, chosen, rows, None, np.array([0, 1]), pad=0, cls=1)
 
 
 def stepped(config: Any) -> tuple[dict[str, Any], dict[str, float]]:

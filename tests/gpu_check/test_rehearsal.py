@@ -316,3 +316,17 @@ def test_annotations_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     operations = timing.device_operations(lambda: None)
     assert timing.most_expensive(operations) == [("apply", 2, 3.0), ("multi_tensor_apply_kernel", 1, 0.5)]
     assert recipe._by_kind(operations) == {"optimizer": (2, 3.0), "foreach": (1, 0.5)}
+
+
+def test_a_way_to_train_that_fails_is_a_failed_row_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sharded_lamb.bert.padding import PaddedLosses
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(PaddedLosses, "_hidden", broken)
+    found = Findings()
+    assert "tokens/s" in recipe.bert(CPU, found)
+    (failure,) = found.failures
+    assert failure.endswith("padded: RuntimeError: no kernel")
+    assert len([row for row in found.rows.values() if "tokens/s" in row]) == len(recipe.REHEARSED) - 1
