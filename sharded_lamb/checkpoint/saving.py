@@ -126,15 +126,24 @@ def async_save(
     """
     snapshot = _snapshot(path, model, optimizer, extra, process_group)
     # Staging fails on all ranks or on none, before the thread communicates.
-    staged: Any = snapshot.ranks.each(
-        lambda: DefaultStager(StagingOptions(False, False, False, False)).stage(snapshot.tensors)
-    )
+    staged: Any = snapshot.ranks.each(lambda: DefaultStager(_staging()).stage(snapshot.tensors))
     writer = Writer(path, snapshot.header, written)
     _quieten()  # permanently: filters are per process, and training may change them meanwhile
     thread = ThreadPoolExecutor(1, thread_name_prefix="sharded_lamb checkpoint")
     future = thread.submit(_write, replace(snapshot, tensors=staged), writer, snapshot.ranks.async_group())
     thread.shutdown(wait=False)
     return AsyncSave(future, writer, snapshot.ranks)
+
+
+def _staging() -> StagingOptions:
+    """Beside a GPU through pinned memory, which takes half the time (`gpu_check/results`)."""
+    pins: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return StagingOptions(
+        use_pinned_memory=pins,
+        use_shared_memory=False,
+        use_async_staging=False,
+        use_non_blocking_copy=pins,
+    )
 
 
 def _write(snapshot: _Snapshot, writer: Writer, group: dist.ProcessGroup | None) -> None:

@@ -24,8 +24,8 @@ EAGER_S, COMPILED_S = 20.0, 50.0
 """Seconds that a case must have left; compiling is most of the latter."""
 
 KINDS = {
+    "attention": ("flash", "fmha", "attention", "mha"),  # before: flash attention's names contain "cutlass"
     "matrix products": ("gemm", "cutlass", "nvjet", "xmma", "cublas"),
-    "attention": ("flash", "fmha", "attention", "mha"),
     "layer norm": ("layer_norm", "gammabeta"),
     "foreach": ("multi_tensor",),
     "optimizer": ("moments_and_norms", "apply", "average", "add_by_parameter", "square_sums"),

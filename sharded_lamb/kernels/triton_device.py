@@ -28,7 +28,7 @@ HALVES = tl.constexpr((8, *([2] * (layout.BLOCK.bit_length() - 2))))
 LANES = tl.constexpr(256)
 LANE_HALVINGS = tl.constexpr(8)
 LANE_HALVES = tl.constexpr((2,) * 8)
-DEPTH = tl.constexpr(32)
+DEPTH, UNROLL = tl.constexpr(32), tl.constexpr(16)
 VECTOR = tl.constexpr(ALIGNMENT)
 
 ROW_LENGTH = tl.constexpr(len(ROW))
@@ -367,7 +367,7 @@ def add_by_parameter(block_sums, first_slots, sums, columns, slots):
 
     The order does not depend on the grid: a lane adds DEPTH consecutive blocks one by one, with a stride of
     LANES x DEPTH blocks; then lanes are summed by halving. The first lane starts from the value in ``sums``, so that up
-    to DEPTH blocks are added one by one in the order of the call.
+    to DEPTH blocks are added one by one in the order of the call. UNROLL blocks are loaded at once.
     """
     param, plane = tl.program_id(0), tl.program_id(1)
     low, high = tl.load(first_slots + param), tl.load(first_slots + param + 1)
@@ -377,7 +377,7 @@ def add_by_parameter(block_sums, first_slots, sums, columns, slots):
     total = tl.where(lane == 0, before, tl.zeros_like(before))
     source = block_sums + plane.to(tl.int64) * slots
     for first in range(low, high, LANES * DEPTH):
-        for i in range(0, tl.minimum(high - first, DEPTH)):
+        for i in tl.range(0, tl.minimum(high - first, DEPTH), loop_unroll_factor=UNROLL):
             slot = first + lane * DEPTH + i
             total += tl.load(source + slot, mask=slot < high, other=0).to(tl.float64)
     total = tl.reshape(total, LANE_HALVES)

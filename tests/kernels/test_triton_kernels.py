@@ -318,6 +318,16 @@ def test_received_parts_are_loaded_as_vectors(device_code: Any) -> None:
 
 @needs_triton
 @pytest.mark.slow
+def test_a_lane_loads_many_blocks_at_once(device_code: Any) -> None:
+    """One after another, a large parameter's blocks would each wait for memory."""
+    ptx = compiled(device_code.add_by_parameter, "fp32")
+    lanes_of_a_thread = device_code.LANES.value // (32 * triton_kernel.WARPS)
+    straight = max(len(re.findall(r"ld\.global", block)) for block in re.split(r"\n\$L__BB", ptx))
+    assert straight >= device_code.UNROLL.value * lanes_of_a_thread
+
+
+@needs_triton
+@pytest.mark.slow
 def test_compiled_sums_use_no_atomics(device_code: Any) -> None:
     tl = device_code.tl
     plain = {"COMPUTE": tl.float32, "ALIGNED": True}
