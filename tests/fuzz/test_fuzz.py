@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from sharded_lamb import ShardedLamb
-from tests.fuzz import endurance
+from tests.fuzz import compact, endurance
+from tests.fuzz.compact import PER_LINE
 from tests.fuzz.compare import WrongNumber, compare
 from tests.fuzz.generate import generate
 from tests.fuzz.outcome import outcome_of
@@ -245,6 +246,25 @@ def test_compare_sees_every_kind_of_observation() -> None:
         compare(plan, "averaged", Observation(norms={}), Observation(norms={"layers.0.a": 1.0}))
     with pytest.raises(WrongNumber):
         compare(plan, "averaged", Observation(number=1.0), Observation(number=1.1))
+
+
+def test_a_result_file_has_a_letter_for_every_program() -> None:
+    seed = next(seed for seed in range(100) if replayed(generate(seed)).refusal is not None)
+    outcomes = ["refused", "FAULT", *["equal"] * PER_LINE]
+    rows = [{"seed": seed + at, "outcome": each, "operations": 3} for at, each in enumerate(outcomes)]
+    result = compact.compact([rows[1], rows[0], *rows[2:]])
+    refusal = replayed(generate(seed)).refusal
+    assert refusal is not None
+    assert result["refused"] == {refusal.key: 1}
+    assert result["counts"] == {"refused": 1, "FAULT": 1, "equal": PER_LINE}
+    assert result["operations"] == 3 * len(rows)
+    assert result["faults"] == [rows[1]]
+    assert result["programs"] == {
+        seed: compact.LETTERS[refusal.key] + "F" + "." * (PER_LINE - 2),
+        seed + PER_LINE: "..",
+    }
+    with pytest.raises(ValueError, match="consecutive"):
+        compact.compact([rows[0], rows[2]])
 
 
 def test_endurance_is_flat(tmp_path: Path) -> None:
