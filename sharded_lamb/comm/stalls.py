@@ -133,7 +133,8 @@ def _message(posts: Mapping[int, Post], stuck: set[int]) -> str:
             "ranks wait for each other in different collectives:",
             *lines,
             "A call of backward(), step(), zero_grad(), clip_grad_norm_() or full_state_dict() is missing on a rank. "
-            "Make the same calls in the same order on every rank. In stage=2, step after a backward that reaches an "
-            "optimizer on some ranks only, before zero_grad() or another backward()",
+            "Make the same calls in the same order on every rank. In stage=2, after a backward that reaches an "
+            "optimizer on some ranks only, step before zero_grad() or another backward(), and leave unscaling to "
+            "GradScaler.step()",
         ]
     )

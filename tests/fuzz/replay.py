@@ -32,6 +32,7 @@ REFUSALS: dict[str, str] = {
     "a step less": r"\bsteps?\b",
     "backward on some ranks": r"wait for each other.*backward",
     "zeroed between reductions": r"edits of \.grad",
+    "unscaled on some ranks": r"wait for each other.*GradScaler|edits of \.grad.*scaled by",
     "converted": r"bucket|dtype|float16",
     "copied over several ranks": r"cannot be pickled|copied",
 }
@@ -588,12 +589,18 @@ class Replay:
             self._check_step()
             # On a rank that backward does not reach GradScaler finds no .grad, before it calls the optimizer: it
             # unscales none, and sees no infinity; without any inf check it raises there.
-            if any(map(self._is_uneven, self.optimizers)):
-                _ensure(not unscale and nan is None and self.program.wrapper != "accelerate")
-                _ensure(all(any(o.reductions[r] for o in self.optimizers) for r in range(self.world)))
+            is_uneven = any(map(self._is_uneven, self.optimizers))
+            if is_uneven:
+                _ensure(nan is None and self.program.wrapper != "accelerate")
+                _ensure(
+                    all(any(o.reductions[r] for o in self.optimizers) for r in range(self.world)) or unscale
+                )
         except Undefined:
             self.averaged, self.local, self.zeroed, self.optimizers = kept
             raise
+        if is_uneven and unscale:
+            self._refuse("unscaled on some ranks", now=True)
+            return
         if clip is not None:
             self.clip(clip[0], 0, clip[1])
         for optimizer in self.optimizers:

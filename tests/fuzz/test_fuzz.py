@@ -143,6 +143,7 @@ IN_PLACE = Op("zero_grad", {"who": "model", "set_to_none": False})
 OF_FIRST = Op("zero_grad", {"who": ["optimizer", 0], "set_to_none": True})
 OF_SECOND = Op("zero_grad", {"who": ["optimizer", 1], "set_to_none": True})
 SCALED = Op("amp_step", {"parts": [[0, 1], [1]], "key": 2, "unscale": False})
+UNSCALED = Op("amp_step", {**SCALED.args, "unscale": True})
 UNREDUCED = reached([0, 1], [1], sync=False)
 
 
@@ -163,6 +164,7 @@ UNREDUCED = reached([0, 1], [1], sync=False)
         ([SECOND, OF_FIRST, BOTH, STEP], "backward on some ranks"),
         ([reached([0, 1], [0]), OF_SECOND, STEP], "backward on some ranks"),
         ([SCALED, BOTH, STEP], "equal"),
+        ([UNSCALED], "unscaled on some ranks"),
     ],
 )
 def test_reductions_are_counted_as_ranks_make_them(ops: list[Op], expected: str) -> None:
@@ -173,6 +175,13 @@ def test_reductions_are_counted_as_ranks_make_them(ops: list[Op], expected: str)
     assert (refusal.key if refusal else "equal") == expected
     outcome = outcome_of(program, TIMEOUT_S)
     assert outcome.kind == ("refused" if refusal else "equal"), outcome.reason
+
+
+def test_an_optimizer_unscaled_on_some_ranks_is_refused() -> None:
+    """The other rank has no other optimizer to wait in."""
+    args = {"parts": [[0, 1], []], "key": 2, "unscale": True}
+    outcome = outcome_of(made(Op("amp_step", args), how="stage2", world=2), TIMEOUT_S)
+    assert outcome.kind == "refused", outcome.reason
 
 
 def test_a_transposed_parameter_is_in_no_vector() -> None:
