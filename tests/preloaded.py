@@ -18,6 +18,8 @@ NAMES = [
     "sharded_lamb.checkpoint",
     "tests.harness",
     "tests.training",
+    "torch.utils.tensorboard",
+    "transformers.conversion_mapping",
     "transformers.models.bert.modeling_bert",
 ]
 if not Path("/dev/nvidiactl").exists():
@@ -28,6 +30,8 @@ if not Path("/dev/nvidiactl").exists():
 for _name in NAMES:
     with contextlib.suppress(ImportError):
         importlib.import_module(_name)
+if "transformers.conversion_mapping" in sys.modules:  # saving any model makes a table for all of them
+    sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("bert")
 if "deepspeed" in sys.modules:
     # Collectives for inference. DeepSpeed compiles them when the first engine starts, which takes a minute, and a
     # worker that is killed meanwhile leaves a lock that all later ones wait for. Launchers' tests use them.

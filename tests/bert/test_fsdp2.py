@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from sharded_lamb.bert.config_io import build_config
 from sharded_lamb.bert.dryrun import describe
 from sharded_lamb.checkpoint import read_contents
-from tests.bert.test_train import Rows, distance, losses, train
+from tests.bert.test_train import Ended, distance, losses, train
 from tests.harness import run_ranks
 
 SAME = 1e-6  # relative, of fp32 losses and weights
@@ -22,19 +21,25 @@ SHARP += ["phases.0.ramp={start: 6, steps: 4}", "batch.max_micro_batch=2"]
 
 def trained(
     tree: dict[str, Any], run_dir: Path, *overrides: str, world: int = 2, resume: str | None = None
-) -> tuple[Rows, dict[str, torch.Tensor]]:
-    """(rows of metrics.jsonl, the weights at the end)."""
+) -> Ended:
     run_ranks(world, train, tree, str(run_dir), list(overrides), resume)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     last = max((run_dir / "checkpoints").glob("step-*"))
     return rows, read_contents(last).weights
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_a_run_is_the_same_under_fully_shard(tree: dict[str, Any], tmp_path: Path, world: int) -> None:
+def test_a_run_is_the_same_under_fully_shard(tree: dict[str, Any], tmp_path: Path) -> None:
     tree = {**tree, "log": {"trust_ratio_steps": 3, "fill_mask": ["the [MASK] of a"]}}
-    rows, weights = trained(tree, tmp_path / "ours", "parallel=zero2", *SHARP)
-    again, ends = trained(tree, tmp_path / "fsdp2", "parallel=fsdp2", *SHARP, world=world)
+    ours = trained(tree, tmp_path / "ours", "parallel=zero2", *SHARP)
+    for world in (2, 3):
+        run_dir = tmp_path / f"on {world}"
+        assert_same(trained(tree, run_dir, "parallel=fsdp2", *SHARP, world=world), ours)
+        exported = load_file(str(run_dir / "hf" / "model.safetensors"))
+        assert distance(load_file(str(tmp_path / "ours" / "hf" / "model.safetensors")), exported) < SAME
+
+
+def assert_same(run: Ended, expected: Ended) -> None:
+    (again, ends), (rows, weights) = run, expected
     assert losses(again) == pytest.approx(losses(rows), rel=SAME)
     assert [row["grad_norm"] for row in again[:-1]] == pytest.approx(
         [row["grad_norm"] for row in rows[:-1]], rel=1e-5
@@ -42,8 +47,6 @@ def test_a_run_is_the_same_under_fully_shard(tree: dict[str, Any], tmp_path: Pat
     for key in ("heldout_loss", "heldout_accuracy"):
         assert again[-1][key] == pytest.approx(rows[-1][key], rel=SAME)
     assert distance(weights, ends) < SAME
-    exported = load_file(str(tmp_path / "fsdp2" / "hf" / "model.safetensors"))
-    assert distance(load_file(str(tmp_path / "ours" / "hf" / "model.safetensors")), exported) < SAME
 
 
 @pytest.mark.parametrize(
@@ -58,6 +61,7 @@ def test_a_run_is_the_same_under_fully_shard(tree: dict[str, Any], tmp_path: Pat
 def test_settings_mean_the_same(
     tree: dict[str, Any], tmp_path: Path, settings: list[str], tolerance: float
 ) -> None:
+    settings = [*settings, "phases.0.steps=3"]
     rows, weights = trained(tree, tmp_path / "ours", "parallel=zero2", *settings)
     again, ends = trained(tree, tmp_path / "fsdp2", "parallel=fsdp2", *settings)
     assert losses(again) == pytest.approx(losses(rows), rel=tolerance)

@@ -18,6 +18,8 @@ from sharded_lamb.checkpoint import problem_with, read_contents
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
 Rows = list[dict[str, Any]]
+Ended = tuple[Rows, dict[str, torch.Tensor]]
+"""(rows of metrics.jsonl, the weights at the end)"""
 
 
 def train(
@@ -53,17 +55,24 @@ def losses(rows: Rows) -> list[float]:
 
 
 def test_accumulation_changes_nothing(tree: dict[str, Any], tmp_path: Path) -> None:
-    shape = ["phases.0.global_batch=32", "phases.0.steps=8"]
+    shape = ["phases.0.global_batch=32", "phases.0.steps=4"]
     rows, whole = trained(1, tree, tmp_path / "32", *shape, "batch.max_micro_batch=32")
-    for micro in (16, 8, 5):
+    for micro in (16, 5):
         again, cut = trained(1, tree, tmp_path / str(micro), *shape, f"batch.max_micro_batch={micro}")
         assert distance(whole, cut) < 1e-5
         assert losses(again) == pytest.approx(losses(rows), rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def one_rank(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    return trained(1, tree, tmp_path_factory.mktemp("one"))
+
+
 @pytest.mark.parametrize("parallel", ["zero2", "ddp+zero1"])
-def test_world_size_changes_nothing(tree: dict[str, Any], tmp_path: Path, parallel: str) -> None:
-    rows, alone = trained(1, tree, tmp_path / "1")
+def test_world_size_changes_nothing(
+    tree: dict[str, Any], tmp_path: Path, parallel: str, one_rank: Ended
+) -> None:
+    rows, alone = one_rank
     assert all(math.isfinite(loss) for loss in losses(rows))
     for world in (2, 3):
         override = [f"parallel={parallel}", "batch.max_micro_batch=3"]
@@ -180,6 +189,14 @@ def test_only_the_newest_checkpoints_are_kept(tree: dict[str, Any], tmp_path: Pa
     ]
 
 
+SHORT = ["batch.max_micro_batch=3", "phases.0.lr=0.002"]
+
+
+@pytest.fixture(scope="module")
+def plain(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    return trained(2, tree, tmp_path_factory.mktemp("plain"), *SHORT)[0]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -192,11 +209,9 @@ def test_only_the_newest_checkpoints_are_kept(tree: dict[str, Any], tmp_path: Pa
     ids=lambda overrides: overrides[0].split("=")[-1],
 )
 def test_switches_train_to_about_the_same_loss(
-    tree: dict[str, Any], tmp_path: Path, overrides: list[str]
+    tree: dict[str, Any], tmp_path: Path, overrides: list[str], plain: Rows
 ) -> None:
-    shape = ["batch.max_micro_batch=3", "phases.0.lr=0.002"]
-    plain, _ = trained(2, tree, tmp_path / "plain", *shape)
-    rows, _ = trained(2, tree, tmp_path / "other", *shape, *overrides)
+    rows, _ = trained(2, tree, tmp_path, *SHORT, *overrides)
     # What is drawn differs with nsp and whole words; precision and recomputation change rounding only.
     tolerance = {"speed.precision": 2e-2, "speed.activation_checkpointing": 1e-5}.get(
         overrides[0].split("=")[0], 0.1
