@@ -73,11 +73,11 @@ def staging_bytes(buckets: Sequence[tuple[Bucket, Widths]], *, in_flight: int, s
 def update_bytes(numel: int, widths: Widths) -> int:
     """Bytes of memory traffic of the two passes over ``numel`` elements.
 
-    40 B per element in fp32; 42 with a 16-bit model and fp32 masters; 40 with a 16-bit model and remainders.
+    40 B per element in fp32; 44 with a 16-bit model and fp32 masters; 40 with a 16-bit model and remainders.
 
-    Pass 1 reads gradient, weight, m, v and writes m, v; pass 2 reads weight, m, v and writes the weight, and the
-    model's copy of it where masters are separate.
+    Pass 1 reads gradient, weight, m, v and writes m, v; pass 2 reads weight, m, v and writes the weight. Where masters
+    are separate, pass 1 also reads the model's copy and pass 2 writes it.
     """
     weight = widths.model + widths.master if widths.beside_weight else widths.master or widths.model
     copy = widths.model if widths.master and not widths.beside_weight else 0
-    return numel * (widths.compute + 3 * weight + 6 * widths.state + copy)
+    return numel * (widths.compute + 3 * weight + 6 * widths.state + 2 * copy)

@@ -29,7 +29,7 @@ class Costs:
     large: Mapping[str, Sequence[int]]  # the optimizer's, by collective
     small: Sequence[int]
     around: Mapping[str, Sequence[int]]  # DistributedDataParallel's (stage 1), fully_shard's (stage 3)
-    update: int  # bytes that the two passes read and write
+    update: int  # bytes that the two passes read and write, and the norms of gradients that are read in place
     padding: int  # bytes of weights and gradients in the padding of fully_shard's shards
 
     @property
@@ -103,9 +103,14 @@ def _of_buckets(shapes: Shapes, widths: Widths, choices: Choices, sharding: Shar
         if sharding.world_size > 1
         else [],
         around=around,
-        update=update_bytes(shard, widths if reduces else replace(widths, compute=widths.model)),
+        update=update_bytes(shard, widths) if reduces else _update_in_place(shard, widths),
         padding=0,
     )
+
+
+def _update_in_place(numel: int, widths: Widths) -> int:
+    """Gradients are read where they are, by pass 1 and for their norms; stage 2 sums those where it averages."""
+    return update_bytes(numel, replace(widths, compute=widths.model)) + numel * widths.model
 
 
 def _of_chunks(shapes: Shapes, widths: Widths, choices: Choices, sharding: Sharding, rank: int) -> Costs:
@@ -127,7 +132,7 @@ def _of_chunks(shapes: Shapes, widths: Widths, choices: Choices, sharding: Shard
         if sharding.world_size > 1
         else [],
         around=_around_chunks(placed, widths, choices, sharding),
-        update=update_bytes(own, replace(widths, compute=widths.model)),
+        update=_update_in_place(own, widths),
         padding=2 * (padded - own) * widths.model,
     )
 

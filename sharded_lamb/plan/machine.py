@@ -44,15 +44,17 @@ class Machine:
             raise ValueError(f"--ranks-per-node must be >= 1, got {self.ranks_per_node}")
 
 
-# Memory: data sheets' bandwidth x 0.9. NVLink: the data sheets' total, halved (one direction). Network: one adapter a
-# GPU. Latencies: NCCL's own (src/graph/tuning.cc, LL128 rings): 1.9 us a hop over NVLink, 4.0 us over the network.
+# Memory: what both passes reached over BERT-large, 0.86 to 0.88 of the data sheet (gpu_check/results, "bandwidth", and
+# bench/results/gpu-tiles.json); the A100's, which was not measured, 0.86 of its own. NVLink: the data sheets' total,
+# halved (one direction). Network: one adapter a GPU. Latencies: NCCL's own (src/graph/tuning.cc, LL128 rings): 1.9 us a
+# hop over NVLink, 4.0 us over the network.
 PRESETS = {
     # NVIDIA H100 SXM data sheet: HBM3 3.35 TB/s, NVLink 900 GB/s; DGX H100: a ConnectX-7 of 400 Gb/s a GPU.
-    "h100-nvlink-ib": Machine(0.9 * 3.35e12, 450e9, 50e9, 1.9e-6, 4.0e-6, 8),
+    "h100-nvlink-ib": Machine(2.94e12, 450e9, 50e9, 1.9e-6, 4.0e-6, 8),
     # NVIDIA H200 SXM data sheet: HBM3e 4.8 TB/s, NVLink 900 GB/s; DGX H200: as DGX H100.
-    "h200-nvlink-ib": Machine(0.9 * 4.8e12, 450e9, 50e9, 1.9e-6, 4.0e-6, 8),
+    "h200-nvlink-ib": Machine(4.11e12, 450e9, 50e9, 1.9e-6, 4.0e-6, 8),
     # NVIDIA A100 80GB SXM data sheet: HBM2e 2,039 GB/s, NVLink 600 GB/s; DGX A100: a ConnectX-6 of 200 Gb/s a GPU.
-    "a100-nvlink-ib": Machine(0.9 * 2.039e12, 300e9, 25e9, 1.9e-6, 4.0e-6, 8),
+    "a100-nvlink-ib": Machine(0.86 * 2.039e12, 300e9, 25e9, 1.9e-6, 4.0e-6, 8),
 }
 
 CALIBRATED = ("kernel_bytes_per_second", "wire_bytes_per_second", "latency_seconds")
