@@ -10,6 +10,7 @@ import json
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,8 @@ class Stalls:
 
     def moved_on(self) -> None:
         """This rank no longer waits."""
-        self._store().set(str(self.rank), "")
+        with suppress(RuntimeError):  # the rank that holds the store is gone
+            self._store().set(str(self.rank), "")
 
     @staticmethod
     def _store() -> PrefixStore:
@@ -90,17 +92,23 @@ class Entered:
         """
         if arrives(PATIENCE):
             return
-        before: dict[int, Post] = {}
-        while not arrives(PERIOD):
-            posts = self.stalls.posts(self)
-            stuck = stuck_ranks(posts)
-            if self.stalls.rank in stuck and all(before.get(rank) == posts[rank] for rank in stuck):
-                waited = {posts[rank]["in"][0] for rank in stuck}
-                for stalls in [each for each in _LIVE if each.name in waited]:
-                    stalls.abandon()
-                raise RuntimeError(_message(posts, stuck))
-            before = posts
-        self.stalls.moved_on()
+        posts: dict[int, Post] = {}
+        stuck: set[int] = set()
+        try:
+            while not stuck and not arrives(PERIOD):
+                before, posts = posts, self.stalls.posts(self)
+                stuck = stuck_ranks(posts)
+                if self.stalls.rank not in stuck or any(before.get(rank) != posts[rank] for rank in stuck):
+                    stuck = set()
+        finally:
+            if not stuck:  # also if the backend raises: this rank may go on with another optimizer
+                self.stalls.moved_on()
+        if not stuck:
+            return
+        waited = {posts[rank]["in"][0] for rank in stuck}
+        for stalls in [each for each in _LIVE if each.name in waited]:
+            stalls.abandon()
+        raise RuntimeError(_message(posts, stuck))
 
 
 def stuck_ranks(posts: Mapping[int, Post]) -> set[int]:

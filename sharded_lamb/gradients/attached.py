@@ -236,14 +236,10 @@ class AttachedGradients:
             The parameters that were removed, and zeroed, for `repeat`.
         """
         zeroed = [*filter(self.is_zeroed, range(len(self.params)))]
-        marked = [*self._marked()]
-        removed = [
-            param
-            for param, p in enumerate(self.params)
-            if p.grad is None and (param in fired or param in marked)
-        ]
-        for param in marked:
-            if self.params[param].grad is None:
+        missing = [param for param, p in enumerate(self.params) if p.grad is None]
+        removed = [param for param in missing if param in fired or self._marks[param] is not None]
+        for param in removed:
+            if self._marks[param] is not None:
                 self.attach(param, renew=False)
         for param in awaited:
             self.drop(param)

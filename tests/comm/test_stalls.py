@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from torch import nn
+from torch.distributed import HashStore
 
 from sharded_lamb import ShardedLamb
 from sharded_lamb.comm import stalls
@@ -106,6 +107,24 @@ def test_ranks_are_stuck_if_each_waits_for_a_rank_that_waits() -> None:
     assert stuck_ranks({0: first, 1: elsewhere}) == set()  # rank 0 has ended rank 1's
     first["entered"]["another optimizer"] = {"sums": 3}
     assert stuck_ranks({0: first, 1: elsewhere}) == {0, 1}
+
+
+def test_a_rank_whose_collective_fails_waits_no_longer() -> None:
+    store = HashStore()
+    waiting = []
+
+    def arrives(seconds: float) -> bool:
+        waiting.append(store.check(["0"]) and store.get("0") != b"")
+        if len(waiting) == 3:
+            raise RuntimeError("connection closed")
+        return False
+
+    with mock.patch.object(stalls.Stalls, "_store", return_value=store):
+        entered = stalls.Stalls("group", 0, lambda: None).entered("reduce", [0, 1])
+        with pytest.raises(RuntimeError, match="connection closed"):
+            entered.wait(arrives)
+    assert waiting == [False, False, True]
+    assert store.get("0") == b""
 
 
 def two_optimizers(rank: int) -> None:
