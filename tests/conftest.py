@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,9 +58,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(file_of(item), len(place)))
 
 
-def pytest_collection_finish() -> None:
-    gc.collect()
-    gc.freeze()  # collections during tests look at what these make
+_imported = 0
+
+
+def pytest_runtest_setup() -> None:
+    """Collections, and searches for DDP (`gradients/ddp.py`), look at what tests make, not at all that is imported."""
+    global _imported
+    if len(sys.modules) > _imported:
+        gc.collect()
+        gc.freeze()
+        _imported = len(sys.modules)
 
 
 @pytest.fixture(scope="session", autouse=True)
