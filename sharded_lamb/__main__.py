@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sharded_lamb import shapes
+from sharded_lamb.comm import devices
 from sharded_lamb.verify import verify
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -86,7 +87,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stage", type=int, choices=(1, 2), default=2)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--device", help=devices.OF_HERE)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--bucket-mb", type=float, default=32)
     parser.add_argument("--seed", type=int, default=0)
@@ -94,13 +95,10 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 def _join_ranks(device: str | None) -> torch.device:
     """Join torchrun's process group, if there is one; returns this rank's device. Collective."""
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if kind == "cuda":
-        torch.cuda.set_device(local)
+    here = devices.of_this_rank(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+        dist.init_process_group(devices.backends(here))
+    return here
 
 
 def _verify(chosen: argparse.Namespace, device: torch.device) -> int:

@@ -18,9 +18,9 @@ from sharded_lamb.__main__ import main
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.comm.step_agreement import StepAgreement
 from sharded_lamb.core.layout import Bucket, Segment
-from sharded_lamb.kernels.incoming import GradientCopy
+from sharded_lamb.kernels import ScatteredShard
 from sharded_lamb.kernels.native import CppKernel
-from sharded_lamb.sharding.buckets import FlatBucket
+from sharded_lamb.sharding.buckets import GradientsInPlace
 from sharded_lamb.verify import Reference, Report, verify
 from tests import interpreter
 from tests.harness import run_ranks
@@ -97,13 +97,12 @@ def with_summed_gradients(rank: int, stage: int) -> Verdict:
 
 def with_own_gradients_in_stage_1(rank: int, stage: int) -> Verdict:
     """Stage 1 takes what is this rank's alone, and the check of the first steps does not look."""
-    original = FlatBucket.own_gradients
+    original = GradientsInPlace.shards
 
-    def own(self: FlatBucket, grads: Sequence[Tensor | None]) -> GradientCopy:
-        shard, segments, mine = original(self, grads)
-        return shard, segments, [None if grad is None else grad * (1 + rank) for grad in mine]
+    def own(self: GradientsInPlace, grads: Sequence[Tensor | None]) -> list[ScatteredShard]:
+        return original(self, [None if grad is None else grad * (1 + rank) for grad in grads])
 
-    with mock.patch.object(FlatBucket, "own_gradients", own):
+    with mock.patch.object(GradientsInPlace, "shards", own):
         return verify_here(rank, 1, "float32")
 
 

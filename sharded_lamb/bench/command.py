@@ -7,6 +7,7 @@ import torch
 
 from sharded_lamb.bench import overlap
 from sharded_lamb.bench.report import add_output_arguments
+from sharded_lamb.comm import devices
 
 _HELP = {
     "step": "a whole iteration, from each rank's gradients to updated weights on every rank, of ours and of others",
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in _HELP.items():
         one = benchmarks.add_parser(name, help=text, description=text)
         _ARGUMENTS[name](one)
-        one.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+        one.add_argument("--device", help=devices.OF_HERE)
         add_output_arguments(one)
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from sharded_lamb.comm import devices
+
 Turns = list[list[float]]
 """Milliseconds, [round][iteration]."""
 
@@ -29,8 +31,7 @@ class Clock:
         self.device = device
 
     def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        devices.synchronize(self.device)
 
     def milliseconds(self, action: Callable[[], object], iterations: int) -> list[float]:
         """The slowest rank's time of each of ``iterations`` calls; the same list on every rank. Collective."""

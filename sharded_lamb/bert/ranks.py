@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
+from sharded_lamb.comm import devices
+
 Result = TypeVar("Result")
 
 # Rank 0 may tokenize a corpus while the others wait.
@@ -38,12 +40,8 @@ class Ranks:
     @staticmethod
     def start() -> Ranks:
         """Join torchrun's group, or the initialized one; without torchrun, create a group of one."""
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        cuda = torch.cuda.is_available()
-        device = torch.device("cuda", local) if cuda else torch.device("cpu")
-        if cuda:
-            torch.cuda.set_device(device)
-        backend, bound = ("cpu:gloo,cuda:nccl", device) if cuda else ("gloo", None)
+        device = devices.of_this_rank()
+        backend, bound = devices.backends(device), None if device.type == "cpu" else device
         if dist.is_initialized():
             pass
         elif "RANK" in os.environ:

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from sharded_lamb.comm import devices
 from sharded_lamb.gradients.handles import ReducedGradient
 from sharded_lamb.optim.sharded import ShardedLamb
 from sharded_lamb.plan.costs import Costs, Shapes, costs, trainable
@@ -196,18 +197,12 @@ def _train(model: nn.Module, optimizer: ShardedLamb) -> float:
     optimizer.zero_grad()
     model().backward()
     dist.barrier()
-    _synchronize(optimizer)
+    device = optimizer.param_groups[0]["params"][0].device
+    devices.synchronize(device)
     start = time.perf_counter()
     optimizer.step()
-    _synchronize(optimizer)
+    devices.synchronize(device)
     return time.perf_counter() - start
-
-
-def _synchronize(optimizer: ShardedLamb) -> None:
-    if torch.cuda.is_available() and any(
-        p.is_cuda for group in optimizer.param_groups for p in group["params"]
-    ):
-        torch.cuda.synchronize()
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from sharded_lamb import shapes
+from sharded_lamb.comm import devices
 from sharded_lamb.plan.costs import Shapes, costs
 from sharded_lamb.plan.machine import PRESETS, Machine, calibrated
 from sharded_lamb.plan.models import shapes_of_config
@@ -77,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="under torchrun: compare with the memory and traffic of these ranks (--shapes tiny)",
     )
-    check.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    check.add_argument("--device", help=devices.OF_HERE)
 
 
 def _add_time_arguments(group: Any) -> None:

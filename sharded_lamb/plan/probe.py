@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from sharded_lamb import kernels
+from sharded_lamb.comm import devices
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.comm.topology import Topology
 from sharded_lamb.core import rule
@@ -88,7 +89,6 @@ def _median(work: Callable[[], Any], device: torch.device) -> float:
         dist.barrier()
         start = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        devices.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])

@@ -12,9 +12,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
+from sharded_lamb.comm import devices
 from sharded_lamb.plan.machine import PRESETS, Machine, calibrated
 from sharded_lamb.preflight import network, rank_report
 from sharded_lamb.preflight.rank_report import RankReport
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--calibrate", action="append", default=[], help="JSON of sharded-lamb bench comm")
     parser.add_argument("--at-least", type=float, default=0.5, help="share of the plan, and of links like it")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--device", help=devices.OF_HERE)
     parser.add_argument("--json", type=Path, help="rank 0 writes all reports there")
 
 
@@ -91,10 +91,7 @@ def _machine(chosen: argparse.Namespace) -> Machine | None:
 
 def _join(chosen: argparse.Namespace) -> str | None:
     """Join the launcher's ranks; returns None, or the problem if some do not come."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    kind = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cuda":
-        torch.cuda.set_device(local)
+    device = devices.of_this_rank(chosen.device)
     timeout = timedelta(seconds=chosen.timeout_s)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
@@ -108,8 +105,8 @@ def _join(chosen: argparse.Namespace) -> str | None:
     if problem is None and chosen.world_size not in (None, world):
         problem = f"there are {world} ranks and {chosen.world_size} were expected (--world-size)"
     if problem is None:
-        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        backends = devices.backends(device)
+        dist.init_process_group(backends, store=store, rank=rank, world_size=world, timeout=timeout)
     return problem
 
 
@@ -158,10 +155,7 @@ def _present(store: Any, rank: int, world: int, timeout: timedelta) -> str | Non
 def _together(chosen: argparse.Namespace, machine: Machine | None, began: float) -> int:
     """Compare reports and measure the network; returns the exit code, the same on every rank. Collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    kind = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = (
-        torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
-    )
+    device = devices.of_this_rank(chosen.device)
     token = _leave_token(chosen.writes) if rank == 0 else None
     own = rank_report.collect(rank, device, chosen.config, chosen.data, chosen.writes)
     gathered: list[Any] = [None] * world

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sharded_lamb.comm import devices
 from sharded_lamb.plan.machine import Group, Machine
 
 ROUNDS = 3
@@ -55,12 +56,10 @@ def measure(device: torch.device, size: int) -> Speeds:
 def _best(work: Callable[[], object], device: torch.device) -> float:
     times = []
     for _ in range(1 + ROUNDS):  # the first makes connections
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        devices.synchronize(device)
         begin = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        devices.synchronize(device)
         times.append(time.perf_counter() - begin)
     return min(times[1:])
 
