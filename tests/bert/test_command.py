@@ -81,14 +81,14 @@ def wait_for_rows(run: Path, count: int, process: subprocess.Popen[str]) -> None
         time.sleep(0.01)
 
 
-def ranks_below(process: subprocess.Popen[str]) -> list[int]:
-    """Process ids of torchrun's workers."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    workers = []
-    for pid in map(int, children.read_text().split()):
-        if b"LOCAL_RANK=" in Path(f"/proc/{pid}/environ").read_bytes():
-            workers.append(pid)
-    return workers
+def processes_with(setting: str) -> list[int]:
+    """Process ids of all that were started with ``setting`` in their environment."""
+    pids = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if setting.encode() in path.read_bytes().split(b"\0"):
+                pids.append(int(path.parent.name))
+    return pids
 
 
 def call_main(rank: int, arguments: list[str]) -> tuple[int, str]:

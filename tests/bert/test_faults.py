@@ -6,7 +6,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ import pytest
 
 from sharded_lamb import faults
 from sharded_lamb.checkpoint import problem_with, read_contents
+from tests import interpreter
 from tests.bert.test_command import (
     ROOT,
     environment,
-    ranks_below,
+    processes_with,
     rows_of,
     torchrun,
     wait_for_rows,
@@ -142,18 +142,18 @@ def test_a_node_leaves_and_training_goes_on_with_fewer_ranks(
     with socket.socket() as free:
         free.bind(("localhost", 0))
         endpoint = f"localhost:{free.getsockname()[1]}"
-    timeouts = "last_call_timeout=8,keep_alive_interval=1,keep_alive_max_attempt=2"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1"]
+    timeouts = "last_call_timeout=4,keep_alive_interval=1,keep_alive_max_attempt=2"
+    command = [interpreter.python(), "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1"]
     command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-conf={timeouts}"]
     command += ["--local-addr=localhost", "--max-restarts=2", "-m", "sharded_lamb.bert", "--resume", "auto"]
     # Long enough for the other node to be killed in the middle.
-    slow = {"SHARDED_LAMB_FAULT": "slow@step:seconds=0.5"}
+    slow = {"SHARDED_LAMB_FAULT": "slow@step:seconds=0.3"}
     agents = []
     with (tmp_path / "log").open("w") as log:
-        for _ in range(2):
+        for number in range(2):
             agent = subprocess.Popen(
                 [*command, "--config", str(config)],
-                env=environment(**slow),
+                env=environment(**slow, NODE=f"{tmp_path} {number}"),
                 cwd=ROOT,
                 stdout=log,
                 stderr=log,
@@ -164,10 +164,9 @@ def test_a_node_leaves_and_training_goes_on_with_fewer_ranks(
                 _wait_until_it_listens(endpoint, agent)
         try:
             wait_for_rows(tmp_path / "run", 5, agents[0])
-            for process in (
-                agents[1].pid,
-                *ranks_below(agents[1]),
-            ):  # a rank is no longer in its agent's group
+            node = processes_with(f"NODE={tmp_path} 1")
+            assert len(node) > 1, "its agent and its rank"
+            for process in node:
                 os.kill(process, signal.SIGKILL)
             assert agents[0].wait(100) == 0, (tmp_path / "log").read_text()
         finally:

@@ -46,10 +46,6 @@ def test_hosts_train_to_the_same_bits_as_one(
     settings: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    tree = {
-        **tree,
-        "speed": {**tree["speed"], "threads": 1},
-    }  # else two on hosts of their own, and other sums in matrix products
     config = write_config(tree, tmp_path)
     settings.setenv("PREFLIGHT", preflight)
     settings.setenv("PREFLIGHT_ARGS", f"--config {config} --writes {tmp_path / 'run'} --mb 1")
@@ -74,12 +70,7 @@ def test_a_cable_that_is_pulled_ends_in_an_error_that_names_the_peer_and_put_bac
 ) -> None:
     """Pulled in the middle of a run, until both hosts have said so; then they meet again, and the bits are the same."""
     phases = [{**tree["phases"][0], "steps": 12}]
-    tree = {
-        **tree,
-        "phases": phases,
-        "speed": {**tree["speed"], "threads": 1},
-        "faults": {"hang_timeout_s": 4},
-    }
+    tree = {**tree, "phases": phases, "faults": {"hang_timeout_s": 4}}
     config = write_config(tree, tmp_path)
     for name, value in {
         "PREFLIGHT": "0",
