@@ -48,8 +48,10 @@ class Documents:
             and torch.backends.cuda.is_flash_attention_available()
             and torch.cuda.get_device_capability(device) >= _FLASH_CAPABILITY
         )
-        offsets = self.offsets.pin_memory() if device.type == "cuda" else self.offsets
-        return replace(self, offsets=offsets.to(device, non_blocking=True), has_varlen=has_varlen)
+        return replace(self, offsets=self.offsets.to(device, non_blocking=True), has_varlen=has_varlen)
+
+    def pinned(self) -> Documents:
+        return replace(self, offsets=self.offsets.pin_memory())
 
 
 class DocumentAttention(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -69,15 +69,18 @@ class MicroBatch:
             follows=None if follows is None else torch.from_numpy(follows[order]),
         )
 
+    def pinned(self) -> MicroBatch:
+        """In memory from which a GPU copies while the host goes on."""
+        return self._each(Tensor.pin_memory, self.documents.pinned())
+
     def to(self, device: torch.device) -> MicroBatch:
         if device.type == "cpu":
             return self
-        moved: dict[str, Any] = {
-            name: value.pin_memory().to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
-        return replace(self, documents=self.documents.to(device), **moved)
+        return self._each(lambda x: x.to(device, non_blocking=True), self.documents.to(device))
+
+    def _each(self, moved: Callable[[Tensor], Tensor], documents: Documents) -> MicroBatch:
+        fields: dict[str, Any] = {n: moved(x) for n, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, documents=documents, **fields)
 
 
 @dataclass(frozen=True)
@@ -157,10 +160,12 @@ class BatchSource:
             out[i, begin + len(b)] = self._vocabulary.sep
         return out, replaced.astype(np.int64)
 
-    def step(self, plan: BatchPlan, step: int, first: int, rank: int) -> StepData:
+    def step(self, plan: BatchPlan, step: int, first: int, rank: int, *, pin: bool = False) -> StepData:
         """The data of `rank` in a step whose samples begin at `first`."""
         cuts = plan.step_plan(step, first, rank)
         micro = tuple(self.micro_batch(np.arange(start, stop)) for start, stop in cuts.micro_batches)
+        if pin:
+            micro = tuple(one.pinned() for one in micro)
         return StepData(
             step=step,
             first_sample=first,
@@ -171,15 +176,15 @@ class BatchSource:
             pairs=sum(m.documents.pairs for m in micro),
         )
 
-    def steps(self, plan: BatchPlan, begin: int, rank: int) -> Iterator[StepData]:
-        """Steps `begin` … of the phase; a thread makes each while the one before trains."""
+    def steps(self, plan: BatchPlan, begin: int, rank: int, *, pin: bool = False) -> Iterator[StepData]:
+        """Steps `begin` … of the phase; a thread makes each, and pins it, while the one before trains."""
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
             pending: Future[StepData] | None = None
             first = plan.samples_before(begin)
             for step in range(begin, plan.steps):
-                current = pending or pool.submit(self.step, plan, step, first, rank)
+                current = pending or pool.submit(self.step, plan, step, first, rank, pin=pin)
                 first += plan.batch_at(step)
                 last = step + 1 == plan.steps
                 data = current.result()
-                pending = None if last else pool.submit(self.step, plan, step + 1, first, rank)
+                pending = None if last else pool.submit(self.step, plan, step + 1, first, rank, pin=pin)
                 yield data

@@ -14,7 +14,7 @@ from sharded_lamb import faults
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.ds_config import ds_config
-from sharded_lamb.bert.model import Losses, parameters_to_train
+from sharded_lamb.bert.model import Entered, Losses, parameters_to_train
 from sharded_lamb.bert.optim import restart_steps, set_lr
 from sharded_lamb.checkpoint import Checkpoints, InMemoryCheckpoint, RankGroup, read_contents, write_contents
 
@@ -43,9 +43,10 @@ class EngineBackend:
             self._engine.compile()
         self._lamb: Any = self._engine.basic_optimizer
 
-    def accumulate(self, batch: MicroBatch, scale: Tensor, *, last: bool) -> Tensor:
+    def accumulate(self, batch: MicroBatch, scale: Tensor, *, last: bool, entered: Entered) -> Tensor:
         self._engine.set_gradient_accumulation_boundary(last)
         out: Tensor = self._engine(batch)
+        entered("backward")
         faults.point("backward")
         # `scale` already divides by the global batch: do not divide by the number of micro-batches.
         self._engine.backward((out[:2] * scale).sum(), scale_wrt_gas=False)

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from sharded_lamb import faults
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.data import MicroBatch
-from sharded_lamb.bert.model import Losses, compile_layers
+from sharded_lamb.bert.model import Entered, Losses, compile_layers
 from sharded_lamb.bert.optim import OptimizerBackend, build_optimizer
 from sharded_lamb.checkpoint import Checkpoints
 
@@ -31,10 +31,11 @@ class FsdpBackend(OptimizerBackend):
         self._root = root
         super().__init__(losses, build_optimizer(config, losses.module, 1))
 
-    def accumulate(self, batch: MicroBatch, scale: Tensor, *, last: bool) -> Tensor:
+    def accumulate(self, batch: MicroBatch, scale: Tensor, *, last: bool, entered: Entered) -> Tensor:
         self._root.set_requires_gradient_sync(last)
         out: Tensor = self.losses(batch)
         loss: Tensor = (out[:2] * scale).sum()
+        entered("backward")
         faults.point("backward")
         loss.backward()  # type: ignore[no-untyped-call]
         return out.detach()

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from sharded_lamb.bert.step_clock import SECTIONS
+
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _PROGRESS_SECONDS = 15.0  # between lines, without a terminal to redraw the bar
 
@@ -60,6 +62,7 @@ class MetricsLog:
             "loss": f"{row['loss']:.3f}",
             "lr": f"{row['lr']:.2e}",
             "tok/s": f"{row['tokens_per_s']:,.0f}",
+            "s": " + ".join(f"{row[f'{name}_s']:.2g} {name}" for name in SECTIONS),
         }
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()

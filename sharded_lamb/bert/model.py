@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from sharded_lamb.bert.attention import Documents, use_documents
 from sharded_lamb.bert.config import ModelConfig, Precision, RunConfig
 from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.tokenizer import Vocabulary
+
+Entered = Callable[[str], None]
+"""Begins a section of a step: `StepClock.enter`."""
 
 _ATTENTION: dict[str, Any] = {"attn_implementation": "sdpa"}  # flash attention where torch has it
 

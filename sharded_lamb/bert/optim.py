@@ -12,7 +12,7 @@ from torch import Tensor
 from sharded_lamb import checkpoint, faults
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.data import MicroBatch
-from sharded_lamb.bert.model import Losses, compile_layers, parameters_to_train
+from sharded_lamb.bert.model import Entered, Losses, compile_layers, parameters_to_train
 from sharded_lamb.checkpoint import Checkpoints
 
 STAGES: dict[str, Literal[1, 2]] = {"ddp+zero1": 1, "zero2": 2}
@@ -63,11 +63,12 @@ class ShardedBackend(OptimizerBackend):
         super().__init__(losses, build_optimizer(config, losses.module, stage))
         self._unsynchronized = self._optimizer.no_sync if stage == 2 else self._wrapped.no_sync
 
-    def accumulate(self, batch: MicroBatch, scale: Tensor, *, last: bool) -> Tensor:
+    def accumulate(self, batch: MicroBatch, scale: Tensor, *, last: bool, entered: Entered) -> Tensor:
         context: AbstractContextManager[Any] = nullcontext() if last else self._unsynchronized()
         with context:
             out: Tensor = self._wrapped(batch)
             loss: Tensor = (out[:2] * scale).sum()
+            entered("backward")
             faults.point("backward")
             loss.backward()  # type: ignore[no-untyped-call]
         return out.detach()

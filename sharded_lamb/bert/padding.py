@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -96,7 +98,10 @@ def compare(config: RunConfig) -> Path:
             places += batch.documents.count * batch.documents.limit
     ours, theirs = (np.array(run.losses) for run in runs.values())
     result = {
-        "about": about(torch.device("cpu")),
+        "about": {
+            **about(torch.device("cpu")),
+            "command": shlex.join(["python", "-m", "sharded_lamb.bert", *sys.argv[1:]]),
+        },
         "model": config.to_dict()["model"],
         "sequence_length": phase.sequence_length,
         "micro_batch": size,

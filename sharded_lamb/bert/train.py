@@ -26,8 +26,10 @@ from sharded_lamb.bert.ranks import Ranks
 from sharded_lamb.bert.schedule import build_schedule
 from sharded_lamb.bert.shards import Manifest, PackedSamples
 from sharded_lamb.bert.stateless_rng import key_of
+from sharded_lamb.bert.step_clock import SECTIONS, StepClock
 from sharded_lamb.bert.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
 from sharded_lamb.bert.train_backend import TrainBackend, build_backend, check_parallel
+from sharded_lamb.core.host_values import to_device
 from sharded_lamb.watchdog import Watchdog
 
 Beat = Callable[[str], None]
@@ -149,21 +151,6 @@ def _open_log(job: Job, position: Position) -> MetricsLog:
     return MetricsLog(job.run_dir, position.total_step, job.run_dir.name, total)
 
 
-@dataclass
-class _Clock:
-    """Seconds of one step: waiting for data, and in total."""
-
-    begin: float
-    data: float = 0.0
-    total: float = 0.0
-
-    def stopped_by(self, result: torch.Tensor) -> list[float]:
-        """The numbers of a step's ``result``; a GPU has completed the step once they are on the host."""
-        numbers: list[float] = result.double().tolist()
-        self.total = time.perf_counter() - self.begin
-        return numbers
-
-
 @dataclass(frozen=True)
 class _StepTotals:
     """Sums over ranks for one step, known before its forward."""
@@ -176,27 +163,46 @@ class _StepTotals:
     due_saves: float  # 1 if checkpoint.every_minutes are up on rank 0
 
 
+@dataclass(frozen=True)
+class _Started:
+    """A step whose work was started; its numbers are on the device."""
+
+    position: Position  # after it
+    batch: int
+    lr: float
+    totals: _StepTotals
+    sums: torch.Tensor  # [4] of this rank
+    clock: StepClock
+
+
 class _Phase:
-    """One phase on this rank."""
+    """One phase on this rank. A step's numbers are read while the next one runs: the host waits for no device."""
 
     def __init__(self, job: Job, number: int, plan: BatchPlan, log: MetricsLog | None, beat: Beat) -> None:
         self.job, self.number, self.plan, self.log, self.beat = job, number, plan, log, beat
         self.settings: PhaseConfig = job.config.phases[number]
         self.schedule = build_schedule(self.settings)
         self._last_save = time.monotonic()
+        self._unread: _Started | None = None
+        self._seconds = 0.0
 
     def run(self, position: Position) -> tuple[Position, bool]:
         """(position after the phase or the last step before a stop, whether a signal stopped it)."""
         job = self.job
         if job.ranks.is_first:
             print(outputs.phase_line(self.settings, self.schedule, self.plan, position.step), flush=True)
-        source = job.source(self.number, "train")
-        steps = source.steps(self.plan, position.step, job.ranks.rank)
-        for data, clock in _timed(steps):
+        self._seconds = position.seconds
+        for data, clock in self._batches(position.step):
             faults.point("step", step=position.total_step)
             self.beat(f"step {position.total_step}: data")
             totals = self._totals(data)
-            sums = clock.stopped_by(self._step(data, totals))
+            sums = self._accumulate(data, totals, clock)
+            clock.enter("log")
+            self._record()
+            clock.enter("optimizer")
+            lr = self.schedule.lr(data.step)
+            job.backend.step(lr)
+            clock.end()
             position = replace(
                 position,
                 step=data.step + 1,
@@ -204,16 +210,30 @@ class _Phase:
                 sample=data.first_sample + data.global_batch,
                 world_size=job.ranks.world_size,
                 tokens=position.tokens + int(totals.tokens),
-                seconds=position.seconds + clock.total,
             )
-            self._record(position, data, totals, sums, clock)
+            self._unread = _Started(position, data.global_batch, lr, totals, sums, clock)
             stopping = totals.stop_signals > 0
             regular = position.total_step % job.config.checkpoint.every_steps == 0
             if regular or stopping or totals.due_saves > 0 or position.step == self.plan.steps:
+                self._record()
+                position = replace(position, seconds=self._seconds)
                 self._save(position)
             if stopping:
                 return position, True
         return position, False
+
+    def _batches(self, begin: int) -> Iterator[tuple[StepData, StepClock]]:
+        """Each step's data, and a clock started at the request for it."""
+        ranks = self.job.ranks
+        source = self.job.source(self.number, "train")
+        steps = source.steps(self.plan, begin, ranks.rank, pin=ranks.device.type == "cuda")
+        while True:
+            clock = StepClock(ranks.device)
+            clock.enter("data")
+            data = next(steps, None)
+            if data is None:
+                return
+            yield data, clock
 
     def _totals(self, data: StepData) -> _StepTotals:
         job = self.job
@@ -221,23 +241,25 @@ class _Phase:
         stop, due = job.stop.signal is not None, self._save_is_due() and job.ranks.is_first
         return _StepTotals(*job.ranks.sum([data.predicted, data.tokens, data.pairs, documents, stop, due]))
 
-    def _step(self, data: StepData, totals: _StepTotals) -> torch.Tensor:
-        """Forward, backward and update of one global batch; returns this rank's [4] sums.
+    def _accumulate(self, data: StepData, totals: _StepTotals, clock: StepClock) -> torch.Tensor:
+        """Forward and backward of one global batch; returns this rank's [4] sums.
 
         Backends average gradients over ranks, so each loss is divided by the count of the whole global batch and
         multiplied by the number of ranks: neither accumulation nor world size changes the result.
         """
         job, ranks = self.job, self.job.ranks
-        scale = torch.tensor([1 / totals.predicted, 1 / totals.documents], device="cpu") * ranks.world_size
-        scale = scale.to(ranks.device)
+        scale = to_device([1 / totals.predicted, 1 / totals.documents], None, ranks.device) * ranks.world_size
         # A key, so that dropout in a resumed run equals that of an uninterrupted one.
         torch.manual_seed(key_of(job.config.seed, "dropout", self.number, data.step, ranks.rank) >> 1)
         sums = torch.zeros(4, device=ranks.device)
         last = len(data.micro_batches) - 1
-        for index, micro in enumerate(data.micro_batches):
-            self.beat(f"step {data.step}: micro-batch {index}")
-            sums += job.backend.accumulate(micro.to(ranks.device), scale, last=index == last)
-        job.backend.step(self.schedule.lr(data.step))
+        # Autocast forgets its casts of weights at the end of the outermost context: one a step casts them once.
+        with torch.autocast(ranks.device.type, enabled=False):
+            for index, micro in enumerate(data.micro_batches):
+                self.beat(f"step {data.step}: micro-batch {index}")
+                clock.enter("forward")
+                batch = micro.to(ranks.device)
+                sums += job.backend.accumulate(batch, scale, last=index == last, entered=clock.enter)
         return sums
 
     def _save_is_due(self) -> bool:
@@ -251,54 +273,51 @@ class _Phase:
         checkpoint.save(folder, keep, position, job.backend)
         self._last_save = time.monotonic()
 
-    def _record(
-        self, position: Position, data: StepData, totals: _StepTotals, sums: list[float], clock: _Clock
-    ) -> None:
-        """Gathers every rank's numbers and writes the step's row."""
-        job = self.job
-        gathered = job.ranks.gather([*sums, clock.data, clock.total, peak_memory(job.ranks.device)])
-        ratios: dict[str, float] = {}
-        if (position.total_step - 1) % job.config.log.trust_ratio_steps == 0:
-            ratios = job.backend.trust_ratios()
-        norm = job.backend.grad_norm()
+    def _record(self) -> None:
+        """Gathers every rank's numbers of the last started step and writes its row, unless that was done."""
+        step, self._unread = self._unread, None
+        if step is None:
+            return
+        job, totals, position = self.job, step.totals, step.position
+        with step.clock.completed():
+            own = [*step.sums.double().tolist(), *step.clock.seconds(), peak_memory(job.ranks.device)]
+            norm = job.backend.grad_norm()
+            ratios: dict[str, float] = {}
+            if (position.total_step - 1) % job.config.log.trust_ratio_steps == 0:
+                ratios = job.backend.trust_ratios()
+        gathered = job.ranks.gather(own)
+        sections = gathered[:, 4:-1]
+        each = sections.sum(1)
+        seconds = each.max().item()
+        self._seconds += seconds
         if self.log is None:
             return
         loss, pair_loss, right, pair_right = gathered[:, :4].sum(0).tolist()
-        seconds = gathered[:, 5].max().item()
         work = job.size.flops(int(totals.tokens), int(totals.predicted), int(totals.pairs))
+        slowest = sections.amax(0).tolist()
         row = {
             "step": position.total_step,
             "phase": self.number,
             "loss": loss / totals.predicted,
-            "lr": self.schedule.lr(data.step),
+            "lr": step.lr,
             "grad_norm": norm,
             "accuracy": right / totals.predicted,
             "tokens_per_s": totals.tokens / seconds,
             "tokens": position.tokens,
-            "global_batch": data.global_batch,
+            "global_batch": step.batch,
             "sample": position.sample,
             "step_s": seconds,
-            "data_wait_share": (gathered[:, 4] / gathered[:, 5]).max().item(),
+            **{f"{name}_s": value for name, value in zip(SECTIONS, slowest, strict=True)},
+            "data_wait_share": (sections[:, 0] / each).max().item(),
             "mfu": work / seconds / (job.flops * job.ranks.world_size),
-            "peak_memory_bytes": int(gathered[:, 6].max().item()),
-            "slowest_rank": int((gathered[:, 5]).argmax()),
+            "peak_memory_bytes": int(gathered[:, -1].max().item()),
+            "slowest_rank": int(each.argmax()),
             "unigram_entropy": job.manifest.unigram_entropy,
             **summarize_ratios(ratios),
         }
         if job.config.data.nsp:
             row |= {"nsp_loss": pair_loss / totals.documents, "nsp_accuracy": pair_right / totals.documents}
         self.log.step(row)
-
-
-def _timed(steps: Iterator[StepData]) -> Iterator[tuple[StepData, _Clock]]:
-    """Each step's data, and a clock started at the request for it."""
-    while True:
-        clock = _Clock(time.perf_counter())
-        data = next(steps, None)
-        if data is None:
-            return
-        clock.data = time.perf_counter() - clock.begin
-        yield data, clock
 
 
 def _finish(job: Job, position: Position, log: MetricsLog | None, beat: Beat) -> dict[str, Any]:

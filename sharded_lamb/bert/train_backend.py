@@ -10,7 +10,7 @@ from torch import Tensor
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.ds_config import ds_config
-from sharded_lamb.bert.model import Losses
+from sharded_lamb.bert.model import Entered, Losses
 from sharded_lamb.checkpoint import Checkpoints
 
 
@@ -23,11 +23,12 @@ class TrainBackend(Protocol):
     bert: Any  # the Hugging Face model; its parameters may be empty or sharded
     losses: Any  # the module for evaluation; all ranks call it equally often
 
-    def accumulate(self, batch: MicroBatch, scale: Tensor, *, last: bool) -> Tensor:
+    def accumulate(self, batch: MicroBatch, scale: Tensor, *, last: bool, entered: Entered) -> Tensor:
         """Forward and backward of one micro-batch. The step's ``last`` one averages gradients over ranks.
 
         Args:
             scale: [2] factors of the two losses' sums.
+            entered: called with "backward" as backward begins.
 
         Returns:
             [4] the output of `Losses`, detached.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from sharded_lamb import ShardedLamb
 from sharded_lamb.gpu_check import timing
@@ -106,6 +107,8 @@ def bert(setting: Setting, found: Findings) -> str:
     found.note("peak TFLOP/s", f"{peak / 1e12:,.1f} ({source})")
     with _alone(found, "attention over mixed lengths"):
         _compare_attention(setting, found)
+    with _alone(found, "q, k and v of a layer"):
+        found.note("q, k and v of a layer", _projections(setting))
     best, skipped = ("", 0.0, 0.0), []
     for case in CASES if setting.on_gpu else REHEARSED:
         if setting.seconds_left < (COMPILED_S if case.compiled else EAGER_S):
@@ -266,6 +269,28 @@ def _compare_attention(setting: Setting, found: Findings) -> None:
         out = attention_of(q, k, v, documents, 0.0)
         results.append([out.detach(), *torch.autograd.grad(out.square().sum(), (q, k, v))])
     found.within("attention over mixed lengths", results[0], results[1], 2e-2)
+
+
+def _projections(setting: Setting) -> dict[str, float]:
+    """Milliseconds of a layer's three projections, forward and backward: as the model has them, and as one product."""
+    sizes = _sizes(setting)
+    options: dict[str, Any] = {"device": setting.device, "dtype": torch.bfloat16}
+    layers = [torch.nn.Linear(sizes.hidden, sizes.hidden, **options) for _ in range(3)]
+    rows = (256 if setting.on_gpu else 4) * sizes.length
+    x = torch.randn(rows, sizes.hidden, requires_grad=True, **options)
+    grads = [torch.randn(rows, sizes.hidden, **options) for _ in layers]
+
+    def three() -> None:
+        torch.autograd.backward([layer(x) for layer in layers], grads)
+
+    def one() -> None:
+        weight, bias = torch.cat([p.weight for p in layers]), torch.cat([p.bias for p in layers])
+        torch.autograd.backward(torch.split(F.linear(x, weight, bias), sizes.hidden, -1), grads)
+
+    return {
+        "three products ms": round(timing.back_to_back_ms(setting, three), 3),
+        "one product ms": round(timing.back_to_back_ms(setting, one), 3),
+    }
 
 
 def _by_kind(operations: timing.Operations) -> dict[str, tuple[int, float]]:

@@ -1,8 +1,10 @@
 """Attention over documents without padding, against Hugging Face's own model over padded rows, in float64."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 from functools import partialmethod
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sharded_lamb.bert import attention
+from sharded_lamb.bert.__main__ import main
 from sharded_lamb.bert.attention import Documents, attend
 from sharded_lamb.bert.config_io import build_config
 from sharded_lamb.bert.data import BatchSource
@@ -212,3 +215,26 @@ def test_layers_are_compiled_once_for_any_lengths(
     assert compiled.frame_count == 1
     flash = [n for graph in compiled.graphs for n in graph.graph.nodes if "flash" in str(n.target)]
     assert len(flash) == 1
+
+
+def test_the_measurement_trains_both_ways_to_the_same_losses(tree: dict[str, Any], tmp_path: Path) -> None:
+    """Through its command. Speeds are not asserted."""
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({**tree, "run_dir": str(tmp_path / "run")}))  # JSON is YAML
+    overrides = ["data.nsp=true", "phases.0.steps=3", "batch.max_micro_batch=8"]
+    assert main(["padding", "--config", str(config), *overrides]) == 0
+    result = json.loads((tmp_path / "run" / "padding.json").read_text())
+    assert result["largest relative difference of a loss"] < 1e-5
+    ours, theirs = result["last loss"].values()
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert 0 < result["share of padding"] < 0.9
+    assert min(result["forward and backward, tokens/s"].values()) > 0
+
+
+def test_the_measurement_needs_a_learning_rate(
+    tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(tree))
+    assert main(["padding", "--config", str(config), "phases.0.lr=auto"]) == 1
+    assert "phases.0.lr='auto': expected a number" in capsys.readouterr().err

@@ -1,6 +1,9 @@
 """What the recipe does on a GPU, as far as a CPU shows it."""
 
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -9,35 +12,115 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sharded_lamb.bert import metrics, train
+from sharded_lamb.bert import metrics
+from sharded_lamb.bert.batch import BatchPlan
 from sharded_lamb.bert.model import compile_layers
 from sharded_lamb.bert.ranks import Ranks
+from sharded_lamb.bert.step_clock import SECTIONS, StepClock
+from tests.bert.test_data import source_of
 
 GPU = torch.device("cuda", 0)
 
 
-class AsynchronousSums:
-    """A step's [4] sums on a device that computes for five seconds after its work was enqueued."""
+class Device:
+    """A GPU's stream, simulated: work is queued and takes device time; events get the time at which it reaches them."""
 
-    def __init__(self, clock: list[float]) -> None:
-        self.clock = clock
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.queued = self.reached = (
+            0.0  # device seconds: of all work, and of the work that the host waited for
+        )
+        self.stream = "main"
+        device = self
 
-    def double(self) -> "AsynchronousSums":
-        return self
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
 
-    def tolist(self) -> list[float]:
-        self.clock[0] += 5.0
-        return [1.0, 2.0, 3.0, 4.0]
+            def record(self) -> None:
+                self.at = device.queued
+
+            def synchronize(self) -> None:
+                device.reached = max(device.reached, self.at)
+
+            def elapsed_time(self, end: "Event") -> float:
+                assert device.reached >= end.at, "read before the device came there"
+                return 1e3 * (end.at - self.at)
+
+        @contextmanager
+        def stream(other: object) -> Iterator[None]:
+            before, device.stream = device.stream, "beside"
+            yield
+            device.stream = before
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "Stream", object)
+        monkeypatch.setattr(torch.cuda, "stream", stream)
+
+    def work(self, seconds: float) -> None:
+        self.queued += seconds
 
 
-def test_a_step_lasts_until_the_device_has_completed_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    clock = train._Clock(begin=100.0)
-    now[0] += 0.25  # the host enqueues
-    sums: Any = AsynchronousSums(now)
-    assert clock.stopped_by(sums) == [1.0, 2.0, 3.0, 4.0]
-    assert clock.total == 5.25
+def test_sections_are_those_of_the_device_and_the_host_waits_for_no_later_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = Device(monkeypatch)
+    first, second = StepClock(GPU), StepClock(GPU)
+    for clock in (first, second):
+        for section, seconds in (
+            ("data", 0.5),
+            ("forward", 1),
+            ("backward", 2),
+            ("forward", 1),
+            ("backward", 2),
+        ):
+            clock.enter(section)
+            device.work(seconds)
+        clock.enter("log")
+        clock.enter("optimizer")
+        device.work(0.25)
+        clock.end()
+    assert device.reached == 0
+    with first.completed():
+        assert device.stream == "beside"  # reads of the device are not queued behind the second step
+        assert dict(zip(SECTIONS, first.seconds(), strict=True)) == {
+            "data": 0.5,
+            "forward": 2,
+            "backward": 4,
+            "log": 0,
+            "optimizer": 0.25,
+        }
+    assert device.reached == 6.75
+
+
+def test_sections_on_a_cpu_are_those_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([1.0, 1.5, 2.5, 4.5, 4.75, 5.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    clock = StepClock(torch.device("cpu"))
+    for section in SECTIONS:
+        clock.enter(section)
+    clock.end()
+    with clock.completed():
+        assert clock.seconds() == [0.5, 1, 2, 0.25, 0.25]
+
+
+def test_batches_are_pinned_by_the_thread_that_makes_them(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, _, _ = source_of(tree, nsp=True)
+    threads: dict[int, str] = {}
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.clone()
+        threads[copy.data_ptr()] = threading.current_thread().name
+        return copy
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    (data,) = source.steps(BatchPlan(1, 12, 1, 5, 12, 0), 0, 0, pin=True)
+    assert len(data.micro_batches) == 3
+    for micro in data.micro_batches:
+        tensors = [x for x in (*vars(micro).values(), micro.documents.offsets) if isinstance(x, torch.Tensor)]
+        assert len(tensors) == 7
+        assert {threads[x.data_ptr()].split("_")[0] for x in tensors} == {"batches"}
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,20 @@
 import json
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharded_lamb.bert import picture
 from sharded_lamb.bert.config_io import build_config
+from sharded_lamb.bert.optim import ShardedBackend
 from sharded_lamb.bert.ranks import Ranks
+from sharded_lamb.bert.step_clock import SECTIONS
 from sharded_lamb.bert.train import run
 from sharded_lamb.checkpoint import problem_with, read_contents
 from tests.harness import run_ranks, run_ranks_expecting_errors
@@ -237,6 +241,77 @@ def test_bad_input_found_by_rank_0_is_refused_on_every_rank(tree: dict[str, Any]
     assert all("absent.txt" in text and "no such file" in text for _, text in failed.values())
 
 
+def observed(
+    rank: int, tree: dict[str, Any], run_dir: str, overrides: list[str]
+) -> tuple[list[str], list[float]]:
+    """(what a run did in turn, the gradient norm after each step)."""
+    did: list[str] = []
+    norms: list[float] = []
+    accumulate, step = ShardedBackend.accumulate, ShardedBackend.step
+    grad_norm, save = ShardedBackend.grad_norm, ShardedBackend.save
+
+    def stepped(self: Any, lr: float) -> None:
+        step(self, lr)
+        did.append("step")
+        norms.append(self._optimizer.grad_norm)
+
+    def noted(name: str, call: Any) -> Any:
+        return lambda *args, **keywords: [did.append(name), call(*args, **keywords)][1]
+
+    with (
+        mock.patch.object(ShardedBackend, "accumulate", noted("backward", accumulate)),
+        mock.patch.object(ShardedBackend, "step", stepped),
+        mock.patch.object(ShardedBackend, "grad_norm", noted("read", grad_norm)),
+        mock.patch.object(ShardedBackend, "save", noted("save", save)),
+    ):
+        train(rank, tree, run_dir, overrides)
+    return did, norms
+
+
+def test_numbers_are_read_a_step_late_but_before_a_save(tree: dict[str, Any], tmp_path: Path) -> None:
+    ((did, norms),) = run_ranks(1, observed, tree, str(tmp_path), ["checkpoint.every_steps=3"])
+    begin, later = ["backward", "step"], ["backward", "read", "step"]
+    assert did == 2 * [*begin, *later, *later, "read", "save"]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][:-1]
+    assert [row["grad_norm"] for row in rows] == norms
+    assert len(set(norms)) == 6
+
+
+class CastsOfWeights(TorchDispatchMode):
+    """Counts the casts from fp32 to bf16 by shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[torch.Size] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16:
+            self.counts[args[0].shape] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def casts(rank: int, tree: dict[str, Any], run_dir: str) -> dict[torch.Size, int]:
+    with CastsOfWeights() as mode:
+        train(
+            rank,
+            tree,
+            run_dir,
+            [
+                "speed.precision=bf16_autocast",
+                "batch.max_micro_batch=4",
+                "phases.0.steps=1",
+                "log.heldout_batches=1",
+            ],
+        )
+    return dict(mode.counts)
+
+
+def test_a_step_casts_its_weights_once_for_all_micro_batches(tree: dict[str, Any], tmp_path: Path) -> None:
+    """Three micro-batches, and one forward over the held-out split."""
+    (counts,) = run_ranks(1, casts, tree, str(tmp_path))
+    assert counts[torch.Size([64, 32])] == counts[torch.Size([32, 64])] == 1 + 1
+
+
 def test_every_row_says_how_the_run_goes(tree: dict[str, Any], tmp_path: Path) -> None:
     rows, _ = trained(2, tree, tmp_path, "log.trust_ratio_steps=2")
     *steps, final = rows
@@ -248,10 +323,18 @@ def test_every_row_says_how_the_run_goes(tree: dict[str, Any], tmp_path: Path) -
         "tokens_per_s",
         "mfu",
         "data_wait_share",
+        "data_s",
+        "forward_s",
+        "backward_s",
+        "log_s",
+        "optimizer_s",
         "peak_memory_bytes",
         "slowest_rank",
     }
     assert all(expected <= row.keys() for row in steps)
+    for row in steps:
+        assert all(row[f"{name}_s"] > 0 for name in SECTIONS)
+        assert max(row[f"{name}_s"] for name in SECTIONS) <= row["step_s"]
     assert [("trust_ratio_quantiles" in row) for row in steps] == [True, False] * 3
     quantiles = steps[2]["trust_ratio_quantiles"]
     assert quantiles == sorted(quantiles)

@@ -98,7 +98,7 @@ def stepped(config: Any) -> tuple[dict[str, Any], dict[str, float]]:
     """(options in the optimizer, its trust ratios) after a step of a small BERT."""
     vocabulary: Any = SimpleNamespace(size=64, pad=0)
     backend: Any = build_backend(config, build_bert(config, vocabulary), 1)
-    backend.accumulate(micro_batch(), torch.tensor([1 / 3, 1 / 2]), last=True)
+    backend.accumulate(micro_batch(), torch.tensor([1 / 3, 1 / 2]), last=True, entered=lambda _: None)
     backend.step(0.01)
     optimizer = backend._lamb if config.parallel == "deepspeed" else backend._optimizer
     (group,) = optimizer.param_groups
