@@ -166,8 +166,9 @@ def test_layers_are_compiled_one_by_one() -> None:
 def test_ranks_on_a_gpu_meet_on_nccl_beside_gloo(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without torchrun too, and each bound to its GPU."""
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.update(current=device))
+    here = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: here)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: seen.update(current=index))
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     monkeypatch.setattr(
         dist, "init_process_group", lambda backend, **options: seen.update(options, backend=backend)
@@ -183,5 +184,5 @@ def test_ranks_on_a_gpu_meet_on_nccl_beside_gloo(launched: bool, monkeypatch: py
         monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(dist.HashStore(), 0, 1)]))
     device = torch.device("cuda", 1 if launched else 0)
     assert Ranks.start().device == device
-    assert seen["current"] == seen["device_id"] == device
+    assert (seen["current"], seen["device_id"]) == (device.index, device)
     assert seen["backend"] == "cpu:gloo,cuda:nccl"
