@@ -8,9 +8,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -67,10 +70,26 @@ def check_supported(engine: DeepSpeedEngine) -> None:
         raise ValueError(f"ShardedLamb under DeepSpeed does not support {feature} yet: {remedy}")
 
 
+def _defects_of_release(engine: DeepSpeedEngine) -> Iterator[tuple[str, str]]:
+    """DeepSpeed's own defects in the installed release, with any optimizer."""
+    release, remedy = Version(deepspeed.__version__), "install DeepSpeed >= 0.19.8"
+    of = f"of DeepSpeed {release}"
+    if release < Version("0.18") and engine.load_universal_checkpoint():
+        yield f"universal checkpoints {of}", f"other weights are loaded than were saved; {remedy}"
+    if release.release[:2] != (0, 18) or dist.get_world_size() == 1:
+        return
+    stage, on_gloo = engine.zero_optimization_stage(), accelerator_device().type == "cpu"
+    if stage == 1 and engine.get_data_types() == (torch.bfloat16, torch.float32):
+        yield f"ZeRO 1 {of} in bf16 with grad_accum_dtype fp32", f"it does not average gradients; {remedy}"
+    if stage in (1, 2) and on_gloo and Version(torch.__version__).release >= (2, 13):
+        yield f"ZeRO {stage} {of} with torch {torch.__version__}", f"its all-gather on gloo raises; {remedy}"
+
+
 def _unsupported(engine: DeepSpeedEngine) -> Iterator[tuple[str, str]]:
+    yield from _defects_of_release(engine)
     offload, parameters = engine.zero_offload_optimizer(), engine.zero_offload_param()
     slices = "a rank's parameters are slices whose norms are not summed"
-    if engine.zenflow:
+    if getattr(engine, "zenflow", False):  # DeepSpeed < 0.17.3 has no such feature
         yield (
             "ZenFlow",
             "it updates selected gradients outside the optimizer; remove zero_optimization.zenflow",
@@ -85,7 +104,7 @@ def _unsupported(engine: DeepSpeedEngine) -> Iterator[tuple[str, str]]:
         yield "tensor parallel", f"{slices}; set autotp_size to 1"
     if engine.mpu is not None and bwc_tensor_model_parallel_world_size(engine.mpu) > 1:
         yield "tensor parallel", f"{slices}; initialize without mpu"
-    if engine.bf16_optimizer_states():
+    if getattr(engine, "bf16_optimizer_states", lambda: False)():  # DeepSpeed < 0.18 has no such option
         yield "bf16_optimizer_states", "moments are fp32; remove it from the bf16 section"
     if engine.zero_elastic_checkpoint():
         yield (

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -155,11 +156,60 @@ def test_unsupported_partitioning_raises(features: dict[str, Any], fragment: str
         "zero_offload_param",
         "bf16_optimizer_states",
         "zero_elastic_checkpoint",
+        "load_universal_checkpoint",
     )
     methods = {name: (lambda: None) for name in switches}
     engine = SimpleNamespace(**{**plain, **methods, "autotp_size": lambda: 1, **features})
     with pytest.raises(ValueError, match=fragment):
         check_supported(engine)
+
+
+def test_an_engine_of_a_release_without_a_feature_is_accepted() -> None:
+    from sharded_lamb.deepspeed.engine_probe import check_supported
+
+    def never() -> None:
+        return None
+
+    has = {"pipeline_parallelism": False, "has_moe_layers": False, "mpu": None, "autotp_size": lambda: 1}
+    switches = ("zero_offload_optimizer", "zero_offload_param", "zero_elastic_checkpoint")
+    check_supported(SimpleNamespace(**has, **dict.fromkeys(switches, never)))
+
+
+def construct_with(rank: int, deepspeed_version: str, torch_version: str, config: dict[str, Any]) -> str:
+    import deepspeed
+
+    with (
+        mock.patch.object(deepspeed, "__version__", deepspeed_version),
+        mock.patch.object(torch, "__version__", torch_version),
+    ):
+        return construct(rank, config)
+
+
+UNIVERSAL = cases.config(2, checkpoint={"load_universal": True})
+
+
+@pytest.mark.parametrize(
+    ("releases", "config", "fragment"),
+    [
+        (("0.18.9", "2.13.0+cpu"), cases.config(1), "ZeRO 1 of DeepSpeed 0.18.9 with torch 2.13.0+cpu"),
+        (("0.18.9", "2.14.1"), cases.config(2, "bf16"), "ZeRO 2 of DeepSpeed 0.18.9 with torch 2.14.1"),
+        (("0.18.9", "2.11.0"), cases.config(2, "bf16"), "accepted"),
+        (("0.18.9", "2.13.0"), cases.config(3), "accepted"),
+        (
+            ("0.18.9", "2.11.0"),
+            cases.config(1, "bf16", data_types={"grad_accum_dtype": "fp32"}),
+            "ZeRO 1 of DeepSpeed 0.18.9 in bf16 with grad_accum_dtype fp32",
+        ),
+        (("0.17.6", "2.13.0"), UNIVERSAL, "universal checkpoints of DeepSpeed 0.17.6"),
+        (("0.19.8", "2.13.0"), UNIVERSAL, "accepted"),
+    ],
+)
+def test_defects_of_a_release_are_refused_by_name(
+    releases: tuple[str, str], config: dict[str, Any], fragment: str
+) -> None:
+    for message in run_ranks(2, construct_with, *releases, config):
+        assert fragment in message
+        assert message == "accepted" or "install DeepSpeed >= 0.19.8" in message
 
 
 def in_groups(rank: int, more: dict[str, Any], clip: float) -> tuple[list[Any], str]:
