@@ -1,10 +1,13 @@
 # shellcheck shell=bash
 # Sourced by the launch scripts. Checks the machine, creates .venv in the repository root (once: a hash of all
-# inputs lets later runs reuse it without calling pip) and puts it first on PATH.
+# inputs lets later runs reuse it without calling pip) and puts it first on PATH. A script that sets PINS before
+# (`torch==2.14.1 deepspeed==0.18.9`) gets these versions, in an environment of its own: .venv-torch-2.14.1-deepspeed-0.18.9.
 
 REPO_ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python3}
-readonly VENV=$REPO_ROOT/.venv
+[[ -v PINS ]] || PINS=()
+VENV=$REPO_ROOT/.venv$(printf -- '-%s' "${PINS[@]/==/-}")
+readonly PINS VENV=${VENV%-}
 # With .venv active, use the Python that created it: another stamp would recreate .venv while it is in use.
 if [[ $(command -v -- "$PYTHON") == "$VENV"/* ]]; then
     PYTHON=$("$PYTHON" -c 'import sys; print(sys._base_executable)') || PYTHON=python3
@@ -54,15 +57,44 @@ print(hashlib.sha256(repr(parts).encode()).hexdigest())
 PY
 }
 
+# Prints constraints.txt with the distributions named here as installed, and without the pins that they exclude.
+compatible_constraints() {
+    "$VENV/bin/python" - "$CONSTRAINTS" "$@" <<'PY'
+import sys
+from importlib.metadata import requires, version
+from pip._vendor.packaging.requirements import Requirement
+from pip._vendor.packaging.utils import canonicalize_name
+
+constraints, *chosen = sys.argv[1:]
+needs = [Requirement(line) for name in chosen for line in requires(name) or ()]
+needs = [need for need in needs if not need.marker or need.marker.evaluate({"extra": ""})]
+print(*(f"{name}=={version(name)}" for name in chosen), sep="\n")
+for line in open(constraints):
+    name, _, pin = line.strip().partition("==")
+    fits = all(need.specifier.contains(pin) for need in needs if canonicalize_name(need.name) == name)
+    if pin and name not in chosen and fits:
+        print(f"{name}=={pin}")
+PY
+}
+
 # The commands are chained: `set -e` has no effect inside a function whose status is tested.
 install_env() {
-    local extras=$1 pip=("$VENV/bin/python" -m pip --disable-pip-version-check --quiet)
+    local extras=$1 pip=("$VENV/bin/python" -m pip --disable-pip-version-check --quiet) constraints=$CONSTRAINTS pin said
     printf '%s: installing into %s (minutes, the first time)\n' "${0##*/}" "$VENV" >&2
-    "$PYTHON" -m venv --clear "$VENV" &&
-        "${pip[@]}" install -c "$CONSTRAINTS" setuptools wheel &&
-        "${pip[@]}" install -c "$CONSTRAINTS" --no-build-isolation -e "${REPO_ROOT}[$extras]" &&
+    "$PYTHON" -m venv --clear "$VENV" || return
+    for pin in "${PINS[@]}"; do
+        said=$("${pip[@]}" install --no-deps "$pin" 2>&1) && continue
+        rm -rf -- "$VENV"
+        die "pip cannot install $pin: $(grep -im1 error: <<<"$said" || printf %s "$said")"
+    done
+    if ((${#PINS[@]})); then
+        constraints=$VENV/constraints.txt
+        compatible_constraints "${PINS[@]%%==*}" >"$constraints" || return
+    fi
+    "${pip[@]}" install -c "$constraints" 'setuptools>=77' wheel &&
+        "${pip[@]}" install -c "$constraints" --no-build-isolation -e "${REPO_ROOT}[$extras]" &&
         # The tests compare with timm. Its dependency torchvision is not needed and would replace torch.
-        "${pip[@]}" install -c "$CONSTRAINTS" --no-deps timm
+        "${pip[@]}" install -c "$constraints" --no-deps timm
 }
 
 # prepare_env [--use-current-env]: afterwards `python` is the environment's.

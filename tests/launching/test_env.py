@@ -26,13 +26,61 @@ def stamp(root: Path, *, active: bool) -> list[str]:
     ).stdout.split()
 
 
+def copy_of_launch(root: Path) -> Path:
+    for name in ("launch/test", "launch/_env.sh", "configs/constraints.txt", "pyproject.toml"):
+        (root / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    return root
+
+
 def test_an_active_environment_is_not_remade_under_itself(tmp_path: Path) -> None:
-    for name in ("launch/_env.sh", "configs/constraints.txt", "pyproject.toml"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
+    copy_of_launch(tmp_path)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
     prefix, active = stamp(tmp_path, active=True)
     assert Path(prefix) != tmp_path / ".venv"
     assert active == stamp(tmp_path, active=False)[1]
     (tmp_path / "configs" / "constraints.txt").write_text("torch==0")
     assert stamp(tmp_path, active=True)[1] != active
+
+
+def test_a_version_that_pip_does_not_find_is_one_line(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [copy_of_launch(tmp_path) / "launch" / "test", "--torch", "9.9", "--deepspeed", "0.18.9", "-k", "x"],
+        env={
+            **os.environ,
+            "PYTHON": sys.executable,
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": "",
+            "PIP_CONFIG_FILE": os.devnull,
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    installing, error = run.stderr.splitlines()
+    assert f"installing into {tmp_path}/.venv-torch-9.9-deepspeed-0.18.9 " in installing
+    assert error.startswith("test: error: pip cannot install torch==9.9: ERROR: Could not find a version")
+    assert not list(tmp_path.glob(".venv*"))
+
+
+def test_pins_stay_unless_the_chosen_version_excludes_them(tmp_path: Path) -> None:
+    root, bin_folder = copy_of_launch(tmp_path), tmp_path / ".venv-demo-2" / "bin"
+    bin_folder.mkdir(parents=True)
+    (bin_folder / "python").symlink_to(sys.executable)
+    needs = ("plain", "Odd_Name<2", "old<2", 'other<2; sys_platform == "none"', 'extra<2; extra == "x"')
+    (tmp_path / "demo-2.dist-info").mkdir()
+    (tmp_path / "demo-2.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: demo\nVersion: 2\n" + "".join(f"Requires-Dist: {n}\n" for n in needs)
+    )
+    names = ("plain", "odd-name", "old", "other", "extra", "demo", "unnamed")
+    (root / "configs" / "constraints.txt").write_text("# pins\n" + "".join(f"{name}==3\n" for name in names))
+    command = "PINS=(demo==2); source launch/_env.sh; compatible_constraints demo"
+    said = subprocess.run(
+        ["bash", "-c", command],
+        cwd=root,
+        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert said == ["demo==2", "plain==3", "other==3", "extra==3", "unnamed==3"]
