@@ -67,7 +67,7 @@ class ScatteredShard:
     weight: Sequence[Tensor]  # [n_i] as `FlatShard.weight`
     grad: Sequence[
         Tensor
-    ]  # [≥ grad_start_i + n_i] in any shape without gaps in memory, any floating-point dtype
+    ]  # [≥ grad_start_i + n_i], any shape without gaps in memory and floating-point dtype
     exp_avg: Sequence[Tensor]  # [n_i] state dtype
     exp_avg_sq: Sequence[Tensor]  # [n_i] state dtype
     model: Sequence[Tensor] | None = None  # [n_i] model dtype, if masters are separate

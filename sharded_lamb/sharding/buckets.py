@@ -119,7 +119,7 @@ def in_memory_order(
 class FlatBucket:
     """One bucket's memory on this rank. Construction copies the parameters' values into it.
 
-    Without ``holds_gradients`` gradients are read where they are: see `shards_with_gradients`.
+    Without ``holds_gradients`` gradients are read where they are: see `GradientsInPlace`.
     """
 
     def __init__(
