@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 from tests import harness
 
@@ -23,7 +24,7 @@ if hasattr(os, "SCHED_BATCH"):
     # ranks, beside two others on two cores, took 5.0 ms, and take 1.6.
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 TESTS = Path(__file__).parent
-# The longest first: workers of pytest-xdist take files in this order, so that none is left with a long one at the end.
+# The longest first: workers of pytest-xdist take files in turn, so that none is left with a long one at the end.
 SYSTEM = (
     "launching/test_slurm.py",
     "watchdog/test_watchdog.py",
@@ -44,6 +45,25 @@ SYSTEM = (
     "launching/test_torchrun.py",
 )
 """Files whose tests start programs: torchrun, launchers, SLURM, hosts that are namespaces, compilers."""
+COMPUTING = (
+    "bert/test_deepspeed.py",
+    "fuzz/test_fuzz.py",
+    "checkpoint/test_table.py",
+    "optim/test_fsdp2_state.py",
+    "deepspeed/test_checkpoints.py",
+    "bert/test_train.py",
+    "kernels/test_remainders.py",
+    "optim/test_fsdp2_training.py",
+    "bert/test_fsdp2.py",
+    "gpu_check/test_rehearsal.py",
+    "deepspeed/test_interplay.py",
+    "bert/test_variants.py",
+    "optim/test_sharded_exact.py",
+    "bench/test_step.py",
+    "deepspeed/test_exact.py",
+    "plan/test_measured.py",
+)
+"""The longest other files. One follows each of those above, which mostly wait: two that wait leave cores idle."""
 
 
 def file_of(item: pytest.Item) -> str:
@@ -52,18 +72,22 @@ def file_of(item: pytest.Item) -> str:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    place = {file: number for number, file in enumerate(SYSTEM)}
+    place = {file: 2 * number for number, file in enumerate(SYSTEM)}
+    place |= {file: 2 * number + 1 for number, file in enumerate(COMPUTING)}
     for item in items:
-        item.add_marker("system" if file_of(item) in place else "unit")
-    items.sort(key=lambda item: place.get(file_of(item), len(place)))
+        item.add_marker("system" if file_of(item) in SYSTEM else "unit")
+    items.sort(key=lambda item: place.get(file_of(item), 2 * len(place)))
 
 
-_imported = 0
+_imported, _threads = 0, torch.get_num_threads()
 
 
 def pytest_runtest_setup() -> None:
-    """Collections, and searches for DDP (`gradients/ddp.py`), look at what tests make, not at all that is imported."""
+    """One thread, whatever the last test set. Collections, and searches for DDP (`gradients/ddp.py`), look at what
+    tests make and not at all that is imported.
+    """
     global _imported
+    torch.set_num_threads(_threads)
     if len(sys.modules) > _imported:
         gc.collect()
         gc.freeze()

@@ -9,7 +9,8 @@ or where the groups cannot be renewed, the workers are killed and the next use s
 results travel as plain pickles: tensors arrive as copies, no memory is shared.
 
 `case` must be a module-level function (workers import it by name). Every case starts with the same seeds,
-default dtype and environment, and without the process groups that earlier cases made, DeepSpeed's among them.
+default dtype and environment, one thread, and without the process groups that earlier cases made, DeepSpeed's among
+them.
 """
 
 import atexit
@@ -376,6 +377,7 @@ def _clean_up_after_last_case(environment: dict[str, str]) -> None:
     if os.environ != environment:
         os.environ.clear()
         os.environ.update(environment)
+    torch.set_num_threads(1)  # a case may have set more, which spin beside other ranks
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
     random.seed(0)

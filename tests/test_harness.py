@@ -64,13 +64,15 @@ def _rank_1_dies(rank: int) -> None:
 def _leave_a_mess(rank: int) -> None:
     os.environ["RANK"] = "99"
     torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(2)
     group = dist.new_group()
     dist.all_reduce(torch.zeros(1), group=group)
 
 
-def _look_for_a_mess(rank: int) -> tuple[str, torch.dtype, int, float]:
+def _look_for_a_mess(rank: int) -> tuple[str, torch.dtype, int, int, float]:
     groups = len(dist.distributed_c10d._world.pg_map)
-    return os.environ["RANK"], torch.get_default_dtype(), groups, torch.rand(()).item()
+    threads = torch.get_num_threads()
+    return os.environ["RANK"], torch.get_default_dtype(), threads, groups, torch.rand(()).item()
 
 
 def _destroy_the_group(rank: int) -> None:
@@ -227,7 +229,7 @@ def test_a_worker_that_died_between_cases_is_reported() -> None:
 
 def test_a_case_does_not_see_what_the_last_one_left() -> None:
     first = run_ranks(2, _look_for_a_mess)
-    assert [result[:3] for result in first] == [("0", torch.float32, 1), ("1", torch.float32, 1)]
+    assert [result[:4] for result in first] == [(rank, torch.float32, 1, 1) for rank in ("0", "1")]
     pids = run_ranks(2, _pid)
     run_ranks(2, _leave_a_mess)
     assert run_ranks(2, _look_for_a_mess) == first

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.conftest import SYSTEM, TESTS
+from tests.conftest import COMPUTING, SYSTEM, TESTS
 
 PROGRAMS = re.compile(r"subprocess\.(run|Popen)\(|\bcluster\.tasks\(|\bslurm\(\)")
 UNIT_ALL_THE_SAME = {
@@ -27,7 +27,7 @@ def test_files_that_start_programs_are_system_tests() -> None:
 
 
 def test_system_files_are_there() -> None:
-    assert [file for file in SYSTEM if not (TESTS / file).is_file()] == []
+    assert [file for file in (*SYSTEM, *COMPUTING) if not (TESTS / file).is_file()] == []
 
 
 def test_this_one_is_a_unit_test(request: pytest.FixtureRequest) -> None:

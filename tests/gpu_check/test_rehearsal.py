@@ -13,6 +13,7 @@ from torch.autograd import DeviceType
 
 from sharded_lamb.__main__ import main
 from sharded_lamb.bench.workload import Workload
+from sharded_lamb.bert import outputs
 from sharded_lamb.gpu_check import battery, command, integrations, recipe, timing
 from sharded_lamb.gpu_check.battery import EQUAL, Findings, LeftOut, Section, Setting, difference
 from sharded_lamb.gpu_check.training import GivenRun, backward, synthetic
@@ -42,6 +43,7 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, P
         patch.setattr(integrations, "_trainer", missing)
         absent = "ModuleNotFoundError: No module named 'deepspeed'"
         patch.setattr(integrations, "_zero", lambda _: ("", f"Traceback\n{absent}\n"))
+        patch.setattr(outputs, "threads_per_rank", lambda: 1)  # two beside other tests spin
         yield rehearse(folder), folder
 
 
