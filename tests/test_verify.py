@@ -99,7 +99,7 @@ def with_own_gradients_in_stage_1(rank: int, stage: int) -> Verdict:
     """Stage 1 takes what is this rank's alone, and the check of the first steps does not look."""
     original = GradientsInPlace.shards
 
-    def own(self: GradientsInPlace, grads: Sequence[Tensor | None]) -> list[ScatteredShard]:
+    def own(self: GradientsInPlace, grads: Sequence[Tensor | None]) -> tuple[list[ScatteredShard], ...]:
         return original(self, [None if grad is None else grad * (1 + rank) for grad in grads])
 
     with mock.patch.object(GradientsInPlace, "shards", own):

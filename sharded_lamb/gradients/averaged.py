@@ -110,8 +110,10 @@ class AveragedGradients:
         """Find this rank's parts of gradients. Returns [P] fp64: Σg² of them, replicas included."""
         check_gradients(self.names, grads)
         self.dtensors.read_gradients(self.names, self.collectives.traffic)
-        self._shards = [*self._in_place.shards(grads), *self.dtensors.shards]
-        return gradient_square_sums(self.kernel, self._shards, len(grads), self.params[0].device)
+        found, missing = self._in_place.shards(grads)
+        self._shards = [*found, *self.dtensors.shards, *missing]
+        with_gradients = self._shards[: len(self._shards) - len(missing)]
+        return gradient_square_sums(self.kernel, with_gradients, len(grads), self.params[0].device)
 
     def _agree(
         self, grads: Sequence[Tensor | None], square_sums: Tensor, found_inf: Tensor | None

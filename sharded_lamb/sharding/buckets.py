@@ -328,21 +328,25 @@ class GradientsInPlace:
             list(chain.from_iterable(b.segment_strides for b in group)) for group in alike.values()
         ]
 
-    def shards(self, grads: Sequence[Tensor | None]) -> list[ScatteredShard]:
-        """One shard per precision and gradient dtype. Pieces without a gradient are left out.
+    def shards(self, grads: Sequence[Tensor | None]) -> tuple[list[ScatteredShard], list[ScatteredShard]]:
+        """(pieces with a gradient, one shard per precision and gradient dtype; pieces without one).
+
+        The latter only take part in pass 1, where masters follow weights that the user wrote: their gradients count as
+        0, and stand-ins have them.
 
         Args:
             grads: [P], whole gradients of all parameters.
         """
-        shards = []
+        found: list[ScatteredShard] = []
+        missing: list[ScatteredShard] = []
         for pieces, strides in zip(self._pieces, self._strides, strict=True):
             own = in_memory_order([grads[param] for param in pieces.params], strides)
             dtypes = [None if grad is None else grad.dtype for grad in own]
             for dtype in dict.fromkeys(dtypes):
-                found = [grad for grad in own if grad is not None and grad.dtype == dtype]
-                part = pieces
-                if found and len(found) < len(own):
-                    part = pieces.chosen([piece for piece, other in enumerate(dtypes) if other == dtype])
-                if found:
-                    shards.append(part.with_gradients(found))
-        return shards
+                chosen = [piece for piece, other in enumerate(dtypes) if other == dtype]
+                part = pieces if len(chosen) == len(own) else pieces.chosen(chosen)
+                if dtype is None:
+                    missing.append(replace(part, grad=part.exp_avg, grad_starts=None))
+                else:
+                    found.append(part.with_gradients([g for g in own if g is not None and g.dtype == dtype]))
+        return found, missing

@@ -4,7 +4,7 @@ import copy
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -365,3 +365,34 @@ def test_a_state_dict_in_a_queue_shows_every_step() -> None:
     inbox.put(False)
     process.join(60)
     assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("remainders", [False, True])
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("kernel", ["torch", "cpp"])
+def test_weights_written_without_a_gradient_stay(kernel: str, stage: Literal[1, 2], remainders: bool) -> None:
+    """Masters follow them, also in a step in which the parameter, or every one, has no gradient."""
+    written, other = (nn.Parameter(torch.ones(300, dtype=torch.bfloat16)) for _ in range(2))
+    opt = ShardedLamb(
+        [("written", written), ("other", other)],
+        lr=0.1,
+        stage=stage,
+        kernel=kernel,
+        store_param_remainders=remainders,
+    )
+    (written.float().square().sum() + other.float().square().sum()).backward()
+    opt.step()
+    opt.zero_grad()
+    for factor, has_other in ((2.0, True), (3.0, False)):
+        with torch.no_grad():
+            written.mul_(factor)
+        expected = written.detach().clone()
+        if has_other:
+            other.float().square().sum().backward()
+        opt.step()
+        opt.zero_grad()
+        assert torch.equal(written.detach(), expected)
+    written.float().square().sum().backward()
+    opt.step()
+    assert torch.all(written < expected)
+    assert torch.all(written > expected / 2), "from a master of before the writes"
