@@ -222,12 +222,17 @@ class AttachedGradients:
         return grad is not None and self._was_zeroed(param, grad)
 
     def expect(self, param: int) -> bool:
-        """Attach a handle where there is no gradient, of one that another rank may have; False: there is one."""
+        """Attach a handle where there is no gradient, of one that another rank may have; False: there is one.
+
+        Forgets one that was removed before.
+        """
         p = self.params[param]
-        if self._marks[param] is not None or p.grad is not None or not p.requires_grad:
+        if p.grad is not None or param in self._aside:
             return False
-        self.attach(param, renew=True)
-        return True
+        self.drop(param)
+        if p.requires_grad:
+            self.attach(param, renew=True)
+        return p.requires_grad
 
     def edits_during(self, fired: Container[int], awaited: Iterable[int]) -> tuple[list[int], list[int]]:
         """Take back the edits of gradients since their hooks have ``fired``, and the handles of ``awaited``.

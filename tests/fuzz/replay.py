@@ -91,6 +91,7 @@ class _Optimizer:
     # Stage 2, by rank:
     reductions: Counter[int] = field(default_factory=Counter)  # that it has started
     held: dict[int, set[str]] = field(default_factory=dict)  # reduced gradients, not zeroed
+    dropped: set[str] = field(default_factory=set)  # reduced gradients, removed before a step used them
     lagging: set[int] = field(default_factory=set)  # no reduction since no_sync or new parameters
     is_zeroed_between: bool = False  # when some ranks had started a reduction that others had not
 
@@ -262,6 +263,7 @@ class Replay:
     def _reduce(self, optimizer: _Optimizer, rank: int) -> None:
         """``rank`` starts a reduction; afterwards it holds what any rank may have."""
         optimizer.reductions[rank] += 1
+        optimizer.dropped.clear()
         optimizer.lagging.discard(rank)
         may_have = {n for n in optimizer.registered if self._layer(n) not in self.frozen}
         optimizer.held[rank] = set(filter(self._is_reduced_here, may_have))
@@ -286,6 +288,7 @@ class Replay:
     def _settled(self, optimizer: _Optimizer) -> None:
         """All ranks have reduced as often, and know which gradients there are."""
         optimizer.reductions.clear()
+        optimizer.dropped.clear()
         optimizer.lagging.clear()
         held = set(filter(self._is_reduced_here, self._gradients(optimizer)))
         optimizer.held = {rank: held.copy() for rank in range(self.world)}
@@ -323,6 +326,8 @@ class Replay:
                     there = set(self._gradients(optimizer)) & set(names)
                     optimizer.changed |= {name for name in there if not self._is_reduced_here(name)}
         self._zero(names, set_to_none)
+        if who != "model" and who[0] == "optimizer":
+            self.optimizers[who[1]].dropped.clear()
         for optimizer in self.optimizers:
             optimizer.is_zeroed_between |= who == "model" and self._is_uneven(optimizer)
             if set(optimizer.names) <= set(names):
@@ -334,6 +339,10 @@ class Replay:
                 held -= set(names)
             if set_to_none:
                 optimizer.changed -= set(names)
+                if not optimizer.is_used:
+                    optimizer.dropped |= set(filter(self._is_reduced_here, self._gradients(optimizer))) & set(
+                        names
+                    )
         for name in names:
             for own in [self.averaged, *self.local]:
                 if name in own and (set_to_none or self._is_reduced_here(name)):
@@ -404,6 +413,11 @@ class Replay:
             optimizer = self._optimizer_of(names[0])
             _ensure(optimizer is not None and set(names) <= optimizer.registered)
             assert optimizer is not None
+            if optimizer.dropped & set(
+                names
+            ):  # setting it to None before cannot be told from assigning over it
+                self._refuse("assigned over a reduced gradient", now=False)
+                return
             if self._gradients(optimizer):
                 _ensure(not optimizer.is_used and names[0] in self.averaged and len(names) == 1)
                 _ensure(np.isfinite(self._norm(self.slots)))

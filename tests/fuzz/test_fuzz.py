@@ -106,6 +106,40 @@ def test_a_tied_gradient_of_a_failed_backward_is_lost(how: str) -> None:
     assert outcome.kind == "equal", outcome.reason
 
 
+def test_a_gradient_removed_before_a_failed_backward_stays_removed() -> None:
+    fails = Op("backward", {"parts": [[0, 1]] * 2, "key": 2, "fail": [None, 1]})
+    ops = [
+        backward(1, 2),
+        Op("zero_grad", {"who": "model", "set_to_none": True}),
+        fails,
+        backward(3, 2),
+        Op("step"),
+    ]
+    outcome = outcome_of(made(*ops, how="stage2", world=2), TIMEOUT_S)
+    assert outcome.kind == "equal", outcome.reason
+
+
+@pytest.mark.parametrize("how", ["averaged", "stage2"])
+@pytest.mark.parametrize("reached", [[], [1]])
+def test_a_weight_written_before_a_step_without_its_gradient_stays(how: str, reached: list[int]) -> None:
+    """It has a master, which the step must take from it."""
+    rewrite = Op("rewrite", {"names": ["layers.0.a"], "factor": 0.5, "way": "copy"})
+    before = [Op("backward", {"parts": [reached], "key": 1})] if reached else []
+    program = made(*before, rewrite, Op("step"), how=how)
+    program = replace(program, layers=((Slot("layers.0.a", (13, 5), "bfloat16"),), LAYERS[1]))
+    outcome = outcome_of(program, TIMEOUT_S)
+    assert outcome.kind == "equal", outcome.reason
+
+
+def test_a_gradient_assigned_after_the_reduced_one_was_removed_is_refused() -> None:
+    assign = Op("grad_assign", {"names": ["layers.0.a"], "key": 2})
+    for removed, kind in ((ZERO, "refused"), (OF_FIRST, "equal")):
+        outcome = outcome_of(
+            made(backward(1), removed, assign, backward(3), Op("step"), how="stage2"), TIMEOUT_S
+        )
+        assert outcome.kind == kind, outcome.reason
+
+
 LAYER = Op("zero_grad", {"who": ["layer", 1], "set_to_none": True})
 
 
