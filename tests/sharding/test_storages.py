@@ -342,6 +342,7 @@ def test_a_parameter_that_leaves_shared_memory_is_in_its_bucket_again() -> None:
 def evaluator(inbox: Any, outbox: Any) -> None:
     """For each message, the sums of the weights that came in the first one."""
     state = inbox.get(timeout=60)
+    outbox.put("received")
     while inbox.get(timeout=60):
         outbox.put({name: value.double().sum().item() for name, value in state.items()})
 
@@ -354,13 +355,16 @@ def test_a_state_dict_in_a_queue_shows_every_step() -> None:
     process = context.Process(target=evaluator, args=(inbox, outbox), daemon=True)
     process.start()
     state = model.state_dict()
+    sums = {name: value.double().sum().item() for name, value in state.items()}
     inbox.put(state)
+    assert outbox.get(timeout=60) == "received"  # a thread of the queue moves the weights into shared memory
     for _ in range(2):
         opt.zero_grad()
         model(torch.ones(4, 23)).square().mean().backward()
         opt.step()
         inbox.put(True)
-        sums = {name: value.double().sum().item() for name, value in model.state_dict().items()}
+        before, sums = sums, {name: value.double().sum().item() for name, value in model.state_dict().items()}
+        assert not any(sums[name] == value for name, value in before.items())
         assert outbox.get(timeout=60) == sums
     inbox.put(False)
     process.join(60)
