@@ -6,10 +6,12 @@ These functions run on a rank, in the harness's workers, and import DeepSpeed th
 import copy
 import re
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from tests import training
@@ -18,6 +20,11 @@ from tests.oracle import OracleLamb
 FP32_TOLERANCE = 2e-6
 LINEAR = nn.functional.linear
 LAMB = {"lr": 0.02, "betas": [0.9, 0.99], "eps": 1e-6, "weight_decay": 0.1}
+
+
+def release() -> Version:
+    """The installed DeepSpeed's."""
+    return Version(version("deepspeed"))
 
 
 class Tiny(nn.Module):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 from tests.deepspeed import cases
 from tests.harness import run_ranks
@@ -17,7 +18,9 @@ def train(rank: int, config: dict[str, Any], oracle: dict[str, Any] | None = Non
     engine = cases.start(config)
     before = cases.masters(engine)
     reference = cases.oracle_of(before, **(oracle or {}))
-    ratios = cases.follow(engine, rank, reference)
+    # Before 0.18, DeepSpeed scales the loss in bf16 without ZeRO; its optimizer divides by it.
+    scale = 1 / getattr(engine.optimizer, "cur_scale", 1.0)
+    ratios = cases.follow(engine, rank, reference, scale=lambda grads: scale)
     after = cases.masters(engine)
     optimizer = engine.basic_optimizer
     outcome = {
@@ -70,7 +73,8 @@ def test_bf16_with_gradients_accumulated_in_fp32() -> None:
     """ZeRO 1 is then DeepSpeed's BF16_Optimizer, which steps all groups in one call."""
     config = cases.config(1, "bf16", data_types={"grad_accum_dtype": "fp32"})
     results = run_ranks(2, train, config, timeout=300)
-    assert results[0]["wrapper"] == "BF16_Optimizer"
+    if cases.release() >= Version("0.18"):  # before, it takes this for training without ZeRO
+        assert results[0]["wrapper"] == "BF16_Optimizer"
     assert_exact(results)
 
 
@@ -141,6 +145,8 @@ def known(rank: int, world: int, config: dict[str, Any]) -> dict[str, Any]:
 )
 def test_gradients_known_without_deepspeed(stage: int, zero: dict[str, Any]) -> None:
     """Weights are read from the model, independently of DeepSpeed's mapping of its partitions."""
+    if "parameter_alignment" in zero and cases.release() < Version("0.19"):
+        pytest.skip("DeepSpeed before 0.19 has no parameter_alignment")
     for outcome in run_ranks(3, known, 3, cases.config(stage, zero=zero), timeout=300):
         assert outcome["worst"] <= cases.FP32_TOLERANCE
         assert outcome["ratios"] == pytest.approx(outcome["expected"], rel=1e-5)
