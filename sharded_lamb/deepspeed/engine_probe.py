@@ -74,6 +74,8 @@ def _defects_of_release(engine: DeepSpeedEngine) -> Iterator[tuple[str, str]]:
     """DeepSpeed's own defects in the installed release, with any optimizer."""
     release, remedy = Version(deepspeed.__version__), "install DeepSpeed >= 0.19.8"
     of = f"of DeepSpeed {release}"
+    if release < Version("0.17"):
+        yield f"DeepSpeed {release}", f"its bf16 without ZeRO does not follow its own gradients; {remedy}"
     if release < Version("0.18") and engine.load_universal_checkpoint():
         yield f"universal checkpoints {of}", f"other weights are loaded than were saved; {remedy}"
     if release.release[:2] != (0, 18) or dist.get_world_size() == 1:

@@ -201,6 +201,7 @@ UNIVERSAL = cases.config(2, checkpoint={"load_universal": True})
             cases.config(1, "bf16", data_types={"grad_accum_dtype": "fp32"}),
             "ZeRO 1 of DeepSpeed 0.18.9 in bf16 with grad_accum_dtype fp32",
         ),
+        (("0.16.9", "2.13.0"), cases.config(2), "does not support DeepSpeed 0.16.9"),
         (("0.17.6", "2.13.0"), UNIVERSAL, "universal checkpoints of DeepSpeed 0.17.6"),
         (("0.19.8", "2.13.0"), UNIVERSAL, "accepted"),
     ],
