@@ -84,7 +84,7 @@ def test_plain_parameters_beside_dtensors(world: int, stage: int) -> None:
         at_construction = 2
         assert calls["all_reduce_small"] == at_construction + STEPS * (2 if stage == 1 else 3)
         assert ("reduce_scatter" in calls) == (stage == 2)
-        assert memory["gradient_shards"] > 0
+        assert (memory["gradient_shards"] > 0) == (stage == 2)  # stage 1 reads plain gradients in place too
 
 
 @STAGES
