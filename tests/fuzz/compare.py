@@ -11,6 +11,9 @@ from tests.fuzz.replay import Observation
 TOLERANCE = {"float64": 1e-6, "float32": 2e-5, "bfloat16": 2**-7}
 """Norm-wise, relative, by the dtype of a parameter. A step moves a weight by at least 2 % of its norm."""
 
+DECAY = 0.3
+"""The largest weight_decay of a program."""
+
 
 class WrongNumber(Exception):
     """An observation differs from the oracle's."""
@@ -49,7 +52,8 @@ def compare(program: Program, how: str, seen: Observation, right: Observation) -
     for ratios, expected_ratios in zip(seen.ratios, right.ratios, strict=True):
         _same("updated parameters", sorted(ratios), sorted(expected_ratios))
         for name, ratio in expected_ratios.items():
-            _close(f"the trust ratio of {name}", ratios[name], ratio, 10 * worst)
+            # ‖w‖/‖u‖ with u = r + λw, which may cancel: ‖u‖ is off by ε(‖r‖ + λ‖w‖) ≤ ε‖u‖(1 + 2λ‖w‖/‖u‖).
+            _close(f"the trust ratio of {name}", ratios[name], ratio, 10 * worst * max(1, 2 * DECAY * ratio))
 
 
 def _same(what: str, seen: object, right: object) -> None:

@@ -375,6 +375,8 @@ class Replay:
         self._no_clip()
         _ensure(self.how not in data.REDUCED_HERE or not self._has_local())
         _ensure(not self.zeroed & set(names))
+        # A rank that backward has not reached has no .grad to scale.
+        _ensure(not any(map(self._is_uneven, self.optimizers)))
         if rank is not None:
             optimizer = self._optimizer_of(names[0])
             _ensure(
@@ -461,7 +463,8 @@ class Replay:
             _ensure(not chosen.is_zeroed_between)
             if not self._catches_up(chosen):
                 _ensure(differs is None)
-                self._refuse("backward on some ranks", now=True)
+                # On a rank that has nothing to reduce clip_grad_norm_ communicates nothing, and the next step raises.
+                self._refuse("backward on some ranks", now=False)
                 return
             self._register(chosen)
             self._fold(chosen.registered)

@@ -178,6 +178,7 @@ OF_FIRST = Op("zero_grad", {"who": ["optimizer", 0], "set_to_none": True})
 OF_SECOND = Op("zero_grad", {"who": ["optimizer", 1], "set_to_none": True})
 SCALED = Op("amp_step", {"parts": [[0, 1], [1]], "key": 2, "unscale": False})
 UNSCALED = Op("amp_step", {**SCALED.args, "unscale": True})
+CLIP = Op("clip", {"kind": "ours", "optimizer": 0, "limit": 3.0})
 UNREDUCED = reached([0, 1], [1], sync=False)
 
 
@@ -199,6 +200,7 @@ UNREDUCED = reached([0, 1], [1], sync=False)
         ([reached([0, 1], [0]), OF_SECOND, STEP], "backward on some ranks"),
         ([SCALED, BOTH, STEP], "equal"),
         ([UNSCALED], "unscaled on some ranks"),
+        ([BOTH, SECOND, CLIP, STEP], "backward on some ranks"),
     ],
 )
 def test_reductions_are_counted_as_ranks_make_them(ops: list[Op], expected: str) -> None:
@@ -216,6 +218,21 @@ def test_an_optimizer_unscaled_on_some_ranks_is_refused() -> None:
     args = {"parts": [[0, 1], []], "key": 2, "unscale": True}
     outcome = outcome_of(made(Op("amp_step", args), how="stage2", world=2), TIMEOUT_S)
     assert outcome.kind == "refused", outcome.reason
+
+
+def test_a_rank_that_backward_has_not_reached_has_nothing_to_scale() -> None:
+    scale = Op("grad_scale", {"names": ["layers.0.a"], "factor": 3.0})
+    replayed(made(backward(1, 2), scale, how="stage2", world=2))
+    with pytest.raises(Undefined):
+        replayed(made(reached([0], []), scale, how="stage2", world=2))
+
+
+def test_the_ratio_of_an_update_that_cancels_is_rough() -> None:
+    plan = replace(made(), layers=((Slot("layers.0.a", (1,), "bfloat16"),),))
+    for ratio, accepted in ((300.0, True), (1.0, False)):
+        right = Observation(weights={}, ratios=[{"layers.0.a": ratio}], skipped=[0])
+        with nullcontext() if accepted else pytest.raises(WrongNumber):
+            compare(plan, "stage2", replace(right, ratios=[{"layers.0.a": ratio * 1.15}]), right)
 
 
 def test_a_transposed_parameter_is_in_no_vector() -> None:
