@@ -761,6 +761,7 @@ class Replay:
         for optimizer in self.optimizers:
             optimizer.skipped = optimizer.skips_in_a_row = optimizer.steps = 0
             optimizer.ratios = {}
+            optimizer.dropped.clear()
 
     def copy_model(self) -> None:
         """Copy the model, and continue with the original."""
