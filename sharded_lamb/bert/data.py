@@ -70,7 +70,7 @@ class MicroBatch:
         )
 
     def pinned(self) -> MicroBatch:
-        """In memory from which a GPU copies while the host goes on."""
+        """The batch in page-locked memory, from which copies to a GPU are asynchronous."""
         return self._each(Tensor.pin_memory, self.documents.pinned())
 
     def to(self, device: torch.device) -> MicroBatch:

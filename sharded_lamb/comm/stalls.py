@@ -101,7 +101,7 @@ class Entered:
                 if self.stalls.rank not in stuck or any(before.get(rank) != posts[rank] for rank in stuck):
                     stuck = set()
         finally:
-            if not stuck:  # also if the backend raises: this rank may go on with another optimizer
+            if not stuck:  # also if the backend raises: this rank may continue with another optimizer
                 self.stalls.moved_on()
         if not stuck:
             return

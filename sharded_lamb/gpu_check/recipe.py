@@ -130,7 +130,7 @@ def bert(setting: Setting, found: Findings) -> str:
 
 @contextmanager
 def _alone(found: Findings, name: str) -> Iterator[None]:
-    """Record an error as a failed row, and go on."""
+    """Record an error as a failed row, and continue."""
     try:
         yield
     except torch.OutOfMemoryError as error:

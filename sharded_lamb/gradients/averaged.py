@@ -111,8 +111,8 @@ class AveragedGradients:
         check_gradients(self.names, grads)
         self.dtensors.read_gradients(self.names, self.collectives.traffic)
         found, missing = self._in_place.shards(grads)
-        self._shards = [*found, *self.dtensors.shards, *missing]
-        with_gradients = self._shards[: len(self._shards) - len(missing)]
+        with_gradients = [*found, *self.dtensors.shards]
+        self._shards = [*with_gradients, *missing]
         return gradient_square_sums(self.kernel, with_gradients, len(grads), self.params[0].device)
 
     def _agree(

@@ -43,8 +43,8 @@ class GradientSource(Protocol):
     """The gradients of one optimizer: reduced into its buckets' gradient shards, or in ``.grad``.
 
     A step calls `ready`, and `stepped` once it has used the gradients; `zero` follows between steps. All methods except
-    `identities`, `shards`, `unscale_factor`, `edits`, `close` and `staging_bytes` may be collective, in one order on
-    every rank.
+    `identities`, `shards`, `unscale_factor`, `edits`, `described_edits`, `close` and `staging_bytes` may be collective,
+    in one order on every rank.
     """
 
     enabled: bool

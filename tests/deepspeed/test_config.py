@@ -173,7 +173,11 @@ def test_an_engine_of_a_release_without_a_feature_is_accepted() -> None:
     has = {"pipeline_parallelism": False, "has_moe_layers": False, "mpu": None, "autotp_size": lambda: 1}
     switches = ("zero_offload_optimizer", "zero_offload_param", "zero_elastic_checkpoint")
     has["load_universal_checkpoint"] = never  # asked of releases before 0.18
-    check_supported(SimpleNamespace(**has, **dict.fromkeys(switches, never)))
+    engine = SimpleNamespace(**has, **dict.fromkeys(switches, never))
+    check_supported(engine)
+    engine.zenflow = True  # looked up where a release has it
+    with pytest.raises(ValueError, match="ZenFlow"):
+        check_supported(engine)
 
 
 def construct_with(rank: int, deepspeed_version: str, torch_version: str, config: dict[str, Any]) -> str:
