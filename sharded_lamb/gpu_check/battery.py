@@ -37,16 +37,12 @@ class Setting:
     device: torch.device
     kernel: str  # of ShardedLamb: "triton" on a GPU
     deadline: float  # of time.monotonic(), seconds
+    shapes: str = "tiny"  # the list that speed, memory and graphs are measured with
 
     @property
     def on_gpu(self) -> bool:
         """False in a rehearsal, which has tiny sizes."""
         return self.device.type == "cuda"
-
-    @property
-    def shapes(self) -> str:
-        """The name of the shape list that speed and memory are measured with."""
-        return "bert-large" if self.on_gpu else "tiny"
 
     @property
     def seconds_left(self) -> float:

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from sharded_lamb.bench import report
-from sharded_lamb.gpu_check import battery, correctness, host, integrations, memory, recipe, speed
+from sharded_lamb.gpu_check import battery, correctness, host, integrations, memory, ranks, recipe, speed
 from sharded_lamb.gpu_check.battery import Results, Section, Setting
 
 SECTIONS: tuple[Section, ...] = (
     speed.ENVIRONMENT,
     *correctness.SECTIONS,
+    ranks.SECTION,
     *integrations.SECTIONS,
     *host.SECTIONS,
     *memory.SECTIONS,
@@ -100,6 +101,6 @@ def _setting(rehearse: bool, budget: float) -> Setting:
     deadline = time.monotonic() + budget
     if not rehearse:
         torch.cuda.set_device(0)
-        return Setting(torch.device("cuda", 0), "triton", deadline)
+        return Setting(torch.device("cuda", 0), "triton", deadline, "bert-large")
     kernel = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "torch"
     return Setting(torch.device("cpu"), kernel, deadline)

@@ -86,18 +86,20 @@ def _operations(run: Callable[[], object]) -> dict[str, Any]:
 
 def graphs(setting: Setting, found: Findings) -> str:
     """A step alone, and backward with a step (both stages), in one CUDA graph, against eager twins."""
-    replays = [_captured_and_eager(setting, found, 1, alone=True)]
-    replays += [_captured_and_eager(setting, found, stage, alone=False) for stage in STAGES]
+    replays = [captured_and_eager(setting, found, 1, alone=True)]
+    replays += [captured_and_eager(setting, found, stage, alone=False) for stage in STAGES]
     return f"equal to the bit to eager twins; replays: {', '.join(replays)}"
 
 
 def nccl_graph(setting: Setting, found: Findings) -> str:
     """Backward with a step of stage 2 in one CUDA graph: NCCL's collectives, on the stream of reductions, are in it."""
     with group_of_one(setting):
-        return f"equal to the bit to an eager twin; replay: {_captured_and_eager(setting, found, 2, alone=False)}"
+        return (
+            f"equal to the bit to an eager twin; replay: {captured_and_eager(setting, found, 2, alone=False)}"
+        )
 
 
-def _captured_and_eager(setting: Setting, found: Findings, stage: Stage, *, alone: bool) -> str:
+def captured_and_eager(setting: Setting, found: Findings, stage: Stage, *, alone: bool) -> str:
     """Replays of a graph beside an eager twin; what was captured, and the milliseconds of a replay.
 
     ``alone``: the step, on gradients that stay; else a whole iteration, whose gradients have the graph's addresses.

@@ -1,9 +1,5 @@
 """Checks beside torch's and other programs' training loops: GradScaler, FSDP2, DeepSpeed, Accelerate, Trainer."""
 
-import contextlib
-import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from sharded_lamb import ShardedLamb
+from sharded_lamb.gpu_check import processes
 from sharded_lamb.gpu_check.battery import Findings, LeftOut, Section, Setting
 from sharded_lamb.gpu_check.training import (
     STAGES,
@@ -25,7 +22,7 @@ from sharded_lamb.gpu_check.training import (
 )
 
 ZERO_S = 45.0
-"""Seconds that the battery must have left for DeepSpeed, of which it takes at most twice as many."""
+"""Seconds that the battery must have left for DeepSpeed; each number of ranks takes at most twice as many."""
 
 HALF_PRECISION = 2e-2
 """Relative, norm-wise, of weights after five steps in 16 bits against fp32."""
@@ -86,36 +83,21 @@ def fsdp2(setting: Setting, found: Findings) -> str:
 
 
 def deepspeed(setting: Setting, found: Findings) -> str:
-    """ZeRO 0 to 3 in fp32, bf16 and fp16 (on a CPU not fp16) in a process of its own."""
-    output, errors = _zero(setting)
-    rows = [json.loads(line) for line in output.splitlines() if line.startswith('{"zero": ')]
-    if not rows:
-        last = (errors.strip().splitlines() or ["no output"])[-1]
-        if "ModuleNotFoundError" in last or "ImportError" in last:
-            raise LeftOut(f"deepspeed is not importable: {last}")
-        raise RuntimeError(errors[-400:] or last)
-    for row in rows:
-        if "error" in row:
-            found.check(row["zero"], False, row["error"])
-        else:
-            tolerance = 1e-5 if row["zero"].startswith("fp32") else HALF_PRECISION
-            text = f"relative difference {row['difference']:.1e}, at most {tolerance:.0e}"
-            found.check(row["zero"], row["difference"] <= tolerance, text)
+    """ZeRO 0 to 3 in fp32, bf16 and fp16 (on a CPU not fp16), on one rank and on two, in processes of their own."""
     expected = 12 if setting.on_gpu else 8
-    found.check("combinations", len(rows) == expected, f"{len(rows)} of {expected}")
-    return f"ZeRO 0 to 3, {len(rows)} combinations with dtypes: within tolerance of ShardedLamb alone"
-
-
-def _zero(setting: Setting) -> tuple[str, str]:
-    """(stdout, stderr) of `zero`, cut short where its time or the budget ends."""
-    command = [sys.executable, "-m", "sharded_lamb.gpu_check.zero", setting.device.type]
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            timeout = max(ZERO_S / 2, min(2 * ZERO_S, setting.seconds_left))
-            subprocess.run(command, stdout=output, stderr=errors, timeout=timeout)
-        for file in (output, errors):
-            file.seek(0)
-        return output.read(), errors.read()
+    for world_size in (1, 2):
+        timeout = max(ZERO_S / 2, min(2 * ZERO_S, setting.seconds_left))
+        rows = processes.rows_of("sharded_lamb.gpu_check.zero", setting.device, world_size, timeout)
+        for row in rows:
+            name = f"{row['zero']}, ranks: {world_size}"
+            if "error" in row:
+                found.check(name, False, row["error"])
+            else:
+                tolerance = 1e-5 if row["zero"].startswith("fp32") else HALF_PRECISION
+                text = f"relative difference {row['difference']:.1e}, at most {tolerance:.0e}"
+                found.check(name, row["difference"] <= tolerance, text)
+        found.check(f"combinations, ranks: {world_size}", len(rows) == expected, f"{len(rows)} of {expected}")
+    return f"ZeRO 0 to 3 on one rank and on two, {expected} combinations with dtypes: within tolerance of ShardedLamb"
 
 
 def outside(setting: Setting, found: Findings) -> str:

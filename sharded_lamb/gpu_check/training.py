@@ -23,13 +23,20 @@ STAGES: tuple[Stage, ...] = (1, 2)
 CPU = torch.device("cpu")
 
 
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, slots=True)
 class GivenRun:
-    """A run whose gradients are the same numbers on every device, so that its result is too, to the bit."""
+    """A run whose gradients are the same numbers on every device, so that its result is too, to the bit.
+
+    In stage 2 each rank has its own gradients, in stage 1 all have the same.
+    """
 
     stage: Stage
     dtype: torch.dtype = torch.float32
@@ -37,6 +44,7 @@ class GivenRun:
     width: int = 190
     micro_batches: int = 1
     remainders: bool = False
+    reduce_dtype: torch.dtype | None = None
 
     def trained(
         self, device: torch.device, kernel: str, stream: "torch.cuda.Stream | None" = None
@@ -56,13 +64,14 @@ class GivenRun:
             lr=0.01,
             weight_decay=0.1,
             stage=self.stage,
+            reduce_dtype=self.reduce_dtype,
             bucket_mb=0.02,
             kernel=kernel,
             max_grad_norm=1.0,
             exclude_from_weight_decay=["bias$"],
             store_param_remainders=self.remainders,
         )
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(1 + (rank() if self.stage == 2 else 0))
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream())
         with nullcontext() if stream is None else torch.cuda.stream(stream):
@@ -78,10 +87,9 @@ class GivenRun:
 
 
 def result_of(model: nn.Module, optimizer: ShardedLamb) -> list[Tensor]:
-    """Weights, then every tensor of the whole state, on the CPU."""
-    state = optimizer.full_state_dict()
+    """Weights, then (on rank 0) every tensor of the whole state, on the CPU."""
+    state = optimizer.full_state_dict() or {"state": {}}
     weights = [p.detach().cpu() for p in model.parameters()]
-    assert state is not None  # this is rank 0
     return weights + [value.cpu() for row in state["state"].values() for value in row.values()]
 
 
@@ -111,8 +119,8 @@ def small_model(device: torch.device) -> nn.Module:
 
 
 def small_data(device: torch.device, steps: int) -> list[Tensor]:
-    """[32, 64] fp32 inputs, the same on every device."""
-    generator = torch.Generator().manual_seed(3)
+    """[32, 64] fp32 inputs, each rank's own, the same on every device."""
+    generator = torch.Generator().manual_seed(3 + rank())
     return [torch.randn(32, 64, generator=generator, device="cpu").to(device) for _ in range(steps)]
 
 

@@ -1,11 +1,9 @@
 """DeepSpeed's ZeRO 0 to 3 against ShardedLamb alone: ``python -m sharded_lamb.gpu_check.zero cpu|cuda``.
 
-A process of its own, since DeepSpeed keeps a process group and changes torch. Prints one JSON object a combination.
+Processes of their own, since DeepSpeed keeps a process group and changes torch. Prints a row a combination.
 """
 
-import json
 import os
-import socket
 import sys
 import traceback
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb import ShardedLamb
+from sharded_lamb.gpu_check import processes
 from sharded_lamb.gpu_check.battery import relative_difference
 from sharded_lamb.gpu_check.training import reconstruction_loss, small_data, small_model, train_small
 
@@ -23,15 +22,11 @@ SCALE_POWER = 8
 
 
 def main(kind: str) -> int:
-    device = torch.device(kind)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", LOCAL_RANK="0", WORLD_SIZE="1"
-    )
+    device = processes.joined_group(kind)
     expected = train_small(
-        lambda model: ShardedLamb(model.named_parameters(), lr=0.01, max_grad_norm=1.0), device, steps=STEPS
+        lambda model: ShardedLamb(model.named_parameters(), lr=0.01, stage=2, max_grad_norm=1.0),
+        device,
+        steps=STEPS,
     ).weights
     import deepspeed
 
@@ -48,7 +43,7 @@ def main(kind: str) -> int:
             except Exception as error:
                 traceback.print_exc()
                 row["error"] = f"{type(error).__name__}: {error}"[:300]
-            print(json.dumps(row), flush=True)
+            processes.print_row(row)
     return 0
 
 

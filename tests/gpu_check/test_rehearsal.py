@@ -14,9 +14,10 @@ from torch.autograd import DeviceType
 from sharded_lamb.__main__ import main
 from sharded_lamb.bench.workload import Workload
 from sharded_lamb.bert import outputs
-from sharded_lamb.gpu_check import battery, command, integrations, recipe, timing
+from sharded_lamb.gpu_check import battery, command, integrations, processes, ranks, recipe, timing
 from sharded_lamb.gpu_check.battery import EQUAL, Findings, LeftOut, Section, Setting, difference
 from sharded_lamb.gpu_check.training import GivenRun, backward, synthetic
+from tests.harness import run_ranks
 
 CPU = Setting(torch.device("cpu"), "torch", time.monotonic() + 3600)
 
@@ -30,6 +31,17 @@ def rehearse(folder: Path, *arguments: str) -> int:
     return main(["gpu-check", "--rehearse", "--out", str(folder), *arguments])
 
 
+def rows_of_forks(module: str, device: torch.device, world_size: int, timeout: float) -> list[dict[str, Any]]:
+    """`processes.rows_of` in workers that have imported torch, for `ranks`."""
+    if module != ranks.__name__:
+        raise LeftOut("not importable: ModuleNotFoundError: No module named 'deepspeed'")
+    return run_ranks(world_size, rows_of_parts, timeout=timeout)[0]  # type: ignore[no-any-return]
+
+
+def rows_of_parts(_: int) -> list[dict[str, Any]]:
+    return list(ranks.rows(CPU))
+
+
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
     """(exit code, folder) of a whole rehearsal, without what imports other frameworks for seconds."""
@@ -41,8 +53,7 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, P
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(integrations, "_accelerate", missing)
         patch.setattr(integrations, "_trainer", missing)
-        absent = "ModuleNotFoundError: No module named 'deepspeed'"
-        patch.setattr(integrations, "_zero", lambda _: ("", f"Traceback\n{absent}\n"))
+        patch.setattr(processes, "rows_of", rows_of_forks)
         patch.setattr(outputs, "threads_per_rank", lambda: 1)  # two beside other tests spin
         yield rehearse(folder), folder
 
@@ -68,6 +79,29 @@ def test_every_check_has_verdicts(rehearsed: tuple[int, Path]) -> None:
             assert set(verdicts) == {"pass"}, name
     bits = results_in(rehearsed[1])["bits"]["rows"]
     assert {row["found"] for row in bits.values()} == {EQUAL}
+
+
+def test_ranks_make_every_check(rehearsed: tuple[int, Path]) -> None:
+    rows = results_in(rehearsed[1])["ranks"]["rows"]
+    assert list(rows) == [f"{part}, ranks: 2" for part in (*ranks.PARTS, "parts") if part != "graph"]
+    bits = rows["bits, ranks: 2"]["found"].values()
+    assert {row["found"] for row in bits} == {EQUAL}
+
+
+def differing(_: Setting, found: Findings) -> None:
+    found.equal("row", [torch.ones(3)], [torch.ones(3) + ranks.rank()])
+
+
+def rows_that_differ(_: int) -> list[dict[str, Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "PARTS", {"differing": differing})
+        return list(ranks.rows(CPU))
+
+
+def test_a_difference_on_the_last_rank_is_a_failure() -> None:
+    (row,) = run_ranks(2, rows_that_differ)[0]
+    assert (row["checks"], row["failures"]) == (1, 1)
+    assert row["found"][0].startswith("rank 1: row: 1 of 1 tensors differ")
 
 
 def test_what_is_not_importable_is_left_out_by_name(rehearsed: tuple[int, Path]) -> None:
