@@ -127,7 +127,7 @@ def _step(optimizer: ShardedLamb, kernel: Kernel) -> Callable[[], None]:
     assert isinstance(gradients, AveragedGradients)
 
     def run() -> None:
-        optimizer._kernel = gradients.kernel = kernel
+        optimizer._live.kernel = gradients.kernel = kernel
         optimizer.step()
 
     return run

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import IntEnum
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -183,7 +183,7 @@ class Collectives:
 
     @staticmethod
     def _group(ranks: tuple[int, ...], device: torch.device) -> OwnedGroup | None:
-        return OwnedGroup(ranks, timeout=_timeout(device)) if len(ranks) > 1 else None
+        return OwnedGroup.on(device, ranks) if len(ranks) > 1 else None
 
     @property
     def has_peers(self) -> bool:
@@ -419,16 +419,10 @@ def _backend(group: dist.ProcessGroup, device: torch.device) -> str:
     return group._get_backend(device).name().lower()
 
 
-def _timeout(device: torch.device) -> timedelta | None:
-    """The timeout passed to init_process_group; new groups would use the backend's default instead."""
-    assert dist.group.WORLD is not None
-    options = getattr(dist.group.WORLD._get_backend(device), "options", None)
-    return getattr(options, "_timeout", None)
-
-
 def _refuse_gloo_on_devices(device: torch.device) -> None:
-    assert dist.group.WORLD is not None
-    if device.type != "cpu" and _backend(dist.group.WORLD, device) == "gloo":
+    default: Any = dist.group.WORLD
+    has_backend = device.type in [each.type for each in default._device_types]
+    if device.type != "cpu" and has_backend and _backend(default, device) == "gloo":
         raise RuntimeError(
             f"the parameters are on {device} and the process group's backend for {device.type} is gloo, which sends "
             f"memory of the CPU only: use init_process_group('cpu:gloo,cuda:nccl') or ('nccl'), or move the model to "

@@ -55,6 +55,10 @@ class ForwardGathers:
         self._handles += handles
         return Watch(self, watched, handles)
 
+    def forget_buckets(self) -> None:
+        """Look up again which buckets parameters are in."""
+        self._bucket_of, self._buckets = {}, 0
+
     def close(self) -> None:
         """Wait for gathers in flight, and remove all hooks."""
         try:

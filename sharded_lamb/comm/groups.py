@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
@@ -43,11 +44,25 @@ class OwnedGroup:
     def __init__(
         self, ranks: Sequence[int], *, backend: str | None = None, timeout: timedelta | None = None
     ) -> None:
+        """``backend``, ``timeout``: by default those of the default group, and of the backend."""
         _collect_deleted()
         held = [_new_group(list(ranks), backend, timeout)]
         self._held = held  # the only lasting reference, so that `end` destroys the group
         self.end = weakref.finalize(self, _end, held)
         """End the group on this rank. Not collective; does nothing the second time."""
+
+    @classmethod
+    def on(cls, device: torch.device, ranks: Sequence[int]) -> "OwnedGroup":
+        """A group that sends memory of ``device``, with the default group's backend and timeout if it has one for it.
+
+        A default group of NCCL alone has none for the CPU, where a model may be until it is moved to a GPU.
+        """
+        default: Any = dist.group.WORLD
+        if device.type not in [each.type for each in default._device_types]:
+            return cls(ranks, backend=dist.get_default_backend_for_device(device))
+        options = getattr(default._get_backend(device), "options", None)
+        # A new group would have the backend's default timeout instead of init_process_group's.
+        return cls(ranks, timeout=getattr(options, "_timeout", None))
 
     @property
     def pg(self) -> dist.ProcessGroup:

@@ -115,14 +115,13 @@ def outside(setting: Setting, found: Findings) -> str:
 
 
 def _accelerate(setting: Setting, found: Findings) -> None:
-    """The model is on its device before the optimizer is constructed."""
+    """One ``prepare`` moves the model after the optimizer was constructed."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(mixed_precision="bf16", cpu=not setting.on_gpu)
-    model = accelerator.prepare(small_model(torch.device("cpu")))
-    optimizer = accelerator.prepare(
-        ShardedLamb(model.named_parameters(), lr=0.01, stage=2, kernel=setting.kernel)
-    )
+    model = small_model(torch.device("cpu"))
+    optimizer = ShardedLamb(model.named_parameters(), lr=0.01, stage=2)
+    model, optimizer = accelerator.prepare(model, optimizer)
     losses = []
     x = small_data(accelerator.device, 1)[0]
     for _ in range(8):

@@ -138,6 +138,15 @@ def frameworks(setting: Setting, found: Findings) -> None:
         found.within(name, train_small(make, setting.device, wrap=wrap).weights, expected, 1e-6)
 
 
+def move(setting: Setting, found: Findings) -> None:
+    """A model that moves to the device after construction, and back and forth later, against one that is there."""
+    for stage in STAGES:
+        run = GivenRun(stage, torch.bfloat16)
+        expected = run.trained(setting.device, "torch")
+        places = [setting.device, CPU, setting.device]
+        found.equal(f"stage {stage}", result_of(*run.run(CPU, "torch", moves=places)), expected)
+
+
 def overflow(setting: Setting, found: Findings) -> None:
     """GradScaler: gradients that overflow on the last rank alone skip the step on every rank."""
     last = rank() == dist.get_world_size() - 1
@@ -202,6 +211,7 @@ PARTS: dict[str, Callable[[Setting, Findings], None]] = {
     "bits": bits,
     "side stream": side_stream,
     "frameworks": frameworks,
+    "move": move,
     "overflow": overflow,
     "states": states,
     "mistakes": mistakes,

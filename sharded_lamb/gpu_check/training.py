@@ -53,8 +53,13 @@ class GivenRun:
         return result_of(*self.run(device, kernel, stream))
 
     def run(
-        self, device: torch.device, kernel: str, stream: "torch.cuda.Stream | None" = None
+        self,
+        device: torch.device,
+        kernel: str,
+        stream: "torch.cuda.Stream | None" = None,
+        moves: Sequence[torch.device] = (),
     ) -> tuple[nn.Module, ShardedLamb]:
+        """The model and its optimizer after the last step. ``moves``: where the model moves before each step."""
         torch.manual_seed(0)
         model = nn.Sequential(
             nn.Linear(self.width, self.width + 7), nn.LayerNorm(self.width + 7), nn.Linear(self.width + 7, 3)
@@ -75,7 +80,9 @@ class GivenRun:
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream())
         with nullcontext() if stream is None else torch.cuda.stream(stream):
-            for _ in range(self.steps):
+            for step in range(self.steps):
+                if step < len(moves):
+                    model.to(moves[step])
                 optimizer.zero_grad()
                 for index in range(self.micro_batches):
                     with nullcontext() if index + 1 == self.micro_batches else optimizer.no_sync():

@@ -3,23 +3,18 @@
 import weakref
 from contextlib import suppress
 
-from sharded_lamb.comm.collectives import Collectives
-from sharded_lamb.comm.forward_gathers import ForwardGathers
-from sharded_lamb.gradients.source import GradientSource
+from sharded_lamb.optim.parts import ShardedLive
 from sharded_lamb.optim.sharded_state import ShardedOptimizer
 
 
 class ClosableOptimizer(ShardedOptimizer):
     """A `ShardedOptimizer` that can be closed. Deletion closes it too."""
 
-    _gathers: ForwardGathers
-    _deletion: "weakref.finalize[[ForwardGathers, GradientSource, Collectives], ClosableOptimizer]"
+    _deletion: "weakref.finalize[[ShardedLive], ClosableOptimizer]"
 
     def _close_on_deletion(self) -> None:
         # Not __del__, which a wrapper of this class would inherit. Process groups end by themselves at exit.
-        self._deletion = weakref.finalize(
-            self, _release_deleted, self._gathers, self._gradients, self._collectives
-        )
+        self._deletion = weakref.finalize(self, _release_deleted, self._live)
         self._deletion.atexit = False
 
     def close(self) -> None:
@@ -41,7 +36,7 @@ class ClosableOptimizer(ShardedOptimizer):
         if self._live.closed is None:
             self._live.closed = reason
             self._deletion.detach()
-            _release(self._gathers, self._gradients, self._collectives)
+            _release(self._live)
 
     def _check_open(self) -> None:
         """Raises RuntimeError if the optimizer is closed."""
@@ -52,14 +47,15 @@ class ClosableOptimizer(ShardedOptimizer):
             )
 
 
-def _release(gathers: ForwardGathers, gradients: GradientSource, collectives: Collectives) -> None:
+def _release(live: ShardedLive) -> None:
+    """Give back hooks and process groups."""
     try:
-        gathers.close()
+        live.gathers.close()
     finally:
-        gradients.close()
-        collectives.close()
+        live.gradients.close()
+        live.collectives.close()
 
 
-def _release_deleted(gathers: ForwardGathers, gradients: GradientSource, collectives: Collectives) -> None:
+def _release_deleted(live: ShardedLive) -> None:
     with suppress(RuntimeError):  # the ranks that its gathers wait for are gone
-        _release(gathers, gradients, collectives)
+        _release(live)

@@ -11,7 +11,6 @@ The parts of a step::
 """
 
 import logging
-import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Unpack
@@ -22,40 +21,32 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable
 from torch.distributed.device_mesh import DeviceMesh
 
-from sharded_lamb import kernels
-from sharded_lamb.comm.collectives import Collectives
-from sharded_lamb.comm.consistency import Description, check_consistency, describe_groups, propagate_errors
-from sharded_lamb.comm.forward_gathers import ForwardGathers, Watch
-from sharded_lamb.comm.step_agreement import StepAgreement
+from sharded_lamb.comm.consistency import propagate_errors
+from sharded_lamb.comm.forward_gathers import Watch
 from sharded_lamb.comm.topology import Topology
 from sharded_lamb.core import rule
 from sharded_lamb.core.hyperparams import RuleOptions, check_max_grad_norm
-from sharded_lamb.core.options import OptionTable
-from sharded_lamb.gradients.averaged import AveragedGradients
-from sharded_lamb.gradients.mixed import MixedGradients
-from sharded_lamb.gradients.reducer import BackwardReducer
-from sharded_lamb.gradients.source import GradientSource, Registration
 from sharded_lamb.gradients.summary import GradientSummary, check_present
-from sharded_lamb.kernels import Kernel
 from sharded_lamb.kernels.engine import Update
 from sharded_lamb.optim.base import receives_grad_scale, run_eagerly
-from sharded_lamb.optim.joining import JoinableOptimizer
-from sharded_lamb.optim.sharded_state import LastStep
-from sharded_lamb.optim.skips import SkipCounter
+from sharded_lamb.optim.parts import LastStep
+from sharded_lamb.optim.registration import RegisteringOptimizer
 from sharded_lamb.sharding.param_store import ParamStore
 from sharded_lamb.sharding.placements import materialized, root_ranks
-from sharded_lamb.sharding.shard_plan import Settings, ShardPlan
+from sharded_lamb.sharding.shard_plan import Settings
 
 logger = logging.getLogger("sharded_lamb")
 
 
-class ShardedLamb(JoinableOptimizer):
+class ShardedLamb(RegisteringOptimizer):
     """LAMB (arXiv 1904.00962) with its state sharded over ranks and the exact trust ratio of every parameter.
 
     Parameters move into flat buckets, each with a storage of its own. Each rank stores moments (and fp32 masters of
     fp16 and bf16 parameters) for its equal shard of every bucket, updates that shard, and all-gathers the bucket. A
     step starts from weights written before it, in place or by ``.data =`` with the same shape, dtype and device.
     Parameters in shared memory stay there, so that other processes see every update, at two copies of them per step.
+    A model that is moved to another device later (``model.to(device)``, Accelerate's ``prepare``) is followed, with its
+    state, by the next `zero_grad`, `load_state_dict`, `clip_grad_norm_` or `step`; in stage 2 before backward.
 
     DTensor parameters (``fully_shard``, HSDP, tensor parallel) keep their memory: they are stage 3, detected
     automatically, whatever ``stage`` is for plain parameters beside them. Each rank updates its local parts and stores
@@ -148,90 +139,11 @@ class ShardedLamb(JoinableOptimizer):
                 kernel=kernel,
                 store_param_remainders=store_param_remainders,
             )
-            self._store = ParamStore(self, topology, self._settings)
             scalars = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
             super().__init__(params, scalars, variant, options)
-        plan, self._kernel = self._agreed_plan()
-        self._collectives = Collectives(topology, plan.wire_device)
-        self._gradients = self._make_gradients()
-        self._gathers = ForwardGathers()
-        self._skips = SkipCounter(plan.device, max_consecutive_skips)
-        self._live.agreement = StepAgreement(self._collectives)
+            self._live.store = ParamStore(self, topology, self._settings)
+        self._build()
         self._close_on_deletion()
-        self._register(plan)
-
-    # -- parameters ---------------------------------------------------------------------------------
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in torch, with `ShardedLamb`'s group options. Collective after construction."""
-        self._check_open()
-        super().add_param_group(param_group)
-        if self._constructed:
-            try:
-                self._register(self._agreed_plan()[0])
-            except (ValueError, TypeError, RuntimeError):
-                self.param_groups.pop()
-                raise
-
-    def _agreed_plan(self) -> tuple[ShardPlan, Kernel]:
-        """The plan for parameters that require gradients and are not in the store yet, and the kernel.
-
-        The same on every rank. Collective.
-        """
-        store = self._store
-        with propagate_errors(store.topology):
-            plan = store.plan(list(self._named_parameters()))
-            kernel = kernels.choose(self._settings.kernel, plan.device)
-        description: Description = [("construction", "ok"), ("settings", self._settings.described())]
-        description.append(("kernel", kernel.name))
-        description.append(("max_grad_norm", self.max_grad_norm))
-        description += describe_groups(self.param_groups)
-        description += plan.described(len(store.params))
-        check_consistency(store.topology, description)
-        return plan, kernel
-
-    def _register_unfrozen(self) -> None:
-        store, live = self._store, self._live
-        now = [p for group in self.param_groups for p in group["params"]]
-        scanned = live.scanned_params
-        if len(now) != len(scanned) or not all(map(operator.is_, now, scanned)):
-            live.scanned_params, live.frozen_params = now, [p for p in now if p not in store.index]
-        if any(p.requires_grad for p in live.frozen_params):
-            grouped = set(now)
-            removed = [name for name, p in zip(store.names, store.params, strict=True) if p not in grouped]
-            if removed:
-                raise RuntimeError(
-                    f"parameter {removed[0]!r} is no longer in a parameter group and new ones are (fully_shard and "
-                    f"Accelerate's prepare replace parameters by new ones): construct ShardedLamb after that, from the "
-                    f"parameters that the model has then"
-                )
-            self._register_new()
-
-    def _register_new(self) -> None:
-        self._register(self._agreed_plan()[0])
-        self._live.scanned_params = []
-
-    def _register(self, plan: ShardPlan) -> None:
-        """Register the plan's parameters. Collective: broadcasts the first rank's weights."""
-        store = self._store
-        self.synchronize()
-        self._gradients.settle()
-        buckets = store.register(plan, self._collectives)
-        self._live.table = OptionTable(store.rows, plan.device)
-        first = len(store.params) - len(plan.rows)
-        self._gradients.extend(
-            Registration(
-                names=store.names[first:],
-                params=store.params[first:],
-                members=frozenset(range(first, len(store.params))),
-                buckets=buckets,
-                dtensors=store.dtensors,
-                replicas=store.replicas(),
-                owner_mask=store.owner_mask,
-            )
-        )
-        self._refresh_state()
-        self._live.consolidated = None
 
     # -- the step -----------------------------------------------------------------------------------
 
@@ -254,9 +166,9 @@ class ShardedLamb(JoinableOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._meet_joined()
-        store = self._store
         self.synchronize()
-        self._register_unfrozen()
+        self._register_changed()
+        store = self._store
         if not store.params:
             return loss
         store.reattach()
@@ -364,13 +276,6 @@ class ShardedLamb(JoinableOptimizer):
 
     # -- gradients ----------------------------------------------------------------------------------
 
-    def _make_gradients(self) -> GradientSource:
-        collectives, kernel, dtensors = self._collectives, self._kernel, self._store.dtensors
-        averaged = AveragedGradients(collectives, kernel, dtensors)
-        if self._settings.stage == 1:
-            return averaged
-        return MixedGradients(BackwardReducer(collectives, kernel, overlap=self._settings.overlap), averaged)
-
     @run_eagerly
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero gradients: ``.grad`` and, in stage 2, reduced ones, after waiting for exchanges in flight."""
@@ -378,6 +283,7 @@ class ShardedLamb(JoinableOptimizer):
         self._gradients.zero()
         self._drop_clip()
         super().zero_grad(set_to_none)
+        self._follow()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -408,7 +314,7 @@ class ShardedLamb(JoinableOptimizer):
         self._check_open()
         limit = check_max_grad_norm(max_norm, "max_norm")
         self._meet_joined(clip=limit)
-        self._register_unfrozen()
+        self._register_changed()
         if not self._store.params:
             return torch.zeros((), device="cpu")
         summary = self._gradients.ready(None)

@@ -5,7 +5,6 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
@@ -13,16 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_lamb.comm.collectives import Collectives, Traffic
+from sharded_lamb.comm.collectives import Traffic
 from sharded_lamb.comm.consistency import Description, propagate_errors
 from sharded_lamb.core.host_values import to_device
-from sharded_lamb.core.options import OptionTable
-from sharded_lamb.gradients.source import GradientSource
-from sharded_lamb.optim.agreed_options import AgreedLive, AgreedOptions
 from sharded_lamb.optim.base import States
-from sharded_lamb.optim.skips import SkipCounter
+from sharded_lamb.optim.parts import Consolidated, PartsOptimizer
 from sharded_lamb.sharding import state
-from sharded_lamb.sharding.param_store import ParamStore
 from sharded_lamb.sharding.shard_plan import Settings
 from sharded_lamb.timeline import Timeline
 
@@ -30,53 +25,8 @@ LOAD_TIMEOUT_S = 900.0
 """Seconds that a rank which loads a state dict waits for the others, which may still read theirs."""
 
 
-@dataclass(frozen=True)
-class _Consolidated:
-    """The state that `ShardedOptimizer.consolidate_state_dict` gathered."""
-
-    whole: dict[int, state.State] | None  # by position in the groups; None: on another rank
-
-
-@dataclass(frozen=True, slots=True)
-class LastStep:
-    """Results of the last step, on the device."""
-
-    ratios: Tensor  # [P] fp64
-    updated: Tensor  # [P] bool
-    grad_norm: Tensor  # fp64 scalar
-
-
-@dataclass(slots=True)
-class ShardedLive(AgreedLive):
-    """See `sharded_lamb.optim.base.Live`."""
-
-    table: OptionTable | None = None
-    clip: Tensor | None = None  # the factor of `clip_grad_norm_` for the next step
-    clip_of: "list[tuple[weakref.ref[Any], int] | None]" = field(default_factory=list)  # identities then
-    max_norm: tuple[float | None, ...] = ()  # its arguments
-    scanned_params: list[Tensor] = field(default_factory=list)  # all groups' parameters at the last scan
-    frozen_params: list[Tensor] = field(default_factory=list)  # those of them that the store lacked
-    last: LastStep | None = None
-    is_summarized: bool = False
-    closed: str | None = None  # why
-    ddp: "list[weakref.ref[Any]] | None" = None  # models that hold parameters of this optimizer
-    has_joined: bool = False  # this rank, inside `Join`
-    consolidated: _Consolidated | None = None
-    is_new: bool = True  # no step and no load yet: no state to lose
-    may_defer: bool = False  # whether the last step needed no agreed summary of gradients
-    has_deferred: bool = False  # whether it summed the summary with the norms
-
-
-class ShardedOptimizer(AgreedOptions):
+class ShardedOptimizer(PartsOptimizer):
     """State dicts and reports of a `ShardedLamb`, without its step."""
-
-    _settings: Settings
-    _store: ParamStore
-    _collectives: Collectives
-    _gradients: GradientSource
-    _skips: SkipCounter
-    _live: ShardedLive
-    _live_class = ShardedLive
 
     def _step_facts(self) -> Description:
         return [*super()._step_facts(), ("max_norm of clip_grad_norm_", self._live.max_norm)]
@@ -86,11 +36,6 @@ class ShardedOptimizer(AgreedOptions):
 
     def _described_edits(self) -> Description:
         return self._gradients.described_edits()
-
-    @property
-    def _table(self) -> OptionTable:
-        assert self._live.table is not None
-        return self._live.table
 
     def synchronize(self) -> None:
         """Wait until every parameter is gathered."""
@@ -197,6 +142,10 @@ class ShardedOptimizer(AgreedOptions):
         """Register parameters that require gradients and are not in the store yet. Collective."""
         raise NotImplementedError
 
+    def _follow(self) -> None:
+        """Register all parameters anew if the model was moved to another device. Collective then."""
+        raise NotImplementedError
+
     def _load_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         super()._load_groups(saved_groups)
         self._skips.reset()
@@ -265,6 +214,7 @@ class ShardedOptimizer(AgreedOptions):
                 another number of ranks, or ranks load different states; on every rank, and nothing was loaded.
             RuntimeError: a rank does not call it.
         """
+        self._follow()
         topology = self._store.topology
         with propagate_errors(
             topology, always=True, what="load_state_dict", timeout_s=LOAD_TIMEOUT_S
@@ -286,18 +236,22 @@ class ShardedOptimizer(AgreedOptions):
         world = self._collectives.world_size
         if not 0 <= to < world:
             raise ValueError(f"to must be one of this optimizer's ranks 0 to {world - 1}, got {to!r}")
-        self._live.consolidated = _Consolidated(self._gathered(to))
+        self._live.consolidated = Consolidated(self._gathered(to))
 
     def _gathered(self, to: int) -> dict[int, state.State] | None:
         """{position in the groups: whole state} on rank ``to``, else None. Collective."""
-        store = self._store
-        states = state.gather_full(
-            self._collectives, store.layout, store.buckets, store.dtensors, store.step, to
-        )
+        store, states = self._store, self._gather(to)
         if states is None:
             return None
         order = [p for group in self.param_groups for p in group["params"]]
         return {position: states[store.index[p]] for position, p in enumerate(order) if p in store.index}
+
+    def _gather(self, to: int) -> dict[int, state.State] | None:
+        """{registered parameter: whole state} on rank ``to``, else None. Collective."""
+        store = self._store
+        return state.gather_full(
+            self._collectives, store.layout, store.buckets, store.dtensors, store.step, to
+        )
 
     def _decode(self, entries: dict[int, dict[str, Any]]) -> None:
         """Replace encoded state by its values. ``entries``: of a packed state, by position in the groups."""
@@ -332,6 +286,7 @@ class ShardedOptimizer(AgreedOptions):
         Raises:
             ValueError: the first rank's state does not fit; on every rank.
         """
+        self._follow()
         store = self._store
         first = store.topology.rank == 0
         order = [p for group in self.param_groups for p in group["params"]]
@@ -347,11 +302,16 @@ class ShardedOptimizer(AgreedOptions):
             dist.broadcast_object_list(sent, store.topology.everyone[0], group=self._collectives.everyone.pg)
         groups, stateful = sent
         self.register_stateful([order[position] for position in stateful])
-        by_index = {store.index[p]: saved for p, saved in states.items() if p in store.index}
-        state.scatter_full(
-            self._collectives, store.buckets, store.dtensors, store.step, by_index if first else None
-        )
+        self._scatter(states if first else None)
         self._load_groups(groups)
+
+    def _scatter(self, states: States | None) -> None:
+        """Store whole states of registered parameters, which the first rank passes. Collective."""
+        store = self._store
+        by_index = None
+        if states is not None:
+            by_index = {store.index[p]: saved for p, saved in states.items() if p in store.index}
+        state.scatter_full(self._collectives, store.buckets, store.dtensors, store.step, by_index)
 
     def trust_ratios(self) -> dict[str, float]:
         """{name: ratio} of the parameters that the last step updated; the same on every rank. Reads the device."""

@@ -257,18 +257,24 @@ class FlatBucket:
             if actual != (pointer, strides, shape, self.precision.model):
                 yield position
 
+    def is_on(self, device: torch.device, position: int) -> bool:
+        """Whether a parameter has the shape, dtype and layout that it had at construction, and is on ``device``."""
+        p = self.params[position]
+        is_here = p.device.type == device.type and (device.type == "cpu" or p.device == device)
+        is_alike = p.shape == self._shapes[position] and p.dtype == self.precision.model
+        return is_here and is_alike and p.layout is torch.strided
+
     def check_fits(self, position: int, name: str) -> None:
         """Raises RuntimeError if the values of a replaced parameter do not fit into the bucket."""
         p, shape, device = self.params[position], self._shapes[position], self.flat.device
-        is_here = p.device.type == device.type and (device.type == "cpu" or p.device == device)
-        if is_here and p.shape == shape and p.dtype == self.precision.model and p.layout is torch.strided:
+        if self.is_on(device, position):
             return
         raise RuntimeError(
             f"parameter {name!r} is no longer in its bucket (now {p.dtype} {tuple(p.shape)} on {p.device}; it was "
-            f"{self.precision.model} {tuple(shape)} on {device}): model.to(…), model.bfloat16() or an assignment to "
-            f".data replaced its memory after ShardedLamb was constructed. Convert the model first and construct the "
-            f"optimizer after (model = accelerator.prepare(model) before ShardedLamb(…)); weights of the same shape, "
-            f"dtype and device may be written at any time"
+            f"{self.precision.model} {tuple(shape)} on {device}): model.bfloat16(), model.to(…) of a part of the model "
+            f"or an assignment to .data replaced its memory after ShardedLamb was constructed. Convert the model first "
+            f"and construct the optimizer after; weights of the same shape and dtype may be written at any time, and a "
+            f"whole model moved to another device"
         )
 
     def contains(self, p: Tensor) -> bool:

@@ -54,8 +54,21 @@ class ParamStore:
         self._optimizer = weakref.ref(optimizer)
 
     @property
+    def optimizer(self) -> Any:
+        """The optimizer of this store, itself and not a wrapper."""
+        return self._optimizer()
+
+    @property
     def device(self) -> torch.device:
         return self.params[0].device if self.params else torch.device("cpu")
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether all parameters are on one other device than this memory, else as they were; False for DTensors."""
+        device = self.device
+        if not self.params or device == self.step.device or device.type == "meta" or self.specs:
+            return False
+        return all(bucket.is_on(device, i) for bucket in self.buckets for i in range(len(bucket.params)))
 
     @property
     def owner_mask(self) -> Tensor:

@@ -1,0 +1,97 @@
+"""What a `ShardedLamb` is made of on one device, and the results of its steps."""
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from sharded_lamb.comm.collectives import Collectives
+from sharded_lamb.comm.forward_gathers import ForwardGathers
+from sharded_lamb.core.options import OptionTable
+from sharded_lamb.gradients.source import GradientSource
+from sharded_lamb.kernels import Kernel
+from sharded_lamb.optim.agreed_options import AgreedLive, AgreedOptions
+from sharded_lamb.optim.skips import SkipCounter
+from sharded_lamb.sharding import state
+from sharded_lamb.sharding.param_store import ParamStore
+from sharded_lamb.sharding.shard_plan import Settings
+
+
+@dataclass(frozen=True)
+class Consolidated:
+    """The state that `ShardedOptimizer.consolidate_state_dict` gathered."""
+
+    whole: dict[int, state.State] | None  # by position in the groups; None: on another rank
+
+
+@dataclass(frozen=True, slots=True)
+class LastStep:
+    """Results of the last step, on the device."""
+
+    ratios: Tensor  # [P] fp64
+    updated: Tensor  # [P] bool
+    grad_norm: Tensor  # fp64 scalar
+
+
+@dataclass(slots=True)
+class ShardedLive(AgreedLive):
+    """See `sharded_lamb.optim.base.Live`."""
+
+    table: OptionTable = field(init=False, repr=False)
+    store: ParamStore = field(init=False, repr=False)
+    kernel: Kernel = field(init=False, repr=False)
+    collectives: Collectives = field(init=False, repr=False)
+    gradients: GradientSource = field(init=False, repr=False)
+    skips: SkipCounter = field(init=False, repr=False)
+    gathers: ForwardGathers = field(default_factory=ForwardGathers)
+    clip: Tensor | None = None  # the factor of `clip_grad_norm_` for the next step
+    clip_of: "list[tuple[weakref.ref[Any], int] | None]" = field(default_factory=list)  # identities then
+    max_norm: tuple[float | None, ...] = ()  # its arguments
+    scanned_params: list[Tensor] = field(default_factory=list)  # all groups' parameters at the last scan
+    frozen_params: list[Tensor] = field(default_factory=list)  # those of them that the store lacked
+    last: LastStep | None = None
+    is_summarized: bool = False
+    closed: str | None = None  # why
+    ddp: "list[weakref.ref[Any]] | None" = None  # models that hold parameters of this optimizer
+    has_joined: bool = False  # this rank, inside `Join`
+    consolidated: Consolidated | None = None
+    is_new: bool = True  # no step and no load yet: no state to lose
+    may_defer: bool = False  # whether the last step needed no agreed summary of gradients
+    has_deferred: bool = False  # whether it summed the summary with the norms
+
+
+class PartsOptimizer(AgreedOptions):
+    """An `AgreedOptions` with the parts of a `ShardedLamb`, which a move of its model to another device replaces."""
+
+    _settings: Settings
+    _live: ShardedLive
+    _live_class = ShardedLive
+
+    @property
+    def _store(self) -> ParamStore:
+        return self._live.store
+
+    @property
+    def _kernel(self) -> Kernel:
+        return self._live.kernel
+
+    @property
+    def _collectives(self) -> Collectives:
+        return self._live.collectives
+
+    @property
+    def _gradients(self) -> GradientSource:
+        return self._live.gradients
+
+    @property
+    def _gathers(self) -> ForwardGathers:
+        return self._live.gathers
+
+    @property
+    def _skips(self) -> SkipCounter:
+        return self._live.skips
+
+    @property
+    def _table(self) -> OptionTable:
+        return self._live.table

@@ -1,0 +1,143 @@
+"""Registers parameters: at construction, once they are unfrozen, and where the model moves to."""
+
+import operator
+from typing import Any
+
+from sharded_lamb import kernels
+from sharded_lamb.comm.collectives import Collectives
+from sharded_lamb.comm.consistency import Description, check_consistency, describe_groups, propagate_errors
+from sharded_lamb.comm.step_agreement import StepAgreement
+from sharded_lamb.core.options import OptionTable
+from sharded_lamb.gradients.averaged import AveragedGradients
+from sharded_lamb.gradients.mixed import MixedGradients
+from sharded_lamb.gradients.reducer import BackwardReducer
+from sharded_lamb.gradients.source import GradientSource, Registration
+from sharded_lamb.kernels import Kernel
+from sharded_lamb.optim.joining import JoinableOptimizer
+from sharded_lamb.optim.skips import SkipCounter
+from sharded_lamb.sharding.param_store import ParamStore
+from sharded_lamb.sharding.shard_plan import ShardPlan
+
+
+class RegisteringOptimizer(JoinableOptimizer):
+    """A `JoinableOptimizer` that builds its parts from its parameters."""
+
+    def _build(self) -> None:
+        """Register the parameters that require gradients in an empty store, on their device. Collective."""
+        live, topology = self._live, self._store.topology
+        plan, live.kernel = self._agreed_plan()
+        live.collectives = Collectives(topology, plan.wire_device)
+        live.gradients = self._make_gradients()
+        live.skips = SkipCounter(plan.device, self._settings.max_consecutive_skips)
+        live.agreement = StepAgreement(live.collectives)
+        self._register(plan)
+
+    def _follow(self) -> None:
+        store, live = self._store, self._live
+        if not store.has_moved:
+            return
+        self._check_open()
+        self.synchronize()
+        before, now = store.step.device, store.device
+        check_consistency(store.topology, [("device that the model was moved to", now.type)])
+        if self._settings.stage == 2 and any(grad is not None for grad in self._gradients.identities()):
+            raise RuntimeError(
+                f"the model was moved from {before} to {now}, and backward reduced gradients before this ShardedLamb "
+                f"could follow: call optimizer.zero_grad() after model.to(…), or construct the optimizer after it"
+            )
+        registered, skipped = list(store.params), self.skipped_steps
+        whole = None if live.is_new else self._gather(0)
+        live.gradients.close()
+        live.collectives.close()
+        live.gathers.forget_buckets()
+        live.store = ParamStore(store.optimizer, store.topology, self._settings)
+        live.last, live.scanned_params = None, []
+        self._drop_clip()
+        self.state.clear()
+        self._build()
+        live.skips.set_total(skipped)
+        if not live.is_new:
+            self.register_stateful(registered)
+            self._scatter(None if whole is None else {registered[i]: saved for i, saved in whole.items()})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch, with `ShardedLamb`'s group options. Collective after construction."""
+        self._check_open()
+        if self._constructed:
+            self._follow()
+        super().add_param_group(param_group)
+        if self._constructed:
+            try:
+                self._register(self._agreed_plan()[0])
+            except (ValueError, TypeError, RuntimeError):
+                self.param_groups.pop()
+                raise
+
+    def _agreed_plan(self) -> tuple[ShardPlan, Kernel]:
+        """The plan for parameters that require gradients and are not in the store yet, and the kernel.
+
+        The same on every rank. Collective.
+        """
+        store = self._store
+        with propagate_errors(store.topology):
+            plan = store.plan(list(self._named_parameters()))
+            kernel = kernels.choose(self._settings.kernel, plan.device)
+        description: Description = [("construction", "ok"), ("settings", self._settings.described())]
+        description.append(("kernel", kernel.name))
+        description.append(("max_grad_norm", self.max_grad_norm))
+        description += describe_groups(self.param_groups)
+        description += plan.described(len(store.params))
+        check_consistency(store.topology, description)
+        return plan, kernel
+
+    def _register_changed(self) -> None:
+        """Register parameters that moved to another device, or that were unfrozen. Collective if there are any."""
+        self._follow()
+        store, live = self._store, self._live
+        now = [p for group in self.param_groups for p in group["params"]]
+        scanned = live.scanned_params
+        if len(now) != len(scanned) or not all(map(operator.is_, now, scanned)):
+            live.scanned_params, live.frozen_params = now, [p for p in now if p not in store.index]
+        if any(p.requires_grad for p in live.frozen_params):
+            grouped = set(now)
+            removed = [name for name, p in zip(store.names, store.params, strict=True) if p not in grouped]
+            if removed:
+                raise RuntimeError(
+                    f"parameter {removed[0]!r} is no longer in a parameter group and new ones are (fully_shard and "
+                    f"Accelerate's prepare replace parameters by new ones): construct ShardedLamb after that, from the "
+                    f"parameters that the model has then"
+                )
+            self._register_new()
+
+    def _register_new(self) -> None:
+        self._register(self._agreed_plan()[0])
+        self._live.scanned_params = []
+
+    def _register(self, plan: ShardPlan) -> None:
+        """Register the plan's parameters. Collective: broadcasts the first rank's weights."""
+        store = self._store
+        self.synchronize()
+        self._gradients.settle()
+        buckets = store.register(plan, self._collectives)
+        self._live.table = OptionTable(store.rows, plan.device)
+        first = len(store.params) - len(plan.rows)
+        self._gradients.extend(
+            Registration(
+                names=store.names[first:],
+                params=store.params[first:],
+                members=frozenset(range(first, len(store.params))),
+                buckets=buckets,
+                dtensors=store.dtensors,
+                replicas=store.replicas(),
+                owner_mask=store.owner_mask,
+            )
+        )
+        self._refresh_state()
+        self._live.consolidated = None
+
+    def _make_gradients(self) -> GradientSource:
+        collectives, kernel, dtensors = self._collectives, self._kernel, self._store.dtensors
+        averaged = AveragedGradients(collectives, kernel, dtensors)
+        if self._settings.stage == 1:
+            return averaged
+        return MixedGradients(BackwardReducer(collectives, kernel, overlap=self._settings.overlap), averaged)
