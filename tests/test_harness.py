@@ -165,7 +165,7 @@ def test_environment_is_that_of_a_launcher() -> None:
 
 @pytest.mark.parametrize("bad", [0, 2])
 def test_an_error_is_reported_while_others_wait_for_it(bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "_GRACE_AFTER_ERROR", 0.5)  # they wait without end
+    monkeypatch.setattr(harness, "_GRACE_AFTER_ERROR", 2.0)  # they wait without end
     pids = run_ranks(3, _pid)
     begin = time.monotonic()
     with pytest.raises(RankErrors, match=f"no good on rank {bad}") as caught:

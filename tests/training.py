@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import Parameter
 
 from sharded_lamb import ShardedLamb
@@ -196,4 +197,5 @@ def through_bytes(state: Any) -> Any:
     stream = io.BytesIO()
     torch.save(state, stream)
     stream.seek(0)
-    return torch.load(stream, weights_only=True)
+    with torch.serialization.safe_globals([_StridedShard]):  # torch 2.11 does not list it
+        return torch.load(stream, weights_only=True)

@@ -115,7 +115,9 @@ def device_bound_while_grouping(rank: int, ranks: list[int]) -> tuple[object, ob
     try:
         with mock.patch.object(c10d, "_new_process_group_helper", watched):
             if rank in ranks:
-                OwnedGroup(ranks).end()
+                group = OwnedGroup(ranks)
+                dist.barrier(group.pg)  # none ends while another still connects
+                group.end()
             return (seen or ["absent"])[0], default.bound_device_id
     finally:
         default.bound_device_id = None

@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from sharded_lamb import ShardedLamb
 from sharded_lamb.core.rule import COLUMNS
@@ -27,13 +29,18 @@ from tests.kernels.kernel_memory import SPLIT, Form, assert_same, optimizer_with
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 INTERPRETED = ["tests/kernels/triton_cases.py", "tests/kernels/triton_tables.py"]
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
-)
+TRITON = importlib.util.find_spec("triton")
+needs_triton = pytest.mark.skipif(TRITON is None, reason="triton is not installed")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @needs_triton
+@pytest.mark.skipif(
+    TRITON is not None
+    and version("triton") < TorchVersion("3.7")
+    and version("numpy") >= TorchVersion("2.4"),
+    reason="Triton 3.6's interpreter converts arrays of one element as NumPy 2.4 refuses to",
+)
 @pytest.mark.slow
 def test_the_cases_pass_under_the_interpreter() -> None:
     """In a separate process: the interpreter cannot be switched off again, and torch.compile needs the compiler."""
@@ -277,7 +284,10 @@ def test_other_gpus_get_ieee_arithmetic_and_vectors(device_code: Any, target: st
             assert "sqrt.rn.f32" in text
             assert re.search(r"ld\.global\S*\.v4\.b32", text)
             continue
-        divisions, roots = len(re.findall(r"v_div_fixup_f32", text)), len(re.findall(r"v_sqrt_f32", text))
+        divisions, roots = (
+            len(re.findall(r"v_div_fixup_f32", text)),
+            len(re.findall(r"v_(?:sqrt|rsq)_f32", text)),
+        )
         assert divisions > 0
         assert roots > 0
         assert len(re.findall(r"\sv_(?:pk_)?(?:fma|fmac|mad|mac)_\w*f32", text)) <= 6 * divisions + 2 * roots

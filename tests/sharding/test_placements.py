@@ -44,12 +44,14 @@ def placements_on(mesh: DeviceMesh) -> dict[str, tuple[DeviceMesh, tuple[Any, ..
     last = mesh[mesh.mesh_dim_names[-1]] if mesh.ndim > 1 else mesh  # type: ignore[index]
     first = mesh[mesh.mesh_dim_names[0]] if mesh.ndim > 1 else mesh  # type: ignore[index]
     rest = (Replicate(),) * (mesh.ndim - 1)
+    # torch 2.11 gathers only what tensor parallelism and fully_shard make: a split for each rank of the next dimension.
+    split = 2 if torch.__version__ >= "2.12" or mesh.ndim == 1 else mesh.size(1)
     return {
         "rows": (mesh, (*rest, Shard(0))),
         "columns": (mesh, (Shard(1), *rest)),
         "middle": (last, (Shard(-2),)),
         "both": (mesh, (Shard(0), Shard(1), Replicate())[: mesh.ndim]),
-        "strided": (mesh, (_StridedShard(0, split_factor=2), Shard(0), Replicate())[: mesh.ndim])
+        "strided": (mesh, (_StridedShard(0, split_factor=split), Shard(0), Replicate())[: mesh.ndim])
         if mesh.ndim > 1
         else (mesh, (Shard(0),)),
         "whole": (mesh, (Replicate(), *rest)),
