@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sharded_lamb import faults
 from sharded_lamb.comm.groups import OwnedGroup
-from sharded_lamb.comm.stalls import Entered, Stalls
+from sharded_lamb.comm.stalls import Entered, Stalls, explained
 from sharded_lamb.comm.topology import Topology
 from sharded_lamb.timeline import COMPUTE, Flight, Timeline
 
@@ -99,22 +99,19 @@ class Pending:
         self._waiter: _Waiter | None = None
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the result, at most ``timeout`` seconds. Returns whether it is there.
-
-        Raises:
-            RuntimeError: gloo; ranks wait for each other in different collectives.
-        """
+        """Wait for the result, at most ``timeout`` seconds. Returns whether it is there; raises as `Entered.wait`."""
         begin = None if self._flight is None else self._flight.timeline.clock()
-        if timeout is not None and not self._arrives(timeout):
-            return False
-        with nullcontext() if self._flight is None else self._flight.landing(begin):
-            if self._entered is not None and timeout is None:
-                self._entered.wait(self._arrives)
-            if self._waiter is not None:
-                self._waiter.finish()
-            else:
-                for work in self._works:
-                    work.wait()
+        with explained(self._entered):
+            if timeout is not None and not self._arrives(timeout):
+                return False
+            with nullcontext() if self._flight is None else self._flight.landing(begin):
+                if self._entered is not None and timeout is None:
+                    self._entered.wait(self._arrives)
+                if self._waiter is not None:
+                    self._waiter.finishes()
+                else:
+                    for work in self._works:
+                        work.wait()
         self._works, self._flight, self._keep_alive = [], None, None
         self._entered = self._waiter = None
         return True
@@ -129,8 +126,7 @@ class Pending:
             return True
         if self._waiter is None:
             self._waiter = _Waiter(self._works)
-        self._waiter.join(timeout)
-        return not self._waiter.is_alive()
+        return self._waiter.finishes(timeout)
 
 
 class _Waiter(threading.Thread):
@@ -149,11 +145,13 @@ class _Waiter(threading.Thread):
         except Exception as error:
             self._error = error
 
-    def finish(self) -> None:
-        """Wait for its end; raises as the works' waits."""
-        self.join()
-        if self._error is not None:
+    def finishes(self, timeout: float | None = None) -> bool:
+        """Whether it ends within ``timeout`` seconds; raises as the works' waits."""
+        self.join(timeout)
+        ended = not self.is_alive()
+        if ended and self._error is not None:
             raise self._error
+        return ended
 
 
 class Collectives:
@@ -251,11 +249,11 @@ class Collectives:
     def _finish(self, collective: str, start: Callable[..., "dist.Work | None"]) -> None:
         """Start an operation over everyone and wait for it; raises as `Entered.wait`."""
         entered = self._entered(collective, self.topology.everyone)
-        work = start(async_op=entered is not None)
-        if entered is not None:
-            assert work is not None
-            entered.wait(lambda seconds: _completes(work, seconds))
-            work.wait()
+        with explained(entered):
+            work = start(async_op=entered is not None)
+            if entered is not None:
+                assert work is not None
+                entered.wait(lambda seconds: _completes(work, seconds))
 
     def reduce_scatter(self, full: Tensor, received: Tensor) -> Pending:
         """Start a reduce-scatter over the shard group; afterwards `parts_of_sum` returns the result.
@@ -288,9 +286,10 @@ class Collectives:
         group = self._shard.pg
         entered = self._entered("reduce-scatter of backward, number", self.topology.shard_ranks)
         tag = Tag.GRADIENTS
-        works = [dist.irecv(tensor, group=group, tag=tag, group_src=source) for source, tensor in incoming]
-        faults.point("mid-reduce-scatter")
-        works += [dist.isend(tensor, group=group, tag=tag, group_dst=target) for target, tensor in outgoing]
+        with explained(entered):
+            works = [dist.irecv(tensor, group=group, tag=tag, group_src=rank) for rank, tensor in incoming]
+            faults.point("mid-reduce-scatter")
+            works += [dist.isend(tensor, group=group, tag=tag, group_dst=rank) for rank, tensor in outgoing]
         return Pending(works, flight, keep_alive=outgoing, reports_completion=False, entered=entered)
 
     def received_numel(self, full_numel: int) -> int:
@@ -405,12 +404,13 @@ class Collectives:
 
 
 def _completes(work: "dist.Work", seconds: float) -> bool:
+    """Whether ``work`` completes within ``seconds``; raises its error."""
     try:
         work.wait(timedelta(seconds=seconds))
     except RuntimeError:
-        if work.is_completed():
-            raise
-        return False
+        if not work.is_completed():
+            return False
+        work.wait()  # the error may be that of the time, after which the work has completed
     return True
 
 

@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 from sharded_lamb import faults
 from sharded_lamb.comm.groups import next_meeting
+from sharded_lamb.comm.stalls import Entered, meeting
 from sharded_lamb.comm.topology import Topology
 
 TIMEOUT_S = 60.0
@@ -45,7 +46,8 @@ def check_consistency(
         subject, remedy: for the message if ranks disagree.
 
     Raises:
-        RuntimeError: ranks did not call this within ``timeout_s`` seconds; the message names them.
+        RuntimeError: ranks did not call this within ``timeout_s`` seconds, have raised, or wait for this one elsewhere;
+            the message names them.
         ValueError: ranks disagree; the message gives each rank's first difference.
     """
     faults.point("construction")
@@ -54,7 +56,8 @@ def check_consistency(
     timeout_s = TIMEOUT_S if timeout_s is None else timeout_s
     prefix = f"sharded_lamb/{next_meeting(topology.everyone)}"
     store = PrefixStore(prefix, dist.distributed_c10d._get_default_store())
-    agreement = _Agreement(store, topology, timeout_s, f"ranks disagree on {subject}:", remedy)
+    entered = meeting(topology.global_rank, topology.everyone)
+    agreement = _Agreement(store, topology, timeout_s, entered, f"ranks disagree on {subject}:", remedy)
     text = json.dumps(description)
     if topology.rank == 0:
         agreement.lead(text)
@@ -66,9 +69,15 @@ class _Agreement:
     """Exchanges digests; only if they differ, the first rank's description and the other ranks' differences."""
 
     def __init__(
-        self, store: Store, topology: Topology, timeout_s: float, disagreement: str, remedy: str
+        self,
+        store: Store,
+        topology: Topology,
+        timeout_s: float,
+        entered: Entered,
+        disagreement: str,
+        remedy: str,
     ) -> None:
-        self.disagreement, self.remedy = disagreement, remedy
+        self.entered, self.disagreement, self.remedy = entered, disagreement, remedy
         self.store, self.everyone, self.rank = store, topology.everyone, topology.rank
         self.timeout_s = timeout_s
 
@@ -139,17 +148,23 @@ class _Agreement:
         raise RuntimeError(message)
 
     def _await(self, keys: Sequence[str], timeout_s: float | None = None) -> set[str]:
-        """Wait for all ``keys``; returns those that are missing after ``timeout_s``."""
+        """Wait for all ``keys``; returns those that are missing after ``timeout_s``. Raises as `Entered.wait`."""
         deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
-        for key in keys:
-            left = max(deadline - time.monotonic(), 0.01)
-            try:
-                self.store.wait([key], timedelta(seconds=left))
-            except (dist.DistStoreError, RuntimeError):
-                break
-        else:
-            return set()
-        return {key for key in keys if not self.store.check([key])}
+        missing = [*keys]
+
+        def arrive(seconds: float) -> bool:
+            end = min(time.monotonic() + seconds, deadline)
+            while missing:
+                left = max(end - time.monotonic(), 0.01)
+                try:
+                    self.store.wait(missing[:1], timedelta(seconds=left))
+                except (dist.DistStoreError, RuntimeError):
+                    return time.monotonic() >= deadline
+                missing.pop(0)
+            return True
+
+        self.entered.wait(arrive)
+        return {key for key in missing if not self.store.check([key])}
 
 
 def _kernel_remedy(ranks: Mapping[str, str]) -> str:

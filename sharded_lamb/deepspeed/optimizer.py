@@ -37,8 +37,8 @@ from sharded_lamb.deepspeed.step_tensors import StateKeeper, StepTensors, params
 from sharded_lamb.gradients.summary import GradientSummary, agree
 from sharded_lamb.kernels import Kernel, choose
 from sharded_lamb.kernels.engine import Update, gradient_square_sums
-from sharded_lamb.optim.agreed_options import AgreedLive, AgreedOptions
-from sharded_lamb.optim.base import States, run_eagerly
+from sharded_lamb.optim.agreed_options import AgreedLive, AgreedOptions, collective
+from sharded_lamb.optim.base import States
 from sharded_lamb.optim.skips import SkipCounter
 
 logger = logging.getLogger("sharded_lamb")
@@ -177,7 +177,7 @@ class DeepSpeedLamb(AgreedOptions):
 
     # -- the step -----------------------------------------------------------------------------------
 
-    @run_eagerly
+    @collective
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One LAMB step of the tensors that DeepSpeed put into the groups. Collective under ZeRO. Returns the loss.

@@ -1,13 +1,34 @@
 """Options that the ranks of a step agree on: a checksum in all-reduce (b), an error on every rank if one differs."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
 from sharded_lamb.comm.consistency import Description, describe_groups
+from sharded_lamb.comm.stalls import raised
 from sharded_lamb.comm.step_agreement import StepAgreement
-from sharded_lamb.optim.base import LambOptimizer, Live
+from sharded_lamb.optim.base import LambOptimizer, Live, run_eagerly
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def collective(method: Callable[P, T]) -> Callable[P, T]:
+    """Decorator: if ``method`` raises on some ranks only, ranks that wait for them raise too (`comm.stalls`)."""
+
+    @run_eagerly
+    @wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            raised(error)
+            raise
+
+    return call
 
 
 @dataclass(slots=True)

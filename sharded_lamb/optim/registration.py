@@ -13,6 +13,7 @@ from sharded_lamb.gradients.mixed import MixedGradients
 from sharded_lamb.gradients.reducer import BackwardReducer
 from sharded_lamb.gradients.source import GradientSource, Registration
 from sharded_lamb.kernels import Kernel
+from sharded_lamb.optim.agreed_options import collective
 from sharded_lamb.optim.joining import JoinableOptimizer
 from sharded_lamb.optim.skips import SkipCounter
 from sharded_lamb.sharding.param_store import ParamStore
@@ -60,18 +61,21 @@ class RegisteringOptimizer(JoinableOptimizer):
             self.register_stateful(registered)
             self._scatter(None if whole is None else {registered[i]: saved for i, saved in whole.items()})
 
+    @collective
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch, with `ShardedLamb`'s group options. Collective after construction."""
         self._check_open()
-        if self._constructed:
-            self._follow()
-        super().add_param_group(param_group)
-        if self._constructed:
-            try:
-                self._register(self._agreed_plan()[0])
-            except (ValueError, TypeError, RuntimeError):
-                self.param_groups.pop()
-                raise
+        if not self._constructed:
+            super().add_param_group(param_group)
+            return
+        self._follow()
+        with propagate_errors(self._store.topology):
+            super().add_param_group(param_group)
+        try:
+            self._register(self._agreed_plan()[0])
+        except (ValueError, TypeError, RuntimeError):
+            self.param_groups.pop()
+            raise
 
     def _agreed_plan(self) -> tuple[ShardPlan, Kernel]:
         """The plan for parameters that require gradients and are not in the store yet, and the kernel.

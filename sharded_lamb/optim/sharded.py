@@ -28,7 +28,8 @@ from sharded_lamb.core import rule
 from sharded_lamb.core.hyperparams import RuleOptions, check_max_grad_norm
 from sharded_lamb.gradients.summary import GradientSummary, check_present
 from sharded_lamb.kernels.engine import Update
-from sharded_lamb.optim.base import receives_grad_scale, run_eagerly
+from sharded_lamb.optim.agreed_options import collective
+from sharded_lamb.optim.base import receives_grad_scale
 from sharded_lamb.optim.parts import LastStep
 from sharded_lamb.optim.registration import RegisteringOptimizer
 from sharded_lamb.sharding.param_store import ParamStore
@@ -147,7 +148,7 @@ class ShardedLamb(RegisteringOptimizer):
 
     # -- the step -----------------------------------------------------------------------------------
 
-    @run_eagerly
+    @collective
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One LAMB step on every rank. Collective. Returns the closure's loss, or None.
@@ -276,7 +277,7 @@ class ShardedLamb(RegisteringOptimizer):
 
     # -- gradients ----------------------------------------------------------------------------------
 
-    @run_eagerly
+    @collective
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero gradients: ``.grad`` and, in stage 2, reduced ones, after waiting for exchanges in flight."""
         self._check_open()
@@ -297,7 +298,7 @@ class ShardedLamb(RegisteringOptimizer):
         finally:
             self._gradients.enabled = before
 
-    @run_eagerly
+    @collective
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the averaged gradients by their global norm, in the next step. Collective.

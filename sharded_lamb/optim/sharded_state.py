@@ -15,6 +15,7 @@ from torch import Tensor
 from sharded_lamb.comm.collectives import Traffic
 from sharded_lamb.comm.consistency import Description, propagate_errors
 from sharded_lamb.core.host_values import to_device
+from sharded_lamb.optim.agreed_options import collective
 from sharded_lamb.optim.base import States
 from sharded_lamb.optim.parts import Consolidated, PartsOptimizer
 from sharded_lamb.sharding import state
@@ -160,8 +161,7 @@ class ShardedOptimizer(PartsOptimizer):
 
         Slices are for this rank of as many ranks: save every rank's. Warns about slices, since a framework that saves
         one rank's loses the others'; `local_state_dict` does not. torch.distributed.checkpoint receives slices and
-        saves all ranks'. Tensors are the memory that steps update, except masters stored as remainders: fp32, in new
-        memory.
+        saves all ranks'. Tensors are the memory that steps update, but masters stored as remainders are fp32 copies.
 
         Raises:
             TypeError: torch.distributed.checkpoint asks for whole tensors of plain parameters.
@@ -201,6 +201,7 @@ class ShardedOptimizer(PartsOptimizer):
         self._decode(packed["state"])
         return packed
 
+    @collective
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load whole tensors, of which every rank takes its slices, or the slices that this rank saved. Collective.
 
@@ -224,6 +225,7 @@ class ShardedOptimizer(PartsOptimizer):
             description += [(f"saved group {i}", len(group["params"])) for i, group in enumerate(groups)]
         self._load(groups, states)
 
+    @collective
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Gather the whole state on rank ``to`` of this optimizer's ranks, as ZeroRedundancyOptimizer does. Collective.
 
@@ -277,6 +279,7 @@ class ShardedOptimizer(PartsOptimizer):
             return None
         return {"state": whole, "param_groups": super().state_dict()["param_groups"]}
 
+    @collective
     def load_full_state_dict(self, state_dict: dict[str, Any] | None) -> None:
         """Load the result of `full_state_dict` or `Lamb.state_dict`, on any number of ranks. Collective.
 

@@ -1,18 +1,22 @@
 """Ranks that call backward or step on some ranks only raise on all of them; slow ranks do not."""
 
+import json
 import time
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from torch import nn
-from torch.distributed import HashStore
+from torch.distributed import HashStore, PrefixStore
 
 from sharded_lamb import ShardedLamb
 from sharded_lamb.comm import stalls
+from sharded_lamb.comm.collectives import _completes
 from sharded_lamb.comm.stalls import Post, stuck_ranks
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
@@ -90,6 +94,7 @@ def post(collective: str, number: int, ranks: int = 2, group: str = "", **entere
         "in": [group, collective],
         "number": number,
         "ranks": [*range(ranks)],
+        "errors": [],
     }
 
 
@@ -119,7 +124,11 @@ def test_a_rank_whose_collective_fails_waits_no_longer() -> None:
             raise RuntimeError("connection closed")
         return False
 
-    with mock.patch.object(stalls.Stalls, "_store", return_value=store):
+    this_rank = stalls.ThisRank()
+    with (
+        mock.patch.object(stalls, "_store", return_value=store),
+        mock.patch.object(stalls, "_this_rank", return_value=this_rank),
+    ):
         entered = stalls.Stalls("group", 0, lambda: None).entered("reduce", [0, 1])
         with pytest.raises(RuntimeError, match="connection closed"):
             entered.wait(arrives)
@@ -161,3 +170,59 @@ def test_ranks_with_the_same_calls_are_never_stuck(calls: list[list[str]], data:
             order[at], entered.count(order[at]), ranks, **{name: entered.count(name) for name in "abc"}
         )
     assert stuck_ranks(posts) == set()
+
+
+class CompletesLate:
+    """A work that completes, or fails, right after a wait for it has timed out."""
+
+    def __init__(self, error: str = "") -> None:
+        self.error, self.waits = error, 0
+
+    def wait(self, timeout: object = None) -> None:
+        self.waits += 1
+        if self.waits == 1:
+            raise RuntimeError("Operation timed out!")
+        if self.error:
+            raise RuntimeError(self.error)
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def test_a_collective_that_completes_while_a_wait_times_out_has_completed() -> None:
+    work: Any = CompletesLate()
+    assert _completes(work, 1.0)
+    failing: Any = CompletesLate("connection closed")
+    with pytest.raises(RuntimeError, match="connection closed"):
+        _completes(failing, 1.0)
+
+
+def initialized_again(rank: int) -> list[set[str]]:
+    """The collectives that this rank says it has entered, after each of some init_process_group().
+
+    Optimizers of the earlier ones stay alive, and their groups had the same name.
+    """
+    layer, kept = nn.Linear(40, 30), []
+    default = dist.distributed_c10d._get_default_store()
+    entered = []
+    for generation in range(4):
+        opt = ShardedLamb(layer.named_parameters())
+        kept.append(opt)
+        if generation < 3:
+            opt.clip_grad_norm_(1.0)
+        counted = opt._collectives._stalls
+        assert counted is not None
+        with mock.patch.object(stalls, "_store", return_value=HashStore()) as store:
+            counted.post()
+            entered.append({*json.loads(store.return_value.get(str(rank)))["entered"][counted.name]})
+        opt.close()
+        dist.destroy_process_group()
+        again = PrefixStore(f"again {generation}", default)
+        dist.init_process_group("gloo", store=again, rank=rank, world_size=2)
+    return entered
+
+
+def test_an_optimizer_of_an_earlier_process_group_is_not_counted() -> None:
+    both = {"broadcast of parameters, number", "all-reduce of step or clip_grad_norm_, number"}
+    for entered in run_ranks(2, initialized_again):
+        assert entered == [both, both, both, {"broadcast of parameters, number"}]

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils import _pytree as pytree
 
 from sharded_lamb import ShardedLamb
-from sharded_lamb.comm import groups
+from sharded_lamb.comm import groups, stalls
 from sharded_lamb.comm.groups import OwnedGroup
 from sharded_lamb.sharding.param_store import ParamStore
 from tests.harness import run_ranks, run_ranks_expecting_errors
@@ -155,6 +155,20 @@ def test_gradients_that_were_reduced_before_are_an_error_on_every_rank() -> None
     for kind, message in errors.values():
         assert kind == "RuntimeError"
         assert "call optimizer.zero_grad() after model.to" in message
+
+
+def move_on_one_rank(rank: int) -> None:
+    model, optimizer = made(rank, 1, "fp32")
+    backward(rank, model, 0, 1)
+    quick = mock.patch.multiple(stalls, PATIENCE=0.5, PERIOD=0.2)
+    with quick, moved(model, optimizer) if rank else contextlib.nullcontext():
+        optimizer.step()
+
+
+def test_a_model_that_moves_on_one_rank_is_an_error_on_every_rank() -> None:
+    for _, message in run_ranks_expecting_errors(2, move_on_one_rank, timeout=60).values():
+        assert "rank 1" in message
+        assert "construction, load or registration" in message
 
 
 def freeze_and_move(rank: int, moves: bool) -> list[Tensor]:
