@@ -44,7 +44,7 @@ def execute(rank: int, program: Program, number: int, folder: str, expected: Exp
     """
     index, run = -1, None
     digest = hashlib.sha256()
-    patience = mock.patch.object(stalls, "PATIENCE", 2.0)
+    patience = mock.patch.multiple(stalls, PATIENCE=0.4, PERIOD=0.3)
     try:
         patience.start()
         run = Run(rank, program, number, Path(folder))
