@@ -65,17 +65,15 @@ class RegisteringOptimizer(JoinableOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch, with `ShardedLamb`'s group options. Collective after construction."""
         self._check_open()
-        if not self._constructed:
-            super().add_param_group(param_group)
-            return
-        self._follow()
-        with propagate_errors(self._store.topology):
-            super().add_param_group(param_group)
-        try:
-            self._register(self._agreed_plan()[0])
-        except (ValueError, TypeError, RuntimeError):
-            self.param_groups.pop()
-            raise
+        if self._constructed:
+            self._follow()
+        super().add_param_group(param_group)
+        if self._constructed:
+            try:
+                self._register(self._agreed_plan()[0])
+            except (ValueError, TypeError, RuntimeError):
+                self.param_groups.pop()
+                raise
 
     def _agreed_plan(self) -> tuple[ShardPlan, Kernel]:
         """The plan for parameters that require gradients and are not in the store yet, and the kernel.
