@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from sharded_lamb import ShardedLamb
+from sharded_lamb.comm.collectives import _timeout
 from sharded_lamb.comm.groups import OwnedGroup
 from tests.harness import run_ranks
 from tests.training import assert_follows, average, backward, oracle_run, own_gradients, parameters, weights
@@ -253,12 +254,12 @@ def test_collectives_of_a_closed_optimizer() -> None:
 def destroyed_first(rank: int) -> int:
     """Deleted after the default group, and after the next default group was made."""
     opt = ShardedLamb(parameters().items())
-    group = OwnedGroup([0, 1])
+    group, timeout = OwnedGroup([0, 1]), _timeout(torch.device("cpu"))
     dist.destroy_process_group()
     assert not group.is_alive
     group.end()
     store = dist.PrefixStore("again", dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"])))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
     new = ShardedLamb(parameters().items())
     del opt
     gc.collect()
