@@ -60,9 +60,7 @@ class OwnedGroup:
         default: Any = dist.group.WORLD
         if device.type not in [each.type for each in default._device_types]:
             return cls(ranks, backend=dist.get_default_backend_for_device(device))
-        options = getattr(default._get_backend(device), "options", None)
-        # A new group would have the backend's default timeout instead of init_process_group's.
-        return cls(ranks, timeout=getattr(options, "_timeout", None))
+        return cls(ranks, timeout=timeout_of_default(device))
 
     @property
     def pg(self) -> dist.ProcessGroup:
@@ -87,6 +85,12 @@ class OwnedGroup:
     def is_alive(self) -> bool:
         """False once this group or the default process group was destroyed."""
         return bool(self._held) and self._held[0] in c10d._world.pg_map
+
+
+def timeout_of_default(device: torch.device) -> timedelta | None:
+    """The timeout passed to init_process_group; new groups would use the backend's default instead."""
+    default: Any = dist.group.WORLD
+    return getattr(getattr(default._get_backend(device), "options", None), "_timeout", None)
 
 
 def _collect_deleted() -> None:

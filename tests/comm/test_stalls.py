@@ -16,7 +16,8 @@ from torch.distributed import HashStore, PrefixStore
 
 from sharded_lamb import ShardedLamb
 from sharded_lamb.comm import stalls
-from sharded_lamb.comm.collectives import _completes, _timeout
+from sharded_lamb.comm.collectives import _completes
+from sharded_lamb.comm.groups import timeout_of_default
 from sharded_lamb.comm.stalls import Post, stuck_ranks
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
@@ -203,7 +204,7 @@ def initialized_again(rank: int) -> list[set[str]]:
     Optimizers of the earlier ones stay alive, and their groups had the same name.
     """
     layer, kept = nn.Linear(40, 30), []
-    default, timeout = dist.distributed_c10d._get_default_store(), _timeout(torch.device("cpu"))
+    default, timeout = dist.distributed_c10d._get_default_store(), timeout_of_default(torch.device("cpu"))
     entered = []
     for generation in range(4):
         opt = ShardedLamb(layer.named_parameters())

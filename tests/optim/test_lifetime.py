@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from sharded_lamb import ShardedLamb
-from sharded_lamb.comm.collectives import _timeout
-from sharded_lamb.comm.groups import OwnedGroup
+from sharded_lamb.comm.groups import OwnedGroup, timeout_of_default
 from tests.harness import run_ranks
 from tests.training import assert_follows, average, backward, oracle_run, own_gradients, parameters, weights
 
@@ -254,7 +253,7 @@ def test_collectives_of_a_closed_optimizer() -> None:
 def destroyed_first(rank: int) -> int:
     """Deleted after the default group, and after the next default group was made."""
     opt = ShardedLamb(parameters().items())
-    group, timeout = OwnedGroup([0, 1]), _timeout(torch.device("cpu"))
+    group, timeout = OwnedGroup([0, 1]), timeout_of_default(torch.device("cpu"))
     dist.destroy_process_group()
     assert not group.is_alive
     group.end()
