@@ -20,6 +20,7 @@ import faulthandler
 import gc
 import importlib
 import multiprocessing
+import operator
 import os
 import pickle
 import random
@@ -183,12 +184,20 @@ class _Progress:
         else:
             self.errors[rank] = RankError(*value)
 
+    def _log_sizes(self) -> list[int]:
+        return [worker.log.stat().st_size for worker in self.waiting.values()]
+
     def give_up(self, kind: str, reason: str) -> None:
         """Reports the ranks that are still running, each with its stack."""
+        before = sizes = self._log_sizes()
         for worker in self.waiting.values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker.process.pid, signal.SIGUSR1)  # faulthandler writes the stack to the log
-        time.sleep(0.3)
+        for _ in range(50):  # until all are written
+            time.sleep(0.1)
+            last, sizes = sizes, self._log_sizes()
+            if sizes == last and all(map(operator.gt, sizes, before)):
+                break
         for rank, worker in self.waiting.items():
             self.errors[rank] = RankError(kind, f"{reason}; it was at:\n{worker.log_tail()}", "")
             self.answered = False
