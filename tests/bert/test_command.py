@@ -13,11 +13,13 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import yaml
 
+from sharded_lamb.bert import picture
 from sharded_lamb.bert.__main__ import main
 from sharded_lamb.checkpoint import problem_with, read_contents
 from tests import interpreter
@@ -92,9 +94,12 @@ def processes_with(setting: str) -> list[int]:
 
 
 def call_main(rank: int, arguments: list[str]) -> tuple[int, str]:
-    """`python -m sharded_lamb.bert` on a rank of the harness: (exit code, what it writes to stderr as errors)."""
+    """`python -m sharded_lamb.bert` on a rank of the harness: (exit code, what it writes to stderr as errors).
+
+    A run draws no picture.
+    """
     torch.set_num_threads(1)
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    with contextlib.redirect_stderr(io.StringIO()) as said, mock.patch.object(picture, "draw_run"):
         code = main(arguments)
     return code, "".join(line for line in said.getvalue().splitlines(True) if line.startswith("error"))
 

@@ -249,7 +249,7 @@ def program(random_: random.Random, ranks: int) -> list[Program]:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_ranks_that_wait_in_vain_raise_and_no_other(ranks: int, part: int) -> None:
     seen = Counter[bool]()
-    for seed in range(200 * part, 200 * (part + 1)):
+    for seed in range(75 * part, 75 * (part + 1)):
         programs = program(random.Random(seed), ranks)
         raised = Schedule(programs, seed).run()
         assert raised.keys() == expected(programs), (seed, programs, raised)
@@ -257,7 +257,7 @@ def test_the_ranks_that_wait_in_vain_raise_and_no_other(ranks: int, part: int) -
         for rank, text in raised.items():
             if ("raise", "alone") not in programs[rank]:
                 assert text.startswith("ranks wait for "), (seed, programs, text)
-    assert min(seen[True], seen[False]) > 50
+    assert min(seen[True], seen[False]) > 15
 
 
 def test_ranks_that_wait_in_a_ring_raise() -> None:

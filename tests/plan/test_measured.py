@@ -31,16 +31,15 @@ CPU = torch.device("cpu")
 
 
 def shardings_of(world: int) -> list[Sharding]:
+    """Six ranks: for shards of uneven size in two levels alone."""
     two_levels = [Sharding(stage, world // 2, 2) for stage in (1, 2, 3)] if world > 2 else []
-    return [*(Sharding(stage, world) for stage in (1, 2, 3)), *two_levels]
+    return two_levels if world == 6 else [*(Sharding(stage, world) for stage in (1, 2, 3)), *two_levels]
 
 
 def compared(rank: int, world: int) -> list[tuple[str, str, int, int]]:
     results = []
     for sharding in shardings_of(world):
-        for name, choices in list(CHOICES.items())[
-            -2 if world == 6 or (world == 4 and sharding.replicate == 1) else 0 :
-        ]:
+        for name, choices in list(CHOICES.items())[-1 if world == 6 else -2 if world == 4 else 0 :]:
             measured = measure(UGLY, choices, sharding, CPU, timed_steps=1)
             for row in compare(costs(UGLY, choices, sharding, rank), measured):
                 results.append((f"{sharding}, {name}", row.what, row.predicted, row.measured))
@@ -50,7 +49,7 @@ def compared(rank: int, world: int) -> list[tuple[str, str, int, int]]:
 @pytest.mark.parametrize("world", [2, 4, 6])
 def test_bytes_and_calls_are_those_of_real_ranks(world: int) -> None:
     for rank, rows in enumerate(run_ranks(world, compared, world)):
-        assert len(rows) > 20 * len(shardings_of(world))
+        assert len(rows) > 10 * len(shardings_of(world))
         for setting, what, predicted, measured in rows:
             assert predicted == measured, f"rank {rank}, {setting}: {what}"
 
