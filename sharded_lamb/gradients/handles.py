@@ -159,6 +159,12 @@ def _refused(operation: str, mark: Mark | None) -> str:
         return f"{operation} on {whose}, of an optimizer that no longer exists: call model.zero_grad() first"
     if mark is not None and mark.holder() is None:
         return f"{operation} on {whose}, which was zeroed or replaced since: read .grad again"
+    node = torch._C._current_autograd_node()
+    if node is not None and node.name() == "torch::autograd::AccumulateGrad":
+        return (
+            f"backward adds to {whose}, which stage=2 has reduced and freed: the model was converted or moved since "
+            f"(model.to(…), model.double()), which removes hooks. Call zero_grad() before this backward"
+        )
     return (
         f"{operation} on {whose}, which stage=2 has reduced and freed: its norm can be read, and it can be scaled by a "
         f"number, zeroed or set to None. To clip, call opt.clip_grad_norm_(max_norm) or pass max_grad_norm; "

@@ -26,6 +26,7 @@ from sharded_lamb.gradients.attached import AttachedGradients, Kept, apply_edits
 from sharded_lamb.gradients.ddp import reject_ddp
 from sharded_lamb.gradients.exchange import FreeStaging
 from sharded_lamb.gradients.handles import Mark, ReducedGradient
+from sharded_lamb.gradients.hooks import AccumulationHooks
 from sharded_lamb.gradients.source import Identity, Registration
 from sharded_lamb.gradients.states import TRANSITIONS, InFlight, ReducerState, Round, warn_of_late_buckets
 from sharded_lamb.gradients.streams import ReductionStream
@@ -55,7 +56,7 @@ class BackwardReducer:
 
     def __init__(self, collectives: Collectives, kernel: Kernel, *, overlap: bool) -> None:
         self.collectives, self.kernel, self.overlap = collectives, kernel, overlap
-        self._handles: list[Any] = []  # of hooks on parameters
+        self._hooks = AccumulationHooks(self._before_gradient, self._after_gradient)
         self._stream = ReductionStream(collectives.device, has_peers=collectives.has_peers)
         self.enabled = True
         self.state = ReducerState.EMPTY
@@ -76,7 +77,6 @@ class BackwardReducer:
         self._late_grads: dict[int, Tensor] = {}  # that arrived after their bucket's launch
         self._in_flight: deque[InFlight] = deque()
         self._staging = FreeStaging(collectives, at_most=IN_FLIGHT)
-        self._accumulations: list[Any] = []  # nodes of the graph; parameters reference theirs weakly
 
     def extend(self, added: Registration) -> None:
         """See `GradientSource`."""
@@ -93,29 +93,8 @@ class BackwardReducer:
         self.buckets.extend(added.buckets)
         self._staging.resize()
         for param in sorted(added.members):
-            self._register_hooks(param)
+            self._hooks.register(param, self.params[param])
         self.may_lag = True
-
-    def _register_hooks(self, param: int) -> None:
-        """Hooks reference this object weakly: a model may outlive its optimizer."""
-        this = weakref.ref(self)
-
-        def before_accumulation(grads: tuple[Tensor | None, ...]) -> None:
-            reducer = this()
-            if reducer is not None and grads[0] is not None:
-                reducer._guarded(reducer._before_gradient, param)
-
-        def after_accumulation(_: Tensor) -> None:
-            reducer = this()
-            if reducer is not None:
-                reducer._guarded(reducer._on_gradient, param)
-
-        p: Any = self.params[param]
-        self._handles.append(p.register_post_accumulate_grad_hook(after_accumulation))
-        # On the AccumulateGrad node, not on the tensor: a tensor's hook fires under torch.autograd.grad too.
-        node = torch.autograd.graph.get_gradient_edge(p).node
-        self._handles.append(node.register_prehook(before_accumulation))
-        self._accumulations.append(node)
 
     def _enter(self, state: ReducerState) -> None:
         assert state in TRANSITIONS[self.state], f"no transition from {self.state.name} to {state.name}"
@@ -153,6 +132,12 @@ class BackwardReducer:
         return self._round
 
     def _before_gradient(self, param: int) -> None:
+        self._guarded(self._set_aside, param)
+
+    def _after_gradient(self, param: int) -> None:
+        self._guarded(self._on_gradient, param)
+
+    def _set_aside(self, param: int) -> None:
         """Free ``.grad``; first, close the round of a backward that failed, as ranks on which it did not fail did."""
         if self.enabled and self._round is not None and self._round.is_abandoned:
             self._close_round()
@@ -419,9 +404,7 @@ class BackwardReducer:
 
     def close(self) -> None:
         """See `GradientSource`. Exchanges in flight are abandoned."""
-        while self._handles:
-            self._handles.pop().remove()
-        self._accumulations.clear()
+        self._hooks.close()
         self.attached.clear()
         self._round = None
 

@@ -18,7 +18,7 @@ from sharded_lamb.core.layout import BLOCK
 from sharded_lamb.gradients.reducer import BackwardReducer
 from sharded_lamb.kernels import FlatShard, ReferenceKernel
 from tests import training
-from tests.harness import run_ranks
+from tests.harness import run_ranks, run_ranks_expecting_errors
 
 # Buckets of one parameter each, all of one size: only wrong numbers would reveal a swap of two.
 EQUAL = {f"layer{i}": (BLOCK,) for i in range(7)}
@@ -382,3 +382,35 @@ def step_beside_a_thread(rank: int) -> None:
 
 def test_the_first_step_does_not_disturb_other_threads() -> None:
     run_ranks(1, step_beside_a_thread)
+
+
+# -- 7: a model that is converted and converted back, or moved to the CPU and back, has other nodes ------------
+
+
+def train_and_convert(rank: int, converts: bool, zeroes: bool) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 3))
+    opt = ShardedLamb(model.named_parameters(), lr=LR, stage=2, bucket_mb=ONE_EACH_MB)
+    for step in range(6):
+        if converts and step in (2, 4):
+            model.double()
+            model.float()
+        for backward in range(3):  # each is reduced, beside what was reduced before
+            model(torch.full((2, 9), rank + step + backward + 1.0)).square().mean().backward()
+        opt.step()
+        if zeroes:
+            opt.zero_grad()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_a_model_that_was_converted_and_converted_back_accumulates() -> None:
+    ours, expected = (run_ranks(2, train_and_convert, converts, True) for converts in (True, False))
+    for converted, kept in zip(ours, expected, strict=True):
+        training.assert_same_bits(dict(enumerate(converted)), dict(enumerate(kept)))
+
+
+def test_a_gradient_kept_over_a_conversion_is_an_error_that_says_so() -> None:
+    for kind, message in run_ranks_expecting_errors(2, train_and_convert, True, False).values():
+        assert kind == "RuntimeError"
+        assert "the model was converted or moved since" in message
+        assert "Call zero_grad() before this backward" in message

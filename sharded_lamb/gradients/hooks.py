@@ -1,0 +1,64 @@
+"""Hooks around the accumulation of gradients in ``.grad``."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class AccumulationHooks:
+    """Calls ``before(param)`` and ``after(param)`` around every accumulation; holds their object weakly.
+
+    A model may outlive its optimizer. The hook before is on the AccumulateGrad node, not on the tensor, where it would
+    fire under torch.autograd.grad too. A parameter that is converted or moved, and perhaps back, gets another node: its
+    first gradient after that comes without ``before``, and `after` puts the hook on the new node.
+    """
+
+    def __init__(self, before: Callable[[int], None], after: Callable[[int], None]) -> None:
+        """``before``, ``after``: methods of one object."""
+        self._before, self._after = weakref.WeakMethod(before), weakref.WeakMethod(after)
+        self._handles: list[Any] = []
+        self._nodes: dict[int, tuple[Any, Any]] = {}  # with their hooks; parameters reference them weakly
+        self._announced: set[int] = set()
+
+    def register(self, param: int, p: Tensor) -> None:
+        """Register both hooks of parameter number ``param``."""
+        self._register_before(param, p)
+        this = weakref.ref(self)
+
+        def after_accumulation(p: Tensor) -> None:
+            hooks = this()
+            after = None if hooks is None else hooks._after()
+            if hooks is None or after is None:
+                return
+            if param not in hooks._announced:
+                hooks._register_before(param, p)
+            hooks._announced.discard(param)
+            after(param)
+
+        untyped: Any = p
+        self._handles.append(untyped.register_post_accumulate_grad_hook(after_accumulation))
+
+    def _register_before(self, param: int, p: Tensor) -> None:
+        this = weakref.ref(self)
+
+        def before_accumulation(grads: tuple[Tensor | None, ...]) -> None:
+            hooks = this()
+            before = None if hooks is None else hooks._before()
+            if hooks is not None and before is not None and grads[0] is not None:
+                hooks._announced.add(param)
+                before(param)
+
+        if param in self._nodes:
+            self._nodes[param][1].remove()
+        node: Any = torch.autograd.graph.get_gradient_edge(p).node
+        self._nodes[param] = node, node.register_prehook(before_accumulation)
+
+    def close(self) -> None:
+        """Remove all hooks."""
+        for handle in [*self._handles, *(handle for _, handle in self._nodes.values())]:
+            handle.remove()
+        self._handles.clear()
+        self._nodes.clear()
