@@ -386,6 +386,7 @@ def _clean_up_after_last_case(environment: dict[str, str]) -> None:
     if os.environ != environment:
         os.environ.clear()
         os.environ.update(environment)
+    _show_stack_at_signal()
     torch.set_num_threads(1)  # a case may have set more, which spin beside other ranks
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
@@ -401,7 +402,13 @@ def _redirect_output(log: str) -> None:
     os.dup2(stream.fileno(), 2)
     sys.stdout = sys.stderr = stream
     faulthandler.enable(stream)
-    faulthandler.register(signal.SIGUSR1, stream, all_threads=False)
+    _show_stack_at_signal()
+
+
+def _show_stack_at_signal() -> None:
+    """On stderr, also after a case that had a handler of its own: restoring "the one before" removes this one."""
+    faulthandler.unregister(signal.SIGUSR1)
+    faulthandler.register(signal.SIGUSR1, sys.stderr, all_threads=False)
 
 
 def _die_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import sys
 import threading
 import time
@@ -38,6 +39,11 @@ def _one_rank_raises_before_a_collective(rank: int, bad: int) -> None:
     if rank == bad:
         raise ValueError(f"no good on rank {rank}")
     dist.barrier()
+
+
+def _handles_the_signal(rank: int) -> None:
+    """As the recipe, which saves at SIGUSR1, and restores the handler that Python knows of."""
+    signal.signal(signal.SIGUSR1, signal.signal(signal.SIGUSR1, signal.SIG_IGN))
 
 
 def _all_raise(rank: int) -> None:
@@ -166,6 +172,7 @@ def test_environment_is_that_of_a_launcher() -> None:
 @pytest.mark.parametrize("bad", [0, 2])
 def test_an_error_is_reported_while_others_wait_for_it(bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "_GRACE_AFTER_ERROR", 2.0)  # they wait without end
+    run_ranks(3, _handles_the_signal)
     pids = run_ranks(3, _pid)
     begin = time.monotonic()
     with pytest.raises(RankErrors, match=f"no good on rank {bad}") as caught:
