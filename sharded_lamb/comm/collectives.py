@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_lamb import faults
-from sharded_lamb.comm.groups import OwnedGroup
+from sharded_lamb.comm.groups import OwnedGroup, has_backend
 from sharded_lamb.comm.stalls import Entered, Stalls, explained
 from sharded_lamb.comm.topology import Topology
 from sharded_lamb.timeline import COMPUTE, Flight, Timeline
@@ -421,8 +421,7 @@ def _backend(group: dist.ProcessGroup, device: torch.device) -> str:
 
 def _refuse_gloo_on_devices(device: torch.device) -> None:
     default: Any = dist.group.WORLD
-    has_backend = device.type in [each.type for each in default._device_types]
-    if device.type != "cpu" and has_backend and _backend(default, device) == "gloo":
+    if device.type != "cpu" and has_backend(device) and _backend(default, device) == "gloo":
         raise RuntimeError(
             f"the parameters are on {device} and the process group's backend for {device.type} is gloo, which sends "
             f"memory of the CPU only: use init_process_group('cpu:gloo,cuda:nccl') or ('nccl'), or move the model to "

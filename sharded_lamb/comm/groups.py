@@ -57,8 +57,7 @@ class OwnedGroup:
 
         A default group of NCCL alone has none for the CPU, where a model may be until it is moved to a GPU.
         """
-        default: Any = dist.group.WORLD
-        if device.type not in [each.type for each in default._device_types]:
+        if not has_backend(device):
             return cls(ranks, backend=dist.get_default_backend_for_device(device))
         return cls(ranks, timeout=timeout_of_default(device))
 
@@ -85,6 +84,12 @@ class OwnedGroup:
     def is_alive(self) -> bool:
         """False once this group or the default process group was destroyed."""
         return bool(self._held) and self._held[0] in c10d._world.pg_map
+
+
+def has_backend(device: torch.device) -> bool:
+    """Whether the default group sends memory of ``device``."""
+    default: Any = dist.group.WORLD
+    return device.type in [each.type for each in default._device_types]
 
 
 def timeout_of_default(device: torch.device) -> timedelta | None:

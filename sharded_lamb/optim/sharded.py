@@ -154,8 +154,8 @@ class ShardedLamb(RegisteringOptimizer):
         """One LAMB step on every rank. Collective. Returns the closure's loss, or None.
 
         Raises:
-            RuntimeError: a parameter has another dtype, shape or device than at construction, too many steps in a row
-                were skipped, or (stage 2) gradients were assigned after they were reduced.
+            RuntimeError: a parameter has another dtype or shape than at construction, or only some are on another
+                device; too many steps in a row were skipped; (stage 2) gradients were assigned after they were reduced.
             ValueError: stage 1 got gradients that are not averaged over ranks; on every rank: an option in a group is
                 invalid, or ranks have other options or edited reduced gradients in other ways (on a GPU one step
                 later), and no weight was changed.

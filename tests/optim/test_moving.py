@@ -172,7 +172,7 @@ def test_a_model_that_moves_on_one_rank_is_an_error_on_every_rank() -> None:
 
 
 def freeze_and_move(rank: int, moves: bool) -> list[Tensor]:
-    """A parameter that is frozen after a step keeps its state, and goes on once it is unfrozen."""
+    """A parameter that is frozen after a step keeps its state: unfrozen, it is updated as if it had not moved."""
     model, optimizer = made(rank, 2, "fp32")
     for step in range(4):
         model[0].weight.requires_grad_(step != 1)  # type: ignore[union-attr]
@@ -207,7 +207,7 @@ def overlap_and_move(rank: int, moves: bool) -> tuple[list[Tensor], bool]:
     return [p.detach().clone() for p in model.parameters()], optimizer._gathers._bucket_of == bucket_of
 
 
-def test_gathers_go_on_behind_the_forward() -> None:
+def test_the_next_forward_still_waits_for_gathers() -> None:
     ours = run_ranks(2, overlap_and_move, True)
     assert all(is_known for _, is_known in ours)
     assert_equal(ours, run_ranks(2, overlap_and_move, False))
