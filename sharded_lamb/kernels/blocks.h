@@ -1,4 +1,4 @@
-// Operations on one block: vectors, conversion of dtypes, sums by halving.
+// A block as vectors of the processor's width: values of every dtype, sums by halving.
 #pragma once
 
 #include <cmath>
@@ -17,78 +17,6 @@ constexpr int BLOCK = 256;  // elements; layout.BLOCK
 // REMAINDER: int16, the low 16 bits of masters of bfloat16 weights; see remainders.py.
 enum Dtype : int64_t { NONE = -1, F32 = 0, BF16 = 1, F16 = 2, F64 = 3, REMAINDER = 4 };
 
-// -- vectors of 64 bytes, on any machine --------------------------------------------------------------
-
-template <typename T>
-struct Wide {
-  typedef T V __attribute__((vector_size(64), aligned(alignof(T)), may_alias));
-  static constexpr int LANES = 64 / sizeof(T);
-  static constexpr int COUNT = BLOCK / LANES;
-};
-
-template <typename T>
-INLINE typename Wide<T>::V &at(T *memory, int j) {
-  return *reinterpret_cast<typename Wide<T>::V *>(memory + j * Wide<T>::LANES);
-}
-
-INLINE Wide<float>::V root(Wide<float>::V x) {
-  Wide<float>::V y;
-#if defined(__AVX512F__)
-  _mm512_storeu_ps((float *)&y, _mm512_sqrt_ps(_mm512_loadu_ps((float *)&x)));
-#elif defined(__AVX__)
-  for (int i = 0; i < 16; i += 8) _mm256_storeu_ps((float *)&y + i, _mm256_sqrt_ps(_mm256_loadu_ps((float *)&x + i)));
-#else
-  for (int i = 0; i < 16; i++) y[i] = std::sqrt(x[i]);
-#endif
-  return y;
-}
-
-INLINE Wide<double>::V root(Wide<double>::V x) {
-  Wide<double>::V y;
-#if defined(__AVX512F__)
-  _mm512_storeu_pd((double *)&y, _mm512_sqrt_pd(_mm512_loadu_pd((double *)&x)));
-#elif defined(__AVX__)
-  for (int i = 0; i < 8; i += 4) _mm256_storeu_pd((double *)&y + i, _mm256_sqrt_pd(_mm256_loadu_pd((double *)&x + i)));
-#else
-  for (int i = 0; i < 8; i++) y[i] = std::sqrt(x[i]);
-#endif
-  return y;
-}
-
-template <typename T>
-struct Pair {
-  typename Wide<T>::V weight, update;
-  INLINE Pair operator+(const Pair &other) const { return {weight + other.weight, update + other.update}; }
-};
-
-template <typename T>
-struct Single {
-  typename Wide<T>::V value;
-  INLINE Single operator+(const Single &other) const { return {value + other.value}; }
-};
-
-// The sum of `leaf(j)` over a block's vectors by halving: first half plus second half until one vector is left.
-template <int LEAVES, int COUNT, typename Leaf>
-INLINE auto by_halving(int j, Leaf &leaf) {
-  if constexpr (LEAVES == 1) {
-    return leaf(j);
-  } else {
-    auto first = by_halving<LEAVES / 2, COUNT>(j, leaf);
-    return first + by_halving<LEAVES / 2, COUNT>(j + COUNT / LEAVES, leaf);
-  }
-}
-
-template <typename T>
-INLINE T across_lanes(typename Wide<T>::V x) {
-  T lanes[Wide<T>::LANES];
-  std::memcpy(lanes, &x, sizeof(lanes));
-  for (int half = Wide<T>::LANES / 2; half >= 1; half /= 2)
-    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-
-// -- dtypes -------------------------------------------------------------------------------------------
-
 template <typename T>
 constexpr int64_t own_dtype() {
   return sizeof(T) == 4 ? F32 : F64;
@@ -96,134 +24,227 @@ constexpr int64_t own_dtype() {
 
 INLINE int64_t size_of(int64_t dtype) { return dtype == F64 ? 8 : dtype == F32 ? 4 : 2; }
 
-INLINE float from_bf16(uint16_t x) {
-  const uint32_t bits = uint32_t(x) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
+// -- vectors ------------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 64;  // bytes
+#elif defined(__AVX__)
+constexpr int WIDTH = 32;
+#else
+constexpr int WIDTH = 16;
+#endif
+
+// N lanes in memory of any alignment.
+template <typename Lane, int N>
+struct Lanes {
+  typedef Lane V __attribute__((vector_size(N * sizeof(Lane)), aligned(alignof(Lane)), may_alias));
+};
+
+// Vectors of the compute dtype T, and what converts to and from them lane by lane.
+template <typename T>
+struct Wide {
+  static constexpr int LANES = WIDTH / sizeof(T), COUNT = BLOCK / LANES;
+  typedef typename Lanes<T, LANES>::V V;
+  typedef decltype(V() != V()) Mask;
+  typedef typename Lanes<float, LANES>::V Floats;
+  typedef typename Lanes<double, LANES>::V Doubles;
+  typedef typename Lanes<uint32_t, LANES>::V Bits;
+  typedef typename Lanes<int32_t, LANES>::V Ints;
+  typedef typename Lanes<uint16_t, LANES>::V Halves;
+};
+
+// Vector `j` of a block in memory. (A vector type as a template's argument would lose its alignment.)
+template <typename Lane, int N>
+INLINE typename Lanes<Lane, N>::V &at(const void *memory, int j) {
+  return *reinterpret_cast<typename Lanes<Lane, N>::V *>((char *)memory + j * N * sizeof(Lane));
 }
 
-INLINE uint16_t to_bf16(float x) {  // to the nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+template <typename V>
+INLINE V root(V x) {
+  for (size_t i = 0; i < sizeof(x) / sizeof(x[0]); i++) x[i] = std::sqrt(x[i]);
+  return x;
+}
+
+template <typename Mask>
+INLINE bool any(Mask mask) {
+  bool set = false;
+  for (size_t i = 0; i < sizeof(mask) / sizeof(mask[0]); i++) set |= mask[i] != 0;
+  return set;
+}
+
+// Σw² and Σu² side by side.
+template <typename T>
+struct Pair {
+  typename Wide<T>::V weight, update;
+  INLINE Pair operator+(const Pair &other) const { return {weight + other.weight, update + other.update}; }
+};
+
+// The sum of `leaf(j)` over a block's vectors, visited in memory order, by halving: first half plus second half until
+// one vector is left.
+template <int COUNT, typename Leaf>
+INLINE auto by_halving(Leaf leaf) {
+  decltype(leaf(0)) half[COUNT / 2];
+  for (int j = 0; j < COUNT / 2; j++) half[j] = leaf(j);
+  for (int j = 0; j < COUNT / 2; j++) half[j] = half[j] + leaf(j + COUNT / 2);
+#pragma GCC unroll 4
+  for (int n = COUNT / 4; n >= 1; n /= 2)
+#pragma GCC unroll 8
+    for (int j = 0; j < n; j++) half[j] = half[j] + half[j + n];
+  return half[0];
+}
+
+// The sum of N lanes by halving.
+template <typename T, int N>
+INLINE T across(const T *lanes) {
+  if constexpr (N == 2) {
+    return lanes[0] + lanes[1];
+  } else {
+    typedef typename Lanes<T, N / 2>::V Half;
+    const Half sum = at<T, N / 2>(lanes, 0) + at<T, N / 2>(lanes, 1);
+    return across<T, N / 2>((const T *)&sum);
+  }
 }
 
 template <typename T>
-void load(int64_t dtype, const char *from, int n, T *to) {
-  switch (dtype) {
-    case F32:
-      for (int i = 0; i < n; i++) to[i] = T(((const float *)from)[i]);
-      break;
-    case F64:
-      for (int i = 0; i < n; i++) to[i] = T(((const double *)from)[i]);
-      break;
-    case F16:
-      for (int i = 0; i < n; i++) to[i] = T(float(((const _Float16 *)from)[i]));
-      break;
-    default:
-      for (int i = 0; i < n; i++) to[i] = T(from_bf16(((const uint16_t *)from)[i]));
-  }
-  for (int i = n; i < BLOCK; i++) to[i] = T(0);
+INLINE T across_lanes(typename Wide<T>::V x) {
+  return across<T, Wide<T>::LANES>((const T *)&x);
+}
+
+// -- dtypes -------------------------------------------------------------------------------------------
+
+template <typename T>
+INLINE typename Wide<T>::Bits unpacked(typename Wide<T>::Halves x) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(x) == 16 && sizeof(T) == 4) return (typename Wide<T>::Bits)_mm256_cvtepu16_epi32((__m128i)x);
+#endif
+  return __builtin_convertvector(x, typename Wide<T>::Bits);
 }
 
 template <typename T>
-void store(int64_t dtype, const T *from, int n, char *to) {
+INLINE typename Wide<T>::Bits to_bf16(typename Wide<T>::Floats x) {  // to the nearest, ties to even
+  typedef typename Wide<T>::Bits Bits;
+  const Bits bits = (Bits)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return x != x ? Bits{} + 0x7fc0u : rounded;
+}
+
+template <typename T>
+INLINE typename Wide<T>::Floats of_f16(const void *memory, int j) {
+  typename Wide<T>::Floats x;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(x) == 64) return (typename Wide<T>::Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)memory + j));
+#elif defined(__F16C__)
+  if constexpr (sizeof(x) == 32) return (typename Wide<T>::Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)memory + j));
+#endif
+  const _Float16 *values = (const _Float16 *)memory + j * Wide<T>::LANES;
+  for (int i = 0; i < Wide<T>::LANES; i++) x[i] = float(values[i]);
+  return x;
+}
+
+template <typename T>
+INLINE void to_f16(typename Wide<T>::Floats x, void *memory, int j) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(x) == 64) {
+    _mm256_storeu_si256((__m256i *)memory + j, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+    return;
+  }
+#elif defined(__F16C__)
+  if constexpr (sizeof(x) == 32) {
+    _mm_storeu_si128((__m128i *)memory + j, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+    return;
+  }
+#endif
+  _Float16 *values = (_Float16 *)memory + j * Wide<T>::LANES;
+  for (int i = 0; i < Wide<T>::LANES; i++) values[i] = _Float16(x[i]);
+}
+
+// Vector `j` of a block of `dtype`.
+template <typename T>
+INLINE typename Wide<T>::V load(int64_t dtype, const void *memory, int j) {
+  typedef Wide<T> W;
   switch (dtype) {
     case F32:
-      for (int i = 0; i < n; i++) ((float *)to)[i] = float(from[i]);
-      break;
+      return __builtin_convertvector(at<float, W::LANES>(memory, j), typename W::V);
     case F64:
-      for (int i = 0; i < n; i++) ((double *)to)[i] = double(from[i]);
-      break;
+      return __builtin_convertvector(at<double, W::LANES>(memory, j), typename W::V);
     case F16:
-      for (int i = 0; i < n; i++) ((_Float16 *)to)[i] = _Float16(float(from[i]));
-      break;
+      return __builtin_convertvector(of_f16<T>(memory, j), typename W::V);
     default:
-      for (int i = 0; i < n; i++) ((uint16_t *)to)[i] = to_bf16(float(from[i]));
+      const typename W::Bits bits = unpacked<T>(at<uint16_t, W::LANES>(memory, j)) << 16;
+      return __builtin_convertvector((typename W::Floats)bits, typename W::V);
   }
+}
+
+// Stores a vector. Returns it as it reads back.
+template <typename T>
+INLINE typename Wide<T>::V store(int64_t dtype, typename Wide<T>::V x, void *memory, int j) {
+  typedef Wide<T> W;
+  const typename W::Floats single = __builtin_convertvector(x, typename W::Floats);
+  switch (dtype) {
+    case F32:
+      at<float, W::LANES>(memory, j) = single;
+      return __builtin_convertvector(single, typename W::V);
+    case F64:
+      at<double, W::LANES>(memory, j) = __builtin_convertvector(x, typename W::Doubles);
+      return x;
+    case F16:
+      to_f16<T>(single, memory, j);
+      return load<T>(F16, memory, j);
+    default:
+      const typename W::Bits rounded = to_bf16<T>(single);
+      at<uint16_t, W::LANES>(memory, j) = __builtin_convertvector(rounded, typename W::Halves);
+      return __builtin_convertvector((typename W::Floats)(rounded << 16), typename W::V);
+  }
+}
+
+// `x` as it reads back from `dtype`.
+template <typename T>
+INLINE typename Wide<T>::V rounded(int64_t dtype, typename Wide<T>::V x) {
+  typename Wide<T>::Doubles memory;
+  return store<T>(dtype, x, &memory, 0);
 }
 
 // remainders.joined: for any remainder, the master rounds to the model's weight.
-INLINE float joined(uint16_t model, int16_t remainder) {
-  const int32_t magnitude = model & 0x7fff;
-  const int32_t lowest = magnitude == 0 ? 0 : (model & 1) - 0x8000, highest = magnitude == 0x7f80 ? 0 : 0x7fff;
-  int32_t lower = remainder;
+template <typename T>
+INLINE typename Wide<T>::V joined(const void *model, const void *remainder, int j) {
+  typedef typename Wide<T>::Ints Ints;
+  const Ints upper = (Ints)unpacked<T>(at<uint16_t, Wide<T>::LANES>(model, j)), magnitude = upper & 0x7fff;
+  Ints lower = ((Ints)unpacked<T>(at<uint16_t, Wide<T>::LANES>(remainder, j)) << 16) >> 16;  // with its sign
+  const Ints lowest = magnitude == 0 ? Ints{} : (upper & 1) - 0x8000;
+  const Ints highest = magnitude == 0x7f80 ? Ints{} : Ints{} + 0x7fff;
   lower = lower < lowest ? lowest : lower;
   lower = lower > highest ? highest : lower;
-  const uint32_t bits = (uint32_t(model) << 16) + uint32_t(lower);
-  float master;
-  std::memcpy(&master, &bits, 4);
-  return master;
+  return __builtin_convertvector((typename Wide<T>::Floats)((upper << 16) + lower), typename Wide<T>::V);
 }
 
-// remainders.split: the master minus `model`, the rounded master, both as bits.
-INLINE int16_t remainder_of(float master, uint16_t model) {
-  uint32_t bits;
-  std::memcpy(&bits, &master, 4);
-  const int32_t lower = int32_t(bits - (uint32_t(model) << 16));
-  return int16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0 : lower > 0x7fff ? 0x7fff : lower);
+// remainders.split: the rounded master, and the master minus that, both as bits.
+template <typename T>
+INLINE void split(typename Wide<T>::V x, void *model, void *remainder, int j) {
+  typedef typename Wide<T>::Ints Ints;
+  typedef typename Wide<T>::Halves Halves;
+  const typename Wide<T>::Floats master = __builtin_convertvector(x, typename Wide<T>::Floats);
+  const typename Wide<T>::Bits upper = to_bf16<T>(master);
+  Ints lower = (Ints)master - (Ints)(upper << 16);
+  lower = lower > 0x7fff ? Ints{} + 0x7fff : lower;
+  lower = master != master ? Ints{} : lower;
+  at<uint16_t, Wide<T>::LANES>(model, j) = __builtin_convertvector(upper, Halves);
+  at<uint16_t, Wide<T>::LANES>(remainder, j) = __builtin_convertvector((typename Wide<T>::Bits)lower, Halves);
 }
 
+// Stores a vector past the cache, so that the cache does not read the memory first; it must be aligned to WIDTH.
 template <typename T>
-void join(const uint16_t *model, const int16_t *remainder, int n, T *to) {
-  for (int i = 0; i < n; i++) to[i] = T(joined(model[i], remainder[i]));
-  for (int i = n; i < BLOCK; i++) to[i] = T(0);
-}
-
-template <typename T>
-void split(const T *from, int n, uint16_t *model, int16_t *remainder) {
-  for (int i = 0; i < n; i++) {
-    const float master = float(from[i]);
-    const uint16_t rounded = to_bf16(master);
-    model[i] = rounded;
-    remainder[i] = remainder_of(master, rounded);
-  }
-}
-
-// One kind of memory of one block: in place if the block is whole and of the compute dtype, else a copy.
-template <typename T>
-struct View {
-  T *values;
-  char *place;
-  int64_t dtype;
-  int n;
-  bool copied;
-
-  INLINE View(char *memory, int64_t dtype, int64_t block, int n, T *scratch)
-      : place(memory + block * BLOCK * size_of(dtype)), dtype(dtype), n(n), copied(dtype != own_dtype<T>() || n != BLOCK) {
-    values = copied ? scratch : (T *)place;
-    if (copied) load(dtype, place, n, scratch);
-  }
-  // A view of `values` that are already a copy.
-  INLINE View(char *place, int64_t dtype, int n, T *values) : values(values), place(place), dtype(dtype), n(n), copied(true) {}
-  // Stores a copy; afterwards `values` are as they read back.
-  INLINE void write() {
-    if (!copied) return;
-    store(dtype, values, n, place);
-    if (dtype != own_dtype<T>()) load(dtype, place, n, values);
-  }
-};
-
-// Stores a block with non-temporal writes, so that the cache does not read it first. Returns whether it did.
-template <typename T>
-INLINE bool stream(const T *from, T *to) {
+INLINE void stream(typename Wide<T>::V x, T *memory, int j) {
 #if defined(__AVX512F__)
-  if (reinterpret_cast<uintptr_t>(to) % 64) return false;
-  const char *source = (const char *)from;
-  char *target = (char *)to;
-  for (size_t i = 0; i < BLOCK * sizeof(T); i += 64)
-    _mm512_stream_si512((__m512i *)(target + i), _mm512_loadu_si512(source + i));
-  return true;
+  _mm512_stream_ps((float *)memory + j * 16, (__m512)x);
+#elif defined(__AVX__)
+  _mm256_stream_ps((float *)memory + j * 8, (__m256)x);
 #else
-  return false;
+  at<T, Wide<T>::LANES>(memory, j) = x;
 #endif
 }
 
-// Makes non-temporal writes visible to other threads.
+// Makes what was streamed visible to other threads.
 INLINE void streamed() {
-#if defined(__AVX512F__)
+#if defined(__AVX__)
   _mm_sfence();
 #endif
 }

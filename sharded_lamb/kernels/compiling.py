@@ -26,7 +26,7 @@ CACHE = "SHARDED_LAMB_CACHE"
 TIMEOUT_S = 120
 """Timeout of one compiler call, in seconds."""
 
-BASE = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+BASE = ("-std=c++17", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 NATIVE = ("-march=native", "-mprefer-vector-width=512")
 ATTEMPTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     # The first resolves OpenMP from the process, i.e. torch's library, so that both use one pool of threads.

@@ -1,13 +1,16 @@
 // The two passes of LAMB over a rank's memory: reference.py's IEEE operations in reference.py's order, so results have
 // the same bits on any number of threads. Compile with -ffp-contract=off: a fused multiply-add rounds once less.
 //
+// Memory is visited in its order and not prefetched by hand: processors follow streams, and fetching lines for writing
+// (gradients are only read) costs more than it brings.
+//
 // A plain C interface for ctypes: it needs no headers of Python or torch and does not depend on their versions.
+
+#include <type_traits>
 
 #include "blocks.h"
 
 namespace {
-
-constexpr int AHEAD = 2 * BLOCK;  // prefetch distance in elements: a page ends every fourth block
 
 // A contiguous range of memory; blocks start at its first element, and the last one may be short.
 struct Run {
@@ -17,12 +20,7 @@ struct Run {
   int64_t first_block;  // number of blocks in the runs before
   int64_t weight_dtype, model_dtype, grad_dtype, state_dtype;
 
-  bool uses_remainders() const { return weight_dtype == REMAINDER; }
   int64_t owner(int64_t block) const { return block_param ? block_param[block] : param; }
-  int size(int64_t block) const {
-    const int64_t left = numel - block * BLOCK;
-    return left < BLOCK ? int(left) : BLOCK;
-  }
 };
 
 template <typename T>
@@ -30,192 +28,234 @@ struct Coefficients {  // rule.Coefficients, a row of rule.table
   T grad_scale, l2, beta1, c1, beta2, c2, unbias1, unbias2, eps_inside, eps_outside, decay;
 };
 
-// -- a block ------------------------------------------------------------------------------------------
+// -- dtypes, known when compiled where they are common ------------------------------------------------
 
-template <typename T>
-struct Scratch {
-  alignas(64) T weight[BLOCK], grad[BLOCK], exp_avg[BLOCK], exp_avg_sq[BLOCK], model[BLOCK];
-  alignas(64) char rounded[BLOCK * 8];
+struct Dtypes {
+  int64_t weight, model, grad, state;  // model: NONE without separate masters
+
+  explicit Dtypes(const Run &run)
+      : weight(run.weight_dtype), model(run.model ? run.model_dtype : NONE), grad(run.grad_dtype), state(run.state_dtype) {}
 };
 
-INLINE void fetch(const void *memory) { __builtin_prefetch(memory, 1, 2); }
+template <int64_t WEIGHT, int64_t MODEL, int64_t STATE, int64_t GRAD = NONE>
+struct Known {  // without GRAD, gradients of any dtype
+  static constexpr int64_t weight = WEIGHT, model = MODEL, state = STATE;
+  const int64_t grad;
 
-// The masters of a block: stored as such, or joined from weights and remainders.
-template <typename T>
-INLINE View<T> masters(const Run &run, int64_t block, int n, T *scratch) {
-  if (!run.uses_remainders()) return View<T>(run.weight, run.weight_dtype, block, n, scratch);
-  char *place = run.weight + block * BLOCK * sizeof(int16_t);
-  join((const uint16_t *)run.model + block * BLOCK, (const int16_t *)place, n, scratch);
-  return View<T>(place, REMAINDER, n, scratch);
+  explicit Known(const Dtypes &dtypes) : grad(GRAD == NONE ? dtypes.grad : GRAD) {}
+  static bool are(const Dtypes &dtypes) {
+    return dtypes.weight == WEIGHT && dtypes.model == MODEL && dtypes.state == STATE && (GRAD == NONE || dtypes.grad == GRAD);
+  }
+};
+
+template <typename... Each, typename Function>
+INLINE void with_first_of(const Dtypes &dtypes, Function function) {
+  if (!((Each::are(dtypes) && (function(Each(dtypes)), true)) || ...)) function(dtypes);
+}
+
+// Calls function(dtypes), `Known` if they are common.
+template <typename T, typename Function>
+INLINE void with_known(const Dtypes &dtypes, Function function) {
+  if constexpr (sizeof(T) == 8)
+    with_first_of<Known<F64, NONE, F64, F64>>(dtypes, function);
+  else
+    with_first_of<Known<F32, NONE, F32, F32>, Known<F32, NONE, F32>, Known<F32, BF16, F32>, Known<F32, F16, F32>,
+                  Known<REMAINDER, BF16, F32>, Known<BF16, NONE, F32>, Known<F32, NONE, BF16>, Known<F32, BF16, BF16>,
+                  Known<REMAINDER, BF16, BF16>, Known<BF16, NONE, BF16>>(dtypes, function);
+}
+
+// Calls function(dtype) with a gradient's dtype, known when compiled.
+template <typename Function>
+INLINE void with_known(int64_t dtype, Function function) {
+  switch (dtype) {
+    case F32:
+      return function(std::integral_constant<int64_t, F32>());
+    case F64:
+      return function(std::integral_constant<int64_t, F64>());
+    case F16:
+      return function(std::integral_constant<int64_t, F16>());
+    default:
+      return function(std::integral_constant<int64_t, BF16>());
+  }
+}
+
+// -- a block ------------------------------------------------------------------------------------------
+
+INLINE int size_of_block(int64_t numel, int64_t block) {
+  const int64_t left = numel - block * BLOCK;
+  return left < BLOCK ? int(left) : BLOCK;
+}
+
+// The memory of a block: in place, or a copy of a short one, padded with zeros.
+struct Place {
+  char *memory, *block;
+  int bytes;
+
+  INLINE Place(char *start, int64_t dtype, int64_t number, int n, char *copy) {
+    memory = block = start + number * BLOCK * size_of(dtype);
+    if (n == BLOCK || !start) return;
+    bytes = n * size_of(dtype);
+    block = copy;
+    std::memcpy(block, memory, bytes);
+    std::memset(block + bytes, 0, BLOCK * size_of(dtype) - bytes);
+  }
+  INLINE void write_back() const {
+    if (block != memory) std::memcpy(memory, block, bytes);
+  }
+};
+
+struct Copy {
+  alignas(64) char bytes[BLOCK * 8];
+};
+
+struct Places {
+  Place weight, model, grad, exp_avg, exp_avg_sq;
+
+  template <typename AnyDtypes>
+  INLINE Places(const Run &run, const AnyDtypes &dtypes, int64_t block, int n, Copy *copies)
+      : weight(run.weight, dtypes.weight, block, n, copies[0].bytes),
+        model(run.model, dtypes.model, block, n, copies[1].bytes),
+        grad(run.grad, dtypes.grad, block, n, copies[2].bytes),
+        exp_avg(run.exp_avg, dtypes.state, block, n, copies[3].bytes),
+        exp_avg_sq(run.exp_avg_sq, dtypes.state, block, n, copies[4].bytes) {}
+};
+
+// Masters: stored as such, or joined from weights and remainders.
+template <typename T, typename AnyDtypes>
+INLINE typename Wide<T>::V load_masters(const AnyDtypes &dtypes, const Places &places, int j) {
+  if (dtypes.weight == REMAINDER) return joined<T>(places.model.block, places.weight.block, j);
+  return load<T>(dtypes.weight, places.weight.block, j);
 }
 
 // Stores masters, and the model's weights if masters are separate.
-template <typename T>
-INLINE void store_masters(const Run &run, int64_t block, const View<T> &w) {
-  char *model = run.model + block * BLOCK * size_of(run.model_dtype);
-  if (run.uses_remainders()) {
-    split(w.values, w.n, (uint16_t *)model, (int16_t *)w.place);
+template <typename T, typename AnyDtypes>
+INLINE void store_masters(const AnyDtypes &dtypes, const Places &places, typename Wide<T>::V x, int j) {
+  if (dtypes.weight == REMAINDER) {
+    split<T>(x, places.model.block, places.weight.block, j);
     return;
   }
-  if (run.model) store(run.model_dtype, w.values, w.n, model);
-  if (w.copied) store(w.dtype, w.values, w.n, w.place);
+  if (dtypes.model != NONE) store<T>(dtypes.model, x, places.model.block, j);
+  store<T>(dtypes.weight, x, places.weight.block, j);
 }
 
-// A weight that its master no longer rounds to was written by the user: it replaces the master.
-template <typename T>
-void resync_masters(const Run &run, int64_t block, View<T> &w, Scratch<T> &scratch) {
-  View<T> model(run.model, run.model_dtype, block, w.n, scratch.model);
-  T as_rounded[BLOCK];
-  store(run.model_dtype, w.values, w.n, scratch.rounded);
-  load(run.model_dtype, scratch.rounded, w.n, as_rounded);
-  bool written = false;
-  for (int i = 0; i < w.n; i++) {
-    const bool same = as_rounded[i] == model.values[i];
-    written |= !same;
-    w.values[i] = same ? w.values[i] : model.values[i];
-  }
-  if (written) w.write();
-}
-
-template <typename T>
-INLINE typename Wide<T>::V direction(typename Wide<T>::V w, typename Wide<T>::V m, typename Wide<T>::V v,
-                                     const Coefficients<T> &k) {
+template <typename T, typename V = typename Wide<T>::V>
+INLINE V direction(V w, V m, V v, const Coefficients<T> &k) {
   return (m * k.unbias1) / (root(v * k.unbias2 + k.eps_inside) + k.eps_outside) + w * k.decay;
 }
 
-template <typename T>
-INLINE void moments(T *w, T *g, T *m, T *v, int j, const Coefficients<T> &k) {
-  const typename Wide<T>::V scaled = at(g, j) * k.grad_scale + at(w, j) * k.l2;
-  at(m, j) = at(m, j) * k.beta1 + scaled * k.c1;
-  at(v, j) = at(v, j) * k.beta2 + (scaled * scaled) * k.c2;
-}
-
 // Pass 1 of one block: updates moments, computes Σw² and Σu².
-template <typename T>
-INLINE void first_pass(const Run &run, int64_t block, const Coefficients<T> &k, Scratch<T> &scratch, T *sums) {
-  constexpr int COUNT = Wide<T>::COUNT;
-  const int n = run.size(block);
-  View<T> w = masters(run, block, n, scratch.weight);
-  View<T> g(run.grad, run.grad_dtype, block, n, scratch.grad);
-  View<T> m(run.exp_avg, run.state_dtype, block, n, scratch.exp_avg);
-  View<T> v(run.exp_avg_sq, run.state_dtype, block, n, scratch.exp_avg_sq);
-  if (run.model && !run.uses_remainders()) resync_masters(run, block, w, scratch);
-  const bool no_gradient = k.grad_scale == T(0);  // 0 x nan would be nan
-  if (no_gradient)
-    for (int i = 0; i < BLOCK; i++) scratch.grad[i] = T(0);
-  T *weight = w.values, *grad = no_gradient ? scratch.grad : g.values, *avg = m.values, *avg_sq = v.values;
-
-  auto norms = [&](int j) __attribute__((always_inline)) {
-    const auto x = at(weight, j), u = direction<T>(x, at(avg, j), at(avg_sq, j), k);
-    return Pair<T>{x * x, u * u};
-  };
-  Pair<T> total;
-  if (m.copied) {  // moments are rounded to their dtype before use
-    for (int j = 0; j < COUNT; j++) moments(weight, grad, avg, avg_sq, j, k);
-    m.write();
-    v.write();
-    total = by_halving<COUNT, COUNT>(0, norms);
-  } else {
-    auto both = [&](int j) __attribute__((always_inline)) {
-      const int ahead = j * Wide<T>::LANES + AHEAD;
-      fetch(weight + ahead), fetch(grad + ahead), fetch(avg + ahead), fetch(avg_sq + ahead);
-      moments(weight, grad, avg, avg_sq, j, k);
-      return norms(j);
-    };
-    total = by_halving<COUNT, COUNT>(0, both);
-  }
+template <typename T, typename AnyDtypes>
+INLINE void first_pass(const AnyDtypes &dtypes, const Places &places, const Coefficients<T> k, T *sums) {
+  typedef typename Wide<T>::V V;
+  const bool resyncs = dtypes.model != NONE && dtypes.weight != REMAINDER;
+  const bool has_gradient = k.grad_scale != T(0);  // 0 x nan would be nan
+  typename Wide<T>::Mask written{};
+  const Pair<T> total = by_halving<Wide<T>::COUNT>([&](int j) __attribute__((always_inline)) {
+    V w = load_masters<T>(dtypes, places, j);
+    if (resyncs) {  // a weight that its master no longer rounds to was written by the user: it replaces the master
+      const V model = load<T>(dtypes.model, places.model.block, j);
+      const auto differs = rounded<T>(dtypes.model, w) != model;
+      w = differs ? rounded<T>(dtypes.weight, model) : w;
+      written |= differs;
+    }
+    const V g = has_gradient ? load<T>(dtypes.grad, places.grad.block, j) : V{};
+    const V scaled = g * k.grad_scale + w * k.l2;
+    V m = load<T>(dtypes.state, places.exp_avg.block, j) * k.beta1 + scaled * k.c1;
+    V v = load<T>(dtypes.state, places.exp_avg_sq.block, j) * k.beta2 + (scaled * scaled) * k.c2;
+    m = store<T>(dtypes.state, m, places.exp_avg.block, j);
+    v = store<T>(dtypes.state, v, places.exp_avg_sq.block, j);
+    const V u = direction<T>(w, m, v, k);
+    return Pair<T>{w * w, u * u};
+  });
+  if (resyncs && any(written))
+    for (int j = 0; j < Wide<T>::COUNT; j++) {
+      const V w = load_masters<T>(dtypes, places, j), model = load<T>(dtypes.model, places.model.block, j);
+      store<T>(dtypes.weight, rounded<T>(dtypes.model, w) != model ? model : w, places.weight.block, j);
+    }
   sums[0] = across_lanes<T>(total.weight);
   sums[1] = across_lanes<T>(total.update);
 }
 
-template <typename T>
-INLINE void second_pass(const Run &run, int64_t block, const Coefficients<T> &k, T step_size, Scratch<T> &scratch) {
-  const int n = run.size(block);
-  View<T> w = masters(run, block, n, scratch.weight);
-  View<T> m(run.exp_avg, run.state_dtype, block, n, scratch.exp_avg);
-  View<T> v(run.exp_avg_sq, run.state_dtype, block, n, scratch.exp_avg_sq);
-  T *weight = w.values, *avg = m.values, *avg_sq = v.values;
+template <typename T, typename AnyDtypes>
+INLINE void second_pass(const AnyDtypes &dtypes, const Places &places, const Coefficients<T> k, T step_size) {
   for (int j = 0; j < Wide<T>::COUNT; j++) {
-    const int ahead = j * Wide<T>::LANES + AHEAD;
-    fetch(weight + ahead), fetch(avg + ahead), fetch(avg_sq + ahead);
-    const auto x = at(weight, j);
-    at(weight, j) = x - direction<T>(x, at(avg, j), at(avg_sq, j), k) * step_size;
+    const auto w = load_masters<T>(dtypes, places, j), m = load<T>(dtypes.state, places.exp_avg.block, j),
+               v = load<T>(dtypes.state, places.exp_avg_sq.block, j);
+    store_masters<T>(dtypes, places, w - direction<T>(w, m, v, k) * step_size, j);
   }
-  store_masters(run, block, w);
-}
-
-template <typename T>
-INLINE T square_sum(T *values) {
-  auto squares = [&](int j) __attribute__((always_inline)) {
-    const auto x = at(values, j);
-    return Single<T>{x * x};
-  };
-  return across_lanes<T>(by_halving<Wide<T>::COUNT, Wide<T>::COUNT>(0, squares).value);
 }
 
 // -- all blocks ---------------------------------------------------------------------------------------
 
-// Calls visit(run, block, number) for this thread's equal share of the blocks of all runs.
+// Calls visit(run, first, end, number) on this thread's equal share of the blocks of all runs: blocks [first, end) of a
+// run, of which the first is block `number` of all.
 template <typename Piece, typename Visit>
-void for_each_block(const Piece *runs, int64_t count, int64_t thread, int64_t threads, Visit visit) {
+INLINE void for_each_run(const Piece *runs, int64_t count, int64_t thread, int64_t threads, Visit visit) {
   if (count == 0) return;
   const Piece &last = runs[count - 1];
   const int64_t total = last.first_block + (last.numel + BLOCK - 1) / BLOCK;
   int64_t number = total * thread / threads;
-  const int64_t end = total * (thread + 1) / threads;
+  const int64_t stop = total * (thread + 1) / threads;
   int64_t low = 0, high = count;  // the run that holds the first block
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
     (runs[middle].first_block <= number ? low : high) = middle;
   }
-  for (int64_t i = low; i < count && number < end; i++) {
-    const int64_t blocks = (runs[i].numel + BLOCK - 1) / BLOCK;
-    for (int64_t block = number - runs[i].first_block; block < blocks && number < end; block++, number++)
-      visit(runs[i], block, number);
+  for (int64_t i = low; i < count && number < stop; i++) {
+    const int64_t blocks = (runs[i].numel + BLOCK - 1) / BLOCK, first = number - runs[i].first_block;
+    const int64_t end = blocks - first < stop - number ? blocks : first + stop - number;
+    visit(runs[i], first, end, number);
+    number += end - first;
   }
   streamed();
 }
 
-// Calls `block_sums(run, block, number, T *sums)` on all blocks and adds each block's K sums to sums[k][parameter], in
-// fp64 and in block order for any number of threads: directly with one thread, else through `scratch` [blocks][K].
+// Calls block_sums(run, first, end, of_blocks), which writes [end - first][K] sums, on all blocks. Adds each block's to
+// sums[k][parameter], in fp64 and in block order for any number of threads. `of_blocks`: [blocks][K].
 template <int K, typename T, typename Piece, typename BlockSums>
-void summed(const Piece *runs, int64_t count, int64_t parameters, double *sums, T *scratch, int64_t threads,
-            BlockSums block_sums) {
-  if (threads == 1) {
-    for_each_block(runs, count, 0, 1, [&](const Piece &run, int64_t block, int64_t number) {
-      T of_block[K];
-      block_sums(run, block, number, of_block);
-      for (int k = 0; k < K; k++) sums[k * parameters + run.owner(block)] += double(of_block[k]);
-    });
-    return;
-  }
+INLINE void summed(const Piece *runs, int64_t count, int64_t parameters, double *sums, T *of_blocks, int64_t threads,
+                   BlockSums block_sums) {
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
   for (int64_t thread = 0; thread < threads; thread++)
-    for_each_block(runs, count, thread, threads, [&](const Piece &run, int64_t block, int64_t number) {
-      block_sums(run, block, number, scratch + number * K);
+    for_each_run(runs, count, thread, threads, [&](const Piece &run, int64_t first, int64_t end, int64_t number) {
+      block_sums(run, first, end, of_blocks + number * K);
     });
-#pragma omp parallel for schedule(static, 1) num_threads(threads)
+#pragma omp parallel for schedule(static, 1) num_threads(threads < K ? threads : K)
   for (int k = 0; k < K; k++)
-    for_each_block(runs, count, 0, 1, [&](const Piece &run, int64_t block, int64_t number) {
-      sums[k * parameters + run.owner(block)] += double(scratch[number * K + k]);
+    for_each_run(runs, count, 0, 1, [&](const Piece &run, int64_t, int64_t end, int64_t number) {
+      for (int64_t block = 0; block < end; block++)
+        sums[k * parameters + run.owner(block)] += double(of_blocks[(number + block) * K + k]);
     });
 }
 
 template <typename T>
-void square_sums(const Run *runs, int64_t count, int64_t parameters, double *sums, T *scratch, int64_t threads) {
-  summed<1>(runs, count, parameters, sums, scratch, threads, [&](const Run &run, int64_t block, int64_t, T *out) {
-    T copy[BLOCK];
-    View<T> g(run.grad, run.grad_dtype, block, run.size(block), copy);
-    out[0] = square_sum(g.values);
+void square_sums(const Run *runs, int64_t count, int64_t parameters, double *sums, T *of_blocks, int64_t threads) {
+  summed<1>(runs, count, parameters, sums, of_blocks, threads, [&](const Run &run, int64_t first, int64_t end, T *out) {
+    Copy copy;
+    with_known(run.grad_dtype, [&](auto dtype) __attribute__((always_inline)) {
+      for (int64_t block = first; block < end; block++) {
+        const Place g(run.grad, dtype, block, size_of_block(run.numel, block), copy.bytes);
+        out[block - first] = across_lanes<T>(by_halving<Wide<T>::COUNT>([&](int j) __attribute__((always_inline)) {
+          const auto x = load<T>(dtype, g.block, j);
+          return x * x;
+        }));
+      }
+    });
   });
 }
 
 template <typename T>
 void moments_and_norms(const Run *runs, int64_t count, const Coefficients<T> *table, int64_t parameters, double *sums,
-                       T *scratch, int64_t threads) {
-  summed<2>(runs, count, parameters, sums, scratch, threads, [&](const Run &run, int64_t block, int64_t, T *out) {
-    Scratch<T> copies;
-    first_pass<T>(run, block, table[run.owner(block)], copies, out);
+                       T *of_blocks, int64_t threads) {
+  summed<2>(runs, count, parameters, sums, of_blocks, threads, [&](const Run &run, int64_t first, int64_t end, T *out) {
+    Copy copies[5];
+    with_known<T>(Dtypes(run), [&](const auto &dtypes) __attribute__((always_inline)) {
+      for (int64_t block = first; block < end; block++) {
+        const Places places(run, dtypes, block, size_of_block(run.numel, block), copies);
+        first_pass(dtypes, places, table[run.owner(block)], out + 2 * (block - first));
+        places.weight.write_back(), places.exp_avg.write_back(), places.exp_avg_sq.write_back();
+      }
+    });
   });
 }
 
@@ -223,18 +263,24 @@ template <typename T>
 void apply(const Run *runs, int64_t count, const Coefficients<T> *table, const T *step_sizes, int64_t threads) {
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
   for (int64_t thread = 0; thread < threads; thread++)
-    for_each_block(runs, count, thread, threads, [&](const Run &run, int64_t block, int64_t) {
-      Scratch<T> copies;
-      const int64_t owner = run.owner(block);
-      second_pass<T>(run, block, table[owner], step_sizes[owner], copies);
+    for_each_run(runs, count, thread, threads, [&](const Run &run, int64_t first, int64_t end, int64_t) {
+      Copy copies[5];
+      with_known<T>(Dtypes(run), [&](const auto &dtypes) __attribute__((always_inline)) {
+        for (int64_t block = first; block < end; block++) {
+          const Places places(run, dtypes, block, size_of_block(run.numel, block), copies);
+          const int64_t owner = run.owner(block);
+          second_pass(dtypes, places, table[owner], step_sizes[owner]);
+          places.weight.write_back(), places.model.write_back();
+        }
+      });
     });
 }
 
 // A parameter's segment of a shard, and the address of this rank's own gradient of it.
 struct Slice {
-  const char *from;  // null: zeros
-  int64_t dtype;     // of the gradient
-  int64_t start;     // in the shard
+  char *from;     // null: zeros
+  int64_t dtype;  // of the gradient
+  int64_t start;  // in the shard
   int64_t numel, param, first_block;
 
   int64_t owner(int64_t) const { return param; }
@@ -242,45 +288,65 @@ struct Slice {
 
 // Received parts: rows of one dtype; the slices are row `own_row` among them, unless it is -1.
 struct Parts {
-  const char *rows;
+  char *rows;
   int64_t rows_count, dtype, numel, own_row;
 
   int64_t count() const { return rows_count + (own_row >= 0); }
-  const char *row(int64_t place) const {
+  char *row(int64_t place) const {
     return rows + (place - (own_row >= 0 && place > own_row)) * numel * size_of(dtype);
   }
 };
 
+alignas(64) char ZEROS[BLOCK * 4];
+
+// One block of `average`.
+template <typename T>
+INLINE T averaged(T *grad, const Slice &slice, int64_t block, const Parts &parts, T divisor, bool add) {
+  typedef typename Wide<T>::V V;
+  constexpr int COUNT = Wide<T>::COUNT;
+  alignas(64) T total[BLOCK];
+  Copy copy, part_copy;
+  const int n = size_of_block(slice.numel, block);
+  const Place to((char *)(grad + slice.start), sizeof(T) == 4 ? F32 : F64, block, n, copy.bytes);
+  const bool past_cache = n == BLOCK && !add && reinterpret_cast<uintptr_t>(to.block) % WIDTH == 0;
+  const int64_t last = parts.count() - 1;
+  T square_sum = 0;
+  for (int64_t row = 0; row <= last; row++) {
+    const bool own = row == parts.own_row, zeros = own && !slice.from;  // x + 0, as in a sum of tensors: -0 becomes 0
+    char *start = zeros ? ZEROS : own ? slice.from : parts.row(row) + slice.start * size_of(parts.dtype);
+    const int64_t dtype = zeros ? F32 : own ? slice.dtype : parts.dtype;
+    const Place part(start, dtype, zeros ? 0 : block, n, part_copy.bytes);
+    with_known(dtype, [&](auto known) __attribute__((always_inline)) {
+      auto sum = [&](int j) __attribute__((always_inline)) {
+        const V next = load<T>(known, part.block, j);
+        return row == 0 ? next : at<T, Wide<T>::LANES>(total, j) + next;
+      };
+      if (row < last) {
+        for (int j = 0; j < COUNT; j++) at<T, Wide<T>::LANES>(total, j) = sum(j);
+        return;
+      }
+      square_sum = across_lanes<T>(by_halving<COUNT>([&](int j) __attribute__((always_inline)) {
+        V x = sum(j);
+        if (divisor != T(1)) x /= divisor;
+        if (add) x = at<T, Wide<T>::LANES>(to.block, j) + x;
+        if (past_cache)
+          stream(x, (T *)to.block, j);
+        else
+          at<T, Wide<T>::LANES>(to.block, j) = x;
+        return x * x;
+      }));
+    });
+  }
+  to.write_back();
+  return square_sum;
+}
+
 // grad ← (Σ parts) / divisor, or grad + that, in rank order; adds Σg² by parameter.
 template <typename T>
 void average(T *grad, const Slice *slices, int64_t count, Parts parts, T divisor, bool add, int64_t parameters,
-             double *sums, T *scratch, int64_t threads) {
-  summed<1>(slices, count, parameters, sums, scratch, threads, [&](const Slice &slice, int64_t block, int64_t, T *out) {
-    T total[BLOCK], copy[BLOCK];
-    const int64_t first = block * BLOCK, left = slice.numel - first;
-    const int n = left < BLOCK ? int(left) : BLOCK;
-    for (int64_t row = 0; row < parts.count(); row++) {
-      const bool own = row == parts.own_row;
-      const int64_t dtype = own ? slice.dtype : parts.dtype;
-      const char *from = own ? slice.from : parts.row(row) + slice.start * size_of(dtype);
-      if (row == 0 && from) {
-        load(dtype, from + first * size_of(dtype), n, total);
-      } else if (row == 0) {
-        for (int i = 0; i < BLOCK; i++) total[i] = T(0);
-      } else if (from) {
-        const View<T> next(const_cast<char *>(from), dtype, block, n, copy);
-        for (int i = 0; i < BLOCK; i++) total[i] += next.values[i];
-      } else {
-        for (int i = 0; i < BLOCK; i++) total[i] += T(0);  // -0 + 0 is 0, as in a sum of tensors
-      }
-    }
-    if (divisor != T(1))
-      for (int i = 0; i < BLOCK; i++) total[i] /= divisor;
-    T *to = grad + slice.start + first;
-    if (add)
-      for (int i = 0; i < n; i++) total[i] = to[i] + total[i];
-    if (add || n < BLOCK || !stream(total, to)) std::memcpy(to, total, n * sizeof(T));
-    out[0] = square_sum(total);
+             double *sums, T *of_blocks, int64_t threads) {
+  summed<1>(slices, count, parameters, sums, of_blocks, threads, [&](const Slice &slice, int64_t first, int64_t end, T *out) {
+    for (int64_t block = first; block < end; block++) out[block - first] = averaged(grad, slice, block, parts, divisor, add);
   });
 }
 
@@ -295,23 +361,24 @@ int64_t lamb_run_bytes() { return sizeof(Run); }
 int64_t lamb_slice_bytes() { return sizeof(Slice); }
 int64_t lamb_coefficients_bytes() { return sizeof(Coefficients<float>); }
 
+// `of_blocks`: memory for [blocks] sums, [blocks][2] in moments_and_norms.
 #define LAMB_FUNCTIONS(T, SUFFIX)                                                                                      \
-  void lamb_square_sums_##SUFFIX(const Run *runs, int64_t count, int64_t parameters, double *sums, T *scratch,        \
+  void lamb_square_sums_##SUFFIX(const Run *runs, int64_t count, int64_t parameters, double *sums, T *of_blocks,      \
                                  int64_t threads) {                                                                   \
-    square_sums<T>(runs, count, parameters, sums, scratch, threads);                                                  \
+    square_sums<T>(runs, count, parameters, sums, of_blocks, threads);                                                \
   }                                                                                                                   \
   void lamb_moments_and_norms_##SUFFIX(const Run *runs, int64_t count, const void *table, int64_t parameters,         \
-                                       double *sums, T *scratch, int64_t threads) {                                   \
-    moments_and_norms<T>(runs, count, (const Coefficients<T> *)table, parameters, sums, scratch, threads);            \
+                                       double *sums, T *of_blocks, int64_t threads) {                                 \
+    moments_and_norms<T>(runs, count, (const Coefficients<T> *)table, parameters, sums, of_blocks, threads);          \
   }                                                                                                                   \
   void lamb_apply_##SUFFIX(const Run *runs, int64_t count, const void *table, const T *step_sizes, int64_t threads) { \
     apply<T>(runs, count, (const Coefficients<T> *)table, step_sizes, threads);                                       \
   }                                                                                                                   \
-  void lamb_average_##SUFFIX(T *grad, const Slice *slices, int64_t count, const char *rows, int64_t row_count,        \
+  void lamb_average_##SUFFIX(T *grad, const Slice *slices, int64_t count, char *rows, int64_t row_count,              \
                              int64_t dtype, int64_t numel, int64_t own_row, int64_t divisor, int64_t add,             \
-                             int64_t parameters, double *sums, T *scratch, int64_t threads) {                         \
+                             int64_t parameters, double *sums, T *of_blocks, int64_t threads) {                       \
     average<T>(grad, slices, count, Parts{rows, row_count, dtype, numel, own_row}, T(divisor), add, parameters, sums, \
-               scratch, threads);                                                                                     \
+               of_blocks, threads);                                                                                   \
   }
 
 LAMB_FUNCTIONS(float, f32)

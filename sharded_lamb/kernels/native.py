@@ -178,8 +178,7 @@ class CppKernel:
         assert parts.shape[1:] == shard.grad.shape
         rows = parts.data_ptr(), len(parts), DTYPES[parts.dtype], shard.grad.numel()
         slices = self._slices(segments, [] if own is None else own.grads)
-        threads = torch.get_num_threads()
-        block_sums = self._scratch(shard.compute, len(shard.block_param) if threads > 1 else 0)
+        block_sums = self._scratch(shard.compute, len(shard.block_param))
         self._function("average", shard.compute)(
             shard.grad.data_ptr(),
             slices.ctypes.data,
@@ -191,7 +190,7 @@ class CppKernel:
             len(sums),
             sums.data_ptr(),
             block_sums.data_ptr(),
-            threads,
+            torch.get_num_threads(),
         )
 
     def _slices(self, segments: Sequence[Segment], grads: Sequence[Tensor | None]) -> Table:
@@ -225,7 +224,7 @@ class CppKernel:
     def _summed(
         self, name: str, shards: Sequence[Shard], kinds: int, table: Tensor | None, sums: Tensor
     ) -> None:
-        runs, dtype, threads = _runs(shards), shards[0].compute, torch.get_num_threads()
+        runs, dtype = _runs(shards), shards[0].compute
         assert sums.is_contiguous()
         assert sums.dtype == torch.float64
         tables = []
@@ -234,7 +233,7 @@ class CppKernel:
             assert table.dtype == dtype
             tables = [table.data_ptr()]
         blocks = int((-(-runs["numel"] // BLOCK)).sum())
-        block_sums = self._scratch(dtype, blocks * kinds if threads > 1 else 0)
+        block_sums = self._scratch(dtype, blocks * kinds)
         self._function(name, dtype)(
             runs.ctypes.data,
             len(runs),
@@ -242,7 +241,7 @@ class CppKernel:
             sums.shape[-1],
             sums.data_ptr(),
             block_sums.data_ptr(),
-            threads,
+            torch.get_num_threads(),
         )
 
     def _scratch(self, dtype: torch.dtype, numel: int) -> Tensor:
