@@ -1,19 +1,22 @@
 """`Lamb`: the optimizer on one device, over whole tensors; the reference for `ShardedLamb`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sharded_lamb.core import rule
 from sharded_lamb.core.host_values import as_tensor
 from sharded_lamb.core.hyperparams import RuleOptions
 from sharded_lamb.core.options import OptionTable
 from sharded_lamb.core.parameters import check_gradient, check_parameter, named
-from sharded_lamb.core.rule import Coefficients, PerTensor
+from sharded_lamb.kernels import ScatteredShard
+from sharded_lamb.kernels.engine import Update, gradient_square_sums
 from sharded_lamb.optim.base import LambOptimizer, Live, States, receives_grad_scale, run_eagerly
+from sharded_lamb.optim.whole_tensors import Entry, WholeTensors, zero_moment
 
 
 class Lamb(LambOptimizer):
@@ -47,7 +50,7 @@ class Lamb(LambOptimizer):
 
     Raises:
         ValueError: an option out of range, or patterns that match nothing.
-        TypeError: complex, integer or sparse parameters; at `step`, sparse gradients.
+        TypeError: complex, integer or sparse parameters, or DTensors; at `step`, sparse gradients.
     """
 
     _step_supports_amp_scaling = property(receives_grad_scale)
@@ -74,6 +77,11 @@ class Lamb(LambOptimizer):
         try:
             for name, p in named(self.param_groups[-1]):
                 check_parameter(str(name), p)
+                if isinstance(p, DTensor):
+                    raise TypeError(
+                        f"parameter {str(name)!r} is a DTensor: Lamb updates whole tensors on one device; "
+                        f"ShardedLamb updates DTensors"
+                    )
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -97,7 +105,7 @@ class Lamb(LambOptimizer):
             self._update(entries)
         return loss
 
-    def _entries(self) -> list["_Entry"]:
+    def _entries(self) -> list[Entry]:
         """The parameters with a gradient; creates the state of a parameter at its first gradient."""
         entries = []
         for row, (name, p, _) in enumerate(self._named_parameters()):
@@ -106,65 +114,60 @@ class Lamb(LambOptimizer):
             check_gradient(name, p.grad)
             state = self.state[p]
             if not state:
-                dtype = torch.promote_types(p.dtype, torch.float32)
                 state["step"] = torch.zeros((), dtype=torch.float64, device="cpu")
-                state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-            entries.append(_Entry(row, name, p, p.grad, state))
+                state["exp_avg"], state["exp_avg_sq"] = zero_moment(p), zero_moment(p)
+            entries.append(Entry(row, p, p.grad, state))
         return entries
 
-    def _update(self, entries: list["_Entry"]) -> None:
-        device = entries[0].p.device
-        rows = torch.tensor([entry.row for entry in entries], device="cpu")
-        m = [entry.state["exp_avg"] for entry in entries]
-        v = [entry.state["exp_avg_sq"] for entry in entries]
-        w = [entry.p.to(moment.dtype) for entry, moment in zip(entries, m, strict=True)]
-        g = [entry.grad.to(moment.dtype) for entry, moment in zip(entries, m, strict=True)]
-
-        scale, grad_norm = self._gradient_scale(g, device)
-        step = torch.zeros(len(self._table(torch.device("cpu"))), dtype=torch.float64, device="cpu")
+    def _update(self, entries: list[Entry]) -> None:
+        devices: dict[torch.device, list[Entry]] = {}
         for entry in entries:
-            entry.state["step"] += 1
-            step[entry.row] = entry.state["step"]
-        k = self._per_tensor(step, rows, [scale.to(x.device) for x in g])
+            devices.setdefault(entry.p.device, []).append(entry)
+        parts = [self._part(device, each) for device, each in devices.items()]
+        scale, grad_norm = self._gradient_scale(parts)
+        torch._foreach_add_([entry.state["step"] for entry in entries], 1.0)
+        ratios = [self._update_part(part, scale) for part in parts]
+        torch.autograd.graph.increment_version([entry.p for entry in entries])  # as for any write
+        self._live.last = _Step([part.rows for part in parts], ratios, grad_norm)
 
-        rule.update_moments(m, v, rule.scaled_gradients(g, w, k), k)
-        u = rule.direction(m, v, w, k)
+    def _part(self, device: torch.device, entries: list[Entry]) -> "_Part":
+        whole = self._live.whole.setdefault(device, WholeTensors(device))
+        steps = [entry.state["step"] for entry in entries]
+        return _Part(device, whole, whole.shards(entries), [entry.row for entry in entries], steps)
 
-        options, lr = self._table(device).options(), self._table(device).lr()
-        square_sums = torch.zeros(len(rule.SUMS), len(step), dtype=torch.float64, device=device)
-        square_sums[:, rows] = torch.stack([_square_sums(w, device), _square_sums(u, device)])
-        norms = rule.norms(square_sums, options.is_fp64)
-        ratio = rule.trust_ratios(norms[0], norms[1], options)
-        active = torch.ones_like(ratio, dtype=torch.bool)
-        step_sizes = rule.step_sizes(lr, ratio, options, step.to(device), active)[rows]
-        rule.descend(w, u, [size.to(x.device) for size, x in zip(step_sizes.unbind(), w, strict=True)])
-        for entry, new in zip(entries, w, strict=True):
-            if new is not entry.p:
-                entry.p.copy_(new)
-        self._live.last = _Step([entry.name for entry in entries], ratio[rows], grad_norm)
+    def _update_part(self, part: "_Part", scale: Tensor) -> Tensor:
+        """Update one device's parameters. Returns [P] fp64, their ratios."""
+        table = self._table(part.device)
+        options, step, scale = table.options(), part.steps_of(len(table)), scale.to(part.device)
+        active = torch.ones_like(step, dtype=torch.bool)  # shards hold no other parameters
+        update = Update(part.whole.kernel, options, step=step, active=active, grad_scale=scale)
+        ratios = rule.ratios_of_sums(update.moments_and_norms(part.shards), options)
+        step_sizes = rule.step_sizes(table.lr(), ratios, options, step, active)
+        for _ in update.apply(part.shards, step_sizes, are_gathered=False):
+            pass
+        part.whole.write_back()
+        return ratios
+
+    def _gradient_scale(self, parts: list["_Part"]) -> tuple[Tensor, Tensor]:
+        """(clip factor x inverse loss scale, global norm of the unscaled gradients): fp64 scalars."""
+        device, loss_scale = parts[0].device, self._live.grad_scale
+        inverse = torch.ones((), dtype=torch.float64, device=device)
+        if loss_scale is not None:
+            inverse = loss_scale.to(device, torch.float64).reciprocal()
+        sums = [
+            gradient_square_sums(part.whole.kernel, part.shards, part.rows[-1] + 1, part.device).sum()
+            for part in parts
+        ]
+        grad_norm = rule.norms(
+            torch.stack([each.to(device) for each in sums]).sum(), self._table(device).is_fp64.all()
+        )
+        grad_norm = grad_norm * inverse
+        return inverse * rule.clip_factor(grad_norm, self.max_grad_norm), grad_norm
 
     def _table(self, device: torch.device) -> OptionTable:
         if device not in self._tables:
             self._tables[device] = OptionTable(list(self._named_parameters()), device)
         return self._tables[device]
-
-    def _gradient_scale(self, g: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-        """(clip factor x inverse loss scale, global norm of the unscaled gradients): fp64 scalars."""
-        loss_scale = self._live.grad_scale
-        inverse = torch.ones((), dtype=torch.float64, device=device)
-        if loss_scale is not None:
-            inverse = loss_scale.to(device, torch.float64).reciprocal()
-        grad_norm = _square_sums(g, device).sum().sqrt() * inverse
-        return inverse * rule.clip_factor(grad_norm, self.max_grad_norm), grad_norm
-
-    def _per_tensor(self, step: Tensor, rows: Tensor, scale: list[Tensor]) -> PerTensor:
-        active = torch.ones(len(step), dtype=torch.bool, device="cpu")
-        one = torch.ones((), dtype=torch.float64, device="cpu")
-        options = self._table(torch.device("cpu")).options()
-        vectors = rule.coefficients(options, step, active, one)
-        lists = {name: getattr(vectors, name)[rows].tolist() for name in rule.COLUMNS}
-        return Coefficients(**{**lists, "grad_scale": scale})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
@@ -179,7 +182,13 @@ class Lamb(LambOptimizer):
     def trust_ratios(self) -> dict[str, float]:
         """{name: ratio} of the parameters that the last step updated. Reads the device."""
         last = self._live.last
-        return {} if last is None else dict(zip(last.names, last.ratios.tolist(), strict=True))
+        if last is None:
+            return {}
+        ratio_of: dict[int, float] = {}
+        for rows, ratios in zip(last.rows, last.ratios, strict=True):
+            ratio_of |= dict(zip(rows, ratios[rows].tolist(), strict=True))
+        names = [name for name, _, _ in self._named_parameters()]
+        return {names[row]: ratio_of[row] for row in sorted(ratio_of)}
 
     @property
     def grad_norm(self) -> float | None:
@@ -198,6 +207,7 @@ class Lamb(LambOptimizer):
 
     def _load_states(self, states: States) -> None:
         self.state.clear()
+        self._live.whole.clear()
         for p, saved in states.items():
             moments = {key: saved[key].detach().to(p.device, copy=True) for key in ("exp_avg", "exp_avg_sq")}
             step = as_tensor(saved["step"]).detach().to("cpu", torch.float64, copy=True)
@@ -205,32 +215,33 @@ class Lamb(LambOptimizer):
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    """One parameter of this step. ``row``: its index among all parameters of all groups."""
+class _Part:
+    """One device's parameters in a step."""
 
-    row: int
-    name: str
-    p: Tensor
-    grad: Tensor
-    state: dict[str, Tensor]
+    device: torch.device
+    whole: WholeTensors
+    shards: list[ScatteredShard]
+    rows: list[int]
+    steps: list[Tensor]
+
+    def steps_of(self, count: int) -> Tensor:
+        """[count] fp64 on the device: each parameter's step, 0 for those of other devices or without a gradient."""
+        step = torch.zeros(count, dtype=torch.float64, device="cpu")
+        step[self.rows] = torch.stack(self.steps)
+        return step.to(self.device)
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    names: list[str]
-    ratios: Tensor
+    rows: list[list[int]]  # of each device
+    ratios: list[Tensor]  # of each device, [P]
     grad_norm: Tensor
 
 
 @dataclass(slots=True)
 class _Live(Live):
+    whole: dict[torch.device, WholeTensors] = field(default_factory=dict)
     last: _Step | None = None
 
 
 Lamb._live_class = _Live
-
-
-def _square_sums(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """[len(tensors)] Σx² in fp64, on ``device``."""
-    sums = [torch.linalg.vector_norm(x, dtype=torch.float64).square().to(device) for x in tensors]
-    return torch.stack(sums)
