@@ -169,13 +169,12 @@ class _Agreement:
 
 def _kernel_remedy(ranks: Mapping[str, str]) -> str:
     """``ranks``: {kernel: a rank that has it}. With kernel="auto", the cause is a host without a compiler."""
-    slower = next((name for name in ("torch", "fused") if name in ranks), None)
-    if slower is None:
+    if "torch" not in ranks:
         return ". Choose one that every rank has by kernel=… or SHARDED_LAMB_KERNEL"
-    compiler = (
-        f"Install a C++ compiler on the host of {ranks[slower]}, or choose" if "cpp" in ranks else "Choose"
-    )
-    return f". {compiler} kernel={slower!r} or SHARDED_LAMB_KERNEL={slower} on every rank"
+    compiler = "Choose"
+    if "cpp" in ranks:
+        compiler = f"Install a C++ compiler, or the wheel, on the host of {ranks['torch']}, or choose"
+    return f". {compiler} kernel='torch' or SHARDED_LAMB_KERNEL=torch on every rank"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ The others copy gradients into flat memory, and compute the sums of squares for 
 Memory is one flat range of whole blocks (this package's buckets: `FlatShard`) or scattered pieces (partitions of
 another framework: `ScatteredShard`); masters are separate tensors, or `remainders` of bfloat16 weights. `reference`
 ("torch") is the pure backend, the rule on chunks that fit in cache; `native` ("cpp") and `triton_kernel` have the same
-bits, `fused` is equal up to rounding; `choice` selects the fastest that works.
+bits; `choice` selects the fastest that works.
 """
 
 from sharded_lamb.kernels.choice import NAMES, available, choose, load

@@ -8,7 +8,6 @@ import torch
 
 from sharded_lamb.kernels import native, triton_kernel
 from sharded_lamb.kernels.compiling import CompileError
-from sharded_lamb.kernels.fused import FusedKernel
 from sharded_lamb.kernels.protocol import Kernel
 from sharded_lamb.kernels.reference import ReferenceKernel
 
@@ -17,7 +16,7 @@ logger = logging.getLogger("sharded_lamb")
 ENVIRONMENT = "SHARDED_LAMB_KERNEL"
 """Environment variable that names the backend for ``kernel="auto"``."""
 
-NAMES = ("auto", "torch", "fused", "cpp", "triton")
+NAMES = ("auto", "torch", "cpp", "triton")
 CPU = torch.device("cpu")
 
 
@@ -42,8 +41,6 @@ def load(name: str, device: torch.device = CPU) -> Kernel:
         return native.CppKernel()
     if name == "triton":
         return triton_kernel.TritonKernel()
-    if name == "fused":
-        return FusedKernel()
     return ReferenceKernel()
 
 
@@ -67,7 +64,7 @@ def choose(name: str, device: torch.device) -> Kernel:
     if reason is None:
         return load(best, device)
     _warn(f"the {best} kernel cannot run on {device.type}, and stock torch operations are slower: {reason}")
-    return load("torch" if why_not("fused", device) else "fused", device)
+    return load("torch", device)
 
 
 def why_not(name: str, device: torch.device) -> str | None:
@@ -76,8 +73,6 @@ def why_not(name: str, device: torch.device) -> str | None:
         return None
     if name == "cpp":
         return _why_no_cpp() if device.type == "cpu" else "it is for CPUs"
-    if name == "fused":
-        return None if device.type == "cpu" else "it is for CPUs"
     return triton_kernel.usable(device)
 
 

@@ -38,6 +38,9 @@ ATTEMPTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 """(compile flags, link flags), the best first."""
 
 
+WHEEL = "or install the wheel that launch/wheel builds elsewhere, which needs no compiler"
+
+
 class CompileError(RuntimeError):
     """Compilation failed; the message gives the reason in one line."""
 
@@ -88,7 +91,9 @@ def _compiler() -> list[str]:
         if command and shutil.which(command[0]):
             return command
     candidates = f"CXX={cxx}" if cxx else "c++, g++, clang++"
-    raise CompileError(f"no C++ compiler was found ({candidates}): install one, e.g. apt-get install g++")
+    raise CompileError(
+        f"no C++ compiler was found ({candidates}): install one (Debian and Ubuntu: apt-get install g++), {WHEEL}"
+    )
 
 
 def _key(source: Path, compiler: list[str]) -> str:
@@ -157,7 +162,7 @@ def _build(source: Path, compiler: list[str], folder: Path) -> Path:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(object_file)
-    raise CompileError(f"{shlex.join(compiler)} failed: {error}")
+    raise CompileError(f"{shlex.join(compiler)} failed: {error}; name another compiler in CXX, {WHEEL}")
 
 
 def _run(command: Sequence[str]) -> str:

@@ -81,9 +81,9 @@ class ShardedLamb(RegisteringOptimizer):
         skip_nonfinite: a non-finite gradient on any rank skips the step on every rank, which changes nothing. (Stage 1:
             a non-finite averaged gradient; each rank checks its own slices of it.)
         max_consecutive_skips: after so many skips in a row, `step` raises RuntimeError on every rank.
-        kernel: "cpp" (CPU, compiled on first use), "fused" (CPU, no compiler; equal except for rounding), "triton"
-            (GPU), "torch" (stock operations, any device), or "auto": the kernel that the environment variable
-            SHARDED_LAMB_KERNEL names, else the fastest that works. The same on all ranks.
+        kernel: "cpp" (CPU; from the wheel, else compiled on first use), "triton" (GPU), "torch" (stock operations, any
+            device), or "auto": the kernel that the environment variable SHARDED_LAMB_KERNEL names, else the fastest
+            that works. The same bits in each; the same kernel on all ranks.
         store_param_remainders: store only the low 16 bits of each fp32 master of bfloat16 parameters; the bf16 weight
             holds the high 16 (`sharded_lamb.kernels.remainders`): 2 bytes instead of 4. State dicts still contain fp32
             masters. A weight written between steps wins to within half a bf16 ulp, before the first step exactly.

@@ -211,7 +211,10 @@ def test_a_failed_build_quotes_the_compiler(source: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("cxx", "says"),
-    [("no-such-compiler", "no C\\+\\+ compiler.*apt-get install g\\+\\+"), ("false", "false failed")],
+    [
+        ("no-such-compiler", "no C\\+\\+ compiler.*apt-get install g\\+\\+.*the wheel"),
+        ("false", "false failed.*CXX.*the wheel"),
+    ],
 )
 def test_no_compiler(source: Path, monkeypatch: pytest.MonkeyPatch, cxx: str, says: str) -> None:
     monkeypatch.setenv("CXX", cxx)
@@ -235,10 +238,11 @@ def test_training_without_a_compiler_warns_once(tmp_path: Path, cxx: str) -> Non
         code, output = process.ended()
     assert code == 0, output
     lines = output.splitlines()
-    assert [line for line in lines if line.startswith("kernel")] == ["kernel fused"] * 2
+    assert [line for line in lines if line.startswith("kernel")] == ["kernel torch"] * 2
     (warning,) = (line for line in lines if "WARNING" in line)
     assert "cpp kernel cannot run" in warning
     assert cxx in warning
+    assert "install the wheel" in warning
 
 
 def test_the_environment_variable_selects_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

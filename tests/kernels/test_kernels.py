@@ -1,7 +1,4 @@
-"""Every backend has the bits of the pure one: all dtypes, edge-case lengths, both forms of memory, any thread count.
-
-"fused" equals it only up to rounding: `test_fused_kernel`.
-"""
+"""Every backend has the bits of the pure one: all dtypes, edge-case lengths, both forms of memory, any thread count."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +27,7 @@ from tests.kernels.kernel_memory import in_whole_gradients
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 SPLIT = remainders.RemainderFormat.storage
-OTHERS = [name for name in kernels.available() if name not in ("torch", "fused")]
+OTHERS = [name for name in kernels.available() if name != "torch"]
 LENGTHS = st.lists(st.sampled_from([1, 2, 255, 256, 257, 511, 700, 5000]), min_size=1, max_size=8)
 SEEDS = st.integers(0, 2**20)
 
@@ -170,7 +167,7 @@ def test_a_step_has_the_bits_of_the_pure_one(
     assert_same([*sums, *memory_of(actual)], [*reference_sums, *memory_of(reference)], actual.compute)
 
 
-@pytest.mark.parametrize("name", ["torch", "fused", *OTHERS])
+@pytest.mark.parametrize("name", ["torch", *OTHERS])
 @pytest.mark.parametrize("make", [flat_shard, piece_shard])
 @pytest.mark.parametrize("dtypes", [Dtypes(F32, None, F32, F32), Dtypes(SPLIT, BF16, F32, F32)])
 def test_bits_do_not_depend_on_the_grouping_into_calls(
@@ -209,7 +206,7 @@ def test_any_number_of_threads_has_the_same_bits(
         assert_same(other, results[0], F32)
 
 
-@pytest.mark.parametrize("name", ["torch", "fused", *OTHERS])
+@pytest.mark.parametrize("name", ["torch", *OTHERS])
 def test_non_finite_gradients_with_scale_0_show_only_in_the_square_sums(name: str) -> None:
     """A ``grad_scale`` of 0 keeps them out of memory and norms."""
     shard = flat_shard([300, 256, 5], Dtypes(F32, None, F32, F32), 0)
@@ -227,7 +224,7 @@ def test_non_finite_gradients_with_scale_0_show_only_in_the_square_sums(name: st
     assert_same([shard.weight, shard.exp_avg, shard.exp_avg_sq], untouched, F32)
 
 
-@pytest.mark.parametrize("name", ["torch", "fused", *OTHERS])
+@pytest.mark.parametrize("name", ["torch", *OTHERS])
 def test_split_masters_at_the_edges(name: str) -> None:
     """All bfloat16 weights, each with remainders that only occur beside a weight that the user wrote. A step size of 0
     changes no weight but clamps remainders as `joined` does; 0 x inf is nan."""
@@ -253,7 +250,7 @@ def test_split_masters_at_the_edges(name: str) -> None:
     assert torch.equal(moved[0], moved[1]), "the signs of zeros too"
 
 
-@pytest.mark.parametrize("name", ["torch", "fused", *OTHERS])
+@pytest.mark.parametrize("name", ["torch", *OTHERS])
 def test_a_tie_above_an_even_weight_is_nudged(name: str) -> None:
     """w - u is halfway between a weight and the next."""
     shard = flat_shard([5000], Dtypes(SPLIT, BF16, F32, F32), 0)
@@ -270,7 +267,7 @@ def test_a_tie_above_an_even_weight_is_nudged(name: str) -> None:
     assert shard.model[:4].tolist() == [1, 1 + 2**-6, -1, -1 - 2**-6]
 
 
-@pytest.mark.parametrize("name", ["torch", "fused", *OTHERS])
+@pytest.mark.parametrize("name", ["torch", *OTHERS])
 def test_a_written_infinity_beside_a_remainder_is_infinite(name: str) -> None:
     """It is not nan."""
     shard, sums = flat_shard([5000], Dtypes(SPLIT, BF16, F32, F32), 0), torch.zeros(2, 1, dtype=F64)
