@@ -39,6 +39,7 @@ SYSTEM = (
     "kernels/test_triton_kernels.py",
     "deepspeed/test_launcher.py",
     "checkpoint/test_exits.py",
+    "kernels/test_wheel.py",
     "kernels/test_compiling.py",
     "cluster/test_namespaces.py",
     "launching/test_env.py",

@@ -15,6 +15,7 @@ import platform
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -28,14 +29,15 @@ TIMEOUT_S = 120
 
 BASE = ("-std=c++17", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 NATIVE = ("-march=native", "-mprefer-vector-width=512")
-ATTEMPTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+Attempt = tuple[tuple[str, ...], tuple[str, ...]]  # compile flags, link flags
+ATTEMPTS: tuple[Attempt, ...] = (
     # The first resolves OpenMP from the process, i.e. torch's library, so that both use one pool of threads.
     ((*NATIVE, "-fopenmp"), ()),
     ((*NATIVE[:1], "-fopenmp"), ("-fopenmp",)),
     (NATIVE[:1], ()),
     ((), ()),
 )
-"""(compile flags, link flags), the best first."""
+"""The best first."""
 
 
 WHEEL = "or install the wheel that launch/wheel builds elsewhere, which needs no compiler"
@@ -58,33 +60,34 @@ def load(source: Path) -> ctypes.CDLL:
 
 
 def _load(source: Path) -> ctypes.CDLL:
-    compiler = _compiler()
-    name = f"{source.stem}-{_key(source, compiler)}.so"
+    command = compiler()
+    name = f"{source.stem}-{_key(source, command)}.so"
     folder = _folder()
     if folder is None:
-        return _load_private(source, compiler)
+        return _load_private(source, command)
     path = folder / name
     if not _usable(path):
         with _locked(folder / f"{name}.lock"):
             if not _usable(path):  # another process may have built it meanwhile
-                built = _build(source, compiler, folder)
+                built = build(source, command, folder)
                 built.chmod(0o755)
                 os.replace(built, path)
-    return ctypes.CDLL(str(path))
+    return opened(path)
 
 
 def _usable(path: Path) -> bool:
     """Whether the library exists and loads: a crash may truncate it, another system may lack its dependencies."""
-    return path.exists() and not _load_error(str(path))
+    return path.exists() and not _load_error(path)
 
 
-def _load_private(source: Path, compiler: list[str]) -> ctypes.CDLL:
+def _load_private(source: Path, command: list[str]) -> ctypes.CDLL:
     """Without a writable cache folder: compile for this process only."""
     with tempfile.TemporaryDirectory(prefix="sharded_lamb-") as folder:
-        return ctypes.CDLL(str(_build(source, compiler, Path(folder))))
+        return opened(build(source, command, Path(folder)))
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
+    """The command of the C++ compiler. Raises: CompileError."""
     cxx = os.environ.get("CXX")
     for candidate in [cxx] if cxx else ["c++", "g++", "clang++"]:
         command = shlex.split(candidate)  # CXX may be "ccache g++"
@@ -96,22 +99,22 @@ def _compiler() -> list[str]:
     )
 
 
-def _key(source: Path, compiler: list[str]) -> str:
+def _key(source: Path, command: list[str]) -> str:
     """Hash of everything that the library depends on: sources, flags, compiler and processor (-march=native)."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=TIMEOUT_S, check=False)
-    parts = [path.read_bytes() for path in _sources(source)]
+    version = subprocess.run([*command, "--version"], capture_output=True, timeout=TIMEOUT_S, check=False)
+    parts = [path.read_bytes() for path in sources(source)]
     parts += [repr((BASE, ATTEMPTS)).encode(), version.stdout, _processor().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
-def _sources(source: Path) -> list[Path]:
+def sources(source: Path) -> list[Path]:
     """The file and, recursively, the files that it includes by relative paths."""
-    sources = [source]
-    for path in sources:  # grows while it is iterated
+    paths = [source]
+    for path in paths:  # grows while it is iterated
         for name in re.findall(r'^\s*#include\s+"(.+)"', path.read_text(), re.MULTILINE):
-            if path.parent / name not in sources:
-                sources.append(path.parent / name)
-    return sources
+            if path.parent / name not in paths:
+                paths.append(path.parent / name)
+    return paths
 
 
 def _processor() -> str:
@@ -144,25 +147,25 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _build(source: Path, compiler: list[str], folder: Path) -> Path:
-    """Build a library with a unique name in ``folder``, with the first flags that work."""
+def build(source: Path, command: Sequence[str], folder: Path, attempts: Sequence[Attempt] = ATTEMPTS) -> Path:
+    """Build a library with a unique name in ``folder``, with the first flags that work. Raises: CompileError."""
     error = ""
-    for compile_flags, link_flags in ATTEMPTS:
+    for compile_flags, link_flags in attempts:
         handle, name = tempfile.mkstemp(dir=folder, suffix=".so")
         os.close(handle)
         object_file = f"{name}.o"
         try:
-            error = _run([*compiler, *BASE, *compile_flags, "-c", str(source), "-o", object_file])
+            error = _run([*command, *BASE, *compile_flags, "-c", str(source), "-o", object_file])
             # Undefined symbols must fail here, not at the first call.
-            error = error or _run([*compiler, "-shared", "-Wl,-z,now", *link_flags, object_file, "-o", name])
-            error = error or _load_error(name)
+            error = error or _run([*command, "-shared", "-Wl,-z,now", *link_flags, object_file, "-o", name])
+            error = error or _load_error(Path(name))
             if not error:
                 return Path(name)
             os.unlink(name)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(object_file)
-    raise CompileError(f"{shlex.join(compiler)} failed: {error}; name another compiler in CXX, {WHEEL}")
+    raise CompileError(f"{shlex.join(command)} failed: {error}; name another compiler in CXX, {WHEEL}")
 
 
 def _run(command: Sequence[str]) -> str:
@@ -177,10 +180,26 @@ def _run(command: Sequence[str]) -> str:
     return errors[0].strip() if errors else f"exit code {result.returncode}"
 
 
-def _load_error(path: str) -> str:
+def opened(path: Path) -> ctypes.CDLL:
+    """A library. Raises: OSError: it does not load, or is cut short: then the loader would die of SIGBUS."""
+    with open(path, "rb") as file:
+        header, size = file.read(64), os.fstat(file.fileno()).st_size
+    if len(header) == 64 and header.startswith(
+        b"\x7fELF\x02"
+    ):  # 64 bits; the table of sections is at the end
+        (table,), (entry, entries) = (
+            struct.unpack_from("=Q", header, 40),
+            struct.unpack_from("=HH", header, 58),
+        )
+        if table + entry * entries > size:
+            raise OSError(f"{path} is cut short")
+    return ctypes.CDLL(str(path))
+
+
+def _load_error(path: Path) -> str:
     """The error of loading a library; empty on success."""
     try:
-        ctypes.CDLL(path)
+        opened(path)
     except OSError as error:
         return str(error)
     return ""

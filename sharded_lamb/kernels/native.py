@@ -13,10 +13,11 @@ from torch import Tensor
 
 from sharded_lamb.core.layout import BLOCK, Segment
 from sharded_lamb.core.rule import COLUMNS, SUMS
-from sharded_lamb.kernels import compiling
+from sharded_lamb.kernels import compiling, prebuilt
 from sharded_lamb.kernels.remainders import RemainderFormat
 from sharded_lamb.kernels.shard import FlatShard, ReceivedShards, ScatteredShard, Shard
 
+SOURCE = Path(__file__).with_name("lamb.cpp")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, RemainderFormat.storage: 4}
 NO_MODEL = -1
 SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
@@ -42,12 +43,16 @@ SLICE = np.dtype(
 
 @lru_cache(maxsize=1)
 def library() -> Any:
-    """The compiled `lamb.cpp`.
+    """The compiled `lamb.cpp`: the wheel's, else compiled on first use.
 
     Raises:
-        compiling.CompileError: no compiler, or the build failed.
+        compiling.CompileError: no library in the wheel, and no compiler, or the build failed.
     """
-    lib = compiling.load(Path(__file__).with_name("lamb.cpp"))
+    return typed(prebuilt.load(SOURCE) or compiling.load(SOURCE))
+
+
+def typed(lib: ctypes.CDLL) -> Any:
+    """A library of `lamb.cpp` with its functions' signatures."""
     for name in ("lamb_run_bytes", "lamb_slice_bytes", "lamb_coefficients_bytes"):
         getattr(lib, name).restype = ctypes.c_int64
     assert lib.lamb_run_bytes() == RUN.itemsize, "lamb.cpp's Run and native.RUN differ"
@@ -130,12 +135,12 @@ def _dtypes(weight: Tensor, model: Tensor | None, grad: Tensor, exp_avg: Tensor)
 
 
 class CppKernel:
-    """The C++ backend, compiled on first use for this machine's processor; CPU tensors only.
+    """The C++ backend, from the wheel or compiled on first use for this machine's processor; CPU tensors only.
 
     Uses ``torch.get_num_threads()`` threads.
 
     Raises:
-        compiling.CompileError: no compiler, or the build failed.
+        compiling.CompileError: no library in the wheel, and no compiler, or the build failed.
     """
 
     name = "cpp"
