@@ -2,7 +2,7 @@
 
     python -m tests.launching.slurm_cluster COMMAND ...    # runs it in such a cluster, e.g. sinfo
 
-Needs root and Debian's slurm-wlm and munge, which it installs only where SHARDED_LAMB_INSTALL_SLURM=1 allows that.
+Needs root and Debian's slurm-wlm and munge, which it installs only where SHARDED_LAMB_INSTALL_DEBIAN=1 allows that.
 """
 
 import os
@@ -18,9 +18,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
+from tests import debian
+
+PROGRAMS = {
+    "munged": "munge",
+    **dict.fromkeys(("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue"), "slurm-wlm"),
+}
+"""{program: Debian's package}"""
 NODES = ("n1", "n2")
-_SYSTEM = "/usr/local/sbin:/usr/sbin:/sbin"  # daemons are not on everybody's PATH
 
 # A requeued job waits for cred_expire, by default two minutes; less than 5 is ignored.
 _CONF = """
@@ -66,7 +71,7 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         own = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
-        self.environment = {**own, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
+        self.environment = {**own, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": debian.path()}
 
     def call(self, *command: str, cwd: Path | None = None, **settings: str) -> str:
         """Its output. Raises: SlurmError where it fails or takes a minute."""
@@ -105,29 +110,12 @@ def wait_for(what: str, true: Callable[[], bool], seconds: float, folder: Path) 
         time.sleep(0.1)
 
 
-def _path() -> str:
-    return f"{os.environ.get('PATH', '')}:{_SYSTEM}"
-
-
-def _missing() -> list[str]:
-    return [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
-
-
 def need_slurm() -> None:
     """Raises: SlurmError where there is none and none may be installed."""
     if os.geteuid() != 0:
         raise SlurmError("SLURM's daemons start jobs as other users, so they need root")
-    if _missing() and os.environ.get("SHARDED_LAMB_INSTALL_SLURM") == "1":
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        quiet = ("-y", "-q", "--no-install-recommends")
-        for command in (["apt-get", "update", "-q"], ["apt-get", "install", *quiet, "slurm-wlm", "munge"]):
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-            if done.returncode:
-                raise SlurmError(f"{' '.join(command)} failed: {done.stderr[-500:]}")
-    if missing := _missing():
-        raise SlurmError(
-            f"{', '.join(missing)}: not installed (apt-get install slurm-wlm munge, or SHARDED_LAMB_INSTALL_SLURM=1)"
-        )
+    if reason := debian.missing(PROGRAMS):
+        raise SlurmError(reason)
 
 
 @contextmanager
@@ -183,7 +171,7 @@ def _start_munge(folder: Path) -> subprocess.Popen[bytes]:
     key.write_bytes(secrets.token_bytes(128))
     files = ("key-file=munge.key", "log-file=munge.log", "pid-file=munge.pid", "seed-file=munge.seed")
     file_options = [f"--{option.replace('=', f'={folder}/')}" for option in files]
-    environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(folder / "slurm.conf")}
+    environment = {**os.environ, "PATH": debian.path(), "SLURM_CONF": str(folder / "slurm.conf")}
     command = ["munged", "--foreground", f"--socket={folder}/munge.socket", *file_options]
     started = _start(command, environment, folder)
     wait_for("munge's socket", (folder / "munge.socket").exists, 15, folder)
