@@ -17,6 +17,12 @@ constexpr int BLOCK = 256;  // elements; layout.BLOCK
 // REMAINDER: int16, the low 16 bits of masters of bfloat16 weights; see remainders.py.
 enum Dtype : int64_t { NONE = -1, F32 = 0, BF16 = 1, F16 = 2, F64 = 3, REMAINDER = 4 };
 
+#if defined(__aarch64__)
+typedef __fp16 Float16;  // in C++, g++ has _Float16 there from version 13 on
+#else
+typedef _Float16 Float16;
+#endif
+
 template <typename T>
 constexpr int64_t own_dtype() {
   return sizeof(T) == 4 ? F32 : F64;
@@ -135,7 +141,7 @@ INLINE typename Wide<T>::Floats of_f16(const void *memory, int j) {
 #elif defined(__F16C__)
   if constexpr (sizeof(x) == 32) return (typename Wide<T>::Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)memory + j));
 #endif
-  const _Float16 *values = (const _Float16 *)memory + j * Wide<T>::LANES;
+  const Float16 *values = (const Float16 *)memory + j * Wide<T>::LANES;
   for (int i = 0; i < Wide<T>::LANES; i++) x[i] = float(values[i]);
   return x;
 }
@@ -153,8 +159,8 @@ INLINE void to_f16(typename Wide<T>::Floats x, void *memory, int j) {
     return;
   }
 #endif
-  _Float16 *values = (_Float16 *)memory + j * Wide<T>::LANES;
-  for (int i = 0; i < Wide<T>::LANES; i++) values[i] = _Float16(x[i]);
+  Float16 *values = (Float16 *)memory + j * Wide<T>::LANES;
+  for (int i = 0; i < Wide<T>::LANES; i++) values[i] = Float16(x[i]);
 }
 
 // Vector `j` of a block of `dtype`.
