@@ -90,7 +90,9 @@ struct Pair {
 template <int COUNT, typename Leaf>
 INLINE auto by_halving(Leaf leaf) {
   decltype(leaf(0)) half[COUNT / 2];
+#pragma GCC unroll 2
   for (int j = 0; j < COUNT / 2; j++) half[j] = leaf(j);
+#pragma GCC unroll 2
   for (int j = 0; j < COUNT / 2; j++) half[j] = half[j] + leaf(j + COUNT / 2);
 #pragma GCC unroll 4
   for (int n = COUNT / 4; n >= 1; n /= 2)
@@ -124,6 +126,16 @@ INLINE typename Wide<T>::Bits unpacked(typename Wide<T>::Halves x) {
   if constexpr (sizeof(x) == 16 && sizeof(T) == 4) return (typename Wide<T>::Bits)_mm256_cvtepu16_epi32((__m128i)x);
 #endif
   return __builtin_convertvector(x, typename Wide<T>::Bits);
+}
+
+// The lower halves of `x`, whose upper halves are 0 or copies of the sign.
+template <typename T>
+INLINE typename Wide<T>::Halves packed(typename Wide<T>::Bits x) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(x) == 32)
+    return (typename Wide<T>::Halves)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+#endif
+  return __builtin_convertvector(x, typename Wide<T>::Halves);
 }
 
 template <typename T>
@@ -197,7 +209,7 @@ INLINE typename Wide<T>::V store(int64_t dtype, typename Wide<T>::V x, void *mem
       return load<T>(F16, memory, j);
     default:
       const typename W::Bits rounded = to_bf16<T>(single);
-      at<uint16_t, W::LANES>(memory, j) = __builtin_convertvector(rounded, typename W::Halves);
+      at<uint16_t, W::LANES>(memory, j) = packed<T>(rounded);
       return __builtin_convertvector((typename W::Floats)(rounded << 16), typename W::V);
   }
 }
@@ -232,8 +244,8 @@ INLINE void split(typename Wide<T>::V x, void *model, void *remainder, int j) {
   Ints lower = (Ints)master - (Ints)(upper << 16);
   lower = lower > 0x7fff ? Ints{} + 0x7fff : lower;
   lower = master != master ? Ints{} : lower;
-  at<uint16_t, Wide<T>::LANES>(model, j) = __builtin_convertvector(upper, Halves);
-  at<uint16_t, Wide<T>::LANES>(remainder, j) = __builtin_convertvector((typename Wide<T>::Bits)lower, Halves);
+  at<uint16_t, Wide<T>::LANES>(model, j) = packed<T>(upper);
+  at<uint16_t, Wide<T>::LANES>(remainder, j) = packed<T>((typename Wide<T>::Bits)lower & 0xffffu);
 }
 
 // Stores a vector past the cache, so that the cache does not read the memory first; it must be aligned to WIDTH.

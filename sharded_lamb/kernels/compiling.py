@@ -27,7 +27,15 @@ CACHE = "SHARDED_LAMB_CACHE"
 TIMEOUT_S = 120
 """Timeout of one compiler call, in seconds."""
 
-BASE = ("-std=c++17", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+BASE = (
+    "-std=c++17",
+    "-O2",
+    "-funswitch-loops",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fPIC",
+)
 NATIVE = ("-march=native", "-mprefer-vector-width=512")
 Attempt = tuple[tuple[str, ...], tuple[str, ...]]  # compile flags, link flags
 ATTEMPTS: tuple[Attempt, ...] = (

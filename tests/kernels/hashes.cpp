@@ -1,6 +1,6 @@
 // Runs the C interface of lamb.cpp over memory from a fixed generator of integers, and prints hashes of all memory that
 // it wrote: a line a case, equal on every architecture. Values are finite; NaNs have other bits on other processors.
-// structs.h: native.py's RUN and SLICE, and its numbers (test_aarch64.py writes it).
+// structs.h: native.py's RUN and SLICE, and its numbers (drivers.py writes it).
 
 #include <cstdint>
 #include <cstdio>

@@ -1,0 +1,43 @@
+"""C++ programs that call the kernel's C interface without Python."""
+
+import subprocess
+from pathlib import Path
+
+from sharded_lamb.core.layout import BLOCK
+from sharded_lamb.core.rule import COLUMNS
+from sharded_lamb.kernels import compiling, native
+
+FOLDER = Path(__file__).parent
+SHORT = {"FLOAT32": "F32", "BFLOAT16": "BF16", "FLOAT16": "F16", "FLOAT64": "F64", "INT16": "REMAINDER"}
+
+
+def structs() -> str:
+    """C++ declarations of what `native` passes."""
+    fields = {
+        name: ", ".join(dtype.names or ()) for name, dtype in (("Run", native.RUN), ("Slice", native.SLICE))
+    }
+    dtypes = {str(dtype).removeprefix("torch.").upper(): code for dtype, code in native.DTYPES.items()}
+    numbers = {SHORT[name]: code for name, code in dtypes.items()}
+    numbers |= {"NONE": native.NO_MODEL, "BLOCK": BLOCK, "COLUMNS": len(COLUMNS)}
+    return "".join(
+        [
+            *(f"struct {name} {{ int64_t {names}; }};\n" for name, names in fields.items()),
+            *(f"constexpr int64_t {name} = {number};\n" for name, number in numbers.items()),
+        ]
+    )
+
+
+def compiled(driver: str, command: list[str], folder: Path, *flags: str) -> Path:
+    """The driver, a file of this folder, with the kernel, without OpenMP."""
+    folder.mkdir()
+    (folder / "structs.h").write_text(structs())
+    program = folder / "driver"
+    flags = (*compiling.BASE, *flags, f"-I{folder}")
+    done = subprocess.run(
+        [*command, *flags, FOLDER / driver, native.SOURCE, "-o", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return program
