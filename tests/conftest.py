@@ -41,6 +41,7 @@ SYSTEM = (
     "checkpoint/test_exits.py",
     "kernels/test_wheel.py",
     "kernels/test_aarch64.py",
+    "kernels/test_counted.py",
     "kernels/test_compiling.py",
     "cluster/test_namespaces.py",
     "launching/test_env.py",

@@ -12,6 +12,7 @@ from sharded_lamb.comm import devices
 _HELP = {
     "step": "a whole iteration, from each rank's gradients to updated weights on every rank, of ours and of others",
     "kernels": "the two passes of every kernel on one rank, against memory bandwidth",
+    "functions": "each function of the CPU's kernel over each kind of memory, against stock operations",
     "comm": "our exchanges against torch's collectives, by bucket size",
     "overlap": "how much of a slow link between two hosts (network namespaces) is hidden; not under torchrun",
     "memory": "peak memory of every candidate, each in processes of its own, against the formula",
@@ -61,6 +62,11 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=9)
 
 
+def _add_functions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", default="cpp")
+    parser.add_argument("--rounds", type=int, default=9)
+
+
 def _add_comm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mb", default="1,2,4,8,16,32,64,128", help="comma-separated bucket sizes in MB")
     parser.add_argument("--rounds", type=int, default=7)
@@ -74,6 +80,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
 _ARGUMENTS = {
     "step": _add_step,
     "kernels": _add_kernels,
+    "functions": _add_functions,
     "comm": _add_comm,
     "overlap": overlap.add_arguments,
     "memory": _add_memory,

@@ -14,7 +14,7 @@ import torch
 
 from sharded_lamb import shapes
 from sharded_lamb.__main__ import main
-from sharded_lamb.bench import comm, kernels, peak_memory, report
+from sharded_lamb.bench import comm, functions, kernels, peak_memory, report
 from tests import interpreter
 from tests.harness import run_ranks
 
@@ -52,6 +52,28 @@ def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         assert rows["ShardedLamb.step(), cpp"]["us_per_tensor"] == spread(1e3 * step / 36)
         assert rows["ShardedLamb.step(), cpp"]["ns_per_element"] == spread(1e6 * step / 37_304)
     assert "µs a tensor" in capsys.readouterr().out
+
+
+def test_functions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(functions, "ELEMENTS", 1 << 12)
+    monkeypatch.setattr(functions, "CACHED", 1 << 10)
+    monkeypatch.setattr(functions, "REPEATED", 2)
+    where = tmp_path / "functions.json"
+    given = ["--backend", "torch", "--rounds", "3", "--device", "cpu", "--json", str(where)]
+    assert main(["bench", "functions", *given]) == 0
+    results = json.loads(where.read_text())
+    times, summary = recorded(results["rounds_ms"]), results["summary"]
+    assert set(summary) == {"in-place scale", "sum", "a + b into c", *functions.CASES}
+    assert summary["sum"]["gb_per_s"] == spread(4 * 4096 / times["sum"] / 1e6)
+    expected = spread(100 * (24 / times["pass 1, fp32"]) / (8 / times["in-place scale"]))
+    assert summary["pass 1, fp32"]["roofline_percent"] == expected
+    expected = spread(100 * (8 / times["average of 2, bf16"]) / (12 / times["a + b into c"]))
+    assert summary["average of 2, bf16"]["roofline_percent"] == expected
+    cached = times["square_sums, fp16, in cache"]
+    assert summary["square_sums, fp16"]["ns_in_cache"] == spread(1e6 * cached / 2048)
+    assert "% of in-place scale" in capsys.readouterr().out
 
 
 def test_plan_takes_what_kernels_and_comm_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,6 +242,7 @@ def test_a_child_that_fails_is_an_error_with_its_last_words(
     [
         (["kernels", "--backends", "torch,abacus"], "'abacus' is none of those that run here"),
         (["kernels", "--threads", "0"], "whole numbers > 0"),
+        (["functions", "--backend", "triton"], "--backend: kernel 'triton' cannot run on cpu"),
         (["kernels", "--shapes", "nothing"], "must be one of"),
         (["comm"], "under torchrun"),
         (["comm", "--mb", "1,much"], "numbers > 0"),
