@@ -40,7 +40,7 @@ SYSTEM = (
     "deepspeed/test_launcher.py",
     "checkpoint/test_exits.py",
     "kernels/test_wheel.py",
-    "kernels/test_aarch64.py",
+    "kernels/test_targets.py",
     "kernels/test_counted.py",
     "kernels/test_compiling.py",
     "cluster/test_namespaces.py",

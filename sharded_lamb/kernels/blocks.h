@@ -17,12 +17,6 @@ constexpr int BLOCK = 256;  // elements; layout.BLOCK
 // REMAINDER: int16, the low 16 bits of masters of bfloat16 weights; see remainders.py.
 enum Dtype : int64_t { NONE = -1, F32 = 0, BF16 = 1, F16 = 2, F64 = 3, REMAINDER = 4 };
 
-#if defined(__aarch64__)
-typedef __fp16 Float16;  // in C++, g++ has _Float16 there from version 13 on
-#else
-typedef _Float16 Float16;
-#endif
-
 template <typename T>
 constexpr int64_t own_dtype() {
   return sizeof(T) == 4 ? F32 : F64;
@@ -40,10 +34,9 @@ constexpr int WIDTH = 32;
 constexpr int WIDTH = 16;
 #endif
 
-// N lanes in memory of any alignment.
 template <typename Lane, int N>
 struct Lanes {
-  typedef Lane V __attribute__((vector_size(N * sizeof(Lane)), aligned(alignof(Lane)), may_alias));
+  typedef Lane V __attribute__((vector_size(N * sizeof(Lane))));
 };
 
 // Vectors of the compute dtype T, and what converts to and from them lane by lane.
@@ -59,10 +52,17 @@ struct Wide {
   typedef typename Lanes<uint16_t, LANES>::V Halves;
 };
 
-// Vector `j` of a block in memory. (A vector type as a template's argument would lose its alignment.)
+// Vector `j` of a block in memory, of any alignment.
 template <typename Lane, int N>
-INLINE typename Lanes<Lane, N>::V &at(const void *memory, int j) {
-  return *reinterpret_cast<typename Lanes<Lane, N>::V *>((char *)memory + j * N * sizeof(Lane));
+INLINE typename Lanes<Lane, N>::V at(const void *memory, int j) {
+  typename Lanes<Lane, N>::V x;
+  std::memcpy(&x, (const char *)memory + j * sizeof(x), sizeof(x));
+  return x;
+}
+
+template <typename V>
+INLINE void put(V x, void *memory, int j) {
+  std::memcpy((char *)memory + j * sizeof(x), &x, sizeof(x));
 }
 
 template <typename V>
@@ -145,6 +145,33 @@ INLINE typename Wide<T>::Bits to_bf16(typename Wide<T>::Floats x) {  // to the n
   return x != x ? Bits{} + 0x7fc0u : rounded;
 }
 
+#if defined(__aarch64__)
+typedef __fp16 Float16;  // in C++, g++ has _Float16 there from version 13 on
+#elif !defined(__F16C__)
+typedef _Float16 Float16;  // g++ 12
+#endif
+
+INLINE float from_f16(uint16_t bits) {
+#if defined(__F16C__)
+  return _cvtsh_ss(bits);
+#else
+  Float16 x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return float(x);
+#endif
+}
+
+INLINE uint16_t to_f16(float x) {
+#if defined(__F16C__)
+  return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const Float16 rounded = Float16(x);
+  uint16_t bits;
+  std::memcpy(&bits, &rounded, sizeof(bits));
+  return bits;
+#endif
+}
+
 template <typename T>
 INLINE typename Wide<T>::Floats of_f16(const void *memory, int j) {
   typename Wide<T>::Floats x;
@@ -153,8 +180,8 @@ INLINE typename Wide<T>::Floats of_f16(const void *memory, int j) {
 #elif defined(__F16C__)
   if constexpr (sizeof(x) == 32) return (typename Wide<T>::Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)memory + j));
 #endif
-  const Float16 *values = (const Float16 *)memory + j * Wide<T>::LANES;
-  for (int i = 0; i < Wide<T>::LANES; i++) x[i] = float(values[i]);
+  const auto halves = at<uint16_t, Wide<T>::LANES>(memory, j);
+  for (int i = 0; i < Wide<T>::LANES; i++) x[i] = from_f16(halves[i]);
   return x;
 }
 
@@ -171,8 +198,9 @@ INLINE void to_f16(typename Wide<T>::Floats x, void *memory, int j) {
     return;
   }
 #endif
-  Float16 *values = (Float16 *)memory + j * Wide<T>::LANES;
-  for (int i = 0; i < Wide<T>::LANES; i++) values[i] = Float16(x[i]);
+  typename Wide<T>::Halves halves;
+  for (int i = 0; i < Wide<T>::LANES; i++) halves[i] = to_f16(x[i]);
+  put(halves, memory, j);
 }
 
 // Vector `j` of a block of `dtype`.
@@ -199,17 +227,17 @@ INLINE typename Wide<T>::V store(int64_t dtype, typename Wide<T>::V x, void *mem
   const typename W::Floats single = __builtin_convertvector(x, typename W::Floats);
   switch (dtype) {
     case F32:
-      at<float, W::LANES>(memory, j) = single;
+      put(single, memory, j);
       return __builtin_convertvector(single, typename W::V);
     case F64:
-      at<double, W::LANES>(memory, j) = __builtin_convertvector(x, typename W::Doubles);
+      put(__builtin_convertvector(x, typename W::Doubles), memory, j);
       return x;
     case F16:
       to_f16<T>(single, memory, j);
       return load<T>(F16, memory, j);
     default:
       const typename W::Bits rounded = to_bf16<T>(single);
-      at<uint16_t, W::LANES>(memory, j) = packed<T>(rounded);
+      put(packed<T>(rounded), memory, j);
       return __builtin_convertvector((typename W::Floats)(rounded << 16), typename W::V);
   }
 }
@@ -238,14 +266,13 @@ INLINE typename Wide<T>::V joined(const void *model, const void *remainder, int 
 template <typename T>
 INLINE void split(typename Wide<T>::V x, void *model, void *remainder, int j) {
   typedef typename Wide<T>::Ints Ints;
-  typedef typename Wide<T>::Halves Halves;
   const typename Wide<T>::Floats master = __builtin_convertvector(x, typename Wide<T>::Floats);
   const typename Wide<T>::Bits upper = to_bf16<T>(master);
   Ints lower = (Ints)master - (Ints)(upper << 16);
   lower = lower > 0x7fff ? Ints{} + 0x7fff : lower;
   lower = master != master ? Ints{} : lower;
-  at<uint16_t, Wide<T>::LANES>(model, j) = packed<T>(upper);
-  at<uint16_t, Wide<T>::LANES>(remainder, j) = packed<T>((typename Wide<T>::Bits)lower & 0xffffu);
+  put(packed<T>(upper), model, j);
+  put(packed<T>((typename Wide<T>::Bits)lower & 0xffffu), remainder, j);
 }
 
 // Stores a vector past the cache, so that the cache does not read the memory first; it must be aligned to WIDTH.
@@ -256,7 +283,7 @@ INLINE void stream(typename Wide<T>::V x, T *memory, int j) {
 #elif defined(__AVX__)
   _mm256_stream_ps((float *)memory + j * 8, (__m256)x);
 #else
-  at<T, Wide<T>::LANES>(memory, j) = x;
+  put(x, memory, j);
 #endif
 }
 

@@ -89,7 +89,7 @@ INLINE int size_of_block(int64_t numel, int64_t block) {
 // The memory of a block: in place, or a copy of a short one, padded with zeros.
 struct Place {
   char *memory, *block;
-  int bytes;
+  int bytes = 0;
 
   INLINE Place(char *start, int64_t dtype, int64_t number, int n, char *copy) {
     memory = block = start + number * BLOCK * size_of(dtype);
@@ -322,7 +322,7 @@ INLINE T averaged(T *grad, const Slice &slice, int64_t block, const Parts &parts
         return row == 0 ? next : at<T, Wide<T>::LANES>(total, j) + next;
       };
       if (row < last) {
-        for (int j = 0; j < COUNT; j++) at<T, Wide<T>::LANES>(total, j) = sum(j);
+        for (int j = 0; j < COUNT; j++) put(sum(j), total, j);
         return;
       }
       square_sum = across_lanes<T>(by_halving<COUNT>([&](int j) __attribute__((always_inline)) {
@@ -332,7 +332,7 @@ INLINE T averaged(T *grad, const Slice &slice, int64_t block, const Parts &parts
         if (past_cache)
           stream(x, (T *)to.block, j);
         else
-          at<T, Wide<T>::LANES>(to.block, j) = x;
+          put(x, to.block, j);
         return x * x;
       }));
     });
