@@ -7,9 +7,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sharded_lamb import ShardedLamb, kernels, shapes
+from sharded_lamb import Lamb, ShardedLamb, kernels, shapes
 from sharded_lamb.bench import report
 from sharded_lamb.bench.candidates import LAMB
 from sharded_lamb.bench.timing import Clock, Spread, Turns, by_round, quotients, take_turns, world
@@ -18,7 +18,8 @@ from sharded_lamb.core import rule
 from sharded_lamb.gradients.averaged import AveragedGradients
 from sharded_lamb.kernels import Kernel
 
-SCALE, ADAMW, STEP = "in-place scale", "fused AdamW", "ShardedLamb.step(), "  # and the kernel's name
+SCALE, ADAMW, WHOLE = "in-place scale", "fused AdamW", "Lamb.step()"
+STEP = "ShardedLamb.step(), "  # and the kernel's name
 
 BYTES = {SCALE: 8, ADAMW: 28}
 """Memory traffic, bytes per fp32 element. Scale: one read, one write. AdamW reads w, g, m, v and writes w, m, v."""
@@ -29,7 +30,7 @@ LAMB_BYTES = 40
 COUNTED = (
     "roofline: an in-place scale of a tensor larger than the caches, at 8 B an element. A kernel's row is its two "
     "passes over all shards of one rank, at 40 B; fused AdamW's step counts 28 B. ShardedLamb.step() is a whole step "
-    "on one rank, Python included, from gradients in .grad, with the search for non-finite ones."
+    "on one rank, Python included, from gradients in .grad, with the search for non-finite ones; Lamb.step() likewise."
 )
 
 _SCALED = {"cpu": 1 << 28, "cuda": 1 << 29}
@@ -111,15 +112,22 @@ def _actions(
     model().backward()
     optimizer = ShardedLamb(model.named_parameters(), **LAMB)
     optimizer.step()
-    others = [p.detach().clone().requires_grad_() for p in model.parameters()]
-    for other, p in zip(others, model.parameters(), strict=True):
-        other.grad = p.grad
-    adamw = torch.optim.AdamW(others, lr=1e-3, fused=True)
+    adamw = torch.optim.AdamW(_clones(model), lr=1e-3, fused=True)
+    whole = Lamb(_clones(model), **LAMB)
     scaled = torch.ones(_SCALED[device.type], device=device)
     actions: dict[str, Callable[[], None]] = {SCALE: lambda: _discard(scaled.mul_(1.0001))}
     actions |= {kernel.name: _two_passes(optimizer, kernel) for kernel in loaded}
     actions[ADAMW] = lambda: _discard(adamw.step())
-    return {**actions, **{STEP + kernel.name: _step(optimizer, kernel) for kernel in loaded}}
+    actions |= {STEP + kernel.name: _step(optimizer, kernel) for kernel in loaded}
+    return {**actions, WHOLE: lambda: _discard(whole.step())}
+
+
+def _clones(model: nn.Module) -> list[Tensor]:
+    """Copies of the parameters, with the same gradients."""
+    copies = [p.detach().clone().requires_grad_() for p in model.parameters()]
+    for copy, p in zip(copies, model.parameters(), strict=True):
+        copy.grad = p.grad
+    return copies
 
 
 def _step(optimizer: ShardedLamb, kernel: Kernel) -> Callable[[], None]:
@@ -173,7 +181,7 @@ def summarize(
         else:
             row["us_per_tensor"] = asdict(Spread.of([ms * 1e3 / size["tensors"] for ms in times]))
             row["to_adamw"] = asdict(Spread.of(quotients(times, rounds[ADAMW])))
-        if name != SCALE and not name.startswith(STEP):
+        if name not in (SCALE, WHOLE) and not name.startswith(STEP):
             moved = elements * BYTES.get(name, LAMB_BYTES)
             percents = [100 * a for a in quotients([moved * ms for ms in least], times)]
             row["roofline_percent"] = asdict(Spread.of(percents))

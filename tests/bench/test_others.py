@@ -50,6 +50,8 @@ def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         assert rows["torch"]["to_adamw"] == spread(times["torch"] / times["fused AdamW"])
         step = times["ShardedLamb.step(), cpp"]
         assert rows["ShardedLamb.step(), cpp"]["us_per_tensor"] == spread(1e3 * step / 36)
+        assert rows["Lamb.step()"]["us_per_tensor"] == spread(1e3 * times["Lamb.step()"] / 36)
+        assert rows["Lamb.step()"]["roofline_percent"] is None
         assert rows["ShardedLamb.step(), cpp"]["ns_per_element"] == spread(1e6 * step / 37_304)
     assert "µs a tensor" in capsys.readouterr().out
 
