@@ -12,6 +12,7 @@ UNIT_ALL_THE_SAME = {
     "convert/test_command.py",  # one of each command
     "checkpoint/test_saving.py",
     "test_architecture.py",  # git
+    "test_commands.py",  # help
     "test_harness.py",
     "test_verify.py",  # one command among its tests
 }

@@ -37,6 +37,14 @@ def backends(device: torch.device) -> str:
     return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
 
 
+def join_ranks(kind: str | None = None) -> torch.device:
+    """Joins torchrun's process group, if there is one; this rank's device, as `of_this_rank`. Collective."""
+    device = of_this_rank(kind)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group(backends(device))
+    return device
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until ``device`` has done what was launched."""
     if device.type != "cpu":

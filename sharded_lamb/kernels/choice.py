@@ -67,7 +67,7 @@ def choose(name: str, device: torch.device) -> Kernel:
     return load("torch", device)
 
 
-def why_not(name: str, device: torch.device) -> str | None:
+def why_not(name: str, device: torch.device = CPU) -> str | None:
     """The reason why a backend does not work on a device; None if it works."""
     if name == "torch":
         return None

@@ -16,7 +16,7 @@ import torch
 from sharded_lamb.watchdog.diagnosis import rank_ranges
 
 VERSIONED = ("sharded-lamb", "torch", "numpy", "transformers", "deepspeed", "triton")
-_SOURCES = (".py", ".cpp")
+_SOURCES = (".py", ".cpp", ".h")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ def collect(
 ) -> RankReport:
     """This rank's report. An unreadable path becomes its ``problem``, so that every rank reports."""
     same = {"code": _digest_of_tree(Path(__file__).parent.parent), "device": _device(device)}
-    same |= {f"version of {name}": number for name, number in _versions().items()}
+    same |= {f"version of {name}": number for name, number in versions().items()}
     free, problem = None, None
     try:
         same |= {f"config {path}": _digest(path) for path in configs}
@@ -47,16 +47,17 @@ def collect(
     return RankReport(rank, socket.gethostname(), same, free, problem)
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """{distribution: its version, or "none"}, and Python's and CUDA's."""
+    found = {"python": platform.python_version()}
     for name in VERSIONED:
         try:
-            versions[name] = version(name)
+            found[name] = version(name)
         except PackageNotFoundError:
-            versions[name] = "none"
+            found[name] = "none"
     if torch.version.cuda is not None:
-        versions["CUDA"] = torch.version.cuda
-    return versions
+        found["CUDA"] = torch.version.cuda
+    return found
 
 
 def _device(device: torch.device) -> str:

@@ -1,0 +1,81 @@
+"""`sharded-lamb`: help and mistakes without waiting for torch, every command behind one table."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+import sharded_lamb
+from sharded_lamb.__main__ import COLLECTIVE, COMMANDS, main
+
+WITHOUT_TORCH = """
+import sys
+from sharded_lamb.__main__ import main
+try:
+    main({arguments!r})
+except SystemExit:
+    pass
+print("torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], [], ["verfy"]])
+def test_help_and_mistakes_do_not_import_torch(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH.format(arguments=arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
+def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"sharded-lamb {sharded_lamb.__version__}\n"
+
+
+def test_without_arguments_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMMANDS)
+
+
+def test_an_unknown_command_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["verfy"])
+    error = capsys.readouterr().err
+    assert "invalid choice: 'verfy'" in error
+    assert all(name in error for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    assert f"usage: sharded-lamb {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["verify", "plan"])
+def test_a_device_that_is_not_there_is_an_error_in_one_line(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert name in COLLECTIVE
+    assert main([name, "--device", "npu"]) == 2
+    assert capsys.readouterr().err.startswith(f"sharded-lamb {name}: --device npu: expected cpu")
+
+
+def test_the_public_names_are_imported_on_first_use() -> None:
+    spec = importlib.util.find_spec("sharded_lamb")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert set(module.__all__) <= set(dir(module))
+    assert "ShardedLamb" not in vars(module)
+    assert module.ShardedLamb.__module__ == "sharded_lamb.optim.sharded"
+    assert vars(module)["ShardedLamb"] is module.ShardedLamb
+    with pytest.raises(AttributeError, match="no attribute 'ShardedLomb'"):
+        _ = module.ShardedLomb
