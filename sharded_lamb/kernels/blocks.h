@@ -9,6 +9,7 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#define OUTLINE __attribute__((noinline))  // compiled once for all callers
 
 namespace {
 

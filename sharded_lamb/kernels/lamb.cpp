@@ -211,26 +211,42 @@ INLINE void for_each_run(const Piece *runs, int64_t count, int64_t thread, int64
 }
 
 // Calls block_sums(run, first, end, of_blocks), which writes [end - first][K] sums, on all blocks. Adds each block's to
-// sums[k][parameter], in fp64 and in block order for any number of threads. `of_blocks`: [blocks][K].
+// sums[k][parameter], in fp64 and in block order for any number of threads: some blocks at a time with one thread, else
+// through `of_blocks` [blocks][K].
 template <int K, typename T, typename Piece, typename BlockSums>
 INLINE void summed(const Piece *runs, int64_t count, int64_t parameters, double *sums, T *of_blocks, int64_t threads,
                    BlockSums block_sums) {
+  auto add = [&](int k, const Piece &run, int64_t first, int64_t end, const T *of_some) {
+    for (int64_t block = first; block < end; block++)
+      sums[k * parameters + run.owner(block)] += double(of_some[(block - first) * K + k]);
+  };
+  if (threads == 1) {
+    for_each_run(runs, count, 0, 1, [&](const Piece &run, int64_t first, int64_t end, int64_t) {
+      constexpr int64_t SOME = 256;
+      T of_some[SOME * K];
+      for (int64_t block = first; block < end; block += SOME) {
+        const int64_t stop = block + SOME < end ? block + SOME : end;
+        block_sums(run, block, stop, of_some);
+        for (int k = 0; k < K; k++) add(k, run, block, stop, of_some);
+      }
+    });
+    return;
+  }
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
   for (int64_t thread = 0; thread < threads; thread++)
     for_each_run(runs, count, thread, threads, [&](const Piece &run, int64_t first, int64_t end, int64_t number) {
       block_sums(run, first, end, of_blocks + number * K);
     });
-#pragma omp parallel for schedule(static, 1) num_threads(threads < K ? threads : K)
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
   for (int k = 0; k < K; k++)
-    for_each_run(runs, count, 0, 1, [&](const Piece &run, int64_t, int64_t end, int64_t number) {
-      for (int64_t block = 0; block < end; block++)
-        sums[k * parameters + run.owner(block)] += double(of_blocks[(number + block) * K + k]);
+    for_each_run(runs, count, 0, 1, [&](const Piece &run, int64_t first, int64_t end, int64_t number) {
+      add(k, run, first, end, of_blocks + number * K);
     });
 }
 
 template <typename T>
 void square_sums(const Run *runs, int64_t count, int64_t parameters, double *sums, T *of_blocks, int64_t threads) {
-  summed<1>(runs, count, parameters, sums, of_blocks, threads, [&](const Run &run, int64_t first, int64_t end, T *out) {
+  summed<1>(runs, count, parameters, sums, of_blocks, threads, [&](const Run &run, int64_t first, int64_t end, T *out) OUTLINE {
     Copy copy;
     with_known(run.grad_dtype, [&](auto dtype) __attribute__((always_inline)) {
       for (int64_t block = first; block < end; block++) {
@@ -247,7 +263,7 @@ void square_sums(const Run *runs, int64_t count, int64_t parameters, double *sum
 template <typename T>
 void moments_and_norms(const Run *runs, int64_t count, const Coefficients<T> *table, int64_t parameters, double *sums,
                        T *of_blocks, int64_t threads) {
-  summed<2>(runs, count, parameters, sums, of_blocks, threads, [&](const Run &run, int64_t first, int64_t end, T *out) {
+  summed<2>(runs, count, parameters, sums, of_blocks, threads, [&](const Run &run, int64_t first, int64_t end, T *out) OUTLINE {
     Copy copies[5];
     with_known<T>(Dtypes(run), [&](const auto &dtypes) __attribute__((always_inline)) {
       for (int64_t block = first; block < end; block++) {
@@ -345,7 +361,7 @@ INLINE T averaged(T *grad, const Slice &slice, int64_t block, const Parts &parts
 template <typename T>
 void average(T *grad, const Slice *slices, int64_t count, Parts parts, T divisor, bool add, int64_t parameters,
              double *sums, T *of_blocks, int64_t threads) {
-  summed<1>(slices, count, parameters, sums, of_blocks, threads, [&](const Slice &slice, int64_t first, int64_t end, T *out) {
+  summed<1>(slices, count, parameters, sums, of_blocks, threads, [&](const Slice &slice, int64_t first, int64_t end, T *out) OUTLINE {
     for (int64_t block = first; block < end; block++) out[block - first] = averaged(grad, slice, block, parts, divisor, add);
   });
 }
@@ -361,7 +377,7 @@ int64_t lamb_run_bytes() { return sizeof(Run); }
 int64_t lamb_slice_bytes() { return sizeof(Slice); }
 int64_t lamb_coefficients_bytes() { return sizeof(Coefficients<float>); }
 
-// `of_blocks`: memory for [blocks] sums, [blocks][2] in moments_and_norms.
+// `of_blocks`: with several threads, memory for [blocks] sums, [blocks][2] in moments_and_norms.
 #define LAMB_FUNCTIONS(T, SUFFIX)                                                                                      \
   void lamb_square_sums_##SUFFIX(const Run *runs, int64_t count, int64_t parameters, double *sums, T *of_blocks,      \
                                  int64_t threads) {                                                                   \

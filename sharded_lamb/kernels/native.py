@@ -183,7 +183,8 @@ class CppKernel:
         assert parts.shape[1:] == shard.grad.shape
         rows = parts.data_ptr(), len(parts), DTYPES[parts.dtype], shard.grad.numel()
         slices = self._slices(segments, [] if own is None else own.grads)
-        block_sums = self._scratch(shard.compute, len(shard.block_param))
+        threads = torch.get_num_threads()
+        block_sums = self._scratch(shard.compute, len(shard.block_param) if threads > 1 else 0)
         self._function("average", shard.compute)(
             shard.grad.data_ptr(),
             slices.ctypes.data,
@@ -195,7 +196,7 @@ class CppKernel:
             len(sums),
             sums.data_ptr(),
             block_sums.data_ptr(),
-            torch.get_num_threads(),
+            threads,
         )
 
     def _slices(self, segments: Sequence[Segment], grads: Sequence[Tensor | None]) -> Table:
@@ -229,7 +230,7 @@ class CppKernel:
     def _summed(
         self, name: str, shards: Sequence[Shard], kinds: int, table: Tensor | None, sums: Tensor
     ) -> None:
-        runs, dtype = _runs(shards), shards[0].compute
+        runs, dtype, threads = _runs(shards), shards[0].compute, torch.get_num_threads()
         assert sums.is_contiguous()
         assert sums.dtype == torch.float64
         tables = []
@@ -238,7 +239,7 @@ class CppKernel:
             assert table.dtype == dtype
             tables = [table.data_ptr()]
         blocks = int((-(-runs["numel"] // BLOCK)).sum())
-        block_sums = self._scratch(dtype, blocks * kinds)
+        block_sums = self._scratch(dtype, blocks * kinds if threads > 1 else 0)
         self._function(name, dtype)(
             runs.ctypes.data,
             len(runs),
@@ -246,7 +247,7 @@ class CppKernel:
             sums.shape[-1],
             sums.data_ptr(),
             block_sums.data_ptr(),
-            torch.get_num_threads(),
+            threads,
         )
 
     def _scratch(self, dtype: torch.dtype, numel: int) -> Tensor:
