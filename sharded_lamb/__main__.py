@@ -9,6 +9,9 @@ from typing import Any
 from sharded_lamb import __version__
 
 COMMANDS = {
+    "quickstart": ("bert.quickstart", "pretrain a small BERT on this machine, in minutes"),
+    "pretrain": ("bert.pretrain", "pretrain BERT as a configuration says"),
+    "configs": ("bert.shipped", "list the configurations that come with the package, or write one"),
     "verify": ("verify", "compare with a single-process fp64 LAMB on this machine"),
     "plan": ("plan.command", "memory, bytes and time for a model, up to thousands of ranks"),
     "bench": ("bench.command", "measure against other optimizers on this machine"),
@@ -41,7 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, (path, text) in COMMANDS.items():
         own = commands.add_parser(name, help=text)
         if name == named:
-            module = importlib.import_module(f"sharded_lamb.{path}")
+            try:
+                module = importlib.import_module(f"sharded_lamb.{path}")
+            except ModuleNotFoundError as error:
+                extra = path.partition(".")[0]
+                print(f"sharded-lamb {name}: {error}; pip install 'sharded-lamb[{extra}]'", file=sys.stderr)
+                return 2
             module.add_arguments(own)
     chosen = parser.parse_args(arguments)
     if chosen.command is None:

@@ -2,8 +2,9 @@
 
 Imports between modules run one way::
 
-    config -> config_io, stateless_rng, schedule, batch -> corpus, tokenizer -> shards -> prepare -> masking, data
-           -> model, metrics -> optim, ds_config -> engine -> train_backend -> checkpoint -> train -> study, __main__
+    config, shipped -> config_io, stateless_rng, schedule, batch -> corpus, tokenizer -> shards -> prepare
+           -> masking, data -> model, metrics -> optim, ds_config -> engine -> train_backend -> checkpoint -> train
+           -> study, __main__ -> pretrain -> quickstart
 
 Run it with ``torchrun … -m sharded_lamb.bert --config FILE [key=value …]``.
 """

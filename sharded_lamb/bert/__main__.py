@@ -23,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
         "command", nargs="?", default="train", help="train (default), prepare, study or padding"
     )
     parser.add_argument(
-        "--config", required=True, metavar="FILE", help="YAML file, such as configs/bert-quickstart.yaml"
+        "--config", required=True, metavar="FILE", help="YAML file, or a shipped one: bert-quickstart"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print batch arithmetic, memory and steps; train nothing"

@@ -16,6 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from sharded_lamb.bert.config import RunConfig, require
+from sharded_lamb.bert.shipped import names as shipped_names
+from sharded_lamb.bert.shipped import path_of
 
 
 def _nearest(key: str, choices: Sequence[str]) -> str:
@@ -142,12 +144,15 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), origin:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file and apply overrides.
+    """Read a YAML file, or a shipped one by its name, and apply overrides.
 
     Raises:
         ValueError: the file is missing or not a mapping, or as in `build_config`.
     """
-    return build_config(_read_yaml(Path(path)), overrides, origin=str(path))
+    shipped = str(path) in shipped_names() and not Path(path).exists()
+    return build_config(
+        _read_yaml(path_of(str(path)) if shipped else Path(path)), overrides, origin=str(path)
+    )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -155,7 +160,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, beside, n=1)
-        hint = f"did you mean {path.parent / close[0]}?" if close else "give the path of a YAML file"
+        hint = (
+            f"did you mean {path.parent / close[0]}?" if close else "give the path of a YAML file, or a name"
+        )
+        hint += "" if close else f" that is shipped ({', '.join(n for n in shipped_names() if '/' not in n)})"
         raise ValueError(f"--config {path}: no such file; {hint}")
     try:
         tree = _parse(path.read_text())

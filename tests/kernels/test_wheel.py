@@ -301,6 +301,20 @@ def test_the_wheel_runs_without_a_compiler(installed: Path, tmp_path: Path) -> N
     assert "cannot run" not in done.stderr
 
 
+def test_the_wheel_has_the_recipe_s_configurations(installed: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sharded_lamb", "pretrain", "--config", "bert-quickstart", "--dry-run"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1,500 steps" in done.stdout
+    assert not (installed / "sharded_lamb" / "configs").is_symlink()
+
+
 # -- the command's own checks -------------------------------------------------------------------------
 
 

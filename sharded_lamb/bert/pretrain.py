@@ -1,0 +1,74 @@
+"""``sharded-lamb pretrain``: the recipe on this machine's ranks; under torchrun or srun, on those."""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from sharded_lamb.bert.__main__ import main as recipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``sharded-lamb pretrain``."""
+    parser.description = (
+        "Pretrains BERT as a configuration says: a file, or the name of one that is shipped (sharded-lamb configs). "
+        "Starts this machine's ranks; under torchrun or srun it is one of theirs."
+    )
+    parser.add_argument("--config", required=True, metavar="NAME|FILE")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print batch arithmetic, memory and steps; train nothing"
+    )
+    parser.add_argument(
+        "--resume", metavar="auto|FOLDER", help="resume from the newest complete checkpoint, or a named one"
+    )
+    add_launching(parser)
+
+
+def add_launching(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of starting ranks, and the settings."""
+    parser.add_argument("--ranks", type=int, help="processes; default: one per GPU, or 2 on the CPU")
+    parser.add_argument(
+        "--max-restarts", type=int, default=2, help="of all ranks, if one dies; they resume bit-exactly"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Returns the exit code of the recipe or of its ranks."""
+    arguments = ["--config", chosen.config, *chosen.overrides]
+    if chosen.dry_run:
+        return recipe([*arguments, "--dry-run"])
+    if chosen.resume is not None:
+        arguments += ["--resume", chosen.resume]
+    if "RANK" in os.environ:
+        return recipe(arguments)
+    return launch(arguments, chosen.ranks, chosen.max_restarts)
+
+
+def launch(arguments: Sequence[str], ranks: int | None, max_restarts: int) -> int:
+    """Runs the recipe on ``ranks`` processes of this machine. Returns its exit code; 130 after Ctrl-C.
+
+    Raises:
+        ValueError: ``ranks`` is not > 0.
+    """
+    if ranks is None:
+        ranks = torch.accelerator.device_count() if torch.accelerator.is_available() else 2
+    if ranks < 1:
+        raise ValueError(f"--ranks must be >= 1, got {ranks}")
+    # Rejects invalid settings and input once, before torchrun starts ranks, which it would restart.
+    code = recipe(["prepare", *arguments])
+    if code:
+        return code
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true", **os.environ}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += [f"--max-restarts={max_restarts}", "-m", "sharded_lamb.bert", *arguments]
+    with subprocess.Popen(command, env=environment) as ranks_of_torchrun:
+        try:
+            return ranks_of_torchrun.wait()
+        except KeyboardInterrupt:  # the ranks got it too
+            ranks_of_torchrun.wait()
+            return 130

@@ -1,0 +1,68 @@
+"""``sharded-lamb configs``: the configurations that the package ships, for the recipe and for DeepSpeed."""
+
+import argparse
+import textwrap
+from itertools import takewhile
+from pathlib import Path
+
+import yaml
+
+FOLDER = Path(__file__).parent.parent / "configs"
+
+
+def names() -> list[str]:
+    """Of the recipe's, then of DeepSpeed's: ``bert-base``, ``deepspeed/zero1``, …"""
+    recipe = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return recipe + sorted(f"deepspeed/{path.stem}" for path in (FOLDER / "deepspeed").glob("*.json"))
+
+
+def path_of(name: str) -> Path:
+    """The file of a shipped configuration.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in names():
+        raise ValueError(f"no configuration {name!r} is shipped; there are: {', '.join(names())}")
+    return FOLDER / f"{name}{'.json' if name.startswith('deepspeed/') else '.yaml'}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``sharded-lamb configs``."""
+    parser.description = "Lists the configurations that come with the package, or writes one to edit it."
+    parser.add_argument("--write", metavar="NAME", help="copy it, and the files it is based on, here")
+    parser.add_argument("--to", type=Path, default=Path(), metavar="FOLDER", help="default: this folder")
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Returns 0.
+
+    Raises:
+        ValueError: an unknown name, or a file is there already.
+    """
+    if chosen.write is None:
+        for name in names():
+            print(f"{name:<32} {_summary(path_of(name))}".rstrip())
+        return 0
+    for path in _with_bases(path_of(chosen.write)):
+        target = chosen.to / path.name
+        if target.exists():
+            raise ValueError(f"{target} exists already: it is not overwritten")
+        chosen.to.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+        print(target)
+    return 0
+
+
+def _summary(path: Path) -> str:
+    """The beginning of a YAML file's first comment."""
+    comment = takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    return textwrap.shorten(" ".join(line.lstrip("# ") for line in comment), 90, placeholder=" …")
+
+
+def _with_bases(path: Path) -> list[Path]:
+    """The file and, in turn, those named by ``base``."""
+    if path.suffix != ".yaml":
+        return [path]
+    base = (yaml.safe_load(path.read_text()) or {}).get("base")
+    return [path] if base is None else [path, *_with_bases(path.parent / str(base))]
