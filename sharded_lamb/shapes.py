@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -77,6 +78,19 @@ def named(name: str) -> Shapes:
     return makers[name]()
 
 
+def read_json(path: Path) -> Any:
+    """The content of a user's JSON file.
+
+    Raises:
+        ValueError: it is damaged; the message names it.
+        OSError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # also bytes that are no text
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
 def load(name: str) -> Mapping[str, Sequence[int]]:
     """The list called ``name``, or that of a JSON file ``{name: shape}`` (``name`` ends in .json).
 
@@ -86,7 +100,7 @@ def load(name: str) -> Mapping[str, Sequence[int]]:
     """
     if not name.endswith(".json"):
         return named(name)
-    listed = json.loads(Path(name).read_text())
+    listed = read_json(Path(name))
     if not isinstance(listed, dict) or not all(isinstance(shape, list) for shape in listed.values()):
         raise ValueError(f"{name} must hold a JSON object {{name: [size, …]}}")
     return listed

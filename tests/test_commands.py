@@ -79,3 +79,48 @@ def test_the_public_names_are_imported_on_first_use() -> None:
     assert vars(module)["ShardedLamb"] is module.ShardedLamb
     with pytest.raises(AttributeError, match="no attribute 'ShardedLomb'"):
         _ = module.ShardedLomb
+
+
+MISSING = """
+import runpy, sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {module!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+"""
+PROGRAM = """
+sys.argv = {arguments!r}
+runpy.run_module({program!r}, run_name="__main__", alter_sys=True)
+"""
+
+
+def without(module: str, code: str) -> subprocess.CompletedProcess[str]:
+    code = MISSING.format(module=module) + code
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+def test_the_plugin_without_deepspeed_says_what_to_install() -> None:
+    done = without("deepspeed", "import sharded_lamb.deepspeed")
+    said = (
+        "ModuleNotFoundError: sharded_lamb.deepspeed needs DeepSpeed: pip install 'sharded-lamb[deepspeed]'"
+    )
+    assert done.stderr.splitlines()[-1] == said
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "module", "extra"),
+    [
+        ("sharded_lamb.bert", ["--config", "bert-quickstart"], "omegaconf", "bert"),
+        ("sharded_lamb", ["quickstart"], "omegaconf", "bert"),
+        ("sharded_lamb", ["configs"], "yaml", "bert"),
+        ("sharded_lamb.bench.naive_ratios", [], "deepspeed", "deepspeed,bert"),
+    ],
+)
+def test_a_missing_extra_is_named_in_one_line(
+    program: str, arguments: list[str], module: str, extra: str
+) -> None:
+    done = without(module, PROGRAM.format(arguments=["program", *arguments], program=program))
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].endswith(f"{module!r}; pip install 'sharded-lamb[{extra}]'")
+    assert "Traceback" not in done.stderr

@@ -17,13 +17,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-import sharded_lamb.deepspeed as plugin
+try:
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    import sharded_lamb.deepspeed as plugin
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"error: {error}; pip install 'sharded-lamb[deepspeed,bert]'")
 from sharded_lamb import Lamb
 from sharded_lamb.bench.report import dumped
 

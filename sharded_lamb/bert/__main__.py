@@ -7,8 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sharded_lamb.bert.config import RunConfig
-from sharded_lamb.bert.config_io import load_config
+try:
+    from sharded_lamb.bert.config import RunConfig
+    from sharded_lamb.bert.config_io import load_config
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"error: {error}; pip install 'sharded-lamb[bert]'")
 
 _COMMANDS = ("train", "prepare", "study", "padding")
 

@@ -1,6 +1,5 @@
 """safetensors: weights only, in a file or in a folder of Hugging Face's ``save_pretrained``."""
 
-import json
 from pathlib import Path
 
 from torch import Tensor
@@ -8,6 +7,7 @@ from torch import Tensor
 from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert.common import Converted, left_out, widest_weights
 from sharded_lamb.core.names import normalize
+from sharded_lamb.shapes import read_json
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -39,7 +39,10 @@ def read_weights(source: str) -> dict[str, Tensor]:
 
 def _of_folder(folder: Path) -> dict[str, Tensor]:
     if (folder / INDEX).is_file():
-        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        index = read_json(folder / INDEX)
+        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+            raise ValueError(f"{folder / INDEX} has no weight_map: it is no index of safetensors files")
+        files = sorted(set(index["weight_map"].values()))
         if any(Path(file).name != file for file in files):
             raise ValueError(f"{folder / INDEX} names files outside its folder: {files}")
         return {name: value for file in files for name, value in _of_file(folder / file).items()}

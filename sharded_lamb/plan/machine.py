@@ -10,12 +10,12 @@ Rings run through all ranks of a node at once: over several nodes their bandwidt
 node and of all the node's ranks together between nodes.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, log2
 from pathlib import Path
-from typing import Any
+
+from sharded_lamb.shapes import read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +85,7 @@ def calibrated(machine: Machine, paths: Sequence[str]) -> Machine:
 
 
 def _read(path: str) -> dict[str, float]:
-    try:
-        content: Any = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"--calibrate {path} is not JSON: {error}") from None
+    content = read_json(Path(path))
     read = {key: content[key] for key in CALIBRATED if key in content} if isinstance(content, dict) else {}
     if not read:
         raise ValueError(

@@ -1,12 +1,11 @@
 """The parameter shapes of a Hugging Face config's model, without memory for them."""
 
-import json
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from sharded_lamb.shapes import Shapes
+from sharded_lamb.shapes import Shapes, read_json
 
 
 def shapes_of_config(path: str) -> Shapes:
@@ -24,7 +23,8 @@ def shapes_of_config(path: str) -> Shapes:
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise OSError(f"--config {path}: no such file. Give the path of a Hugging Face config.json")
-    if "model_type" not in (content := json.loads(file.read_text())):
+    content = read_json(file)
+    if not isinstance(content, dict) or "model_type" not in content:
         raise ValueError(f"--config {path} has no model_type, by which Hugging Face finds the model")
     try:
         import transformers

@@ -202,7 +202,9 @@ def test_mistakes(arguments: list[str], says: str, capsys: pytest.CaptureFixture
         ("--config", "[]", "no model_type"),
         ("--config", '{"model_type": "bert", "architectures": ["Nothing"]}', "no model 'Nothing'"),
         ("--calibrate", "[]", "has none of kernel_bytes_per_second"),
-        ("--calibrate", "nonsense", "is not JSON"),
+        ("--calibrate", "nonsense", "file.json is not JSON: Expecting value: line 1 column 1"),
+        ("--config", "nonsense", "file.json is not JSON: Expecting value: line 1 column 1"),
+        ("--shapes", '{"w": [1}', "file.json is not JSON: Expecting ',' delimiter: line 1 column 9"),
         ("--calibrate", '{"latency_seconds": -1}', "latency_seconds must be a number > 0, got -1"),
         (
             "--calibrate",
