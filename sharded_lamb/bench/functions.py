@@ -56,10 +56,13 @@ class Memory:
 
     def of(self, kind: str, dtype: torch.dtype) -> Tensor:
         if (kind, dtype) not in self.made:
-            lane = LANES.index(kind) if kind in LANES else None
-            memory = torch.empty(self.numel, dtype=dtype)
-            if lane is not None:
+            lane = LANES.index(kind) if kind in LANES else len(LANES)
+            memory = torch.empty(0, dtype=dtype)
+            if lane < len(LANES):
                 memory = flat_memory.zeros(self.numel, dtype, memory.device, lane)
+            if memory.numel() == 0 or memory.nbytes < flat_memory.MIN_BYTES:
+                behind = lane * flat_memory.LANE_BYTES // dtype.itemsize  # as in memory that is large enough
+                memory = torch.empty(self.numel + behind, dtype=dtype)[behind:]
             self.made[kind, dtype] = memory.fill_(0 if dtype == REMAINDER else 0.01)
         return self.made[kind, dtype]
 
@@ -163,7 +166,7 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         if case.in_cache:
             actions[f"{name}, in cache"] = partial(case.run, cached)
     with torch.no_grad():
-        turns = take_turns(actions, Clock(device), rounds=chosen.rounds)
+        turns = take_turns(actions, Clock(device), rounds=chosen.rounds, iterations=5)
     summary = summarize(turns)
     content = {
         **report.about(device),
