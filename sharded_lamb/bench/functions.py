@@ -57,12 +57,12 @@ class Memory:
     def of(self, kind: str, dtype: torch.dtype) -> Tensor:
         if (kind, dtype) not in self.made:
             lane = LANES.index(kind) if kind in LANES else len(LANES)
-            memory = torch.empty(0, dtype=dtype)
+            memory = torch.empty(0, dtype=dtype, device="cpu")
             if lane < len(LANES):
                 memory = flat_memory.zeros(self.numel, dtype, memory.device, lane)
             if memory.numel() == 0 or memory.nbytes < flat_memory.MIN_BYTES:
                 behind = lane * flat_memory.LANE_BYTES // dtype.itemsize  # as in memory that is large enough
-                memory = torch.empty(self.numel + behind, dtype=dtype)[behind:]
+                memory = torch.empty(self.numel + behind, dtype=dtype, device="cpu")[behind:]
             self.made[kind, dtype] = memory.fill_(0 if dtype == REMAINDER else 0.01)
         return self.made[kind, dtype]
 
@@ -79,12 +79,12 @@ class Memory:
 
 def _table(dtype: torch.dtype) -> Tensor:
     row = Coefficients(1.0, 0.0, 0.9, 0.1, 0.999, 0.001, 1.0, 1.0, 0.0, 1e-6, 0.01)
-    return torch.tensor([[getattr(row, name) for name in COLUMNS]], dtype=dtype)
+    return torch.tensor([[getattr(row, name) for name in COLUMNS]], dtype=dtype, device="cpu")
 
 
 def _pass_1(*dtypes: Any) -> Callable[[Memory], None]:
     def run(memory: Memory) -> None:
-        sums = torch.zeros(len(SUMS), 1, dtype=torch.float64)
+        sums = torch.zeros(len(SUMS), 1, dtype=torch.float64, device="cpu")
         memory.kernel.moments_and_norms(memory.shards(*dtypes), _table(F32), sums)
 
     return run
@@ -92,14 +92,16 @@ def _pass_1(*dtypes: Any) -> Callable[[Memory], None]:
 
 def _pass_2(*dtypes: Any) -> Callable[[Memory], None]:
     def run(memory: Memory) -> None:
-        memory.kernel.apply(memory.shards(*dtypes), _table(F32), torch.full((1,), 1e-6))
+        memory.kernel.apply(memory.shards(*dtypes), _table(F32), torch.full((1,), 1e-6, device="cpu"))
 
     return run
 
 
 def _square_sums(grad: torch.dtype) -> Callable[[Memory], None]:
     def run(memory: Memory) -> None:
-        memory.kernel.square_sums(memory.shards(F32, None, grad, F32), torch.zeros(1, dtype=torch.float64))
+        memory.kernel.square_sums(
+            memory.shards(F32, None, grad, F32), torch.zeros(1, dtype=torch.float64, device="cpu")
+        )
 
     return run
 
@@ -108,12 +110,17 @@ def _average(wire: torch.dtype) -> Callable[[Memory], None]:
     def run(memory: Memory) -> None:
         unused, blocks = memory.of("exp_avg", F32), memory.numel // BLOCK
         shard = FlatShard(
-            unused, None, memory.of("average", F32), unused, unused, torch.zeros(blocks, dtype=torch.int64)
+            unused,
+            None,
+            memory.of("average", F32),
+            unused,
+            unused,
+            torch.zeros(blocks, dtype=torch.int64, device="cpu"),
         )
         own = LocalContribution(0, [memory.of("grad", wire)])
         received = ReceivedShards(memory.of("row", wire).unsqueeze(0), 2, own)
         segments = [Segment(0, 0, memory.numel, 0)]
-        sums = torch.zeros(1, dtype=torch.float64)
+        sums = torch.zeros(1, dtype=torch.float64, device="cpu")
         memory.kernel.average(shard, segments, received, sums, add=False)
 
     return run
