@@ -117,11 +117,16 @@ def test_damaged_lists_of_names_and_indexes(tmp_path: Path, capsys: pytest.Captu
     said = cases.refused(capsys, tmp_path / "f", tmp_path / "c", *command)
     assert f"{tmp_path / 'names.json'} is not a JSON list of names" in said
     (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}}))
-    said = cases.refused(
-        capsys, tmp_path / "hub", tmp_path / "c", "--from", "safetensors", "--to", "sharded_lamb"
-    )
-    assert f"{tmp_path / 'hub'} cannot be read as safetensors: KeyError: 'weight_map'" in said
+    index = tmp_path / "hub" / "model.safetensors.index.json"
+    for content, what in (
+        (json.dumps({"metadata": {}}), "has no weight_map: it is no index of safetensors files"),
+        ("[1, ", "is not JSON: Expecting value"),
+    ):
+        index.write_text(content)
+        said = cases.refused(
+            capsys, tmp_path / "hub", tmp_path / "c", "--from", "safetensors", "--to", "sharded_lamb"
+        )
+        assert f"{index} {what}" in said
 
 
 @pytest.mark.parametrize("character", ["\x0b", "\x0c", "\x1c", "\x1e", "\r", ""])
