@@ -89,6 +89,8 @@ class AveragedGradients:
         return self.collectives.world_size > 1 and self._steps_seen < CHECKED_STEPS
 
     def _grads(self) -> list[Tensor | None]:
+        if all(self.is_member):
+            return [p.grad for p in self.params]
         return [
             p.grad if is_member else None for p, is_member in zip(self.params, self.is_member, strict=True)
         ]

@@ -102,6 +102,14 @@ def _flat_run(shard: FlatShard) -> tuple[int, ...]:
 
 
 def _scattered_runs(shard: ScatteredShard) -> Table:
+    """Serves all calls of a step: both passes, and the sums of gradients before them."""
+    if "cpp" not in shard.current:
+        shard.current["cpp"] = _with_gradients(shard)
+    runs: Table = shard.current["cpp"]
+    return runs
+
+
+def _with_gradients(shard: ScatteredShard) -> Table:
     if "cpp" not in shard.derived:
         shard.derived["cpp"] = _without_gradients(shard)
     runs: Table = shard.derived["cpp"].copy()

@@ -74,10 +74,12 @@ class ScatteredShard:
     grad_starts: Sequence[int] | None = None  # the first element of each piece in its gradient; None: 0
     derived: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """What a kernel has computed, by its name, from all fields but ``grad``."""
+    current: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What a kernel has computed, by its name, from all fields."""
 
     def with_gradients(self, grads: Sequence[Tensor]) -> "ScatteredShard":
-        """The same pieces with other gradients; what is derived stays."""
-        return replace(self, grad=grads)
+        """The same pieces with other gradients; what is derived from the rest stays."""
+        return replace(self, grad=grads, current={})
 
     def gradients(self) -> list[Tensor]:
         """[n_i] views of the pieces' gradients, in memory order."""
@@ -104,7 +106,7 @@ class ScatteredShard:
         )
 
     def _columns(self) -> dict[str, Any]:
-        return {kind.name: getattr(self, kind.name) for kind in fields(self) if kind.name != "derived"}
+        return {kind.name: getattr(self, kind.name) for kind in fields(self) if kind.compare}
 
     @property
     def lengths(self) -> tuple[int, ...]:

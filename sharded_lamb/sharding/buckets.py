@@ -9,9 +9,10 @@ since other processes may read it: a step copies it before, and copies the resul
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from sharded_lamb.core.layout import BLOCK, Bucket, Segment
 from sharded_lamb.kernels import FlatShard, ScatteredShard, formats
 from sharded_lamb.kernels.state_format import StateFormat, StoredState, moments
 from sharded_lamb.sharding.flat_memory import zeros
+from sharded_lamb.sharding.memory_record import MemoryRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +146,8 @@ class FlatBucket:
         ]
         self.flat = zeros(plan.numel, precision.model, device, lane=0)  # [bucket]
         self.low, self.high = plan.shard_range(shard_rank)
-        self._shapes, self._numels = [p.shape for p in self.params], [p.numel() for p in self.params]
-        self._strides_now = [p.stride() for p in self.params]
-        self._pointers = [0] * len(self.params)
+        self._shapes = [p.shape for p in self.params]
+        self._record = MemoryRecord(self.params)
         self._shared: set[int] = set()  # positions of parameters in shared memory, outside ``flat``
         for position, p in enumerate(self.params):
             self.attach(position, p.detach())
@@ -238,24 +239,11 @@ class FlatBucket:
             offset = self.plan.offsets[position]
             part = self.flat[offset : offset + p.numel()]
             p.data = with_own_storage(part, view.shape, view.stride())
-        self._pointers[position] = p.data_ptr()
-        self._strides_now[position] = p.stride()
+        self._record.renew(position, p)
 
-    def replaced(self) -> Iterator[int]:
-        """The positions of parameters whose memory, shape, strides or dtype is no longer that of `attach`."""
-        unchanged = (
-            list(map(Tensor.data_ptr, self.params)) == self._pointers
-            and list(map(Tensor.stride, self.params)) == self._strides_now
-            and list(map(Tensor.numel, self.params)) == self._numels
-            and {p.dtype for p in self.params} <= {self.precision.model}
-        )
-        if unchanged:
-            return
-        rows = zip(self.params, self._pointers, self._strides_now, self._shapes, strict=True)
-        for position, (p, pointer, strides, shape) in enumerate(rows):
-            actual = p.data_ptr(), p.stride(), p.shape, p.dtype
-            if actual != (pointer, strides, shape, self.precision.model):
-                yield position
+    def replaced(self) -> list[int]:
+        """The positions of parameters whose memory, strides, size or dtype is no longer that of `attach`."""
+        return self._record.changed(self.params)
 
     def is_on(self, device: torch.device, position: int) -> bool:
         """Whether a parameter has the shape, dtype and layout that it had at construction, and is on ``device``."""
@@ -348,11 +336,14 @@ class GradientsInPlace:
         for pieces, strides in zip(self._pieces, self._strides, strict=True):
             own = in_memory_order([grads[param] for param in pieces.params], strides)
             dtypes = [None if grad is None else grad.dtype for grad in own]
-            for dtype in dict.fromkeys(dtypes):
-                chosen = [piece for piece, other in enumerate(dtypes) if other == dtype]
-                part = pieces if len(chosen) == len(own) else pieces.chosen(chosen)
+            kinds = dict.fromkeys(dtypes)
+            for dtype in kinds:
+                part, part_grads = pieces, own
+                if len(kinds) > 1:
+                    chosen = [piece for piece, other in enumerate(dtypes) if other == dtype]
+                    part, part_grads = pieces.chosen(chosen), [own[piece] for piece in chosen]
                 if dtype is None:
-                    missing.append(replace(part, grad=part.exp_avg, grad_starts=None))
+                    missing.append(replace(part, grad=part.exp_avg, grad_starts=None, current={}))
                 else:
-                    found.append(part.with_gradients([g for g in own if g is not None and g.dtype == dtype]))
+                    found.append(part.with_gradients(cast(list[Tensor], part_grads)))
         return found, missing

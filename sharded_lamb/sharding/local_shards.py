@@ -6,7 +6,6 @@ them. `buckets.py` is the counterpart for plain parameters, which this package s
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,8 @@ from sharded_lamb.kernels import ScatteredShard
 from sharded_lamb.kernels.state_format import StoredState
 from sharded_lamb.kernels.state_format import moments as moments_of
 from sharded_lamb.sharding.buckets import Precision, flattened, memory_strides
-from sharded_lamb.sharding.placements import local_part, mesh_device
+from sharded_lamb.sharding.memory_record import MemoryRecord
+from sharded_lamb.sharding.placements import local_memory, local_part, mesh_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +106,30 @@ class DTensorShards:
         """{parameter: local gradient} as last read, with the parameter's placements."""
         self.shards: list[ScatteredShard] = []
         """The kernels' shards: the local parts that have elements and, when last read, a gradient."""
+        self._pieces: dict[_Kind, _Pieces] = {}
+        self._record: MemoryRecord | None = None  # of local parts that fit their state; None: to be checked
 
     def add(self, param: int, p: DTensor, precision: Precision) -> None:
         self.local[param] = LocalShard.of(p, precision)
+        self._pieces, self._record = {}, None
+
+    def _memory(self) -> list[Tensor]:
+        return [local_memory(local_shard.p) for local_shard in self.local.values()]
+
+    def _has_moved(self, memory: Sequence[Tensor]) -> bool:
+        """Whether some ``memory`` is not where `check_attached` saw it; forgets what was derived from that."""
+        if self._record is not None and self._record.fits(memory):
+            return False
+        self._pieces, self._record = {}, None
+        return True
 
     def check_attached(self, names: Sequence[str]) -> None:
         """Raises RuntimeError if a local part's size, dtype or device differs from its state's."""
+        memory = self._memory()
+        if not self._has_moved(memory):
+            return
         for param, local_shard in self.local.items():
-            local = local_part(local_shard.p)
+            local = local_memory(local_shard.p)
             actual = (local.numel(), local.dtype, local.device)
             expected = (local_shard.exp_avg.numel(), local_shard.precision.model, local_shard.exp_avg.device)
             if actual != expected:
@@ -122,19 +138,29 @@ class DTensorShards:
                     f"{actual[2]}; ShardedLamb was constructed with {expected[0]} of {expected[1]} on {expected[2]}. "
                     f"Shard, convert and move the model first and construct the optimizer after"
                 )
+        self._record = MemoryRecord(memory)
 
     def read_gradients(self, names: Sequence[str], traffic: Traffic) -> None:
         """Read every ``.grad``. Collective only if some have other placements than their parameters."""
-        params = [param for param, local_shard in self.local.items() if local_shard.p.grad is not None]
-        grads = local_gradients({names[param]: self.local[param].p for param in params}, traffic)
-        self.grads = dict(zip(params, grads, strict=True))
-        rows_of: dict[Any, list[tuple[int, LocalShard, Tensor]]] = {}
+        with_grads = {
+            param: grad
+            for param, local_shard in self.local.items()
+            if (grad := local_shard.p.grad) is not None
+        }
+        params = {names[param]: self.local[param].p for param in with_grads}
+        local_grads = local_gradients(params, list(with_grads.values()), traffic)
+        self.grads = dict(zip(with_grads, local_grads, strict=True))
+        self._has_moved(self._memory())
+        alike: dict[_Kind, list[int]] = {}
         for param, grad in self.grads.items():
-            local_shard = self.local[param]
             if grad.numel():
-                row = param, local_shard, flattened(grad, local_shard.strides)
-                rows_of.setdefault((local_shard.precision, grad.dtype), []).append(row)
-        self.shards = [_shard(rows) for rows in rows_of.values()]
+                alike.setdefault((self.local[param].precision, grad.dtype), []).append(param)
+        self._pieces = {kind: self._pieces_of(kind, members) for kind, members in alike.items()}
+        self.shards = [pieces.with_gradients(self.grads) for pieces in self._pieces.values()]
+
+    def _pieces_of(self, kind: "_Kind", members: list[int]) -> "_Pieces":
+        kept = self._pieces.get(kind)
+        return kept if kept is not None and kept.members == members else _Pieces(members, self.local)
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes on this rank, by kind. Gradients stay in their own memory."""
@@ -147,24 +173,45 @@ class DTensorShards:
         }
 
 
-def _shard(rows: Sequence[tuple[int, LocalShard, Tensor]]) -> ScatteredShard:
-    weights = [local_shard.weight() for _, local_shard, _ in rows]
-    masters = [local_shard.master for _, local_shard, _ in rows if local_shard.master is not None]
-    return ScatteredShard(
-        params=tuple(param for param, _, _ in rows),
-        weight=masters or weights,
-        grad=[grad for _, _, grad in rows],
-        exp_avg=[local_shard.exp_avg for _, local_shard, _ in rows],
-        exp_avg_sq=[local_shard.exp_avg_sq for _, local_shard, _ in rows],
-        model=weights if masters else None,
-    )
+_Kind = tuple[Precision, torch.dtype]
+"""A precision and a dtype of gradients."""
+
+
+class _Pieces:
+    """Local parts of one kind as a shard, which serves while their memory stays where it is."""
+
+    def __init__(self, members: list[int], local: Mapping[int, LocalShard]) -> None:
+        self.members = members
+        rows = [local[param] for param in members]
+        self._strides = [row.strides for row in rows]
+        weights = [row.weight() for row in rows]
+        masters = [row.master for row in rows if row.master is not None]
+        self._shard = ScatteredShard(
+            params=tuple(members),
+            weight=masters or weights,
+            grad=(),
+            exp_avg=[row.exp_avg for row in rows],
+            exp_avg_sq=[row.exp_avg_sq for row in rows],
+            model=weights if masters else None,
+        )
+
+    def with_gradients(self, grads: Mapping[int, Tensor]) -> ScatteredShard:
+        own = [grads[param] for param in self.members]
+        return self._shard.with_gradients(
+            [
+                grad if grad.stride() == strides else flattened(grad, strides)
+                for grad, strides in zip(own, self._strides, strict=True)
+            ]
+        )
 
 
 # -- gradients with other placements than their parameters -------------------------------------------
 
 
-def local_gradients(params: Mapping[str, DTensor], traffic: Traffic) -> list[Tensor]:
-    """This rank's part of every gradient, with the parameter's placements; leaves ``.grad`` unchanged.
+def local_gradients(
+    params: Mapping[str, DTensor], gradients: Sequence[Tensor], traffic: Traffic
+) -> list[Tensor]:
+    """This rank's part of the ``gradients`` of ``params``, with the parameter's placements; leaves them unchanged.
 
     Sums gradients that are Partial on an axis where the parameter is Replicate (a norm's weight under sequence
     parallel): one all-reduce per axis and dtype for all of them.
@@ -173,11 +220,25 @@ def local_gradients(params: Mapping[str, DTensor], traffic: Traffic) -> list[Ten
         TypeError: a gradient that is not a DTensor.
         ValueError: a gradient on another mesh.
     """
-    grads = [_checked(name, p) for name, p in params.items()]
-    local_grads = [local_part(grad) for grad in grads]
-    placements = [list(grad.placements) for grad in grads]
+    grads = [_checked(name, p, grad) for (name, p), grad in zip(params.items(), gradients, strict=True)]
+    local_grads = list(map(local_memory, grads))
+    placed_otherwise = {
+        i: (grad, p)
+        for i, (grad, p) in enumerate(zip(grads, params.values(), strict=True))
+        if grad.placements != p.placements
+    }
+    if placed_otherwise:
+        _place(local_grads, placed_otherwise, traffic)
+    return local_grads
+
+
+def _place(
+    local_grads: list[Tensor], placed_otherwise: Mapping[int, tuple[DTensor, DTensor]], traffic: Traffic
+) -> None:
+    """Give gradients the placements of their parameters. ``placed_otherwise``: {index: (gradient, parameter)}."""
+    placements = {i: list(grad.placements) for i, (grad, _) in placed_otherwise.items()}
     sums: dict[tuple[DeviceMesh, int, torch.dtype, str], list[int]] = {}
-    for i, (grad, p) in enumerate(zip(grads, params.values(), strict=True)):
+    for i, (grad, p) in placed_otherwise.items():
         for axis, (has, wanted) in enumerate(zip(grad.placements, p.placements, strict=True)):
             op = getattr(has, "reduce_op", "")
             if has.is_partial() and wanted.is_replicate() and op in ("sum", "avg"):
@@ -185,7 +246,7 @@ def local_gradients(params: Mapping[str, DTensor], traffic: Traffic) -> list[Ten
                 placements[i][axis] = wanted
     for (mesh, axis, _, op), members in sums.items():
         _all_reduce_packed(local_grads, members, mesh, axis, op, traffic)
-    for i, (grad, p) in enumerate(zip(grads, params.values(), strict=True)):
+    for i, (grad, p) in placed_otherwise.items():
         if tuple(placements[i]) != tuple(p.placements):
             placed = DTensor.from_local(
                 local_grads[i],
@@ -196,17 +257,15 @@ def local_gradients(params: Mapping[str, DTensor], traffic: Traffic) -> list[Ten
                 stride=grad.stride(),
             )
             local_grads[i] = local_part(placed.redistribute(placements=p.placements))
-    return local_grads
 
 
-def _checked(name: str, p: DTensor) -> DTensor:
-    grad = p.grad
+def _checked(name: str, p: DTensor, grad: Tensor) -> DTensor:
     if not isinstance(grad, DTensor):
         raise TypeError(
             f"the gradient of {name!r} is a {type(grad).__name__} and the parameter a DTensor: the placements "
             f"of the gradient are unknown. Assign DTensor.from_local(gradient, p.device_mesh, placements)"
         )
-    if grad.device_mesh != p.device_mesh:
+    if grad.device_mesh is not p.device_mesh and grad.device_mesh != p.device_mesh:
         raise ValueError(
             f"the gradient of {name!r} is on {grad.device_mesh} and the parameter on {p.device_mesh}: both must be on "
             f"one mesh"
