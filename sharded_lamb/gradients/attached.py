@@ -40,13 +40,13 @@ class AttachedGradients:
         self._references: list[weakref.ref[Tensor]] = []
         weakref.finalize(self, _detach, self._references).atexit = False
 
-    def extend(self, names: Sequence[str], params: Sequence[Tensor]) -> None:
-        """Add parameters, without gradients."""
+    def extend(self, names: Sequence[str], params: Sequence[Tensor], reduced: Sequence[Tensor]) -> None:
+        """Add parameters, without gradients. ``reduced``: those that will get handles, no DTensors."""
         self.names.extend(names)
         self.params.extend(params)
         self._marks.extend([None] * len(params))
         self.kept_rounds.extend([0] * len(params))
-        self._references.extend(map(weakref.ref, params))
+        self._references.extend(map(weakref.ref, reduced))
 
     def holds(self, mark: Mark) -> bool:
         """Whether ``mark`` stands for the gradient in the shards."""

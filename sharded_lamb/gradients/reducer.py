@@ -86,14 +86,15 @@ class BackwardReducer:
         self.names.extend(added.names)
         self.params.extend(added.params)
         self.present.extend([False] * len(added.params))
-        self.attached.extend(added.names, added.params)
+        members = {param: self.params[param] for param in sorted(added.members)}
+        self.attached.extend(added.names, added.params, list(members.values()))
         self._owner_mask = added.owner_mask
         for index, bucket in enumerate(added.buckets, start=len(self.buckets)):
             self.bucket_of.update(dict.fromkeys(bucket.plan.params, index))
         self.buckets.extend(added.buckets)
         self._staging.resize()
-        for param in sorted(added.members):
-            self._hooks.register(param, self.params[param])
+        for param, p in members.items():
+            self._hooks.register(param, p)
         self.may_lag = True
 
     def _enter(self, state: ReducerState) -> None:

@@ -102,12 +102,12 @@ class ParamStore:
             ValueError: the ranks do not hold every element of a DTensor; on every rank.
         """
         self.ownership.extend(plan, collectives)
+        claim(self)
         for name, p, group in plan.rows:
             self.index[p] = len(self.params)
             self.names.append(name)
             self.params.append(p)
             self.rows.append((name, p, group))
-            claim(p, self._optimizer)
         added = []
         for bucket_plan in plan.buckets:
             params = [self.params[param] for param in bucket_plan.params]

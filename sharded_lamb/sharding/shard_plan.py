@@ -5,12 +5,12 @@ import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sharded_lamb import kernels
 from sharded_lamb.comm.topology import Topology
@@ -22,8 +22,9 @@ from sharded_lamb.sharding.buckets import Precision
 from sharded_lamb.sharding.local_shards import check_dense
 from sharded_lamb.sharding.placements import ShardSpec, local_part, mesh_device, ranks_of_mesh
 
-_optimizer_of: Any = WeakIdKeyDictionary()
-"""Parameter → weak reference to the optimizer that claimed it."""
+_stores: "weakref.WeakSet[Any]" = weakref.WeakSet()
+"""The `ParamStore` of every optimizer, which know their parameters. A weak reference to a parameter would keep
+``module.to()`` from replacing it (``torch.utils.swap_tensors``; DTensors are always swapped)."""
 
 
 _STAGE = "1 (gradients are averaged already) or 2 (gradients are reduced here)"
@@ -221,9 +222,9 @@ def check_shardable(name: str, p: Tensor, device: torch.device) -> None:
         )
 
 
-def claim(p: Tensor, optimizer: "weakref.ref[Any]") -> None:
-    """Record that ``optimizer`` holds ``p``."""
-    _optimizer_of[p] = optimizer
+def claim(store: Any) -> None:
+    """Record that the optimizer of ``store`` holds the store's parameters, present and future."""
+    _stores.add(store)
 
 
 def release_claims(new: Sequence[NamedParameter], optimizer: object) -> None:
@@ -234,8 +235,8 @@ def release_claims(new: Sequence[NamedParameter], optimizer: object) -> None:
     Raises:
         ValueError: another ShardedLamb holds one of them.
     """
-    for name, p, _ in new:
-        holder = _optimizer_of[p]() if p in _optimizer_of else None
+    for (name, p, _), store in product(new, tuple(_stores)):
+        holder = store.optimizer if p in store.index else None
         if holder is None or holder is optimizer:
             continue
         if holder.is_open and sys.exc_info()[0] is None:

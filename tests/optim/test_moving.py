@@ -252,3 +252,24 @@ def on_nccl_alone(rank: int) -> tuple[str, bool]:
 
 def test_parameters_on_the_cpu_have_a_group_of_their_own_under_nccl() -> None:
     assert run_ranks(2, on_nccl_alone) == [("gloo", True)] * 2
+
+
+def test_a_model_whose_parameters_are_swapped() -> None:
+    """``torch.__future__.set_swap_module_params_on_conversion``: module.to() swaps tensors, which weak references bar."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model = nn.Linear(3, 2)
+        optimizer = ShardedLamb(model.named_parameters(), lr=0.1)
+        for _ in range(2):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            optimizer.zero_grad()
+            model._apply(lambda t: t * 2)
+        before = model.weight.detach().clone()
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+        moved = (before - model.weight.detach()).norm() / before.norm()
+        assert moved.item() == pytest.approx(0.1, rel=1e-4)  # a step's length: lr ‖w‖
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
