@@ -45,9 +45,14 @@ def check_parameter(name: str, p: Tensor) -> None:
         )
 
 
+def all_strided(grads: Iterable[Tensor | None]) -> bool:
+    """Whether no gradient is sparse; None: no gradient."""
+    return {grad.layout for grad in grads if grad is not None} <= {torch.strided}
+
+
 def check_gradients(names: Sequence[str], grads: Sequence[Tensor | None]) -> None:
     """`check_gradient` for many; None: no gradient."""
-    if {grad.layout for grad in grads if grad is not None} - {torch.strided}:
+    if not all_strided(grads):
         for name, grad in zip(names, grads, strict=True):
             if grad is not None:
                 check_gradient(name, grad)

@@ -1,22 +1,24 @@
 """`Lamb`: the optimizer on one device, over whole tensors; the reference for `ShardedLamb`."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from sharded_lamb import kernels
 from sharded_lamb.core import rule
 from sharded_lamb.core.host_values import as_tensor
 from sharded_lamb.core.hyperparams import RuleOptions
 from sharded_lamb.core.options import OptionTable
-from sharded_lamb.core.parameters import check_gradient, check_parameter, named
+from sharded_lamb.core.parameters import all_strided, check_gradients, check_parameter, named
 from sharded_lamb.kernels import ScatteredShard
 from sharded_lamb.kernels.engine import Update, gradient_square_sums
 from sharded_lamb.optim.base import LambOptimizer, Live, States, receives_grad_scale, run_eagerly
-from sharded_lamb.optim.whole_tensors import Entry, WholeTensors, zero_moment
+from sharded_lamb.optim.whole_tensors import State, WholeTensors, new_state
 
 
 class Lamb(LambOptimizer):
@@ -99,64 +101,67 @@ class Lamb(LambOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_options()
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
         found_inf = self._live.found_inf
-        entries = self._entries()
-        if entries and not (found_inf is not None and found_inf.item()):
-            self._update(entries)
+        if any(grad is not None for grad in grads) and not (found_inf is not None and found_inf.item()):
+            self._update(params, grads)
         return loss
 
-    def _entries(self) -> list[Entry]:
-        """The parameters with a gradient; creates the state of a parameter at its first gradient."""
-        entries = []
-        for row, (name, p, _) in enumerate(self._named_parameters()):
-            if p.grad is None:
-                continue
-            check_gradient(name, p.grad)
-            state = self.state[p]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float64, device="cpu")
-                state["exp_avg"], state["exp_avg_sq"] = zero_moment(p), zero_moment(p)
-            entries.append(Entry(row, p, p.grad, state))
-        return entries
-
-    def _update(self, entries: list[Entry]) -> None:
-        devices: dict[torch.device, list[Entry]] = {}
-        for entry in entries:
-            devices.setdefault(entry.p.device, []).append(entry)
-        parts = [self._part(device, each) for device, each in devices.items()]
+    def _update(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
+        if not all_strided(grads):
+            check_gradients([name for name, _, _ in self._named_parameters()], grads)
+        found = self._live.found
+        rows = [row for row, grad in enumerate(grads) if grad is not None]
+        if found is None or not found.serves(params, rows, self.state.values()):
+            found = self._live.found = self._find(params, rows)
+        parts = [_Part(whole, whole.shards([grads[row] for row in whole.rows])) for whole in found.by_device]  # type: ignore[misc]
         scale, grad_norm = self._gradient_scale(parts)
-        torch._foreach_add_([entry.state["step"] for entry in entries], 1.0)
+        for whole in found.by_device:
+            whole.steps += 1
         ratios = [self._update_part(part, scale) for part in parts]
-        torch.autograd.graph.increment_version([entry.p for entry in entries])  # as for any write
-        self._live.last = _Step([part.rows for part in parts], ratios, grad_norm)
+        torch.autograd.graph.increment_version([params[row] for row in rows])  # as for any write
+        self._live.last = _Step([whole.rows for whole in found.by_device], ratios, grad_norm)
 
-    def _part(self, device: torch.device, entries: list[Entry]) -> "_Part":
-        whole = self._live.whole.setdefault(device, WholeTensors(device))
-        steps = [entry.state["step"] for entry in entries]
-        return _Part(device, whole, whole.shards(entries), [entry.row for entry in entries], steps)
+    def _find(self, params: list[Tensor], rows: list[int]) -> "_Found":
+        """The parameters of ``rows`` by device; creates the state of a parameter at its first gradient."""
+        devices: dict[torch.device, list[int]] = {}
+        for row in rows:
+            devices.setdefault(params[row].device, []).append(row)
+            state = self.state[params[row]]
+            if not state:
+                state.update(new_state(params[row]))
+        by_device = []
+        for device, own in devices.items():
+            members = [params[row] for row in own]
+            kernel = kernels.choose("auto", device)
+            by_device.append(WholeTensors(kernel, device, own, members, [self.state[p] for p in members]))
+        return _Found(params, rows, list(self.state.values()), by_device)
 
     def _update_part(self, part: "_Part", scale: Tensor) -> Tensor:
         """Update one device's parameters. Returns [P] fp64, their ratios."""
-        table = self._table(part.device)
-        options, step, scale = table.options(), part.steps_of(len(table)), scale.to(part.device)
+        whole = part.whole
+        table = self._table(whole.device)
+        options, step, scale = table.options(), whole.steps_of(len(table)), scale.to(whole.device)
         active = torch.ones_like(step, dtype=torch.bool)  # shards hold no other parameters
-        update = Update(part.whole.kernel, options, step=step, active=active, grad_scale=scale)
+        update = Update(whole.kernel, options, step=step, active=active, grad_scale=scale)
         ratios = rule.ratios_of_sums(update.moments_and_norms(part.shards), options)
         step_sizes = rule.step_sizes(table.lr(), ratios, options, step, active)
         for _ in update.apply(part.shards, step_sizes, are_gathered=False):
             pass
-        part.whole.write_back()
+        whole.write_back()
         return ratios
 
     def _gradient_scale(self, parts: list["_Part"]) -> tuple[Tensor, Tensor]:
         """(clip factor x inverse loss scale, global norm of the unscaled gradients): fp64 scalars."""
-        device, loss_scale = parts[0].device, self._live.grad_scale
+        device, loss_scale = parts[0].whole.device, self._live.grad_scale
         inverse = torch.ones((), dtype=torch.float64, device=device)
         if loss_scale is not None:
             inverse = loss_scale.to(device, torch.float64).reciprocal()
         sums = [
-            gradient_square_sums(part.whole.kernel, part.shards, part.rows[-1] + 1, part.device).sum()
+            gradient_square_sums(whole.kernel, part.shards, whole.rows[-1] + 1, whole.device).sum()
             for part in parts
+            for whole in [part.whole]
         ]
         grad_norm = rule.norms(
             torch.stack([each.to(device) for each in sums]).sum(), self._table(device).is_fp64.all()
@@ -207,7 +212,7 @@ class Lamb(LambOptimizer):
 
     def _load_states(self, states: States) -> None:
         self.state.clear()
-        self._live.whole.clear()
+        self._live.found = None
         for p, saved in states.items():
             moments = {key: saved[key].detach().to(p.device, copy=True) for key in ("exp_avg", "exp_avg_sq")}
             step = as_tensor(saved["step"]).detach().to("cpu", torch.float64, copy=True)
@@ -215,20 +220,31 @@ class Lamb(LambOptimizer):
 
 
 @dataclass(frozen=True, slots=True)
+class _Found:
+    """The parameters that the last step found with a gradient."""
+
+    params: list[Tensor]  # of all groups
+    rows: list[int]  # those with a gradient
+    states: list[State]  # of the optimizer, all of them
+    by_device: list[WholeTensors]
+
+    def serves(self, params: list[Tensor], rows: list[int], states: Collection[State]) -> bool:
+        """Whether these are the parameters and states of this step too."""
+        return (
+            rows == self.rows
+            and len(params) == len(self.params)
+            and len(states) == len(self.states)
+            and all(map(operator.is_, params, self.params))
+            and all(map(operator.is_, states, self.states))
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class _Part:
     """One device's parameters in a step."""
 
-    device: torch.device
     whole: WholeTensors
     shards: list[ScatteredShard]
-    rows: list[int]
-    steps: list[Tensor]
-
-    def steps_of(self, count: int) -> Tensor:
-        """[count] fp64 on the device: each parameter's step, 0 for those of other devices or without a gradient."""
-        step = torch.zeros(count, dtype=torch.float64, device="cpu")
-        step[self.rows] = torch.stack(self.steps)
-        return step.to(self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +256,7 @@ class _Step:
 
 @dataclass(slots=True)
 class _Live(Live):
-    whole: dict[torch.device, WholeTensors] = field(default_factory=dict)
+    found: _Found | None = None
     last: _Step | None = None
 
 

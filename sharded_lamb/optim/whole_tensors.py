@@ -1,78 +1,72 @@
 """Whole parameters on one device, with gradients and moments where they are, as shards for the kernels."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sharded_lamb import kernels
-from sharded_lamb.kernels import ScatteredShard
-from sharded_lamb.sharding.buckets import flattened, in_memory_order, memory_strides
+from sharded_lamb.kernels import Kernel, ScatteredShard
+from sharded_lamb.sharding.buckets import flattened, in_memory_order, memory_strides, with_own_storage
+from sharded_lamb.sharding.memory_record import MemoryRecord
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
+_ADDRESS: Any = Tensor.data_ptr
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One parameter of a step. ``row``: its index among all parameters of all groups."""
-
-    row: int
-    p: Tensor
-    grad: Tensor
-    state: dict[str, Tensor]
-
-    @property
-    def dtypes(self) -> tuple[torch.dtype, ...]:
-        return self.p.dtype, self.grad.dtype, self.state["exp_avg"].dtype
+State = dict[str, Tensor]
+"""Of one parameter: ``step``, fp64 scalar on the CPU, and `MOMENTS` in its shape."""
 
 
-def zero_moment(p: Tensor) -> Tensor:
-    """Zeros of ``p``'s shape in its memory order: fp32, or fp64 for a float64 parameter."""
+def new_state(p: Tensor) -> State:
+    """Step 0, and moments of zeros in ``p``'s memory order: fp32, or fp64 for a float64 parameter."""
     dtype = torch.promote_types(p.dtype, torch.float32)
-    return torch.empty_strided(p.shape, memory_strides(p), dtype=dtype, device=p.device).zero_()
+
+    def zeros() -> Tensor:
+        return torch.empty_strided(p.shape, memory_strides(p), dtype=dtype, device=p.device).zero_()
+
+    return {"step": torch.zeros((), dtype=torch.float64, device="cpu"), **{key: zeros() for key in MOMENTS}}
 
 
 class _Pieces:
-    """Parameters of one dtype and their moments, as a shard without gradients."""
+    """Parameters with the same dtypes and their moments, as a shard without gradients."""
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        self.strides = [memory_strides(entry.p) for entry in entries]
-        for entry, strides in zip(entries, self.strides, strict=True):
+    def __init__(self, positions: list[int], params: Sequence[Tensor], states: Sequence[State]) -> None:
+        """``positions``: of these parameters, in the sequence of `WholeTensors`."""
+        self.positions = positions
+        self._params = params
+        self._strides = [memory_strides(p) for p in params]
+        for state, strides in zip(states, self._strides, strict=True):
             for key in MOMENTS:
-                moment = entry.state[key]
+                moment = state[key]
                 if moment.stride() != strides:  # loaded, or the parameter's memory format has changed
                     empty = torch.empty_strided(
                         moment.shape, strides, dtype=moment.dtype, device=moment.device
                     )
-                    entry.state[key] = empty.copy_(moment)
-        self._tensors, self._layout = _tensors(entries), _layout(entries)
-        weight, exp_avg, exp_avg_sq = (
-            [
-                flattened(tensor.detach(), strides)
-                for tensor, strides in zip(tensors, self.strides, strict=True)
-            ]
-            for tensors in self._tensors
-        )
+                    state[key] = empty.copy_(moment)
+        self._flat = [self._flattened(p.detach() for p in params)]
+        self._flat += [self._flattened(state[key] for state in states) for key in MOMENTS]
         self._copies = [
-            (entry.p, flat.as_strided(entry.p.shape, strides))
-            for entry, flat, strides in zip(entries, weight, self.strides, strict=True)
-            if flat.data_ptr() != entry.p.data_ptr()
+            (p, flat.as_strided(p.shape, strides))
+            for p, flat, strides in zip(params, self._flat[0], self._strides, strict=True)
+            if flat.data_ptr() != p.data_ptr()
         ]
-        rows = tuple(entry.row for entry in entries)
-        self._shard = ScatteredShard(rows, weight, [], exp_avg, exp_avg_sq)
 
-    def are_of(self, entries: Sequence[Entry]) -> bool:
-        """Whether ``entries`` have the parameters and moments of this shard, which keeps their memory alive."""
-        return _layout(entries) == self._layout
+    def _flattened(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        return [flattened(tensor, strides) for tensor, strides in zip(tensors, self._strides, strict=True)]
 
-    def with_gradients(self, grads: list[Tensor]) -> ScatteredShard:
+    def shard(self, rows: Sequence[int]) -> ScatteredShard:
+        weight, exp_avg, exp_avg_sq = self._flat
+        params = tuple(rows[position] for position in self.positions)
+        return ScatteredShard(params, weight, [], exp_avg, exp_avg_sq)
+
+    def in_memory_order(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """These parameters' gradients. Brings parameters with gaps in memory into the shard's copies."""
         for p, copy in self._copies:
             copy.copy_(p.detach())
-        return self._shard.with_gradients(
-            [g for g in in_memory_order([*grads], self.strides) if g is not None]
-        )
+        own = [grads[position] for position in self.positions]
+        return [g for g in in_memory_order([*own], self._strides) if g is not None]
 
     def write_back(self) -> None:
         """Write parameters with gaps in memory, which the kernels updated in copies."""
@@ -80,41 +74,75 @@ class _Pieces:
             p.copy_(copy)
 
 
-def _tensors(entries: Sequence[Entry]) -> tuple[list[Tensor], ...]:
-    return ([entry.p for entry in entries], *([entry.state[key] for entry in entries] for key in MOMENTS))
-
-
-def _layout(entries: Sequence[Entry]) -> tuple[list[list[int]], list[tuple[int, ...]]]:
-    """Addresses and strides: a program may have replaced a tensor's memory (``p.data = …``)."""
-    address: Any = Tensor.data_ptr
-    stride: Any = Tensor.stride
-    parameters, *moments = _tensors(entries)
-    return [list(map(address, each)) for each in (parameters, *moments)], list(map(stride, parameters))
-
-
 class WholeTensors:
-    """Parameters on one device as shards; those of the step before serve again while their memory is the same."""
+    """Some parameters of one device, which serve for all steps in which these have a gradient.
 
-    def __init__(self, device: torch.device) -> None:
-        self.kernel = kernels.choose("auto", device)
-        self._pieces: dict[tuple[torch.dtype, ...], _Pieces] = {}
+    Attributes:
+        rows: the index of each parameter among all parameters of all groups.
+        steps: fp64 on the CPU, in that order; the states' ``step`` are its elements.
+    """
 
-    def shards(self, entries: Sequence[Entry]) -> list[ScatteredShard]:
-        """One shard for each combination of dtypes."""
-        alike: dict[tuple[torch.dtype, ...], list[Entry]] = {}
-        for entry in entries:
-            alike.setdefault(entry.dtypes, []).append(entry)
-        kept = self._pieces
-        self._pieces = {
-            dtypes: kept[dtypes] if dtypes in kept and kept[dtypes].are_of(each) else _Pieces(each)
-            for dtypes, each in alike.items()
-        }
-        return [
-            self._pieces[dtypes].with_gradients([entry.grad for entry in each])
-            for dtypes, each in alike.items()
+    def __init__(
+        self, kernel: Kernel, device: torch.device, rows: list[int], params: list[Tensor], states: list[State]
+    ) -> None:
+        self.kernel, self.device, self.rows, self._params, self._states = kernel, device, rows, params, states
+        self.steps = torch.stack([state["step"] for state in states])
+        self._elements = [with_own_storage(step, (), ()) for step in torch.split(self.steps, 1)]
+        for state, step in zip(states, self._elements, strict=True):
+            state["step"] = step
+        self._grad_dtypes: list[torch.dtype] = []
+        self._kinds: list[tuple[_Pieces, ScatteredShard]] = []
+        self._record = MemoryRecord([])  # of the parameters
+        self._moments: list[Tensor] = []
+        self._addresses: list[int] = []  # of the moments
+
+    def steps_of(self, count: int) -> Tensor:
+        """[count] fp64 on the device: each row's step, 0 for rows that are not among these."""
+        step = torch.zeros(count, dtype=torch.float64, device="cpu")
+        step[self.rows] = self.steps
+        return step.to(self.device)
+
+    def shards(self, grads: Sequence[Tensor]) -> list[ScatteredShard]:
+        """One shard for each combination of dtypes. ``grads``: one per parameter."""
+        self._take_steps()
+        dtypes = [grad.dtype for grad in grads]
+        if dtypes != self._grad_dtypes or self._have_moved():
+            self._kinds, self._grad_dtypes = self._divide(dtypes), dtypes
+            self._record, self._moments = MemoryRecord(self._params), self._moments_now()
+            self._addresses = list(map(_ADDRESS, self._moments))
+        return [shard.with_gradients(pieces.in_memory_order(grads)) for pieces, shard in self._kinds]
+
+    def _moments_now(self) -> list[Tensor]:
+        return [state[key] for key in MOMENTS for state in self._states]
+
+    def _have_moved(self) -> bool:
+        """Whether a program has replaced the memory of a parameter, or a moment."""
+        moments = self._moments_now()
+        return not (
+            len(moments) == len(self._moments)
+            and all(map(operator.is_, moments, self._moments))
+            and list(map(_ADDRESS, moments)) == self._addresses
+            and self._record.fits(self._params)
+        )
+
+    def _divide(self, dtypes: Sequence[torch.dtype]) -> list[tuple[_Pieces, ScatteredShard]]:
+        alike: dict[Any, list[int]] = {}
+        for position, (p, state, dtype) in enumerate(zip(self._params, self._states, dtypes, strict=True)):
+            alike.setdefault((p.dtype, dtype, state["exp_avg"].dtype), []).append(position)
+        every = [
+            _Pieces(positions, [self._params[i] for i in positions], [self._states[i] for i in positions])
+            for positions in alike.values()
         ]
+        return [(pieces, pieces.shard(self.rows)) for pieces in every]
+
+    def _take_steps(self) -> None:
+        """Take over steps that a program has replaced in a state."""
+        now = [state["step"] for state in self._states]
+        if not all(map(operator.is_, now, self._elements)):
+            for state, step, element in zip(self._states, now, self._elements, strict=True):
+                state["step"] = element.copy_(step)
 
     def write_back(self) -> None:
         """After pass 2: see `_Pieces.write_back`."""
-        for pieces in self._pieces.values():
+        for pieces, _ in self._kinds:
             pieces.write_back()

@@ -255,7 +255,7 @@ def test_parameters_on_the_cpu_have_a_group_of_their_own_under_nccl() -> None:
 
 
 def test_a_model_whose_parameters_are_swapped() -> None:
-    """``torch.__future__.set_swap_module_params_on_conversion``: module.to() swaps tensors, which weak references bar."""
+    """``torch.__future__.set_swap_module_params_on_conversion``: module.to() swaps; weak references bar it."""
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         model = nn.Linear(3, 2)

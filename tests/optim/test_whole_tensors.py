@@ -117,7 +117,20 @@ def moments_moved(params: dict[str, Tensor], opt: Lamb) -> None:
         state["exp_avg_sq"] = state["exp_avg_sq"].clone()
 
 
-@pytest.mark.parametrize("change", [replaced_by_clones, reloaded, reloaded_contiguous, moments_moved])
+def states_replaced(params: dict[str, Tensor], opt: Lamb) -> None:
+    for p in params.values():
+        opt.state[p] = {key: value.clone() for key, value in opt.state[p].items()}
+
+
+def steps_replaced(params: dict[str, Tensor], opt: Lamb) -> None:
+    for state in opt.state.values():
+        state["step"] = state["step"].clone()
+
+
+CHANGES = [replaced_by_clones, reloaded, reloaded_contiguous, moments_moved, states_replaced, steps_replaced]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_memory_that_a_program_replaces_between_steps_is_followed(
     change: Callable[[dict[str, Tensor], Lamb], None],
 ) -> None:
@@ -131,6 +144,30 @@ def test_memory_that_a_program_replaces_between_steps_is_followed(
     assert {name for name, p in params.items() if not torch.equal(p, expected[name])} == set()
     for actual, state in zip(*(o.state_dict()["state"].values() for o in (opt, undisturbed)), strict=True):
         assert {key for key in state if not torch.equal(actual[key], state[key])} == set()
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_step_that_a_program_writes_counts(replaces: bool) -> None:
+    """As in torch's optimizers: ``state["step"]`` is a tensor of its own, from which the next step counts on."""
+    p = torch.ones(3, requires_grad=True)
+    opt = Lamb([p], lr=0.1)
+    for _ in range(2):
+        p.grad = torch.ones(3)
+        opt.step()
+        state = opt.state[p]
+        assert state["step"].untyped_storage().nbytes() == 8
+        if replaces:
+            state["step"] = torch.tensor(50.0, dtype=torch.float64)
+        else:
+            state["step"].fill_(50)
+    assert opt.state[p]["step"] == 50
+    opt.step()
+    assert opt.state_dict()["state"][0]["step"] == 51
+    # With constant gradients m̂ = (1 - 0.9³)/(1 - 0.9⁵¹) and v̂ = (1 - 0.999³)/(1 - 0.999⁵¹): ‖u‖ tells the step.
+    u = (1 - 0.9**3) / (1 - 0.9**51) / ((1 - 0.999**3) / (1 - 0.999**51)) ** 0.5
+    weight = p.detach() / (1 - 0.1)  # before the last step, which shrinks the constant vector by lr
+    expected = (weight / (u + 0.01 * weight))[0].item()
+    assert opt.trust_ratios()["group0.param0"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_weights_written_between_steps_are_read() -> None:
