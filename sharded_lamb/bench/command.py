@@ -13,6 +13,7 @@ _HELP = {
     "step": "a whole iteration, from each rank's gradients to updated weights on every rank, of ours and of others",
     "kernels": "the two passes of every kernel on one rank, against memory bandwidth",
     "functions": "each function of the CPU's kernel over each kind of memory, against stock operations",
+    "host": "step() alone over many small tensors, plain and under FSDP2, beside torch's AdamW",
     "comm": "our exchanges against torch's collectives, by bucket size",
     "overlap": "how much of a slow link between two hosts (network namespaces) is hidden; not under torchrun",
     "memory": "peak memory of every candidate, each in processes of its own, against the formula",
@@ -67,6 +68,13 @@ def _add_functions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=9)
 
 
+def _add_host(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tensors", type=int, default=384)
+    parser.add_argument("--elements", type=int, default=1024, help="of each tensor")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--iterations", type=int, default=10, help="timed steps of a turn")
+
+
 def _add_comm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mb", default="1,2,4,8,16,32,64,128", help="comma-separated bucket sizes in MB")
     parser.add_argument("--rounds", type=int, default=7)
@@ -81,6 +89,7 @@ _ARGUMENTS = {
     "step": _add_step,
     "kernels": _add_kernels,
     "functions": _add_functions,
+    "host": _add_host,
     "comm": _add_comm,
     "overlap": overlap.add_arguments,
     "memory": _add_memory,
@@ -93,7 +102,7 @@ def run(chosen: argparse.Namespace, device: torch.device) -> int:
     Raises:
         ValueError: a wrong argument.
     """
-    for name in ("rounds", "iterations", "steps"):
+    for name in ("rounds", "iterations", "steps", "tensors", "elements"):
         if getattr(chosen, name, 1) < 1:
             raise ValueError(f"--{name} must be >= 1, got {getattr(chosen, name)}")
     if chosen.benchmark == "overlap":

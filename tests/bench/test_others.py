@@ -11,10 +11,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from sharded_lamb import shapes
 from sharded_lamb.__main__ import main
-from sharded_lamb.bench import comm, functions, kernels, peak_memory, report
+from sharded_lamb.bench import comm, functions, host, kernels, peak_memory, report
 from tests import interpreter
 from tests.harness import run_ranks
 
@@ -138,6 +139,42 @@ def test_two_passes_are_a_step() -> None:
 def compared(rank: int, folder: str) -> dict[str, Any]:
     chosen = argparse.Namespace(mb="0.01,0.3", rounds=3, json=Path(folder, "comm.json"), png=None)
     return comm.measure(chosen, CPU)
+
+
+def timed_steps(rank: int, world: int, folder: str) -> dict[str, Any]:
+    chosen = argparse.Namespace(tensors=5, elements=30, rounds=3, iterations=2, png=None)
+    chosen.json = Path(folder, f"host-{world}.json")
+    return host.measure(chosen, CPU)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_host(world: int, tmp_path: Path) -> None:
+    run_ranks(world, timed_steps, world, str(tmp_path))
+    results = json.loads((tmp_path / f"host-{world}.json").read_text())
+    times, summary = recorded(results["rounds_ms"]), results["summary"]
+    torchs = {"fused AdamW", "foreach AdamW"}
+    if world == 1:
+        assert set(summary) == {f"plain: {name}" for name in ("ShardedLamb", "Lamb", *torchs)}
+    else:
+        own = {f"{kind}: {name}" for kind in ("plain", "FSDP2") for name in ("ShardedLamb", *torchs)}
+        assert set(summary) == {*own, "two all-reduces"}
+        assert summary["two all-reduces"]["to_ours"] is None
+        ratio = times["FSDP2: fused AdamW"] / times["FSDP2: ShardedLamb"]
+        assert summary["FSDP2: fused AdamW"]["to_ours"] == spread(ratio)
+    for name, row in summary.items():
+        assert row["ms"] == spread(times[name])
+        assert row["us_per_tensor"] == pytest.approx(1e3 * float(np.median(times[name])) / 5)
+
+
+def test_what_host_times_is_sharded_under_fsdp2() -> None:
+    assert run_ranks(2, kinds_of_parameters) == [[(30, "Parameter"), (15, "DTensor")]] * 2
+
+
+def kinds_of_parameters(rank: int) -> list[tuple[int, str]]:
+    plain, sharded = (host._parameters(1, 30, CPU, is_sharded=flag)[0] for flag in (False, True))
+    assert isinstance(sharded, DTensor)
+    assert isinstance(sharded.grad, DTensor)
+    return [(plain.numel(), type(plain).__name__), (sharded.to_local().numel(), type(sharded.data).__name__)]
 
 
 def test_comm(tmp_path: Path) -> None:
