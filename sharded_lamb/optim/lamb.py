@@ -7,7 +7,6 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from sharded_lamb import kernels
 from sharded_lamb.core import rule
@@ -19,6 +18,7 @@ from sharded_lamb.kernels import ScatteredShard
 from sharded_lamb.kernels.engine import Update, gradient_square_sums
 from sharded_lamb.optim.base import LambOptimizer, Live, States, receives_grad_scale, run_eagerly
 from sharded_lamb.optim.whole_tensors import State, WholeTensors, new_state
+from sharded_lamb.sharding.dtensors import is_dtensor
 
 
 class Lamb(LambOptimizer):
@@ -79,7 +79,7 @@ class Lamb(LambOptimizer):
         try:
             for name, p in named(self.param_groups[-1]):
                 check_parameter(str(name), p)
-                if isinstance(p, DTensor):
+                if is_dtensor(p):
                     raise TypeError(
                         f"parameter {str(name)!r} is a DTensor: Lamb updates whole tensors on one device; "
                         f"ShardedLamb updates DTensors"

@@ -16,16 +16,14 @@ and operations, pickle and deepcopy return plain tensors.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+if TYPE_CHECKING:  # a checkpoint that is saved or loaded has imported it
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+    from torch.distributed.checkpoint.planner import WriteItem
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +135,18 @@ class SlicedState(_CheckpointTensor):
         Tensor.set_(self, storage, offset, self.shape, (1,))
         return self
 
-    def _chunks(self) -> list[ChunkStorageMetadata]:
+    def _chunks(self) -> "list[ChunkStorageMetadata]":
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
         rectangles = self.region.boxes(self.numel())
         if 0 in self.region.shape:  # without a chunk the checkpoint would lack the parameter
             rectangles = [Box((0,) * len(self.region.shape), self.region.shape, 0)]
         return [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in rectangles]
 
-    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+    def __create_write_items__(self, fqn: str, object: Any) -> "list[WriteItem]":
+        from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
         plain = self.as_subclass(Tensor)
         properties = TensorProperties.create_from_tensor(plain)
         return [
@@ -155,10 +158,10 @@ class SlicedState(_CheckpointTensor):
             for chunk in self._chunks()  # one replica writes a chunk that several offer
         ]
 
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+    def __create_chunk_list__(self) -> "list[ChunkStorageMetadata]":
         return self._chunks()
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+    def __get_tensor_shard__(self, index: "MetadataIndex") -> Tensor:
         plain = self.as_subclass(Tensor)
         for box in self.region.boxes(self.numel()):
             if torch.Size(box.offsets) == index.offset:
@@ -184,7 +187,10 @@ class Stamp(_CheckpointTensor):
     def to(self, *args: Any, **kwargs: Any) -> "Stamp":
         return self
 
-    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+    def __create_write_items__(self, fqn: str, object: Any) -> "list[WriteItem]":
+        from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
         chunk = self.__create_chunk_list__()[0]
         properties = TensorProperties.create_from_tensor(self.version)
         return [
@@ -195,8 +201,10 @@ class Stamp(_CheckpointTensor):
             )
         ]
 
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+    def __create_chunk_list__(self) -> "list[ChunkStorageMetadata]":
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
         return [ChunkStorageMetadata(torch.Size([0]), torch.Size([1]))]
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+    def __get_tensor_shard__(self, index: "MetadataIndex") -> Tensor:
         return self.version

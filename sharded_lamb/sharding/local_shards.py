@@ -6,28 +6,31 @@ them. `buckets.py` is the counterpart for plain parameters, which this package s
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from sharded_lamb.comm.collectives import Traffic
 from sharded_lamb.kernels import ScatteredShard
 from sharded_lamb.kernels.state_format import StoredState
 from sharded_lamb.kernels.state_format import moments as moments_of
 from sharded_lamb.sharding.buckets import Precision, flattened, memory_strides
+from sharded_lamb.sharding.dtensors import is_dtensor
 from sharded_lamb.sharding.memory_record import MemoryRecord
 from sharded_lamb.sharding.placements import local_memory, local_part, mesh_device
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True, slots=True)
 class LocalShard:
     """One parameter's local part and its state, all flat in the local part's memory order."""
 
-    p: DTensor
+    p: "DTensor"
     precision: Precision
     strides: tuple[int, ...]  # of the local part
     master: Tensor | None  # [n] as `Precision.masters` stores it; None: steps update the parameter's memory
@@ -35,7 +38,7 @@ class LocalShard:
     exp_avg_sq: Tensor  # [n]
 
     @staticmethod
-    def of(p: DTensor, precision: Precision) -> "LocalShard":
+    def of(p: "DTensor", precision: Precision) -> "LocalShard":
         local = local_part(p)
         strides = memory_strides(local)
 
@@ -61,11 +64,14 @@ class LocalShard:
             kinds.append(StoredState("master", masters, self.master, self.weight()))
         return kinds
 
-    def as_dtensor(self, flat: Tensor) -> DTensor:
+    def as_dtensor(self, flat: Tensor) -> "DTensor":
         """A DTensor with the parameter's mesh and placements over the memory of this rank's flat tensor.
 
         Constructed as in FSDP: `DTensor.from_local` would copy an offloaded part to the mesh's device.
         """
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
         local = flat.as_strided(local_part(self.p).shape, self.strides)
         meta = TensorMeta(self.p.shape, self.p.stride(), flat.dtype)
         spec = DTensorSpec(self.p.device_mesh, tuple(self.p.placements), tensor_meta=meta)
@@ -73,12 +79,16 @@ class LocalShard:
 
     def part_of_whole(self, whole: Tensor) -> Tensor:
         """[n] this rank's part of a whole tensor, which every rank holds."""
+        from torch.distributed.tensor import distribute_tensor
+
         mesh = self.p.device_mesh
         placed = distribute_tensor(whole.to(mesh_device(mesh)), mesh, self.p.placements, src_data_rank=None)
         return flattened(local_part(placed), self.strides)
 
     def whole(self, flat: Tensor) -> Tensor:
         """The whole tensor on the mesh's device, also of offloaded parts. Collective."""
+        from torch.distributed.tensor import DTensor
+
         part = self.as_dtensor(flat)
         local = part.to_local().to(mesh_device(self.p.device_mesh))
         on_mesh = DTensor.from_local(
@@ -87,7 +97,7 @@ class LocalShard:
         return on_mesh.full_tensor()
 
 
-def check_dense(name: str, p: DTensor) -> None:
+def check_dense(name: str, p: "DTensor") -> None:
     """Raises ValueError if this rank's part has gaps in memory, so that it has no flat view."""
     local = local_part(p)
     if local.numel() and memory_strides(local) != tuple(local.stride()):
@@ -109,7 +119,7 @@ class DTensorShards:
         self._pieces: dict[_Kind, _Pieces] = {}
         self._record: MemoryRecord | None = None  # of local parts that fit their state; None: to be checked
 
-    def add(self, param: int, p: DTensor, precision: Precision) -> None:
+    def add(self, param: int, p: "DTensor", precision: Precision) -> None:
         self.local[param] = LocalShard.of(p, precision)
         self._pieces, self._record = {}, None
 
@@ -209,7 +219,7 @@ class _Pieces:
 
 
 def local_gradients(
-    params: Mapping[str, DTensor], gradients: Sequence[Tensor], traffic: Traffic
+    params: Mapping[str, "DTensor"], gradients: Sequence[Tensor], traffic: Traffic
 ) -> list[Tensor]:
     """This rank's part of the ``gradients`` of ``params``, with the parameter's placements; leaves them unchanged.
 
@@ -233,9 +243,11 @@ def local_gradients(
 
 
 def _place(
-    local_grads: list[Tensor], placed_otherwise: Mapping[int, tuple[DTensor, DTensor]], traffic: Traffic
+    local_grads: list[Tensor], placed_otherwise: Mapping[int, tuple["DTensor", "DTensor"]], traffic: Traffic
 ) -> None:
     """Give gradients the placements of their parameters. ``placed_otherwise``: {index: (gradient, parameter)}."""
+    from torch.distributed.tensor import DTensor
+
     placements = {i: list(grad.placements) for i, (grad, _) in placed_otherwise.items()}
     sums: dict[tuple[DeviceMesh, int, torch.dtype, str], list[int]] = {}
     for i, (grad, p) in placed_otherwise.items():
@@ -259,8 +271,8 @@ def _place(
             local_grads[i] = local_part(placed.redistribute(placements=p.placements))
 
 
-def _checked(name: str, p: DTensor, grad: Tensor) -> DTensor:
-    if not isinstance(grad, DTensor):
+def _checked(name: str, p: "DTensor", grad: Tensor) -> "DTensor":
+    if not is_dtensor(grad):
         raise TypeError(
             f"the gradient of {name!r} is a {type(grad).__name__} and the parameter a DTensor: the placements "
             f"of the gradient are unknown. Assign DTensor.from_local(gradient, p.device_mesh, placements)"

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.comm.topology import Topology
+from sharded_lamb.sharding.dtensors import is_dtensor
 from sharded_lamb.sharding.placements import Replicas, ShardSpec, local_part, owners
 from sharded_lamb.sharding.shard_plan import ShardPlan
 
@@ -77,7 +77,7 @@ class Ownership:
 
 
 def _local_numel(p: Tensor) -> int:
-    return local_part(p).numel() if isinstance(p, DTensor) else 0
+    return local_part(p).numel() if is_dtensor(p) else 0
 
 
 def _check_all_elements_owned(plan: ShardPlan, owned: Sequence[float], first: int) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.comm.param_gather import InPlaceGather, ParamGather
@@ -21,6 +20,7 @@ from sharded_lamb.core.parameters import NamedParameter
 from sharded_lamb.kernels import Shard
 from sharded_lamb.kernels.state_format import StoredState
 from sharded_lamb.sharding.buckets import FlatBucket
+from sharded_lamb.sharding.dtensors import is_dtensor
 from sharded_lamb.sharding.local_shards import DTensorShards
 from sharded_lamb.sharding.ownership import Ownership
 from sharded_lamb.sharding.placements import Replicas, ShardSpec
@@ -127,7 +127,7 @@ class ParamStore:
             self._bucket_of.update(dict.fromkeys(bucket_plan.params, bucket))
         for param in plan.specs:
             p = self.params[param]
-            assert isinstance(p, DTensor)
+            assert is_dtensor(p)
             self.dtensors.add(param, p, self.settings.precision(p.dtype))
         self.buckets.extend(added)
         self.gathers.extend(InPlaceGather(bucket.flat, collectives) for bucket in added)

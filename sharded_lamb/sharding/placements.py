@@ -14,13 +14,17 @@ whichever elements a shard has (uneven, empty, strided).
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+from sharded_lamb.sharding.dtensors import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,14 @@ class ShardSpec:
     """How some parameters are sharded: the placements on a mesh, one per axis."""
 
     mesh: DeviceMesh
-    placements: tuple[Placement, ...]
+    placements: "tuple[Placement, ...]"
 
     @staticmethod
-    def of(name: str, p: DTensor) -> "ShardSpec":
+    def of(name: str, p: "DTensor") -> "ShardSpec":
         """Raises ValueError for placements that leave norms unknown, with the reason."""
+        from torch.distributed.tensor import Replicate, Shard
+        from torch.distributed.tensor.placement_types import _StridedShard
+
         for axis, placement in enumerate(p.placements):
             if placement.is_partial():
                 raise ValueError(
@@ -105,7 +112,7 @@ def ranks_of_mesh(mesh: DeviceMesh) -> tuple[int, ...]:
 def root_ranks(params: Any) -> tuple[int, ...] | None:
     """The ranks of the mesh that the first DTensor's mesh was sliced from; None without DTensors."""
     for p in tensors_in(params):
-        if isinstance(p, DTensor):
+        if is_dtensor(p):
             return ranks_of_mesh(p.device_mesh._get_root_mesh())
     return None
 
@@ -142,12 +149,12 @@ def mesh_device(mesh: DeviceMesh) -> torch.device:
     return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
 
 
-def local_part(tensor: DTensor) -> Tensor:
+def local_part(tensor: "DTensor") -> Tensor:
     """This rank's part, detached, a view of the tensor's own memory."""
     return local_memory(tensor).detach()
 
 
-def local_memory(tensor: DTensor) -> Tensor:
+def local_memory(tensor: "DTensor") -> Tensor:
     """The tensor that holds this rank's part, complete; `local_part` takes ten times as long."""
     local = tensor._local_tensor  # to_local() without a view
     if type(local) is not Tensor and hasattr(local, "wait"):  # a functional collective may be in flight

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from sharded_lamb import kernels
 from sharded_lamb.comm.topology import Topology
@@ -19,8 +18,12 @@ from sharded_lamb.core.layout import Bucket, ShardLayout, plan_buckets
 from sharded_lamb.core.parameters import NamedParameter, check_parameter
 from sharded_lamb.kernels.formats import FLOATS
 from sharded_lamb.sharding.buckets import Precision
+from sharded_lamb.sharding.dtensors import is_dtensor
 from sharded_lamb.sharding.local_shards import check_dense
 from sharded_lamb.sharding.placements import ShardSpec, local_part, mesh_device, ranks_of_mesh
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _stores: "weakref.WeakSet[Any]" = weakref.WeakSet()
 """The `ParamStore` of every optimizer, which know their parameters. A weak reference to a parameter would keep
@@ -140,7 +143,7 @@ def plan_shards(
         ValueError: a DTensor with unsupported placements, or whose mesh has ranks outside ``topology``.
     """
     indexed = list(enumerate(rows, start=len(layout.numels)))
-    specs = {i: _shard_spec(name, p, topology) for i, (name, p, _) in indexed if isinstance(p, DTensor)}
+    specs = {i: _shard_spec(name, p, topology) for i, (name, p, _) in indexed if is_dtensor(p)}
     plain = [(i, p) for i, (_, p, _) in indexed if i not in specs]
     buckets = plan_buckets(
         [p.numel() for _, p in plain],
@@ -161,7 +164,7 @@ def plan_shards(
     return ShardPlan(list(rows), layout, buckets, specs, device, wire)
 
 
-def _shard_spec(name: str, p: DTensor, topology: Topology) -> ShardSpec:
+def _shard_spec(name: str, p: "DTensor", topology: Topology) -> ShardSpec:
     spec = ShardSpec.of(name, p)
     check_dense(name, p)
     beyond = sorted(set(ranks_of_mesh(spec.mesh)) - set(topology.everyone))
@@ -251,4 +254,4 @@ def release_claims(new: Sequence[NamedParameter], optimizer: object) -> None:
 
 def _pointer(p: Tensor) -> int:
     """The address of a parameter's memory on this rank; 0 if it has none."""
-    return local_part(p).data_ptr() if isinstance(p, DTensor) else p.data_ptr()
+    return local_part(p).data_ptr() if is_dtensor(p) else p.data_ptr()

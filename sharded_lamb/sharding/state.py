@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.core.host_values import as_tensor
@@ -20,6 +19,7 @@ from sharded_lamb.core.layout import ShardLayout
 from sharded_lamb.kernels.state_format import StoredState
 from sharded_lamb.sharding.buckets import FlatBucket, flattened
 from sharded_lamb.sharding.dcp_tensors import Region, SlicedState, Stamp
+from sharded_lamb.sharding.dtensors import is_dtensor
 from sharded_lamb.sharding.local_shards import DTensorShards
 from sharded_lamb.sharding.placements import ShardSpec, local_part
 
@@ -126,7 +126,7 @@ def check_local(name: str, own: State, states: Sequence[StoredState], saved: Map
             f"consolidate_state_dict() or full_state_dict()"
         )
     stamp, expected = as_tensor(saved["shard"]).tolist(), own["shard"].tolist()
-    if stamp != expected and isinstance(own["exp_avg"], DTensor):
+    if stamp != expected and is_dtensor(own["exp_avg"]):
         raise ValueError(
             f"the state of {name!r} was saved by rank {stamp[0]} of {stamp[1]} and this is rank {expected[0]} of "
             f"{expected[1]}"
@@ -154,9 +154,9 @@ def load_local(own: State, states: Sequence[StoredState], saved: Mapping[str, An
     own["step"].copy_(as_tensor(saved["step"]).reshape(()))
     for state in states:
         values = saved[state.kind]
-        if isinstance(values, DTensor):
+        if is_dtensor(values):
             stored = own[state.key]
-            assert isinstance(stored, DTensor)
+            assert is_dtensor(stored)
             values = flattened(local_part(values), local_part(stored).stride())
         state.store(values)
 
@@ -283,5 +283,7 @@ def _scatter_dtensors(
         if first:
             whole.copy_(saved[param][state.kind])
         collectives.broadcast(whole)
+        from torch.distributed.tensor import distribute_tensor
+
         part = distribute_tensor(whole, local.p.device_mesh, local.p.placements, src_data_rank=None)
         state.store(flattened(local_part(part), local.strides))
