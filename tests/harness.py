@@ -47,7 +47,7 @@ _RENEWAL_TIMEOUT = 10.0
 # Ranks that wait for one that failed will not get there; they get this long to fail by themselves.
 _GRACE_AFTER_ERROR = 5.0
 # Groups whose connections stay open poll them from threads of their own, which slow all later cases.
-_MOST_THREADS = 24
+_MOST_THREADS = 40
 _LINEAR = torch.nn.functional.linear  # ZeRO-3 replaces it
 # Above any case's own timeout, so that the harness and not gloo decides when a case hangs.
 _GROUP_TIMEOUT = timedelta(minutes=29)  # not the default, so that a test can tell

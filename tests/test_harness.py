@@ -333,7 +333,7 @@ def test_shutdown_ends_every_process() -> None:
 
 
 def _leak_threads(rank: int) -> int:
-    for _ in range(40):
+    for _ in range(60):
         threading.Thread(target=threading.Event().wait, daemon=True).start()
     return os.getpid()
 

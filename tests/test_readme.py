@@ -1,4 +1,4 @@
-"""Runs and checks README.md: snippets, options, variants, commands."""
+"""Runs and checks every README: snippets, options, variants, commands, links."""
 
 import inspect
 import json
@@ -17,45 +17,79 @@ from sharded_lamb.core.hyperparams import DEFAULTS
 from tests.harness import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+FOLDERS = sorted(path.parent for path in ROOT.glob("sharded_lamb/*/README.md"))
+READMES = [ROOT / "README.md", ROOT / "launch" / "README.md", *(folder / "README.md" for folder in FOLDERS)]
 
 
-def snippets(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def readme(folder: str = "") -> str:
+    """The README of a folder of the package, by default the project's."""
+    return (ROOT / "sharded_lamb" / folder / "README.md" if folder else ROOT / "README.md").read_text()
+
+
+def snippets(language: str, text: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def table_rows(header: str) -> list[str]:
-    table = README.split(header, 1)[1].split("\n\n", 1)[0]
+    table = readme("optim").split(header, 1)[1].split("\n\n", 1)[0]
     return [
         name for row in table.splitlines()[2:] for name in re.findall(r"`\"?(\w+)\"?`", row.split("|")[1])
     ]
 
 
-def run_snippets(rank: int, folder: Path) -> dict[str, float]:
+def run_snippets(rank: int, text: str, folder: Path) -> list[str]:
+    """The files that the snippets wrote."""
     os.chdir(folder)
     space: dict[str, Any] = {}
-    for snippet in snippets("python"):
-        # The harness has already initialized the process group.
-        code = snippet.replace("dist.init_process_group()", "pass")
-        exec(compile(code, "README.md", "exec"), space)
-    assert (folder / "run" / "checkpoints" / "latest").read_text() == "step-00000004\n"
-    os.chdir(ROOT)
-    return dict(space["optimizer"].memory())
+    try:
+        for snippet in snippets("python", text):
+            # The harness has already initialized the process group.
+            code = snippet.replace("dist.init_process_group()", "pass")
+            exec(compile(code, "README.md", "exec"), space)
+    finally:
+        os.chdir(ROOT)
+    if "optimizer" in space:
+        assert space["optimizer"].memory()["moments"] > 0
+        space["optimizer"].close()
+    return sorted(path.name for path in folder.rglob("*") if path.name == "latest")
 
 
-def test_python_snippets_run_on_two_ranks(tmp_path: Path) -> None:
-    assert len(snippets("python")) == 6
-    for memory in run_ranks(2, run_snippets, tmp_path):
-        assert memory["moments"] > 0
+# Integrations' snippets are files, which tests/integrations run.
+@pytest.mark.parametrize("folder", ["", "optim", "checkpoint", "watchdog", "kernels"])
+def test_python_snippets_run_on_two_ranks(folder: str, tmp_path: Path) -> None:
+    assert len(snippets("python", readme(folder))) == 1
+    for written in run_ranks(2, run_snippets, readme(folder), tmp_path):
+        assert written == (["latest"] if folder == "checkpoint" else [])
+
+
+def test_every_snippet_of_a_folder_is_run() -> None:
+    others = {"optim", "checkpoint", "watchdog", "kernels", "integrations"}
+    assert not [path.name for path in FOLDERS if path.name not in others and "```python" in readme(path.name)]
+
+
+def test_the_readme_is_short() -> None:
+    assert len(readme().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)
+def test_links_lead_to_files_and_headings(path: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)", path.read_text()):
+        file, _, heading = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        assert there.exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", there.read_text(), flags=re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", text).strip().lower().replace(" ", "-") for text in headings]
+            assert heading in slugs, target
 
 
 def test_options_and_variants_are_the_real_ones() -> None:
     assert table_rows("| option | default | meaning |") == ["variant", *DEFAULTS]
-    assert sorted(table_rows("| variant | what it is |")) == sorted(VARIANTS)
+    assert sorted(table_rows("| variant | source |")) == sorted(VARIANTS)
 
 
 def test_members_named_for_sharded_lamb_exist() -> None:
-    line = README.split("Only on `ShardedLamb`:", 1)[1].split("`help(", 1)[0]
+    line = readme("optim").split("Only on `ShardedLamb`:", 1)[1].split("`help(", 1)[0]
     keywords, members = line.split("methods", 1)
     for name in re.findall(r"`(\w+)[=(`]", keywords):
         assert name in inspect.signature(ShardedLamb.__init__).parameters, name
@@ -65,7 +99,7 @@ def test_members_named_for_sharded_lamb_exist() -> None:
 
 def from_diff(which: str) -> dict[str, Any]:
     """The ds_config of the README's diff, before ("-") or after ("+")."""
-    (diff,) = snippets("diff")
+    (diff,) = snippets("diff", readme("deepspeed"))
     body = diff.split("ds_config.json\n", 1)[1]
     lines = [line[1:] for line in body.splitlines() if line[:1] in (" ", which)]
     config: dict[str, Any] = json.loads(
@@ -98,17 +132,17 @@ def test_the_table_of_naive_ratios_is_the_measured_one() -> None:
 
     measured = json.loads((ROOT / "sharded_lamb/bench/results/naive-ratios-2.json").read_text())
     expected = naive_table(measured["ratio over exact ratio"]).splitlines()[2:]
-    assert all(row in README for row in expected)
+    assert all(row in readme("deepspeed") for row in expected)
     assert len(expected) == 6
 
 
-@pytest.mark.parametrize("command", re.findall(r"^launch/\S+", README, flags=re.MULTILINE))
+@pytest.mark.parametrize("command", re.findall(r"^launch/\S+", readme() + readme("bert"), flags=re.MULTILINE))
 def test_commands_exist(command: str) -> None:
     assert (ROOT / command).stat().st_mode & 0o111, f"{command} is not executable"
 
 
 @pytest.mark.parametrize(
-    "line", re.findall(r"^torchrun .*-m sharded_lamb (verify.*)$", README, flags=re.MULTILINE)
+    "line", re.findall(r"^torchrun .*-m sharded_lamb (verify.*)$", readme(), flags=re.MULTILINE)
 )
 def test_verify_commands_parse(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     """argparse exits with 2 on an unknown option; --help after valid ones exits with 0."""

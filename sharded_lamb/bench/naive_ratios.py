@@ -32,6 +32,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"error: {error}; pip install 'sharded-lamb[deepspeed,bert]'")
 from sharded_lamb import Lamb
 from sharded_lamb.bench.report import dumped
+from sharded_lamb.pictures import figure
 
 LR = 1e-3
 
@@ -118,6 +119,29 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """One line a row of `table`: least to most, with the median as a dot.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    picture, (axes,) = figure.stacked(7.5, [2.4])
+    for place, (name, row) in enumerate(rows.items()):
+        color = "tab:blue" if "ShardedLamb" in name else "tab:red"
+        axes.plot(
+            [row["least"], row["most"]], [place, place], color=color, linewidth=5, solid_capstyle="butt"
+        )
+        axes.plot([row["median"]], [place], "o", color=color, markeredgecolor="white", markersize=9)
+    axes.axvline(1, color="black", linewidth=0.8, zorder=0)
+    axes.set_xscale("log")
+    axes.set_xticks([0.05, 0.1, 0.5, 1, 2, 5, 10, 50], ["0.05", "0.1", "0.5", "1", "2", "5", "10", "50"])
+    axes.set_xlim(0.03, 60)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.set_xlabel("trust ratio used over the exact one, least, median and most of all tensors")
+    figure.save(picture, path)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table on the first rank; returns 0."""
     parser = argparse.ArgumentParser(prog="sharded_lamb.bench.naive_ratios")
@@ -128,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the numbers to this file as JSON")
+    parser.add_argument("--png", type=Path, help="draw them into this file")
     chosen = parser.parse_args(arguments)
     deepspeed.logger.setLevel("ERROR")
     deepspeed.init_distributed(verbose=False)
@@ -138,6 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows[f"ZeRO-{stage}, {name}"] = summarize(quotients(stage, naive, chosen))
     if dist.get_rank() == 0:
         print(table(rows))
+        if chosen.png is not None:
+            draw(rows, chosen.png)
         if chosen.out is not None:
             about = {
                 "date": str(datetime.date.today()),

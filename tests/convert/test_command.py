@@ -16,7 +16,7 @@ from sharded_lamb.checkpoint.in_memory import read_contents
 from sharded_lamb.convert.command import FORMATS
 from tests import interpreter
 from tests.convert import cases
-from tests.test_readme import README
+from tests.test_readme import readme
 
 
 @pytest.fixture
@@ -345,7 +345,7 @@ def test_help_and_readme_have_the_same_directions(capsys: pytest.CaptureFixture[
     for name, form in FORMATS.items():
         yes = ["yes" if way else "-" for way in (form.read, form.write)]
         assert re.search(rf"^ +{name} +{yes[0]} +{yes[1]} ", printed, re.MULTILINE), name
-        assert re.search(rf"^\| `{name}` \| {yes[0]} \| {yes[1]} \|", README, re.MULTILINE), name
+        assert re.search(rf"^\| `{name}` \| {yes[0]} \| {yes[1]} \|", readme("convert"), re.MULTILINE), name
 
 
 def test_commands_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +353,7 @@ def test_commands_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     model, optimizer = cases.trained(3, variant="timm")
     checkpoint.Checkpoints(tmp_path / "runs" / "mine").save(3, model, optimizer)
     monkeypatch.chdir(tmp_path)
-    lines = re.findall(r"^sharded-lamb (?:inspect|convert) .*$", README, flags=re.MULTILINE)
+    lines = re.findall(r"^sharded-lamb (?:inspect|convert) .*$", readme("convert"), flags=re.MULTILINE)
     assert len(lines) == 5
     for line in lines:
         assert main(shlex.split(line, comments=True)[1:]) == 0, line

@@ -1,6 +1,7 @@
 """A small version of the measurement in the README."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,15 @@ def test_naive_ratios_are_wrong_and_ours_exact(stage: int) -> None:
     assert naive.keys() == ours.keys()
     assert max(naive.values()) > 2 * min(naive.values())
     assert list(ours.values()) == pytest.approx([1.0] * len(ours), rel=1e-4)
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    from sharded_lamb.bench.naive_ratios import draw, summarize
+
+    draw(
+        {"naive": summarize({"a": 0.5, "b": 40.0}), "ShardedLamb": summarize({"a": 1.0})}, tmp_path / "x.png"
+    )
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_table() -> None:
