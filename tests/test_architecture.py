@@ -27,7 +27,7 @@ FLOORS = (
     {"gradients"},
     {"optim"},
     {"__init__", "checkpoint"},
-    {"deepspeed", "verify", "plan"},
+    {"deepspeed", "integrations", "verify", "plan"},
     {"convert", "bench"},
     {"preflight"},
     {"bert"},

@@ -1,0 +1,1 @@
+"""Glue for training frameworks; imports none of them until used."""

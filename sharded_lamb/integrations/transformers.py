@@ -1,0 +1,128 @@
+"""Hugging Face's Trainer: a callback that keeps the state in its checkpoints. Imports transformers."""
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sharded_lamb.checkpoint.rank_group import bare_optimizer
+from sharded_lamb.optim.base import LambOptimizer
+from sharded_lamb.optim.sharded import ShardedLamb
+
+
+class ShardedLambCallback(TrainerCallback):
+    """Makes every ``checkpoint-N`` of the Trainer hold the whole state of a `ShardedLamb`.
+
+    The Trainer saves what the first rank's ``state_dict()`` returns. Where it is about to save, the callback calls
+    `ShardedLamb.consolidate_state_dict` on every rank, so that the file holds whole tensors and any number of
+    ranks resumes from it. It does nothing at other steps, with ``save_only_model``, with `Lamb`, and under FSDP and
+    DeepSpeed, whose state the Trainer saves from every rank.
+
+    Pass it last: it sees a save that is requested by callbacks before it. Without it, ``state_dict()`` warns at the
+    save, and resuming raises ValueError.
+
+    Raises:
+        TypeError: at the start of training, the optimizer is neither this package's nor DeepSpeed's.
+        ValueError: at the start of training, ``save_on_each_node`` with several nodes: only the first rank has the
+            whole state.
+    """
+
+    def __init__(self) -> None:
+        self._is_training = False
+        self._consolidated_at: int | None = None  # global step
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **others: Any,
+    ) -> None:
+        self._is_training, self._consolidated_at = True, None
+        inner = bare_optimizer(optimizer)
+        if not isinstance(inner, LambOptimizer) and not _saved_from_every_rank(optimizer):
+            kind = type(getattr(inner, "optimizer", inner)).__name__
+            raise TypeError(
+                f"ShardedLambCallback keeps the state of a ShardedLamb, and the Trainer's optimizer is {kind}: pass "
+                f"the Trainer optimizers=(ShardedLamb(…), None), or leave the callback out"
+            )
+        if isinstance(inner, ShardedLamb) and args.save_on_each_node and args.world_size > 1:
+            raise ValueError(
+                "save_on_each_node=True: only the first rank has the whole state of a ShardedLamb, and the other "
+                "nodes would save slices: save to storage that all nodes see, or use sharded_lamb.checkpoint"
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        self._is_training = False
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **others: Any,
+    ) -> None:
+        if control.should_save:
+            self._consolidate(args, state, optimizer)
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **others: Any,
+    ) -> None:
+        if control.should_save:
+            self._consolidate(args, state, optimizer)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        optimizer: Any = None,
+        **others: Any,
+    ) -> None:
+        """The Trainer decides after this event whether it saves the best model: the same comparison, made before."""
+        if args.save_strategy != "best":
+            saves = control.should_save
+        else:
+            saves = _is_best(args, state, metrics or {})
+        if saves:
+            self._consolidate(args, state, optimizer)
+
+    def _consolidate(self, args: TrainingArguments, state: TrainerState, optimizer: Any) -> None:
+        inner = bare_optimizer(optimizer)
+        if not isinstance(inner, ShardedLamb) or _saved_from_every_rank(optimizer):
+            return
+        if not self._is_training or args.save_only_model or state.global_step in (0, self._consolidated_at):
+            return
+        inner.consolidate_state_dict()
+        self._consolidated_at = state.global_step
+
+
+def _saved_from_every_rank(optimizer: Any) -> bool:
+    """Whether the Trainer saves the state by torch.distributed.checkpoint or DeepSpeed."""
+    accelerator = getattr(optimizer, "accelerator_state", None)
+    return getattr(accelerator, "distributed_type", None) in ("FSDP", "DEEPSPEED")
+
+
+def _is_best(args: TrainingArguments, state: TrainerState, metrics: Mapping[str, float]) -> bool:
+    """As ``Trainer._determine_best_metric``."""
+    name = args.metric_for_best_model
+    if name is None:
+        return False
+    name = name if name.startswith("eval_") else f"eval_{name}"
+    if name not in metrics:  # of another of several datasets
+        return False
+    is_better = operator.gt if args.greater_is_better else operator.lt
+    worst = float("-inf") if args.greater_is_better else float("inf")
+    best = worst if state.best_metric is None else state.best_metric
+    return bool(is_better(metrics[name], best))
