@@ -1,14 +1,41 @@
-"""Hugging Face's Trainer: a callback that keeps the state in its checkpoints. Imports transformers."""
+"""Hugging Face's Trainer: an optimizer that knows names, and a callback that keeps its state in checkpoints.
+
+Imports transformers.
+"""
 
 import operator
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sharded_lamb.checkpoint.rank_group import bare_optimizer
 from sharded_lamb.optim.base import LambOptimizer
 from sharded_lamb.optim.sharded import ShardedLamb
+
+
+class ShardedLambFactory:
+    """Makes a `ShardedLamb` of named parameters: ``Trainer(…, optimizer_cls_and_kwargs=(ShardedLambFactory, {…}))``.
+
+    The Trainer gives ``(ShardedLamb, …)`` parameters without names, which patterns and reports need; it gives a factory
+    the model, which may come from ``model_init``. The keywords are `ShardedLamb`'s. Without
+    ``exclude_from_weight_decay``, biases and weights of norms have no weight decay, as the Trainer decides it.
+    ``TrainingArguments.weight_decay`` and ``learning_rate`` have no effect on it.
+    """
+
+    def __call__(self, model: nn.Module, **options: Any) -> ShardedLamb:
+        """Collective. Raises as `ShardedLamb` does."""
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if "exclude_from_weight_decay" in options:
+            return ShardedLamb(named, **options)
+        rule: Any = Trainer.get_decay_parameter_names  # reads nothing of a Trainer
+        decays = set(rule(None, model))
+        groups: list[dict[str, Any]] = [
+            {"params": [(name, p) for name, p in named if name in decays]},
+            {"params": [(name, p) for name, p in named if name not in decays], "weight_decay": 0.0},
+        ]
+        return ShardedLamb([group for group in groups if group["params"]], **options)
 
 
 class ShardedLambCallback(TrainerCallback):

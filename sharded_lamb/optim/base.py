@@ -96,7 +96,10 @@ class LambOptimizer(Optimizer):
     _live: Live
     _live_class: type[Live] = Live
     _clip_remedy = "give the optimizer max_grad_norm"
-    _name_remedy = "pass model.named_parameters() instead of model.parameters()"
+    _name_remedy = (
+        "pass model.named_parameters() instead of model.parameters() (in Hugging Face's Trainer: "
+        "sharded_lamb.integrations.transformers.ShardedLambFactory instead of the class)"
+    )
 
     def __init__(self, params: Any, scalars: dict[str, Any], variant: str, explicit: RuleOptions) -> None:
         """``scalars``: lr, betas, eps, weight_decay. ``explicit``: options that win over the variant's."""

@@ -14,7 +14,9 @@ from tests import training
 from tests.oracle import OracleLamb
 
 WIDTH, OUT, SAMPLES = 7, 3, 64
-NO_DECAY = ("first.bias", "norm.weight", "norm.bias", "last.bias", "scale")
+NO_DECAY = ("first.bias", "norm.weight", "norm.bias", "last.bias")
+"""As the Trainer decides it."""
+NO_ADAPT = (*NO_DECAY, "scale")
 
 
 class Regression(nn.Module):

@@ -40,18 +40,32 @@ def arguments(folder: str, **options: Any) -> Any:
 
 
 def trainer_of(
-    folder: str, callbacks: Any = (), lamb: Mapping[str, Any] | None = None, **options: Any
+    folder: str,
+    callbacks: Any = (),
+    lamb: Mapping[str, Any] | None = None,
+    made: str = "class",
+    **options: Any,
 ) -> Any:
+    """``made``: how the Trainer gets its optimizer."""
     from transformers import Trainer
 
+    from sharded_lamb.integrations.transformers import ShardedLambFactory
+
     begin_anew()
+    model = Regression()
+    keywords = {"lr": 0.02, **(lamb or {})}
+    made_by = {
+        "class": lambda: {"optimizer_cls_and_kwargs": (ShardedLamb, keywords)},
+        "factory": lambda: {"optimizer_cls_and_kwargs": (ShardedLambFactory, keywords)},
+        "object": lambda: {"optimizers": (ShardedLamb(model.named_parameters(), **keywords), None)},
+    }
     return Trainer(
-        Regression(),
+        model,
         arguments(folder, **options),
         train_dataset=regression.DATA,
         eval_dataset=regression.DATA[:4],
         callbacks=list(callbacks),
-        optimizer_cls_and_kwargs=(ShardedLamb, {"lr": 0.02, **(lamb or {})}),
+        **made_by[made](),
     )
 
 
@@ -96,6 +110,55 @@ def test_the_trainer_follows_lamb_over_the_global_batch(case: str, tmp_path: Pat
         )  # before clipping, over all ranks
     if case == "clipping":
         assert min(ranks[0]["norms"]) > 0.5
+
+
+NO_ADAPTATION = ["bias$", "norm", "^scale$"]
+NAMED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    # options, parameters without decay
+    "object": ({"exclude_from_weight_decay": ["bias$", "norm"]}, regression.NO_DECAY),
+    "factory": ({}, regression.NO_DECAY),
+    "factory, patterns": ({"exclude_from_weight_decay": ["^last"]}, ("last.weight", "last.bias")),
+}
+
+
+def trained_with_names(rank: int, folder: str, made: str, lamb: Mapping[str, Any]) -> dict[str, Any]:
+    options = {"exclude_from_layer_adaptation": NO_ADAPTATION, "weight_decay": 0.2, **lamb}
+    trainer = trainer_of(folder, lamb=options, made=made, weight_decay=0.7)
+    trainer.train()
+    return {
+        "weights": regression.weights_of(trainer.model),
+        "seen": trainer.model.seen,
+        "ratios": trainer.optimizer.optimizer.trust_ratios(),
+    }
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_patterns_match_the_models_names(case: str, tmp_path: Path) -> None:
+    lamb, no_decay = NAMED[case]
+    ranks = run_ranks(2, trained_with_names, str(tmp_path), case.partition(",")[0], lamb)
+    oracle = regression.follow(
+        [found["seen"] for found in ranks], no_decay=no_decay, no_adapt=regression.NO_ADAPT, weight_decay=0.2
+    )
+    for found in ranks:
+        regression.assert_follows(found["weights"], oracle)
+        assert found["ratios"] == pytest.approx(oracle.ratios, rel=1e-4)
+
+
+def nameless(rank: int, folder: str) -> None:
+    trainer_of(folder, lamb={"exclude_from_layer_adaptation": NO_ADAPTATION}).train()
+
+
+def test_patterns_for_the_trainers_nameless_groups_are_an_error_that_names_the_factory(
+    tmp_path: Path,
+) -> None:
+    for kind, message in run_ranks_expecting_errors(2, nameless, str(tmp_path)).values():
+        assert kind == "ValueError"
+        assert "sharded_lamb.integrations.transformers.ShardedLambFactory" in message
+
+
+def test_training_arguments_know_no_other_optimizers(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="sharded_lamb"):
+        arguments(str(tmp_path), optim="sharded_lamb")
 
 
 def trained_in_bf16(rank: int, folder: str) -> tuple[list[list[int]], dict[str, Tensor]]:
