@@ -72,6 +72,7 @@ def load(
     ranks.agree("the checkpoint", ranks.each(lambda: digest(folder)))
     ranks.each(lambda: check_files(folder, manifest, part=ranks.rank, parts=ranks.size, hashes=verify))
     if isinstance(known, ShardedOptimizer):
+        known.register_replaced()
         known.synchronize()
     loading = ranks.each(lambda: _Loading(folder, manifest, model, known, extra or {}, options))
     if isinstance(known, ShardedOptimizer):

@@ -224,6 +224,7 @@ def _snapshot(
 
 def _collected(ranks: RankGroup, model: nn.Module, optimizer: Any, extra: Mapping[str, Any]) -> _Snapshot:
     if isinstance(optimizer, ShardedOptimizer):
+        optimizer.register_replaced()
         optimizer.synchronize()
     model_parts = parts.ModelParts.of(model)
     tensors = {f"model.{name}": tensor for name, tensor in model_parts.tensors.items()}

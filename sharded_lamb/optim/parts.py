@@ -50,6 +50,7 @@ class ShardedLive(AgreedLive):
     max_norm: tuple[float | None, ...] = ()  # its arguments
     scanned_params: list[Tensor] = field(default_factory=list)  # all groups' parameters at the last scan
     frozen_params: list[Tensor] = field(default_factory=list)  # those of them that the store lacked
+    removed: list[int] = field(default_factory=list)  # registered parameters that were then in no group
     last: LastStep | None = None
     is_summarized: bool = False
     closed: str | None = None  # why

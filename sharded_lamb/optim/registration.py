@@ -3,6 +3,8 @@
 import operator
 from typing import Any
 
+from torch import Tensor
+
 from sharded_lamb import kernels
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.comm.consistency import Description, check_consistency, describe_groups, propagate_errors
@@ -35,19 +37,24 @@ class RegisteringOptimizer(JoinableOptimizer):
 
     def _follow(self) -> None:
         store, live = self._store, self._live
-        if not store.has_moved:
+        successors = self._successors()
+        if not successors and not store.has_moved:
             return
         self._check_open()
         self.synchronize()
-        before, now = store.step.device, store.device
+        registered, skipped = [successors.get(i, p) for i, p in enumerate(store.params)], self.skipped_steps
+        before, now = store.step.device, registered[0].device
         check_consistency(store.topology, [("device that the model was moved to", now.type)])
         if self._settings.stage == 2 and any(grad is not None for grad in self._gradients.identities()):
+            change, call = "parameters were replaced", "replacing them"
+            if not successors:
+                change, call = f"model was moved from {before} to {now}", "model.to(…)"
             raise RuntimeError(
-                f"the model was moved from {before} to {now}, and backward reduced gradients before this ShardedLamb "
-                f"could follow: call optimizer.zero_grad() after model.to(…), or construct the optimizer after it"
+                f"the {change}, and backward reduced gradients before this ShardedLamb could follow: call "
+                f"optimizer.zero_grad() after {call}, or construct the optimizer after it"
             )
-        registered, skipped = list(store.params), self.skipped_steps
-        whole = None if live.is_new else self._gather(0)
+        has_state = bool(store.step.any()) if successors else not live.is_new
+        whole = self._gather(0) if has_state else None
         live.gradients.close()
         live.collectives.close()
         live.gathers.forget_buckets()
@@ -57,9 +64,34 @@ class RegisteringOptimizer(JoinableOptimizer):
         self.state.clear()
         self._build()
         live.skips.set_total(skipped)
-        if not live.is_new:
+        if has_state:
             self.register_stateful(registered)
             self._scatter(None if whole is None else {registered[i]: saved for i, saved in whole.items()})
+
+    def _scan(self) -> None:
+        """Note which parameters of the groups are not registered, and which registered ones are in no group."""
+        store, live = self._store, self._live
+        now = [p for group in self.param_groups for p in group["params"]]
+        scanned = live.scanned_params
+        if len(now) == len(scanned) and all(map(operator.is_, now, scanned)):
+            return
+        grouped = set(now)
+        live.scanned_params, live.frozen_params = now, [p for p in now if p not in store.index]
+        live.removed = [i for i, p in enumerate(store.params) if p not in grouped]
+
+    def _successors(self) -> dict[int, Tensor]:
+        """{registered parameter: the new one of its name and shape in its place}; empty unless all removed have one.
+
+        fully_shard replaces a model's parameters by DTensors, and Accelerate then those in the groups.
+        """
+        store, live = self._store, self._live
+        self._scan()
+        if not live.removed or not live.frozen_params:
+            return {}
+        new = {name: p for name, p, _ in self._named_parameters() if p not in store.index}
+        found = {i: new.get(store.names[i]) for i in live.removed}
+        are_alike = all(p is not None and p.shape == store.params[i].shape for i, p in found.items())
+        return {i: p for i, p in found.items() if p is not None} if are_alike else {}
 
     @collective
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -96,16 +128,12 @@ class RegisteringOptimizer(JoinableOptimizer):
         """Register parameters that moved to another device, or that were unfrozen. Collective if there are any."""
         self._follow()
         store, live = self._store, self._live
-        now = [p for group in self.param_groups for p in group["params"]]
-        scanned = live.scanned_params
-        if len(now) != len(scanned) or not all(map(operator.is_, now, scanned)):
-            live.scanned_params, live.frozen_params = now, [p for p in now if p not in store.index]
+        self._scan()
         if any(p.requires_grad for p in live.frozen_params):
-            grouped = set(now)
-            removed = [name for name, p in zip(store.names, store.params, strict=True) if p not in grouped]
-            if removed:
+            if live.removed:
+                removed = store.names[live.removed[0]]
                 raise RuntimeError(
-                    f"parameter {removed[0]!r} is no longer in a parameter group and new ones are (fully_shard and "
+                    f"parameter {removed!r} is no longer in a parameter group and new ones are (fully_shard and "
                     f"Accelerate's prepare replace parameters by new ones): construct ShardedLamb after that, from the "
                     f"parameters that the model has then"
                 )

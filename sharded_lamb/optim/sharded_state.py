@@ -144,8 +144,20 @@ class ShardedOptimizer(PartsOptimizer):
         raise NotImplementedError
 
     def _follow(self) -> None:
-        """Register all parameters anew if the model was moved to another device. Collective then."""
+        """Register all parameters anew if the model was moved, or its parameters replaced. Collective then."""
         raise NotImplementedError
+
+    def _successors(self) -> dict[int, Tensor]:
+        """{registered parameter: the new one that replaced it in its group}."""
+        raise NotImplementedError
+
+    def register_replaced(self) -> None:
+        """Register parameters that replaced others in the groups, as the next step would. Collective if there are any.
+
+        Raises as the registration at construction.
+        """
+        if self._successors():
+            self._follow()
 
     def _load_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         super()._load_groups(saved_groups)
@@ -167,6 +179,8 @@ class ShardedOptimizer(PartsOptimizer):
             TypeError: torch.distributed.checkpoint asks for whole tensors of plain parameters.
         """
         wants_whole = asked_by_dcp()
+        if wants_whole is not None:
+            self.register_replaced()  # torch.distributed.checkpoint asks every rank
         if wants_whole is None and self._live.consolidated is not None:
             if self._live.consolidated.whole is None:
                 return self.local_state_dict()
@@ -242,6 +256,7 @@ class ShardedOptimizer(PartsOptimizer):
 
     def _gathered(self, to: int) -> dict[int, state.State] | None:
         """{position in the groups: whole state} on rank ``to``, else None. Collective."""
+        self.register_replaced()
         store, states = self._store, self._gather(to)
         if states is None:
             return None

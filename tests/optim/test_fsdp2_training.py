@@ -446,19 +446,3 @@ def test_the_log_line_names_stage_3() -> None:
         first, second = run_ranks(2, log_of, plain, stage)
         assert [line.startswith(f"ShardedLamb stage {text}: 2 ranks, 6 tensors") for line in first] == [True]
         assert second == []
-
-
-def step_after_replacing_parameters(rank: int) -> None:
-    """Accelerate's order: construct the optimizer, then replace the parameters in its groups."""
-    model = models.block()
-    opt = ShardedLamb(model.named_parameters(), lr=0.02)
-    fully_shard(model)
-    opt.param_groups[0]["params"] = list(model.parameters())
-    model(models.inputs(rank, 0)).square().mean().backward()
-    opt.step()
-
-
-def test_parameters_replaced_after_construction_are_an_error() -> None:
-    for kind, message in run_ranks_expecting_errors(2, step_after_replacing_parameters).values():
-        assert kind == "RuntimeError"
-        assert "construct ShardedLamb after that" in message
