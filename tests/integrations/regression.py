@@ -20,13 +20,13 @@ NO_ADAPT = (*NO_DECAY, "scale")
 
 
 class Regression(nn.Module):
-    """Every forward appends its samples' numbers to ``seen``."""
+    """Every forward appends its samples' numbers to ``seen``. ``scalar``: fully_shard takes no 0-dim parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, scalar: bool = True) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.norm, self.last = nn.Linear(WIDTH, 13), nn.LayerNorm(13), nn.Linear(13, OUT)
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.ones(() if scalar else (1,)))
         self.seen: list[list[int]] = []
 
     def forward(self, x: Tensor, y: Tensor, number: Tensor) -> tuple[Tensor]:
@@ -59,10 +59,11 @@ def follow(
     micro_batches: int = 1,
     lr: Callable[[int], float] = lambda step: 0.02,
     no_decay: Collection[str] = NO_DECAY,
+    scalar: bool = True,
     **options: Any,
 ) -> OracleLamb:
     """The reference after the steps that ranks took. ``seen``: by rank, the numbers of every micro-batch."""
-    model = Regression().double()
+    model = Regression(scalar).double()
     params = dict(model.named_parameters())
     oracle = OracleLamb({n: p.detach().numpy() for n, p in params.items()}, no_decay=no_decay, **options)
     micro_steps = len(seen[0])
