@@ -18,7 +18,8 @@ def reject_ddp(params: Sequence[Tensor]) -> None:
         if any(id(p) in reduced for p in ddp.parameters()):
             raise ValueError(
                 "stage=2 reduces gradients itself, and the model is wrapped in DistributedDataParallel, which "
-                "reduces them too: pass the bare model, or use stage=1 with DistributedDataParallel"
+                "reduces them too: pass the bare model, or use stage=1 with DistributedDataParallel (Hugging Face's "
+                "Trainer and Accelerate's prepare wrap the model by themselves)"
             )
 
 

@@ -38,7 +38,8 @@ class Lamb(LambOptimizer):
         betas: (β1, β2), each in [0, 1).
         eps: ε > 0.
         weight_decay: λ ≥ 0.
-        variant: name in `VARIANTS` that fills the keywords below; explicit keywords win.
+        variant: name in `VARIANTS` that fills the keywords below; explicit keywords win. None fills lr, betas, eps and
+            weight_decay: DeepSpeed's Lamb is ``variant="deepspeed", eps=1e-8, weight_decay=0.0``.
         bias_correction: True: inside the ratio, as above. False: none. "lr": √(1-β2ᵗ)/(1-β1ᵗ) on η, as in DeepSpeed.
         grad_averaging: False: m = β1 m + g.
         adam_w_mode: False: decay is added to the (clipped) gradient instead of u.

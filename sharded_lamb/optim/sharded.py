@@ -47,7 +47,8 @@ class ShardedLamb(RegisteringOptimizer):
     step starts from weights written before it, in place or by ``.data =`` with the same shape, dtype and device.
     Parameters in shared memory stay there, so that other processes see every update, at two copies of them per step.
     A model that is moved to another device later (``model.to(device)``, Accelerate's ``prepare``) is followed, with its
-    state, by the next `zero_grad`, `load_state_dict`, `clip_grad_norm_` or `step`; in stage 2 before backward.
+    state, by the next `zero_grad`, `load_state_dict`, `clip_grad_norm_` or `step`; in stage 2 before backward. So are
+    parameters that were replaced in the groups by others of the same names and shapes (Accelerate's FSDP2).
 
     DTensor parameters (``fully_shard``, HSDP, tensor parallel) keep their memory: they are stage 3, detected
     automatically, whatever ``stage`` is for plain parameters beside them. Each rank updates its local parts and stores

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -19,7 +20,7 @@ from tests.integrations.regression import Regression
 from tests.sharding.test_whole_states import begin_anew
 
 pytest.importorskip("accelerate")
-KINDS = pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+KINDS = pytest.mark.parametrize("kind", ["ddp", "fsdp2", "stage 2"])
 
 
 def accelerator_of(kind: str, **options: Any) -> Any:
@@ -47,20 +48,26 @@ def accelerator_of(kind: str, **options: Any) -> Any:
 
 
 class Run:
-    """The canonical program."""
+    """The canonical program. "stage 2": the model is prepared without DDP."""
 
-    def __init__(self, kind: str, clip: float | None = None, lamb: Any = None, **options: Any) -> None:
+    def __init__(self, kind: str, clip: float | None = None, **options: Any) -> None:
         self.accelerator, self.clip = accelerator_of(kind, **options), clip
         self.bare = Regression(scalar=not kind.startswith("fsdp2"))
-        optimizer = ShardedLamb(
-            self.bare.named_parameters(), lr=0.02, exclude_from_weight_decay=["bias$", "norm"], **(lamb or {})
+        self.lamb = ShardedLamb(
+            self.bare.named_parameters(),
+            lr=0.02,
+            exclude_from_weight_decay=["bias$", "norm"],
+            stage=2 if kind == "stage 2" else 1,
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-        loader = DataLoader(regression.DATA, batch_size=2)
-        self.model, self.optimizer, self.loader, self.schedule = self.accelerator.prepare(
-            self.bare, optimizer, loader, schedule
-        )
-        self.lamb = optimizer
+        schedule = torch.optim.lr_scheduler.LambdaLR(self.lamb, lambda step: 1 / (1 + step))
+        prepared = self.lamb, DataLoader(regression.DATA, batch_size=2), schedule
+        if kind == "stage 2":
+            self.model = self.accelerator.prepare_model(self.bare, evaluation_mode=True)
+            self.optimizer, self.loader, self.schedule = self.accelerator.prepare(*prepared)
+        else:
+            self.model, self.optimizer, self.loader, self.schedule = self.accelerator.prepare(
+                self.bare, *prepared
+            )
 
     def train(self, batches: int, skip: int = 0) -> None:
         loader = self.accelerator.skip_first_batches(self.loader, skip)
@@ -116,9 +123,11 @@ def trained(rank: int, kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def test_accelerate_follows_lamb_over_the_global_batch(case: str, kind: str) -> None:
     options, expected = EXACT[case]
     ranks = run_ranks(2, trained, kind, options)
-    wrapped = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPRegression"}[kind]
+    wrapped = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPRegression", "stage 2": "Regression"}[kind]
     assert [found["model"] for found in ranks] == [wrapped, wrapped]
-    oracle = regression.follow([found["seen"] for found in ranks], lr=rate, scalar=kind == "ddp", **expected)
+    oracle = regression.follow(
+        [found["seen"] for found in ranks], lr=rate, scalar=kind != "fsdp2", **expected
+    )
     for found in ranks:
         regression.assert_follows(found["weights"], oracle)
         assert found["ratios"] == pytest.approx(oracle.ratios, rel=1e-4)
@@ -133,11 +142,17 @@ def trained_in_bf16(rank: int, kind: str) -> dict[str, Any]:
     def watched(closure: Any = None) -> None:
         for options in oracle.options.values():
             options["lr"] = run.lamb.param_groups[0]["lr"]
-        grads = {name.removeprefix("module."): p.grad for name, p in run.model.named_parameters()}
-        whole = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()}
-        oracle.step({name: grad.double().numpy() for name, grad in whole.items()})
+        grads = own or {name.removeprefix("module."): p.grad for name, p in run.model.named_parameters()}
+        whole = {n: (g.full_tensor() if isinstance(g, DTensor) else g).double() for n, g in grads.items()}
+        for grad in whole.values() if own else ():
+            dist.all_reduce(grad)
+            grad /= 2
+        oracle.step({name: grad.numpy() for name, grad in whole.items()})
         step(closure)
 
+    own: dict[str, Tensor] = {}  # stage 2 leaves none in .grad
+    for name, p in run.bare.named_parameters() if kind == "stage 2" else ():
+        p.register_hook(lambda grad, name=name: own.update({name: grad.clone()}))
     kinds: set[torch.dtype] = set()
     run.bare.last.register_forward_hook(lambda *call: kinds.add(call[-1].dtype))
     with pytest.MonkeyPatch.context() as patch:
@@ -152,42 +167,22 @@ def trained_in_bf16(rank: int, kind: str) -> dict[str, Any]:
 def test_accelerate_in_bf16(kind: str) -> None:
     """Exact for the gradients that bf16 gives, which are near those of float64."""
     ranks = run_ranks(2, trained_in_bf16, kind)
-    oracle = regression.follow([found["seen"] for found in ranks], lr=rate, scalar=kind == "ddp")
+    oracle = regression.follow([found["seen"] for found in ranks], lr=rate, scalar=kind != "fsdp2")
     for found in ranks:
         regression.assert_follows(found["weights"], oracle, tolerance=3e-2)
 
 
-def in_stage_2(rank: int, bare: bool) -> dict[str, Any]:
-    """``bare``: the model is prepared without DDP."""
+def in_stage_2_beside_ddp(rank: int) -> None:
     accelerator = accelerator_of("ddp")
     model = Regression()
-    optimizer = ShardedLamb(
-        model.named_parameters(), lr=0.02, stage=2, exclude_from_weight_decay=["bias$", "norm"]
-    )
-    prepared: Any = model
-    if bare:
-        accelerator.prepare_model(model, evaluation_mode=True)
-        prepared_optimizer, loader = accelerator.prepare(optimizer, DataLoader(regression.DATA, batch_size=2))
-    else:
-        prepared, prepared_optimizer, loader = accelerator.prepare(
-            model, optimizer, DataLoader(regression.DATA, batch_size=2)
-        )
-    for batch, _ in zip(loader, range(3), strict=False):
-        accelerator.backward(prepared(**batch)[0])
-        prepared_optimizer.step()
-        prepared_optimizer.zero_grad()
-    return {"weights": regression.weights_of(model), "seen": model.seen}
-
-
-def test_stage_2_of_a_model_prepared_without_ddp() -> None:
-    ranks = run_ranks(2, in_stage_2, True)
-    oracle = regression.follow([found["seen"] for found in ranks])
-    for found in ranks:
-        regression.assert_follows(found["weights"], oracle)
+    optimizer = ShardedLamb(model.named_parameters(), lr=0.02, stage=2)
+    prepared, _ = accelerator.prepare(model, optimizer)
+    batch = {key: torch.stack([entry[key] for entry in regression.DATA[:2]]) for key in ("x", "y", "number")}
+    accelerator.backward(prepared(**batch)[0])
 
 
 def test_stage_2_beside_ddp_is_an_error_that_says_what_to_do() -> None:
-    for kind, message in run_ranks_expecting_errors(2, in_stage_2, False).values():
+    for kind, message in run_ranks_expecting_errors(2, in_stage_2_beside_ddp).values():
         assert kind == "ValueError"
         assert "pass the bare model, or use stage=1" in message
 
@@ -208,7 +203,7 @@ def saved(rank: int, kind: str, folder: str) -> tuple[dict[str, Tensor], dict[st
         run.accelerator.save_state(folder)
         run.lamb.state_dict()
     told = [str(w.message) for w in caught if "ShardedLamb" in str(w.message)]
-    if kind != "ddp":  # nothing was gathered
+    if kind.startswith("fsdp2"):  # nothing was gathered
         assert "is this rank's slices" in told.pop()
     run.train(2, skip=2)
     return at_save, run.bits(), told
@@ -225,7 +220,7 @@ def resumed(rank: int, kind: str, folder: str) -> tuple[dict[str, Tensor], dict[
     return loaded, run.bits(), [str(w.message) for w in caught if "ShardedLamb" in str(w.message)]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2, full"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2, full", "stage 2"])
 def test_save_state_and_load_state_resume_to_the_same_bits(kind: str, tmp_path: Path) -> None:
     before = run_ranks(2, saved, kind, str(tmp_path))
     after = run_ranks(2, resumed, kind, str(tmp_path))

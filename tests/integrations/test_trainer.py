@@ -198,6 +198,7 @@ def test_stage_2_in_the_trainer_is_an_error_that_says_what_to_do(tmp_path: Path)
     for kind, message in run_ranks_expecting_errors(2, trained, str(tmp_path), {}, {"stage": 2}).values():
         assert kind == "ValueError"
         assert "pass the bare model, or use stage=1" in message
+        assert "Trainer and Accelerate's prepare wrap the model by themselves" in message
 
 
 # -- saves and resumes ------------------------------------------------------------------------------------------------
