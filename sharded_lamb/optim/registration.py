@@ -128,7 +128,8 @@ class RegisteringOptimizer(JoinableOptimizer):
         """Register parameters that moved to another device, or that were unfrozen. Collective if there are any."""
         self._follow()
         store, live = self._store, self._live
-        self._scan()
+        if not live.scanned_params:  # all parameters were registered anew
+            self._scan()
         if any(p.requires_grad for p in live.frozen_params):
             if live.removed:
                 removed = store.names[live.removed[0]]

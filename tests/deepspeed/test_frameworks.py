@@ -83,6 +83,7 @@ def with_trainer(rank: int, stage: int, folder: str) -> dict[str, Any]:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     import sharded_lamb.deepspeed  # noqa: F401
+    from sharded_lamb.integrations.transformers import ShardedLambCallback
 
     begin_anew()
     watches = []
@@ -111,7 +112,7 @@ def with_trainer(rank: int, stage: int, folder: str) -> dict[str, Any]:
         dataloader_pin_memory=False,
     )
     data = [{"input_ids": cases.tokens(0, step)[0]} for step in range(16)]
-    trainer = Trainer(ForTrainer(), arguments, train_dataset=data, callbacks=[Begin()])
+    trainer = Trainer(ForTrainer(), arguments, train_dataset=data, callbacks=[Begin(), ShardedLambCallback()])
     trainer.train()
     outcome = watches[0].report()
     assert isinstance(trainer.model_wrapped, deepspeed.DeepSpeedEngine)

@@ -1,5 +1,7 @@
 """Parameters replaced in the groups after construction, as Accelerate's prepare does under FSDP2."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -26,8 +28,12 @@ def replace_parameters(model: torch.nn.Module, opt: ShardedLamb) -> None:
 def train_after_replacing_parameters(rank: int, stage: int) -> models.Run:
     model = models.block()
     opt = ShardedLamb(model.named_parameters(), lr=0.02, stage=stage)
+    before = [weakref.ref(p) for p in model.parameters()]
     replace_parameters(model, opt)
-    return models.train(model, opt, lambda step: model(models.inputs(rank, step)).square().sum(), 3)
+    run = models.train(model, opt, lambda step: model(models.inputs(rank, step)).square().sum(), 3)
+    gc.collect()
+    assert [p() for p in before] == [None] * len(before)  # nor is their memory kept
+    return run
 
 
 @pytest.mark.parametrize("stage", [1, 2])
