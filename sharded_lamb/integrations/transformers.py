@@ -50,7 +50,7 @@ class ShardedLambCallback(TrainerCallback):
     save, and resuming raises ValueError.
 
     Raises:
-        TypeError: at the start of training, the optimizer is neither this package's nor DeepSpeed's.
+        TypeError: at the start of training, the optimizer is not this package's.
         ValueError: at the start of training, ``save_on_each_node`` with several nodes: only the first rank has the
             whole state.
     """
@@ -69,7 +69,7 @@ class ShardedLambCallback(TrainerCallback):
     ) -> None:
         self._is_training, self._consolidated_at = True, None
         inner = bare_optimizer(optimizer)
-        if not isinstance(inner, LambOptimizer) and not _saved_from_every_rank(optimizer):
+        if not isinstance(inner, LambOptimizer):
             kind = type(getattr(inner, "optimizer", inner)).__name__
             raise TypeError(
                 f"ShardedLambCallback keeps the state of a ShardedLamb, and the Trainer's optimizer is {kind}: pass "
@@ -127,7 +127,7 @@ class ShardedLambCallback(TrainerCallback):
 
     def _consolidate(self, args: TrainingArguments, state: TrainerState, optimizer: Any) -> None:
         inner = bare_optimizer(optimizer)
-        if not isinstance(inner, ShardedLamb) or _saved_from_every_rank(optimizer):
+        if not isinstance(inner, ShardedLamb) or _is_saved_by_fsdp(optimizer):
             return
         if not self._is_training or args.save_only_model or state.global_step in (0, self._consolidated_at):
             return
@@ -135,10 +135,9 @@ class ShardedLambCallback(TrainerCallback):
         self._consolidated_at = state.global_step
 
 
-def _saved_from_every_rank(optimizer: Any) -> bool:
-    """Whether the Trainer saves the state by torch.distributed.checkpoint or DeepSpeed."""
-    accelerator = getattr(optimizer, "accelerator_state", None)
-    return getattr(accelerator, "distributed_type", None) in ("FSDP", "DEEPSPEED")
+def _is_saved_by_fsdp(optimizer: Any) -> bool:
+    """Whether Accelerate saves the state of every rank by torch.distributed.checkpoint."""
+    return getattr(getattr(optimizer, "accelerator_state", None), "distributed_type", None) == "FSDP"
 
 
 def _is_best(args: TrainingArguments, state: TrainerState, metrics: Mapping[str, float]) -> bool:

@@ -189,7 +189,7 @@ class ShardedOptimizer(PartsOptimizer):
         packed = self.local_state_dict()
         if self._collectives.world_size == 1:
             return packed
-        if wants_whole is None and not self._live.is_new:
+        if wants_whole is None and not self._live.is_new and not asked_by_accelerates_prepare():
             warnings.warn(
                 f"state_dict() of a ShardedLamb over {self._collectives.world_size} ranks is this rank's slices, and "
                 f"the slices of rank 0 alone cannot resume a run: save every rank's, or {state.REMEDY}",
@@ -424,3 +424,9 @@ def asked_by_dcp() -> bool | None:
         found = found or name.startswith("torch.distributed.checkpoint.")
         frame = frame.f_back  # type: ignore[assignment]
     return False if found else None
+
+
+def asked_by_accelerates_prepare() -> bool:
+    """Whether Accelerate's wrapper, at its construction, asks for a state that it loads again."""
+    code, module = sys._getframe(2).f_code, sys._getframe(2).f_globals.get("__name__")
+    return module == "accelerate.optimizer" and code.co_name == "__init__"

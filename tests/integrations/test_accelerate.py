@@ -243,6 +243,29 @@ def test_a_state_that_one_rank_saved_loads_on_two(tmp_path: Path) -> None:
     training.assert_same_bits(loaded, before[0][0])
 
 
+def prepared_with_state(rank: int) -> list[str]:
+    """The warnings of ``prepare`` and of a ``state_dict`` after it; the state is as before."""
+    accelerator = accelerator_of("ddp")
+    model = Regression()
+    optimizer = ShardedLamb(model.named_parameters(), lr=0.02)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = training.bits_of(optimizer, dict(model.named_parameters()))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model, prepared = accelerator.prepare(model, optimizer)
+        told = len(caught)
+        prepared.state_dict()
+    training.assert_same_bits(training.bits_of(optimizer, dict(model.module.named_parameters())), before)
+    assert len(caught) > told
+    return [str(w.message) for w in caught[:told] if "ShardedLamb" in str(w.message)]
+
+
+def test_an_optimizer_with_state_is_prepared_without_a_warning() -> None:
+    assert run_ranks(2, prepared_with_state) == [[], []]
+
+
 def test_other_optimizers_are_refused() -> None:
     from sharded_lamb.integrations.accelerate import register
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -332,3 +333,28 @@ def test_the_callback_refuses_what_it_cannot_keep(kind: str, error: str, text: s
     for raised, message in run_ranks_expecting_errors(2, refused, str(tmp_path), kind).values():
         assert raised == error
         assert text in message
+
+
+@pytest.mark.parametrize(("distributed", "calls"), [("MULTI_GPU", 1), ("FSDP", 0)])
+def test_under_fsdp_nothing_is_gathered(
+    distributed: str, calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP in the Trainer needs GPUs: the callback alone, and a wrapper as Accelerate's."""
+    from transformers import TrainerControl, TrainerState
+
+    from sharded_lamb.integrations.transformers import ShardedLambCallback
+
+    lamb = ShardedLamb(Regression().named_parameters())
+    kind = SimpleNamespace(distributed_type=distributed)
+    wrapped = SimpleNamespace(
+        optimizer=lamb, param_groups=lamb.param_groups, state=lamb.state, accelerator_state=kind
+    )
+    consolidated: list[int] = []
+    monkeypatch.setattr(ShardedLamb, "consolidate_state_dict", lambda _, to=0: consolidated.append(to))
+    callback, state, control = ShardedLambCallback(), TrainerState(), TrainerControl(should_save=True)
+    callback.on_train_begin(arguments(str(tmp_path)), state, control, optimizer=wrapped)
+    state.global_step = 1
+    for _ in range(2):  # once for one step
+        callback.on_step_end(arguments(str(tmp_path)), state, control, optimizer=wrapped)
+        callback.on_epoch_end(arguments(str(tmp_path)), state, control, optimizer=wrapped)
+    assert len(consolidated) == calls
