@@ -17,7 +17,7 @@ accelerator = Accelerator(
 model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.LayerNorm(64), torch.nn.Linear(64, 1))
 optimizer = ShardedLamb(model.named_parameters(), lr=2e-3, exclude_from_weight_decay=["bias$", "ndim<=1"])
 scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=100)
-loader = DataLoader(TensorDataset(torch.randn(128, 32)), batch_size=8)
+loader = DataLoader(TensorDataset(torch.randn(128, 32, device="cpu")), batch_size=8)
 model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 register(accelerator, optimizer)
 if folder.exists():

@@ -26,7 +26,7 @@ arguments = TrainingArguments(
 shape = BertConfig(
     hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=500
 )
-tokens = torch.randint(0, 500, (64, 16), generator=torch.Generator().manual_seed(0))
+tokens = torch.randint(0, 500, (64, 16), generator=torch.Generator().manual_seed(0), device="cpu")
 rows = [{"input_ids": row, "labels": row} for row in tokens]
 model = BertForMaskedLM(shape)
 no_decay = ["bias$", "LayerNorm"]
