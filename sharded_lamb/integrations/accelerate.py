@@ -16,6 +16,7 @@ def register(accelerator: Any, *optimizers: Any) -> None:
 
     Raises:
         TypeError: an optimizer is no `ShardedLamb`, wrapped or not.
+        ValueError: ``save_on_each_node`` with several ranks: only the first one has the whole state.
     """
     known = [bare_optimizer(optimizer) for optimizer in optimizers]
     strange = [type(one).__name__ for one in known if not isinstance(one, ShardedLamb)]
@@ -23,12 +24,18 @@ def register(accelerator: Any, *optimizers: Any) -> None:
         raise TypeError(
             f"register(accelerator, optimizer) takes ShardedLamb optimizers, got {strange or 'none'}"
         )
+    gathers = accelerator.distributed_type != "FSDP"
+    if gathers and accelerator.project_configuration.save_on_each_node and accelerator.num_processes > 1:
+        raise ValueError(
+            "save_on_each_node=True: only the first rank has the whole state of a ShardedLamb, and the other nodes "
+            "would save slices: save to storage that all nodes see, or use sharded_lamb.checkpoint"
+        )
     for optimizer in known:
         optimizer.register_replaced()
 
     def consolidate(models: list[Any], weights: list[Any], folder: str) -> None:
-        if accelerator.distributed_type != "FSDP":
-            for optimizer in known:
-                optimizer.consolidate_state_dict()
+        for optimizer in known:
+            optimizer.consolidate_state_dict()
 
-    accelerator.register_save_state_pre_hook(consolidate)
+    if gathers:
+        accelerator.register_save_state_pre_hook(consolidate)

@@ -274,3 +274,18 @@ def test_other_optimizers_are_refused() -> None:
         register(None, other)
     with pytest.raises(TypeError, match="takes ShardedLamb optimizers, got none"):
         register(None)
+
+
+def registered_for_each_node(rank: int) -> None:
+    from accelerate.utils import ProjectConfiguration
+
+    from sharded_lamb.integrations.accelerate import register
+
+    run = Run("ddp", project_config=ProjectConfiguration(save_on_each_node=True))
+    register(run.accelerator, run.optimizer)
+
+
+def test_saving_on_each_node_is_an_error() -> None:
+    for kind, message in run_ranks_expecting_errors(2, registered_for_each_node).values():
+        assert kind == "ValueError"
+        assert "save_on_each_node=True: only the first rank has the whole state" in message
