@@ -21,6 +21,8 @@ NAMES = [
     "torch.utils.tensorboard",
     "transformers.conversion_mapping",
     "transformers.models.bert.modeling_bert",
+    "lightning.fabric",
+    "lightning.pytorch",
 ]
 if not Path("/dev/nvidiactl").exists():
     NAMES.append("deepspeed")  # it asks CUDA for devices, after which no fork can use them

@@ -369,6 +369,18 @@ def test_a_model_from_the_meta_device() -> None:
     models.check(run_ranks(2, meta_run), **OPTIONS)
 
 
+def run_to_its_device(rank: int, stage: Any) -> Run:
+    tree = models.sharded_tree(init_device_mesh("cpu", (2,)))
+    opt = ShardedLamb(tree.named_parameters(), stage=stage, **OPTIONS)
+    return models.train(tree, opt, lambda step: tree.to("cpu")(models.gradients(rank, step)), STEPS)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_model_to_a_device_between_steps(stage: int) -> None:
+    """It swaps DTensors, which torch refuses if a weak reference to one exists."""
+    models.check(run_ranks(2, run_to_its_device, stage), **OPTIONS)
+
+
 def wrapped_block_run(rank: int, wrapper: str) -> tuple[Run, list[str]]:
     mesh, model = init_device_mesh("cpu", (2,)), models.block()
     if wrapper == "checkpoint":
