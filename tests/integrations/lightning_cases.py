@@ -187,3 +187,10 @@ def refused(rank: int, folder: Path, optimizer: str) -> str:
     except ValueError as error:
         return str(error)
     return "none"
+
+
+def reductions(rank: int, folder: Path, accumulate: int) -> int:
+    module = Module("sharded")
+    trainer("sharded", folder, accumulate_grad_batches=accumulate).fit(module, loader(cases.data(4)))
+    opt: Any = module.optimizers()
+    return int(opt.traffic.calls["reduce_scatter"])

@@ -50,6 +50,11 @@ def test_accumulates(tmp_path: Path, how: str) -> None:
     check(tmp_path, how, 6, expected, accumulate_grad_batches=2, clip=0.5)
 
 
+def test_accumulation_reduces_once_a_step(tmp_path: Path) -> None:
+    each, once = (run_ranks(cases.WORLD, case, "reductions", tmp_path, batches)[0] for batches in (1, 4))
+    assert each == 4 * once > 0
+
+
 @pytest.mark.parametrize("how", HOWS)
 def test_manual_optimization(tmp_path: Path, how: str) -> None:
     expected = cases.oracle(cases.data(6), range(3), batches=2, max_grad_norm=0.5)
