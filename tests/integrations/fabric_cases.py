@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 from sharded_lamb import ShardedLamb
 from sharded_lamb.integrations.lightning import ShardedLambFabricStrategy
 from tests.integrations import cases
-from tests.integrations.lightning_cases import SCALE, Environment
+from tests.integrations.lightning_cases import SCALE
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -37,10 +38,10 @@ class Run:
     """A model and an optimizer that Fabric has set up."""
 
     def __init__(self, how: str, *, precision: str = "32-true") -> None:
-        own: dict[str, Any] = {"precision": precision, "plugins": [Environment()]}
+        own: dict[str, Any] = {"precision": precision, "plugins": [TorchElasticEnvironment()]}
         if precision == "16-mixed":  # as a flag Fabric takes it on GPUs only
             scaler = GradScaler("cpu", init_scale=SCALE, growth_interval=100)
-            own = {"plugins": [Environment(), MixedPrecision("16-mixed", "cpu", scaler)]}
+            own = {"plugins": [TorchElasticEnvironment(), MixedPrecision("16-mixed", "cpu", scaler)]}
         self.fabric = Fabric(accelerator="cpu", devices=cases.WORLD, strategy=strategy_of(how), **own)
         self.fabric.launch()
         self.net = cases.Net()
@@ -153,7 +154,7 @@ def launched() -> Fabric:
         accelerator="cpu",
         devices=cases.WORLD,
         strategy=ShardedLambFabricStrategy(),
-        plugins=[Environment()],
+        plugins=[TorchElasticEnvironment()],
     )
     fabric.launch()
     return fabric

@@ -22,13 +22,6 @@ from tests.integrations import cases
 SCALE = 2.0**8
 
 
-class Environment(TorchElasticEnvironment):
-    """torchrun's variables, on a process group that exists."""
-
-    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        pass
-
-
 def strategy_of(how: str) -> Strategy:
     if how.startswith("fsdp2"):
         return ModelParallelStrategy(cases.WORLD, 1, save_distributed_checkpoint=how != "fsdp2, one file")
@@ -83,7 +76,7 @@ def precision_of(name: str) -> dict[str, Any]:
 
 def trainer(how: str, folder: Path, *, precision: str = "32-true", **options: Any) -> pl.Trainer:
     own = precision_of(precision)
-    plugins = [Environment(), *own.pop("plugins", [])]
+    plugins = [TorchElasticEnvironment(), *own.pop("plugins", [])]
     quiet: dict[str, Any] = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "logger"), False)
     options = {"enable_checkpointing": False, "max_epochs": 1, **options}
     return pl.Trainer(
