@@ -4,8 +4,9 @@ The loss is linear in the parameters, and data are small integers: gradients are
 `gradients`, which numpy computes from the data.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -79,15 +80,17 @@ def oracle(
     *,
     batches: int = 1,
     lr_of: Callable[[int], float] = lambda step: 1.0,
+    scales: Mapping[str, float] = MappingProxyType({}),
     **options: Any,
 ) -> OracleLamb:
-    """The float64 LAMB after ``steps``, each over ``batches`` global batches; ``lr_of``: a schedule's factor."""
+    """The float64 LAMB after ``steps``, each over ``batches`` global batches; ``lr_of``: a schedule's factor;
+    ``scales``: a parameter's."""
     followed = OracleLamb(
         {name: p.detach().double().numpy() for name, p in Net().named_parameters()}, **OPTIONS, **options
     )
     for step in steps:
-        for own in followed.options.values():
-            own["lr"] = LR * lr_of(step)
+        for name, own in followed.options.items():
+            own["lr"] = LR * lr_of(step) * scales.get(name, 1.0)
         followed.step(gradients(dataset, step * batches, batches))
     return followed
 
