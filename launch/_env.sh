@@ -93,8 +93,8 @@ install_env() {
     fi
     "${pip[@]}" install -c "$constraints" 'setuptools>=77' wheel &&
         "${pip[@]}" install -c "$constraints" --no-build-isolation -e "${REPO_ROOT}[$extras]" &&
-        # The tests compare with timm. Its dependency torchvision is not needed and would replace torch.
-        "${pip[@]}" install -c "$constraints" --no-deps timm
+        # For the tests. Other dependencies of theirs are not needed and would replace torch (torchvision) and datasets.
+        "${pip[@]}" install -c "$constraints" --no-deps timm torchtitan tyro spmd-types docstring-parser
 }
 
 # prepare_env [--use-current-env]: afterwards `python` is the environment's.
