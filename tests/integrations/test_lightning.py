@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import run_ranks
+from tests.harness import run_ranks, run_ranks_expecting_errors
 from tests.integrations import cases
 from tests.training import assert_follows, assert_same_bits
 
@@ -42,6 +42,13 @@ def test_clips_the_norm_over_ranks(tmp_path: Path, how: str, precision: str) -> 
 def test_grad_scaler_unscales_before_clipping_and_skips_on_infinity(tmp_path: Path, how: str) -> None:
     expected = cases.oracle(cases.data(4), (0, 1, 3), max_grad_norm=0.5)
     check(tmp_path, how, 4, expected, precision="16-mixed", clip=0.5, overflowing=2)
+
+
+def test_stage_2_refuses_to_clip_values(tmp_path: Path) -> None:
+    options = {"clip": 0.5, "gradient_clip_algorithm": "value"}
+    errors = run_ranks_expecting_errors(cases.WORLD, case, "fit", tmp_path, "sharded", 2, **options)
+    assert {kind for kind, _ in errors.values()} == {"RuntimeError"}
+    assert all("stage=1" in message for _, message in errors.values())
 
 
 @pytest.mark.parametrize("how", HOWS)

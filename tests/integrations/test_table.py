@@ -24,3 +24,8 @@ def test_every_yes_is_a_link() -> None:
     assert rows
     for row in rows:
         assert row.count("yes") == row.count("[yes]("), row
+
+
+def test_the_folder_itself_imports_nothing() -> None:
+    for path in (FOLDER / "__init__.py", FOLDER / "examples" / "__init__.py"):
+        assert [type(node) for node in ast.parse(path.read_text()).body] == [ast.Expr], path
