@@ -32,7 +32,7 @@ COLLECTIVE = {"verify", "plan", "bench"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 passed, 1 failed, 2 wrong usage."""
+    """Returns the exit code: 0 passed, 1 failed, 2 wrong usage, 130 Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
         prog="sharded-lamb", description="ZeRO-sharded LAMB with exact trust ratios."
@@ -63,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, ImportError, AttributeError, OSError) as error:
         print(f"sharded-lamb {chosen.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"sharded-lamb {chosen.command}: interrupted", file=sys.stderr)
+        return 130
     finally:
         _leave_ranks()
 

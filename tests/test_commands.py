@@ -1,5 +1,6 @@
 """`sharded-lamb`: help and mistakes without waiting for torch, every command behind one table."""
 
+import argparse
 import importlib.util
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 
 import sharded_lamb
 from sharded_lamb.__main__ import COLLECTIVE, COMMANDS, main
+from sharded_lamb.bert import shipped
 
 WITHOUT_TORCH = """
 import sys
@@ -62,6 +64,17 @@ def test_an_unknown_command_lists_the_commands(capsys: pytest.CaptureFixture[str
     error = capsys.readouterr().err
     assert "invalid choice: 'verfy'" in error
     assert all(name in error for name in COMMANDS)
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(chosen: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shipped, "run", interrupted)
+    assert main(["configs"]) == 130
+    assert capsys.readouterr().err == "sharded-lamb configs: interrupted\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

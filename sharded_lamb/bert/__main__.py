@@ -52,7 +52,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0 done, 1 error, `checkpoint.requeue_exit_code` saved after a signal, to be restarted."""
+    """The exit code: 0 done, 1 error, 130 Ctrl-C, `checkpoint.requeue_exit_code` to be restarted after a signal."""
     parsed = _parse(sys.argv[1:] if arguments is None else arguments)
     try:
         config = load_config(parsed.config, parsed.overrides)
@@ -69,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             compare(config)
             return 0
         return _on_ranks(parsed, config)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; --resume auto continues from the last checkpoint\n")
+        return 130
     except (ValueError, OSError) as error:
         rank = os.environ.get("RANK")
         # One write: print() writes the newline separately, so that lines of several ranks could mix.

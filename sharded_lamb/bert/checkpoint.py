@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from sharded_lamb.bert.config import RunConfig
+from sharded_lamb.bert.config_io import load_config
 from sharded_lamb.bert.ranks import Ranks
 from sharded_lamb.bert.train_backend import TrainBackend
 from sharded_lamb.checkpoint import CheckpointError, Checkpoints
@@ -114,14 +116,48 @@ def _position(extra: dict[str, Any], path: Path) -> Position:
     return Position(**extra["position"])
 
 
-def check_position(position: Position, config_digest: str, data_digest: str) -> None:
-    """Raises: ValueError if configuration or data differ from those of the saved run."""
-    for name, saved, now in (
-        ("configuration", position.config_digest, config_digest),
-        ("prepared data", position.data_digest, data_digest),
-    ):
-        if saved != now:
-            raise ValueError(
-                f"the checkpoint's {name} is {saved} and this run's is {now}: resuming would not continue the same "
-                f"training; restore the changed settings (config.yaml in the run folder has them), or set a new run_dir"
-            )
+def check_position(position: Position, config: RunConfig, data_digest: str, checkpoint: Path) -> None:
+    """Check that a run of ``config`` continues the training of ``checkpoint``, in the folder of its run.
+
+    Raises:
+        ValueError: settings or data differ from those of the saved run; names the settings.
+    """
+    consequence = "resuming would not continue the same training; restore the changed settings"
+    if position.config_digest != config.digest():
+        saved = checkpoint.parent.parent / "config.yaml"
+        changed = _changed(saved, config)
+        listed = "\n  ".join(changed) if changed else f"unknown: {saved} is missing or not that run's"
+        raise ValueError(
+            f"{checkpoint} was trained with other settings: {consequence}, or set a new run_dir\n  {listed}"
+        )
+    if position.data_digest != data_digest:
+        raise ValueError(
+            f"the prepared data of {checkpoint} is {position.data_digest} and this run's is {data_digest}: "
+            f"{consequence} (config.yaml in the run folder has them), or set a new run_dir"
+        )
+
+
+def _changed(saved: Path, config: RunConfig) -> list[str]:
+    """A line for every setting that differs from the file's; empty if the file cannot be read."""
+    try:
+        before = _flat(load_config(str(saved), []).trained_settings())
+    except (ValueError, OSError):
+        return []
+    now, missing = _flat(config.trained_settings()), object()
+    return [
+        f"{key}: {before.get(key, 'absent')!r} there, {now.get(key, 'absent')!r} now"
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key, missing) != now.get(key, missing)
+    ]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value}, as settings are overridden."""
+    branches = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    flat: dict[str, Any] = {}
+    for key, value in branches:
+        if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -233,6 +233,9 @@ class LogConfig:
 
     trust_ratio_steps: Positive = 10
     heldout_batches: int | None = None  # null: the whole held-out split
+    heldout_steps: Positive | None = (
+        None  # steps between evaluations of the held-out split; null: at the end only
+    )
     fill_mask: tuple[str, ...] = ()
 
 
@@ -280,7 +283,11 @@ class RunConfig:
         return plain
 
     def digest(self) -> str:
-        """Hash of the settings that determine the training's numbers: a resumed run must have the same one."""
+        """Hash of `trained_settings`: a resumed run must have the same one."""
+        return hashlib.sha256(json.dumps(self.trained_settings(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def trained_settings(self) -> dict[str, Any]:
+        """The settings that determine the training's numbers."""
         kept = {
             k: v
             for k, v in self.to_dict().items()
@@ -295,4 +302,4 @@ class RunConfig:
         for phase in kept["phases"]:
             phase.pop("max_micro_batch")
         kept.pop("batch")
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+        return kept

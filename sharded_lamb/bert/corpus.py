@@ -148,7 +148,9 @@ def find_files(config: DataConfig, cache: Path) -> list[DocumentFile]:
             files.append(DocumentFile(BUILTIN, BUILTIN, "text", ""))
             continue
         for path in _expand(source):
-            files.append(DocumentFile(path, _format_of(path, config), config.text_field, str(cache)))
+            form = _format_of(path, config)
+            field = "text" if form == "text" else config.text_field  # a text file has no fields
+            files.append(DocumentFile(path, form, field, str(cache)))
     return files
 
 

@@ -19,6 +19,10 @@ def draw_run(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
         axis.plot(steps, [row.get(name) for row in rows], linewidth=1)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
+    evaluated = [row for row in rows if row.get("heldout_loss") is not None]
+    if evaluated:
+        losses = [row["heldout_loss"] for row in evaluated]
+        axes[0, 0].plot([row["step"] for row in evaluated], losses, marker="o", label="held-out")
     if rows and "unigram_entropy" in rows[0]:
         axes[0, 0].axhline(rows[0]["unigram_entropy"], linestyle="--", color="grey", label="unigram entropy")
         axes[0, 0].legend()

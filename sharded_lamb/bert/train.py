@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from sharded_lamb.bert.batch import BatchPlan, plan_batches
 from sharded_lamb.bert.checkpoint import Position, StopRequested
 from sharded_lamb.bert.config import PhaseConfig, RunConfig
 from sharded_lamb.bert.data import BatchSource, StepData
-from sharded_lamb.bert.evaluate import HeldOut, held_out
+from sharded_lamb.bert.evaluate import held_out
 from sharded_lamb.bert.masking import Masker
 from sharded_lamb.bert.metrics import MetricsLog, peak_flops, peak_memory, summarize_ratios
 from sharded_lamb.bert.model import ModelSize, build_bert, model_size, resolve_precision, whole_bert
@@ -98,7 +98,7 @@ def _train(job: Job, plans: list[BatchPlan], candidates: list[Path], beat: Beat)
     position = Position(0, 0, 0, 0, config.digest(), digest, ranks.world_size)
     if candidates:
         position = checkpoint.load(candidates, job.backend, ranks)
-        checkpoint.check_position(position, config.digest(), digest)
+        checkpoint.check_position(position, config, digest, candidates[0])
     elif config.start_from is not None:
         checkpoint.start_from(Path(config.start_from), job.backend)
     ranks.from_first(partial(outputs.begin, run_dir, config, job.tokenizer))
@@ -212,6 +212,9 @@ class _Phase:
                 tokens=position.tokens + int(totals.tokens),
             )
             self._unread = _Started(position, data.global_batch, lr, totals, sums, clock)
+            every = job.config.log.heldout_steps
+            if every is not None and position.total_step % every == 0:
+                self._record(_heldout_row(job, self.number, self.beat))
             stopping = totals.stop_signals > 0
             regular = position.total_step % job.config.checkpoint.every_steps == 0
             if regular or stopping or totals.due_saves > 0 or position.step == self.plan.steps:
@@ -273,8 +276,11 @@ class _Phase:
         checkpoint.save(folder, keep, position, job.backend)
         self._last_save = time.monotonic()
 
-    def _record(self) -> None:
-        """Gathers every rank's numbers of the last started step and writes its row, unless that was done."""
+    def _record(self, evaluated: Mapping[str, Any] | None = None) -> None:
+        """Gathers every rank's numbers of the last started step and writes its row, unless that was done.
+
+        ``evaluated``: numbers of the held-out split after the step, for its row.
+        """
         step, self._unread = self._unread, None
         if step is None:
             return
@@ -317,29 +323,35 @@ class _Phase:
         }
         if job.config.data.nsp:
             row |= {"nsp_loss": pair_loss / totals.documents, "nsp_accuracy": pair_right / totals.documents}
-        self.log.step(row)
+        self.log.step({**row, **(evaluated or {})})
+
+
+def _heldout_row(job: Job, phase: int, beat: Beat) -> dict[str, Any]:
+    """Loss and accuracy on the held-out split at the phase's length; None without one. Collective."""
+    config, result = job.config, None
+    if PackedSamples(job.folders[phase], "heldout").manifest.samples("heldout"):
+        batch, source = config.max_micro_batch(config.phases[phase]), job.source(phase, "heldout")
+        result = held_out(job.backend.losses, source, batch, job.ranks, config.log.heldout_batches, beat)
+    row: dict[str, Any] = {
+        "heldout_loss": result.loss if result else None,
+        "heldout_accuracy": result.accuracy if result else None,
+    }
+    if result is not None and result.nsp_accuracy is not None:
+        row["heldout_nsp_accuracy"] = result.nsp_accuracy
+    return row
 
 
 def _finish(job: Job, position: Position, log: MetricsLog | None, beat: Beat) -> dict[str, Any]:
     """Evaluates the held-out split; writes the last metrics, the picture and the Hugging Face folder."""
     config, ranks = job.config, job.ranks
-    last = len(config.phases) - 1
-    result: HeldOut | None = None
-    if PackedSamples(job.folders[last], "heldout").manifest.samples("heldout"):
-        batch = config.max_micro_batch(config.phases[last])
-        source = job.source(last, "heldout")
-        result = held_out(job.backend.losses, source, batch, ranks, config.log.heldout_batches, beat)
     row: dict[str, Any] = {
         "step": position.total_step,
-        "heldout_loss": result.loss if result else None,
-        "heldout_accuracy": result.accuracy if result else None,
+        **_heldout_row(job, len(config.phases) - 1, beat),
         "unigram_entropy": job.manifest.unigram_entropy,
         "tokens": position.tokens,
         "training_seconds": position.seconds,
         "mean_tokens_per_s": position.tokens / max(position.seconds, 1e-9),
     }
-    if result is not None and result.nsp_accuracy is not None:
-        row["heldout_nsp_accuracy"] = result.nsp_accuracy
 
     beat("outputs")
     weights = job.backend.weights()

@@ -14,6 +14,7 @@ from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint, read_contents,
 from sharded_lamb.convert import adam, apex, files, lamb, timm
 from sharded_lamb.convert.common import Converted, Note
 from sharded_lamb.convert.deepspeed import WHY, read_deepspeed
+from sharded_lamb.convert.inspect import checkpoint_of
 from sharded_lamb.convert.tensorflow import from_tensorflow
 from sharded_lamb.convert.weights import from_weights, read_weights, to_weights
 from sharded_lamb.core.hyperparams import VARIANTS, check_max_grad_norm, validate_group
@@ -63,7 +64,7 @@ def _to_torch(convert: Callable[[InMemoryCheckpoint], Converted[dict[str, Any]]]
 
 
 def _read_folder(chosen: argparse.Namespace) -> Converted[InMemoryCheckpoint]:
-    return read_contents(Path(chosen.source)), []
+    return read_contents(checkpoint_of(Path(chosen.source))), []
 
 
 def _write_folder(target: Path, contents: InMemoryCheckpoint) -> list[Note]:

@@ -181,6 +181,15 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"no column 'text' \(data\.text_field\) among \['body'\]"):
             prepare(configured(tree, tmp_path, source=[str(tmp_path / "a.jsonl")]), LENGTH)
 
+    def test_text_files_have_no_fields(self, tree: dict[str, Any], tmp_path: Path) -> None:
+        """data.text_field names the column of the other files."""
+        (tmp_path / "a.jsonl").write_text('{"body": "from json"}\n')
+        (tmp_path / "b.txt").write_text("from text\n")
+        sources = [str(tmp_path / name) for name in ("a.jsonl", "b.txt")]
+        config = configured(tree, tmp_path, "data.text_field=body", source=sources)
+        files = find_files(config.data, tmp_path / "cache")
+        assert [text.strip() for file in files for text in file.open()[0:1]] == ["from json", "from text"]
+
     def test_a_vocabulary_larger_than_the_corpus_allows(self, tree: dict[str, Any], tmp_path: Path) -> None:
         config = configured(tree, tmp_path, "tokenizer.vocab_size=60000")
         with pytest.raises(

@@ -151,7 +151,12 @@ def test_a_run_is_not_overwritten_or_continued_as_another(tree: dict[str, Any], 
     trained(1, tree, tmp_path)
     for overrides, resume, message in (
         ([], None, "already contains a run: continue it with --resume auto"),
-        (["seed=9"], "auto", "the checkpoint's configuration is"),
+        (["seed=9", "phases.0.lr=0.5"], "auto", "with other settings"),
+        (
+            ["seed=9", "phases.0.lr=0.5"],
+            "auto",
+            "\n  phases.0.lr: 0.01 there, 0.5 now\n  seed: 3 there, 9 now",
+        ),
         (["model.layers=2"], "auto", "is of another model"),
     ):
         failed = run_ranks_expecting_errors(2, train, tree, str(tmp_path), overrides, resume)
@@ -312,9 +317,14 @@ def test_a_step_casts_its_weights_once_for_all_micro_batches(tree: dict[str, Any
     assert counts[torch.Size([64, 32])] == counts[torch.Size([32, 64])] == 1 + 1
 
 
-def test_every_row_says_how_the_run_goes(tree: dict[str, Any], tmp_path: Path) -> None:
-    rows, _ = trained(2, tree, tmp_path, "log.trust_ratio_steps=2")
+def test_every_row_says_how_the_run_goes(tree: dict[str, Any], tmp_path: Path, one_rank: Ended) -> None:
+    rows, _ = trained(2, tree, tmp_path, "log.trust_ratio_steps=2", "log.heldout_steps=3")
     *steps, final = rows
+    assert [row["step"] for row in steps if "heldout_loss" in row] == [3, 6]
+    assert steps[-1]["heldout_loss"] == final["heldout_loss"] < steps[2]["heldout_loss"]
+    assert steps[-1]["heldout_accuracy"] == final["heldout_accuracy"]
+    # Evaluations leave training as it is.
+    assert losses(steps) == pytest.approx(losses(one_rank[0]), rel=1e-5)
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
     expected = {
         "loss",

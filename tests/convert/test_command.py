@@ -69,6 +69,14 @@ def test_wrong_names(change: Any, message: str, tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "ours").exists()
 
 
+def test_a_run_folder_means_its_last_checkpoint(tmp_path: Path) -> None:
+    """As for ``inspect``."""
+    model, optimizer = cases.trained(3)
+    checkpoint.Checkpoints(tmp_path / "run" / "checkpoints").save(3, model, optimizer)
+    cases.convert(tmp_path / "run", tmp_path / "w.safetensors", "sharded_lamb", "safetensors")
+    assert (tmp_path / "w.safetensors").is_file()
+
+
 def test_one_group_is_in_the_models_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Buffers and tied names are not counted as parameters."""
     cases.convert(theirs(tmp_path), tmp_path / "ours", "adam", "sharded_lamb")
