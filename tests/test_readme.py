@@ -88,6 +88,11 @@ def test_options_and_variants_are_the_real_ones() -> None:
     assert sorted(table_rows("| variant | source |")) == sorted(VARIANTS)
 
 
+def test_help_names_every_rule_option() -> None:
+    for option in DEFAULTS:
+        assert re.search(rf"\b{option}\b", ShardedLamb.__doc__ or ""), option
+
+
 def test_members_named_for_sharded_lamb_exist() -> None:
     line = readme("optim").split("Only on `ShardedLamb`:", 1)[1].split("`help(", 1)[0]
     keywords, members = line.split("methods", 1)

@@ -70,6 +70,7 @@ class Lamb(LambOptimizer):
         variant: str = "lamb",
         **options: Unpack[RuleOptions],
     ) -> None:
+        """See the class."""
         scalars = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self._tables: dict[torch.device, OptionTable] = {}
         super().__init__(params, scalars, variant, options)

@@ -63,7 +63,9 @@ class ShardedLamb(RegisteringOptimizer):
     Args:
         params: parameters, ``(name, parameter)`` pairs, or group dicts of either. Frozen parameters take no
             optimizer memory and are registered when unfrozen. Plain parameters and DTensors mix.
-        lr, betas, eps, weight_decay, variant, and further rule options: as for `Lamb`.
+        lr, betas, eps, weight_decay, variant: as for `Lamb`, and so are the rule options: bias_correction,
+            grad_averaging, adam_w_mode, eps_inside_sqrt, max_grad_norm, trust_clip, weight_norm_clip,
+            exclude_from_weight_decay, exclude_from_layer_adaptation, adapt_without_decay.
         stage: 1: ``.grad`` holds gradients averaged over ranks, as DistributedDataParallel leaves them.
             2: ``.grad`` is each rank's own gradient; backward reduces, averages and frees it, and leaves a tensor
             without memory: its norm is the averaged gradient's, and it can be scaled by a number, zeroed or set to None
@@ -124,6 +126,7 @@ class ShardedLamb(RegisteringOptimizer):
         store_param_remainders: bool = False,
         **options: Unpack[RuleOptions],
     ) -> None:
+        """Construct it on every rank; see the class."""
         Joinable.__init__(self)
         self._groups_of_join = process_group, mesh
         params = materialized(params)
