@@ -47,6 +47,7 @@ SYSTEM = (
     "launching/test_env.py",
     "launching/test_kubernetes.py",
     "launching/test_scripts.py",
+    "test_site.py",
     "launching/test_torchrun.py",
 )
 """Files whose tests start programs: torchrun, launchers, SLURM, hosts that are namespaces, compilers."""
