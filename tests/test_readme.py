@@ -18,6 +18,7 @@ from tests.harness import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = sorted(path.parent for path in ROOT.glob("sharded_lamb/*/README.md"))
+PAGES = sorted(path for path in ROOT.glob("sharded_lamb/**/*.md") if path.name != "README.md")
 READMES = [ROOT / "README.md", ROOT / "launch" / "README.md", *(folder / "README.md" for folder in FOLDERS)]
 
 
@@ -71,7 +72,7 @@ def test_the_readme_is_short() -> None:
     assert len(readme().splitlines()) <= 150
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", READMES + PAGES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_links_lead_to_files_and_headings(path: Path) -> None:
     for target in re.findall(r"\]\((?!https?://)([^)\s]+)", path.read_text()):
         file, _, heading = target.partition("#")
