@@ -2,16 +2,14 @@
 
     SHARDED_LAMB_FAULT="kill@mid-backward:step=7:rank=1; slow@step:rank=0:seconds=2" torchrun …
 
-A fault is ``ACTION@POINT`` and conditions ``:key=value``; several are separated by ``;``.
+A fault is ``ACTION@POINT`` and conditions ``:key=value``; several are separated by ``;``:
 
-======== =========================================================================
-kill     sends SIGKILL to this process, ``delay`` seconds later
-freeze   sends SIGSTOP to this process, likewise: it lives and no longer responds
-hang     sleeps for ever in this thread; holds no lock
-slow     sleeps for ``seconds`` in this thread
-full     raises ``OSError`` ENOSPC, as on a full disk (alias "disk-full")
-nan      makes `point` return True: its caller sets a gradient to NaN
-======== =========================================================================
+    kill     sends SIGKILL to this process, ``delay`` seconds later
+    freeze   sends SIGSTOP to this process, likewise: it lives and no longer responds
+    hang     sleeps for ever in this thread; holds no lock
+    slow     sleeps for ``seconds`` in this thread
+    full     raises ``OSError`` ENOSPC, as on a full disk (alias "disk-full")
+    nan      makes `point` return True: its caller sets a gradient to NaN
 
 Conditions: ``rank``; ``step``, which the training loop reports by ``point("step", step=...)`` (the recipe does);
 ``visit``: only the n-th time, from 1, that the other conditions hold; ``attempt``: of torchrun, default 0, so that a
@@ -33,6 +31,7 @@ from functools import cache
 logger = logging.getLogger("sharded_lamb")
 
 VARIABLE = "SHARDED_LAMB_FAULT"
+"""The environment variable that holds the faults."""
 
 POINTS = {
     "construction": "in ShardedLamb's constructor, before ranks compare its arguments",

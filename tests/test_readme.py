@@ -63,7 +63,14 @@ def test_python_snippets_run_on_two_ranks(folder: str, tmp_path: Path) -> None:
         assert written == (["latest"] if folder == "checkpoint" else [])
 
 
+def test_the_snippet_on_divergence_runs_on_two_ranks(tmp_path: Path) -> None:
+    text = (ROOT / "sharded_lamb/optim/diverges.md").read_text()
+    assert len(snippets("python", text)) == 1
+    run_ranks(2, run_snippets, text, tmp_path)
+
+
 def test_every_snippet_of_a_folder_is_run() -> None:
+    assert [path.name for path in PAGES if "```python" in path.read_text()] == ["diverges.md"]
     others = {"optim", "checkpoint", "watchdog", "kernels", "integrations"}
     assert not [path.name for path in FOLDERS if path.name not in others and "```python" in readme(path.name)]
 

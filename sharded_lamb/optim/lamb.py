@@ -22,12 +22,11 @@ from sharded_lamb.sharding.dtensors import is_dtensor
 
 
 class Lamb(LambOptimizer):
-    r"""LAMB (You et al., arXiv 1904.00962, Algorithm 2) on one device, over whole parameters.
+    """LAMB (You et al., arXiv 1904.00962, Algorithm 2) on one device, over whole parameters.
 
-    .. math::
-        m_t &= \beta_1 m_{t-1} + (1-\beta_1) g_t, \qquad v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2 \\
-        u_t &= \frac{m_t/(1-\beta_1^t)}{\sqrt{v_t/(1-\beta_2^t)} + \epsilon} + \lambda w_{t-1} \\
-        w_t &= w_{t-1} - \eta\, \frac{\phi(\lVert w_{t-1}\rVert)}{\lVert u_t\rVert}\, u_t
+        mₜ = β1 mₜ₋₁ + (1-β1) gₜ,  vₜ = β2 vₜ₋₁ + (1-β2) gₜ²
+        uₜ = mₜ/(1-β1ᵗ) / (√(vₜ/(1-β2ᵗ)) + ε) + λ wₜ₋₁
+        wₜ = wₜ₋₁ - η φ(‖wₜ₋₁‖)/‖uₜ‖ uₜ
 
     The ratio is 1 where a norm is 0. A step skips parameters without a gradient: no decay, no moments, no step
     count. Moments are fp32 (fp64 for float64 parameters), whatever the parameter's dtype.
