@@ -60,7 +60,9 @@ def page(source: str, text: str, pages: list[str]) -> str:
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target.partition("#")[0]))
         if path in pages:
             return match[0]
-        return f"`{path}`" if name.strip("`") in (path, target) else f"{name} (`{path}`)"
+        if name.strip("`") in (path, target):
+            return f"`{path}`"
+        return f"{name} (`{posixpath.basename(path)}`)"  # whole paths would widen tables
 
     parts = _FENCED.split(text)
     parts[::2] = [_LINK.sub(link, part) for part in parts[::2]]
@@ -69,7 +71,8 @@ def page(source: str, text: str, pages: list[str]) -> str:
 
 def api_page(name: str) -> str:
     """The page ``name`` of the API, for mkdocstrings."""
-    return "\n\n".join([f"# {name.capitalize()}", *(f"::: {path}" for path in API[name])]) + "\n"
+    title = {"deepspeed": "DeepSpeed", "faults": "Fault injection"}.get(name, name.capitalize())
+    return "\n\n".join([f"# API: {title}", *(f"::: {path}" for path in API[name])]) + "\n"
 
 
 def write(put: Callable[[str, bytes], None]) -> None:

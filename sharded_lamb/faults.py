@@ -4,12 +4,12 @@
 
 A fault is ``ACTION@POINT`` and conditions ``:key=value``; several are separated by ``;``:
 
-    kill     sends SIGKILL to this process, ``delay`` seconds later
+    kill     sends SIGKILL to this process, delay seconds later
     freeze   sends SIGSTOP to this process, likewise: it lives and no longer responds
     hang     sleeps for ever in this thread; holds no lock
-    slow     sleeps for ``seconds`` in this thread
-    full     raises ``OSError`` ENOSPC, as on a full disk (alias "disk-full")
-    nan      makes `point` return True: its caller sets a gradient to NaN
+    slow     sleeps for seconds in this thread
+    full     raises OSError ENOSPC, as on a full disk (alias "disk-full")
+    nan      makes point() return True: its caller sets a gradient to NaN
 
 Conditions: ``rank``; ``step``, which the training loop reports by ``point("step", step=...)`` (the recipe does);
 ``visit``: only the n-th time, from 1, that the other conditions hold; ``attempt``: of torchrun, default 0, so that a
