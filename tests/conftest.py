@@ -8,10 +8,9 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-import torch
 
-from tests import harness
-
+# What is imported, and what collecting makes, stays: collections look at it in vain, two seconds long.
+gc.disable()
 # Examples share two cores with worker processes, so their wall time says nothing: no deadline. The same
 # examples every time, so that a failure seen anywhere is seen everywhere; "explore" searches for new ones.
 hypothesis.settings.register_profile(
@@ -85,14 +84,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(file_of(item), 2 * len(place)))
 
 
-_imported, _threads = 0, torch.get_num_threads()
+_imported, _threads = 0, 0
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 def pytest_runtest_setup() -> None:
     """One thread, whatever the last test set. Collections, and searches for DDP (`gradients/ddp.py`), look at what
     tests make and not at all that is imported.
     """
-    global _imported
+    import torch  # not by the process that only hands files to the workers of pytest-xdist
+
+    global _imported, _threads
+    _threads = _threads or torch.get_num_threads()
     torch.set_num_threads(_threads)
     if len(sys.modules) > _imported:
         gc.collect()
@@ -103,4 +109,5 @@ def pytest_runtest_setup() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _worker_pools() -> Iterator[None]:
     yield
-    harness.shutdown_pools()
+    if harness := sys.modules.get("tests.harness"):
+        harness.shutdown_pools()

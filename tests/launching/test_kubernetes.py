@@ -16,9 +16,6 @@ from typing import Any
 import pytest
 import yaml
 
-kubeflow = pytest.importorskip("kubeflow.training.models", reason="needs kubeflow-training (the extra dev)")
-kubernetes = pytest.importorskip("kubernetes.client.models", reason="needs kubernetes (the extra dev)")
-
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "launch" / "kubernetes"
 KINDS = {
@@ -27,6 +24,15 @@ KINDS = {
 }
 PLAIN = {"str": str, "int": int, "bool": bool, "float": (int, float), "object": object, "datetime": str}
 QUANTITY = re.compile(r"\d+(\.\d+)?(m|k|[KMGTPE]i?)?")
+
+
+def model_of(kind: str) -> Any:
+    """Imported here: the models take two seconds, in every process that collects."""
+    kubeflow = pytest.importorskip(
+        "kubeflow.training.models", reason="needs kubeflow-training (the extra dev)"
+    )
+    kubernetes = pytest.importorskip("kubernetes.client.models", reason="needs kubernetes (the extra dev)")
+    return getattr(kubeflow, kind, None) or getattr(kubernetes, kind)
 
 
 def problems(value: Any, kind: str, where: str = "") -> Iterator[str]:
@@ -52,7 +58,7 @@ def problems(value: Any, kind: str, where: str = "") -> Iterator[str]:
         if not isinstance(value, PLAIN[kind]) or (isinstance(value, bool) and kind in ("int", "float")):
             yield f"{where}: {value!r} is no {kind}"
     else:
-        yield from _fields(value, getattr(kubeflow, kind, None) or getattr(kubernetes, kind), where)
+        yield from _fields(value, model_of(kind), where)
 
 
 def _fields(value: Any, model: Any, where: str) -> Iterator[str]:
