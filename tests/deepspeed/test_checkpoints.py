@@ -1,6 +1,9 @@
 """DeepSpeed's checkpoints (its own, consolidated, universal) and this package's full state dict."""
 
+import json
+import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +93,37 @@ def saved(rank: int, config: dict[str, Any], folder: str, groups: bool) -> dict[
     return {"masters": at_two, "full": full}
 
 
+Saving = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def save(tmp_path_factory: pytest.TempPathFactory) -> Saving:
+    """Calls `saved` on so many ranks, once for equal arguments. Each caller gets rank 0's results, and the checkpoint
+    where it names a folder, as copies of its own.
+    """
+    made: dict[str, tuple[bytes, Path]] = {}
+
+    def call(
+        world: int, config: dict[str, Any], folder: Path | None = None, groups: bool = False
+    ) -> dict[str, Any]:
+        key = json.dumps([world, config, groups], sort_keys=True)
+        if key not in made:
+            kept = tmp_path_factory.mktemp("saved")
+            result, *_ = run_ranks(world, saved, config, str(kept), groups, timeout=300)
+            made[key] = pickle.dumps(result), kept
+        result, kept = made[key]
+        if folder is not None:
+            shutil.copytree(kept, folder, dirs_exist_ok=True)
+        return pickle.loads(result)  # type: ignore[no-any-return]
+
+    return call
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_to_fp32(stage: int, tmp_path: Path) -> None:
+def test_zero_to_fp32(stage: int, tmp_path: Path, save: Saving) -> None:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    result, *_ = run_ranks(2, saved, cases.config(stage, "bf16"), str(tmp_path), True, timeout=300)
+    result = save(2, cases.config(stage, "bf16"), tmp_path, groups=True)
     consolidated = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path), tag="two")
     for name, value in result["masters"].items():
         assert torch.equal(consolidated[name].double(), value), name
@@ -145,11 +174,11 @@ def resumed(rank: int, config: dict[str, Any], folder: str, expected: Any) -> di
 
 @pytest.mark.parametrize(("stage", "before", "after"), [(1, 2, 3), (2, 3, 2), (3, 2, 3), (3, 3, 2)])
 def test_universal_checkpoints_at_other_world_sizes(
-    stage: int, before: int, after: int, tmp_path: Path
+    stage: int, before: int, after: int, tmp_path: Path, save: Saving
 ) -> None:
     """Three groups with different options: ZeRO-3's loader gives all groups the first's, which is undone."""
     config = cases.config(stage, "bf16")
-    result, *_ = run_ranks(before, saved, config, str(tmp_path), True, timeout=300)
+    result = save(before, config, tmp_path, groups=True)
     universal(tmp_path)
     for outcome in run_ranks(after, resumed, config, str(tmp_path), result["full"], timeout=300):
         for name, value in result["masters"].items():
@@ -198,10 +227,10 @@ def other_options(rank: int, config: dict[str, Any], folder: str, tag: str) -> f
 
 @pytest.mark.parametrize("tag", ["two", "universal"])
 @pytest.mark.parametrize("stage", [1, 3])
-def test_saved_options_replace_the_engines(stage: int, tag: str, tmp_path: Path) -> None:
+def test_saved_options_replace_the_engines(stage: int, tag: str, tmp_path: Path, save: Saving) -> None:
     params = {**cases.LAMB, "exclude_from_weight_decay": ["^fc"]}
     config = cases.config(stage, "bf16", params=params)
-    run_ranks(2, saved, config, str(tmp_path), False, timeout=300)
+    save(2, config, tmp_path)
     if tag == "universal":
         universal(tmp_path)
     assert max(run_ranks(2, other_options, config, str(tmp_path), tag, timeout=300)) <= cases.FP32_TOLERANCE
@@ -328,9 +357,8 @@ def crossed(rank: int, config: dict[str, Any], full: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("stage", "dtype"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
 )
-def test_full_state_between_stages_and_world_sizes(stage: int, dtype: str, tmp_path: Path) -> None:
-    source, *_ = run_ranks(3, saved, cases.config(3 - stage, "bf16"), str(tmp_path), False, timeout=300)
-    full = source["full"]
+def test_full_state_between_stages_and_world_sizes(stage: int, dtype: str, save: Saving) -> None:
+    full = save(3, cases.config(3 - stage, "bf16"))["full"]
     other = {"lr": 0.5, "weight_decay": 0.9}
     result, *others = run_ranks(2, crossed, cases.config(stage, dtype, params=other), full, timeout=300)
     assert all(other["full"] is None for other in others)
@@ -344,10 +372,9 @@ def test_full_state_between_stages_and_world_sizes(stage: int, dtype: str, tmp_p
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_other_optimizers_load_the_full_state(stage: int, tmp_path: Path) -> None:
+def test_other_optimizers_load_the_full_state(stage: int, save: Saving) -> None:
     """`Lamb` and `ShardedLamb` load an engine's full state: the next step is the oracle's."""
-    source, *_ = run_ranks(2, saved, cases.config(stage, "bf16"), str(tmp_path), False, timeout=300)
-    full = source["full"]
+    full = save(2, cases.config(stage, "bf16"))["full"]
     for kind in (Lamb, ShardedLamb):
         model = cases.tiny()
         names = [name for name, p in model.named_parameters()]
@@ -406,9 +433,8 @@ def misfit(rank: int, stage: int, full: Any) -> None:
     engine.basic_optimizer.load_full_state_dict(full if rank == 0 else None)
 
 
-def test_a_full_state_that_does_not_fit_raises_on_every_rank(tmp_path: Path) -> None:
-    source, *_ = run_ranks(2, saved, cases.config(2, "bf16"), str(tmp_path), False, timeout=300)
-    full = source["full"]
+def test_a_full_state_that_does_not_fit_raises_on_every_rank(save: Saving) -> None:
+    full = save(2, cases.config(2, "bf16"))["full"]
     for stage, change, fragment in (
         (2, lambda: full["state"][2].update(exp_avg=torch.zeros(3)), "expected a whole tensor"),
         (3, lambda: full["state"][2].update(step=torch.tensor(7.0)), "one step count"),
@@ -422,4 +448,3 @@ def test_a_full_state_that_does_not_fit_raises_on_every_rank(tmp_path: Path) -> 
             assert kind in ("ValueError", fragment)
             assert fragment in (kind, message) or fragment in message
         full["state"] = kept
-    shutil.rmtree(tmp_path)
