@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, example, given, settings
@@ -34,14 +35,15 @@ def layouts(numels: list[int], world: int, **more: Any) -> list[ShardLayout]:
     return [ShardLayout(tuple(numels), buckets, rank, world) for rank in range(world)]
 
 
-def owners_by_element(bucket: Bucket) -> list[tuple[int, int, int, int] | None]:
-    """Per element of the bucket: (rank, index in its shard, parameter, index in the parameter); None in padding."""
-    owners: list[tuple[int, int, int, int] | None] = [None] * bucket.numel
-    per_rank = bucket.numel // bucket.world_size
+NOBODY = -1
+
+
+def owners_by_element(bucket: Bucket) -> np.ndarray:
+    """Per element of the bucket: the parameter and the index in it; `NOBODY` in padding."""
+    owners = np.full((bucket.numel, 2), NOBODY)
     for param, offset, numel in zip(bucket.params, bucket.offsets, bucket.numels, strict=True):
-        for element in range(numel):
-            place = offset + element
-            owners[place] = (place // per_rank, place % per_rank, param, element)
+        owners[offset : offset + numel, 0] = param
+        owners[offset : offset + numel, 1] = np.arange(numel)
     return owners
 
 
@@ -65,19 +67,23 @@ def test_every_element_is_on_one_rank(
         kinds = data.draw(st.lists(st.sampled_from("xy"), min_size=len(numels), max_size=len(numels)))
     buckets = plan(numels, world, kinds, mb)
     assert sorted(param for bucket in buckets for param in bucket.params) == list(range(len(numels)))
-    seen: Counter[tuple[int, int]] = Counter()
+    seen: Counter[int] = Counter()
     for bucket in buckets:
         assert len({kinds[param] for param in bucket.params}) == 1
-        expected = {owner for owner in owners_by_element(bucket) if owner is not None}
-        segments = set()
+        per_rank = bucket.numel // world
+        held = np.full((bucket.numel, 2), NOBODY)
         for rank in range(world):
             for s in bucket.segments(rank):
                 assert s.length > 0
-                assert s.shard_start + s.length <= bucket.shard_numel
-                segments |= {(rank, s.shard_start + i, s.param, s.start + i) for i in range(s.length)}
-                seen.update((s.param, s.start + i) for i in range(s.length))
-        assert segments == expected
-    assert seen == Counter({(param, i): 1 for param, numel in enumerate(numels) for i in range(numel)})
+                assert s.shard_start + s.length <= bucket.shard_numel == per_rank
+                first = rank * per_rank + s.shard_start
+                assert (held[first : first + s.length] == NOBODY).all(), "held twice"
+                held[first : first + s.length, 0] = s.param
+                held[first : first + s.length, 1] = np.arange(s.start, s.start + s.length)
+        assert (held == owners_by_element(bucket)).all()
+        params, counts = np.unique(held[held[:, 0] != NOBODY, 0], return_counts=True)
+        seen.update(dict(zip(params.tolist(), counts.tolist(), strict=True)))
+    assert seen == Counter({param: numel for param, numel in enumerate(numels) if numel})
 
 
 @given(numels=st.lists(SIZES, min_size=1, max_size=30), world=st.integers(1, 17), alone=st.integers(1, 3000))
