@@ -29,6 +29,7 @@ if not Path("/dev/nvidiactl").exists():
     # Every engine imports it, and it torch.compiles a function, which imports Inductor: five seconds.
     NAMES.append("deepspeed.runtime.zero.muon.muon_optimizer")
 
+gc.disable()  # all of it stays
 for _name in NAMES:
     with contextlib.suppress(ImportError):
         importlib.import_module(_name)
@@ -39,4 +40,5 @@ if "deepspeed" in sys.modules:
     # worker that is killed meanwhile leaves a lock that all later ones wait for. Launchers' tests use them.
     sys.modules["deepspeed"].ops.__compatible_ops__["deepspeed_shm_comm"] = False
 gc.collect()
+gc.enable()
 gc.freeze()  # collections in a worker neither look at this nor copy its pages
