@@ -197,8 +197,17 @@ def resumed(rank: int, axes: tuple[str, ...], dtype: torch.dtype) -> None:
             assert value.shape == q.shape
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("axes", [("dp",), ("dp", "tp"), ("replicate", "shard")], ids=str)
+# bfloat16 has all state that float32 has, and masters.
+@pytest.mark.parametrize(
+    ("axes", "dtype"),
+    [
+        (("dp",), torch.bfloat16),
+        (("dp", "tp"), torch.bfloat16),
+        (("replicate", "shard"), torch.bfloat16),
+        (("dp", "tp"), torch.float32),
+    ],
+    ids=str,
+)
 def test_resuming_is_bit_exact(axes: tuple[str, ...], dtype: torch.dtype) -> None:
     run_ranks(4, resumed, axes, dtype)
 
