@@ -16,7 +16,7 @@ from tests.kernels.drivers import compiled
 
 PROGRAMS = {"valgrind": "valgrind"}
 LEVEL = "x86-64-v3"  # valgrind has no AVX-512
-ELEMENTS = 1 << 16
+ELEMENTS = 1 << 14
 LINE = 64  # bytes
 
 # Measured with g++ 12 (Debian 12) at x86-64-v3; 15 % more is allowed, for other compilers.
