@@ -24,6 +24,7 @@ from sharded_lamb.sharding.buckets import GradientsInPlace
 from sharded_lamb.verify import Reference, Report, verify
 from tests import interpreter
 from tests.harness import run_ranks
+from tests.pairs import pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,9 +40,7 @@ def verify_here(rank: int, stage: int, dtype: str, bucket_mb: float = 0.02, step
     return verdict(report)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pairs(world_size=[1, 2, 3], stage=[1, 2], dtype=[*DTYPES])
 def test_passes_on_what_is_right(world_size: int, stage: int, dtype: str) -> None:
     for passed, text, _ in run_ranks(world_size, verify_here, stage, dtype):
         assert passed, text

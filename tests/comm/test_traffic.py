@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sharded_lamb.core.layout import BLOCK
 from tests.harness import run_ranks
+from tests.pairs import pairs
 from tests.sharded_cases import Case, give_gradients, make_optimizer, make_parameters, rank_gradients
 
 STEPS = 2
@@ -143,9 +144,7 @@ def buckets_of(shapes: dict[str, tuple[int, ...]], itemsize: int, mb: float, wor
     return [-(-size // (BLOCK * world)) * BLOCK * world for size in sizes]
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pairs(dtype=[torch.float32, torch.bfloat16], stage=[1, 2], world=[2, 3, 4])
 def test_bytes_are_those_of_shards_and_small_vectors(dtype: torch.dtype, stage: int, world: int) -> None:
     case = case_of(MIXED_SIZES, stage, dtypes=dict.fromkeys(MIXED_SIZES, dtype), bits=7)
     buckets = buckets_of(MIXED_SIZES, dtype.itemsize, 0.01, world)

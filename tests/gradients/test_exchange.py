@@ -4,7 +4,6 @@ from collections import Counter
 from dataclasses import dataclass
 from unittest import mock
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,6 +13,7 @@ from sharded_lamb import ShardedLamb
 from sharded_lamb.gradients import exchange as staging
 from sharded_lamb.gradients.exchange import P2PExchange, Staging
 from tests.harness import run_ranks
+from tests.pairs import pairs
 
 SHAPES = {
     "matrix": (64, 96),
@@ -95,15 +95,16 @@ def in_memory_order(name: str, value: Tensor) -> Tensor:
     return value.permute(0, 2, 3, 1).reshape(-1) if name == "channels" else value.reshape(-1)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("kernel", ["cpp", "torch"])
-@pytest.mark.parametrize("message_bytes", [1, 4096, 1 << 30, None])
-@pytest.mark.parametrize(
-    ("dtype", "wire"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)]
+@pairs(
+    world=[2, 3],
+    kernel=["cpp", "torch"],
+    message_bytes=[1, 4096, 1 << 30, None],
+    dtypes=[(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)],
 )
 def test_every_element_is_averaged_on_its_owner(
-    world: int, kernel: str, message_bytes: int | None, dtype: torch.dtype, wire: torch.dtype | None
+    world: int, kernel: str, message_bytes: int | None, dtypes: tuple[torch.dtype, torch.dtype | None]
 ) -> None:
+    dtype, wire = dtypes
     """message_bytes None: one fused reduce-scatter, as on other backends than gloo."""
     uses_p2p = message_bytes is not None
     results = run_ranks(world, averaged, message_bytes or 0, dtype, wire, kernel, uses_p2p)

@@ -17,6 +17,7 @@ from sharded_lamb import Lamb, ShardedLamb
 from sharded_lamb.gradients import reducer
 from tests import training
 from tests.harness import run_ranks, run_ranks_expecting_errors
+from tests.pairs import pairs
 
 LR = 0.02
 Gradients = dict[str, Tensor | None]
@@ -115,9 +116,7 @@ def train_edited(rank: int, edit: str, draw: str) -> dict[str, Tensor]:
     return training.copies(params)
 
 
-@pytest.mark.parametrize("draw", DRAWS)
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("edit", EDITS)
+@pairs(edit=[*EDITS], world=[1, 2, 3], draw=[*DRAWS])
 def test_the_step_follows_edits(edit: str, world: int, draw: str) -> None:
     averages = [training.average(DRAWS[draw](r, step) for r in range(world)) for step in range(4)]
     edited = [EDITS[edit][1](grads) for grads in averages]

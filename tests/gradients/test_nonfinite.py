@@ -9,6 +9,7 @@ from sharded_lamb.gradients.mixed import MixedGradients
 from sharded_lamb.gradients.states import ReducerState
 from tests import training
 from tests.harness import run_ranks, run_ranks_expecting_errors
+from tests.pairs import pairs
 
 WORLD = 3
 STAGES = pytest.mark.parametrize("stage", [1, 2])
@@ -62,9 +63,7 @@ def skip_once(rank: int, stage: int, value: float, dtype: torch.dtype) -> list[i
     return counts
 
 
-@STAGES
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pairs(stage=[1, 2], value=[float("nan"), float("inf"), float("-inf")], dtype=[torch.float32, torch.bfloat16])
 def test_one_bad_element_skips_the_step_on_every_rank(stage: int, value: float, dtype: torch.dtype) -> None:
     assert run_ranks(WORLD, skip_once, stage, value, dtype) == [[0, 1, 1]] * WORLD
 

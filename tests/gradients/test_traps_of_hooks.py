@@ -19,6 +19,7 @@ from sharded_lamb.gradients.reducer import BackwardReducer
 from sharded_lamb.kernels import FlatShard, ReferenceKernel
 from tests import training
 from tests.harness import run_ranks, run_ranks_expecting_errors
+from tests.pairs import pairs
 
 # Buckets of one parameter each, all of one size: only wrong numbers would reveal a swap of two.
 EQUAL = {f"layer{i}": (BLOCK,) for i in range(7)}
@@ -66,9 +67,7 @@ def train_in_own_order(rank: int, world: int, draw: str, overlap: bool) -> dict[
     return training.copies(params)
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("draw", DRAWS)
-@pytest.mark.parametrize("world", [2, 3])
+@pairs(world=[2, 3], draw=[*DRAWS], overlap=[True, False])
 def test_hooks_in_different_orders_swap_no_buckets(world: int, draw: str, overlap: bool) -> None:
     start = training.weights(EQUAL)
     oracle = training.oracle_of_ranks(world, range(5), DRAWS[draw], start, lr=LR)

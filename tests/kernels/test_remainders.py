@@ -28,6 +28,7 @@ from tests.optim import fsdp_models as models
 from tests.optim.test_dtypes import SHAPES, low_case
 from tests.optim.test_dtypes import _measure as measure
 from tests.optim.test_fsdp2_state import assert_same_state
+from tests.pairs import pairs
 from tests.sharded_cases import Case, check_alike, check_close, expect, run
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -361,9 +362,7 @@ def assert_same_entries(entries: dict[int, Any], expected: dict[int, Any]) -> No
 WAYS = [(SPLIT, SPLIT), (SPLIT, {}), ({}, SPLIT)]
 
 
-@pytest.mark.parametrize("ways", WAYS, ids=["split", "split to whole", "whole to split"])
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pairs(world=[1, 2, 3], stage=[1, 2], ways=WAYS)
 def test_state_is_loaded_with_either_kind_of_masters(
     world: int, stage: int, ways: tuple[dict[str, Any], dict[str, Any]]
 ) -> None:

@@ -12,6 +12,7 @@ from sharded_lamb import ShardedLamb
 from sharded_lamb.core.layout import BLOCK, round_up
 from sharded_lamb.gradients.handles import ReducedGradient
 from tests.harness import run_ranks
+from tests.pairs import pairs
 from tests.sharded_cases import (
     BASE,
     Case,
@@ -48,9 +49,7 @@ def low_case(dtype: torch.dtype, stage: int, **settings: Any) -> Case:
     )
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pairs(dtype=LOW, stage=[1, 2], world=[1, 2, 3])
 def test_masters_follow_the_oracle(dtype: torch.dtype, stage: int, world: int) -> None:
     """The oracle starts from the rounded weights; only the master can stay within 2e-6 of it."""
     case = low_case(dtype, stage)
@@ -96,9 +95,7 @@ def test_dtypes_mix_in_one_optimizer(stage: int, world: int) -> None:
         assert name not in low or torch.equal(value, first.masters[name].to(value.dtype))
 
 
-@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("stage", [1, 2])
+@pairs(stage=[1, 2], world=[1, 2, 3], max_grad_norm=[None, 0.5])
 def test_float64_is_computed_in_float64(stage: int, world: int, max_grad_norm: float | None) -> None:
     shapes = {"a": (1031,), "b": (17, 31), "c": (), "d": (0,)}
     case = Case(
@@ -261,9 +258,7 @@ def test_memory_counts_padding(stage: int) -> None:
 # -- memory formats and written weights ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", [1, 3])
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pairs(dtype=[torch.float32, torch.bfloat16], stage=[1, 2], world=[1, 3])
 def test_parameters_keep_their_strides(dtype: torch.dtype, stage: int, world: int) -> None:
     shapes = {"conv": (8, 6, 3, 5), "w": (4, 6, 3, 3), "b": (8,)}
     case = Case(
@@ -310,9 +305,7 @@ def _write_after(rank: int, dtype: torch.dtype, how: str, early: int) -> dict[st
     return {name: [p.detach().clone(), start[name]] for name, p in params.items()}
 
 
-@pytest.mark.parametrize("early", [0, 2])
-@pytest.mark.parametrize("how", ["load_state_dict", "copy_", ".data"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pairs(dtype=[torch.float32, torch.bfloat16], how=["load_state_dict", "copy_", ".data"], early=[0, 2])
 def test_weights_written_after_construction_win(dtype: torch.dtype, how: str, early: int) -> None:
     """A step changes a weight by lr times its norm; a stale master would undo the write."""
     for params in run_ranks(2, _write_after, dtype, how, early):

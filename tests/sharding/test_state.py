@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from sharded_lamb import Lamb, ShardedLamb
 from tests import training
 from tests.harness import run_ranks, run_ranks_expecting_errors
+from tests.pairs import pairs
 
 STAGES = pytest.mark.parametrize("stage", [1, 2])
 KEYS = {"step", "exp_avg", "exp_avg_sq", "shard"}
@@ -41,10 +42,7 @@ def resume(rank: int, world: int, stage: int, dtype: torch.dtype, saved_after: i
     return [f"{key}/{name}/{t.dtype}" for key, entry in state["state"].items() for name, t in entry.items()]
 
 
-@STAGES
-@pytest.mark.parametrize("saved_after", [0, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pairs(world=[1, 2, 3], dtype=[torch.float32, torch.bfloat16], saved_after=[0, 2], stage=[1, 2])
 def test_resuming_is_bit_exact(world: int, dtype: torch.dtype, saved_after: int, stage: int) -> None:
     keys = run_ranks(world, resume, world, stage, dtype, saved_after)
     assert all(own == keys[0] for own in keys)

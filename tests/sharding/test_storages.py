@@ -15,6 +15,7 @@ from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
 from sharded_lamb import ShardedLamb
 from tests import forked, training
 from tests.harness import run_ranks, run_ranks_expecting_errors
+from tests.pairs import pairs
 
 STAGES = pytest.mark.parametrize("stage", [1, 2])
 
@@ -40,9 +41,11 @@ def storages(rank: int, stage: int, dtype: torch.dtype) -> None:
         assert not p.numel() or not torch.equal(p, before[name]), name  # a step writes this memory
 
 
-@STAGES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("world", [1, 2])
+@pairs(
+    world=[1, 2],
+    dtype=[torch.float32, torch.bfloat16, torch.float16, torch.float64],
+    stage=[1, 2],
+)
 def test_each_parameter_has_a_storage_of_its_own(world: int, dtype: torch.dtype, stage: int) -> None:
     run_ranks(world, storages, stage, dtype)
 
@@ -312,9 +315,7 @@ def train_shared(
     return views, training.copies(params)
 
 
-@pytest.mark.parametrize("overlap_forward", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("share_at", [-1, 0, 2])
+@pairs(share_at=[-1, 0, 2], dtype=[torch.float32, torch.bfloat16], overlap_forward=[False, True])
 def test_shared_memory_shows_every_step(share_at: int, dtype: torch.dtype, overlap_forward: bool) -> None:
     alone = run_ranks(2, train_shared, 2, dtype, None, False)
     shared = run_ranks(2, train_shared, 2, dtype, share_at, overlap_forward)
