@@ -4,8 +4,9 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -148,19 +149,20 @@ def test_ratios_of_partitions_would_show(
         assert distance(weights, ends) > 1000 * SAME
 
 
+BF16 = ["speed.precision=bf16", "batch.max_micro_batch=2"]
+AUTOCAST = ["speed.precision=bf16_autocast", "optimizer.bucket_mb=0.01"]
 SWITCHES: dict[str, tuple[int, list[str], float]] = {
     # (ZeRO stage, settings, tolerance): what bf16 rounds differs with the order of sums
-    "bf16, stage 1": (1, ["speed.precision=bf16"], 2e-4),
-    "bf16, stage 3": (3, ["speed.precision=bf16", "batch.max_micro_batch=2"], 2e-4),
-    "autocast, stage 2, small buckets": (
-        2,
-        ["speed.precision=bf16_autocast", "optimizer.bucket_mb=0.01"],
-        SAME,
-    ),
-    "autocast, stage 3": (3, ["speed.precision=bf16_autocast"], 2e-4),
-    "next sentences, recomputed, dropped out": (
+    "bf16, stage 1": (1, BF16, 2e-4),
+    "bf16, stage 3": (3, BF16, 2e-4),
+    "autocast, stage 2, small buckets": (2, AUTOCAST, SAME),
+    "autocast, stage 3, small buckets": (3, AUTOCAST, 2e-4),
+    "next sentences, recomputed, dropped out, patterns anchored at BERT's own names": (
         3,
-        ["data.nsp=true", "speed.activation_checkpointing=true", "model.dropout=0.1"],
+        [
+            *("data.nsp=true", "speed.activation_checkpointing=true", "model.dropout=0.1"),
+            *("optimizer.exclude_from_weight_decay=['^bert\\.']", "optimizer.weight_decay=0.3"),
+        ],
         SAME,
     ),
     "a variant that clips, told not to": (
@@ -173,19 +175,27 @@ SWITCHES: dict[str, tuple[int, list[str], float]] = {
         ["optimizer.variant=deepspeed", "optimizer.bias_correction=true", "optimizer.max_grad_norm=0.3"],
         SAME,
     ),
-    "patterns anchored at BERT's own names": (
-        3,
-        ["optimizer.exclude_from_weight_decay=['^bert\\.']", "optimizer.weight_decay=0.3"],
-        SAME,
-    ),
 }
 
 
+@pytest.fixture(scope="module")
+def ours_with(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ended]:
+    """A run of this package's own sharding; one for equal settings."""
+
+    @cache
+    def run(*settings: str) -> Ended:
+        return trained(tree, tmp_path_factory.mktemp("ours") / "run", ours(*settings))
+
+    return run
+
+
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_settings_mean_the_same(tree: dict[str, Any], tmp_path: Path, switch: str) -> None:
+def test_settings_mean_the_same(
+    tree: dict[str, Any], tmp_path: Path, switch: str, ours_with: Callable[..., Ended]
+) -> None:
     stage, settings, tolerance = SWITCHES[switch]
     settings = [*settings, "phases.0.steps=3"]
-    rows, weights = trained(tree, tmp_path / "ours", ours(*settings))
+    rows, weights = ours_with(*settings)
     again, ends = trained(tree, tmp_path / "theirs", theirs(stage, *settings))
     assert len(losses(again)) == 3
     assert losses(again) == pytest.approx(losses(rows), rel=tolerance)
