@@ -326,7 +326,8 @@ def test_sums_over_many_blocks_are_accurate_and_deterministic(dtype: torch.dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_has_the_bits_of_the_reference(dtype: torch.dtype) -> None:
     everything = {"stage": 2, "max_grad_norm": 1.0, "state_dtype": torch.bfloat16}
-    for options in ({}, everything, {**everything, "store_param_remainders": True}):
+    split = [{**everything, "store_param_remainders": True}] if dtype == torch.bfloat16 else []
+    for options in ({}, everything, *split):
         actual, expected = (
             trained(kernel, dtype, **options) for kernel in (TritonKernel(), ReferenceKernel())
         )

@@ -30,7 +30,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_launches_do_not_grow_with_shards_pieces_and_parameters(launches: list[str]) -> None:
     expected = ["square_sums", "add_by_parameter", "moments_and_norms", "add_by_parameter", "apply"]
-    for pieces, flats in ((1, 0), (40, 0), (0, 1), (0, 12), (9, 9)):
+    for pieces, flats in ((1, 0), (20, 0), (0, 1), (0, 6), (9, 9)):
         forms = [Form(True, (256,), *F32)] * flats + ([Form(False, (16,) * pieces, *F32)] if pieces else [])
         shards = [made(form, 0, i, False) for i, form in enumerate(forms)]
         launches.clear()
