@@ -21,7 +21,7 @@ if __name__ == "__main__":
     fabric.launch()
     net = nn.Sequential(nn.Linear(16, 64), nn.LayerNorm(64), nn.Linear(64, 1))
     model, optimizer = fabric.setup(net, ShardedLamb(net.named_parameters(), lr=2e-3, stage=2))
-    x = torch.randn(256, 16)
+    x = torch.randn(256, 16, device="cpu")
     loader = fabric.setup_dataloaders(DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=16))
 
     state: dict[str, Any] = {"model": model, "optimizer": optimizer, "epoch": 0}

@@ -30,7 +30,7 @@ class Regression(pl.LightningModule):
 
 
 if __name__ == "__main__":
-    x = torch.randn(256, 16)
+    x = torch.randn(256, 16, device="cpu")
     loader = DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=16)
     keep = ModelCheckpoint("checkpoints", save_last=True)
     trainer = pl.Trainer(

@@ -32,7 +32,7 @@ class Regression(pl.LightningModule):
 
 
 if __name__ == "__main__":
-    x = torch.randn(256, 16)
+    x = torch.randn(256, 16, device="cpu")
     loader = DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=16)
     keep, strategy = ModelCheckpoint("checkpoints", save_last=True), ModelParallelStrategy(2, 1)
     trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_epochs=2, callbacks=keep)
