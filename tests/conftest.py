@@ -9,7 +9,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# What is imported, and what collecting makes, stays: collections look at it in vain, two seconds long.
+# Imports and pytest's collection free nothing; Python's collector would spend two seconds on finding that out.
 gc.disable()
 # Examples share two cores with worker processes, so their wall time says nothing: no deadline. The same
 # examples every time, so that a failure seen anywhere is seen everywhere; "explore" searches for new ones.

@@ -33,7 +33,7 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     world_size = world()[1]
     actions = {}
     for kind in ("plain", "FSDP2") if world_size > 1 else ("plain",):
-        for name, make in _optimizers(world_size, kind).items():
+        for name, make in _optimizers(world_size).items():
             params = _parameters(chosen.tensors, chosen.elements, device, is_sharded=kind == "FSDP2")
             actions[f"{kind}: {name}"] = make(params).step
     if world_size > 1:
@@ -53,7 +53,7 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return content
 
 
-def _optimizers(world_size: int, kind: str) -> dict[str, Callable[[Sequence[nn.Parameter]], Any]]:
+def _optimizers(world_size: int) -> dict[str, Callable[[Sequence[nn.Parameter]], Any]]:
     adamw = partial(torch.optim.AdamW, lr=1e-6)
     chosen: dict[str, Callable[[Sequence[nn.Parameter]], Any]] = {
         OURS: partial(ShardedLamb, lr=1e-6),

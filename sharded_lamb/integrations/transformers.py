@@ -97,16 +97,7 @@ class ShardedLambCallback(TrainerCallback):
         if control.should_save:
             self._consolidate(args, state, optimizer)
 
-    def on_epoch_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **others: Any,
-    ) -> None:
-        if control.should_save:
-            self._consolidate(args, state, optimizer)
+    on_epoch_end = on_step_end
 
     def on_evaluate(
         self,

@@ -26,7 +26,7 @@ SHAPES: dict[str, training.Shape] = {
     "LayerNorm.weight": (17,),
     "LayerNorm.bias": (17,),
 }
-# What each page promises: the variant, and the options that it sets beside it.
+# The variant that each page names, and the options that it sets beside it.
 PROMISED: dict[str, tuple[str, dict[str, Any]]] = {
     "apex": ("apex", {"lr": 6e-3}),
     "timm": ("timm", {"lr": 2e-3}),
