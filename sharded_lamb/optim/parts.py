@@ -9,7 +9,7 @@ from torch import Tensor
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.comm.forward_gathers import ForwardGathers
 from sharded_lamb.core.options import OptionTable
-from sharded_lamb.gradients.source import GradientSource
+from sharded_lamb.gradients.source import GradientSource, Identity
 from sharded_lamb.kernels import Kernel
 from sharded_lamb.optim.agreed_options import AgreedLive, AgreedOptions
 from sharded_lamb.optim.skips import SkipCounter
@@ -46,7 +46,7 @@ class ShardedLive(AgreedLive):
     skips: SkipCounter = field(init=False, repr=False)
     gathers: ForwardGathers = field(default_factory=ForwardGathers)
     clip: Tensor | None = None  # the factor of `clip_grad_norm_` for the next step
-    clip_of: "list[tuple[weakref.ref[Any], int] | None]" = field(default_factory=list)  # identities then
+    clip_of: list[Identity | None] = field(default_factory=list)  # the clipped gradients
     max_norm: tuple[float | None, ...] = ()  # its arguments
     scanned_params: list[Tensor] = field(default_factory=list)  # all groups' parameters at the last scan
     frozen_params: list[Tensor] = field(default_factory=list)  # those of them that the store lacked

@@ -2,7 +2,6 @@
 
 import sys
 import warnings
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -51,8 +50,7 @@ class ShardedOptimizer(PartsOptimizer):
 
     def _note_clipped(self) -> None:
         """The factor is of the gradients as they are now."""
-        grads = self._gradients.identities()
-        self._live.clip_of = [None if grad is None else (weakref.ref(grad[0]), grad[1]) for grad in grads]
+        self._live.clip_of = list(self._gradients.identities())
 
     def _drop_clip(self) -> None:
         live = self._live
@@ -69,7 +67,7 @@ class ShardedOptimizer(PartsOptimizer):
             return None
         is_new, grads = [], self._gradients.identities()
         for name, grad, clipped in zip_longest(self._store.names, grads, live.clip_of):
-            if grad is None or clipped is None or clipped[0]() is not grad[0]:
+            if grad is None or clipped is None or clipped[0] is not grad[0]:
                 is_new.append(grad is not None)
                 continue
             is_changed = grad[1] != clipped[1]

@@ -254,7 +254,8 @@ def test_parameters_on_the_cpu_have_a_group_of_their_own_under_nccl() -> None:
     assert run_ranks(2, on_nccl_alone) == [("gloo", True)] * 2
 
 
-def test_a_model_whose_parameters_are_swapped() -> None:
+@pytest.mark.parametrize("clips", [False, True], ids=["", "clip_grad_norm_"])
+def test_a_model_whose_parameters_are_swapped(clips: bool) -> None:
     """``torch.__future__.set_swap_module_params_on_conversion``: module.to() swaps; weak references bar it."""
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
@@ -266,8 +267,11 @@ def test_a_model_whose_parameters_are_swapped() -> None:
             optimizer.step()
             optimizer.zero_grad()
             model._apply(lambda t: t * 2)
-        before = model.weight.detach().clone()
         model.weight.grad = torch.ones_like(model.weight)
+        if clips:
+            optimizer.clip_grad_norm_(1.0)
+            model._apply(lambda t: t.clone())  # swaps gradients too
+        before = model.weight.detach().clone()
         optimizer.step()
         moved = (before - model.weight.detach()).norm() / before.norm()
         assert moved.item() == pytest.approx(0.1, rel=1e-4)  # a step's length: lr ‖w‖
