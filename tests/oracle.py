@@ -1,7 +1,7 @@
 """An independent LAMB in numpy float64: slow, plain, and independent of the package's code.
 
 Equations: You et al., "Large Batch Optimization for Deep Learning", arXiv 1904.00962, Algorithm 2. `VARIANT_FACTS`
-lists the differences of known implementations, read from their own sources.
+lists the differences of known implementations, read from their own sources. LANS: arXiv 2006.13484, Algorithm 2.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ PLAIN: dict[str, Any] = {
     "trust_clip": None,
     "weight_norm_clip": None,
     "adapt_without_decay": True,
+    "normalize_grad": False,
+    "nesterov": False,
     # None, "decay patterns" (parameters without decay have ratio 1 too) or "everything"
     "adaptation_excludes": None,
 }
@@ -54,6 +56,8 @@ VARIANT_FACTS: dict[str, dict[str, Any]] = {
     "timm": {**PLAIN, "max_grad_norm": 1.0, "adapt_without_decay": False},
     # torch/optim/adamw.py: ratio 1; p *= 1 - lr * wd is the same as wd * w inside u when the ratio is 1.
     "adamw": {**PLAIN, "adaptation_excludes": "everything"},
+    # arXiv 2006.13484, Algorithm 2; its authors' multi_tensor_lans.cu (dmlc/gluon-nlp) adds eps to the gradient's norm.
+    "lans": {**PLAIN, "normalize_grad": True, "nesterov": True},
 }
 
 
@@ -134,9 +138,12 @@ class OracleLamb:
         self.steps[name] += 1
         t = self.steps[name]
 
+        if opt["normalize_grad"] and l2(g) > 0:
+            g = g / l2(g)
         if not opt["adam_w_mode"]:
             g = g + decay * w
-        m = self.m[name] = beta1 * self.m[name] + (1 - beta1 if opt["grad_averaging"] else 1.0) * g
+        of_gradient = 1 - beta1 if opt["grad_averaging"] else 1.0
+        m = self.m[name] = beta1 * self.m[name] + of_gradient * g
         v = self.v[name] = beta2 * self.v[name] + (1 - beta2) * g * g
 
         m_hat, v_hat, step_size = m, v, opt["lr"]
@@ -145,12 +152,14 @@ class OracleLamb:
         elif opt["bias_correction"]:
             m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
         denominator = np.sqrt(v_hat + eps) if opt["eps_inside_sqrt"] else np.sqrt(v_hat) + eps
-        u = m_hat / denominator
-        if opt["adam_w_mode"]:
-            u = u + decay * w
-
+        decayed = decay * w if opt["adam_w_mode"] else 0.0
+        u = m_hat / denominator + decayed
         ratio = self._ratio(name, l2(w), l2(u), decay)
-        self.params[name] = np.asarray(w - step_size * ratio * u)
+        change = ratio * u
+        if opt["nesterov"]:
+            along = g / denominator + decayed
+            change = beta1 * change + of_gradient * self._ratio(name, l2(w), l2(along), decay) * along
+        self.params[name] = np.asarray(w - step_size * change)
         return ratio
 
     def _ratio(self, name: str, w_norm: float, u_norm: float, decay: float) -> float:

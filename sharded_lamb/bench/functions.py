@@ -92,7 +92,7 @@ def _pass_1(*dtypes: Any) -> Callable[[Memory], None]:
 
 def _pass_2(*dtypes: Any) -> Callable[[Memory], None]:
     def run(memory: Memory) -> None:
-        memory.kernel.apply(memory.shards(*dtypes), _table(F32), torch.full((1,), 1e-6, device="cpu"))
+        memory.kernel.apply(memory.shards(*dtypes), _table(F32), torch.full((1, 1), 1e-6, device="cpu"))
 
     return run
 

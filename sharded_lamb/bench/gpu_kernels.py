@@ -44,7 +44,7 @@ class Work:
         kernel.moments_and_norms(self.shards, self.table, self.sums)
 
     def pass_2(self, kernel: Kernel) -> None:
-        for together in _batches(self.shards, are_gathered=True):
+        for together in _batches([[shard] for shard in self.shards], are_gathered=True):
             kernel.apply([self.shards[index] for index in together], self.table, self.step_sizes)
 
     def bytes_of(self, passes: int) -> int:
@@ -63,7 +63,7 @@ def work(name: str, model: torch.dtype | None, ranks: int, device: torch.device,
         [_shard(bucket, model, device, splits) for bucket in buckets],
         rule.table(rule.Coefficients(*rows.unbind(1)), torch.float32),
         torch.zeros(2, len(numels), dtype=torch.float64, device=device),
-        torch.full((len(numels),), 1e-6, device=device),
+        torch.full((1, len(numels)), 1e-6, device=device),
     )
 
 

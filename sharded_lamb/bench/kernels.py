@@ -159,7 +159,7 @@ def _two_passes(optimizer: ShardedLamb, kernel: Kernel) -> Callable[[], None]:
     def run() -> None:
         sums: Tensor = torch.zeros(2, len(sizes), dtype=torch.float64, device=store.device)
         kernel.moments_and_norms(shards, rows, sums)
-        kernel.apply(shards, rows, sizes)
+        kernel.apply(shards, rows, sizes[None])
 
     return run
 

@@ -23,7 +23,7 @@ from sharded_lamb.checkpoint.rank_group import RankGroup, unwrapped
 from sharded_lamb.checkpoint.saving import prepared
 from sharded_lamb.checkpoint.sparse import is_sparse
 from sharded_lamb.checkpoint.storage import Reader
-from sharded_lamb.core.hyperparams import check_max_grad_norm, validate_group
+from sharded_lamb.core.hyperparams import check_max_grad_norm, validate_change
 from sharded_lamb.core.names import normalize
 from sharded_lamb.optim.base import LambOptimizer
 from sharded_lamb.optim.sharded_state import ShardedOptimizer
@@ -220,7 +220,7 @@ class _Loading:
         try:
             for saved, group in zip(self.manifest.groups, optimizer.param_groups, strict=True):
                 own = {key: value for key, value in group.items() if key != "params"}
-                validate_group({**own, **plain.decoded(saved["options"], self.tensors.get)})
+                validate_change(own, plain.decoded(saved["options"], self.tensors.get))
             check_max_grad_norm(optimizer_wide["max_grad_norm"])
             if optimizer_wide["skipped_steps"] < 0:
                 raise ValueError(f"skipped_steps is {optimizer_wide['skipped_steps']}")

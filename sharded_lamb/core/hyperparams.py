@@ -27,6 +27,8 @@ class RuleOptions(TypedDict, total=False):
     exclude_from_weight_decay: Sequence[str]
     exclude_from_layer_adaptation: Sequence[str] | None
     adapt_without_decay: bool
+    normalize_grad: bool
+    nesterov: bool
 
 
 SCALAR_DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
@@ -46,6 +48,8 @@ DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
         "exclude_from_weight_decay": (),
         "exclude_from_layer_adaptation": (),
         "adapt_without_decay": True,
+        "normalize_grad": False,
+        "nesterov": False,
     }
 )
 """Options with a default per variant; all but ``max_grad_norm`` may differ between groups."""
@@ -54,7 +58,17 @@ GROUP_OPTIONS: Final = tuple(name for name in DEFAULTS if name != "max_grad_norm
 OPTIONS: Final = (*SCALAR_DEFAULTS, "variant", *GROUP_OPTIONS)
 """The options that every parameter group holds."""
 
-FLAGS: Final = ("grad_averaging", "adam_w_mode", "eps_inside_sqrt", "adapt_without_decay")
+FLAGS: Final = (
+    "grad_averaging",
+    "adam_w_mode",
+    "eps_inside_sqrt",
+    "adapt_without_decay",
+    "normalize_grad",
+    "nesterov",
+)
+FIXED: Final = ("normalize_grad", "nesterov")
+"""Options that neither an edit nor a load may change: all ranks size their all-reduces, and wait for them, by these."""
+
 PATTERN_OPTIONS: Final = ("exclude_from_weight_decay", "exclude_from_layer_adaptation")
 
 
@@ -80,6 +94,8 @@ VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         "deepspeed": _variant(bias_correction="lr", trust_clip=(0.01, 10.0)),
         "timm": _variant(max_grad_norm=1.0, adapt_without_decay=False),
         "adamw": _variant(exclude_from_layer_adaptation=("all",)),
+        # arXiv 2006.13484, Algorithm 2: LAMB with normalized gradients and Nesterov's momentum.
+        "lans": _variant(normalize_grad=True, nesterov=True),
     }
 )
 
@@ -252,3 +268,19 @@ def validate_group(group: Mapping[str, Any]) -> dict[str, Any]:
         ),
         "exclude_from_layer_adaptation": adaptation,
     }
+
+
+def validate_change(group: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
+    """`validate_group` of ``group`` with ``changed`` options: edited, or loaded.
+
+    Raises:
+        ValueError, TypeError: as `validate_group`; also for an option of `FIXED` that differs.
+    """
+    options = validate_group({**group, **changed})
+    for name in FIXED:
+        if options[name] != group[name]:
+            raise ValueError(
+                f"{name}={options[name]} cannot be given to an optimizer with {name}={group[name]}: construct the "
+                f"optimizer with it (variant={options['variant']!r})"
+            )
+    return options

@@ -34,6 +34,8 @@ class _GroupOptions:
     ratio_low: float
     ratio_high: float
     adapts_without_decay: float
+    normalizes: float
+    nesterov: float
 
     @staticmethod
     def of(group: Mapping[str, Any]) -> "_GroupOptions":
@@ -57,6 +59,8 @@ class _GroupOptions:
             ratio_low=clip[0],
             ratio_high=clip[1],
             adapts_without_decay=float(group["adapt_without_decay"]),
+            normalizes=float(group["normalize_grad"]),
+            nesterov=float(group["nesterov"]),
         )
 
 
@@ -133,4 +137,14 @@ class OptionTable:
         without_decay = named.pop("adapts_without_decay").bool()
         l2, decay = named.pop("l2") * self._decays, named.pop("decay") * self._decays
         adapts = self._adapts & (without_decay | (l2 + decay > 0))
-        return ParameterOptions(**named, l2=l2, decay=decay, adapts=adapts, is_fp64=self.is_fp64)
+        normalizes = named.pop("normalizes").bool()
+        return ParameterOptions(
+            **named,
+            l2=l2,
+            decay=decay,
+            adapts=adapts,
+            normalizes=normalizes,
+            is_fp64=self.is_fp64,
+            any_normalizes=any(options.normalizes for options in of_groups),
+            any_nesterov=any(options.nesterov for options in of_groups),
+        )

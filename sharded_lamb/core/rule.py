@@ -1,4 +1,5 @@
-"""The LAMB update on plain tensors (You et al., arXiv 1904.00962, Algorithm 2).
+"""The updates of LAMB (You et al., arXiv 1904.00962, Algorithm 2) and LANS (Zheng et al., arXiv 2006.13484,
+Algorithm 2) on plain tensors.
 
 For every parameter w with gradient g at its step t::
 
@@ -7,6 +8,12 @@ For every parameter w with gradient g at its step t::
     u = (b1 m) / (√(b2 v + ε_inside) + ε_outside) + λ w      b = 1/(1-βᵗ), or 1 without bias correction
     r = φ(‖w‖) / ‖u‖         1 where a raw norm is 0 or adaptation is off
     w ← w - η r u
+
+LANS: g is divided by ‖g‖ first (``normalize_grad``), and the update has a second direction, along the gradient, with a
+ratio of its own (``nesterov``)::
+
+    u₂ = g / (√(b2 v + ε_inside) + ε_outside) + λ w,  r₂ = φ(‖w‖) / ‖u₂‖
+    w ← w - η (β1 r u + c1 r₂ u₂)
 
 Functions take lists of tensors, one entry per parameter or chunk of a shard. A coefficient is a list of the same
 length: floats, or tensors that broadcast (one row per block), so that the same code updates a whole parameter and
@@ -45,6 +52,9 @@ class Coefficients(Generic[C]):
 SUMS = ("weight", "update")
 """Sums of squares that pass 1 computes for every parameter, in order: Σw² and Σu². The all-reduce between the passes,
 kernels' block sums and predicted traffic have ``len(SUMS)`` numbers per parameter."""
+
+NESTEROV_SUMS = (*SUMS, "gradient update")
+"""`SUMS` of an optimizer with a ``nesterov`` parameter: also Σu₂². Its other parameters' step along u₂ is 0."""
 
 COLUMNS = tuple(field.name for field in fields(Coefficients))
 Vectors = Coefficients[Tensor]
@@ -88,14 +98,28 @@ def root(x: Tensor) -> Tensor:
     return x.sqrt()
 
 
-def direction(m: list[Tensor], v: list[Tensor], w: list[Tensor], k: PerTensor) -> list[Tensor]:
+def denominators(v: list[Tensor], k: PerTensor) -> list[Tensor]:
+    """√(b2 v + ε_inside) + ε_outside (Algorithm 2, lines 9 and 10)."""
+    inside = _mul(v, k.unbias2)
+    torch._foreach_add_(inside, k.eps_inside)
+    outside = [root(x) for x in inside]
+    torch._foreach_add_(outside, k.eps_outside)
+    return outside
+
+
+def direction(m: list[Tensor], denominator: list[Tensor], w: list[Tensor], k: PerTensor) -> list[Tensor]:
     """u, the update before the trust ratio (Algorithm 2, lines 8 to 10, and the decay of line 11)."""
-    denominator = _mul(v, k.unbias2)
-    torch._foreach_add_(denominator, k.eps_inside)
-    denominator = [root(x) for x in denominator]
-    torch._foreach_add_(denominator, k.eps_outside)
     u = _mul(m, k.unbias1)
     torch._foreach_div_(u, denominator)
+    torch._foreach_add_(u, _mul(w, k.decay))
+    return u
+
+
+def gradient_direction(
+    scaled: list[Tensor], denominator: list[Tensor], w: list[Tensor], k: PerTensor
+) -> list[Tensor]:
+    """u₂, the update along the gradient, before its trust ratio. ``scaled``: `scaled_gradients`."""
+    u = list(torch._foreach_div(scaled, denominator))
     torch._foreach_add_(u, _mul(w, k.decay))
     return u
 
@@ -107,7 +131,7 @@ def descend(w: list[Tensor], u: list[Tensor], step_size: Coefficient) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ParameterOptions:
-    """The options as tensors [P] on one device: fp64; ``adapts`` and ``is_fp64`` bool."""
+    """The options as tensors [P] on one device: fp64; ``adapts``, ``normalizes`` and ``is_fp64`` bool."""
 
     beta1: Tensor
     beta2: Tensor
@@ -124,7 +148,16 @@ class ParameterOptions:
     ratio_low: Tensor
     ratio_high: Tensor
     adapts: Tensor
+    normalizes: Tensor  # bool: gradients are divided by their norm
+    nesterov: Tensor  # 1: the update has a second direction, along the gradient
     is_fp64: Tensor  # float64 parameters, whose norms are not rounded to fp32
+    any_normalizes: bool  # on the host
+    any_nesterov: bool
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        """The sums of squares that pass 1 computes for every parameter."""
+        return NESTEROV_SUMS if self.any_nesterov else SUMS
 
 
 def coefficients(options: ParameterOptions, step: Tensor, active: Tensor, grad_scale: Tensor) -> Vectors:
@@ -166,10 +199,24 @@ def norms(square_sums: Tensor, is_fp64: Tensor) -> Tensor:
     return torch.where(is_fp64, exact, exact.float().double())
 
 
+def gradient_scales(scale: Tensor, square_sums: Tensor, options: ParameterOptions) -> Tensor:
+    """``scale``, and ±1/‖g‖ where gradients are normalized: [P] fp64, or ``scale`` itself where none are.
+
+    Args:
+        scale: fp64 scalar (or [P]): clip factor times inverse loss scale, which a norm cancels but for its sign.
+        square_sums: [P] fp64, Σg² over all ranks of the stored gradients. A gradient 0 stays 0.
+    """
+    if not options.any_normalizes:
+        return scale
+    norm = norms(square_sums, options.is_fp64)
+    inverse = torch.where(norm > 0, scale.sign() / norm, torch.zeros_like(norm))
+    return torch.where(options.normalizes, inverse, scale)
+
+
 def ratios_of_sums(square_sums: Tensor, options: ParameterOptions) -> Tensor:
-    """[P] fp64: `trust_ratios` of the parameters whose `SUMS` over all ranks are ``square_sums`` [SUMS, P] fp64."""
-    weight_norm, update_norm = norms(square_sums, options.is_fp64)
-    return trust_ratios(weight_norm, update_norm, options)
+    """[D, P] fp64: `trust_ratios` of each direction, of parameters with ``square_sums`` [1 + D, P] over all ranks."""
+    weight_norm, *update_norms = norms(square_sums, options.is_fp64)
+    return torch.stack([trust_ratios(weight_norm, norm, options) for norm in update_norms])
 
 
 def trust_ratios(weight_norm: Tensor, update_norm: Tensor, options: ParameterOptions) -> Tensor:
@@ -182,13 +229,21 @@ def trust_ratios(weight_norm: Tensor, update_norm: Tensor, options: ParameterOpt
     return torch.where(defined, ratio, torch.ones_like(ratio))
 
 
-def step_sizes(lr: Tensor, ratio: Tensor, options: ParameterOptions, step: Tensor, active: Tensor) -> Tensor:
-    """[P] fp64: η r, times √(1-β2ᵗ)/(1-β1ᵗ) with ``bias_correction="lr"``; 0 where ``active`` is False."""
+def step_sizes(lr: Tensor, ratios: Tensor, options: ParameterOptions, step: Tensor, active: Tensor) -> Tensor:
+    """[D, P] fp64: η r of each direction, with ``nesterov`` β1 η r and c1 η r₂; 0 where ``active`` is False.
+
+    Times √(1-β2ᵗ)/(1-β1ᵗ) with ``bias_correction="lr"``. ``ratios``: [D, P].
+    """
     correct = options.corrects_lr.bool() & (step > 0)
-    one = torch.ones_like(ratio)
+    one = torch.ones_like(ratios[0])
     correction = torch.where(correct, (1 - options.beta2**step).sqrt(), one)
     correction = correction / torch.where(correct, 1 - options.beta1**step, one)
-    return torch.where(active, lr * correction * ratio, torch.zeros_like(ratio))
+    size = lr * correction
+    if options.any_nesterov:
+        nesterov = options.nesterov.bool()
+        weights = torch.where(nesterov, options.beta1, one), options.c1 * options.nesterov
+        ratios = torch.stack(weights) * ratios
+    return torch.where(active, size * ratios, torch.zeros_like(ratios))
 
 
 def clip_factor(grad_norm: Tensor, max_grad_norm: float | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_lamb.comm.collectives import Collectives
-from sharded_lamb.core.hyperparams import validate_group
+from sharded_lamb.core.hyperparams import validate_change
 from sharded_lamb.core.layout import Segment
 from sharded_lamb.deepspeed.engine_probe import accelerator_device
 from sharded_lamb.deepspeed.mapping import OptimizerPartitions, Partition, Row, model_slice, tensor_slice
@@ -104,7 +104,7 @@ def check(
             f"from the same model with the same groups"
         )
     for group, own in zip(groups, options, strict=True):
-        validate_group({**group, **own})
+        validate_change(group, own)
     for partition in partitions.local:
         steps = {float(saved["state"].get(param, {}).get("step", 0.0)) for param in partition.params}
         if len(steps) > 1:

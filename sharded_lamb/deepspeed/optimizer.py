@@ -277,7 +277,8 @@ class DeepSpeedLamb(AgreedOptions):
             self._raise_disagreement()
         problem = self._option_problem(alone=self._collectives.world_size == 1)
         shards = tensors.shards(self.state)
-        summary = self._gradient_summary(tensors, shards) if self._skip_nonfinite else None
+        summarizes = self._skip_nonfinite or self._any("normalize_grad")
+        summary = self._gradient_summary(tensors, shards) if summarizes else None
         updated = to_device(tensors.present(), None, tensors.device)
         if summary is not None:
             skip = summary.bad.any()
@@ -288,21 +289,22 @@ class DeepSpeedLamb(AgreedOptions):
                 self._last[tensors.params] = torch.ones(len(updated), device="cpu"), updated
                 return
         if problem is not None:
-            sums = torch.zeros(len(rule.SUMS), len(updated), dtype=torch.float64, device=tensors.device)
+            sums = torch.zeros(len(self._sums), len(updated), dtype=torch.float64, device=tensors.device)
             self._all_reduce_agreed([sums], problem)
         step, counts = tensors.next_steps(updated, self.state)
         options, one = tensors.table.options(), torch.ones((), dtype=torch.float64, device=tensors.device)
         kernel = self._kernel_on(tensors.device)
-        update = Update(kernel, options, step=step, active=updated, grad_scale=one)
+        scale = one if summary is None else rule.gradient_scales(one, summary.square_sums, options)
+        update = Update(kernel, options, step=step, active=updated, grad_scale=scale)
         square_sums = update.moments_and_norms(shards)
         differs = self._all_reduce_agreed([square_sums])
         bad = torch.zeros_like(updated) if summary is None else summary.bad
         tensors.skips.record(bad.any(), bad, differs)
         ratios = rule.ratios_of_sums(square_sums, options)
         step_sizes = rule.step_sizes(tensors.table.lr(), ratios, options, step, updated & ~differs)
-        list(update.apply(shards, step_sizes, are_gathered=False))  # DeepSpeed gathers partitions after it
+        list(update.apply([shards], step_sizes, are_gathered=False))  # DeepSpeed gathers partitions after it
         tensors.write_steps(counts, self.state)
-        self._last[tensors.params] = ratios, updated
+        self._last[tensors.params] = ratios[0], updated
 
     def _kernel_names(self) -> str:
         return " and ".join(sorted({kernel.name for kernel in self._kernels.values()}))

@@ -184,7 +184,7 @@ def _updated(setting: Setting, w: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tu
     kernel = kernels.choose(setting.kernel, setting.device)
     sums = torch.zeros(len(rule.SUMS), 1, dtype=torch.float64, device=setting.device)
     kernel.moments_and_norms([shard], table, sums)
-    kernel.apply([shard], table, torch.full((1,), 0.1, device=setting.device))
+    kernel.apply([shard], table, torch.full((1,), 0.1, device=setting.device)[None])
     return w, m, v
 
 

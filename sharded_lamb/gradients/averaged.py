@@ -20,7 +20,7 @@ from sharded_lamb.gradients.summary import (
     inject_nan,
     local_summary,
 )
-from sharded_lamb.kernels import Kernel, Shard
+from sharded_lamb.kernels import Kernel, ScatteredShard, Shard
 from sharded_lamb.kernels.engine import gradient_square_sums
 from sharded_lamb.sharding.buckets import FlatBucket, GradientsInPlace
 from sharded_lamb.sharding.local_shards import DTensorShards
@@ -43,7 +43,7 @@ class AveragedGradients:
         self.replicas = Replicas((), (), ())
         self._owner_mask = torch.zeros(0, dtype=torch.float64, device="cpu")
         self._steps_seen = 0
-        self._in_place = GradientsInPlace([])
+        self._in_place, self._by_bucket = GradientsInPlace([]), list[GradientsInPlace]()
         self._shards: list[Shard] = []
         self._summary: GradientSummary | None = None
         self._summarized_grads: tuple[list[Tensor | None], list[int]] = [], []  # gradients and their versions
@@ -56,6 +56,7 @@ class AveragedGradients:
         self.is_member += [index in added.members for index in range(first, len(self.params))]
         self.buckets.extend(added.buckets)
         self._in_place = GradientsInPlace(self.buckets)
+        self._by_bucket = [GradientsInPlace([bucket]) for bucket in self.buckets]
         self.replicas, self._owner_mask = added.replicas, added.owner_mask
         self._summary = None  # it lacks the new parameters
 
@@ -146,6 +147,12 @@ class AveragedGradients:
     def shards(self) -> list[Shard]:
         """See `GradientSource`: this rank's parts of the gradients, in their own memory."""
         return self._shards
+
+    def units(self) -> list[list[ScatteredShard]]:
+        """See `GradientSource`."""
+        grads, _ = self._summarized_grads
+        of_buckets = [in_place.shards(grads)[0] for in_place in self._by_bucket]
+        return [*of_buckets, *([shard] for shard in self.dtensors.shards)]
 
     def is_partial(self, summary: GradientSummary) -> Tensor:
         """See `GradientSource`. On a GPU the host does not read it."""

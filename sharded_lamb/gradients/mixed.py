@@ -1,5 +1,7 @@
 """Stage 2 beside DTensors: reduces plain parameters' gradients and reads DTensors' from ``.grad``."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,10 @@ class MixedGradients:
     def shards(self) -> list[Shard]:
         """See `GradientSource`."""
         return [*(bucket.shard for bucket in self.reducer.buckets), *self.averaged.shards()]
+
+    def units(self) -> list[Sequence[Shard]]:
+        """See `GradientSource`."""
+        return [*([bucket.shard] for bucket in self.reducer.buckets), *self.averaged.units()]
 
     def is_partial(self, summary: GradientSummary) -> Tensor:
         """See `GradientSource`. The reducer counts a gradient that some ranks lack as zero."""

@@ -43,8 +43,8 @@ class GradientSource(Protocol):
     """The gradients of one optimizer: reduced into its buckets' gradient shards, or in ``.grad``.
 
     A step calls `ready`, and `stepped` once it has used the gradients; `zero` follows between steps. All methods except
-    `identities`, `shards`, `unscale_factor`, `edits`, `described_edits`, `close` and `staging_bytes` may be collective,
-    in one order on every rank.
+    `identities`, `shards`, `units`, `unscale_factor`, `edits`, `described_edits`, `close` and `staging_bytes` may be
+    collective, in one order on every rank.
     """
 
     enabled: bool
@@ -73,6 +73,12 @@ class GradientSource(Protocol):
 
     def shards(self) -> Sequence[Shard]:
         """The kernels' shards with this step's gradients, once `ready` has read them. Not collective."""
+
+    def units(self) -> Sequence[Sequence[Shard]]:
+        """`shards` as pass 2 takes them where it reads gradients: those of each bucket, in order, then each DTensors'.
+
+        Without pieces that have no gradient, which pass 2 leaves as they are.
+        """
 
     def is_partial(self, summary: GradientSummary) -> Tensor:
         """Bool scalar on the device: some ranks lack a gradient that must be on all ranks or on none."""

@@ -79,11 +79,15 @@ INLINE bool any(Mask mask) {
   return set;
 }
 
-// Σw² and Σu² side by side.
-template <typename T>
-struct Pair {
-  typename Wide<T>::V weight, update;
-  INLINE Pair operator+(const Pair &other) const { return {weight + other.weight, update + other.update}; }
+// N sums side by side: Σw², and Σu² of each direction.
+template <typename T, int N>
+struct Sums {
+  typename Wide<T>::V of[N];
+  INLINE Sums operator+(const Sums &other) const {
+    Sums sum;
+    for (int i = 0; i < N; i++) sum.of[i] = of[i] + other.of[i];
+    return sum;
+  }
 };
 
 // The sum of `leaf(j)` over a block's vectors, visited in memory order, by halving: first half plus second half until

@@ -6,7 +6,7 @@ The caller all-reduces between the passes::
     square_sums = update.moments_and_norms(shards)    pass 1: m, v; Σw², Σu² of this rank's shards
     all_reduce(square_sums)                           by the caller: sum over ranks, in place
     ratios = rule.ratios_of_sums(square_sums, options)
-    for index in update.apply(shards, step_sizes, are_gathered=…):   pass 2: w, one shard after the other
+    for index in update.apply(units, step_sizes, are_gathered=…):    pass 2: w, one unit after the other
         gather(index)                                 by the caller
 """
 
@@ -41,33 +41,40 @@ class Update:
         active: Tensor,
         grad_scale: Tensor,
     ) -> None:
-        self._kernel = kernel
+        self._kernel, self._options = kernel, options
         self._step = step
         self._coefficients = rule.coefficients(options, step, active, grad_scale)
         self._tables: dict[torch.dtype, Tensor] = {}
 
     def moments_and_norms(self, shards: Sequence[Shard]) -> Tensor:
-        """Pass 1: writes moments. Returns [SUMS, P] fp64 on the device: `rule.SUMS` of this rank's shards."""
+        """Pass 1: writes moments. Returns ``options.sums`` of this rank's shards: [sums, P] fp64 on the device."""
         faults.point("pass-1")
         square_sums = torch.zeros(
-            len(rule.SUMS), len(self._step), dtype=torch.float64, device=self._step.device
+            len(self._options.sums), len(self._step), dtype=torch.float64, device=self._step.device
         )
         for dtype, alike in _by_compute(shards).items():
             self._kernel.moments_and_norms(alike, self._table(dtype), square_sums)
         return square_sums
 
-    def apply(self, shards: Sequence[Shard], step_sizes: Tensor, *, are_gathered: bool) -> Iterator[int]:
-        """Pass 2: writes weights. Yields the index of each shard once its weights are written.
+    def apply(
+        self, units: Sequence[Sequence[Shard]], step_sizes: Tensor, *, are_gathered: bool
+    ) -> Iterator[int]:
+        """Pass 2: writes weights. Yields the index of each unit once its weights are written.
 
         Args:
-            step_sizes: [P] fp64, `rule.step_sizes`.
-            are_gathered: the caller sends shards to other ranks meanwhile.
+            units: shards of one compute dtype each, perhaps none: a bucket's. With two directions they have the
+                gradients of pass 1.
+            step_sizes: [D, P] fp64, `rule.step_sizes`.
+            are_gathered: the caller sends units to other ranks meanwhile.
         """
         faults.point("pass-2")
-        rounded = {dtype: step_sizes.to(dtype) for dtype in _by_compute(shards)}
-        for indices in _batches(shards, are_gathered=are_gathered):
-            dtype = shards[indices[0]].compute
-            self._kernel.apply([shards[i] for i in indices], self._table(dtype), rounded[dtype])
+        rounded: dict[torch.dtype, Tensor] = {}
+        for indices in _batches(units, are_gathered=are_gathered):
+            shards = [shard for index in indices for shard in units[index]]
+            for dtype, alike in _by_compute(shards).items():
+                if dtype not in rounded:
+                    rounded[dtype] = step_sizes.to(dtype)
+                self._kernel.apply(alike, self._table(dtype), rounded[dtype])
             yield from indices
 
     def _table(self, dtype: torch.dtype) -> Tensor:
@@ -98,19 +105,15 @@ def _by_compute(shards: Sequence[Shard]) -> dict[torch.dtype, list[Shard]]:
     return groups
 
 
-def _batches(shards: Sequence[Shard], *, are_gathered: bool) -> Iterator[list[int]]:
-    """The shard indices of each call of pass 2: one on a CPU, so that its all-gather overlaps the next shard's update.
+def _batches(units: Sequence[Sequence[Shard]], *, are_gathered: bool) -> Iterator[list[int]]:
+    """The units of each call of pass 2: one on a CPU, so that its all-gather overlaps the next unit's update.
 
-    On a GPU a call is a launch: an eighth of the shards each, so that a step has few launches, or all of them where
-    nothing is sent. The last shard is first: buckets start at the model's end, and the next forward reads its beginning
+    On a GPU a call is a launch: an eighth of the units each, so that a step has few launches, or all of them where
+    nothing is sent. The last unit is first: buckets start at the model's end, and the next forward reads its beginning
     first.
     """
-    size = 1 if _one_by_one(shards) else -(-len(shards) // (8 if are_gathered else 1))
-    batch: list[int] = []
-    for index in reversed(range(len(shards))):
-        if len(batch) == size or (batch and shards[index].compute != shards[batch[0]].compute):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+    one_by_one = _one_by_one([shard for unit in units for shard in unit])
+    size = 1 if one_by_one else max(1, -(-len(units) // (8 if are_gathered else 1)))
+    last_first = range(len(units))[::-1]
+    for start in range(0, len(units), size):
+        yield list(last_first[start : start + size])

@@ -53,11 +53,13 @@ INLINE void with_first_of(const Dtypes &dtypes, Function function) {
   if (!((Each::are(dtypes) && (function(Each(dtypes)), true)) || ...)) function(dtypes);
 }
 
-// Calls function(dtypes), `Known` if they are common.
-template <typename T, typename Function>
+// Calls function(dtypes), `Known` if they are common in updates of D directions.
+template <typename T, int D, typename Function>
 INLINE void with_known(const Dtypes &dtypes, Function function) {
   if constexpr (sizeof(T) == 8)
     with_first_of<Known<F64, NONE, F64, F64>>(dtypes, function);
+  else if constexpr (D == 2)
+    with_first_of<Known<F32, NONE, F32, F32>, Known<F32, BF16, F32>>(dtypes, function);
   else
     with_first_of<Known<F32, NONE, F32, F32>, Known<F32, NONE, F32>, Known<F32, BF16, F32>, Known<F32, F16, F32>,
                   Known<REMAINDER, BF16, F32>, Known<BF16, NONE, F32>, Known<F32, NONE, BF16>, Known<F32, BF16, BF16>,
@@ -139,18 +141,24 @@ INLINE void store_masters(const AnyDtypes &dtypes, const Places &places, typenam
 }
 
 template <typename T, typename V = typename Wide<T>::V>
-INLINE V direction(V w, V m, V v, const Coefficients<T> &k) {
-  return (m * k.unbias1) / (root(v * k.unbias2 + k.eps_inside) + k.eps_outside) + w * k.decay;
+INLINE V denominator(V v, const Coefficients<T> &k) {
+  return root(v * k.unbias2 + k.eps_inside) + k.eps_outside;
 }
 
-// Pass 1 of one block: updates moments, computes Σw² and Σu².
-template <typename T, typename AnyDtypes>
+// The gradient times its scale, plus l2 w; 0 x nan would be nan.
+template <typename T, typename AnyDtypes, typename V = typename Wide<T>::V>
+INLINE V scaled_gradient(const AnyDtypes &dtypes, const Places &places, V w, const Coefficients<T> &k, int j) {
+  const V g = k.grad_scale != T(0) ? load<T>(dtypes.grad, places.grad.block, j) : V{};
+  return g * k.grad_scale + w * k.l2;
+}
+
+// Pass 1 of one block: updates moments, computes Σw² and Σu² of D directions.
+template <typename T, int D, typename AnyDtypes>
 INLINE void first_pass(const AnyDtypes &dtypes, const Places &places, const Coefficients<T> k, T *sums) {
   typedef typename Wide<T>::V V;
   const bool resyncs = dtypes.model != NONE && dtypes.weight != REMAINDER;
-  const bool has_gradient = k.grad_scale != T(0);  // 0 x nan would be nan
   typename Wide<T>::Mask written{};
-  const Pair<T> total = by_halving<Wide<T>::COUNT>([&](int j) __attribute__((always_inline)) {
+  const Sums<T, 1 + D> total = by_halving<Wide<T>::COUNT>([&](int j) __attribute__((always_inline)) {
     V w = load_masters<T>(dtypes, places, j);
     if (resyncs) {  // a weight that its master no longer rounds to was written by the user: it replaces the master
       const V model = load<T>(dtypes.model, places.model.block, j);
@@ -158,30 +166,38 @@ INLINE void first_pass(const AnyDtypes &dtypes, const Places &places, const Coef
       w = differs ? rounded<T>(dtypes.weight, model) : w;
       written |= differs;
     }
-    const V g = has_gradient ? load<T>(dtypes.grad, places.grad.block, j) : V{};
-    const V scaled = g * k.grad_scale + w * k.l2;
+    const V scaled = scaled_gradient<T>(dtypes, places, w, k, j);
     V m = load<T>(dtypes.state, places.exp_avg.block, j) * k.beta1 + scaled * k.c1;
     V v = load<T>(dtypes.state, places.exp_avg_sq.block, j) * k.beta2 + (scaled * scaled) * k.c2;
     m = store<T>(dtypes.state, m, places.exp_avg.block, j);
     v = store<T>(dtypes.state, v, places.exp_avg_sq.block, j);
-    const V u = direction<T>(w, m, v, k);
-    return Pair<T>{w * w, u * u};
+    const V below = denominator<T>(v, k), decayed = w * k.decay, u = (m * k.unbias1) / below + decayed;
+    if constexpr (D == 1) {
+      return Sums<T, 2>{{w * w, u * u}};
+    } else {
+      const V along = scaled / below + decayed;
+      return Sums<T, 3>{{w * w, u * u, along * along}};
+    }
   });
   if (resyncs && any(written))
     for (int j = 0; j < Wide<T>::COUNT; j++) {
       const V w = load_masters<T>(dtypes, places, j), model = load<T>(dtypes.model, places.model.block, j);
       store<T>(dtypes.weight, rounded<T>(dtypes.model, w) != model ? model : w, places.weight.block, j);
     }
-  sums[0] = across_lanes<T>(total.weight);
-  sums[1] = across_lanes<T>(total.update);
+  for (int i = 0; i < 1 + D; i++) sums[i] = across_lanes<T>(total.of[i]);
 }
 
-template <typename T, typename AnyDtypes>
-INLINE void second_pass(const AnyDtypes &dtypes, const Places &places, const Coefficients<T> k, T step_size) {
+// Pass 2 of one block; `step_sizes`: of each direction.
+template <typename T, int D, typename AnyDtypes>
+INLINE void second_pass(const AnyDtypes &dtypes, const Places &places, const Coefficients<T> k, const T *step_sizes) {
+  typedef typename Wide<T>::V V;
   for (int j = 0; j < Wide<T>::COUNT; j++) {
-    const auto w = load_masters<T>(dtypes, places, j), m = load<T>(dtypes.state, places.exp_avg.block, j),
-               v = load<T>(dtypes.state, places.exp_avg_sq.block, j);
-    store_masters<T>(dtypes, places, w - direction<T>(w, m, v, k) * step_size, j);
+    const V w = load_masters<T>(dtypes, places, j), m = load<T>(dtypes.state, places.exp_avg.block, j),
+            v = load<T>(dtypes.state, places.exp_avg_sq.block, j);
+    const V below = denominator<T>(v, k), decayed = w * k.decay;
+    V next = w - ((m * k.unbias1) / below + decayed) * step_sizes[0];
+    if constexpr (D == 2) next = next - (scaled_gradient<T>(dtypes, places, w, k, j) / below + decayed) * step_sizes[1];
+    store_masters<T>(dtypes, places, next, j);
   }
 }
 
@@ -260,32 +276,36 @@ void square_sums(const Run *runs, int64_t count, int64_t parameters, double *sum
   });
 }
 
-template <typename T>
+template <typename T, int D>
 void moments_and_norms(const Run *runs, int64_t count, const Coefficients<T> *table, int64_t parameters, double *sums,
                        T *of_blocks, int64_t threads) {
-  summed<2>(runs, count, parameters, sums, of_blocks, threads, [&](const Run &run, int64_t first, int64_t end, T *out) OUTLINE {
+  constexpr int K = 1 + D;
+  summed<K>(runs, count, parameters, sums, of_blocks, threads, [&](const Run &run, int64_t first, int64_t end, T *out) OUTLINE {
     Copy copies[5];
-    with_known<T>(Dtypes(run), [&](const auto &dtypes) __attribute__((always_inline)) {
+    with_known<T, D>(Dtypes(run), [&](const auto &dtypes) __attribute__((always_inline)) {
       for (int64_t block = first; block < end; block++) {
         const Places places(run, dtypes, block, size_of_block(run.numel, block), copies);
-        first_pass(dtypes, places, table[run.owner(block)], out + 2 * (block - first));
+        first_pass<T, D>(dtypes, places, table[run.owner(block)], out + K * (block - first));
         places.weight.write_back(), places.exp_avg.write_back(), places.exp_avg_sq.write_back();
       }
     });
   });
 }
 
-template <typename T>
-void apply(const Run *runs, int64_t count, const Coefficients<T> *table, const T *step_sizes, int64_t threads) {
+template <typename T, int D>
+void apply(const Run *runs, int64_t count, const Coefficients<T> *table, int64_t parameters, const T *step_sizes,
+           int64_t threads) {
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
   for (int64_t thread = 0; thread < threads; thread++)
     for_each_run(runs, count, thread, threads, [&](const Run &run, int64_t first, int64_t end, int64_t) {
       Copy copies[5];
-      with_known<T>(Dtypes(run), [&](const auto &dtypes) __attribute__((always_inline)) {
+      with_known<T, D>(Dtypes(run), [&](const auto &dtypes) __attribute__((always_inline)) {
         for (int64_t block = first; block < end; block++) {
           const Places places(run, dtypes, block, size_of_block(run.numel, block), copies);
           const int64_t owner = run.owner(block);
-          second_pass(dtypes, places, table[owner], step_sizes[owner]);
+          T sizes[D];
+          for (int i = 0; i < D; i++) sizes[i] = step_sizes[i * parameters + owner];
+          second_pass<T, D>(dtypes, places, table[owner], sizes);
           places.weight.write_back(), places.model.write_back();
         }
       });
@@ -377,18 +397,22 @@ int64_t lamb_run_bytes() { return sizeof(Run); }
 int64_t lamb_slice_bytes() { return sizeof(Slice); }
 int64_t lamb_coefficients_bytes() { return sizeof(Coefficients<float>); }
 
-// `of_blocks`: with several threads, memory for [blocks] sums, [blocks][2] in moments_and_norms.
+// `directions`: 1 or 2. `of_blocks`: with several threads, memory for [blocks] sums, [blocks][1 + directions] in
+// moments_and_norms.
 #define LAMB_FUNCTIONS(T, SUFFIX)                                                                                      \
   void lamb_square_sums_##SUFFIX(const Run *runs, int64_t count, int64_t parameters, double *sums, T *of_blocks,      \
                                  int64_t threads) {                                                                   \
     square_sums<T>(runs, count, parameters, sums, of_blocks, threads);                                                \
   }                                                                                                                   \
-  void lamb_moments_and_norms_##SUFFIX(const Run *runs, int64_t count, const void *table, int64_t parameters,         \
-                                       double *sums, T *of_blocks, int64_t threads) {                                 \
-    moments_and_norms<T>(runs, count, (const Coefficients<T> *)table, parameters, sums, of_blocks, threads);          \
+  void lamb_moments_and_norms_##SUFFIX(const Run *runs, int64_t count, int64_t directions, const void *table,         \
+                                       int64_t parameters, double *sums, T *of_blocks, int64_t threads) {             \
+    (directions == 1 ? moments_and_norms<T, 1> : moments_and_norms<T, 2>)(                                            \
+        runs, count, (const Coefficients<T> *)table, parameters, sums, of_blocks, threads);                           \
   }                                                                                                                   \
-  void lamb_apply_##SUFFIX(const Run *runs, int64_t count, const void *table, const T *step_sizes, int64_t threads) { \
-    apply<T>(runs, count, (const Coefficients<T> *)table, step_sizes, threads);                                       \
+  void lamb_apply_##SUFFIX(const Run *runs, int64_t count, int64_t directions, const void *table, int64_t parameters, \
+                           const T *step_sizes, int64_t threads) {                                                    \
+    (directions == 1 ? apply<T, 1> : apply<T, 2>)(runs, count, (const Coefficients<T> *)table, parameters,            \
+                                                  step_sizes, threads);                                               \
   }                                                                                                                   \
   void lamb_average_##SUFFIX(T *grad, const Slice *slices, int64_t count, char *rows, int64_t row_count,              \
                              int64_t dtype, int64_t numel, int64_t own_row, int64_t divisor, int64_t add,             \

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.core.layout import BLOCK, Segment
-from sharded_lamb.core.rule import COLUMNS, SUMS
+from sharded_lamb.core.rule import COLUMNS
 from sharded_lamb.kernels import compiling, prebuilt
 from sharded_lamb.kernels.remainders import RemainderFormat
 from sharded_lamb.kernels.shard import FlatShard, ReceivedShards, ScatteredShard, Shard
@@ -64,8 +64,8 @@ def typed(lib: ctypes.CDLL) -> Any:
     for suffix in SUFFIXES.values():
         signatures = {
             "square_sums": (pointer, word, word, pointer, pointer, word),
-            "moments_and_norms": (pointer, word, pointer, word, pointer, pointer, word),
-            "apply": (pointer, word, pointer, pointer, word),
+            "moments_and_norms": (pointer, word, word, pointer, word, pointer, pointer, word),
+            "apply": (pointer, word, word, pointer, word, pointer, word),
             "average": (pointer, pointer, word, pointer, *[word] * 7, pointer, pointer, word),
         }
         for name, arguments in signatures.items():
@@ -160,21 +160,23 @@ class CppKernel:
 
     def square_sums(self, shards: Sequence[Shard], sums: Tensor) -> None:
         """Adds Σg² per parameter to ``sums`` [P] fp64."""
-        self._summed("square_sums", shards, 1, None, sums)
+        self._summed("square_sums", shards, 1, (), sums)
 
     def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
-        """m, v ← g; adds Σw², Σu² per parameter to ``sums`` [SUMS, P] fp64."""
-        self._summed("moments_and_norms", shards, len(SUMS), table, sums)
+        """m, v ← g; adds Σw² and Σu² of each direction per parameter to ``sums`` [1 + D, P] fp64."""
+        assert table.is_contiguous()
+        assert table.dtype == shards[0].compute
+        self._summed("moments_and_norms", shards, len(sums), (len(sums) - 1, table.data_ptr()), sums)
 
     def apply(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
-        """w ← w - step_size u, u recomputed from m and v."""
+        """w ← w - step_size u for each direction, u recomputed from m and v, and from g for the second."""
         runs = _runs(shards)
         assert table.is_contiguous()
         assert step_sizes.is_contiguous()
         assert table.dtype == step_sizes.dtype
-        self._function("apply", table.dtype)(
-            runs.ctypes.data, len(runs), table.data_ptr(), step_sizes.data_ptr(), torch.get_num_threads()
-        )
+        directions, parameters = step_sizes.shape
+        sizes = directions, table.data_ptr(), parameters, step_sizes.data_ptr()
+        self._function("apply", table.dtype)(runs.ctypes.data, len(runs), *sizes, torch.get_num_threads())
 
     def average(
         self,
@@ -236,22 +238,17 @@ class CppKernel:
         return slices, starts
 
     def _summed(
-        self, name: str, shards: Sequence[Shard], kinds: int, table: Tensor | None, sums: Tensor
+        self, name: str, shards: Sequence[Shard], kinds: int, arguments: Sequence[int], sums: Tensor
     ) -> None:
         runs, dtype, threads = _runs(shards), shards[0].compute, torch.get_num_threads()
         assert sums.is_contiguous()
         assert sums.dtype == torch.float64
-        tables = []
-        if table is not None:
-            assert table.is_contiguous()
-            assert table.dtype == dtype
-            tables = [table.data_ptr()]
         blocks = int((-(-runs["numel"] // BLOCK)).sum())
         block_sums = self._scratch(dtype, blocks * kinds if threads > 1 else 0)
         self._function(name, dtype)(
             runs.ctypes.data,
             len(runs),
-            *tables,
+            *arguments,
             sums.shape[-1],
             sums.data_ptr(),
             block_sums.data_ptr(),

@@ -12,6 +12,8 @@ from sharded_lamb.kernels.shard import FlatShard, ReceivedShards, Shard
 class Kernel(Protocol):
     """Functions over shards of one compute dtype and one device, at least one of them.
 
+    D is the number of directions of the update (`sharded_lamb.core.rule`): 1, or 2 with Nesterov's momentum.
+
     ``table``: `sharded_lamb.core.rule.table`, [P, COLUMNS], compute dtype. Where its ``grad_scale`` is 0, a gradient
     counts as 0 even if it is non-finite. Results do not depend on how shards are grouped into calls.
     """
@@ -37,11 +39,14 @@ class Kernel(Protocol):
         """Adds Σg² over each parameter's blocks to ``sums`` [P] fp64."""
 
     def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
-        """Pass 1: updates m and v, and adds Σw² and Σu² to ``sums`` [SUMS, P] fp64.
+        """Pass 1: updates m and v, and adds Σw² and Σu² of each direction to ``sums`` [1 + D, P] fp64.
 
         Before that, weights that the user wrote since the last step replace their masters (`remainders` need no such
         resync).
         """
 
     def apply(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
-        """Pass 2: updates w. ``step_sizes``: [P] compute dtype, η r; 0 keeps a weight's bits."""
+        """Pass 2: updates w. With D = 2 it reads gradients again.
+
+        ``step_sizes``: [D, P] compute dtype, `rule.step_sizes`; 0 keeps a weight's bits.
+        """

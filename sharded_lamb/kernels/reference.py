@@ -207,22 +207,35 @@ class ReferenceKernel(StockIncoming):
             add_by_parameter(sums, chunk.block_param, block_square_sums(chunk.load_gradients()))
 
     def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
-        """m, v ← g; adds Σw², Σu² per parameter to ``sums`` [SUMS, P] fp64."""
+        """m, v ← g; adds Σw², Σu² and, with a third row, Σu₂² per parameter to ``sums`` [1 + D, P] fp64."""
         for chunk in _chunks(shards, table):
             chunk.resync_masters()
             w, m, v = chunk.load_masters(), chunk.load_moment("exp_avg"), chunk.load_moment("exp_avg_sq")
-            g = torch.where(chunk.k.grad_scale[0] == 0, 0, chunk.load_gradients())  # 0 x nan would be nan
-            scaled = rule.scaled_gradients([g], [w], chunk.k)
+            scaled = rule.scaled_gradients([_gradients(chunk)], [w], chunk.k)
             rule.update_moments([m], [v], scaled, chunk.k)
             m, v = chunk.store_moment("exp_avg", m), chunk.store_moment("exp_avg_sq", v)
-            (u,) = rule.direction([m], [v], [w], chunk.k)
-            add_by_parameter(sums[0], chunk.block_param, block_square_sums(w))
-            add_by_parameter(sums[1], chunk.block_param, block_square_sums(u))
+            updates = _directions(chunk, w, m, v, len(sums) - 1)
+            for total, values in zip(sums, (w, *updates), strict=True):
+                add_by_parameter(total, chunk.block_param, block_square_sums(values))
 
     def apply(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
-        """w ← w - step_size u, u recomputed from m and v."""
+        """w ← w - step_size u, one direction after the other; u recomputed from m and v, and from g for the second."""
         for chunk in _chunks(shards, table):
             w, m, v = chunk.load_masters(), chunk.load_moment("exp_avg"), chunk.load_moment("exp_avg_sq")
-            u = rule.direction([m], [v], [w], chunk.k)
-            rule.descend([w], u, [step_sizes[chunk.block_param].unsqueeze(1)])
+            for u, sizes in zip(_directions(chunk, w, m, v, len(step_sizes)), step_sizes, strict=True):
+                rule.descend([w], [u], [sizes[chunk.block_param].unsqueeze(1)])
             chunk.store_masters(w)
+
+
+def _gradients(chunk: _Chunk) -> Tensor:
+    return torch.where(chunk.k.grad_scale[0] == 0, 0, chunk.load_gradients())  # 0 x nan would be nan
+
+
+def _directions(chunk: _Chunk, w: Tensor, m: Tensor, v: Tensor, count: int) -> list[Tensor]:
+    """The first ``count`` directions of `rule`: u, u₂."""
+    denominator = rule.denominators([v], chunk.k)
+    updates = rule.direction([m], denominator, [w], chunk.k)
+    if count == 2:
+        scaled = rule.scaled_gradients([_gradients(chunk)], [w], chunk.k)
+        updates += rule.gradient_direction(scaled, denominator, [w], chunk.k)
+    return updates

@@ -172,12 +172,31 @@ def _root(x, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _direction(m, v, w, table, params, COMPUTE: tl.constexpr):
-    """`sharded_lamb.core.rule.direction`."""
+def _denominator(v, table, params, COMPUTE: tl.constexpr):
+    """`sharded_lamb.core.rule.denominators`."""
     inside = v * _coefficient(table, params, UNBIAS2) + _coefficient(table, params, EPS_INSIDE)
-    denominator = _root(inside, COMPUTE) + _coefficient(table, params, EPS_OUTSIDE)
+    return _root(inside, COMPUTE) + _coefficient(table, params, EPS_OUTSIDE)
+
+
+@triton.jit
+def _direction(m, denominator, w, table, params, COMPUTE: tl.constexpr):
+    """`sharded_lamb.core.rule.direction`."""
     step = _divided(m * _coefficient(table, params, UNBIAS1), denominator, COMPUTE)
     return step + w * _coefficient(table, params, DECAY)
+
+
+@triton.jit
+def _gradient_direction(g, denominator, w, table, params, COMPUTE: tl.constexpr):
+    """`sharded_lamb.core.rule.gradient_direction`."""
+    return _divided(g, denominator, COMPUTE) + w * _coefficient(table, params, DECAY)
+
+
+@triton.jit
+def _scaled_gradient(g, w, table, params):
+    """`sharded_lamb.core.rule.scaled_gradients`."""
+    scale = _coefficient(table, params, GRAD_SCALE)
+    g = tl.where(scale == 0, tl.zeros_like(g), g)  # 0 x nan would be nan
+    return g * scale + w * _coefficient(table, params, L2)
 
 
 @triton.jit
@@ -271,6 +290,7 @@ def moments_and_norms(
     table,
     weight_sums,
     update_sums,
+    gradient_update_sums,
     WEIGHT: tl.constexpr,
     MODEL: tl.constexpr,
     GRAD: tl.constexpr,
@@ -278,8 +298,9 @@ def moments_and_norms(
     EXP_AVG_SQ: tl.constexpr,
     COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    NESTEROV: tl.constexpr,
 ):
-    """Pass 1: m, v ← g; writes Σw² and Σu² of each block to its slot of the sums."""
+    """Pass 1: m, v ← g; writes Σw² and Σu², with NESTEROV of both directions, of each block to its slot of the sums."""
     row, start, block, left = _tile(runs, tile_run, ALIGNED)
     offsets, mask, blocks = _offsets(left)
     params = _params(block_param, block, left)
@@ -302,9 +323,7 @@ def moments_and_norms(
     else:
         w = _widened(stored, WEIGHT, COMPUTE)
 
-    scale = _coefficient(table, params, GRAD_SCALE)
-    g = tl.where(scale == 0, tl.zeros_like(g), g)  # 0 x nan would be nan
-    g = g * scale + w * _coefficient(table, params, L2)
+    g = _scaled_gradient(g, w, table, params)
     m = m * _coefficient(table, params, BETA1) + g * _coefficient(table, params, C1)
     v = v * _coefficient(table, params, BETA2) + g * g * _coefficient(table, params, C2)
     stored_m, stored_v = _rounded(m, EXP_AVG), _rounded(v, EXP_AVG_SQ)
@@ -312,10 +331,14 @@ def moments_and_norms(
     tl.store(exp_avg_sq + offsets, stored_v, mask=mask)
 
     m, v = _widened(stored_m, EXP_AVG, COMPUTE), _widened(stored_v, EXP_AVG_SQ, COMPUTE)
-    u = _direction(m, v, w, table, params, COMPUTE)
+    denominator = _denominator(v, table, params, COMPUTE)
+    u = _direction(m, denominator, w, table, params, COMPUTE)
     slots = tl.load(block_slot + block + tl.arange(0, TILE), mask=blocks, other=0)
     tl.store(weight_sums + slots, _square_sums(w), mask=blocks)
     tl.store(update_sums + slots, _square_sums(u), mask=blocks)
+    if NESTEROV:
+        u = _gradient_direction(g, denominator, w, table, params, COMPUTE)
+        tl.store(gradient_update_sums + slots, _square_sums(u), mask=blocks)
 
 
 @triton.jit
@@ -325,14 +348,20 @@ def apply(
     block_param,
     table,
     step_sizes,
+    gradient_step_sizes,
     WEIGHT: tl.constexpr,
     MODEL: tl.constexpr,
+    GRAD: tl.constexpr,
     EXP_AVG: tl.constexpr,
     EXP_AVG_SQ: tl.constexpr,
     COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    NESTEROV: tl.constexpr,
 ):
-    """Pass 2: u from m and v; w ← w - step_size u; writes the model's copy of w."""
+    """Pass 2: u from m and v, with NESTEROV also u₂ from g; w ← w - step_size u; writes the model's copy of w.
+
+    GRAD: None without NESTEROV, which alone reads gradients.
+    """
     row, start, block, left = _tile(runs, tile_run, ALIGNED)
     offsets, mask, _ = _offsets(left)
     params = _params(block_param, block, left)
@@ -349,8 +378,16 @@ def apply(
     m = _widened(tl.load(exp_avg + offsets, mask=mask, other=0), EXP_AVG, COMPUTE)
     v = _widened(tl.load(exp_avg_sq + offsets, mask=mask, other=0), EXP_AVG_SQ, COMPUTE)
 
-    u = _direction(m, v, w, table, params, COMPUTE)
-    w = w - u * tl.load(step_sizes + params)[:, None]
+    denominator = _denominator(v, table, params, COMPUTE)
+    u = _direction(m, denominator, w, table, params, COMPUTE)
+    if NESTEROV:
+        g = tl.load(_memory(row, GRAD_AT, start, GRAD, ALIGNED) + offsets, mask=mask, other=0)
+        g = _scaled_gradient(_widened(g, GRAD, COMPUTE), w, table, params)
+        along = _gradient_direction(g, denominator, w, table, params, COMPUTE)
+        w = w - u * tl.load(step_sizes + params)[:, None]
+        w = w - along * tl.load(gradient_step_sizes + params)[:, None]
+    else:
+        w = w - u * tl.load(step_sizes + params)[:, None]
     if MODEL is not None:
         model = _memory(row, MODEL_AT, start, MODEL, ALIGNED)
         rounded = _rounded(w, MODEL)

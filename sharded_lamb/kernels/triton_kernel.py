@@ -14,8 +14,9 @@ Importing this module does not import Triton; constructing a `TritonKernel` does
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,7 @@ WARPS, PASS_1_WARPS = 4, 8
 takes 2.78 ms with 8 warps and 2.96 with 4 for BERT-large in fp32. With copies the compiler's layout for 8 warps sums
 across warps.
 """
+NO_CONSTANTS: Mapping[str, Any] = MappingProxyType({})
 COMPILED_FOR = (8, 0)
 """The lowest CUDA compute capability that Triton compiles for."""
 
@@ -118,27 +120,30 @@ class TritonKernel(StockIncoming):
             self._add_up(table, sums.unsqueeze(0))
 
     def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
-        """m, v ← g; adds Σw², Σu² per parameter to ``sums`` [SUMS, P] fp64."""
+        """m, v ← g; adds Σw² and Σu² of each direction per parameter to ``sums`` [1 + D, P] fp64."""
         lookup = self._tables.of(shards, len(table))
         if lookup is None:
             return
         runs, rows = lookup
         slot, _ = runs.slots
         arguments = runs.block_param, slot, table, *runs.block_sums.unbind()
+        kernel, constants = self._device.moments_and_norms, {"NESTEROV": len(sums) == 3}
         with _on(runs.device):
-            self._launches(
-                self._device.moments_and_norms, (*WRITTEN, "grad"), runs, rows, *arguments, warps=PASS_1_WARPS
-            )
+            kinds = (*WRITTEN, "grad")
+            self._launches(kernel, kinds, runs, rows, *arguments, warps=PASS_1_WARPS, constants=constants)
             self._add_up(runs, sums)
 
     def apply(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
-        """w ← w - step_size u, u recomputed from m and v."""
+        """w ← w - step_size u for each direction, u recomputed from m and v, and from g for the second."""
         lookup = self._tables.of(shards, len(table))
         if lookup is None:
             return
         runs, rows = lookup
+        arguments = runs.block_param, table, step_sizes[0], step_sizes[-1]
+        nesterov = len(step_sizes) == 2
+        kinds, constants = (*WRITTEN, "grad") if nesterov else WRITTEN, {"NESTEROV": nesterov, "GRAD": None}
         with _on(runs.device):
-            self._launches(self._device.apply, WRITTEN, runs, rows, runs.block_param, table, step_sizes)
+            self._launches(self._device.apply, kinds, runs, rows, *arguments, constants=constants)
 
     def _launches(
         self,
@@ -148,18 +153,20 @@ class TritonKernel(StockIncoming):
         rows: Tensor,
         *arguments: Tensor,
         warps: int = WARPS,
+        constants: Mapping[str, Any] = NO_CONSTANTS,
     ) -> None:
         """One launch per form.
 
         Args:
             kinds: the memory whose dtypes the kernel is compiled for.
             warps: of a program, for weights without a copy.
+            constants: more for which it is compiled.
         """
         for run in table.launches:
             dtypes = {kind.upper(): self._dtype(getattr(run.form, kind)) for kind in kinds}
-            constants = {**dtypes, "COMPUTE": self._dtype(table.compute), "ALIGNED": run.form.aligned}
-            constants["warps"] = warps if run.form.model is None else WARPS
-            launch(kernel, (run.tiles,), rows[run.low : run.high], run.tile_run, *arguments, **constants)
+            form = {**constants, **dtypes, "COMPUTE": self._dtype(table.compute), "ALIGNED": run.form.aligned}
+            form["warps"] = warps if run.form.model is None else WARPS
+            launch(kernel, (run.tiles,), rows[run.low : run.high], run.tile_run, *arguments, **form)
 
     def _add_up(self, table: Table, sums: Tensor) -> None:
         """Adds the block sums of each plane to ``sums`` [planes, P]."""

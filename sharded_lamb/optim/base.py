@@ -16,6 +16,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from sharded_lamb.core.hyperparams import (
+    FIXED,
     FP32_MAX,
     GROUP_OPTIONS,
     OPTIONS,
@@ -24,11 +25,13 @@ from sharded_lamb.core.hyperparams import (
     check_max_grad_norm,
     fill,
     learning_rate,
+    validate_change,
     validate_group,
     variant_options,
 )
 from sharded_lamb.core.names import check_use, matching, needs_names, normalize, unique
 from sharded_lamb.core.parameters import NamedParameter, named, ndim_of
+from sharded_lamb.core.rule import NESTEROV_SUMS, SUMS
 
 run_eagerly = _disable_dynamo
 """Decorator: under torch.compile the method runs uncompiled (``torch.compiler.disable``, without importing dynamo)."""
@@ -121,6 +124,15 @@ class LambOptimizer(Optimizer):
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
         self._live.max_grad_norm = check_max_grad_norm(value)
+
+    def _any(self, option: str) -> bool:
+        """Whether a group has the flag ``option`` of `FIXED`."""
+        return any(checked[option] for checked in self._live.checked)
+
+    @property
+    def _sums(self) -> tuple[str, ...]:
+        """The sums of squares that pass 1 computes for every parameter."""
+        return NESTEROV_SUMS if self._any("nesterov") else SUMS
 
     @property
     def grad_scale(self) -> Tensor:
@@ -271,7 +283,7 @@ class LambOptimizer(Optimizer):
             group["lr"] = learning_rate(group["lr"])
             return
         self._check_keys(group)
-        options = validate_group(group)
+        options = validate_change({name: before[name] for name in FIXED}, group)
         variants = before["variant"], options["variant"]
         # Loading a checkpoint changes the name together with the options.
         if variants[0] != variants[1] and all(options[name] == before[name] for name in GROUP_OPTIONS):
@@ -355,7 +367,7 @@ class LambOptimizer(Optimizer):
                 f"construct it from the same model with the same groups"
             )
         for index, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
-            validate_group({**group, **_options_of(saved)})
+            validate_change(group, _options_of(saved))
             names, own = saved.get("param_names"), group.get("param_names")
             if names is None or own is None:
                 continue

@@ -117,10 +117,10 @@ class Lamb(LambOptimizer):
         if found is None or not found.serves(params, rows, self.state.values()):
             found = self._live.found = self._find(params, rows)
         parts = [_Part(whole, whole.shards([grads[row] for row in whole.rows])) for whole in found.by_device]  # type: ignore[misc]
-        scale, grad_norm = self._gradient_scale(parts)
+        scale, square_sums, grad_norm = self._gradient_scale(parts)
         for whole in found.by_device:
             whole.steps += 1
-        ratios = [self._update_part(part, scale) for part in parts]
+        ratios = [self._update_part(part, scale, own) for part, own in zip(parts, square_sums, strict=True)]
         torch.autograd.graph.increment_version([params[row] for row in rows])  # as for any write
         self._live.last = _Step([whole.rows for whole in found.by_device], ratios, grad_norm)
 
@@ -139,36 +139,34 @@ class Lamb(LambOptimizer):
             by_device.append(WholeTensors(kernel, device, own, members, [self.state[p] for p in members]))
         return _Found(params, rows, list(self.state.values()), by_device)
 
-    def _update_part(self, part: "_Part", scale: Tensor) -> Tensor:
-        """Update one device's parameters. Returns [P] fp64, their ratios."""
+    def _update_part(self, part: "_Part", scale: Tensor, square_sums: Tensor) -> Tensor:
+        """Update one device's parameters. Returns [P] fp64, their ratios. ``square_sums``: [P] Σg²."""
         whole = part.whole
         table = self._table(whole.device)
         options, step, scale = table.options(), whole.steps_of(len(table)), scale.to(whole.device)
         active = torch.ones_like(step, dtype=torch.bool)  # shards hold no other parameters
-        update = Update(whole.kernel, options, step=step, active=active, grad_scale=scale)
+        scales = rule.gradient_scales(scale, square_sums, options)
+        update = Update(whole.kernel, options, step=step, active=active, grad_scale=scales)
         ratios = rule.ratios_of_sums(update.moments_and_norms(part.shards), options)
         step_sizes = rule.step_sizes(table.lr(), ratios, options, step, active)
-        for _ in update.apply(part.shards, step_sizes, are_gathered=False):
+        for _ in update.apply([part.shards], step_sizes, are_gathered=False):
             pass
         whole.write_back()
-        return ratios
+        return ratios[0]
 
-    def _gradient_scale(self, parts: list["_Part"]) -> tuple[Tensor, Tensor]:
-        """(clip factor x inverse loss scale, global norm of the unscaled gradients): fp64 scalars."""
+    def _gradient_scale(self, parts: list["_Part"]) -> tuple[Tensor, list[Tensor], Tensor]:
+        """(clip factor x inverse loss scale, [P] Σg² of each part, global norm of the unscaled gradients), fp64."""
         device, loss_scale = parts[0].whole.device, self._live.grad_scale
         inverse = torch.ones((), dtype=torch.float64, device=device)
         if loss_scale is not None:
             inverse = loss_scale.to(device, torch.float64).reciprocal()
+        count = sum(len(group["params"]) for group in self.param_groups)
         sums = [
-            gradient_square_sums(whole.kernel, part.shards, whole.rows[-1] + 1, whole.device).sum()
-            for part in parts
-            for whole in [part.whole]
+            gradient_square_sums(part.whole.kernel, part.shards, count, part.whole.device) for part in parts
         ]
-        grad_norm = rule.norms(
-            torch.stack([each.to(device) for each in sums]).sum(), self._table(device).is_fp64.all()
-        )
-        grad_norm = grad_norm * inverse
-        return inverse * rule.clip_factor(grad_norm, self.max_grad_norm), grad_norm
+        total = torch.stack([each.sum().to(device) for each in sums]).sum()
+        grad_norm = rule.norms(total, self._table(device).is_fp64.all()) * inverse
+        return inverse * rule.clip_factor(grad_norm, self.max_grad_norm), sums, grad_norm
 
     def _table(self, device: torch.device) -> OptionTable:
         if device not in self._tables:

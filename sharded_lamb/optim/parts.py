@@ -29,7 +29,7 @@ class Consolidated:
 class LastStep:
     """Results of the last step, on the device."""
 
-    ratios: Tensor  # [P] fp64
+    ratios: Tensor  # [D, P] fp64, of each direction
     updated: Tensor  # [P] bool
     grad_norm: Tensor  # fp64 scalar
 

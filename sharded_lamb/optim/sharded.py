@@ -188,9 +188,10 @@ class ShardedLamb(RegisteringOptimizer):
         problem = self._option_problem(alone=self._collectives.world_size == 1)
         live.clip = self._clip_factor(for_step=True)
         decides = self._settings.skip_nonfinite or live.max_grad_norm is not None or live.clip is not None
+        decides |= self._any("normalize_grad")
         may_defer = not decides and live.found_inf is None
         if live.has_deferred and not may_defer:  # ranks without this change send a deferred summary now
-            self._agree_at_once([store.step.new_zeros(len(rule.SUMS) + 2, len(store.step))], problem)
+            self._agree_at_once([store.step.new_zeros(len(self._sums) + 2, len(store.step))], problem)
         # Ranks without a change to may_defer=True wait for (a) now.
         summary = self._gradients.ready(live.found_inf, may_defer=may_defer and live.may_defer)
         live.may_defer, live.has_deferred = may_defer, not summary.agreed
@@ -211,15 +212,16 @@ class ShardedLamb(RegisteringOptimizer):
         updated = (summary.present > 0) & ~skip
         if store.device.type == "cpu" and skip:
             self._skips.record(skip, summary.bad)
-            live.last = LastStep(torch.ones_like(store.step), updated, grad_norm)
+            live.last = LastStep(torch.ones(1, len(store.step), device=store.device), updated, grad_norm)
             return
         if problem is not None:
-            self._sum_norms(store.step.new_zeros(len(rule.SUMS), len(store.step)), summary, problem)
+            self._sum_norms(store.step.new_zeros(len(self._sums), len(store.step)), summary, problem)
         clip = torch.ones_like(grad_norm) if live.clip is None else live.clip
         clipped_norm = summary.norm(is_fp64, inverse * clip) if clip.ndim else grad_norm * clip
         clip = clip * rule.clip_factor(clipped_norm, live.max_grad_norm)
         options, step = self._table.options(), store.step + updated
-        scale = torch.where(skip, torch.zeros_like(clip), inverse * clip)
+        scale = rule.gradient_scales(inverse * clip, summary.square_sums, options)
+        scale = torch.where(skip, torch.zeros_like(scale), scale)
         update = Update(self._kernel, options, step=step, active=updated, grad_scale=scale)
         with traffic.computing("pass 1"):
             square_sums = update.moments_and_norms(self._gradients.shards())
@@ -227,7 +229,8 @@ class ShardedLamb(RegisteringOptimizer):
         self._skips.record(skip, summary.bad, differs)
         ratios = rule.ratios_of_sums(square_sums, options)
         step_sizes = rule.step_sizes(self._table.lr(), ratios, options, step, updated & ~differs)
-        written = update.apply(store.shards(), step_sizes, are_gathered=self._collectives.has_peers)
+        units = self._gradients.units() if options.any_nesterov else [[shard] for shard in store.shards()]
+        written = update.apply(units, step_sizes, are_gathered=self._collectives.has_peers)
         for index in traffic.computing_each("pass 2", written):
             if index < len(store.gathers):
                 store.gathers[index].start()

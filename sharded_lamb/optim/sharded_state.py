@@ -334,7 +334,7 @@ class ShardedOptimizer(PartsOptimizer):
         last = self._live.last
         if last is None:
             return {}
-        rows = zip(self._store.names, last.ratios.tolist(), last.updated.tolist(), strict=False)
+        rows = zip(self._store.names, last.ratios[0].tolist(), last.updated.tolist(), strict=False)
         return {name: ratio for name, ratio, updated in rows if updated}
 
     @property
@@ -363,7 +363,8 @@ class ShardedOptimizer(PartsOptimizer):
         The first two steps add 2 W fp64 to the small all-reduces for each kind of replicated gradients (stage 1's
         plain ones; replicated DTensors). Excludes all-reduces of gradients with ``Partial`` placements.
         """
-        return self._store.bytes_on_wire(clips=self.max_grad_norm is not None)
+        needs_summary = self.max_grad_norm is not None or self._any("normalize_grad")
+        return self._store.bytes_on_wire(len(self._sums), needs_summary=needs_summary)
 
     def memory(self) -> dict[str, int]:
         """Bytes on this rank: parameters, masters, moments, gradient_shards, staging."""

@@ -77,7 +77,7 @@ def _two_passes(device: torch.device) -> Callable[[], None]:
     def run() -> None:
         sums = torch.zeros(len(rule.SUMS), 1, dtype=torch.float64, device=device)
         kernel.moments_and_norms(shards, table, sums)
-        kernel.apply(shards, table, sizes)
+        kernel.apply(shards, table, sizes[None])
 
     return run
 

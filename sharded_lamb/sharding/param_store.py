@@ -11,7 +11,6 @@ from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.comm.param_gather import InPlaceGather, ParamGather
 from sharded_lamb.comm.step_agreement import SLOTS
 from sharded_lamb.comm.topology import Topology
-from sharded_lamb.core import rule
 from sharded_lamb.core.footprint import large_sends, small_sends
 from sharded_lamb.core.host_values import as_tensor
 from sharded_lamb.core.layout import ShardLayout
@@ -215,8 +214,13 @@ class ParamStore:
                 total[kind] += size
         return total
 
-    def bytes_on_wire(self, *, clips: bool) -> dict[str, int]:
-        """Bytes that this rank sends per step: buckets, which grow with the model, and the two small vectors."""
+    def bytes_on_wire(self, sums: int, *, needs_summary: bool) -> dict[str, int]:
+        """Bytes that this rank sends per step: buckets, which grow with the model, and the two small vectors.
+
+        Args:
+            sums: numbers per parameter in all-reduce (b).
+            needs_summary: clipping or normalized gradients need all-reduce (a) before pass 1.
+        """
         reduces, replicas = self.settings.stage == 2, len(self.topology.replica_ranks)
         flat = ((bucket.plan, bucket.precision.widths) for bucket in self.buckets)
         large = large_sends(flat, reduces=reduces, replicas=replicas)
@@ -224,11 +228,11 @@ class ParamStore:
         if large["all_reduce_replicas"]:
             sent["all_reduce_replicas"] = sum(large["all_reduce_replicas"])
         if len(self.topology.everyone) > 1:
-            decides = bool(self.buckets) or clips or self.settings.skip_nonfinite
+            decides = bool(self.buckets) or needs_summary or self.settings.skip_nonfinite
             two_sources = reduces and bool(self.buckets) and bool(self.specs)
             agreements = 1 + two_sources if decides else 0
             sent["all_reduce_small"] = sum(
-                small_sends(len(self.params), len(rule.SUMS), digest=SLOTS, agreements=agreements)
+                small_sends(len(self.params), sums, digest=SLOTS, agreements=agreements)
             )
         return sent
 

@@ -14,8 +14,8 @@
 extern "C" {
 #define DECLARE(T, SUFFIX)                                                                                             \
   void lamb_square_sums_##SUFFIX(const Run *, int64_t, int64_t, double *, T *, int64_t);                               \
-  void lamb_moments_and_norms_##SUFFIX(const Run *, int64_t, const void *, int64_t, double *, T *, int64_t);           \
-  void lamb_apply_##SUFFIX(const Run *, int64_t, const void *, const T *, int64_t);                                    \
+  void lamb_moments_and_norms_##SUFFIX(const Run *, int64_t, int64_t, const void *, int64_t, double *, T *, int64_t);  \
+  void lamb_apply_##SUFFIX(const Run *, int64_t, int64_t, const void *, int64_t, const T *, int64_t);                  \
   void lamb_average_##SUFFIX(T *, const Slice *, int64_t, char *, int64_t, int64_t, int64_t, int64_t, int64_t,         \
                              int64_t, int64_t, double *, T *, int64_t);
 DECLARE(float, f32)
@@ -149,14 +149,15 @@ void two_steps(bool flat, int64_t weight, int64_t model, int64_t grad, int64_t m
     block += blocks_of(run.numel);
     runs.push_back(run);
   }
-  const std::vector<T> table = fractions<T>(PARAMETERS * COLUMNS, 4 * COLUMNS), step_sizes = fractions<T>(PARAMETERS, 100);
-  std::vector<T> scratch(2 * blocks);
+  const std::vector<T> table = fractions<T>(PARAMETERS * COLUMNS, 4 * COLUMNS), step_sizes = fractions<T>(2 * PARAMETERS, 100);
+  std::vector<T> scratch(3 * blocks);
   std::string hashes;
-  for (int step = 0; step < 2; step++) {
-    std::vector<double> squares(PARAMETERS), sums(2 * PARAMETERS);
+  for (int step = 0; step < 3; step++) {
+    const int directions = 1 + step % 2;
+    std::vector<double> squares(PARAMETERS), sums((1 + directions) * PARAMETERS);
     Lib::square_sums(runs.data(), parts, PARAMETERS, squares.data(), scratch.data(), threads);
-    Lib::moments_and_norms(runs.data(), parts, table.data(), PARAMETERS, sums.data(), scratch.data(), threads);
-    Lib::apply(runs.data(), parts, table.data(), step_sizes.data(), threads);
+    Lib::moments_and_norms(runs.data(), parts, directions, table.data(), PARAMETERS, sums.data(), scratch.data(), threads);
+    Lib::apply(runs.data(), parts, directions, table.data(), PARAMETERS, step_sizes.data(), threads);
     hashes += hash_of(squares) + hash_of(sums);
     for (int kind = 0; kind < 5; kind++)
       for (const Memory &each : memory[kind])

@@ -117,15 +117,17 @@ def stepped(
         count += len(form.lengths)
     compute = forms[0].compute
     table = table_of(count, compute, bad, device)
+    directions = 1 + seed % 2
     sizes = torch.linspace(0.1, 0.9, count, dtype=compute, device=device)
+    step_sizes = torch.stack([sizes, 1 - sizes])[:directions]
     results: list[Tensor] = []
     for _ in range(steps):
         square_sums = torch.full((count,), 3.0, dtype=torch.float64, device=device)
         if not bad:
             kernel.square_sums(shards, square_sums)
-        sums = torch.zeros(2, count, dtype=torch.float64, device=device)
+        sums = torch.zeros(1 + directions, count, dtype=torch.float64, device=device)
         kernel.moments_and_norms(shards, table, sums)
-        kernel.apply(shards, table, sizes)
+        kernel.apply(shards, table, step_sizes)
         results += [
             square_sums.cpu(),
             sums.cpu(),
@@ -138,7 +140,7 @@ def both_passes(kernel: Kernel, shards: Sequence[Shard], count: int) -> None:
     table = table_of(count, torch.float32, False)
     kernel.square_sums(shards, torch.zeros(count, dtype=torch.float64))
     kernel.moments_and_norms(shards, table, torch.zeros(2, count, dtype=torch.float64))
-    kernel.apply(shards, table, torch.ones(count))
+    kernel.apply(shards, table, torch.ones(count)[None])
 
 
 def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

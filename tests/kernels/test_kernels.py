@@ -126,11 +126,13 @@ def table_of(count: int, seed: int, dtype: torch.dtype) -> Tensor:
 def one_step(kernel: Kernel, shards: Sequence[Shard], count: int, seed: int) -> list[Tensor]:
     dtype = shards[0].compute
     squares = torch.zeros(count, dtype=F64)
-    sums = torch.zeros(2, count, dtype=F64)
+    directions = 1 + seed % 2
+    sums = torch.zeros(1 + directions, count, dtype=F64)
     table = table_of(count, seed, dtype)
     kernel.square_sums(shards, squares)
     kernel.moments_and_norms(shards, table, sums)
-    kernel.apply(shards, table, torch.linspace(0, 0.9, count, dtype=dtype))
+    sizes = torch.linspace(0, 0.9, count, dtype=dtype)
+    kernel.apply(shards, table, torch.stack([sizes, 1 - sizes])[:directions])
     return [squares, sums]
 
 
@@ -181,7 +183,7 @@ def test_bits_do_not_depend_on_the_grouping_into_calls(
         table, sums = table_of(2, 3, F32), torch.zeros(2, 2, dtype=F64)
         for group in [shards] if together else [[shard] for shard in shards]:
             kernel.moments_and_norms(group, table, sums)
-            kernel.apply(group, table, torch.tensor([0.1, 0.2]))
+            kernel.apply(group, table, torch.tensor([0.1, 0.2])[None])
         results.append([sums, *(tensor for shard in shards for tensor in memory_of(shard))])
     assert_same(results[0], results[1], F32)
 
@@ -218,7 +220,7 @@ def test_non_finite_gradients_with_scale_0_show_only_in_the_square_sums(name: st
         table[:, COLUMNS.index(column)] = 1
     kernel.square_sums([shard], squares)
     kernel.moments_and_norms([shard], table, sums)
-    kernel.apply([shard], table, torch.zeros(3))
+    kernel.apply([shard], table, torch.zeros(3)[None])
     assert squares.isfinite().tolist() == [False, False, True]
     assert sums.isfinite().all()
     assert_same([shard.weight, shard.exp_avg, shard.exp_avg_sq], untouched, F32)
@@ -244,7 +246,7 @@ def test_split_masters_at_the_edges(name: str) -> None:
     kernel = kernels.load(name)
     kernel.moments_and_norms([shard], table, torch.zeros(2, 1, dtype=F64))
     assert torch.equal(shard.weight[0], remainder), "pass 1 writes moments alone"
-    kernel.apply([shard], table, torch.zeros(1))
+    kernel.apply([shard], table, torch.zeros(1)[None])
     assert_same([shard.model[0], shard.weight[0]], expected, F32)
     moved = [x[shard.model[0].isfinite()].view(torch.int16) for x in (shard.model[0], model)]
     assert torch.equal(moved[0], moved[1]), "the signs of zeros too"
@@ -262,7 +264,7 @@ def test_a_tie_above_an_even_weight_is_nudged(name: str) -> None:
     table = torch.zeros(1, len(COLUMNS))
     for column in ("beta1", "beta2", "unbias1", "unbias2"):
         table[:, COLUMNS.index(column)] = 1
-    kernels.load(name).apply([shard], table, torch.ones(1))
+    kernels.load(name).apply([shard], table, torch.ones(1)[None])
     assert shard.weight[:4].tolist() == [0x7FFF, -0x8000, 0x7FFF, -0x8000]
     assert shard.model[:4].tolist() == [1, 1 + 2**-6, -1, -1 - 2**-6]
 

@@ -78,7 +78,7 @@ def test_pieces_have_the_bits_of_a_flat_shard(
             kernel.square_sums([shard], squares)
             sums = torch.zeros(2, count, dtype=torch.float64)
             kernel.moments_and_norms([shard], table, sums)
-            kernel.apply([shard], table, torch.linspace(0.1, 0.9, count))
+            kernel.apply([shard], table, torch.linspace(0.1, 0.9, count)[None])
             results.append((squares, sums))
     finally:
         reference.CHUNK_BLOCKS = before
@@ -132,7 +132,7 @@ def test_pieces_with_masters_have_the_bits_of_a_flat_shard(
         for shard in (flat, pieces):
             results.append(torch.zeros(2, count, dtype=torch.float64))
             kernel.moments_and_norms([shard], table, results[-1])
-            kernel.apply([shard], table, torch.linspace(0.1, 0.9, count, dtype=flat.compute))
+            kernel.apply([shard], table, torch.linspace(0.1, 0.9, count, dtype=flat.compute)[None])
     finally:
         reference.CHUNK_BLOCKS = before
     assert torch.equal(results[0], results[1])
@@ -167,7 +167,7 @@ def test_memory_between_pieces_is_unchanged() -> None:
     base[[0, 301, 302, 303, 305, 306, 307]] = 7.0
     kernel, table = ReferenceKernel(), table_of(2)
     kernel.moments_and_norms([pieces], table, torch.zeros(2, 2, dtype=torch.float64))
-    kernel.apply([pieces], table, torch.ones(2))
+    kernel.apply([pieces], table, torch.ones(2)[None])
     assert base[[0, 301, 302, 303, 305, 306, 307]].tolist() == [7.0] * 7
 
 

@@ -259,7 +259,7 @@ def test_the_launcher_accepts_every_kernel(device_code: Any, monkeypatch: pytest
     table, sums = torch.ones(1, len(COLUMNS)), torch.zeros(2, 1, dtype=torch.float64)
     kernel.square_sums([shard], sums[0])
     kernel.moments_and_norms([shard], table, sums)
-    kernel.apply([shard], table, torch.ones(1))
+    kernel.apply([shard], table, torch.ones(1)[None])
     kernel.average(shard, [], ReceivedShards(torch.ones(2, 512), 2, None), sums[0], add=False)
     assert bound == {"square_sums", "moments_and_norms", "apply", "average", "add_by_parameter"}
 

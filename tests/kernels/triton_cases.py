@@ -147,7 +147,7 @@ def test_rounding_at_the_edges(dtype: torch.dtype) -> None:
         assert shard.model is not None
         shard.weight[0].copy_(torch.tensor(values))
         shard.model[0].copy_(torch.tensor(values).to(dtype))
-        kernel.apply([shard], table_of(1, torch.float32, False), torch.zeros(1))
+        kernel.apply([shard], table_of(1, torch.float32, False), torch.zeros(1)[None])
         results.append([*contents(shard).values()])
     assert_same(results[1], results[0])
     assert results[1][0].isnan().sum() == 3, "0 x inf and nan"
@@ -174,7 +174,7 @@ def test_split_masters_at_the_edges(monkeypatch: pytest.MonkeyPatch) -> None:
         finite = model.isfinite()
         sums = torch.zeros(2, 1, dtype=torch.float64)
         kernel.moments_and_norms([shard], table, sums)
-        kernel.apply([shard], table, torch.zeros(1))
+        kernel.apply([shard], table, torch.zeros(1)[None])
         memory = contents(shard)
         assert torch.equal(memory["model"][finite].view(torch.int16), model[finite].view(torch.int16))
         results.append([sums, memory["model"], memory["weight"]])
@@ -206,7 +206,7 @@ def test_ties_are_nudged_as_in_the_reference() -> None:
         table = torch.zeros(1, len(COLUMNS))
         for column in ("unbias1", "unbias2"):
             table[:, COLUMNS.index(column)] = 1
-        kernel.apply([shard], table, torch.ones(1))
+        kernel.apply([shard], table, torch.ones(1)[None])
         assert shard.weight[:2].tolist() == [0x7FFF, -0x8000]
         results.append([shard.weight, shard.model])
     assert_same(results[1], results[0])
@@ -241,7 +241,7 @@ def test_memory_between_pieces_is_unchanged() -> None:
     base[between] = 7.0
     kernel, table = TritonKernel(), table_of(3, torch.float32, False)
     kernel.moments_and_norms([shard], table, torch.zeros(2, 3, dtype=torch.float64))
-    kernel.apply([shard], table, torch.ones(3))
+    kernel.apply([shard], table, torch.ones(3)[None])
     assert (base[between] == 7.0).all()
     assert not (base[~between] == 7.0).any()
 
@@ -257,7 +257,7 @@ def test_nothing_to_do() -> None:
         before = sums.clone()
         kernel.square_sums(shards, sums[0])
         kernel.moments_and_norms(shards, table, sums)
-        kernel.apply(shards, table, torch.ones(3))
+        kernel.apply(shards, table, torch.ones(3)[None])
         assert torch.equal(sums, before)
     kernel.square_sums([nothing, empty, nonempty], sums[0])
     assert sums[:, [0, 2]].tolist() == [[1.0, 3.0], [4.0, 6.0]]

@@ -131,7 +131,7 @@ def test_old_tables_are_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = TritonKernel()
     for length in range(1, 9):
         shard = made(Form(False, (length,), *F32), 0, 0, False)
-        kernel.apply([shard], table_of(1, torch.float32, False), torch.ones(1))
+        kernel.apply([shard], table_of(1, torch.float32, False), torch.ones(1)[None])
     assert len(kernel._tables._tables) == 3
 
 

@@ -23,6 +23,9 @@ FOLDER = Path(__file__).parent / "golden"
 INPUTS = json.loads((FOLDER / "inputs.json").read_text())
 # dtype → relative tolerance of a parameter (norm-wise), and of a ratio or norm
 TOLERANCES = {torch.float64: (1e-12, 1e-12), torch.float32: (2e-6, 5e-6)}
+# In step 7 the moments of "scale", whose normalized gradients are 1 and -1, cancel: u is 1/165 of |w|, and has lost
+# that much of its precision.
+CANCELLED = {("lans", torch.float32): 5e-5}
 
 
 def make_optimizer(
@@ -54,6 +57,7 @@ def test_variant_follows_its_vectors(variant: str, dtype: torch.dtype) -> None:
 def follow_vectors(variant: str, dtype: torch.dtype, make: Callable[..., Any] = Lamb) -> None:
     optimizer, params = make_optimizer(variant, dtype, make)
     tolerance, scalar_tolerance = TOLERANCES[dtype]
+    scalar_tolerance = CANCELLED.get((variant, dtype), scalar_tolerance)
     steps = json.loads((FOLDER / f"{variant}.json").read_text())["steps"]
     for k, (grads, expected) in enumerate(zip(INPUTS["grads"], steps, strict=True)):
         set_gradients(params, grads)

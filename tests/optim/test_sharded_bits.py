@@ -42,6 +42,7 @@ SMALL = Case(
     settings={"bucket_mb": 32},
     seed=5,
 )
+LANS = replace(MANY, options={**MANY.options, "normalize_grad": True, "nesterov": True})
 ONE_TALL = Case(shapes={"w": (1000, 101)}, options={"max_grad_norm": 3.0}, missing=0.0, seed=11)
 
 
@@ -57,7 +58,7 @@ def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return {n: x.numpy().tobytes() for n, x in a.items()} == {n: x.numpy().tobytes() for n, x in b.items()}
 
 
-@pytest.mark.parametrize("case", [MANY, SMALL, ONE_TALL], ids=["many", "small", "tall"])
+@pytest.mark.parametrize("case", [MANY, SMALL, ONE_TALL, LANS], ids=["many", "small", "tall", "lans"])
 def test_bits_do_not_depend_on_world_size(case: Case) -> None:
     alone = params_of(case, 1)
     for world in WORLDS[1:]:

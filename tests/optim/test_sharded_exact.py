@@ -29,7 +29,10 @@ GROUP_OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "trust_clip": st.sampled_from([None, (0.01, 10.0), (0.5, 1.5)]),
     "weight_norm_clip": st.sampled_from([None, (0.0, 1.0), (0.5, 5.0)]),
     "adapt_without_decay": st.booleans(),
+    "normalize_grad": st.booleans(),
+    "nesterov": st.booleans(),
 }
+LANS = {"normalize_grad": True, "nesterov": True}
 
 
 @st.composite
@@ -83,6 +86,7 @@ def ugly(stage: int, **changes: Any) -> Case:
 @given(case=cases(1))
 @example(case=ugly(1))
 @example(case=ugly(1, missing=0.9))
+@example(case=ugly(1, options={**UGLY.options, **LANS}, missing=0.5))
 def test_stage_1_follows_the_oracle(world: int, case: Case) -> None:
     check_run(case, run_ranks(world, run, case, world))
 
@@ -93,6 +97,7 @@ def test_stage_1_follows_the_oracle(world: int, case: Case) -> None:
 @example(case=ugly(2))
 @example(case=ugly(2, drive="backward"))
 @example(case=ugly(2, drive="backward", missing=0.9))
+@example(case=ugly(2, drive="backward", options={**UGLY.options, **LANS}, missing=0.5))
 def test_stage_2_follows_the_oracle(world: int, case: Case) -> None:
     check_run(case, run_ranks(world, run, case, world))
 

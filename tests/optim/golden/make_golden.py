@@ -2,7 +2,8 @@
 
 One `inputs.json` (parameters, gradients, options) and one file of expected values per variant, all float64.
 `tests/oracle.py` computes the expected values, and they are written only if the oracle agrees with independent
-implementations: torch.optim.Adam and AdamW, timm's Lamb, and a second transcription of the TensorFlow reference.
+implementations: torch.optim.Adam and AdamW, timm's Lamb, and second transcriptions of the TensorFlow reference and of
+LANS.
 """
 
 from __future__ import annotations
@@ -116,6 +117,44 @@ def tf_reference(
             values[name] = value - ratio * OPTIONS["lr"] * update
             slots[name] = [m, v]
     return values
+
+
+def lans_reference(
+    params: Mapping[str, np.ndarray], grads: list[Grads], eps_of_norm: float
+) -> dict[str, np.ndarray]:
+    """LANS (arXiv 2006.13484, Algorithm 2, with phi(z) = z), on a state of its own.
+
+    ``eps_of_norm``: added to the gradient's norm, as the authors' kernel does and the paper does not.
+    """
+    no_decay, (b1, b2) = excluded(params, NO_DECAY), OPTIONS["betas"]
+    final = {}
+    for name, value in params.items():
+        x, m, v, t = value.copy(), np.zeros_like(value), np.zeros_like(value), 0
+        decay = 0.0 if name in no_decay else OPTIONS["weight_decay"]
+        for step in grads:
+            grad = step[name]
+            if grad is None:
+                continue
+            t += 1
+            norm = math.sqrt(float((grad * grad).sum()))
+            unit = grad if norm == 0 else grad / (norm + eps_of_norm)
+            m, v = b1 * m + (1 - b1) * unit, b2 * v + (1 - b2) * unit**2
+            root = np.sqrt(v / (1 - b2**t)) + OPTIONS["eps"]
+            momentum, current = m / (1 - b1**t) / root + decay * x, unit / root + decay * x
+            size = math.sqrt(float((x * x).sum()))
+            parts = []
+            for direction in (momentum, current):
+                length = math.sqrt(float((direction * direction).sum()))
+                parts.append(direction * (size / length) if size > 0 and length > 0 else direction)
+            x = x - OPTIONS["lr"] * (b1 * parts[0] + (1 - b1) * parts[1])
+        final[name] = x
+    return final
+
+
+def check_against_lans_reference(params: dict[str, np.ndarray], grads: list[Any]) -> None:
+    actual = oracle_run(make_oracle("lans", params), grads)
+    compare("LANS", actual, lans_reference(params, grads, 0.0), 1e-13)
+    compare("LANS with epsilon in the norm", actual, lans_reference(params, grads, 1e-12), 1e-9)
 
 
 def torch_run(
@@ -233,6 +272,7 @@ def check_against_peers(may_skip: bool) -> None:
     params, full = make_inputs()
     check_against_torch(params, with_missing(full))
     check_against_tf_reference(params, with_missing(full))
+    check_against_lans_reference(params, with_missing(full))
     try:
         check_against_timm(params, full)
     except pytest.skip.Exception as reason:
