@@ -62,8 +62,8 @@ class DeepSpeedLamb(AgreedOptions):
     element; other LAMB implementations compute the ratio of a partition there, which is a different algorithm.
 
     Collectives per call of `step`, on a dedicated group, for any number of parameters: one all-reduce of 2 P fp64
-    norms and 6 of a checksum of all options, and one of the fp64 gradient summary (3 P + 1) unless
-    ``skip_nonfinite=False``; none without ZeRO. DeepSpeed calls it once per parameter group under ZeRO 1 and 2, once
+    norms (3 P with ``nesterov``) and 6 of a checksum of all options, and one of the fp64 gradient summary (3 P + 1)
+    unless ``skip_nonfinite=False``; none without ZeRO. DeepSpeed calls it once per parameter group under ZeRO 1 and 2, once
     per subgroup under ZeRO 3, else once per step. The first step also checks consistency through the store and proves
     the mapping: one all-reduce of 4 P fp64.
 
@@ -135,9 +135,7 @@ class DeepSpeedLamb(AgreedOptions):
         self._state_keeper = StateKeeper(self.state)
         self._kernels: dict[torch.device, Kernel] = {}  # partitions may be on several devices: offload
         self._step_tensors: dict[tuple[int, ...], StepTensors] = {}  # by the ids of the stepped tensors
-        self._last: dict[
-            tuple[int, ...], tuple[Tensor, Tensor]
-        ] = {}  # parameters of a call → ratios, updated
+        self._last: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # by parameters: ratios, updated
         self._accept_options()
         self._live.last_options = self._current_options()
 
@@ -292,10 +290,10 @@ class DeepSpeedLamb(AgreedOptions):
             sums = torch.zeros(len(self._sums), len(updated), dtype=torch.float64, device=tensors.device)
             self._all_reduce_agreed([sums], problem)
         step, counts = tensors.next_steps(updated, self.state)
-        options, one = tensors.table.options(), torch.ones((), dtype=torch.float64, device=tensors.device)
-        kernel = self._kernel_on(tensors.device)
-        scale = one if summary is None else rule.gradient_scales(one, summary.square_sums, options)
-        update = Update(kernel, options, step=step, active=updated, grad_scale=scale)
+        options, scale = tensors.table.options(), torch.ones((), dtype=torch.float64, device=tensors.device)
+        if summary is not None:
+            scale = rule.gradient_scales(scale, summary.square_sums, options)
+        update = Update(self._kernel_on(tensors.device), options, step=step, active=updated, grad_scale=scale)
         square_sums = update.moments_and_norms(shards)
         differs = self._all_reduce_agreed([square_sums])
         bad = torch.zeros_like(updated) if summary is None else summary.bad

@@ -49,6 +49,9 @@ class Lamb(LambOptimizer):
         exclude_from_weight_decay: regexes for ``re.search`` over names, or "ndim<=1", "all".
         exclude_from_layer_adaptation: likewise, with ratio 1. None: the same patterns as for decay.
         adapt_without_decay: False: parameters with no decay get ratio 1.
+        normalize_grad: divide every parameter's gradient by its norm (a gradient 0 stays 0). Fixed at construction.
+        nesterov: β1 r u + (1-β1) r₂ u₂, where u₂ = gₜ/(√v̂ + ε) + λ w has a ratio of its own; `trust_ratios` are those
+            of u. Fixed at construction. With ``normalize_grad``: LANS (Zheng et al., arXiv 2006.13484, Algorithm 2).
 
     Raises:
         ValueError: an option out of range, or patterns that match nothing.

@@ -55,7 +55,8 @@ class ShardedLamb(RegisteringOptimizer):
     their moments; norms are summed over the ranks that shard a parameter, each element once.
 
     Collectives per step, on process groups of its own: two small all-reduces, whatever the number P of parameters
-    ((a) gradient norm, finiteness and presence, 3 P fp64; (b) weight and update norms, 2 P fp64, and 6 of a checksum
+    ((a) gradient norm, finiteness and presence, 3 P fp64; (b) weight and update norms, 2 P fp64 (3 P with
+    ``nesterov``), and 6 of a checksum
     of all options, since a rank that steps with another one is an error on every rank), one all-gather per
     bucket, and in stage 2 one reduce-scatter per bucket during backward. With DTensors only, no clipping and
     ``skip_nonfinite=False``, (a) and (b) are one all-reduce of 4 P + 6 fp64; stage 2 beside DTensors makes (a) twice.
@@ -65,7 +66,7 @@ class ShardedLamb(RegisteringOptimizer):
             optimizer memory and are registered when unfrozen. Plain parameters and DTensors mix.
         lr, betas, eps, weight_decay, variant: as for `Lamb`, and so are the rule options: bias_correction,
             grad_averaging, adam_w_mode, eps_inside_sqrt, max_grad_norm, trust_clip, weight_norm_clip,
-            exclude_from_weight_decay, exclude_from_layer_adaptation, adapt_without_decay.
+            exclude_from_weight_decay, exclude_from_layer_adaptation, adapt_without_decay, normalize_grad, nesterov.
         stage: 1: ``.grad`` holds gradients averaged over ranks, as DistributedDataParallel leaves them.
             2: ``.grad`` is each rank's own gradient; backward reduces, averages and frees it, and leaves a tensor
             without memory: its norm is the averaged gradient's, and it can be scaled by a number, zeroed or set to None
