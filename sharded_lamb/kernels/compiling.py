@@ -69,18 +69,27 @@ def load(source: Path) -> ctypes.CDLL:
 
 def _load(source: Path) -> ctypes.CDLL:
     command = compiler()
-    name = f"{source.stem}-{_key(source, command)}.so"
-    folder = _folder()
+    path = cached(source, command)
+    return _load_private(source, command) if path is None else opened(path)
+
+
+def cached(source: Path, command: list[str], attempts: Sequence[Attempt] = ATTEMPTS) -> Path | None:
+    """The library of ``source`` in the cache folder, built unless it is there; None: no folder can be written.
+
+    Raises:
+        CompileError: the build failed.
+    """
+    folder = cache_folder()
     if folder is None:
-        return _load_private(source, command)
-    path = folder / name
+        return None
+    path = folder / f"{source.stem}-{key(sources(source), command, attempts)}.so"
     if not _usable(path):
-        with _locked(folder / f"{name}.lock"):
+        with _locked(folder / f"{path.name}.lock"):
             if not _usable(path):  # another process may have built it meanwhile
-                built = build(source, command, folder)
+                built = build(source, command, folder, attempts)
                 built.chmod(0o755)
                 os.replace(built, path)
-    return opened(path)
+    return path
 
 
 def _usable(path: Path) -> bool:
@@ -107,11 +116,11 @@ def compiler() -> list[str]:
     )
 
 
-def _key(source: Path, command: list[str]) -> str:
-    """Hash of everything that the library depends on: sources, flags, compiler and processor (-march=native)."""
+def key(files: Sequence[Path], command: list[str], flags: object) -> str:
+    """Hash of everything that a build depends on: sources, flags, compiler and processor (-march=native)."""
     version = subprocess.run([*command, "--version"], capture_output=True, timeout=TIMEOUT_S, check=False)
-    parts = [path.read_bytes() for path in sources(source)]
-    parts += [repr((BASE, ATTEMPTS)).encode(), version.stdout, _processor().encode()]
+    parts = [path.read_bytes() for path in files]
+    parts += [repr((BASE, flags)).encode(), version.stdout, _processor().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -134,7 +143,7 @@ def _processor() -> str:
     return platform.machine() + platform.processor()
 
 
-def _folder() -> Path | None:
+def cache_folder() -> Path | None:
     """The cache folder; None if it is not writable."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(os.environ.get(CACHE) or os.path.join(base, "sharded_lamb"))

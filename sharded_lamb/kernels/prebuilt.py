@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,8 +71,12 @@ def build(source: Path) -> list[Path]:
     for level in LEVELS[platform.machine()]:
         path = path_of(source, level)
         path.parent.mkdir(exist_ok=True)
-        attempt = (*FLAGS, *level.flags), LINK_FLAGS
-        built = compiling.build(source, compiler, path.parent, (attempt,))
+        attempts = (((*FLAGS, *level.flags), LINK_FLAGS),)
+        cached = compiling.cached(source, compiler, attempts)
+        if cached is None:
+            built = compiling.build(source, compiler, path.parent, attempts)
+        else:
+            built = Path(shutil.copyfile(cached, path.with_suffix(f".{os.getpid()}")))
         built.chmod(0o755)
         os.replace(built, path)
         paths.append(path)

@@ -1,5 +1,7 @@
 """C++ programs that call the kernel's C interface without Python."""
 
+import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -28,16 +30,28 @@ def structs() -> str:
 
 
 def compiled(driver: str, command: list[str], folder: Path, *flags: str) -> Path:
-    """The driver, a file of this folder, with the kernel, without OpenMP."""
+    """The driver, a file of this folder, with the kernel, without OpenMP; in the kernel's cache for later sessions."""
     folder.mkdir()
     (folder / "structs.h").write_text(structs())
-    program = folder / "driver"
-    flags = (*compiling.BASE, *flags, f"-I{folder}")
-    done = subprocess.run(
-        [*command, *flags, FOLDER / driver, native.SOURCE, "-o", program],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    files = [FOLDER / driver, folder / "structs.h", *compiling.sources(native.SOURCE)]
+    program = (compiling.cache_folder() or folder) / f"{driver}-{compiling.key(files, command, flags)}"
+    if not program.exists():
+        done = subprocess.run(
+            [
+                *command,
+                *compiling.BASE,
+                *flags,
+                f"-I{folder}",
+                files[0],
+                native.SOURCE,
+                "-o",
+                folder / "driver",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        shutil.move(folder / "driver", f"{program}.{os.getpid()}")  # the cache may be on another file system
+        os.replace(f"{program}.{os.getpid()}", program)
     return program

@@ -84,12 +84,13 @@ def valgrind(tool: str, *options: str | Path, cwd: Path) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def counts(program: Path) -> dict[str, dict[str, float]]:
+def counts(program: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     """{case: {event of callgrind: number an element}}."""
     cache = ["--cache-sim=yes", "--I1=32768,8,64", "--D1=32768,8,64", "--LL=1048576,16,64"]
-    valgrind("callgrind", *cache, "--callgrind-out-file=out", program, str(ELEMENTS), cwd=program.parent)
+    folder = tmp_path_factory.mktemp("counts")
+    valgrind("callgrind", *cache, "--callgrind-out-file=out", program, str(ELEMENTS), cwd=folder)
     of_case = {}
-    for path in program.parent.glob("out.*"):
+    for path in folder.glob("out.*"):
         text = path.read_text()
         case = re.search(r"^desc: Trigger: Client Request: (\w+)$", text, re.MULTILINE)
         events = re.search(r"^events: (.+)$", text, re.MULTILINE)
@@ -120,9 +121,9 @@ def test_every_cache_line_is_visited_once(case: str, counts: dict[str, dict[str,
     assert BYTES[case] / LINE <= lines <= 1.02 * BYTES[case] / LINE + 0.001
 
 
-def test_memory_is_visited_in_its_order(program: Path) -> None:
+def test_memory_is_visited_in_its_order(program: Path, tmp_path: Path) -> None:
     """Loads of each kind of memory, and stores, never go back."""
-    printed, trace = valgrind("lackey", "--trace-mem=yes", program, "1024", cwd=program.parent)
+    printed, trace = valgrind("lackey", "--trace-mem=yes", program, "1024", cwd=tmp_path)
     ranges = sorted(
         (int(start, 16), int(end, 16), f"{case} {kind}")
         for case, kind, start, end in map(str.split, printed.splitlines())
