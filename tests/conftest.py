@@ -9,6 +9,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests import fork_server
+
 # Imports and pytest's collection free nothing; Python's collector would spend two seconds on finding that out.
 gc.disable()
 # Examples share two cores with worker processes, so their wall time says nothing: no deadline. The same
@@ -69,6 +71,11 @@ COMPUTING = (
     "plan/test_measured.py",
 )
 """The longest other files. One follows each of those above, which mostly wait: two that wait leave cores idle."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        fork_server.start()
 
 
 def file_of(item: pytest.Item) -> str:

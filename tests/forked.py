@@ -8,7 +8,6 @@ its environment.
 """
 
 import atexit
-import multiprocessing.context
 import os
 import sys
 import tempfile
@@ -22,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from tests.harness import _die_with_parent, _redirect_output, _worker_context
+from tests import fork_server
+from tests.harness import _die_with_parent, _redirect_output
 
 
 @dataclass
@@ -57,18 +57,13 @@ def forked(case: Callable[..., object], *args: object, **environment: str) -> It
     with tempfile.TemporaryDirectory(prefix="forked-") as folder:
         log = Path(folder, "log")
         log.touch()
-        process = context().Process(target=_main, args=(str(log), environment, case, args))
+        process = fork_server.context().Process(target=_main, args=(str(log), environment, case, args))
         process.start()
         try:
             yield Forked(process, log)
         finally:
             process.kill()
             process.join()
-
-
-def context() -> multiprocessing.context.ForkServerContext:
-    """Its pipes and locks can be arguments."""
-    return _worker_context()
 
 
 def _main(

@@ -19,7 +19,6 @@ import ctypes
 import faulthandler
 import gc
 import importlib
-import multiprocessing
 import operator
 import os
 import pickle
@@ -40,6 +39,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+from tests import fork_server
 
 _START_TIMEOUT = 120.0
 # A group whose pending work waits for a peer that waits likewise is never destroyed.
@@ -262,7 +263,7 @@ def _await_replies(pool: _Pool, case: bytes, timeout: float, grace: float) -> _P
 def _start_pool(world_size: int) -> _Pool:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pool = _Pool([], store, tempfile.TemporaryDirectory(prefix="ranks-"))
-    context = _worker_context()
+    context = fork_server.context()
     try:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
@@ -284,15 +285,6 @@ def _start_pool(world_size: int) -> _Pool:
         pool.kill()
         raise RankErrors("starting the workers", started.errors, sorted(started.results))
     return pool
-
-
-def _worker_context() -> multiprocessing.context.ForkServerContext:
-    """Workers are forked from a clean server process that has imported tests/preloaded.py and done nothing else."""
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, "1")  # threads must not exist in the server when it forks
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preloaded"])
-    return context
 
 
 def _world_size(rank: int) -> int:

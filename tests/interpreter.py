@@ -31,7 +31,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tests.harness import _die_with_parent, _worker_context
+from tests import fork_server
+from tests.harness import _die_with_parent
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIENT = """#!{python} -IS
@@ -100,7 +101,7 @@ def prefix() -> Path:
     for other in here.iterdir():  # tools that tests call by name
         if not (bin_folder / other.name).exists():
             (bin_folder / other.name).symlink_to(other)
-    server = _worker_context().Process(target=serve, args=(address,))
+    server = fork_server.context().Process(target=serve, args=(address,))
     server.start()
     atexit.register(server.join)
     atexit.register(server.kill)

@@ -14,7 +14,7 @@ from sharded_lamb.bert.packing import Packer
 from sharded_lamb.bert.prepare import _sampled, prepare
 from sharded_lamb.bert.shards import PackedSamples, read_manifest
 from sharded_lamb.bert.tokenizer import encode, load_tokenizer, vocabulary_of
-from tests import forked
+from tests import fork_server
 from tests.bert.conftest import LENGTH, paragraphs
 
 
@@ -80,7 +80,9 @@ def test_the_trained_tokenizer_and_the_rows_are_the_same_in_every_run(
 def test_prepare_in_parallel_and_interrupted_gives_the_same_rows(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "get_context", lambda method: forked.context())  # spawning imports all anew
+    monkeypatch.setattr(
+        module, "get_context", lambda method: fork_server.context()
+    )  # spawning imports all anew
     units = {"unit_documents": 100}
     alone = prepare(configured(tree, tmp_path / "1", workers=1, **units), LENGTH)
     both = prepare(configured(tree, tmp_path / "2", workers=2, **units), LENGTH)

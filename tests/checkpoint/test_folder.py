@@ -1,7 +1,6 @@
 """A run's folder holds a whole checkpoint to resume from, whenever the power fails."""
 
 import ctypes
-import multiprocessing
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ import torch
 
 from sharded_lamb import ShardedLamb, checkpoint, faults
 from sharded_lamb.checkpoint import CheckpointError, Checkpoints, durable
-from tests import harness, training
+from tests import fork_server, harness, training
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
 POINTS = ("write", "fsync", "manifest", "rename", "latest", "prune")
@@ -236,9 +235,7 @@ def save_with_fault(root: Path, last: int, fault: str) -> None:
 
 def exit_code_of_save(root: Path, last: int, fault: str) -> int | None:
     """Saves in a forked process, which ``fault`` may kill; negative: killed by that signal."""
-    process = multiprocessing.get_context("forkserver").Process(
-        target=save_with_fault, args=(root, last, fault)
-    )
+    process = fork_server.context().Process(target=save_with_fault, args=(root, last, fault))
     process.start()
     process.join(100)
     return process.exitcode

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
 
 from sharded_lamb import ShardedLamb
-from tests import forked, training
+from tests import fork_server, training
 from tests.harness import run_ranks, run_ranks_expecting_errors
 from tests.pairs import pairs
 
@@ -351,7 +351,7 @@ def evaluator(inbox: Any, outbox: Any) -> None:
 def test_a_state_dict_in_a_queue_shows_every_step() -> None:
     model = squares()
     opt = ShardedLamb(model.named_parameters(), lr=0.05)
-    context = forked.context()
+    context = fork_server.context()
     inbox, outbox = context.Queue(), context.Queue()
     process = context.Process(target=evaluator, args=(inbox, outbox), daemon=True)
     process.start()
