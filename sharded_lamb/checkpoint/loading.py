@@ -25,8 +25,10 @@ from sharded_lamb.checkpoint.sparse import is_sparse
 from sharded_lamb.checkpoint.storage import Reader
 from sharded_lamb.core.hyperparams import check_max_grad_norm, validate_change
 from sharded_lamb.core.names import normalize
+from sharded_lamb.kernels.state_format import OF_WEIGHTS
 from sharded_lamb.optim.base import LambOptimizer
 from sharded_lamb.optim.sharded_state import ShardedOptimizer
+from sharded_lamb.sharding.state import warn_of_average
 
 
 def load(
@@ -162,6 +164,8 @@ class _Loading:
         if optimizer is None:
             return
         self.packed = optimizer.local_state_dict()
+        if not any("ema" in state for state in self.packed["state"].values()):
+            warn_of_average(self._kinds.values())
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for place, source in enumerate(self._sources):
             saved = self._kinds.get(source)
@@ -169,9 +173,8 @@ class _Loading:
             if saved is None:
                 if state is not None:  # saved while frozen or before its first gradient: starts anew
                     self.zeros += [state[kind] for kind in ("step", *parts.KINDS)]
-                    self.requests += (
-                        [ReadRequest(f"model.{source}", state["master"])] if "master" in state else []
-                    )
+                    for kind in state.keys() & set(OF_WEIGHTS):
+                        self.requests.append(ReadRequest(f"model.{source}", state[kind]))
                 continue
             if state is None:
                 if isinstance(optimizer, ShardedOptimizer):  # frozen here, and never trained

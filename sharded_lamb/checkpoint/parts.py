@@ -15,6 +15,7 @@ from sharded_lamb.checkpoint.rank_group import bare_optimizer
 from sharded_lamb.checkpoint.sparse import is_sparse
 from sharded_lamb.core.host_values import as_tensor
 from sharded_lamb.core.names import normalize
+from sharded_lamb.kernels.state_format import OF_WEIGHTS
 from sharded_lamb.optim.base import LambOptimizer
 from sharded_lamb.optim.lamb import Lamb
 from sharded_lamb.optim.sharded_state import ShardedOptimizer
@@ -225,7 +226,7 @@ def weight_requests(manifest: Manifest, model: ModelParts) -> Iterator[ReadReque
 def state_requests(
     name: str, saved: Mapping[str, SavedTensor], state: Mapping[str, Tensor], where: str
 ) -> Iterator[ReadRequest]:
-    """Reads of one parameter's state. A master that was not saved is the saved weight itself.
+    """Reads of one parameter's state. A master or an average that was not saved is the saved weight itself.
 
     Raises:
         ValueError: the checkpoint lacks a kind of state.
@@ -236,9 +237,9 @@ def state_requests(
             f"{where} has no {missing[0]} of {name}: it was not written from Lamb or ShardedLamb"
         )
     for kind, target in state.items():
-        if kind == "master" and kind not in saved:
+        if kind in OF_WEIGHTS and kind not in saved:
             yield ReadRequest(f"model.{name}", target)
-        elif kind in ("step", "master", *KINDS):
+        elif kind in ("step", *KINDS, *OF_WEIGHTS):
             yield ReadRequest(f"optimizer.{name}.{kind}", target)
 
 

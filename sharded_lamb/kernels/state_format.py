@@ -80,19 +80,30 @@ class PlainFormat:
         stored.copy_(weight)
 
 
+OF_WEIGHTS = ("master", "ema")
+"""Kinds of state that start as the model's weights; the others start as zeros."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredState:
     """One kind of state in this rank's memory, of a bucket or of a DTensor's local shard."""
 
-    kind: str  # "master", "exp_avg" or "exp_avg_sq": the key in state dicts and checkpoints
+    kind: str  # "master", "ema", "exp_avg" or "exp_avg_sq": the key in state dicts and checkpoints
     format: StateFormat
     stored: Tensor  # [n]
-    weight: Tensor | None = None  # [n] the model's, for a format beside the weight
+    weight: Tensor | None = None  # [n] the model's, for `OF_WEIGHTS`
 
     @property
     def key(self) -> str:
         """Key in ``optimizer.state``."""
         return self.format.key(self.kind)
+
+    def reset(self) -> None:
+        """Store the state of a new optimizer: the model's weights, or zeros."""
+        if self.weight is None:
+            self.stored.zero_()
+        else:
+            self.format.reset(self.stored, self.weight)
 
     def values(self) -> Tensor:
         """[n] the values; the memory itself if it holds them unencoded."""

@@ -52,6 +52,7 @@ class ShardedLive(AgreedLive):
     frozen_params: list[Tensor] = field(default_factory=list)  # those of them that the store lacked
     removed: list[int] = field(default_factory=list)  # registered parameters that were then in no group
     last: LastStep | None = None
+    own_weights: list[Tensor] | None = None  # this rank's, while parameters hold their averages
     is_summarized: bool = False
     closed: str | None = None  # why
     ddp: "list[weakref.ref[Any]] | None" = None  # models that hold parameters of this optimizer

@@ -29,9 +29,9 @@ from sharded_lamb.core.hyperparams import RuleOptions, check_max_grad_norm
 from sharded_lamb.gradients.summary import GradientSummary, check_present
 from sharded_lamb.kernels.engine import Update
 from sharded_lamb.optim.agreed_options import collective
+from sharded_lamb.optim.averages import AveragingOptimizer
 from sharded_lamb.optim.base import receives_grad_scale
 from sharded_lamb.optim.parts import LastStep
-from sharded_lamb.optim.registration import RegisteringOptimizer
 from sharded_lamb.sharding.param_store import ParamStore
 from sharded_lamb.sharding.placements import materialized, root_ranks
 from sharded_lamb.sharding.shard_plan import Settings
@@ -39,7 +39,7 @@ from sharded_lamb.sharding.shard_plan import Settings
 logger = logging.getLogger("sharded_lamb")
 
 
-class ShardedLamb(RegisteringOptimizer):
+class ShardedLamb(AveragingOptimizer):
     """LAMB (arXiv 1904.00962) with its state sharded over ranks and the exact trust ratio of every parameter.
 
     Parameters move into flat buckets, each with a storage of its own. Each rank stores moments (and fp32 masters of
@@ -92,6 +92,9 @@ class ShardedLamb(RegisteringOptimizer):
             holds the high 16 (`sharded_lamb.kernels.remainders`): 2 bytes instead of 4. State dicts still contain fp32
             masters. A weight written between steps wins to within half a bf16 ulp, before the first step exactly.
             Parameters of other dtypes have whole masters.
+        ema_decay: keep an exponential moving average of the weights, fp32, sharded like the moments: average ←
+            ema_decay average + (1 - ema_decay) w after every step that is not skipped, from the first step's w on
+            (torch.optim.swa_utils.AveragedModel). See `averaged`; in state dicts it is ``ema``.
 
     Raises:
         ValueError, TypeError: an invalid option or parameter; disagreement on names, shapes, dtypes or options
@@ -125,6 +128,7 @@ class ShardedLamb(RegisteringOptimizer):
         max_consecutive_skips: int = 10,
         kernel: str = "auto",
         store_param_remainders: bool = False,
+        ema_decay: float | None = None,
         **options: Unpack[RuleOptions],
     ) -> None:
         """Construct it on every rank; see the class."""
@@ -144,6 +148,7 @@ class ShardedLamb(RegisteringOptimizer):
                 max_consecutive_skips=max_consecutive_skips,
                 kernel=kernel,
                 store_param_remainders=store_param_remainders,
+                ema_decay=ema_decay,
             )
             scalars = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
             super().__init__(params, scalars, variant, options)
@@ -167,6 +172,7 @@ class ShardedLamb(RegisteringOptimizer):
             TypeError: a sparse gradient, or a plain gradient of a DTensor.
         """
         self._check_open()
+        self._check_shows_weights()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -235,6 +241,7 @@ class ShardedLamb(RegisteringOptimizer):
         for index in traffic.computing_each("pass 2", written):
             if index < len(store.gathers):
                 store.gathers[index].start()
+        self._update_averages(updated & ~differs)
         store.step.copy_(step)
         self._gathers.finish_or_defer(store.gathers, [bucket.params for bucket in store.buckets])
         self._gathers.wait(store.shared_buckets())

@@ -113,6 +113,8 @@ class ShardedOptimizer(PartsOptimizer):
 
     def _load_states(self, states: States) -> None:
         store = self._store
+        if self._settings.ema_decay is None:
+            state.warn_of_average(states.values())
         if not state.is_whole(states.values()):
             for p in store.params:
                 state.load_local(self.state[p], store.states_of(store.index[p]), states[p])
@@ -154,8 +156,17 @@ class ShardedOptimizer(PartsOptimizer):
 
         Raises as the registration at construction.
         """
+        self._check_shows_weights()
         if self._successors():
             self._follow()
+
+    def _check_shows_weights(self) -> None:
+        """Raises RuntimeError inside `averaged`."""
+        if self._live.own_weights is not None:
+            raise RuntimeError(
+                "parameters hold the average of their values: leave `with optimizer.averaged():` before a step, a "
+                "checkpoint or a load"
+            )
 
     def _load_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         super()._load_groups(saved_groups)
@@ -302,6 +313,7 @@ class ShardedOptimizer(PartsOptimizer):
         Raises:
             ValueError: the first rank's state does not fit; on every rank.
         """
+        self._check_shows_weights()
         self._follow()
         store = self._store
         first = store.topology.rank == 0
@@ -367,7 +379,7 @@ class ShardedOptimizer(PartsOptimizer):
         return self._store.bytes_on_wire(len(self._sums), needs_summary=needs_summary)
 
     def memory(self) -> dict[str, int]:
-        """Bytes on this rank: parameters, masters, moments, gradient_shards, staging."""
+        """Bytes on this rank: parameters, masters, moments, gradient_shards, staging; averages with ``ema_decay``."""
         return {**self._store.bytes_by_kind(), "staging": self._gradients.staging_bytes()}
 
     @property

@@ -21,7 +21,7 @@ from torch.utils.dlpack import from_dlpack
 from sharded_lamb.core.footprint import Widths
 from sharded_lamb.core.layout import BLOCK, Bucket, Segment
 from sharded_lamb.kernels import FlatShard, ScatteredShard, formats
-from sharded_lamb.kernels.state_format import StateFormat, StoredState, moments
+from sharded_lamb.kernels.state_format import OF_WEIGHTS, StateFormat, StoredState, moments
 from sharded_lamb.sharding.flat_memory import zeros
 from sharded_lamb.sharding.memory_record import MemoryRecord
 
@@ -35,6 +35,7 @@ class Precision:
     moments: StateFormat
     wire: torch.dtype
     compute: torch.dtype
+    averages: bool = False  # whether an average of the weights is kept, in the compute dtype
 
     @staticmethod
     def of(
@@ -44,13 +45,14 @@ class Precision:
         reduce: torch.dtype | None,
         *,
         store_param_remainders: bool = False,
+        averages: bool = False,
     ) -> "Precision":
         """The precision for `ShardedLamb`'s keywords and the parameters' dtype ``model``."""
         if model == torch.float64:
             master = state = model
         masters = formats.of_masters(model, master, store_param_remainders=store_param_remainders)
         compute = master if model == torch.float64 else torch.promote_types(master, torch.float32)
-        return Precision(model, masters, formats.of_moments(state), reduce or model, compute)
+        return Precision(model, masters, formats.of_moments(state), reduce or model, compute, averages)
 
     @property
     def widths(self) -> Widths:
@@ -152,6 +154,15 @@ class FlatBucket:
         for position, p in enumerate(self.params):
             self.attach(position, p.detach())
         self.shard = self._shard(holds_gradients=holds_gradients)
+        self.average: Tensor | None = None  # [shard] of this rank's weights
+        if precision.averages:
+            self.average = zeros(plan.shard_numel, precision.compute, device, lane=5)
+            self.average.copy_(self.own_weights)
+
+    @property
+    def own_weights(self) -> Tensor:
+        """[shard] this rank's shard of the model's own memory."""
+        return self.flat[self.low : self.high]
 
     def _shard(self, *, holds_gradients: bool) -> FlatShard:
         numel, precision, device = self.plan.shard_numel, self.precision, self.flat.device
@@ -201,13 +212,14 @@ class FlatBucket:
         ]
 
     def refresh_masters(self) -> None:
-        """Reset masters to the model's weights, after a broadcast or a load wrote the whole bucket."""
-        if self.precision.masters is not None and self.shard.model is not None:
-            self.precision.masters.reset(self.shard.weight, self.shard.model)
+        """Reset masters and averages to the model's weights, after a broadcast wrote the whole bucket."""
+        for state in self.states():
+            if state.kind in OF_WEIGHTS:
+                state.reset()
 
     def weight_of(self, param: int) -> Tensor:
         """[segment] this rank's segment of a parameter, a view of the model's own memory."""
-        return self.slice_of(param, self.flat[self.low : self.high])
+        return self.slice_of(param, self.own_weights)
 
     def segment_of_whole(self, param: int, whole: Tensor) -> Tensor:
         """[segment] this rank's segment of a tensor in the parameter's shape."""
@@ -221,6 +233,10 @@ class FlatBucket:
         kinds = [*moments(self.precision.moments, shard.exp_avg, shard.exp_avg_sq)]
         if masters is not None:
             kinds.append(StoredState("master", masters, shard.weight, shard.model))
+        if self.average is not None:
+            kinds.append(
+                StoredState("ema", formats.FORMATS[self.average.dtype], self.average, self.own_weights)
+            )
         return kinds
 
     # -- parameters whose memory is replaced --------------------------------------------------------
@@ -306,6 +322,7 @@ class FlatBucket:
             "masters": shard.weight.nbytes if shard.model is not None else 0,
             "moments": shard.exp_avg.nbytes + shard.exp_avg_sq.nbytes,
             "gradient_shards": shard.grad.nbytes,
+            **({} if self.average is None else {"averages": self.average.nbytes}),
         }
 
 

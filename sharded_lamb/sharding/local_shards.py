@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from sharded_lamb.comm.collectives import Traffic
-from sharded_lamb.kernels import ScatteredShard
+from sharded_lamb.kernels import ScatteredShard, formats
 from sharded_lamb.kernels.state_format import StoredState
 from sharded_lamb.kernels.state_format import moments as moments_of
 from sharded_lamb.sharding.buckets import Precision, flattened, memory_strides
@@ -36,6 +36,7 @@ class LocalShard:
     master: Tensor | None  # [n] as `Precision.masters` stores it; None: steps update the parameter's memory
     exp_avg: Tensor  # [n] as `Precision.moments` stores it
     exp_avg_sq: Tensor  # [n]
+    average: Tensor | None = None  # [n] compute dtype
 
     @staticmethod
     def of(p: "DTensor", precision: Precision) -> "LocalShard":
@@ -49,8 +50,9 @@ class LocalShard:
         if precision.masters is not None:
             master = zeros(precision.masters.storage)
             precision.masters.reset(master, flattened(local, strides))
+        average = flattened(local, strides).to(precision.compute, copy=True) if precision.averages else None
         moments = precision.moments.storage
-        return LocalShard(p, precision, strides, master, zeros(moments), zeros(moments))
+        return LocalShard(p, precision, strides, master, zeros(moments), zeros(moments), average)
 
     def weight(self) -> Tensor:
         """[n], a view of the model's own memory."""
@@ -62,6 +64,8 @@ class LocalShard:
         kinds = [*moments_of(self.precision.moments, self.exp_avg, self.exp_avg_sq)]
         if masters is not None and self.master is not None:
             kinds.append(StoredState("master", masters, self.master, self.weight()))
+        if self.average is not None:
+            kinds.append(StoredState("ema", formats.FORMATS[self.average.dtype], self.average, self.weight()))
         return kinds
 
     def as_dtensor(self, flat: Tensor) -> "DTensor":
@@ -175,11 +179,13 @@ class DTensorShards:
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes on this rank, by kind. Gradients stay in their own memory."""
         shards = self.local.values()
+        averages = [shard.average.nbytes for shard in shards if shard.average is not None]
         return {
             "parameters": sum(shard.exp_avg.numel() * shard.precision.model.itemsize for shard in shards),
             "masters": sum(shard.master.nbytes for shard in shards if shard.master is not None),
             "moments": sum(shard.exp_avg.nbytes + shard.exp_avg_sq.nbytes for shard in shards),
             "gradient_shards": 0,
+            **({"averages": sum(averages)} if averages else {}),
         }
 
 

@@ -1,8 +1,9 @@
 """The memory of a `ShardedLamb` on this rank: its parameters in order, their buckets or DTensors, and step counts."""
 
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -152,11 +153,8 @@ class ParamStore:
                 state.store(
                     bucket.segment_of_whole(param, whole) if bucket else local[param].part_of_whole(whole)
                 )
-            elif state.kind == "master":
-                weight = bucket.weight_of(param) if bucket else self.dtensors.local[param].weight()
-                state.format.reset(state.stored, weight)
             else:
-                state.stored.zero_()
+                state.reset()
         self.step[param] = 0 if saved is None else as_tensor(saved["step"]).reshape(())
 
     def replicas(self) -> Replicas:
@@ -197,6 +195,43 @@ class ParamStore:
         for (bucket, position), value in zip(moved, values, strict=True):
             bucket.attach(position, value)
 
+    def update_averages(self, share: Tensor) -> None:
+        """average ← average + share (w - average), w the masters if there are any. ``share``: fp64 scalar in [0, 1]."""
+        averages: dict[torch.dtype, list[Tensor]] = {}
+        values: dict[torch.dtype, list[Tensor]] = {}
+        for states in [
+            *(b.states() for b in self.buckets),
+            *(x.states() for x in self.dtensors.local.values()),
+        ]:
+            of_kind = {state.kind: state for state in states}
+            average = of_kind["ema"]
+            source = of_kind["master"].values() if "master" in of_kind else cast(Tensor, average.weight)
+            dtype = average.stored.dtype
+            averages.setdefault(dtype, []).append(average.stored)
+            values.setdefault(dtype, []).append(source.to(dtype))
+        for dtype, stored in averages.items():
+            torch._foreach_lerp_(stored, values[dtype], [share.to(dtype)] * len(stored))
+
+    def show_averages(self) -> list[Tensor]:
+        """Write averages to this rank's weights in the model. Returns copies of those weights, for `show_weights`."""
+        own = self._own_weights()
+        kept = [weight.clone() for weight in own]
+        averages = [bucket.average for bucket in self.buckets]
+        averages += [local.average for local in self.dtensors.local.values()]
+        for weight, average in zip(own, averages, strict=True):
+            assert average is not None
+            weight.copy_(average)
+        return kept
+
+    def show_weights(self, kept: Sequence[Tensor]) -> None:
+        """Undo `show_averages`."""
+        for weight, before in zip(self._own_weights(), kept, strict=True):
+            weight.copy_(before)
+
+    def _own_weights(self) -> list[Tensor]:
+        own = [bucket.own_weights for bucket in self.buckets]
+        return [*own, *(local.weight() for local in self.dtensors.local.values())]
+
     def shared_buckets(self) -> list[int]:
         """The buckets with parameters in shared memory."""
         return [index for index, bucket in enumerate(self.buckets) if bucket.has_shared]
@@ -208,11 +243,10 @@ class ParamStore:
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes on this rank by kind, summed over buckets."""
-        total = dict.fromkeys(("parameters", "masters", "moments", "gradient_shards"), 0)
+        total = Counter(dict.fromkeys(("parameters", "masters", "moments", "gradient_shards"), 0))
         for kinds in (*(bucket.bytes_by_kind() for bucket in self.buckets), self.dtensors.bytes_by_kind()):
-            for kind, size in kinds.items():
-                total[kind] += size
-        return total
+            total.update(kinds)
+        return dict(total)
 
     def bytes_on_wire(self, sums: int, *, needs_summary: bool) -> dict[str, int]:
         """Bytes that this rank sends per step: buckets, which grow with the model, and the two small vectors.

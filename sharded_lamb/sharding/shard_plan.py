@@ -48,6 +48,7 @@ class Settings:
     max_consecutive_skips: int
     kernel: str
     store_param_remainders: bool
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
         plain = {
@@ -70,6 +71,13 @@ class Settings:
             dtype = getattr(self, name)
             if dtype not in FLOATS and not (name == "reduce_dtype" and dtype is None):
                 raise ValueError(f"{name} must be one of {[str(x) for x in FLOATS]}, got {dtype!r}")
+        if self.ema_decay is not None:
+            decay = number("ema_decay", self.ema_decay, 0.0, 1.0, "None, or a number in [0, 1)")
+            if decay == 1.0:
+                raise ValueError(
+                    "ema_decay must be None, or a number in [0, 1), got 1: weights would not count"
+                )
+            object.__setattr__(self, "ema_decay", decay)
         if self.state_dtype == torch.float16:
             raise ValueError(
                 "state_dtype=torch.float16: second moments, squares of gradients, underflow to 0 below 6e-8, where "
@@ -101,6 +109,7 @@ class Settings:
             self.state_dtype,
             self.reduce_dtype,
             store_param_remainders=self.store_param_remainders,
+            averages=self.ema_decay is not None,
         )
 
 

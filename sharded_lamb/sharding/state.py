@@ -7,6 +7,7 @@ DTensors like it; ``start`` in its stamp is the shard index (`sharded_lamb.shard
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,12 +17,14 @@ from torch import Tensor
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.core.host_values import as_tensor
 from sharded_lamb.core.layout import ShardLayout
-from sharded_lamb.kernels.state_format import StoredState
+from sharded_lamb.kernels.state_format import OF_WEIGHTS, StoredState
 from sharded_lamb.sharding.buckets import FlatBucket, flattened
 from sharded_lamb.sharding.dcp_tensors import Region, SlicedState, Stamp
 from sharded_lamb.sharding.dtensors import is_dtensor
 from sharded_lamb.sharding.local_shards import DTensorShards
 from sharded_lamb.sharding.placements import ShardSpec, local_part
+
+logger = logging.getLogger("sharded_lamb")
 
 STAMP = ("rank", "shards", "start", "length", "numel", "layout")
 REMEDY = (
@@ -110,6 +113,15 @@ def _short(digest: str) -> int:
     return int(digest[:15], 16)
 
 
+def warn_of_average(saved: Iterable[Iterable[str]]) -> None:
+    """Log that an average of the weights is not loaded. ``saved``: kinds of state of each parameter."""
+    if any("ema" in kinds for kinds in saved):
+        logger.warning(
+            "the saved state has an average of the weights, which this optimizer does not keep: construct it with "
+            "ema_decay=… to go on with it"
+        )
+
+
 def check_local(name: str, own: State, states: Sequence[StoredState], saved: Mapping[str, Any]) -> None:
     """Check that one parameter's saved slices belong to this rank.
 
@@ -144,7 +156,7 @@ def check_local(name: str, own: State, states: Sequence[StoredState], saved: Map
             + ". state_dict() is one rank's slices: save and load every rank's own, with the same ranks and the same "
             f"model; otherwise {REMEDY}"
         )
-    missing = {"step", *(state.kind for state in states)} - saved.keys()
+    missing = {"step", *(state.kind for state in states)} - {"ema"} - saved.keys()
     if missing:
         raise ValueError(f"the state of {name!r} lacks {sorted(missing)}: it was saved with other dtypes")
 
@@ -153,6 +165,9 @@ def load_local(own: State, states: Sequence[StoredState], saved: Mapping[str, An
     """Copy one parameter's checked, saved slices into its state. Arguments as of `check_local`."""
     own["step"].copy_(as_tensor(saved["step"]).reshape(()))
     for state in states:
+        if state.kind not in saved:  # an average that was not kept begins here
+            state.reset()
+            continue
         values = saved[state.kind]
         if is_dtensor(values):
             stored = own[state.key]
@@ -186,7 +201,7 @@ def check_full(rows: Iterable[tuple[str, Sequence[int], Mapping[str, Any]]]) -> 
     for name, shape, saved in rows:
         if "step" not in saved or as_tensor(saved["step"]).numel() != 1:
             raise ValueError(f"step of {name!r}: expected one number, got {saved.get('step')!r}")
-        for key in ("exp_avg", "exp_avg_sq", *({"master"} & saved.keys())):
+        for key in ("exp_avg", "exp_avg_sq", *(kind for kind in OF_WEIGHTS if kind in saved)):
             if key not in saved or tuple(saved[key].shape) != tuple(shape):
                 actual = tuple(saved[key].shape) if key in saved else "nothing"
                 raise ValueError(
@@ -237,7 +252,7 @@ def scatter_full(
 ) -> None:
     """The inverse of `gather_full`: the first rank passes ``states``, every rank stores its slices. Collective.
 
-    Missing state starts as in a new optimizer: moments 0, masters from the model's weights.
+    Missing state starts as in a new optimizer: moments 0, masters and averages from the model's weights.
     """
     first = collectives.topology.rank == 0
     saved = states or {}
@@ -246,7 +261,7 @@ def scatter_full(
             shard, parts = state.empty(), None
             if first:
                 whole = bucket.flat.to("cpu", shard.dtype, copy=True)
-                if state.kind != "master":
+                if state.kind not in OF_WEIGHTS:
                     whole.zero_()
                 for position, param in enumerate(bucket.plan.params):
                     if state.kind in saved.get(param, {}):
@@ -275,9 +290,7 @@ def _scatter_dtensors(
         collectives.broadcast(saved_mask)
     for (param, local, state), is_saved in zip(rows, saved_mask.tolist(), strict=True):
         if not is_saved:
-            state.format.reset(
-                state.stored, local.weight()
-            ) if state.kind == "master" else state.stored.zero_()
+            state.reset()
             continue
         whole = torch.empty(local.p.shape, dtype=state.format.value, device=device)
         if first:

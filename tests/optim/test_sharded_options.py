@@ -34,6 +34,8 @@ CHANGES: dict[str, Any] = {
     "exclude_from_weight_decay": ("bias",),
     "exclude_from_layer_adaptation": ("weight",),
     "adapt_without_decay": False,
+    "normalize_grad": True,
+    "nesterov": True,
     "variant": "nvlamb",
     "state_dtype": torch.bfloat16,
 }
@@ -49,6 +51,7 @@ SHOWN_BY = {
     "skip_nonfinite": "test_skip_nonfinite",
     "max_consecutive_skips": "test_max_consecutive_skips",
     "kernel": "test_kernel_selects_the_backend",
+    "ema_decay": "test_alone_it_has_the_bits_of_torchs_averaged_model",
     "store_param_remainders": "test_memory_of_a_bfloat16_model_is_2_bytes_less_an_element",
 }
 
