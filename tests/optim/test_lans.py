@@ -111,6 +111,23 @@ def test_the_gradients_scale_and_clipping_change_nothing(cls: Any) -> None:
     assert all(not torch.equal(negative[name], value) for name, value in plain.items())
 
 
+@pytest.mark.parametrize("factor", [-0.5, 0.0])
+def test_of_a_factor_on_reduced_gradients_the_sign_counts(factor: float) -> None:
+    """Stage 2's ``.grad`` has no values to scale: the factor is multiplied in at the step."""
+
+    def stepped(given: float, written: float) -> dict[str, Tensor]:
+        params = {"a": nn.Parameter(torch.arange(1.0, 9.0)), "b": nn.Parameter(torch.tensor(2.0))}
+        optimizer = ShardedLamb(params.items(), lr=0.05, variant="lans", stage=2)
+        torch.stack([(p * p).sum() * given for p in params.values()]).sum().backward()
+        for p in params.values():
+            assert p.grad is not None
+            p.grad.mul_(written)
+        optimizer.step()
+        return training.copies(params)
+
+    training.assert_same_bits(stepped(1.0, factor), stepped(factor, 1.0))
+
+
 def test_gradients_of_zero_stay_zero() -> None:
     p = nn.Parameter(torch.full((3,), 2.0))
     optimizer = Lamb([p], lr=0.1, weight_decay=0.0, variant="lans")
