@@ -49,6 +49,7 @@ SYSTEM = (
     "launching/test_kubernetes.py",
     "launching/test_scripts.py",
     "test_site.py",
+    "test_packaging.py",
     "launching/test_torchrun.py",
 )
 """Files whose tests start programs: torchrun, launchers, SLURM, hosts that are namespaces, compilers."""

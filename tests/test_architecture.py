@@ -48,6 +48,8 @@ WITHOUT_TORCH = {
 
 TOP_LEVEL = {
     "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
     "README.md",
     "LICENSE",
     "CHANGELOG.md",

@@ -75,6 +75,14 @@ def test_the_wheel_is_tagged_for_its_platform_and_carries_every_level(wheel: Pat
     libraries = [name for name in kernels if name.endswith(".so")]
     assert sorted(re.sub(r"^lamb-[0-9a-f]{16}-|\.so$", "", name) for name in libraries) == sorted(LEVELS)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"sharded_lamb"}
+    configs = {Path(name).suffix for name in names if name.startswith("sharded_lamb/configs/")}
+    assert configs == {".yaml", ".json"}
+
+
+def test_twine_accepts_the_wheel(wheel: Path) -> None:
+    check = [sys.executable, "-m", "twine", "--no-color", "check", "--strict", wheel]
+    done = subprocess.run(check, capture_output=True, text=True, timeout=60)
+    assert "PASSED" in done.stdout, done.stdout + done.stderr
 
 
 def test_libraries_need_a_libc_of_2014_and_nothing_else(installed: Path) -> None:
