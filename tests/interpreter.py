@@ -6,8 +6,8 @@
 A new interpreter spends five seconds of CPU time on its imports. This `python` is a small program that asks the server
 to fork: the fork gets its arguments, environment, folder and open files, runs the module, script or code as
 ``__main__`` in its network namespace, and ends after its exit functions, without the interpreter's finalization, which
-would take a second of its own. Signals, exit codes and death are handed on in both directions. Other calls
-(``python -V``) get the real interpreter.
+would take a second of its own. If PYTHONPATH has another `sharded_lamb`, the fork imports that one.
+Signals, exit codes and death are handed on in both directions. Other calls (``python -V``) get the real interpreter.
 """
 
 import atexit
@@ -208,6 +208,11 @@ def _run(request: list[Any], files: list[int]) -> int:
     sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
     added = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
     sys.path[:] = [*added, *(entry for entry in sys.path if entry not in ("", str(ROOT), *added))]
+    package = next((entry for entry in added if Path(entry, "sharded_lamb").is_dir()), str(ROOT))
+    if Path(package).resolve() != ROOT:  # another one than has been imported here
+        kept = {"sharded_lamb.bert.picture"}  # which does not draw
+        for name in {name for name in sys.modules if name.partition(".")[0] == "sharded_lamb"} - kept:
+            del sys.modules[name]
     try:
         if arguments[0] == "-m":
             sys.argv = arguments[1:]

@@ -1,8 +1,10 @@
 """Wheels carry the kernel for every level of processor: one command builds them, and they need no compiler."""
 
+import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from sharded_lamb.kernels import (
     native,
     prebuilt,
 )
+from tests import interpreter
 from tests.kernels.kernel_memory import SPLIT, Form, assert_same, made, stepped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -309,18 +312,82 @@ def test_the_wheel_runs_without_a_compiler(installed: Path, tmp_path: Path) -> N
     assert "cannot run" not in done.stderr
 
 
-def test_the_wheel_has_the_recipe_s_configurations(installed: Path, tmp_path: Path) -> None:
+# -- a new user's first commands -----------------------------------------------------------------------
+
+README = (ROOT / "README.md").read_text()
+(COMMANDS,) = re.findall(r"```bash\npip install.*\n((?:.*\n)*?)```", README)
+TINY = [
+    *("phases.0.steps=4", "phases.0.global_batch=4", "phases.0.sequence_length=32", "model.hidden_size=32"),
+    *("model.layers=1", "model.intermediate_size=64", "tokenizer.vocab_size=100", "data.workers=1"),
+    *("checkpoint.every_steps=2", "checkpoint.keep=0", "speed.peak_tflops=1", "data.source=[my.txt]"),
+]
+ELSEWHERE = {
+    "sharded-lamb quickstart": "bert/test_command.py",
+    "examples.trainer": "integrations/test_huggingface_examples.py",
+}
+"""{part of a command: the test file that runs it}, since it takes long."""
+
+
+def typed(installed: Path, folder: Path, command: str) -> str:
+    """What a command prints, typed in ``folder`` where the wheel alone is installed; small where it trains BERT."""
+    words = shlex.split(command, comments=True)
+    words += TINY if "data.source=[my.txt]" in words else []
+    path = f"{interpreter.prefix()}/bin:{os.environ['PATH']}"
+    settings = {"PYTHON_EXEC": interpreter.python(), "OMP_NUM_THREADS": "1", "PATH": path}
     done = subprocess.run(
-        [sys.executable, "-m", "sharded_lamb", "pretrain", "--config", "bert-quickstart", "--dry-run"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(installed)},
+        words,
+        cwd=folder,
+        env={**os.environ, **settings, "PYTHONPATH": str(installed)},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
-    assert "1,500 steps" in done.stdout
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    return done.stdout
+
+
+def losses(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] if "loss" in row else row["heldout_loss"] for row in rows]
+
+
+def test_the_first_commands_run_from_the_wheel_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    words = "".join(f"A sentence about the number {n}, which is {n % 7} modulo 7.\n\n" for n in range(400))
+    (tmp_path / "my.txt").write_text(words)
+    program = README.split("```python\n", 1)[1].split("```", 1)[0]
+    (tmp_path / "train.py").write_text(f"{program}\nimport sharded_lamb\nprint(sharded_lamb.__file__)\n")
+    run = tmp_path / "runs/mine"
+    said = []
+    for command in COMMANDS.splitlines():
+        if any(part in command for part in ELSEWHERE):
+            continue
+        if "--resume" in command:  # as after an interruption
+            first = losses(run)
+            shutil.rmtree(run / "checkpoints/step-00000004")
+            (run / "checkpoints/latest").write_text("step-00000002\n")
+        said.append(typed(installed, tmp_path, command))
+    doctor, written, _, resumed, inspected, trained = said
+    assert str(installed / "sharded_lamb/kernels/prebuilt") in doctor
+    assert written == "bert-quickstart.yaml\n"
+    assert "from step 2" in resumed
+    assert len(first) == 5
+    assert losses(run) == first
+    assert "step-00000004: step 4" in inspected
+    assert "ok       manifest.json" in inspected
+    assert trained.count(str(installed / "sharded_lamb/__init__.py")) == 2
+
+
+def test_the_wheel_has_the_recipe_s_configurations(installed: Path, tmp_path: Path) -> None:
+    said = typed(installed, tmp_path, "sharded-lamb pretrain --config bert-quickstart --dry-run")
+    assert "1,500 steps" in said
     assert not (installed / "sharded_lamb" / "configs").is_symlink()
+
+
+def test_commands_that_others_run_are_in_the_wheel(wheel: Path, installed: Path) -> None:
+    assert f"pip install '{wheel.name}[bert]'\n{COMMANDS}" in README
+    assert all((ROOT / "tests" / file).is_file() for file in ELSEWHERE.values())
+    assert (installed / "sharded_lamb/integrations/examples/trainer.py").is_file()
+    assert any("sharded-lamb quickstart" in command for command in COMMANDS.splitlines())
 
 
 # -- the command's own checks -------------------------------------------------------------------------
