@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -31,43 +32,55 @@ COLLECTIVE = {"verify", "plan", "bench"}
 """Commands for which torchrun's ranks are joined: ``run(chosen, device)``."""
 
 
+EXTRAS = {"bert"}
+"""Of the table's packages, those whose dependencies are an extra of the same name."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 passed, 1 failed, 2 wrong usage, 130 Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(
-        prog="sharded-lamb", description="ZeRO-sharded LAMB with exact trust ratios."
-    )
-    parser.add_argument("--version", action="version", version=f"sharded-lamb {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    named = next((argument for argument in arguments if not argument.startswith("-")), None)
-    module: Any = None
-    for name, (path, text) in COMMANDS.items():
-        own = commands.add_parser(name, help=text)
-        if name == named:
-            try:
-                module = importlib.import_module(f"sharded_lamb.{path}")
-            except ModuleNotFoundError as error:
-                extra = path.partition(".")[0]
-                print(f"sharded-lamb {name}: {error}; pip install 'sharded-lamb[{extra}]'", file=sys.stderr)
-                return 2
-            module.add_arguments(own)
-    chosen = parser.parse_args(arguments)
-    if chosen.command is None:
-        parser.print_help()
-        return 2
+    is_completing = "_ARGCOMPLETE" in os.environ  # by the function of register-python-argcomplete
+    words = os.environ.get("COMP_LINE", "").split()[1:] if is_completing else arguments
+    named = next((word for word in words if not word.startswith("-")), None)
     try:
+        parser, module = _parser(named)
+        if is_completing:
+            importlib.import_module("argcomplete").autocomplete(parser)
+        chosen = parser.parse_args(arguments)
+        if chosen.command is None:
+            parser.print_help()
+            return 2
         if chosen.command in COLLECTIVE:
             devices = importlib.import_module("sharded_lamb.comm.devices")
             return int(module.run(chosen, devices.join_ranks(chosen.device)))
         return int(module.run(chosen))
     except (ValueError, TypeError, ImportError, AttributeError, OSError) as error:
-        print(f"sharded-lamb {chosen.command}: {error}", file=sys.stderr)
+        extra = COMMANDS[named][0].partition(".")[0] if named in COMMANDS else None
+        is_missing = isinstance(error, ModuleNotFoundError) and extra in EXTRAS
+        remedy = f"; pip install 'sharded-lamb[{extra}]'" if is_missing else ""
+        print(f"sharded-lamb {named}: {error}{remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"sharded-lamb {chosen.command}: interrupted", file=sys.stderr)
+        print(f"sharded-lamb {named}: interrupted", file=sys.stderr)
         return 130
     finally:
         _leave_ranks()
+
+
+def _parser(named: str | None) -> tuple[argparse.ArgumentParser, Any]:
+    """The parser with the arguments of the command ``named``, and that command's module (None: no such command)."""
+    parser = argparse.ArgumentParser(
+        prog="sharded-lamb", description="ZeRO-sharded LAMB with exact trust ratios."
+    )
+    parser.add_argument("--version", action="version", version=f"sharded-lamb {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    module: Any = None
+    for name, (path, text) in COMMANDS.items():
+        own = commands.add_parser(name, help=text)
+        if name == named:
+            module = importlib.import_module(f"sharded_lamb.{path}")
+            module.add_arguments(own)
+    return parser, module
 
 
 def _leave_ranks() -> None:

@@ -2,8 +2,10 @@
 
 import argparse
 import importlib.util
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ import sharded_lamb
 from sharded_lamb.__main__ import COLLECTIVE, COMMANDS, main
 from sharded_lamb.bert import shipped
 
+ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_TORCH = """
 import sys
 from sharded_lamb.__main__ import main
@@ -44,6 +47,43 @@ def test_help_and_mistakes_do_not_import_torch(arguments: list[str]) -> None:
         timeout=60,
     )
     assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
+COMPLETING = """
+import sys
+sys.modules["torch"] = None
+from sharded_lamb.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("sharded-lamb pre", ["preflight", "pretrain"]),
+        ("sharded-lamb pretrain --dry-run --re", ["--resume"]),
+        ("sharded-lamb pretrain --config bert-quick", ["bert-quickstart", "bert-quickstart-adamw"]),
+        ("sharded-lamb pretrain --config ./mi", ["./mine.yaml"]),
+        ("sharded-lamb configs --write deepspeed/zero1", ["deepspeed/zero1"]),
+    ],
+)
+def test_argcomplete_completes_without_torch(line: str, expected: list[str], tmp_path: Path) -> None:
+    """By its protocol: the shell's function sets these variables and reads the file."""
+    (tmp_path / "mine.yaml").touch()
+    (tmp_path / "minutes.txt").touch()
+    said = tmp_path / "said"
+    protocol = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+    protocol |= {"_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_STDOUT_FILENAME": str(said)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPLETING],
+        cwd=tmp_path,
+        env={**os.environ, **protocol, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(said.read_text().rstrip(" ").split("\n")) == expected
 
 
 def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:

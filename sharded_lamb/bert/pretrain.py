@@ -6,9 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-import torch
-
-from sharded_lamb.bert.__main__ import main as recipe
+from sharded_lamb.bert import shipped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Pretrains BERT as a configuration says: a file, or the name of one that is shipped (sharded-lamb configs). "
         "Starts this machine's ranks; under torchrun or srun it is one of theirs."
     )
-    parser.add_argument("--config", required=True, metavar="NAME|FILE")
+    config = parser.add_argument("--config", required=True, metavar="NAME|FILE")
+    config.completer = shipped.completed  # type: ignore[attr-defined]  # argcomplete's name
     parser.add_argument(
         "--dry-run", action="store_true", help="print batch arithmetic, memory and steps; train nothing"
     )
@@ -40,11 +39,11 @@ def run(chosen: argparse.Namespace) -> int:
     """Returns the exit code of the recipe or of its ranks."""
     arguments = ["--config", chosen.config, *chosen.overrides]
     if chosen.dry_run:
-        return recipe([*arguments, "--dry-run"])
+        return _recipe([*arguments, "--dry-run"])
     if chosen.resume is not None:
         arguments += ["--resume", chosen.resume]
     if "RANK" in os.environ:
-        return recipe(arguments)
+        return _recipe(arguments)
     return launch(arguments, chosen.ranks, chosen.max_restarts)
 
 
@@ -54,12 +53,14 @@ def launch(arguments: Sequence[str], ranks: int | None, max_restarts: int) -> in
     Raises:
         ValueError: ``ranks`` is not > 0.
     """
+    import torch  # not for help and completion
+
     if ranks is None:
         ranks = torch.accelerator.device_count() if torch.accelerator.is_available() else 2
     if ranks < 1:
         raise ValueError(f"--ranks must be >= 1, got {ranks}")
     # Rejects invalid settings and input once, before torchrun starts ranks, which it would restart.
-    code = recipe(["prepare", *arguments])
+    code = _recipe(["prepare", *arguments])
     if code:
         return code
     threads = max(1, (os.cpu_count() or 1) // ranks)
@@ -72,3 +73,9 @@ def launch(arguments: Sequence[str], ranks: int | None, max_restarts: int) -> in
         except KeyboardInterrupt:  # the ranks got it too
             ranks_of_torchrun.wait()
             return 130
+
+
+def _recipe(arguments: Sequence[str]) -> int:
+    from sharded_lamb.bert.__main__ import main
+
+    return main(arguments)

@@ -27,10 +27,18 @@ def path_of(name: str) -> Path:
     return FOLDER / f"{name}{'.json' if name.startswith('deepspeed/') else '.yaml'}"
 
 
+def completed(prefix: str, **_: object) -> list[str]:
+    """For argcomplete: every name, and YAML files that begin with ``prefix``."""
+    from argcomplete.completers import FilesCompleter
+
+    return [*names(), *FilesCompleter(("yaml", "yml"))(prefix)]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``sharded-lamb configs``."""
     parser.description = "Lists the configurations that come with the package, or writes one to edit it."
-    parser.add_argument("--write", metavar="NAME", help="copy it, and the files it is based on, here")
+    write = parser.add_argument("--write", metavar="NAME", help="copy it, and the files it is based on, here")
+    write.completer = lambda **_: names()  # type: ignore[attr-defined]  # argcomplete's name
     parser.add_argument("--to", type=Path, default=Path(), metavar="FOLDER", help="default: this folder")
 
 
