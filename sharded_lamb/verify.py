@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sharded_lamb import shapes
 from sharded_lamb.comm import devices
 from sharded_lamb.comm.collectives import Traffic
+from sharded_lamb.comm.progress import with_progress
 from sharded_lamb.core.host_values import as_tensor
 from sharded_lamb.optim.sharded import ShardedLamb
 
@@ -219,7 +220,7 @@ class _Comparison:
         reference = Reference(self.params, lr, max_grad_norm) if first else None
         problems = []
         before = _copy(optimizer.traffic)
-        for step in range(steps):
+        for step in with_progress(range(steps), "verify"):
             optimizer.zero_grad()
             self.give_gradients(step, stage)
             optimizer.step()

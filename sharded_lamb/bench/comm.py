@@ -45,11 +45,9 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     collectives, clock = Collectives(Topology.of(None, None), device), Clock(device)
     turns = {}
     for size in sizes:
-        report.progress(f"{size:g} MB")
         turns[f"{size:g}"] = take_turns(
-            Exchanges(collectives, size, device).actions(), clock, rounds=chosen.rounds
+            Exchanges(collectives, size, device).actions(), clock, rounds=chosen.rounds, title=f"{size:g} MB"
         )
-    report.progress(f"{SMALLEST} B")
     smallest = take_turns({PAIR: _smallest(device)}, clock, rounds=chosen.rounds)[PAIR]
     summary = {size: summarize(each, float(size), world_size) for size, each in turns.items()}
     content = {

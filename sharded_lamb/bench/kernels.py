@@ -57,9 +57,9 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     for name, listed in lists.items():
         actions = _actions(Workload(listed, 0, device), loaded, device)
         for count in threads:
-            report.progress(f"{name}, {count} threads")
+            title = f"{name}, {count} threads"
             with _threads_set(count):
-                turns[f"{name}, {count} threads"] = take_turns(actions, Clock(device), rounds=chosen.rounds)
+                turns[title] = take_turns(actions, Clock(device), rounds=chosen.rounds, title=title)
     summary = {key: summarize(each, sizes[key.rpartition(", ")[0]], device) for key, each in turns.items()}
     automatic = kernels.choose("auto", device).name
     content = {

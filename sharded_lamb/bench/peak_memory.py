@@ -25,6 +25,7 @@ from sharded_lamb.bench import report
 from sharded_lamb.bench.candidates import BARE, OURS, PEERS, Kind, Setting, choose
 from sharded_lamb.bench.timing import world
 from sharded_lamb.bench.workload import Workload
+from sharded_lamb.comm.progress import with_progress
 
 COUNTED = (
     "peak: the most resident memory (on a GPU: allocated) of the rank that had most, in construction and steps; "
@@ -53,8 +54,7 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     kinds = [BARE, *kinds]
     elements = sum(math.prod(shape) for shape in parameters.values())
     by_kind = {}
-    for kind in kinds:
-        report.progress(kind.name)
+    for kind in with_progress(kinds, "bench memory", lambda kind: kind.name):
         by_kind[kind.name] = _all_ranks(_child(kind, chosen, device))
     content = {
         **report.about(device),

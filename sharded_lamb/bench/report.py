@@ -121,12 +121,6 @@ def dumped(content: Any, indent: int = 0) -> str:
     return f"{start}\n{body}\n{' ' * indent}{end}" + "\n" * (not indent)
 
 
-def progress(text: str) -> None:
-    """Print one line to the first rank's stderr: some measurements take minutes."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"{datetime.datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
-
-
 class Panel:
     """A bar chart: {label: (length, low end of its spread, high end)} in ``unit``; ``ours`` are highlighted."""
 

@@ -15,6 +15,7 @@ from sharded_lamb.bench import report
 from sharded_lamb.bench.candidates import BARE, PEERS, Candidate, Kind, Setting, choose
 from sharded_lamb.bench.timing import Clock, Spread, Turns, by_round, quotients, world
 from sharded_lamb.bench.workload import Workload
+from sharded_lamb.comm.progress import with_progress
 
 COUNTED = (
     "An iteration zeroes gradients, runs a backward that writes this rank's gradients into fresh memory and computes "
@@ -96,24 +97,22 @@ def _take_turns(
     alive: dict[str, Candidate] = {}
     failed: dict[str, str] = {}
     kernel = None
-    for number in range(rounds):
-        for kind in kinds:
-            if kind.name in failed:
-                continue
-            report.progress(f"round {number + 1} of {rounds}: {kind.name}")
-            candidate = alive.get(kind.name) or _warm(kind, setting)
-            if isinstance(candidate, str):
-                failed[kind.name] = candidate
-                del turns[kind.name]
-                continue
-            turns[kind.name].append(clock.milliseconds(candidate.iterate, iterations))
-            kernel = candidate.kernel or kernel
-            if keep:
-                alive[kind.name] = candidate
-            else:
-                candidate.close()
-                del candidate
-                gc.collect()
+    for kind in with_progress([*kinds] * rounds, "bench step", lambda kind: kind.name):
+        if kind.name in failed:
+            continue
+        candidate = alive.get(kind.name) or _warm(kind, setting)
+        if isinstance(candidate, str):
+            failed[kind.name] = candidate
+            del turns[kind.name]
+            continue
+        turns[kind.name].append(clock.milliseconds(candidate.iterate, iterations))
+        kernel = candidate.kernel or kernel
+        if keep:
+            alive[kind.name] = candidate
+        else:
+            candidate.close()
+            del candidate
+            gc.collect()
     for candidate in alive.values():
         candidate.close()
     return turns, kernel, failed

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from sharded_lamb.comm import devices
+from sharded_lamb.comm.progress import with_progress
 
 Turns = list[list[float]]
 """Milliseconds, [round][iteration]."""
@@ -53,15 +54,23 @@ class Clock:
 
 
 def take_turns(
-    actions: Mapping[str, Callable[[], object]], clock: Clock, *, rounds: int, iterations: int = 1
+    actions: Mapping[str, Callable[[], object]],
+    clock: Clock,
+    *,
+    rounds: int,
+    iterations: int = 1,
+    title: str = "",
 ) -> dict[str, Turns]:
-    """Run every action once untimed, then ``rounds`` times in turn. Collective."""
+    """Run every action once untimed, then ``rounds`` times in turn. Collective.
+
+    Args:
+        title: of the progress bar.
+    """
     for action in actions.values():
         action()
     turns: dict[str, Turns] = {name: [] for name in actions}
-    for _ in range(rounds):
-        for name, action in actions.items():
-            turns[name].append(clock.milliseconds(action, iterations))
+    for name in with_progress([*actions] * rounds, f"bench {title}".rstrip()):
+        turns[name].append(clock.milliseconds(actions[name], iterations))
     return turns
 
 

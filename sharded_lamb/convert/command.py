@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint, read_contents, write_contents
+from sharded_lamb.comm.progress import with_progress
 from sharded_lamb.convert import adam, apex, files, lamb, timm
 from sharded_lamb.convert.common import Converted, Note
 from sharded_lamb.convert.deepspeed import WHY, read_deepspeed
@@ -228,11 +229,15 @@ def run(chosen: argparse.Namespace) -> int:
     assert target.write is not None
     _check_options(chosen, source)
     files.check_target(chosen.target, chosen.source, target.is_folder, chosen.force)
+    work = with_progress(("read", "write"), "convert")
+    next(work)
     contents, notes = _read(source.read, chosen)
     if not contents.groups and chosen.to not in ("sharded_lamb", "safetensors"):
         raise ValueError(f"{chosen.source} holds weights only: convert it to sharded_lamb or safetensors")
     contents = _set(contents, [_pair(given, "--set", "KEY=VALUE") for given in chosen.set])
+    next(work)
     notes += target.write(chosen.target, contents)
+    work.close()
     for note in notes:
         print(f"note: {note}")
     print(f"wrote {chosen.target} ({chosen.to}): {described(contents)}")

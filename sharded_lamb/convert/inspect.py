@@ -24,6 +24,7 @@ from sharded_lamb.checkpoint.manifest import (
     replaced,
     unlisted_files,
 )
+from sharded_lamb.comm.progress import with_progress
 
 SHOWN = 24
 """Maximal lines of a shortened table."""
@@ -116,7 +117,7 @@ def verified(folder: Path) -> tuple[dict[str, str], str | None]:
     except CheckpointError as error:
         return {}, str(error)
     verdicts = {}
-    for name, digest in sorted(sums.items()):
+    for name, digest in with_progress(sorted(sums.items()), "check", lambda file: file[0]):
         try:
             verdicts[name] = (
                 "ok" if tensorfile.sha256(folder / name) == digest else "not the hash it was written with"
@@ -134,7 +135,8 @@ def summary_of(folder: Path, *, norms: bool = True) -> dict[str, Any]:
     """Returns all that is shown, in the types of JSON. Reads one tensor at a time, for its norm."""
     manifest = read_manifest(folder)
     weights_first = sorted(manifest.tensors, key=lambda name: not name.startswith("model."))
-    tensors = {name: _tensor(folder, manifest.tensors[name], norms) for name in weights_first}
+    names_read = with_progress(weights_first, "inspect")
+    tensors = {name: _tensor(folder, manifest.tensors[name], norms) for name in names_read}
     sizes = {MANIFEST: (folder / MANIFEST).stat().st_size, **manifest.files}
     states = manifest.kinds()
     names = [name for group in manifest.groups for name in group["names"]]

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from sharded_lamb import shapes
 from sharded_lamb.comm import devices
+from sharded_lamb.comm.progress import with_progress
 from sharded_lamb.plan.costs import Shapes, costs
 from sharded_lamb.plan.machine import PRESETS, Machine, calibrated
 from sharded_lamb.plan.models import shapes_of_config
@@ -122,7 +123,8 @@ def run(chosen: argparse.Namespace, device: torch.device) -> int:
     parameters, choices, machine = _shapes(chosen, "bert-large"), _choices(chosen), _machine(chosen)
     computation = Computation(chosen.forward_ms / 1e3, chosen.backward_ms / 1e3)
     rows = []
-    for sharding in shardings(chosen.world_sizes, chosen.stages, chosen.shard, machine.ranks_per_node):
+    planned = shardings(chosen.world_sizes, chosen.stages, chosen.shard, machine.ranks_per_node)
+    for sharding in with_progress(planned, "plan", lambda one: f"stage {one.stage}, {one.mesh} ranks"):
         cost = costs(parameters, choices, sharding)
         rows.append(Row(cost, times(cost, choices, machine, computation)))
     title = f"{chosen.config or chosen.shapes or 'bert-large'}: {_described(parameters, choices)}"
