@@ -48,8 +48,6 @@ WITHOUT_TORCH = {
 
 TOP_LEVEL = {
     "pyproject.toml",
-    "setup.py",
-    "MANIFEST.in",
     "README.md",
     "LICENSE",
     "CHANGELOG.md",

@@ -109,4 +109,4 @@ def test_the_long_description_has_no_relative_links_or_pictures(unpacked: Path) 
     ],
 )
 def test_links_to_files_become_text(text: str, expected: str) -> None:
-    assert runpy.run_path(str(ROOT / "setup.py"))["long_description"](text) == expected
+    assert runpy.run_path(str(ROOT / "configs" / "build_backend.py"))["long_description"](text) == expected
