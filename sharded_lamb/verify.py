@@ -33,15 +33,18 @@ MAX_SMALL_ALL_REDUCES = 2
 
 
 class Reference:
-    """LAMB (arXiv 1904.00962, Algorithm 2) on whole fp64 tensors: the default variant, with global clipping."""
+    """Variants "lamb" (arXiv 1904.00962, Algorithm 2), with global clipping, and "lans" (2006.13484, Algorithm 2)."""
 
-    def __init__(self, weights: Sequence[Tensor], lr: float, max_grad_norm: float | None) -> None:
+    def __init__(
+        self, weights: Sequence[Tensor], lr: float, max_grad_norm: float | None, variant: str = "lamb"
+    ) -> None:
         self.w = [weight.detach().to("cpu", torch.float64, copy=True) for weight in weights]
         self.m = [torch.zeros_like(w) for w in self.w]
         self.v = [torch.zeros_like(w) for w in self.w]
         self.ratios = [1.0] * len(self.w)
         self.grad_norm = 0.0
         self.t, self.lr, self.max_grad_norm = 0, lr, max_grad_norm
+        self.is_lans = variant == "lans"
 
     def step(self, gradients: Sequence[Tensor]) -> None:
         """One step with averaged gradients: fp64, one per weight, of its shape."""
@@ -52,13 +55,23 @@ class Reference:
             clip = self.max_grad_norm / self.grad_norm
         for i, gradient in enumerate(gradients):
             g = gradient * clip
+            if self.is_lans:
+                g = gradient / gradient.norm() if gradient.any() else gradient
             self.m[i] = 0.9 * self.m[i] + 0.1 * g
             self.v[i] = 0.999 * self.v[i] + 0.001 * g * g
             m_hat, v_hat = self.m[i] / (1 - 0.9**self.t), self.v[i] / (1 - 0.999**self.t)
             update = m_hat / (v_hat.sqrt() + 1e-6) + 0.01 * self.w[i]
-            w_norm, u_norm = float((self.w[i] ** 2).sum()) ** 0.5, float((update**2).sum()) ** 0.5
-            self.ratios[i] = w_norm / u_norm if w_norm > 0 and u_norm > 0 else 1.0
-            self.w[i] -= self.lr * self.ratios[i] * update
+            self.ratios[i] = self._ratio(self.w[i], update)
+            change = self.ratios[i] * update
+            if self.is_lans:
+                along = g / (v_hat.sqrt() + 1e-6) + 0.01 * self.w[i]
+                change = 0.9 * change + 0.1 * self._ratio(self.w[i], along) * along
+            self.w[i] -= self.lr * change
+
+    @staticmethod
+    def _ratio(w: Tensor, update: Tensor) -> float:
+        w_norm, u_norm = float((w**2).sum()) ** 0.5, float((update**2).sum()) ** 0.5
+        return w_norm / u_norm if w_norm > 0 and u_norm > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -125,6 +138,7 @@ def verify(
     lr: float = 1e-2,
     max_grad_norm: float | None = 1.0,
     seed: int = 0,
+    variant: Literal["lamb", "lans"] = "lamb",
 ) -> Report:
     """Run ``steps`` steps on synthetic gradients and compare with the reference. Collective over the default group.
 
@@ -132,6 +146,7 @@ def verify(
         parameters: a model, which is moved to ``device`` and ``dtype`` and trained in place, or {name: shape}.
         stage: ZeRO stage, 1 or 2.
         dtype: of the parameters; the masters are fp32.
+        variant: of the optimizer and the reference.
 
     Returns:
         A report with the same verdict on every rank. A ValueError or RuntimeError of the optimizer is one of its
@@ -139,12 +154,12 @@ def verify(
     """
     comparison = _Comparison(parameters, dtype, torch.device(device), seed)
     setting = (
-        f"stage {stage}, {comparison.world_size} ranks, {str(dtype).removeprefix('torch.')}, "
+        f"{variant}, stage {stage}, {comparison.world_size} ranks, {str(dtype).removeprefix('torch.')}, "
         f"{_backend(comparison.device)}, "
         f"{len(comparison.params)} tensors, {sum(p.numel() for p in comparison.params):,} elements, {steps} steps"
     )
     try:
-        problems, rows, per_step = comparison.compare(steps, stage, bucket_mb, lr, max_grad_norm)
+        problems, rows, per_step = comparison.compare(steps, stage, bucket_mb, lr, max_grad_norm, variant)
     except (ValueError, RuntimeError) as error:
         problems, rows, per_step = [f"{type(error).__name__}: {error}"], [], {}
     return Report(setting, tuple(comparison.all_problems(problems)), tuple(rows), per_step)
@@ -206,18 +221,25 @@ class _Comparison:
         torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
 
     def compare(
-        self, steps: int, stage: Literal[1, 2], bucket_mb: float, lr: float, max_grad_norm: float | None
+        self,
+        steps: int,
+        stage: Literal[1, 2],
+        bucket_mb: float,
+        lr: float,
+        max_grad_norm: float | None,
+        variant: str,
     ) -> tuple[list[str], list[ParameterError], dict[str, float]]:
         first = self.rank == 0
         optimizer = ShardedLamb(
             zip(self.names, self.params, strict=True),
             lr=lr,
+            variant=variant,
             stage=stage,
             bucket_mb=bucket_mb,
             max_grad_norm=max_grad_norm,
             reduce_dtype=torch.float32,
         )
-        reference = Reference(self.params, lr, max_grad_norm) if first else None
+        reference = Reference(self.params, lr, max_grad_norm, variant) if first else None
         problems = []
         before = _copy(optimizer.traffic)
         for step in with_progress(range(steps), "verify"):
@@ -341,6 +363,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", help="module:function that returns a torch.nn.Module, e.g. mypackage.models:build"
     )
     parser.add_argument("--stage", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--variant", choices=("lamb", "lans"), default="lamb")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--device", help=devices.OF_HERE)
     parser.add_argument("--steps", type=int, default=20)
@@ -366,6 +389,7 @@ def run(chosen: argparse.Namespace, device: torch.device) -> int:
         device=device,
         bucket_mb=chosen.bucket_mb,
         seed=chosen.seed,
+        variant=chosen.variant,
     )
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(report)

@@ -17,6 +17,7 @@ from sharded_lamb import shapes
 from sharded_lamb.__main__ import main
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.comm.step_agreement import StepAgreement
+from sharded_lamb.core import rule
 from sharded_lamb.core.layout import Bucket, Segment
 from sharded_lamb.kernels import ScatteredShard
 from sharded_lamb.kernels.native import CppKernel
@@ -44,6 +45,26 @@ def verify_here(rank: int, stage: int, dtype: str, bucket_mb: float = 0.02, step
 def test_passes_on_what_is_right(world_size: int, stage: int, dtype: str) -> None:
     for passed, text, _ in run_ranks(world_size, verify_here, stage, dtype):
         assert passed, text
+
+
+def verify_lans(rank: int, stage: int, forgets: bool) -> Verdict:
+    """``forgets``: gradients keep their norms."""
+    with mock.patch.object(rule, "gradient_scales", keep_scale if forgets else rule.gradient_scales):
+        return verdict(verify(shapes.named("tiny"), stage=stage, steps=6, bucket_mb=0.02, variant="lans"))
+
+
+def keep_scale(scale: Tensor, square_sums: Tensor, options: Any) -> Tensor:
+    return scale
+
+
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 2), (2, 1), (2, 2)])
+def test_compares_lans(world_size: int, stage: int) -> None:
+    for passed, text, per_step in run_ranks(world_size, verify_lans, stage, False):
+        assert passed, text
+        if world_size == 2 and stage == 2:
+            tensors = len(shapes.named("tiny"))
+            assert per_step["all_reduce_small bytes"] == 8 * (3 * tensors + 1 + 3 * tensors + 6)
+    assert not any(passed for passed, _, _ in run_ranks(world_size, verify_lans, stage, True))
 
 
 def verify_model(rank: int) -> Verdict:
