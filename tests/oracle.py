@@ -25,6 +25,8 @@ PLAIN: dict[str, Any] = {
     "adapt_without_decay": True,
     "normalize_grad": False,
     "nesterov": False,
+    "decoupled_decay": False,
+    "corrected_weight_decay": False,  # or the peak learning rate
     # None, "decay patterns" (parameters without decay have ratio 1 too) or "everything"
     "adaptation_excludes": None,
 }
@@ -137,6 +139,10 @@ class OracleLamb:
         decay = 0.0 if name in self.no_decay else opt["weight_decay"]
         self.steps[name] += 1
         t = self.steps[name]
+        has_decay = decay > 0
+        if opt["decoupled_decay"]:
+            peak = opt["corrected_weight_decay"] or opt["lr"]
+            w, decay = w * (1 - opt["lr"] * opt["lr"] / peak * decay), 0.0
 
         if opt["normalize_grad"] and l2(g) > 0:
             g = g / l2(g)
@@ -154,17 +160,17 @@ class OracleLamb:
         denominator = np.sqrt(v_hat + eps) if opt["eps_inside_sqrt"] else np.sqrt(v_hat) + eps
         decayed = decay * w if opt["adam_w_mode"] else 0.0
         u = m_hat / denominator + decayed
-        ratio = self._ratio(name, l2(w), l2(u), decay)
+        ratio = self._ratio(name, l2(w), l2(u), has_decay)
         change = ratio * u
         if opt["nesterov"]:
             along = g / denominator + decayed
-            change = beta1 * change + of_gradient * self._ratio(name, l2(w), l2(along), decay) * along
+            change = beta1 * change + of_gradient * self._ratio(name, l2(w), l2(along), has_decay) * along
         self.params[name] = np.asarray(w - step_size * change)
         return ratio
 
-    def _ratio(self, name: str, w_norm: float, u_norm: float, decay: float) -> float:
+    def _ratio(self, name: str, w_norm: float, u_norm: float, has_decay: bool) -> float:
         opt = self.options[name]
-        if name in self.no_adapt or (decay == 0 and not opt["adapt_without_decay"]):
+        if name in self.no_adapt or (not has_decay and not opt["adapt_without_decay"]):
             return 1.0
         if w_norm > 0 and u_norm > 0:
             return clamp(clamp(w_norm, opt["weight_norm_clip"]) / u_norm, opt["trust_clip"])

@@ -56,6 +56,9 @@ def lost_options(groups: list[PlainGroup], kept: set[str], target: str) -> list[
         "eps_inside_sqrt": (False,),
         "trust_clip": (None,),
         "weight_norm_clip": (None,),
+        "normalize_grad": (False,),
+        "nesterov": (False,),
+        "decoupled_decay": (False,),
     }
     notes = []
     for option, values in usual.items():

@@ -22,6 +22,7 @@ _FLAGS = {
     "bias_correction": "bias_correction",
     "grad_averaging": "grad_averaging",
     "adapt_without_decay": "always_adapt",
+    "decoupled_decay": "decoupled_decay",
 }
 _TIMM_CLIP = (0.0, 1.0)  # trust_clip=True there: the ratio is at most 1
 
@@ -37,11 +38,10 @@ def from_timm(
     read, notes = positional.read(file, names)
     check_format(read.groups, "timm")
     for group in read.groups:
-        refused = [key for key in ("caution", "decoupled_decay") if group.get(key)]
-        if refused:
+        if group.get("caution"):
             raise ValueError(
-                f"the file's Lamb had {refused[0]}=True, which is another update rule and is not supported: its "
-                f"moments would continue under a different rule"
+                "the file's Lamb had caution=True, which is another update rule and is not supported: its moments "
+                "would continue under a different rule"
             )
     clips = {group.get("max_grad_norm") for group in read.groups}
     clip = next(iter(clips)) if len(clips) == 1 else read.groups[0].get("max_grad_norm")
@@ -54,6 +54,8 @@ def from_timm(
         own: dict[str, Any] = flags_of(group, _FLAGS)
         if "trust_clip" in group:
             own["trust_clip"] = _TIMM_CLIP if group["trust_clip"] else None
+        if group.get("decoupled_decay") and group.get("corrected_weight_decay"):
+            own["corrected_weight_decay"] = float(group["max_lr_snapshot"])
         return group_options(variant or "timm", {**scalars_of(group), **own})
 
     contents = InMemoryCheckpoint(
@@ -94,8 +96,9 @@ def _group(group: PlainGroup, clip: float | None) -> dict[str, Any]:
         "trust_clip": _clip_of(options) == _TIMM_CLIP,
         "always_adapt": group.adapts if group.weight_decay == 0 else bool(options["adapt_without_decay"]),
         "caution": False,
-        "decoupled_decay": False,
-        "corrected_weight_decay": False,
+        "decoupled_decay": bool(options["decoupled_decay"]),
+        "corrected_weight_decay": bool(options["corrected_weight_decay"]),
+        "max_lr_snapshot": float(options["corrected_weight_decay"] or options["lr"]),
         "foreach": None,
     }
 
@@ -106,7 +109,9 @@ def _clip_of(options: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def _lost(groups: list[PlainGroup]) -> list[Note]:
-    notes = lost_options(groups, {"bias_correction", "grad_averaging", "trust_clip"}, "timm's Lamb")
+    notes = lost_options(
+        groups, {"bias_correction", "grad_averaging", "trust_clip", "decoupled_decay"}, "timm's Lamb"
+    )
     notes += differing(
         "bias_correction",
         ["lr" for group in groups if group.options["bias_correction"] == "lr"],

@@ -22,13 +22,15 @@ class RuleOptions(TypedDict, total=False):
     adam_w_mode: bool
     eps_inside_sqrt: bool
     max_grad_norm: float | None
-    trust_clip: tuple[float, float] | None
+    trust_clip: tuple[float, float] | float | None
     weight_norm_clip: tuple[float, float] | None
     exclude_from_weight_decay: Sequence[str]
     exclude_from_layer_adaptation: Sequence[str] | None
     adapt_without_decay: bool
     normalize_grad: bool
     nesterov: bool
+    decoupled_decay: bool
+    corrected_weight_decay: float | bool
 
 
 SCALAR_DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
@@ -50,6 +52,8 @@ DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
         "adapt_without_decay": True,
         "normalize_grad": False,
         "nesterov": False,
+        "decoupled_decay": False,
+        "corrected_weight_decay": False,
     }
 )
 """Options with a default per variant; all but ``max_grad_norm`` may differ between groups."""
@@ -65,6 +69,7 @@ FLAGS: Final = (
     "adapt_without_decay",
     "normalize_grad",
     "nesterov",
+    "decoupled_decay",
 )
 FIXED: Final = ("normalize_grad", "nesterov")
 """Options that neither an edit nor a load may change: all ranks size their all-reduces, and wait for them, by these."""
@@ -180,6 +185,10 @@ def integer(name: str, value: Any, low: int, expected: str) -> int:
     return int(plain)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _pair(name: str, value: Any, expected: str) -> tuple[Any, Any]:
     is_sequence = hasattr(value, "__len__") and hasattr(value, "__getitem__")
     if not is_sequence or isinstance(value, (str, Mapping)):
@@ -213,10 +222,31 @@ def _bounds(name: str, value: Any) -> tuple[float, float] | None:
     if value is None:
         return None
     expected = "None or a pair (low, high) with 0 <= low <= high and high > 0"
-    low, high = (number(name, x, 0.0, math.inf, expected) for x in _pair(name, value, expected))
+    pair = _pair(name, value, expected)
+    low, high = (number(name, x, 0.0, math.inf, expected) for x in pair)
     if not low <= high or high == 0.0:
         _fail(name, value, expected)
     return low, high
+
+
+def _peak_rate(group: Mapping[str, Any]) -> float | bool:
+    """``corrected_weight_decay``: False, or the peak learning rate; True means the group's own, as it is now."""
+    value = group["corrected_weight_decay"]
+    if value is False:
+        return False
+    peak = _scalar(group["lr"]) if value is True else value
+    expected = "False, True (the peak learning rate is lr, at construction), or that rate, > 0"
+    return number("corrected_weight_decay", peak, FP32_MIN, FP32_MAX, expected)
+
+
+def _check_decay(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for options of decay that contradict each other."""
+    if options["decoupled_decay"] and not options["adam_w_mode"]:
+        raise ValueError(
+            "decoupled_decay=True with adam_w_mode=False: the decay is outside u, or in the gradient"
+        )
+    if options["corrected_weight_decay"] and not options["decoupled_decay"]:
+        raise ValueError("corrected_weight_decay corrects decoupled decay: give decoupled_decay=True too")
 
 
 def _betas(value: Any) -> tuple[float, float]:
@@ -250,6 +280,8 @@ def validate_group(group: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(bias_correction, str) or bias_correction != "lr":
         bias_correction = flag("bias_correction", bias_correction, 'True, False or "lr"')
     variant_options(group["variant"])
+    _check_decay(group)
+    clip = _scalar(group["trust_clip"])
     adaptation = group["exclude_from_layer_adaptation"]
     if adaptation is not None:  # None: the same as exclude_from_weight_decay
         adaptation = validate_patterns("exclude_from_layer_adaptation", adaptation)
@@ -261,7 +293,8 @@ def validate_group(group: Mapping[str, Any]) -> dict[str, Any]:
         "variant": str(group["variant"]),
         "bias_correction": bias_correction,
         **{name: flag(name, group[name]) for name in FLAGS},
-        "trust_clip": _bounds("trust_clip", group["trust_clip"]),
+        "corrected_weight_decay": _peak_rate(group),
+        "trust_clip": _bounds("trust_clip", (0.0, clip) if _is_number(clip) else clip),
         "weight_norm_clip": _bounds("weight_norm_clip", group["weight_norm_clip"]),
         "exclude_from_weight_decay": validate_patterns(
             "exclude_from_weight_decay", group["exclude_from_weight_decay"]

@@ -36,6 +36,8 @@ class _GroupOptions:
     adapts_without_decay: float
     normalizes: float
     nesterov: float
+    decoupled: float
+    peak_lr: float
 
     @staticmethod
     def of(group: Mapping[str, Any]) -> "_GroupOptions":
@@ -61,6 +63,8 @@ class _GroupOptions:
             adapts_without_decay=float(group["adapt_without_decay"]),
             normalizes=float(group["normalize_grad"]),
             nesterov=float(group["nesterov"]),
+            decoupled=float(group["decoupled_decay"]),
+            peak_lr=group["corrected_weight_decay"] or math.inf,
         )
 
 
@@ -137,14 +141,16 @@ class OptionTable:
         without_decay = named.pop("adapts_without_decay").bool()
         l2, decay = named.pop("l2") * self._decays, named.pop("decay") * self._decays
         adapts = self._adapts & (without_decay | (l2 + decay > 0))
-        normalizes = named.pop("normalizes").bool()
+        normalizes, decoupled = named.pop("normalizes").bool(), named.pop("decoupled").bool()
         return ParameterOptions(
             **named,
             l2=l2,
             decay=decay,
             adapts=adapts,
             normalizes=normalizes,
+            decoupled=decoupled,
             is_fp64=self.is_fp64,
             any_normalizes=any(options.normalizes for options in of_groups),
             any_nesterov=any(options.nesterov for options in of_groups),
+            any_decoupled=any(options.decoupled for options in of_groups),
         )

@@ -15,6 +15,9 @@ ratio of its own (``nesterov``)::
     u₂ = g / (√(b2 v + ε_inside) + ε_outside) + λ w,  r₂ = φ(‖w‖) / ‖u₂‖
     w ← w - η (β1 r u + c1 r₂ u₂)
 
+Decoupled decay (``decoupled_decay``, as in timm) is outside u and its ratio: w shrinks by η λ first, or by
+η² λ / η_peak (``corrected_weight_decay``), and φ(‖w‖) is that of the smaller w.
+
 Functions take lists of tensors, one entry per parameter or chunk of a shard. A coefficient is a list of the same
 length: floats, or tensors that broadcast (one row per block), so that the same code updates a whole parameter and
 a chunk with blocks of many parameters. Every operation is one correctly rounded IEEE operation (no fused
@@ -27,6 +30,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from sharded_lamb.core.hyperparams import FP32_MAX
 
 Coefficient = Any  # list[float] | list[Tensor]; torch's foreach stubs overload each, not their union
 C = TypeVar("C")
@@ -131,7 +136,7 @@ def descend(w: list[Tensor], u: list[Tensor], step_size: Coefficient) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ParameterOptions:
-    """The options as tensors [P] on one device: fp64; ``adapts``, ``normalizes`` and ``is_fp64`` bool."""
+    """The options as tensors [P] on one device: fp64; bool where it says so."""
 
     beta1: Tensor
     beta2: Tensor
@@ -147,12 +152,15 @@ class ParameterOptions:
     weight_norm_high: Tensor
     ratio_low: Tensor
     ratio_high: Tensor
-    adapts: Tensor
+    adapts: Tensor  # bool
     normalizes: Tensor  # bool: gradients are divided by their norm
     nesterov: Tensor  # 1: the update has a second direction, along the gradient
-    is_fp64: Tensor  # float64 parameters, whose norms are not rounded to fp32
+    decoupled: Tensor  # bool: decay is outside the update
+    peak_lr: Tensor  # η_peak of corrected decay; inf: none
+    is_fp64: Tensor  # bool: float64 parameters, whose norms are not rounded to fp32
     any_normalizes: bool  # on the host
     any_nesterov: bool
+    any_decoupled: bool
 
     @property
     def sums(self) -> tuple[str, ...]:
@@ -185,7 +193,7 @@ def coefficients(options: ParameterOptions, step: Tensor, active: Tensor, grad_s
         unbias2=torch.where(correct, 1 / (1 - options.beta2**step), one),
         eps_inside=options.eps_inside,
         eps_outside=options.eps_outside,
-        decay=options.decay,
+        decay=options.decay * ~options.decoupled,
     )
 
 
@@ -213,9 +221,28 @@ def gradient_scales(scale: Tensor, square_sums: Tensor, options: ParameterOption
     return torch.where(options.normalizes, inverse, scale)
 
 
-def ratios_of_sums(square_sums: Tensor, options: ParameterOptions) -> Tensor:
-    """[D, P] fp64: `trust_ratios` of each direction, of parameters with ``square_sums`` [1 + D, P] over all ranks."""
+def shrinkage(lr: Tensor, options: ParameterOptions) -> Tensor:
+    """[P] fp64: the share η λ (η / η_peak) of itself that decoupled decay takes from a weight; 0 for other decay."""
+    rate = torch.where(options.peak_lr.isinf(), lr, lr * lr / options.peak_lr)
+    return torch.where(options.decoupled, rate * options.decay, torch.zeros_like(lr))
+
+
+def decay_of_pass_2(lr: Tensor, step_sizes: Tensor, options: ParameterOptions) -> Tensor:
+    """[P] fp64: the decay in u with which ``step_sizes`` [D, P] also take `shrinkage` from the weights."""
+    size = step_sizes.sum(dim=0)
+    share = shrinkage(lr, options) / size
+    decoupled = torch.where(size > 0, share, torch.zeros_like(size)).clamp(max=FP32_MAX)
+    return torch.where(options.decoupled, decoupled, options.decay)
+
+
+def ratios_of_sums(square_sums: Tensor, options: ParameterOptions, lr: Tensor) -> Tensor:
+    """[D, P] fp64: `trust_ratios` of each direction, of parameters with ``square_sums`` [1 + D, P] over all ranks.
+
+    ``lr``: [P] fp64, by which decoupled decay shrinks the weights before.
+    """
     weight_norm, *update_norms = norms(square_sums, options.is_fp64)
+    if options.any_decoupled:
+        weight_norm = weight_norm * (1 - shrinkage(lr, options)).abs()
     return torch.stack([trust_ratios(weight_norm, norm, options) for norm in update_norms])
 
 

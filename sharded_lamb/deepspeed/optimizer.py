@@ -298,9 +298,9 @@ class DeepSpeedLamb(AgreedOptions):
         differs = self._all_reduce_agreed([square_sums])
         bad = torch.zeros_like(updated) if summary is None else summary.bad
         tensors.skips.record(bad.any(), bad, differs)
-        ratios = rule.ratios_of_sums(square_sums, options)
-        step_sizes = rule.step_sizes(tensors.table.lr(), ratios, options, step, updated & ~differs)
-        list(update.apply([shards], step_sizes, are_gathered=False))  # DeepSpeed gathers partitions after it
+        ratios = rule.ratios_of_sums(square_sums, options, lr := tensors.table.lr())
+        step_sizes = rule.step_sizes(lr, ratios, options, step, updated & ~differs)
+        list(update.apply([shards], step_sizes, lr, are_gathered=False))  # DeepSpeed gathers partitions
         tensors.write_steps(counts, self.state)
         self._last[tensors.params] = ratios[0], updated
 

@@ -5,12 +5,13 @@ The caller all-reduces between the passes::
     update = Update(kernel, options, step=…, active=…, grad_scale=…)
     square_sums = update.moments_and_norms(shards)    pass 1: m, v; Σw², Σu² of this rank's shards
     all_reduce(square_sums)                           by the caller: sum over ranks, in place
-    ratios = rule.ratios_of_sums(square_sums, options)
-    for index in update.apply(units, step_sizes, are_gathered=…):    pass 2: w, one unit after the other
+    ratios = rule.ratios_of_sums(square_sums, options, lr)
+    for index in update.apply(units, step_sizes, lr, …):             pass 2: w, one unit after the other
         gather(index)                                 by the caller
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class Update:
         return square_sums
 
     def apply(
-        self, units: Sequence[Sequence[Shard]], step_sizes: Tensor, *, are_gathered: bool
+        self, units: Sequence[Sequence[Shard]], step_sizes: Tensor, lr: Tensor, *, are_gathered: bool
     ) -> Iterator[int]:
         """Pass 2: writes weights. Yields the index of each unit once its weights are written.
 
@@ -65,9 +66,13 @@ class Update:
             units: shards of one compute dtype each, perhaps none: a bucket's. With two directions they have the
                 gradients of pass 1.
             step_sizes: [D, P] fp64, `rule.step_sizes`.
+            lr: [P] fp64.
             are_gathered: the caller sends units to other ranks meanwhile.
         """
         faults.point("pass-2")
+        if self._options.any_decoupled:
+            decay = rule.decay_of_pass_2(lr, step_sizes, self._options)
+            self._coefficients, self._tables = replace(self._coefficients, decay=decay), {}
         rounded: dict[torch.dtype, Tensor] = {}
         for indices in _batches(units, are_gathered=are_gathered):
             shards = [shard for index in indices for shard in units[index]]

@@ -44,7 +44,7 @@ class Lamb(LambOptimizer):
         adam_w_mode: False: decay is added to the (clipped) gradient instead of u.
         eps_inside_sqrt: √(v̂+ε) instead of √v̂+ε.
         max_grad_norm: clip gradients by their global norm over all groups, before the moments. Not per group.
-        trust_clip: (low, high) for the ratio; does not clip the ratio 1 of norms that are 0.
+        trust_clip: (low, high) for the ratio, or high alone; does not clip the ratio 1 of norms that are 0.
         weight_norm_clip: (low, high) for φ(‖w‖).
         exclude_from_weight_decay: regexes for ``re.search`` over names, or "ndim<=1", "all".
         exclude_from_layer_adaptation: likewise, with ratio 1. None: the same patterns as for decay.
@@ -52,6 +52,9 @@ class Lamb(LambOptimizer):
         normalize_grad: divide every parameter's gradient by its norm (a gradient 0 stays 0). Fixed at construction.
         nesterov: β1 r u + (1-β1) r₂ u₂, where u₂ = gₜ/(√v̂ + ε) + λ w has a ratio of its own; `trust_ratios` are those
             of u. Fixed at construction. With ``normalize_grad``: LANS (Zheng et al., arXiv 2006.13484, Algorithm 2).
+
+        decoupled_decay: w ← (1 - η λ) w before the update, whose u and ratio have no decay (timm).
+        corrected_weight_decay: with decoupled decay: λ η / η_peak instead of λ; η_peak, or True: lr at construction.
 
     Raises:
         ValueError: an option out of range, or patterns that match nothing.
@@ -150,9 +153,10 @@ class Lamb(LambOptimizer):
         active = torch.ones_like(step, dtype=torch.bool)  # shards hold no other parameters
         scales = rule.gradient_scales(scale, square_sums, options)
         update = Update(whole.kernel, options, step=step, active=active, grad_scale=scales)
-        ratios = rule.ratios_of_sums(update.moments_and_norms(part.shards), options)
-        step_sizes = rule.step_sizes(table.lr(), ratios, options, step, active)
-        for _ in update.apply([part.shards], step_sizes, are_gathered=False):
+        lr = table.lr()
+        ratios = rule.ratios_of_sums(update.moments_and_norms(part.shards), options, lr)
+        step_sizes = rule.step_sizes(lr, ratios, options, step, active)
+        for _ in update.apply([part.shards], step_sizes, lr, are_gathered=False):
             pass
         whole.write_back()
         return ratios[0]

@@ -66,7 +66,8 @@ class ShardedLamb(AveragingOptimizer):
             optimizer memory and are registered when unfrozen. Plain parameters and DTensors mix.
         lr, betas, eps, weight_decay, variant: as for `Lamb`, and so are the rule options: bias_correction,
             grad_averaging, adam_w_mode, eps_inside_sqrt, max_grad_norm, trust_clip, weight_norm_clip,
-            exclude_from_weight_decay, exclude_from_layer_adaptation, adapt_without_decay, normalize_grad, nesterov.
+            exclude_from_weight_decay, exclude_from_layer_adaptation, adapt_without_decay, normalize_grad, nesterov,
+            decoupled_decay, corrected_weight_decay.
         stage: 1: ``.grad`` holds gradients averaged over ranks, as DistributedDataParallel leaves them.
             2: ``.grad`` is each rank's own gradient; backward reduces, averages and frees it, and leaves a tensor
             without memory: its norm is the averaged gradient's, and it can be scaled by a number, zeroed or set to None
@@ -234,10 +235,11 @@ class ShardedLamb(AveragingOptimizer):
             square_sums = update.moments_and_norms(self._gradients.shards())
         summary, differs = self._sum_norms(square_sums, summary)
         self._skips.record(skip, summary.bad, differs)
-        ratios = rule.ratios_of_sums(square_sums, options)
-        step_sizes = rule.step_sizes(self._table.lr(), ratios, options, step, updated & ~differs)
+        lr = self._table.lr()
+        ratios = rule.ratios_of_sums(square_sums, options, lr)
+        step_sizes = rule.step_sizes(lr, ratios, options, step, updated & ~differs)
         units = self._gradients.units() if options.any_nesterov else [[shard] for shard in store.shards()]
-        written = update.apply(units, step_sizes, are_gathered=self._collectives.has_peers)
+        written = update.apply(units, step_sizes, lr, are_gathered=self._collectives.has_peers)
         for index in traffic.computing_each("pass 2", written):
             if index < len(store.gathers):
                 store.gathers[index].start()

@@ -27,6 +27,11 @@ def timm_of(**options: Any) -> Make:
 PEERS: list[tuple[str, dict[str, Any], Callable[[], Make]]] = [
     ("timm", {"variant": "timm", "max_grad_norm": CLIP}, timm_of),
     ("timm", {"variant": "timm", "max_grad_norm": CLIP, "trust_clip": (0.0, 1.0)}, timm_of),
+    (
+        "timm",
+        {"variant": "timm", "max_grad_norm": CLIP, "decoupled_decay": True, "corrected_weight_decay": 0.5},
+        timm_of,
+    ),
     ("timm", {"variant": "nvlamb", "max_grad_norm": CLIP, "grad_averaging": False}, timm_of),
     ("adam", {"variant": "adamw"}, lambda: torch.optim.AdamW),
     ("adam", {"variant": "adamw", "adam_w_mode": False}, lambda: torch.optim.Adam),
@@ -59,7 +64,12 @@ def test_a_peer_continues_like_us(
 @pytest.mark.parametrize("patterns", [(), cases.PATTERNS])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"trust_clip": True}, {"always_adapt": True, "grad_averaging": False, "bias_correction": False}],
+    [
+        {},
+        {"trust_clip": True},
+        {"decoupled_decay": True, "corrected_weight_decay": True},
+        {"always_adapt": True, "grad_averaging": False, "bias_correction": False},
+    ],
 )
 def test_we_continue_like_timm(options: dict[str, Any], patterns: list[str], tmp_path: Path) -> None:
     model = cases.net()

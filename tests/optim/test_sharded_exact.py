@@ -1,5 +1,7 @@
 """`ShardedLamb` against the fp64 oracle, and real models against `Lamb` on one process, on several world sizes."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import hypothesis.strategies as st
@@ -31,17 +33,28 @@ GROUP_OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "adapt_without_decay": st.booleans(),
     "normalize_grad": st.booleans(),
     "nesterov": st.booleans(),
+    "decoupled_decay": st.booleans(),
 }
 LANS = {"normalize_grad": True, "nesterov": True}
+
+
+def without_contradiction(
+    given: dict[str, Any], options: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Decay is outside the update, or in the gradient."""
+    decoupled = {**options, **given}.get("decoupled_decay", False)
+    return {**given, "adam_w_mode": True} if decoupled else given
 
 
 @st.composite
 def cases(draw: st.DrawFn, stage: int) -> Case:
     names = NAMES[: draw(st.integers(1, len(NAMES)))]
-    options = draw(st.fixed_dictionaries({}, optional=GROUP_OPTIONS))
+    options = without_contradiction(draw(st.fixed_dictionaries({}, optional=GROUP_OPTIONS)))
     options["max_grad_norm"] = draw(st.sampled_from([None, 0.1, 5.0]))
     cut = draw(st.integers(0, len(names)))
-    own = st.fixed_dictionaries({}, optional=GROUP_OPTIONS)
+    own = st.fixed_dictionaries({}, optional=GROUP_OPTIONS).map(
+        lambda given: without_contradiction(given, options)
+    )
     subsets = st.just(frozenset()) | st.frozensets(st.sampled_from(names))
     return Case(
         shapes={name: draw(st.sampled_from(SHAPES)) for name in names},
