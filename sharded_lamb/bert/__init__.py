@@ -4,7 +4,7 @@ Imports between modules run one way::
 
     config, shipped -> config_io, stateless_rng, schedule, batch -> corpus, tokenizer -> shards -> prepare
            -> masking, data -> model, metrics -> optim, ds_config -> engine -> train_backend -> checkpoint -> train
-           -> study, __main__ -> pretrain -> quickstart
+           -> study, beside_trainer, __main__ -> pretrain -> quickstart
 
 Run it with ``torchrun … -m sharded_lamb.bert --config FILE [key=value …]``.
 """

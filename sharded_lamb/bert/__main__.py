@@ -1,4 +1,4 @@
-"""``python -m sharded_lamb.bert``: train, prepare data, run the batch-scaling study, or measure padding."""
+"""``python -m sharded_lamb.bert``: train, prepare data, run the batch-scaling study, or measure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
         raise
     sys.exit(f"error: {error}; pip install 'sharded-lamb[bert]'")
 
-_COMMANDS = ("train", "prepare", "study", "padding")
+_COMMANDS = ("train", "prepare", "study", "padding", "trainer")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "command", nargs="?", default="train", help="train (default), prepare, study or padding"
+        "command", nargs="?", default="train", help="train (default), prepare, study, padding or trainer"
     )
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="YAML file, or a shipped one: bert-quickstart"
@@ -99,6 +99,11 @@ def _on_ranks(parsed: argparse.Namespace, config: RunConfig) -> int:
     try:
         if parsed.command == "study":
             study(config, parsed.batches, ranks)
+            return 0
+        if parsed.command == "trainer":
+            from sharded_lamb.bert.beside_trainer import compare
+
+            compare(config, ranks)
             return 0
         resume = parsed.resume
         if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
