@@ -107,6 +107,7 @@ class OracleLamb:
         self.v = {name: np.zeros_like(value) for name, value in self.params.items()}
         self.steps = dict.fromkeys(self.params, 0)
         self.ratios: dict[str, float] = {}
+        self.norms: dict[str, tuple[float, float, float, float]] = {}  # ‖w‖, ‖u‖, ‖g‖ before clipping, ratio
         self.grad_norm = 0.0
         self.max_grad_norm = max_grad_norm
         self.no_decay, self.no_adapt = set(no_decay), set(no_adapt)
@@ -131,7 +132,10 @@ class OracleLamb:
         scale = 1.0
         if self.max_grad_norm is not None and self.grad_norm > self.max_grad_norm:
             scale = self.max_grad_norm / self.grad_norm
+        self.norms = {}
         self.ratios = {name: self._update(name, g * scale) for name, g in present.items()}
+        for name, (weight, update, _, ratio) in self.norms.items():
+            self.norms[name] = weight, update, l2(present[name]), ratio
 
     def _update(self, name: str, g: Array) -> float:
         opt, w = self.options[name], self.params[name]
@@ -161,6 +165,7 @@ class OracleLamb:
         decayed = decay * w if opt["adam_w_mode"] else 0.0
         u = m_hat / denominator + decayed
         ratio = self._ratio(name, l2(w), l2(u), has_decay)
+        self.norms[name] = l2(w), l2(u), l2(g), ratio
         change = ratio * u
         if opt["nesterov"]:
             along = g / denominator + decayed

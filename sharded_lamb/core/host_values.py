@@ -26,3 +26,25 @@ def to_device(values: Any, dtype: torch.dtype | None, device: torch.device) -> T
 def as_tensor(value: Any) -> Tensor:
     """A tensor as it is; a number as a tensor on the CPU (``torch.as_tensor`` moves both to the default device)."""
     return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+
+
+class HostCopy:
+    """A copy of a tensor on its way to the host: from a GPU into pinned memory, and the host does not wait.
+
+    A tensor on a CPU is not copied.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        if tensor.device.type != "cuda":
+            self._host = tensor.cpu()
+            return
+        self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        self._host.copy_(tensor, non_blocking=True)
+        self._arrived = torch.cuda.current_stream(tensor.device).record_event()
+
+    def wait(self) -> Tensor:
+        """The values, on the CPU."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host

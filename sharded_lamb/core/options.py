@@ -82,7 +82,7 @@ class OptionTable:
     """
 
     def __init__(self, rows: Sequence[NamedParameter], device: torch.device) -> None:
-        self._rows, self._device = list(rows), device
+        self.rows, self._device = list(rows), device
         self._groups = list({id(group): group for _, _, group in rows}.values())
         index_of = {id(group): index for index, group in enumerate(self._groups)}
         group_of = [index_of[id(group)] for _, _, group in rows]
@@ -97,6 +97,11 @@ class OptionTable:
 
     def __len__(self) -> int:
         return len(self._group_of)
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters' names."""
+        return [name for name, _, _ in self.rows]
 
     def options(self) -> ParameterOptions:
         """The groups' current options, one entry per parameter."""
@@ -114,7 +119,7 @@ class OptionTable:
     def _unmatched(self, option: str) -> Tensor:
         """[P] bool: no pattern of ``option`` matches the parameter."""
         unmatched = [
-            not matching(effective_patterns(g, option), name, ndim_of(p)) for name, p, g in self._rows
+            not matching(effective_patterns(g, option), name, ndim_of(p)) for name, p, g in self.rows
         ]
         return torch.tensor(unmatched, dtype=torch.bool, device=self._device)
 

@@ -40,6 +40,7 @@ from sharded_lamb.kernels.engine import Update, gradient_square_sums
 from sharded_lamb.optim.agreed_options import AgreedLive, AgreedOptions, collective
 from sharded_lamb.optim.base import States
 from sharded_lamb.optim.skips import SkipCounter
+from sharded_lamb.optim.step_results import LastStep, StepResults
 
 logger = logging.getLogger("sharded_lamb")
 
@@ -135,7 +136,7 @@ class DeepSpeedLamb(AgreedOptions):
         self._state_keeper = StateKeeper(self.state)
         self._kernels: dict[torch.device, Kernel] = {}  # partitions may be on several devices: offload
         self._step_tensors: dict[tuple[int, ...], StepTensors] = {}  # by the ids of the stepped tensors
-        self._last: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # by parameters: ratios, updated
+        self._results: dict[tuple[int, ...], StepResults] = {}  # by parameters
         self._accept_options()
         self._live.last_options = self._current_options()
 
@@ -271,24 +272,25 @@ class DeepSpeedLamb(AgreedOptions):
         return self._step_tensors[key]
 
     def _update(self, tensors: StepTensors) -> None:
-        if tensors.skips.check([self._rows[param][0] for param in tensors.params]):
+        results = self._results.setdefault(tensors.params, StepResults())
+        if tensors.skips.check(results):
             self._raise_disagreement()
         problem = self._option_problem(alone=self._collectives.world_size == 1)
         shards = tensors.shards(self.state)
         summarizes = self._skip_nonfinite or self._any("normalize_grad")
         summary = self._gradient_summary(tensors, shards) if summarizes else None
-        updated = to_device(tensors.present(), None, tensors.device)
+        updated, skip, sums = to_device(tensors.present(), None, tensors.device), None, None
         if summary is not None:
-            skip = summary.bad.any()
+            skip, sums = summary.bad.any(), summary.square_sums
             # DeepSpeed passes zeros if no rank has a gradient; decay alone would shrink the weight by η per step.
             updated = (summary.square_sums > 0) & ~skip
             if tensors.device.type == "cpu" and skip:
-                tensors.skips.record(skip, summary.bad)
-                self._last[tensors.params] = torch.ones(len(updated), device="cpu"), updated
+                tensors.skips.record(skip)
+                results.last = [LastStep(tensors.table, updated, skip, sums)]
                 return
         if problem is not None:
-            sums = torch.zeros(len(self._sums), len(updated), dtype=torch.float64, device=tensors.device)
-            self._all_reduce_agreed([sums], problem)
+            zeros = torch.zeros(len(self._sums), len(updated), dtype=torch.float64, device=tensors.device)
+            self._all_reduce_agreed([zeros], problem)
         step, counts = tensors.next_steps(updated, self.state)
         options, scale = tensors.table.options(), torch.ones((), dtype=torch.float64, device=tensors.device)
         if summary is not None:
@@ -296,13 +298,12 @@ class DeepSpeedLamb(AgreedOptions):
         update = Update(self._kernel_on(tensors.device), options, step=step, active=updated, grad_scale=scale)
         square_sums = update.moments_and_norms(shards)
         differs = self._all_reduce_agreed([square_sums])
-        bad = torch.zeros_like(updated) if summary is None else summary.bad
-        tensors.skips.record(bad.any(), bad, differs)
+        tensors.skips.record(torch.zeros_like(differs) if skip is None else skip, differs)
         ratios = rule.ratios_of_sums(square_sums, options, lr := tensors.table.lr())
         step_sizes = rule.step_sizes(lr, ratios, options, step, updated & ~differs)
         list(update.apply([shards], step_sizes, lr, are_gathered=False))  # DeepSpeed gathers partitions
         tensors.write_steps(counts, self.state)
-        self._last[tensors.params] = ratios[0], updated
+        results.last = [LastStep(tensors.table, updated, skip, sums, square_sums=square_sums, ratios=ratios)]
 
     def _kernel_names(self) -> str:
         return " and ".join(sorted({kernel.name for kernel in self._kernels.values()}))
@@ -415,13 +416,8 @@ class DeepSpeedLamb(AgreedOptions):
 
     # -- results ------------------------------------------------------------------------------------
 
-    def trust_ratios(self) -> dict[str, float]:
-        """{name: ratio} of the parameters that the last step updated; equal on all ranks. Synchronizes the device."""
-        by_name: dict[str, float] = {}
-        for params, (ratios, updated) in self._last.items():
-            rows = zip(params, ratios.tolist(), updated.tolist(), strict=True)
-            by_name.update({self._rows[param][0]: ratio for param, ratio, is_updated in rows if is_updated})
-        return by_name
+    def _step_results(self) -> list[StepResults]:
+        return list(self._results.values())
 
     def get_lamb_coeffs(self) -> list[float]:
         """The ratios of `trust_ratios` in parameter order, under the name that DeepSpeed's Lamb uses."""

@@ -32,6 +32,7 @@ from sharded_lamb.core.hyperparams import (
 from sharded_lamb.core.names import check_use, matching, needs_names, normalize, unique
 from sharded_lamb.core.parameters import NamedParameter, named, ndim_of
 from sharded_lamb.core.rule import NESTEROV_SUMS, SUMS
+from sharded_lamb.optim.reports import StepReports
 
 run_eagerly = _disable_dynamo
 """Decorator: under torch.compile the method runs uncompiled (``torch.compiler.disable``, without importing dynamo)."""
@@ -92,7 +93,7 @@ def receives_grad_scale(optimizer: object) -> bool:
     return False
 
 
-class LambOptimizer(Optimizer):
+class LambOptimizer(StepReports, Optimizer):
     """Groups and names of a LAMB optimizer, without arithmetic and ranks.
 
     ``max_grad_norm`` (None or > 0) applies to all groups and may change between steps.

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 import torch
@@ -17,6 +17,7 @@ from sharded_lamb.core.parameters import all_strided, check_gradients, check_par
 from sharded_lamb.kernels import ScatteredShard
 from sharded_lamb.kernels.engine import Update, gradient_square_sums
 from sharded_lamb.optim.base import LambOptimizer, Live, States, receives_grad_scale, run_eagerly
+from sharded_lamb.optim.step_results import LastStep, StepResults
 from sharded_lamb.optim.whole_tensors import State, WholeTensors, new_state
 from sharded_lamb.sharding.dtensors import is_dtensor
 
@@ -123,12 +124,15 @@ class Lamb(LambOptimizer):
         if found is None or not found.serves(params, rows, self.state.values()):
             found = self._live.found = self._find(params, rows)
         parts = [_Part(whole, whole.shards([grads[row] for row in whole.rows])) for whole in found.by_device]  # type: ignore[misc]
-        scale, square_sums, grad_norm = self._gradient_scale(parts)
+        inverse, grad_norm, gradient_sums = self._gradient_norm(parts)
         for whole in found.by_device:
             whole.steps += 1
-        ratios = [self._update_part(part, scale, own) for part, own in zip(parts, square_sums, strict=True)]
+        self._live.results.settle(was_skipped=False)
+        self._live.results.last = [
+            self._update_part(part, own, inverse.to(part.whole.device), grad_norm.to(part.whole.device))
+            for part, own in zip(parts, gradient_sums, strict=True)
+        ]
         torch.autograd.graph.increment_version([params[row] for row in rows])  # as for any write
-        self._live.last = _Step([whole.rows for whole in found.by_device], ratios, grad_norm)
 
     def _find(self, params: list[Tensor], rows: list[int]) -> "_Found":
         """The parameters of ``rows`` by device; creates the state of a parameter at its first gradient."""
@@ -145,24 +149,26 @@ class Lamb(LambOptimizer):
             by_device.append(WholeTensors(kernel, device, own, members, [self.state[p] for p in members]))
         return _Found(params, rows, list(self.state.values()), by_device)
 
-    def _update_part(self, part: "_Part", scale: Tensor, square_sums: Tensor) -> Tensor:
-        """Update one device's parameters. Returns [P] fp64, their ratios. ``square_sums``: [P] Σg²."""
+    def _update_part(self, part: "_Part", sums: Tensor, inverse: Tensor, grad_norm: Tensor) -> LastStep:
+        """Update one device's parameters. ``sums``: [P] Σg²; the other two: `_gradient_norm`, on the device."""
         whole = part.whole
         table = self._table(whole.device)
-        options, step, scale = table.options(), whole.steps_of(len(table)), scale.to(whole.device)
-        active = torch.ones_like(step, dtype=torch.bool)  # shards hold no other parameters
-        scales = rule.gradient_scales(scale, square_sums, options)
+        options, step = table.options(), whole.steps_of(len(table))
+        active = step > 0  # shards hold no other parameters
+        scale = inverse * rule.clip_factor(grad_norm, self.max_grad_norm)
+        scales = rule.gradient_scales(scale, sums, options)
         update = Update(whole.kernel, options, step=step, active=active, grad_scale=scales)
         lr = table.lr()
-        ratios = rule.ratios_of_sums(update.moments_and_norms(part.shards), options, lr)
+        square_sums = update.moments_and_norms(part.shards)
+        ratios = rule.ratios_of_sums(square_sums, options, lr)
         step_sizes = rule.step_sizes(lr, ratios, options, step, active)
         for _ in update.apply([part.shards], step_sizes, lr, are_gathered=False):
             pass
         whole.write_back()
-        return ratios[0]
+        return LastStep(table, active, None, sums, inverse, grad_norm, square_sums, ratios)
 
-    def _gradient_scale(self, parts: list["_Part"]) -> tuple[Tensor, list[Tensor], Tensor]:
-        """(clip factor x inverse loss scale, [P] Σg² of each part, global norm of the unscaled gradients), fp64."""
+    def _gradient_norm(self, parts: list["_Part"]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """(inverse loss scale, global norm of the unscaled gradients, [P] Σg² of each part), fp64."""
         device, loss_scale = parts[0].whole.device, self._live.grad_scale
         inverse = torch.ones((), dtype=torch.float64, device=device)
         if loss_scale is not None:
@@ -172,8 +178,7 @@ class Lamb(LambOptimizer):
             gradient_square_sums(part.whole.kernel, part.shards, count, part.whole.device) for part in parts
         ]
         total = torch.stack([each.sum().to(device) for each in sums]).sum()
-        grad_norm = rule.norms(total, self._table(device).is_fp64.all()) * inverse
-        return inverse * rule.clip_factor(grad_norm, self.max_grad_norm), sums, grad_norm
+        return inverse, rule.norms(total, self._table(device).is_fp64.all()) * inverse, sums
 
     def _table(self, device: torch.device) -> OptionTable:
         if device not in self._tables:
@@ -190,21 +195,13 @@ class Lamb(LambOptimizer):
         self._constructed, self._tables, self._live = True, {}, live
         self._accept_options()
 
-    def trust_ratios(self) -> dict[str, float]:
-        """{name: ratio} of the parameters that the last step updated. Reads the device."""
-        last = self._live.last
-        if last is None:
-            return {}
-        ratio_of: dict[int, float] = {}
-        for rows, ratios in zip(last.rows, last.ratios, strict=True):
-            ratio_of |= dict(zip(rows, ratios[rows].tolist(), strict=True))
-        names = [name for name, _, _ in self._named_parameters()]
-        return {names[row]: ratio_of[row] for row in sorted(ratio_of)}
+    def _step_results(self) -> list[StepResults]:
+        return [self._live.results]
 
     @property
     def grad_norm(self) -> float | None:
         """Global norm of the last step's gradients, unscaled and before clipping, or None. Reads the device."""
-        return None if self._live.last is None else self._live.last.grad_norm.item()
+        return self._live.results.grad_norm
 
     def _check_states(self, states: States) -> None:
         for p, saved in states.items():
@@ -253,17 +250,10 @@ class _Part:
     shards: list[ScatteredShard]
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    rows: list[list[int]]  # of each device
-    ratios: list[Tensor]  # of each device, [P]
-    grad_norm: Tensor
-
-
 @dataclass(slots=True)
 class _Live(Live):
     found: _Found | None = None
-    last: _Step | None = None
+    results: StepResults = field(default_factory=StepResults)
 
 
 Lamb._live_class = _Live

@@ -1,4 +1,4 @@
-"""What a `ShardedLamb` is made of on one device, and the results of its steps."""
+"""What a `ShardedLamb` is made of on one device."""
 
 import weakref
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from sharded_lamb.gradients.source import GradientSource, Identity
 from sharded_lamb.kernels import Kernel
 from sharded_lamb.optim.agreed_options import AgreedLive, AgreedOptions
 from sharded_lamb.optim.skips import SkipCounter
+from sharded_lamb.optim.step_results import StepResults
 from sharded_lamb.sharding import state
 from sharded_lamb.sharding.param_store import ParamStore
 from sharded_lamb.sharding.shard_plan import Settings
@@ -23,15 +24,6 @@ class Consolidated:
     """The state that `ShardedOptimizer.consolidate_state_dict` gathered."""
 
     whole: dict[int, state.State] | None  # by position in the groups; None: on another rank
-
-
-@dataclass(frozen=True, slots=True)
-class LastStep:
-    """Results of the last step, on the device."""
-
-    ratios: Tensor  # [D, P] fp64, of each direction
-    updated: Tensor  # [P] bool
-    grad_norm: Tensor  # fp64 scalar
 
 
 @dataclass(slots=True)
@@ -51,8 +43,8 @@ class ShardedLive(AgreedLive):
     scanned_params: list[Tensor] = field(default_factory=list)  # all groups' parameters at the last scan
     frozen_params: list[Tensor] = field(default_factory=list)  # those of them that the store lacked
     removed: list[int] = field(default_factory=list)  # registered parameters that were then in no group
-    last: LastStep | None = None
     own_weights: list[Tensor] | None = None  # this rank's, while parameters hold their averages
+    results: StepResults = field(default_factory=StepResults)
     is_summarized: bool = False
     closed: str | None = None  # why
     ddp: "list[weakref.ref[Any]] | None" = None  # models that hold parameters of this optimizer
@@ -93,6 +85,9 @@ class PartsOptimizer(AgreedOptions):
     @property
     def _skips(self) -> SkipCounter:
         return self._live.skips
+
+    def _step_results(self) -> list[StepResults]:
+        return [self._live.results]
 
     @property
     def _table(self) -> OptionTable:

@@ -18,6 +18,7 @@ from sharded_lamb.kernels import Kernel
 from sharded_lamb.optim.agreed_options import collective
 from sharded_lamb.optim.joining import JoinableOptimizer
 from sharded_lamb.optim.skips import SkipCounter
+from sharded_lamb.optim.step_results import StepResults
 from sharded_lamb.sharding.param_store import ParamStore
 from sharded_lamb.sharding.shard_plan import ShardPlan
 
@@ -59,7 +60,7 @@ class RegisteringOptimizer(JoinableOptimizer):
         live.collectives.close()
         live.gathers.forget_buckets()
         live.store = ParamStore(store.optimizer, store.topology, self._settings)
-        live.last, live.scanned_params = None, []
+        live.results, live.scanned_params = StepResults(), []
         self._drop_clip()
         self.state.clear()
         self._build()

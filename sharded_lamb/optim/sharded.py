@@ -31,7 +31,7 @@ from sharded_lamb.kernels.engine import Update
 from sharded_lamb.optim.agreed_options import collective
 from sharded_lamb.optim.averages import AveragingOptimizer
 from sharded_lamb.optim.base import receives_grad_scale
-from sharded_lamb.optim.parts import LastStep
+from sharded_lamb.optim.step_results import LastStep
 from sharded_lamb.sharding.param_store import ParamStore
 from sharded_lamb.sharding.placements import materialized, root_ranks
 from sharded_lamb.sharding.shard_plan import Settings
@@ -188,7 +188,7 @@ class ShardedLamb(AveragingOptimizer):
         self._state_changed()
         live = self._live
         try:
-            if self._skips.check(store.names):
+            if self._skips.check(live.results):
                 self._raise_disagreement()
         except RuntimeError:
             self._gradients.settle()  # every rank raises: their messages arrive before a group ends
@@ -219,8 +219,10 @@ class ShardedLamb(AveragingOptimizer):
         grad_norm = summary.norm(is_fp64, inverse)
         updated = (summary.present > 0) & ~skip
         if store.device.type == "cpu" and skip:
-            self._skips.record(skip, summary.bad)
-            live.last = LastStep(torch.ones(1, len(store.step), device=store.device), updated, grad_norm)
+            self._skips.record(skip)
+            live.results.last = [
+                LastStep(self._table, updated, skip, summary.square_sums, inverse, grad_norm)
+            ]
             return
         if problem is not None:
             self._sum_norms(store.step.new_zeros(len(self._sums), len(store.step)), summary, problem)
@@ -234,7 +236,7 @@ class ShardedLamb(AveragingOptimizer):
         with traffic.computing("pass 1"):
             square_sums = update.moments_and_norms(self._gradients.shards())
         summary, differs = self._sum_norms(square_sums, summary)
-        self._skips.record(skip, summary.bad, differs)
+        self._skips.record(skip, differs)
         lr = self._table.lr()
         ratios = rule.ratios_of_sums(square_sums, options, lr)
         step_sizes = rule.step_sizes(lr, ratios, options, step, updated & ~differs)
@@ -250,7 +252,10 @@ class ShardedLamb(AveragingOptimizer):
         store.write_shared()
         # backward through a graph from before the step must raise.
         torch.autograd.graph.increment_version(store.params)
-        live.last = LastStep(ratios, updated, summary.norm(is_fp64, inverse))
+        grad_norm, sums = summary.norm(is_fp64, inverse), summary.square_sums
+        live.results.last = [
+            LastStep(self._table, updated, skip, sums, inverse, grad_norm, square_sums, ratios)
+        ]
 
     def _sum_norms(
         self, square_sums: Tensor, summary: GradientSummary, problem: Exception | None = None

@@ -341,18 +341,10 @@ class ShardedOptimizer(PartsOptimizer):
             by_index = {store.index[p]: saved for p, saved in states.items() if p in store.index}
         state.scatter_full(self._collectives, store.buckets, store.dtensors, store.step, by_index)
 
-    def trust_ratios(self) -> dict[str, float]:
-        """{name: ratio} of the parameters that the last step updated; the same on every rank. Reads the device."""
-        last = self._live.last
-        if last is None:
-            return {}
-        rows = zip(self._store.names, last.ratios[0].tolist(), last.updated.tolist(), strict=False)
-        return {name: ratio for name, ratio, updated in rows if updated}
-
     @property
     def grad_norm(self) -> float | None:
         """Global norm of the last step's averaged gradients, unscaled, before clipping; or None. Reads the device."""
-        return None if self._live.last is None else float(self._live.last.grad_norm.item())
+        return self._live.results.grad_norm
 
     @property
     def traffic(self) -> Traffic:

@@ -1,9 +1,10 @@
 """Counts steps skipped for non-finite gradients, and notes options that differ over ranks, on the device."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
+
+from sharded_lamb.optim.explanation import explain
+from sharded_lamb.optim.step_results import StepResults
 
 
 class SkipCounter:
@@ -14,9 +15,9 @@ class SkipCounter:
 
     def __init__(self, device: torch.device, limit: int) -> None:
         self.limit = limit
-        # [4]: skips in total, skips in a row, index of the first bad parameter of the last skip, whether ranks differ
-        self._counts = torch.zeros(4, dtype=torch.int64, device=device)
-        self._host_counts = torch.zeros(4, dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu")
+        # [3]: skips in total, skips in a row, whether ranks differ
+        self._counts = torch.zeros(3, dtype=torch.int64, device=device)
+        self._host_counts = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu")
         self._arrived = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @property
@@ -24,20 +25,18 @@ class SkipCounter:
         """Steps skipped since construction. Reads the device."""
         return int(self._counts[0].item())
 
-    def record(self, skip: Tensor, bad: Tensor, differs: Tensor | None = None) -> None:
+    def record(self, skip: Tensor, differs: Tensor | None = None) -> None:
         """Count a step.
 
         Args:
             skip: bool scalar.
-            bad: [P] bool, parameters with a non-finite gradient.
             differs: bool scalar, whether the options of the step differ over ranks; None: unknown.
         """
         skipped = skip.to(torch.int64)
         self._counts[0] += skipped
         self._counts[1] = (self._counts[1] + 1) * skipped
-        self._counts[2] = torch.where(skip, bad.to(torch.int64).argmax(), self._counts[2])
         if differs is not None:
-            self._counts[3] = differs
+            self._counts[2] = differs
         self._host_counts.copy_(self._counts, non_blocking=True)
         if self._arrived is not None and not torch.cuda.is_current_stream_capturing():
             self._arrived.record()
@@ -52,22 +51,27 @@ class SkipCounter:
         self._counts[1] = 0
         self._host_counts[1] = 0
 
-    def check(self, names: Sequence[str]) -> bool:
-        """Returns whether the options of the previous step differed over ranks.
+    def check(self, results: StepResults) -> bool:
+        """Settle ``results``. Returns whether the options of the previous step differed over ranks.
 
         Raises:
-            RuntimeError: ``limit`` steps in a row were skipped; on every rank.
+            RuntimeError: ``limit`` steps in a row were skipped; on every rank, with `explain`'s findings.
         """
         if self._arrived is not None:
             if torch.cuda.is_current_stream_capturing():
                 return False
             self._arrived.synchronize()  # recorded in the previous step, so complete by now
-        total, in_a_row, first, differs = self._host_counts.tolist()
+        total, in_a_row, differs = self._host_counts.tolist()
         if in_a_row >= self.limit:
-            raise RuntimeError(
-                f"{in_a_row} steps in a row ({total} in all) had non-finite gradients and were skipped; the first bad "
-                f"parameter of the last one is {names[first]!r}. Look for a loss that is nan or inf, too high a "
-                f"learning rate or, under GradScaler, too high an init_scale (max_consecutive_skips={self.limit})"
-            )
-        self._host_counts[3] = 0
+            raise RuntimeError(self._message(total, in_a_row, results))
+        results.settle(was_skipped=in_a_row > 0)
+        self._host_counts[2] = 0
         return bool(differs)
+
+    def _message(self, total: int, in_a_row: int, results: StepResults) -> str:
+        bad = next((name for name, result in results.read().items() if result.bad), None)
+        first = "" if bad is None else f"; the first bad parameter of the last one is {bad!r}"
+        return (
+            f"{in_a_row} steps in a row ({total} in all) had non-finite gradients and were skipped{first} "
+            f"(max_consecutive_skips={self.limit}). explain() says of the first of them:\n{explain([results])}"
+        )
