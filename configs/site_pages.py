@@ -22,6 +22,7 @@ API = {
         "sharded_lamb.__version__",
     ),
     "checkpoint": ("sharded_lamb.checkpoint",),
+    "telemetry": ("sharded_lamb.telemetry",),
     "watchdog": ("sharded_lamb.watchdog",),
     "deepspeed": ("sharded_lamb.deepspeed",),
     "integrations": (

@@ -51,6 +51,7 @@ SYSTEM = (
     "test_site.py",
     "test_packaging.py",
     "launching/test_torchrun.py",
+    "test_telemetry.py",
 )
 """Files whose tests start programs: torchrun, launchers, SLURM, hosts that are namespaces, compilers."""
 COMPUTING = (

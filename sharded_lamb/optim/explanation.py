@@ -36,12 +36,16 @@ CAUSES = {
         "GradScaler found an inf, or only some ranks had a gradient",
         "a smaller init_scale of GradScaler",
     ),
+    "non-finite weight": (
+        "an earlier step wrote nan or inf",
+        "load a checkpoint from before it; skip_nonfinite=True, the default, skips such steps",
+    ),
     "gradient jumped": (
         f"‖g‖ is more than {JUMP:g} times that of the step before",
         "max_grad_norm=1.0; a lower lr or a longer warmup",
     ),
     "update is decay alone": (
-        "gradients are far below eps: u is λ w, and every step shrinks w by the share lr",
+        "u is λ w, since gradients are far below eps or weights large: every step shrinks w by the share lr",
         "a smaller eps; trust_clip=(0.0, 10.0); exclude_from_weight_decay",
     ),
     "ratio of a bias or norm far from the others": (
@@ -159,7 +163,7 @@ def _find_ratios(updated: Sequence[tuple[NamedParameter, LayerNorms]], found: _F
         causes = list(_causes_of_ratio(name, p, group, norms))
         for cause in causes:
             found.setdefault(cause, {})[name] = norms
-        if not any(cause.startswith("ratio 1") for cause in causes):
+        if not any(cause.startswith(("ratio 1", "non-finite")) for cause in causes):
             adapting.append((name, ndim_of(p), norms))
     median = statistics.median(norms.ratio for _, _, norms in adapting) if adapting else 1.0
     for name, ndim, norms in adapting:
@@ -174,6 +178,9 @@ def _causes_of_ratio(name: str, p: Any, group: Mapping[str, Any], norms: LayerNo
     def excluded(option: str) -> bool:
         return bool(matching(effective_patterns(group, option), name, ndim_of(p)))
 
+    if not math.isfinite(norms.weight):
+        yield "non-finite weight"
+        return
     decay = 0.0 if excluded("exclude_from_weight_decay") else group["weight_decay"]
     if excluded("exclude_from_layer_adaptation"):
         yield "ratio 1: excluded"

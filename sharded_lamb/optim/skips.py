@@ -73,5 +73,5 @@ class SkipCounter:
         first = "" if bad is None else f"; the first bad parameter of the last one is {bad!r}"
         return (
             f"{in_a_row} steps in a row ({total} in all) had non-finite gradients and were skipped{first} "
-            f"(max_consecutive_skips={self.limit}). explain() says of the first of them:\n{explain([results])}"
+            f"(max_consecutive_skips={self.limit}). The first of them:\n{explain([results])}"
         )

@@ -154,6 +154,14 @@ class Ledger:
 
 
 DONE = "done"
+_MESSAGE = 1000  # characters; an optimizer that skipped too many steps explains them in its error
+
+
+def ended_by(error: BaseException | None) -> str:
+    """`Report.ended` of a rank that leaves because of ``error``, if any."""
+    succeeded = error is None or (isinstance(error, SystemExit) and not error.code)
+    return DONE if succeeded else f"{type(error).__name__}: {error}"[:_MESSAGE]
+
 
 ACTIVITY = {COMPUTES: "at", MAY_WAIT: "computing, or waiting in C++, at", WAITS: "waiting in a collective at"}
 _SOME_STUCK = {

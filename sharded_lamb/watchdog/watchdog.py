@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from sharded_lamb.watchdog.clock import AwakeClock
-from sharded_lamb.watchdog.diagnosis import ACTIVITY, DONE, Report
+from sharded_lamb.watchdog.diagnosis import ACTIVITY, Report, ended_by
 from sharded_lamb.watchdog.stack_probe import Member, locate_thread, stack_of_thread
 from sharded_lamb.watchdog.store_channel import StoreChannel
 
@@ -161,10 +161,8 @@ class Watchdog:
         atexit.unregister(self._at_exit)
         self._timer.join(2.0)
         if self._channel is not None:
-            succeeded = error is None or (isinstance(error, SystemExit) and not error.code)
-            ended = DONE if succeeded else f"{type(error).__name__}: {error}"[:400]
             lost_peer = error is not None and _comes_from_a_peer(error)
-            self._channel.close(lambda report: replace(report, ended=ended, lost_peer=lost_peer))
+            self._channel.close(lambda report: replace(report, ended=ended_by(error), lost_peer=lost_peer))
 
     def _at_exit(self) -> None:
         self.close(getattr(sys, "last_value", None))  # an uncaught exception
