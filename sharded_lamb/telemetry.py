@@ -128,16 +128,10 @@ def to_mlflow(run_id: str | None = None) -> Sink:
     import mlflow
 
     def write(step: int, norms: Mapping[str, LayerNorms]) -> None:
-        values = [
-            (re.sub(r"[^A-Za-z0-9_\-. :/]", "_", name), value) for name, value in metrics(norms).items()
-        ]
-        for start in range(0, len(values), _MLFLOW_BATCH):
-            mlflow.log_metrics(dict(values[start : start + _MLFLOW_BATCH]), step=step, run_id=run_id)
+        values = {re.sub(r"[^A-Za-z0-9_\-. :/]", "_", name): value for name, value in metrics(norms).items()}
+        mlflow.log_metrics(values, step=step, run_id=run_id)
 
     return write
-
-
-_MLFLOW_BATCH = 1000  # metrics in one call, MLflow's limit
 
 
 class HeatMap:

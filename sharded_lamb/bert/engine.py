@@ -17,6 +17,7 @@ from sharded_lamb.bert.ds_config import ds_config
 from sharded_lamb.bert.model import Entered, Losses, parameters_to_train
 from sharded_lamb.bert.optim import restart_steps, set_lr
 from sharded_lamb.checkpoint import Checkpoints, InMemoryCheckpoint, RankGroup, read_contents, write_contents
+from sharded_lamb.telemetry import LayerNorms
 
 
 class EngineBackend:
@@ -63,9 +64,9 @@ class EngineBackend:
         norm = self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def trust_ratios(self) -> dict[str, float]:
-        ratios: dict[str, float] = self._lamb.trust_ratios()
-        return ratios
+    def layer_norms(self) -> dict[str, LayerNorms]:
+        norms: dict[str, LayerNorms] = self._lamb.layer_norms()
+        return norms
 
     def weights(self) -> dict[str, Tensor] | None:
         from deepspeed import zero

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sharded_lamb.bert.step_clock import SECTIONS
+from sharded_lamb.telemetry import LayerNorms, to_tensorboard
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _PROGRESS_SECONDS = 15.0  # between lines, without a terminal to redraw the bar
@@ -44,6 +45,7 @@ class MetricsLog:
         self._path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
         self._file = self._path.open("a", buffering=1)
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1)
+        self._write_norms = to_tensorboard(self._board)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=total_steps,
@@ -55,9 +57,10 @@ class MetricsLog:
         )
         self.run_dir = run_dir
 
-    def step(self, row: Mapping[str, Any]) -> None:
-        """Record one optimizer step."""
+    def step(self, row: Mapping[str, Any], norms: Mapping[str, LayerNorms]) -> None:
+        """Record one optimizer step; ``norms``, which go to TensorBoard alone, may be empty."""
         self._write(row)
+        self._write_norms(row["step"], norms)
         shown = {
             "loss": f"{row['loss']:.3f}",
             "lr": f"{row['lr']:.2e}",

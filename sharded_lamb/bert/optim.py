@@ -14,6 +14,7 @@ from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.model import Entered, Losses, compile_layers, parameters_to_train
 from sharded_lamb.checkpoint import Checkpoints
+from sharded_lamb.telemetry import LayerNorms
 
 STAGES: dict[str, Literal[1, 2]] = {"ddp+zero1": 1, "zero2": 2}
 
@@ -37,8 +38,9 @@ class OptimizerBackend:
         norm = self._optimizer.grad_norm
         return None if norm is None else float(norm)
 
-    def trust_ratios(self) -> dict[str, float]:
-        return {name: float(ratio) for name, ratio in self._optimizer.trust_ratios().items()}
+    def layer_norms(self) -> dict[str, LayerNorms]:
+        norms: dict[str, LayerNorms] = self._optimizer.layer_norms()
+        return norms
 
     def save(self, checkpoints: Checkpoints, step: int, extra: dict[str, Any]) -> None:
         checkpoints.save(step, self.bert, self._optimizer, extra)

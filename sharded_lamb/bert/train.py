@@ -30,6 +30,7 @@ from sharded_lamb.bert.step_clock import SECTIONS, StepClock
 from sharded_lamb.bert.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
 from sharded_lamb.bert.train_backend import TrainBackend, build_backend, check_parallel
 from sharded_lamb.core.host_values import to_device
+from sharded_lamb.telemetry import LayerNorms
 from sharded_lamb.watchdog import Watchdog
 
 Beat = Callable[[str], None]
@@ -288,9 +289,9 @@ class _Phase:
         with step.clock.completed():
             own = [*step.sums.double().tolist(), *step.clock.seconds(), peak_memory(job.ranks.device)]
             norm = job.backend.grad_norm()
-            ratios: dict[str, float] = {}
+            norms: dict[str, LayerNorms] = {}
             if (position.total_step - 1) % job.config.log.trust_ratio_steps == 0:
-                ratios = job.backend.trust_ratios()
+                norms = job.backend.layer_norms()
         gathered = job.ranks.gather(own)
         sections = gathered[:, 4:-1]
         each = sections.sum(1)
@@ -319,11 +320,11 @@ class _Phase:
             "peak_memory_bytes": int(gathered[:, -1].max().item()),
             "slowest_rank": int(each.argmax()),
             "unigram_entropy": job.manifest.unigram_entropy,
-            **summarize_ratios(ratios),
+            **summarize_ratios({name: own.ratio for name, own in norms.items()}),
         }
         if job.config.data.nsp:
             row |= {"nsp_loss": pair_loss / totals.documents, "nsp_accuracy": pair_right / totals.documents}
-        self.log.step({**row, **(evaluated or {})})
+        self.log.step({**row, **(evaluated or {})}, norms)
 
 
 def _heldout_row(job: Job, phase: int, beat: Beat) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.ds_config import ds_config
 from sharded_lamb.bert.model import Entered, Losses
 from sharded_lamb.checkpoint import Checkpoints
+from sharded_lamb.telemetry import LayerNorms
 
 
 class TrainBackend(Protocol):
@@ -43,8 +44,8 @@ class TrainBackend(Protocol):
     def grad_norm(self) -> float | None:
         """Norm of the last step's averaged gradients, before clipping."""
 
-    def trust_ratios(self) -> dict[str, float]:
-        """{BERT's own name: ratio} of the last step."""
+    def layer_norms(self) -> dict[str, LayerNorms]:
+        """{BERT's own name: norms and ratio} of the last step."""
 
     def weights(self) -> dict[str, Tensor] | None:
         """Copies of the unsharded parameters, in the training dtype, on the first rank's CPU; None elsewhere."""

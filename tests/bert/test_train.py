@@ -317,6 +317,21 @@ def test_a_step_casts_its_weights_once_for_all_micro_batches(tree: dict[str, Any
     assert counts[torch.Size([64, 32])] == counts[torch.Size([32, 64])] == 1 + 1
 
 
+def check_norms_on_the_board(folder: Path, quantiles: list[float]) -> None:
+    """Every parameter's, of every second step; ``quantiles``: of the ratios of step 3."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (board,) = {path.parent for path in folder.rglob("events.out.tfevents*")}
+    events = EventAccumulator(str(board)).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("trust_ratio/")]
+    ratios = [{each.step: each.value for each in events.Scalars(tag)} for tag in tags]
+    assert all([*own] == [1, 3, 5] for own in ratios)
+    assert (min(own[3] for own in ratios), max(own[3] for own in ratios)) == pytest.approx(
+        (quantiles[0], quantiles[-1])
+    )
+    assert f"weight_norm/{tags[0].partition('/')[2]}" in events.Tags()["scalars"]
+
+
 def test_every_row_says_how_the_run_goes(tree: dict[str, Any], tmp_path: Path, one_rank: Ended) -> None:
     rows, _ = trained(2, tree, tmp_path, "log.trust_ratio_steps=2", "log.heldout_steps=3")
     *steps, final = rows
@@ -349,6 +364,7 @@ def test_every_row_says_how_the_run_goes(tree: dict[str, Any], tmp_path: Path, o
     quantiles = steps[2]["trust_ratio_quantiles"]
     assert quantiles == sorted(quantiles)
     assert {"embeddings", "layer 0", "head"} == steps[2]["trust_ratio_by_layer"].keys()
+    check_norms_on_the_board(tmp_path, quantiles)
     assert {"heldout_loss", "heldout_accuracy", "unigram_entropy"} <= final.keys()
     assert steps[-1]["tokens"] == final["tokens"] <= 6 * 12 * 32
     picture.draw_run(steps, tmp_path / "curves.png")

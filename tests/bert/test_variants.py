@@ -108,7 +108,7 @@ def stepped(config: Any) -> tuple[dict[str, Any], dict[str, float]]:
     options = {name: group[name] for name in (*GROUP_OPTIONS, "betas", "eps", "weight_decay")}
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     options["max_grad_norm"] = optimizer.max_grad_norm
-    ratios = backend.trust_ratios()
+    ratios = {name: own.ratio for name, own in backend.layer_norms().items()}
     backend.close()
     return options, ratios
 
