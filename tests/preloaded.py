@@ -30,9 +30,11 @@ if not Path("/dev/nvidiactl").exists():
     NAMES.append("deepspeed.runtime.zero.muon.muon_optimizer")
 
 gc.disable()  # all of it stays
+sys.modules["mlflow"] = None  # type: ignore[assignment]  # DeepSpeed would import it, for a second and a half
 for _name in NAMES:
     with contextlib.suppress(ImportError):
         importlib.import_module(_name)
+del sys.modules["mlflow"]
 if "transformers.conversion_mapping" in sys.modules:  # saving any model makes a table for all of them
     sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("bert")
 if "deepspeed" in sys.modules:

@@ -198,6 +198,6 @@ def _causes_of_ratio(name: str, p: Any, group: Mapping[str, Any], norms: LayerNo
         low, high = group["trust_clip"] or (0.0, math.inf)
         if not low < clamped / norms.update < high:
             yield "ratio at trust_clip"
-    alone = decay * norms.weight if group["adam_w_mode"] else 0.0
+    alone = decay * norms.weight if group["adam_w_mode"] and not group["decoupled_decay"] else 0.0
     if alone and abs(norms.update - alone) <= 0.01 * norms.update:
         yield "update is decay alone"
