@@ -23,6 +23,7 @@ from sharded_lamb.kernels import FlatShard, ReceivedShards, ReferenceKernel, tri
 from sharded_lamb.kernels.engine import _batches
 from sharded_lamb.kernels.triton_kernel import TritonKernel, usable
 from sharded_lamb.optim.skips import SkipCounter
+from sharded_lamb.optim.step_results import StepResults
 from tests.forked import forked
 from tests.kernels.kernel_memory import SPLIT, Form, assert_same, optimizer_with, stepped, trained
 
@@ -101,7 +102,7 @@ def test_pass_2_is_at_most_8_calls_on_a_device() -> None:
     shard = FlatShard(empty, None, empty, empty, empty, torch.empty(1, dtype=torch.int64, device="meta"))
     for count in (1, 7, 8, 9, 42, 1000):
         for are_gathered, most in ((True, 8), (False, 1)):
-            calls = list(_batches([shard] * count, are_gathered=are_gathered))
+            calls = list(_batches([[shard]] * count, are_gathered=are_gathered))
             assert len(calls) <= most
             assert sorted(index for call in calls for index in call) == list(range(count))
 
@@ -142,19 +143,19 @@ def test_gradient_flags_are_copied_to_the_device_once() -> None:
 def test_no_event_is_waited_for_while_a_graph_is_captured(
     capturing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    skips, event = SkipCounter(CPU, limit=1), mock.Mock()
+    skips, event, results = SkipCounter(CPU, limit=1), mock.Mock(), StepResults()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     skips._arrived = event
-    skips.check(["a"])
-    skips.record(torch.tensor(True), torch.tensor([True]))
+    skips.check(results)
+    skips.record(torch.tensor(True))
     assert event.synchronize.called is not capturing
     assert event.record.called is not capturing
     assert skips.total == 1
     if capturing:
-        skips.check(["a"])
+        skips.check(results)
     else:
         with pytest.raises(RuntimeError, match="non-finite gradients"):
-            skips.check(["a"])
+            skips.check(results)
 
 
 # -- code compiled for a GPU; needs no GPU -------------------------------------------------------------
@@ -176,6 +177,8 @@ def compiled(
     if kernel.__name__ == "add_by_parameter":
         pointers["sums"] = "*fp64"
     names = kernel.arg_names
+    if "NESTEROV" in names:
+        constants = {"NESTEROV": False, **({"GRAD": None} if kernel.__name__ == "apply" else {}), **constants}
     signature = {
         name: "constexpr" if name in constants else pointers.get(name, f"*{dtype}") for name in names
     }
@@ -211,6 +214,10 @@ def test_compiled_arithmetic_is_ieee(device_code: Any) -> None:
         for ptx in (
             compiled(device_code.moments_and_norms, name, GRAD=compute, MODEL=tl.bfloat16, **plain),
             compiled(device_code.apply, name, MODEL=None, **plain),
+            compiled(
+                device_code.moments_and_norms, name, GRAD=compute, MODEL=tl.bfloat16, NESTEROV=True, **plain
+            ),
+            compiled(device_code.apply, name, GRAD=compute, MODEL=None, NESTEROV=True, **plain),
         ):
             kind = "f32" if compute == tl.float32 else "f64"
             assert not re.findall(r"\bfma\.|\.ftz|\.approx|div\.full", ptx)
@@ -277,7 +284,12 @@ def test_other_gpus_get_ieee_arithmetic_and_vectors(device_code: Any, target: st
     """
     f32 = device_code.tl.float32
     plain = {"WEIGHT": f32, "MODEL": None, "EXP_AVG": f32, "EXP_AVG_SQ": f32, "COMPUTE": f32, "ALIGNED": True}
-    for kernel, more in ((device_code.moments_and_norms, {"GRAD": f32}), (device_code.apply, {})):
+    for kernel, more in (
+        (device_code.moments_and_norms, {"GRAD": f32}),
+        (device_code.apply, {}),
+        (device_code.moments_and_norms, {"GRAD": f32, "NESTEROV": True}),
+        (device_code.apply, {"GRAD": f32, "NESTEROV": True}),
+    ):
         text = compiled(kernel, "fp32", OTHER_TARGETS[target], **plain, **more)
         if target.startswith("sm"):
             assert not re.findall(r"\bfma\.|\.ftz|\.approx|div\.full|(ld|st)\.local", text)
@@ -303,8 +315,10 @@ def test_sums_stay_inside_warps(device_code: Any) -> None:
     tl = device_code.tl
     plain = {"COMPUTE": tl.float32, "ALIGNED": True}
     moments = {"WEIGHT": tl.float32, "MODEL": None, "EXP_AVG": tl.float32, "EXP_AVG_SQ": tl.float32}
+    pass_1 = {"GRAD": tl.float32, **moments, **plain}
     for ptx, stores, barriers in (
-        (compiled(device_code.moments_and_norms, "fp32", GRAD=tl.float32, **moments, **plain), 2, 3),
+        (compiled(device_code.moments_and_norms, "fp32", **pass_1), 2, 3),
+        (compiled(device_code.moments_and_norms, "fp32", NESTEROV=True, **pass_1), 3, 5),
         (compiled(device_code.square_sums, "fp32", GRAD=tl.float32, **plain), 1, 1),
         (compiled(device_code.average, "fp32", WIRE=tl.float32, ADD=False, **plain), 1, 1),
     ):
