@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from sharded_lamb.pictures import figure
 
-_VERSIONED = ("torch", "sharded-lamb", "timm", "deepspeed", "triton", "numpy")
+_VERSIONED = ("torch", "sharded-lamb", "timm", "deepspeed", "transformers", "triton", "numpy")
 
 ROW_WIDTH = 500
 """Characters of JSON that stay on one line."""

@@ -90,3 +90,13 @@ def test_ratios_are_those_of_the_same_round() -> None:
     assert summary["the recipe"]["tokens_per_s"]["median"] == 6
     assert summary["the recipe"]["to_trainer"]["median"] == 2
     assert summary["Trainer"]["to_recipe"] == {"median": 0.5, "low": pytest.approx(5 / 12), "high": 0.75}
+
+
+@pytest.mark.parametrize(("column", "name"), [(2, "bf16"), (3, "fp32"), (4, "fp32-4m")])
+def test_the_readme_shows_the_measured_ratios(column: int, name: str) -> None:
+    folder = Path(beside_trainer.__file__).parent
+    result = json.loads((folder / "results" / f"trainer-{name}.json").read_text())
+    table = (folder / "README.md").read_text().split("| | quickstart, bf16", 1)[1].split("\n\n", 1)[0]
+    shown = [row.split("|")[column].strip() for row in table.splitlines()[2:]]
+    measured = beside_trainer.summarize(result["turns_s"], tokens=1)
+    assert shown == [f"{measured[way]['to_trainer']['median']:.2f}x" for way in WAYS[:-1]]
