@@ -19,6 +19,7 @@ API = {
         "sharded_lamb.ShardedLamb",
         "sharded_lamb.Lamb",
         "sharded_lamb.VARIANTS",
+        "sharded_lamb.optim.explanation",
         "sharded_lamb.__version__",
     ),
     "checkpoint": ("sharded_lamb.checkpoint",),

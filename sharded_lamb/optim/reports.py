@@ -33,12 +33,13 @@ class StepReports:
         return PendingNorms(PendingResults(last))
 
     def layer_norms(self) -> dict[str, LayerNorms]:
-        """{name: (weight, update, gradient, ratio)} of the parameters that the last step updated; empty if skipped.
+        """{name: norms} of the parameters that the last step updated; none if it was skipped.
 
         From the sums that the step made over ranks anyway: no collective, the same on every rank. Waits for the device.
         ‖g‖ is the averaged gradient's, unscaled, before clipping; under DeepSpeed, which clips before `step`, after it.
         It is NaN under DeepSpeed with ``skip_nonfinite=False``, where no step sums it. With ``nesterov`` (LANS), ‖u‖
-        and ratio are those of the first direction.
+        and ratio are those of the first direction. After a step of `Lamb` that GradScaler skips: those of the step
+        before.
         """
         return self.fetch_layer_norms().read()
 

@@ -421,12 +421,16 @@ def _optimizer_on_a_device() -> tuple[torch.nn.Module, ShardedLamb]:
 @pytest.mark.gpu
 def test_a_step_does_not_wait_for_the_device(request: pytest.FixtureRequest) -> None:
     model, optimizer = _optimizer_on_a_device()
+    norms = optimizer.layer_norms()
     request.getfixturevalue("no_waiting")
+    fetched = optimizer.fetch_layer_norms()
     for _ in range(3):
         optimizer.step()
     for p in model.parameters():
         p.grad = torch.randn_like(p)  # at a new address
     optimizer.step()
+    torch.cuda.set_sync_debug_mode("default")
+    assert fetched.read() == norms
 
 
 @gpu

@@ -128,6 +128,7 @@ def in_deepspeed(rank: int, skip_nonfinite: bool) -> tuple[Norms, Any]:
     calls = dict(opt.traffic.calls)
     norms = opt.layer_norms()
     assert opt.fetch_layer_norms().read().keys() == norms.keys() == opt.trust_ratios().keys()
+    assert "non-finite" not in str(opt.explain())
     assert dict(opt.traffic.calls) == calls
     cases.stop(engine)
     return norms, reference
