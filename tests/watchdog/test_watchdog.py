@@ -17,7 +17,8 @@ import torch.distributed as dist
 from sharded_lamb.watchdog import EXIT_CODE, Watchdog, store_channel
 from sharded_lamb.watchdog.diagnosis import DONE, Ledger, Report, rank_ranges
 from sharded_lamb.watchdog.stack_probe import COMPUTES, MAY_WAIT, WAITS, Member, locate_thread
-from tests.forked import Forked, context, forked
+from tests import fork_server
+from tests.forked import Forked, forked
 from tests.harness import run_ranks
 from tests.watchdog import watchdog_cases as cases
 
@@ -212,7 +213,7 @@ def test_a_rank_outside_its_group_is_refused() -> None:
 
 def test_a_store_that_stops_for_longer_than_its_timeout_and_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_channel, "TIMEOUT", timedelta(seconds=1))
-    receiver, sender = context().Pipe(duplex=False)
+    receiver, sender = fork_server.context().Pipe(duplex=False)
     with forked(cases.serve_a_store, sender) as process:
         assert receiver.poll(60)
         channel = store_channel.StoreChannel(
