@@ -153,10 +153,8 @@ BF16 = ["speed.precision=bf16", "batch.max_micro_batch=2"]
 AUTOCAST = ["speed.precision=bf16_autocast", "optimizer.bucket_mb=0.01"]
 SWITCHES: dict[str, tuple[int, list[str], float]] = {
     # (ZeRO stage, settings, tolerance): what bf16 rounds differs with the order of sums
-    "bf16, stage 1": (1, BF16, 2e-4),
     "bf16, stage 3": (3, BF16, 2e-4),
     "autocast, stage 2, small buckets": (2, AUTOCAST, SAME),
-    "autocast, stage 3, small buckets": (3, AUTOCAST, 2e-4),
     "next sentences, recomputed, dropped out, patterns anchored at BERT's own names": (
         3,
         [

@@ -1,7 +1,7 @@
 """Save in one layout, load in another: 3 steps before, 2 after, compared with the run that never stopped.
 
 The file format knows no layout. Every layout is therefore saved and loaded on its own ranks, saved for one hub layout,
-loaded from the hub, and saved for the next one of the other layouts; `targets` lists them.
+and loaded from the hub; in fp32 it is also saved for the next one of the other layouts. `targets` lists them.
 """
 
 from collections.abc import Sequence
@@ -43,10 +43,12 @@ def targets(source: Layout, layouts: Sequence[Layout], hub: Layout) -> list[Layo
     others = [layout for layout in layouts if layout != hub]
     if source == hub:
         return others
+    if hub == HALF_HUB:
+        return [hub]
     return [hub, others[(others.index(source) + 1) % len(others)]]
 
 
-@pytest.mark.parametrize(("layouts", "hub", "count"), [(LAYOUTS, HUB, 27), (HALF, HALF_HUB, 15)])
+@pytest.mark.parametrize(("layouts", "hub", "count"), [(LAYOUTS, HUB, 27), (HALF, HALF_HUB, 10)])
 def test_every_layout_is_saved_for_and_loaded_from_another(
     layouts: list[Layout], hub: Layout, count: int
 ) -> None:
@@ -55,8 +57,8 @@ def test_every_layout_is_saved_for_and_loaded_from_another(
     for layout in layouts:
         if layout != hub:
             assert {(layout, hub), (hub, layout)} <= pairs
-            assert any(source == layout and target != hub for source, target in pairs)
-            assert any(target == layout and source != hub for source, target in pairs)
+            assert any(source == layout and target != hub for source, target in pairs) == (hub == HUB)
+            assert any(target == layout and source != hub for source, target in pairs) == (hub == HUB)
 
 
 def assert_same_run(run: Whole, expected: Whole, *, bits: bool) -> None:

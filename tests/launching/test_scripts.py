@@ -109,7 +109,7 @@ def test_the_environment_is_made_once(checkout: Checkout) -> None:
     assert first.returncode == 0, first.stderr
     ran = checkout.take_log()
     installs = [line for line in ran if "-m pip" in line]
-    run = "-m pytest -n 2 --dist loadfile --no-loadscope-reorder"
+    run = "-m pytest -n 3 --dist loadfile --no-loadscope-reorder"
     checks = ["-m ruff format --check .", "-m ruff check .", "-m mypy", f"{run} -k foo bar"]
     assert len(installs) == 3
     assert all(f"-c {checkout.root}/configs/constraints.txt" in line for line in installs)

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -58,6 +59,11 @@ SHOWN_BY = {
 }
 
 
+@cache
+def plain_params(*options: tuple[str, Any]) -> dict[str, Tensor]:
+    return params_with(**dict(options))
+
+
 def params_with(world: int = 2, **options: Any) -> dict[str, Tensor]:
     needed = {"weight_decay": 0.0} if "adapt_without_decay" in options else {}
     settings = {key: value for key, value in options.items() if key not in (*DEFAULTS, "lr", "betas", "eps")}
@@ -78,8 +84,17 @@ def test_every_keyword_has_a_test() -> None:
 @pytest.mark.parametrize("option", sorted(CHANGES))
 def test_option_changes_the_result(option: str) -> None:
     before = {"weight_decay": 0.0} if option == "adapt_without_decay" else {}
-    plain, changed = params_with(**before), params_with(**{option: CHANGES[option]})
+    plain, changed = plain_params(*before.items()), params_with(**{option: CHANGES[option]})
     assert any(not torch.equal(plain[name], changed[name]) for name in SHAPES)
+
+
+@cache
+def grouped_params(
+    first: tuple[str, ...], second: tuple[str, ...], *base: tuple[str, Any]
+) -> dict[str, Tensor]:
+    case = replace(CASE, groups=((first, dict(base)), (second, dict(base))))
+    params: dict[str, Tensor] = run_ranks(2, run, case, 2)[0].params
+    return params
 
 
 @pytest.mark.parametrize(
@@ -88,10 +103,9 @@ def test_option_changes_the_result(option: str) -> None:
 def test_option_of_a_group_changes_that_group_alone(option: str) -> None:
     base = {"weight_decay": 0.0} if option == "adapt_without_decay" else {}
     first, second = tuple(SHAPES)[:2], tuple(SHAPES)[2:]
-    plain = replace(CASE, groups=((first, base), (second, base)))
     changed = replace(CASE, groups=((first, base), (second, {**base, option: CHANGES[option]})))
-    a, b = (run_ranks(2, run, case, 2)[0].params for case in (plain, changed))
-    differing = {name for name in SHAPES if not torch.equal(a[name], b[name])}
+    plain, params = grouped_params(first, second, *base.items()), run_ranks(2, run, changed, 2)[0].params
+    differing = {name for name in SHAPES if not torch.equal(plain[name], params[name])}
     assert differing
     assert differing <= set(second)
 
