@@ -30,7 +30,7 @@ def structs() -> str:
 
 
 def compiled(driver: str, command: list[str], folder: Path, *flags: str) -> Path:
-    """The driver, a file of this folder, with the kernel, without OpenMP; in the kernel's cache for later sessions."""
+    """The driver, a file of this folder, with the kernel, without OpenMP; in the kernel's cache for later runs."""
     folder.mkdir()
     (folder / "structs.h").write_text(structs())
     files = [FOLDER / driver, folder / "structs.h", *compiling.sources(native.SOURCE)]
