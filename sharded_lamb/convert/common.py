@@ -177,6 +177,8 @@ def moment_state(name: str, weight: Tensor, state: Mapping[str, Any], step: Any)
 def left_out(contents: InMemoryCheckpoint) -> list[Note]:
     """Returns notes of content that only this package's own formats hold."""
     notes = []
+    if any("ema" in state for state in contents.states.values()):
+        notes.append("the average of the weights (ema) is left out")
     if contents.extra:
         notes.append(f"extra is left out: {', '.join(map(str, contents.extra))}")
     if contents.optimizer.get("model"):

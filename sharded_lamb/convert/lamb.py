@@ -11,6 +11,7 @@ from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert import positional
 from sharded_lamb.convert.common import Converted, check_format, group_options, left_out
 from sharded_lamb.core.hyperparams import variant_options
+from sharded_lamb.kernels.state_format import OF_WEIGHTS
 
 _OWN_KEYS = ("params", "param_names")
 
@@ -36,8 +37,8 @@ def from_lamb(file: Mapping[str, Any], names: Sequence[str] | None = None) -> Co
 
     states = read.states(lambda group, state: state.get("step"))
     for name, state in states.items():
-        if "master" in read.raw_states[name]:
-            state["master"] = read.raw_states[name]["master"]
+        for kind in read.raw_states[name].keys() & set(OF_WEIGHTS):
+            state[kind] = read.raw_states[name][kind]
     groups = read.named_groups(options)
     clip = file.get("max_grad_norm")
     if "max_grad_norm" not in file:
@@ -56,7 +57,9 @@ def to_lamb(contents: InMemoryCheckpoint) -> Converted[dict[str, Any]]:
     groups = [positional.PositionalGroup(group["names"], group["options"]) for group in contents.groups]
     file = positional.write(contents.weights, contents.aliases, groups, contents.states)
     masters = sum("master" in state for state in contents.states.values())
-    notes = left_out(replace(contents, extra={}, optimizer={**contents.optimizer, "skipped_steps": 0}))
+    notes = left_out(
+        replace(contents, extra={}, states={}, optimizer={**contents.optimizer, "skipped_steps": 0})
+    )
     if masters:
         notes.append(
             f"{masters} masters are in the optimizer's state, where ShardedLamb.load_full_state_dict reads them; Lamb "

@@ -171,6 +171,7 @@ def sharded(rank: int, folder: str) -> None:
         stage=1,
         max_grad_norm=2.0,
         exclude_from_weight_decay=["bias$"],
+        ema_decay=0.5,
     )
     cases.train(model, optimizer, range(3))
     checkpoint.save(
@@ -179,12 +180,15 @@ def sharded(rank: int, folder: str) -> None:
 
 
 def test_lamb_holds_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Including masters and extra; Lamb and load_full_state_dict accept it."""
+    """Including masters, averages and extra; Lamb and load_full_state_dict accept it."""
     run_ranks(2, sharded, str(tmp_path))
     back, said = cases.through(tmp_path, "lamb", tmp_path / "ours", capsys)
     before = read_contents(tmp_path / "ours")
     cases.same_contents(back, before)
-    assert all(state["master"].dtype == torch.float32 for state in back.states.values())
+    for kind in ("master", "ema"):
+        assert all(state[kind].dtype == torch.float32 for state in back.states.values())
+    cases.convert(tmp_path / "ours", tmp_path / "timms", "sharded_lamb", "timm")
+    assert "the average of the weights (ema) is left out" in capsys.readouterr().out
     assert torch.equal(back.extra["position"].pop("seen"), before.extra["position"].pop("seen"))
     assert back.extra == before.extra == {"position": {"epoch": 3}}
     assert "ShardedLamb.load_full_state_dict reads them; Lamb has no masters" in said
