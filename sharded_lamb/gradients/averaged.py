@@ -56,7 +56,7 @@ class AveragedGradients:
         self.is_member += [index in added.members for index in range(first, len(self.params))]
         self.buckets.extend(added.buckets)
         self._in_place = GradientsInPlace(self.buckets)
-        self._by_bucket = [GradientsInPlace([bucket]) for bucket in self.buckets]
+        self._by_bucket = []
         self.replicas, self._owner_mask = added.replicas, added.owner_mask
         self._summary = None  # it lacks the new parameters
 
@@ -151,6 +151,8 @@ class AveragedGradients:
     def units(self) -> list[list[ScatteredShard]]:
         """See `GradientSource`."""
         grads, _ = self._summarized_grads
+        if not self._by_bucket:  # only pass 2 with two directions needs them
+            self._by_bucket = [GradientsInPlace([bucket]) for bucket in self.buckets]
         of_buckets = [in_place.shards(grads)[0] for in_place in self._by_bucket]
         return [*of_buckets, *([shard] for shard in self.dtensors.shards)]
 

@@ -118,7 +118,7 @@ def warn_of_average(saved: Iterable[Iterable[str]]) -> None:
     if any("ema" in kinds for kinds in saved):
         logger.warning(
             "the saved state has an average of the weights, which this optimizer does not keep: construct it with "
-            "ema_decay=… to go on with it"
+            "ema_decay=… to continue it"
         )
 
 
