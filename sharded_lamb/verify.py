@@ -33,7 +33,8 @@ MAX_SMALL_ALL_REDUCES = 2
 
 
 class Reference:
-    """Variants "lamb" (arXiv 1904.00962, Algorithm 2), with global clipping, and "lans" (2006.13484, Algorithm 2)."""
+    """Variants "lamb" (arXiv 1904.00962, Algorithm 2), with global clipping, "lans" (2006.13484, Algorithm 2) and
+    "lars" (1708.03888, Algorithm 1)."""
 
     def __init__(
         self, weights: Sequence[Tensor], lr: float, max_grad_norm: float | None, variant: str = "lamb"
@@ -44,7 +45,7 @@ class Reference:
         self.ratios = [1.0] * len(self.w)
         self.grad_norm = 0.0
         self.t, self.lr, self.max_grad_norm = 0, lr, max_grad_norm
-        self.is_lans = variant == "lans"
+        self.is_lans, self.is_lars = variant == "lans", variant == "lars"
 
     def step(self, gradients: Sequence[Tensor]) -> None:
         """One step with averaged gradients: fp64, one per weight, of its shape."""
@@ -55,6 +56,9 @@ class Reference:
             clip = self.max_grad_norm / self.grad_norm
         for i, gradient in enumerate(gradients):
             g = gradient * clip
+            if self.is_lars:
+                self._step_of_lars(i, g)
+                continue
             if self.is_lans:
                 g = gradient / gradient.norm() if gradient.any() else gradient
             self.m[i] = 0.9 * self.m[i] + 0.1 * g
@@ -67,6 +71,13 @@ class Reference:
                 along = g / (v_hat.sqrt() + 1e-6) + 0.01 * self.w[i]
                 change = 0.9 * change + 0.1 * self._ratio(self.w[i], along) * along
             self.w[i] -= self.lr * change
+
+    def _step_of_lars(self, i: int, g: Tensor) -> None:
+        w_norm, g_norm = float(self.w[i].norm()), float(g.norm())
+        is_defined = w_norm > 0 and g_norm > 0
+        self.ratios[i] = 0.001 * w_norm / (g_norm + 0.01 * w_norm + 1e-6) if is_defined else 1.0
+        self.m[i] = 0.9 * self.m[i] + self.lr * self.ratios[i] * (g + 0.01 * self.w[i])
+        self.w[i] -= self.m[i]
 
     @staticmethod
     def _ratio(w: Tensor, update: Tensor) -> float:
@@ -138,7 +149,7 @@ def verify(
     lr: float = 1e-2,
     max_grad_norm: float | None = 1.0,
     seed: int = 0,
-    variant: Literal["lamb", "lans"] = "lamb",
+    variant: Literal["lamb", "lans", "lars"] = "lamb",
 ) -> Report:
     """Run ``steps`` steps on synthetic gradients and compare with the reference. Collective over the default group.
 
@@ -280,7 +291,7 @@ class _Comparison:
                     p.numel(),
                     _relative(weight, reference.w[index]),
                     _relative(state["exp_avg"], reference.m[index]),
-                    _relative(state["exp_avg_sq"], reference.v[index]),
+                    _relative(state["exp_avg_sq"], reference.v[index]) if "exp_avg_sq" in state else 0.0,
                     ratios.get(name, math.nan),
                     reference.ratios[index],
                 )
@@ -363,7 +374,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", help="module:function that returns a torch.nn.Module, e.g. mypackage.models:build"
     )
     parser.add_argument("--stage", type=int, choices=(1, 2), default=2)
-    parser.add_argument("--variant", choices=("lamb", "lans"), default="lamb")
+    parser.add_argument("--variant", choices=("lamb", "lans", "lars"), default="lamb")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--device", help=devices.OF_HERE)
     parser.add_argument("--steps", type=int, default=20)

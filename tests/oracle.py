@@ -2,6 +2,7 @@
 
 Equations: You et al., "Large Batch Optimization for Deep Learning", arXiv 1904.00962, Algorithm 2. `VARIANT_FACTS`
 lists the differences of known implementations, read from their own sources. LANS: arXiv 2006.13484, Algorithm 2.
+LARS: arXiv 1708.03888, Algorithm 1.
 """
 
 from __future__ import annotations
@@ -27,8 +28,21 @@ PLAIN: dict[str, Any] = {
     "nesterov": False,
     "decoupled_decay": False,
     "corrected_weight_decay": False,  # or the peak learning rate
+    "lars": False,
+    "trust_coefficient": 1.0,
+    "momentum_includes_lr": False,
+    "larc_clip": False,
     # None, "decay patterns" (parameters without decay have ratio 1 too) or "everything"
     "adaptation_excludes": None,
+}
+
+LARS: dict[str, Any] = {
+    **PLAIN,
+    "lars": True,
+    "trust_coefficient": 0.001,
+    "bias_correction": False,
+    "grad_averaging": False,
+    "adam_w_mode": False,
 }
 
 VARIANT_FACTS: dict[str, dict[str, Any]] = {
@@ -60,6 +74,11 @@ VARIANT_FACTS: dict[str, dict[str, Any]] = {
     "adamw": {**PLAIN, "adaptation_excludes": "everything"},
     # arXiv 2006.13484, Algorithm 2; its authors' multi_tensor_lans.cu (dmlc/gluon-nlp) adds eps to the gradient's norm.
     "lans": {**PLAIN, "normalize_grad": True, "nesterov": True},
+    # arXiv 1708.03888, Algorithm 1: v <- m v + gamma lambda (g + beta w), w <- w - v; so does MLPerf's reference
+    # (mlcommons/training resnet_model lars_optimizer.py: scaled_lr = lr eeta |w| / (|g| + decay |w| + epsilon)).
+    "lars": {**LARS, "momentum_includes_lr": True},
+    # kakaobrain/torchlars, Lightning Bolts' LARS and timm/optim/lars.py: gradients times the ratio, then torch's SGD.
+    "torch_lars": LARS,
 }
 
 
@@ -148,6 +167,8 @@ class OracleLamb:
             peak = opt["corrected_weight_decay"] or opt["lr"]
             w, decay = w * (1 - opt["lr"] * opt["lr"] / peak * decay), 0.0
 
+        if opt["lars"]:
+            return self._update_of_lars(name, g, decay)
         if opt["normalize_grad"] and l2(g) > 0:
             g = g / l2(g)
         if not opt["adam_w_mode"]:
@@ -173,10 +194,28 @@ class OracleLamb:
         self.params[name] = np.asarray(w - step_size * change)
         return ratio
 
+    def _update_of_lars(self, name: str, g: Array, decay: float) -> float:
+        opt, w = self.options[name], self.params[name]
+        momentum, lr = opt["betas"][0], opt["lr"]
+        below = l2(g) + decay * l2(w) + opt["eps"] if l2(g) > 0 else 0.0
+        ratio = self._ratio(name, l2(w), below, decay > 0)
+        is_fallback = l2(w) == 0 or l2(g) == 0 or name in self.no_adapt
+        is_fallback |= decay == 0 and not opt["adapt_without_decay"]
+        if opt["larc_clip"] and not is_fallback and lr > 0:
+            ratio = min(ratio / lr, 1.0)
+        entering = (1 - momentum if opt["grad_averaging"] else 1.0) * ratio * (g + decay * w)
+        if opt["momentum_includes_lr"]:
+            entering, lr = lr * entering, 1.0
+        m = self.m[name] = momentum * self.m[name] + entering
+        self.norms[name] = l2(w), math.nan, l2(g), ratio
+        self.params[name] = np.asarray(w - lr * (momentum * m + entering if opt["nesterov"] else m))
+        return ratio
+
     def _ratio(self, name: str, w_norm: float, u_norm: float, has_decay: bool) -> float:
         opt = self.options[name]
         if name in self.no_adapt or (not has_decay and not opt["adapt_without_decay"]):
             return 1.0
         if w_norm > 0 and u_norm > 0:
-            return clamp(clamp(w_norm, opt["weight_norm_clip"]) / u_norm, opt["trust_clip"])
+            phi = clamp(w_norm, opt["weight_norm_clip"])
+            return clamp(opt["trust_coefficient"] * phi / u_norm, opt["trust_clip"])
         return 1.0

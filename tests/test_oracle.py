@@ -29,6 +29,11 @@ def test_normalized_with_nesterov_is_lans() -> None:
     golden.check_against_lans_reference(PARAMS, GRADS)
 
 
+def test_scaled_before_the_momentum_is_lars() -> None:
+    golden.check_against_lars_reference(PARAMS, GRADS)
+    golden.check_lars_against_torch(PARAMS, GRADS)
+
+
 def test_clipped_is_timm() -> None:
     golden.check_against_timm(PARAMS, FULL)
 

@@ -67,6 +67,25 @@ def test_compares_lans(world_size: int, stage: int) -> None:
     assert not any(passed for passed, _, _ in run_ranks(world_size, verify_lans, stage, True))
 
 
+def verify_lars(rank: int, stage: int, forgets: bool) -> Verdict:
+    """``forgets``: no decay in the denominator."""
+    real = rule.lars_ratios
+
+    def without_decay(weight: Tensor, gradient: Tensor, options: Any, lr: Tensor) -> Tensor:
+        return real(weight, gradient, replace(options, l2=torch.zeros_like(options.l2)), lr)
+
+    with mock.patch.object(rule, "lars_ratios", without_decay if forgets else real):
+        return verdict(verify(shapes.named("tiny"), stage=stage, steps=6, bucket_mb=0.02, variant="lars"))
+
+
+def test_compares_lars() -> None:
+    for passed, text, per_step in run_ranks(2, verify_lars, 2, False):
+        assert passed, text
+        tensors = len(shapes.named("tiny"))
+        assert per_step["all_reduce_small bytes"] == 8 * (3 * tensors + 1 + tensors + 6)
+    assert not any(passed for passed, _, _ in run_ranks(2, verify_lars, 2, True))
+
+
 def verify_model(rank: int) -> Verdict:
     torch.manual_seed(rank)  # ranks start from different weights: the first rank's count
     model = nn.Sequential(nn.Embedding(11, 8), nn.LayerNorm(8), nn.Linear(8, 5))

@@ -1,4 +1,7 @@
-"""timm's LAMB, a peer to compare with."""
+"""timm's LAMB and LARS, peers to compare with."""
+
+import importlib
+import sys
 
 import pytest
 import torch
@@ -12,3 +15,10 @@ def load_timm_lamb() -> type[torch.optim.Optimizer]:
         return peers.timm_lamb()
     except ImportError as error:
         pytest.skip(str(error))
+
+
+def load_timm_lars() -> type[torch.optim.Optimizer]:
+    """timm's `Lars` class; likewise."""
+    module = sys.modules[load_timm_lamb().__module__]
+    lars: type[torch.optim.Optimizer] = importlib.import_module(f"{module.__package__}.lars").Lars
+    return lars

@@ -23,11 +23,13 @@ from sharded_lamb.checkpoint.rank_group import RankGroup, unwrapped
 from sharded_lamb.checkpoint.saving import prepared
 from sharded_lamb.checkpoint.sparse import is_sparse
 from sharded_lamb.checkpoint.storage import Reader
-from sharded_lamb.core.hyperparams import check_max_grad_norm, validate_change
+from sharded_lamb.core.hyperparams import check_fixed, check_max_grad_norm, validate_group
 from sharded_lamb.core.names import normalize
+from sharded_lamb.core.rule import MOMENTS
 from sharded_lamb.kernels.state_format import OF_WEIGHTS
 from sharded_lamb.optim.base import LambOptimizer
 from sharded_lamb.optim.sharded_state import ShardedOptimizer
+from sharded_lamb.optim.whole_tensors import new_state
 from sharded_lamb.sharding.state import warn_of_average
 
 
@@ -172,14 +174,14 @@ class _Loading:
             state = self.packed["state"].get(place)
             if saved is None:
                 if state is not None:  # saved while frozen or before its first gradient: starts anew
-                    self.zeros += [state[kind] for kind in ("step", *parts.KINDS)]
+                    self.zeros += [state[kind] for kind in ("step", *MOMENTS) if kind in state]
                     for kind in state.keys() & set(OF_WEIGHTS):
                         self.requests.append(ReadRequest(f"model.{source}", state[kind]))
                 continue
             if state is None:
                 if isinstance(optimizer, ShardedOptimizer):  # frozen here, and never trained
                     continue
-                state = self.packed["state"][place] = _empty_lamb_state(params[place])
+                state = self.packed["state"][place] = new_state(params[place], optimizer.moments)
             self.requests += parts.state_requests(source, saved, state, self.where)
 
     def _check_memory(self) -> None:
@@ -218,17 +220,23 @@ class _Loading:
             )
 
     def _check_options(self, optimizer: LambOptimizer) -> None:
-        """Raises CheckpointError for options that no optimizer accepts."""
-        optimizer_wide = self.manifest.optimizer
+        """Raises CheckpointError for options that no optimizer accepts, ValueError for those of another algorithm."""
+        optimizer_wide, decoded = self.manifest.optimizer, []
         try:
             for saved, group in zip(self.manifest.groups, optimizer.param_groups, strict=True):
-                own = {key: value for key, value in group.items() if key != "params"}
-                validate_change(own, plain.decoded(saved["options"], self.tensors.get))
+                decoded.append(plain.decoded(saved["options"], self.tensors.get))
+                validate_group({**group, **decoded[-1]})
             check_max_grad_norm(optimizer_wide["max_grad_norm"])
             if optimizer_wide["skipped_steps"] < 0:
                 raise ValueError(f"skipped_steps is {optimizer_wide['skipped_steps']}")
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.where}: its options are damaged: {error!r}") from error
+        if self.options:
+            for own, group in zip(decoded, optimizer.param_groups, strict=True):
+                try:
+                    check_fixed(group, own)
+                except ValueError as error:
+                    raise ValueError(f"{self.where}: {error}") from error
 
     def _check_groups(self, names: list[list[str]]) -> None:
         if not self.manifest.groups:
@@ -317,11 +325,3 @@ def _template(extra: Mapping[str, Any], name: str) -> Any:
             return None
         value, rest = value[key], rest[key.count(".") + 1 :]
     return None if rest else value
-
-
-def _empty_lamb_state(p: Tensor) -> dict[str, Tensor]:
-    """Returns zero state for a parameter of `Lamb`, which otherwise makes it at the first gradient."""
-    dtype = torch.promote_types(p.dtype, torch.float32)
-    return {"step": torch.zeros((), dtype=torch.float64, device="cpu")} | {
-        kind: torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format) for kind in parts.KINDS
-    }

@@ -15,15 +15,13 @@ from sharded_lamb.checkpoint.rank_group import bare_optimizer
 from sharded_lamb.checkpoint.sparse import is_sparse
 from sharded_lamb.core.host_values import as_tensor
 from sharded_lamb.core.names import normalize
+from sharded_lamb.core.rule import MOMENTS
 from sharded_lamb.kernels.state_format import OF_WEIGHTS
 from sharded_lamb.optim.base import LambOptimizer
 from sharded_lamb.optim.lamb import Lamb
 from sharded_lamb.optim.sharded_state import ShardedOptimizer
 
 logger = logging.getLogger("sharded_lamb")
-
-KINDS = ("exp_avg", "exp_avg_sq")
-"""Kinds of state of every parameter with state, beside ``step``, and ``master`` if it is not the weight itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,15 +229,22 @@ def state_requests(
     Raises:
         ValueError: the checkpoint lacks a kind of state.
     """
-    missing = [kind for kind in ("step", *KINDS) if kind not in saved]
+    moments = [kind for kind in MOMENTS if kind in state]
+    missing = [kind for kind in ("step", *moments) if kind not in saved]
     if missing:
         raise ValueError(
-            f"{where} has no {missing[0]} of {name}: it was not written from Lamb or ShardedLamb"
+            f"{where} has no {missing[0]} of {name}: it was not written from Lamb or ShardedLamb, or from LARS, which "
+            f"keeps one moment"
+        )
+    if moments != [kind for kind in MOMENTS if kind in saved]:
+        raise ValueError(
+            f"{where} has two moments of {name}, and this optimizer is LARS, which keeps one: construct it with the "
+            f"variant that was saved"
         )
     for kind, target in state.items():
         if kind in OF_WEIGHTS and kind not in saved:
             yield ReadRequest(f"model.{name}", target)
-        elif kind in ("step", *KINDS, *OF_WEIGHTS):
+        elif kind in ("step", *MOMENTS, *OF_WEIGHTS):
             yield ReadRequest(f"optimizer.{name}.{kind}", target)
 
 

@@ -25,6 +25,7 @@ from sharded_lamb.checkpoint import parts, plain
 from sharded_lamb.checkpoint.rank_group import RankGroup, ranks_of, unwrapped
 from sharded_lamb.checkpoint.storage import ManifestHeader, PostSaveError, Writer
 from sharded_lamb.core.host_values import as_tensor
+from sharded_lamb.core.rule import MOMENTS
 from sharded_lamb.kernels.state_format import OF_WEIGHTS
 from sharded_lamb.optim.lamb import Lamb
 from sharded_lamb.optim.sharded_state import ShardedOptimizer
@@ -240,7 +241,7 @@ def _collected(ranks: RankGroup, model: nn.Module, optimizer: Any, extra: Mappin
             tensors |= {
                 f"optimizer.{flat[place]}.{kind}": as_tensor(value)
                 for kind, value in state.items()
-                if kind in ("step", *parts.KINDS, *OF_WEIGHTS)
+                if kind in ("step", *MOMENTS, *OF_WEIGHTS)
             }
         for number, (group, own_names) in enumerate(zip(optimizer.param_groups, names, strict=True)):
             options = plain.encoded(parts.options_of(group), f"options of group {number}", extra_tensors)

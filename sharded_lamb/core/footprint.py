@@ -47,7 +47,7 @@ def small_sends(parameters: int, sums: int, *, digest: int, agreements: int) -> 
     """Bytes of the packed fp64 all-reduces of a step on several ranks.
 
     Args:
-        sums: numbers per parameter in (b), `sharded_lamb.core.rule.SUMS` or `NESTEROV_SUMS`.
+        sums: numbers per parameter in (b), of `sharded_lamb.core.rule.sums_of`.
         digest: `sharded_lamb.comm.step_agreement.SLOTS`, in (b).
         agreements: number of times that all-reduce (a) is made; 0: (a) is packed into (b), see
             `sharded_lamb.gradients.summary`.

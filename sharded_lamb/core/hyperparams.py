@@ -31,6 +31,10 @@ class RuleOptions(TypedDict, total=False):
     nesterov: bool
     decoupled_decay: bool
     corrected_weight_decay: float | bool
+    lars: bool
+    trust_coefficient: float
+    momentum_includes_lr: bool
+    larc_clip: bool
 
 
 SCALAR_DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
@@ -54,6 +58,10 @@ DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
         "nesterov": False,
         "decoupled_decay": False,
         "corrected_weight_decay": False,
+        "lars": False,
+        "trust_coefficient": 1.0,
+        "momentum_includes_lr": False,
+        "larc_clip": False,
     }
 )
 """Options with a default per variant; all but ``max_grad_norm`` may differ between groups."""
@@ -70,9 +78,18 @@ FLAGS: Final = (
     "normalize_grad",
     "nesterov",
     "decoupled_decay",
+    "lars",
+    "momentum_includes_lr",
+    "larc_clip",
 )
-FIXED: Final = ("normalize_grad", "nesterov")
+FIXED: Final = ("normalize_grad", "nesterov", "lars")
 """Options that neither an edit nor a load may change: all ranks size their all-reduces, and wait for them, by these."""
+
+OF_LARS: Final = ("momentum_includes_lr", "larc_clip")
+"""Options that only LARS has."""
+
+NOT_OF_LARS: Final = ("bias_correction", "adam_w_mode", "eps_inside_sqrt", "normalize_grad")
+"""Options that LARS does not have: False."""
 
 PATTERN_OPTIONS: Final = ("exclude_from_weight_decay", "exclude_from_layer_adaptation")
 
@@ -81,6 +98,14 @@ def _variant(**options: Any) -> Mapping[str, Any]:
     assert options.keys() <= DEFAULTS.keys()
     return MappingProxyType({**DEFAULTS, **options})
 
+
+_LARS: Final = {
+    "lars": True,
+    "trust_coefficient": 0.001,
+    "bias_correction": False,
+    "grad_averaging": False,
+    "adam_w_mode": False,
+}
 
 VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
@@ -101,6 +126,10 @@ VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         "adamw": _variant(exclude_from_layer_adaptation=("all",)),
         # arXiv 2006.13484, Algorithm 2: LAMB with normalized gradients and Nesterov's momentum.
         "lans": _variant(normalize_grad=True, nesterov=True),
+        # arXiv 1708.03888, Algorithm 1, and MLPerf's reference: lr is inside the momentum.
+        "lars": _variant(**_LARS, momentum_includes_lr=True),
+        # torch-lars, Lightning Bolts and timm: LARS before torch's SGD.
+        "torch_lars": _variant(**_LARS),
     }
 )
 
@@ -249,6 +278,18 @@ def _check_decay(options: Mapping[str, Any]) -> None:
         raise ValueError("corrected_weight_decay corrects decoupled decay: give decoupled_decay=True too")
 
 
+def _check_algorithm(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for options of LARS without it, and for others with it."""
+    named = OF_LARS if not options["lars"] else NOT_OF_LARS
+    for name in named:
+        if options[name]:
+            reason = "has no effect with lars=True" if options["lars"] else "needs lars=True"
+            raise ValueError(
+                f'{name}={options[name]!r} {reason}: variant="lars" and variant="torch_lars" set the options of LARS, '
+                f"whose decay is in the gradient and whose denominator is a norm"
+            )
+
+
 def _betas(value: Any) -> tuple[float, float]:
     expected = "a number in [0, 1)"
     pair = _pair("betas", value, "a pair of numbers (beta1, beta2)")
@@ -281,6 +322,7 @@ def validate_group(group: Mapping[str, Any]) -> dict[str, Any]:
         bias_correction = flag("bias_correction", bias_correction, 'True, False or "lr"')
     variant_options(group["variant"])
     _check_decay(group)
+    _check_algorithm(group)
     clip = _scalar(group["trust_clip"])
     adaptation = group["exclude_from_layer_adaptation"]
     if adaptation is not None:  # None: the same as exclude_from_weight_decay
@@ -294,6 +336,9 @@ def validate_group(group: Mapping[str, Any]) -> dict[str, Any]:
         "bias_correction": bias_correction,
         **{name: flag(name, group[name]) for name in FLAGS},
         "corrected_weight_decay": _peak_rate(group),
+        "trust_coefficient": number(
+            "trust_coefficient", group["trust_coefficient"], FP32_MIN, FP32_MAX, "a finite number > 0"
+        ),
         "trust_clip": _bounds("trust_clip", (0.0, clip) if _is_number(clip) else clip),
         "weight_norm_clip": _bounds("weight_norm_clip", group["weight_norm_clip"]),
         "exclude_from_weight_decay": validate_patterns(
@@ -303,17 +348,22 @@ def validate_group(group: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_fixed(group: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
+    """Raises ValueError if an option of `FIXED` differs in ``changed``."""
+    for name in FIXED:
+        value = flag(name, changed.get(name, group[name]))
+        if value != group[name]:
+            raise ValueError(
+                f"{name}={value} cannot be given to an optimizer with {name}={group[name]}: construct the optimizer "
+                f"with it (variant={changed.get('variant')!r})"
+            )
+
+
 def validate_change(group: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
     """`validate_group` of ``group`` with ``changed`` options: edited, or loaded.
 
     Raises:
         ValueError, TypeError: as `validate_group`; also for an option of `FIXED` that differs.
     """
-    options = validate_group({**group, **changed})
-    for name in FIXED:
-        if options[name] != group[name]:
-            raise ValueError(
-                f"{name}={options[name]} cannot be given to an optimizer with {name}={group[name]}: construct the "
-                f"optimizer with it (variant={options['variant']!r})"
-            )
-    return options
+    check_fixed(group, changed)
+    return validate_group({**group, **changed})

@@ -38,6 +38,9 @@ class _GroupOptions:
     nesterov: float
     decoupled: float
     peak_lr: float
+    trust_coefficient: float
+    includes_lr: float
+    larc_clip: float
 
     @staticmethod
     def of(group: Mapping[str, Any]) -> "_GroupOptions":
@@ -65,6 +68,9 @@ class _GroupOptions:
             nesterov=float(group["nesterov"]),
             decoupled=float(group["decoupled_decay"]),
             peak_lr=group["corrected_weight_decay"] or math.inf,
+            trust_coefficient=group["trust_coefficient"],
+            includes_lr=float(group["momentum_includes_lr"]),
+            larc_clip=float(group["larc_clip"]),
         )
 
 
@@ -146,16 +152,18 @@ class OptionTable:
         without_decay = named.pop("adapts_without_decay").bool()
         l2, decay = named.pop("l2") * self._decays, named.pop("decay") * self._decays
         adapts = self._adapts & (without_decay | (l2 + decay > 0))
-        normalizes, decoupled = named.pop("normalizes").bool(), named.pop("decoupled").bool()
+        flags = {
+            name: named.pop(name).bool() for name in ("normalizes", "decoupled", "includes_lr", "larc_clip")
+        }
         return ParameterOptions(
             **named,
+            **flags,
             l2=l2,
             decay=decay,
             adapts=adapts,
-            normalizes=normalizes,
-            decoupled=decoupled,
             is_fp64=self.is_fp64,
             any_normalizes=any(options.normalizes for options in of_groups),
             any_nesterov=any(options.nesterov for options in of_groups),
             any_decoupled=any(options.decoupled for options in of_groups),
+            is_lars=any(group["lars"] for group in self._groups),
         )

@@ -18,6 +18,13 @@ ratio of its own (``nesterov``)::
 Decoupled decay (``decoupled_decay``, as in timm) is outside u and its ratio: w shrinks by η λ first, or by
 η² λ / η_peak (``corrected_weight_decay``), and φ(‖w‖) is that of the smaller w.
 
+LARS (You et al., arXiv 1708.03888, Algorithm 1) keeps m alone, and its ratio r scales what enters it::
+
+    d = g + λ w
+    r = c φ(‖w‖) / (‖g‖ + λ ‖w‖ + ε)
+    m ← β1 m + c1 r d        with η inside: c1 η r d
+    w ← w - η m              with η inside: w - m; with ``nesterov``, β1 m + c1 r d instead of m
+
 Functions take lists of tensors, one entry per parameter or chunk of a shard. A coefficient is a list of the same
 length: floats, or tensors that broadcast (one row per block), so that the same code updates a whole parameter and
 a chunk with blocks of many parameters. Every operation is one correctly rounded IEEE operation (no fused
@@ -61,6 +68,26 @@ kernels' block sums and predicted traffic have ``len(SUMS)`` numbers per paramet
 NESTEROV_SUMS = (*SUMS, "gradient update")
 """`SUMS` of an optimizer with a ``nesterov`` parameter: also Σu₂². Its other parameters' step along u₂ is 0."""
 
+LARS_SUMS = ("weight",)
+"""`SUMS` of LARS: Σg², of which its ratio is made too, is in the summary of gradients."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""The state of a parameter, m and v, by its key in state dicts and checkpoints."""
+
+LARS_MOMENTS = ("exp_avg",)
+"""`MOMENTS` of LARS: torch.optim.SGD's ``momentum_buffer``."""
+
+
+def sums_of(*, lars: bool, nesterov: bool) -> tuple[str, ...]:
+    """The sums of squares that pass 1 computes for every parameter."""
+    return LARS_SUMS if lars else NESTEROV_SUMS if nesterov else SUMS
+
+
+def moments_of(*, lars: bool) -> tuple[str, ...]:
+    """The state of every parameter."""
+    return LARS_MOMENTS if lars else MOMENTS
+
+
 COLUMNS = tuple(field.name for field in fields(Coefficients))
 Vectors = Coefficients[Tensor]
 PerTensor = Coefficients[Coefficient]
@@ -84,12 +111,17 @@ def scaled_gradients(g: list[Tensor], w: list[Tensor], k: PerTensor) -> list[Ten
 
 def update_moments(m: list[Tensor], v: list[Tensor], g: list[Tensor], k: PerTensor) -> None:
     """m ← β1 m + c1 g and v ← β2 v + c2 g², in place (Algorithm 2, lines 6 and 7)."""
-    torch._foreach_mul_(m, k.beta1)
-    torch._foreach_add_(m, _mul(g, k.c1))
+    update_momentum(m, g, k)
     squares = _mul(g, g)
     torch._foreach_mul_(squares, k.c2)
     torch._foreach_mul_(v, k.beta2)
     torch._foreach_add_(v, squares)
+
+
+def update_momentum(m: list[Tensor], g: list[Tensor], k: PerTensor) -> None:
+    """m ← β1 m + c1 g, in place."""
+    torch._foreach_mul_(m, k.beta1)
+    torch._foreach_add_(m, _mul(g, k.c1))
 
 
 def root(x: Tensor) -> Tensor:
@@ -157,15 +189,24 @@ class ParameterOptions:
     nesterov: Tensor  # 1: the update has a second direction, along the gradient
     decoupled: Tensor  # bool: decay is outside the update
     peak_lr: Tensor  # η_peak of corrected decay; inf: none
+    trust_coefficient: Tensor
+    includes_lr: Tensor  # bool: LARS's momentum has η inside
+    larc_clip: Tensor  # bool: LARS's η r is at most η, as in LARC
     is_fp64: Tensor  # bool: float64 parameters, whose norms are not rounded to fp32
     any_normalizes: bool  # on the host
     any_nesterov: bool
     any_decoupled: bool
+    is_lars: bool
 
     @property
     def sums(self) -> tuple[str, ...]:
-        """The sums of squares that pass 1 computes for every parameter."""
-        return NESTEROV_SUMS if self.any_nesterov else SUMS
+        """See `sums_of`."""
+        return sums_of(lars=self.is_lars, nesterov=self.any_nesterov)
+
+    @property
+    def pass_2_reads_gradients(self) -> bool:
+        """Whether pass 2 reads gradients again."""
+        return self.is_lars or self.any_nesterov
 
 
 def coefficients(options: ParameterOptions, step: Tensor, active: Tensor, grad_scale: Tensor) -> Vectors:
@@ -235,12 +276,26 @@ def decay_of_pass_2(lr: Tensor, step_sizes: Tensor, options: ParameterOptions) -
     return torch.where(options.decoupled, decoupled, options.decay)
 
 
-def ratios_of_sums(square_sums: Tensor, options: ParameterOptions, lr: Tensor) -> Tensor:
-    """[D, P] fp64: `trust_ratios` of each direction, of parameters with ``square_sums`` [1 + D, P] over all ranks.
+def ratios_of_sums(
+    square_sums: Tensor,
+    options: ParameterOptions,
+    lr: Tensor,
+    gradient_sums: Tensor | None,
+    grad_scale: Tensor,
+) -> Tensor:
+    """[D, P] fp64: `trust_ratios` of each direction; LARS's ratio, [1, P].
 
-    ``lr``: [P] fp64, by which decoupled decay shrinks the weights before.
+    Args:
+        square_sums: [``options.sums``, P] fp64 over all ranks.
+        lr: [P] fp64, by which decoupled decay shrinks the weights before.
+        gradient_sums: [P] fp64, Σg² over all ranks of the stored gradients; read by LARS alone.
+        grad_scale: as of `coefficients`.
     """
     weight_norm, *update_norms = norms(square_sums, options.is_fp64)
+    if options.is_lars:
+        assert gradient_sums is not None
+        gradient_norm = norms(gradient_sums, options.is_fp64) * grad_scale.abs()
+        return lars_ratios(weight_norm, gradient_norm, options, lr).unsqueeze(0)
     if options.any_decoupled:
         weight_norm = weight_norm * (1 - shrinkage(lr, options)).abs()
     return torch.stack([trust_ratios(weight_norm, norm, options) for norm in update_norms])
@@ -249,10 +304,24 @@ def ratios_of_sums(square_sums: Tensor, options: ParameterOptions, lr: Tensor) -
 def trust_ratios(weight_norm: Tensor, update_norm: Tensor, options: ParameterOptions) -> Tensor:
     """[P] fp64: φ(‖w‖)/‖u‖, clipped, where both raw norms are > 0 and the parameter adapts; else 1."""
     defined = options.adapts & (weight_norm > 0) & (update_norm > 0)
+    return _clipped_ratio(defined, weight_norm, update_norm, options)
+
+
+def lars_ratios(weight_norm: Tensor, gradient_norm: Tensor, options: ParameterOptions, lr: Tensor) -> Tensor:
+    """[P] fp64: c φ(‖w‖) / (‖g‖ + λ ‖w‖ + ε), clipped, where both norms are > 0 and the parameter adapts; else 1.
+
+    With ``larc_clip`` at most η times as much as makes η r = η: min(r / η, 1) (LARC, as in apex).
+    """
+    defined = options.adapts & (weight_norm > 0) & (gradient_norm > 0)
+    below = gradient_norm + options.l2 * weight_norm + options.eps_outside
+    ratio = _clipped_ratio(defined, weight_norm, below, options)
+    return torch.where(options.larc_clip & defined & (lr > 0), (ratio / lr).clamp(max=1), ratio)
+
+
+def _clipped_ratio(defined: Tensor, weight_norm: Tensor, below: Tensor, options: ParameterOptions) -> Tensor:
     phi = weight_norm.clamp(options.weight_norm_low, options.weight_norm_high)
-    ratio = (phi / torch.where(defined, update_norm, torch.ones_like(update_norm))).clamp(
-        options.ratio_low, options.ratio_high
-    )
+    ratio = options.trust_coefficient * (phi / torch.where(defined, below, torch.ones_like(below)))
+    ratio = ratio.clamp(options.ratio_low, options.ratio_high)
     return torch.where(defined, ratio, torch.ones_like(ratio))
 
 
@@ -260,7 +329,17 @@ def step_sizes(lr: Tensor, ratios: Tensor, options: ParameterOptions, step: Tens
     """[D, P] fp64: η r of each direction, with ``nesterov`` β1 η r and c1 η r₂; 0 where ``active`` is False.
 
     Times √(1-β2ᵗ)/(1-β1ᵗ) with ``bias_correction="lr"``. ``ratios``: [D, P].
+
+    LARS: [3, P], the factors of d in m, of m in w and of d in w; the last is 0 without ``nesterov``.
     """
+    if options.is_lars:
+        nesterov = options.nesterov.bool()
+        one = torch.ones_like(lr)
+        into_momentum = options.c1 * ratios[0] * torch.where(options.includes_lr, lr, one)
+        momentum = torch.where(options.includes_lr, one, lr) * torch.where(nesterov, options.beta1, one)
+        gradient = torch.where(nesterov, lr * options.c1 * ratios[0], torch.zeros_like(lr))
+        sizes = torch.stack([into_momentum, momentum, gradient])
+        return torch.where(active, sizes, torch.zeros_like(sizes))
     correct = options.corrects_lr.bool() & (step > 0)
     one = torch.ones_like(ratios[0])
     correction = torch.where(correct, (1 - options.beta2**step).sqrt(), one)

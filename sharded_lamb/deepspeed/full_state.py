@@ -13,10 +13,8 @@ from sharded_lamb.core.hyperparams import validate_change
 from sharded_lamb.core.layout import Segment
 from sharded_lamb.deepspeed.engine_probe import accelerator_device
 from sharded_lamb.deepspeed.mapping import OptimizerPartitions, Partition, Row, model_slice, tensor_slice
-from sharded_lamb.deepspeed.step_tensors import MOMENTS, State
+from sharded_lamb.deepspeed.step_tensors import State
 from sharded_lamb.sharding.state import check_complete, check_full
-
-KEYS = ("master", *MOMENTS)
 
 
 def groups_of_rows(rows: Sequence[Row], groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -52,7 +50,11 @@ def _memory(partition: Partition, key: str, state: State) -> Tensor:
 
 
 def gather(
-    rows: Sequence[Row], partitions: OptimizerPartitions, state: State, collectives: Collectives
+    rows: Sequence[Row],
+    partitions: OptimizerPartitions,
+    state: State,
+    moments: Sequence[str],
+    collectives: Collectives,
 ) -> dict[int, dict[str, Tensor]]:
     """{parameter: full tensors} on the first rank's CPU; {} elsewhere. Under ZeRO collective: 3 reduces a parameter."""
     first = dist.get_rank() == 0
@@ -60,7 +62,7 @@ def gather(
     for param, (partition, segments) in _by_parameter(partitions).items():
         shape = _shape(rows[param][1])
         entry: dict[str, Tensor] = {"step": state[partition.tensor]["step"].cpu().clone()}
-        for key in KEYS:
+        for key in ("master", *moments):
             memory = _memory(partition, key, state)
             if not partitions.sharded:
                 entry[key] = memory.cpu().clone()
@@ -77,7 +79,10 @@ def gather(
 
 
 def check(
-    rows: Sequence[Row], partitions: OptimizerPartitions, state_dict: dict[str, Any] | None
+    rows: Sequence[Row],
+    partitions: OptimizerPartitions,
+    moments: Sequence[str],
+    state_dict: dict[str, Any] | None,
 ) -> list[dict[str, Any]]:
     """The options of the saved groups.
 
@@ -90,7 +95,9 @@ def check(
         raise ValueError(
             f"the full state dict has state of parameters {unexpected}, which are not trained here"
         )
-    check_full((rows[param][0], _shape(rows[param][1]), entry) for param, entry in saved["state"].items())
+    check_full(
+        ((rows[param][0], _shape(rows[param][1]), entry) for param, entry in saved["state"].items()), moments
+    )
     options = [
         {key: value for key, value in group.items() if key not in ("params", "param_names")}
         for group in saved["param_groups"]
@@ -116,7 +123,11 @@ def check(
 
 
 def scatter(
-    rows: Sequence[Row], partitions: OptimizerPartitions, state: State, state_dict: Mapping[str, Any] | None
+    rows: Sequence[Row],
+    partitions: OptimizerPartitions,
+    state: State,
+    moments: Sequence[str],
+    state_dict: Mapping[str, Any] | None,
 ) -> None:
     """The reverse of `gather`: the first rank passes ``state_dict``. Collective: 4 broadcasts per parameter.
 
@@ -131,7 +142,7 @@ def scatter(
         )
         _broadcast(flags)
         state[partition.tensor]["step"].fill_(float(flags[0]))
-        for key in KEYS:
+        for key in ("master", *moments):
             if key == "master" and not flags[1]:
                 continue
             full = torch.zeros(_shape(p), dtype=state[partition.tensor]["exp_avg"].dtype, device="cpu")

@@ -133,7 +133,7 @@ class DeepSpeedLamb(AgreedOptions):
             self._names[id(group)] = list(named(group))
             group.pop("param_names", None)
         self._groups += self.param_groups
-        self._state_keeper = StateKeeper(self.state)
+        self._state_keeper = StateKeeper(self.state, self.moments)
         self._kernels: dict[torch.device, Kernel] = {}  # partitions may be on several devices: offload
         self._step_tensors: dict[tuple[int, ...], StepTensors] = {}  # by the ids of the stepped tensors
         self._results: dict[tuple[int, ...], StepResults] = {}  # by parameters
@@ -267,7 +267,7 @@ class DeepSpeedLamb(AgreedOptions):
             rows = [self._rows[param] for param in params_of(stepped)]
             device = tensors[0].device
             self._step_tensors[key] = StepTensors(
-                stepped, OptionTable(rows, device), SkipCounter(device, self._max_skips)
+                stepped, OptionTable(rows, device), SkipCounter(device, self._max_skips), self.moments
             )
         return self._step_tensors[key]
 
@@ -277,7 +277,7 @@ class DeepSpeedLamb(AgreedOptions):
             self._raise_disagreement()
         problem = self._option_problem(alone=self._collectives.world_size == 1)
         shards = tensors.shards(self.state)
-        summarizes = self._skip_nonfinite or self._any("normalize_grad")
+        summarizes = self._skip_nonfinite or self._any("normalize_grad") or self._any("lars")
         summary = self._gradient_summary(tensors, shards) if summarizes else None
         updated, skip, sums = to_device(tensors.present(), None, tensors.device), None, None
         if summary is not None:
@@ -299,7 +299,7 @@ class DeepSpeedLamb(AgreedOptions):
         square_sums = update.moments_and_norms(shards)
         differs = self._all_reduce_agreed([square_sums])
         tensors.skips.record(torch.zeros_like(differs) if skip is None else skip, differs)
-        ratios = rule.ratios_of_sums(square_sums, options, lr := tensors.table.lr())
+        ratios = rule.ratios_of_sums(square_sums, options, lr := tensors.table.lr(), sums, scale)
         step_sizes = rule.step_sizes(lr, ratios, options, step, updated & ~differs)
         list(update.apply([shards], step_sizes, lr, are_gathered=False))  # DeepSpeed gathers partitions
         tensors.write_steps(counts, self.state)
@@ -378,7 +378,7 @@ class DeepSpeedLamb(AgreedOptions):
         """
         partitions = self._find_partitions()
         self._ensure_state(partitions)
-        states = full_state.gather(self._rows, partitions, self.state, self._collectives)
+        states = full_state.gather(self._rows, partitions, self.state, self.moments, self._collectives)
         if dist.get_rank() != 0:
             return None
         return {"state": states, "param_groups": full_state.groups_of_rows(self._rows, self._groups)}
@@ -398,10 +398,10 @@ class DeepSpeedLamb(AgreedOptions):
         self._ensure_state(partitions)
         with propagate_errors(self._everyone.topology, always=True):
             if dist.get_rank() == 0:
-                saved_groups = full_state.check(self._rows, partitions, state_dict)
+                saved_groups = full_state.check(self._rows, partitions, self.moments, state_dict)
         groups: list[Any] = [saved_groups if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(groups, 0)
-        full_state.scatter(self._rows, partitions, self.state, state_dict)
+        full_state.scatter(self._rows, partitions, self.state, self.moments, state_dict)
         for group, saved in zip(self._groups, groups[0], strict=True):
             group.update(saved)
             group.update(validate_group(group))

@@ -14,20 +14,19 @@ from sharded_lamb.kernels import ScatteredShard
 from sharded_lamb.optim.skips import SkipCounter
 from sharded_lamb.sharding.buckets import flattened, memory_strides
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 State = MutableMapping[Tensor, dict[str, Any]]
 
 
 class StateKeeper:
     """The state of every stepped tensor, with exactly the keys of DeepSpeed's checkpoints.
 
-    ``exp_avg`` and ``exp_avg_sq`` have the tensor's shape (fp32; fp64 for float64), ``step`` is an fp64 scalar. When
+    The ``moments`` have the tensor's shape (fp32; fp64 for float64), ``step`` is an fp64 scalar. When
     DeepSpeed loads a universal checkpoint, it replaces these tensors, and shares one step count between several states;
     `ensure` accepts them.
     """
 
-    def __init__(self, state: State) -> None:
-        self.state = state
+    def __init__(self, state: State, moments: Sequence[str]) -> None:
+        self.state, self.moments = state, moments
         self._steps: dict[Tensor, Tensor] = {}  # step counts created here, one per tensor
 
     def ensure(self, tensors: Sequence[Tensor]) -> bool:
@@ -39,7 +38,7 @@ class StateKeeper:
         replaced = False
         for tensor in tensors:
             own = self.state[tensor]
-            for key in MOMENTS:
+            for key in self.moments:
                 if key not in own:
                     own[key] = _zeros_like(tensor)
                 check_moment(key, own[key], tensor)
@@ -60,7 +59,7 @@ class StateKeeper:
             for value in self.state[tensor].values():
                 value.zero_()
             return
-        for key in MOMENTS:
+        for key in self.moments:
             check_moment(key, saved[key], tensor)
             self.state[tensor][key].copy_(saved[key])
         self.state[tensor]["step"].fill_(float(as_tensor(saved["step"]).reshape(-1)[0]))
@@ -88,7 +87,14 @@ class StepTensors:
     memory between calls: DeepSpeed may move its buffers, or free them (offload_states).
     """
 
-    def __init__(self, partitions: Sequence[Partition], table: OptionTable, skips: SkipCounter) -> None:
+    def __init__(
+        self,
+        partitions: Sequence[Partition],
+        table: OptionTable,
+        skips: SkipCounter,
+        moments: Sequence[str],
+    ) -> None:
+        self._moments = moments
         self.partitions, self.table, self.skips = tuple(partitions), table, skips
         self.params = params_of(partitions)
         self.device = partitions[0].tensor.device
@@ -103,12 +109,17 @@ class StepTensors:
         by_dtype: dict[tuple[torch.dtype, ...], tuple[list[int], list[list[Tensor]]]] = {}
         for partition, splits in zip(self.partitions, self._splits, strict=True):
             if splits.rows:
-                memory = _memory(partition.tensor, state)
-                rows, columns = by_dtype.setdefault(tuple(x.dtype for x in memory), ([], [[], [], [], []]))
+                memory = _memory(partition.tensor, state, self._moments)
+                rows, columns = by_dtype.setdefault(
+                    tuple(x.dtype for x in memory), ([], [[] for _ in memory])
+                )
                 rows += splits.rows
                 for column, flat in zip(columns, memory, strict=True):
                     column += torch.split(flat, splits.sizes)[1::2]
-        return [ScatteredShard(tuple(rows), w, g, m, v) for rows, (w, g, m, v) in by_dtype.values()]
+        return [
+            ScatteredShard(tuple(rows), w, g, m, second[0] if second else None)
+            for rows, (w, g, m, *second) in by_dtype.values()
+        ]
 
     def present(self) -> list[bool]:
         """[rows] whether a parameter has a gradient; in a flat partition all have one, possibly zeros."""
@@ -153,8 +164,8 @@ def params_of(partitions: Sequence[Partition]) -> tuple[int, ...]:
     return tuple(sorted({param for partition in partitions for param in partition.params}))
 
 
-def _memory(tensor: Tensor, state: State) -> list[Tensor]:
+def _memory(tensor: Tensor, state: State, moments: Sequence[str]) -> list[Tensor]:
     """Weight, gradient (zeros if missing: that parameter's coefficients are 0) and moments, flattened."""
     own, strides = state[tensor], memory_strides(tensor)
     grad = tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)
-    return [flattened(x, strides) for x in (tensor.detach(), grad, own["exp_avg"], own["exp_avg_sq"])]
+    return [flattened(x, strides) for x in (tensor.detach(), grad, *(own[key] for key in moments))]

@@ -5,7 +5,7 @@ The caller all-reduces between the passes::
     update = Update(kernel, options, step=…, active=…, grad_scale=…)
     square_sums = update.moments_and_norms(shards)    pass 1: m, v; Σw², Σu² of this rank's shards
     all_reduce(square_sums)                           by the caller: sum over ranks, in place
-    ratios = rule.ratios_of_sums(square_sums, options, lr)
+    ratios = rule.ratios_of_sums(square_sums, options, lr, …)
     for index in update.apply(units, step_sizes, lr, …):             pass 2: w, one unit after the other
         gather(index)                                 by the caller
 """
@@ -48,24 +48,27 @@ class Update:
         self._tables: dict[torch.dtype, Tensor] = {}
 
     def moments_and_norms(self, shards: Sequence[Shard]) -> Tensor:
-        """Pass 1: writes moments. Returns ``options.sums`` of this rank's shards: [sums, P] fp64 on the device."""
+        """Pass 1: writes moments, but not LARS's. Returns ``options.sums`` of this rank's shards: [sums, P] fp64."""
         faults.point("pass-1")
         square_sums = torch.zeros(
             len(self._options.sums), len(self._step), dtype=torch.float64, device=self._step.device
         )
         for dtype, alike in _by_compute(shards).items():
-            self._kernel.moments_and_norms(alike, self._table(dtype), square_sums)
+            if self._options.is_lars:
+                self._kernel.weight_norms(alike, square_sums[0])
+            else:
+                self._kernel.moments_and_norms(alike, self._table(dtype), square_sums)
         return square_sums
 
     def apply(
         self, units: Sequence[Sequence[Shard]], step_sizes: Tensor, lr: Tensor, *, are_gathered: bool
     ) -> Iterator[int]:
-        """Pass 2: writes weights. Yields the index of each unit once its weights are written.
+        """Pass 2: writes weights, and LARS's moments. Yields the index of each unit once its weights are written.
 
         Args:
-            units: shards of one compute dtype each, perhaps none: a bucket's. With two directions they have the
-                gradients of pass 1.
-            step_sizes: [D, P] fp64, `rule.step_sizes`.
+            units: shards of one compute dtype each, perhaps none: a bucket's. They have the gradients of pass 1 where
+                ``options.pass_2_reads_gradients``.
+            step_sizes: [D, P] fp64, or LARS's [3, P]: `rule.step_sizes`.
             lr: [P] fp64.
             are_gathered: the caller sends units to other ranks meanwhile.
         """
@@ -73,13 +76,18 @@ class Update:
         if self._options.any_decoupled:
             decay = rule.decay_of_pass_2(lr, step_sizes, self._options)
             self._coefficients, self._tables = replace(self._coefficients, decay=decay), {}
+        kernel_apply = self._kernel.apply
+        if self._options.is_lars:
+            into_momentum, *sizes = step_sizes
+            self._coefficients, self._tables = replace(self._coefficients, c1=into_momentum), {}
+            step_sizes, kernel_apply = torch.stack(sizes), self._kernel.apply_momentum
         rounded: dict[torch.dtype, Tensor] = {}
         for indices in _batches(units, are_gathered=are_gathered):
             shards = [shard for index in indices for shard in units[index]]
             for dtype, alike in _by_compute(shards).items():
                 if dtype not in rounded:
                     rounded[dtype] = step_sizes.to(dtype)
-                self._kernel.apply(alike, self._table(dtype), rounded[dtype])
+                kernel_apply(alike, self._table(dtype), rounded[dtype])
             yield from indices
 
     def _table(self, dtype: torch.dtype) -> Tensor:

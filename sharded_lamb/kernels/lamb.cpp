@@ -14,7 +14,7 @@ namespace {
 
 // A contiguous range of memory; blocks start at its first element, and the last one may be short.
 struct Run {
-  char *weight, *model, *grad, *exp_avg, *exp_avg_sq;
+  char *weight, *model, *grad, *exp_avg, *exp_avg_sq;  // null: no model, no second moment
   const int64_t *block_param;  // [blocks] the parameter of each block; null: `param` for all
   int64_t numel, param;
   int64_t first_block;  // number of blocks in the runs before
@@ -53,7 +53,7 @@ INLINE void with_first_of(const Dtypes &dtypes, Function function) {
   if (!((Each::are(dtypes) && (function(Each(dtypes)), true)) || ...)) function(dtypes);
 }
 
-// Calls function(dtypes), `Known` if they are common in updates of D directions.
+// Calls function(dtypes), `Known` if they are common in updates of D directions; LARS's are those of 2.
 template <typename T, int D, typename Function>
 INLINE void with_known(const Dtypes &dtypes, Function function) {
   if constexpr (sizeof(T) == 8)
@@ -152,20 +152,42 @@ INLINE V scaled_gradient(const AnyDtypes &dtypes, const Places &places, V w, con
   return g * k.grad_scale + w * k.l2;
 }
 
+template <typename AnyDtypes>
+INLINE bool resyncs(const AnyDtypes &dtypes) {
+  return dtypes.model != NONE && dtypes.weight != REMAINDER;
+}
+
+// Masters; a weight that its master no longer rounds to was written by the user: it replaces the master.
+template <typename T, typename AnyDtypes>
+INLINE typename Wide<T>::V load_resynced(const AnyDtypes &dtypes, const Places &places, int j,
+                                         typename Wide<T>::Mask &written) {
+  typedef typename Wide<T>::V V;
+  const V w = load_masters<T>(dtypes, places, j);
+  if (!resyncs(dtypes)) return w;
+  const V model = load<T>(dtypes.model, places.model.block, j);
+  const auto differs = rounded<T>(dtypes.model, w) != model;
+  written |= differs;
+  return differs ? rounded<T>(dtypes.weight, model) : w;
+}
+
+// Stores masters of weights that the user wrote.
+template <typename T, typename AnyDtypes>
+INLINE void store_resynced(const AnyDtypes &dtypes, const Places &places, typename Wide<T>::Mask written) {
+  typedef typename Wide<T>::V V;
+  if (resyncs(dtypes) && any(written))
+    for (int j = 0; j < Wide<T>::COUNT; j++) {
+      const V w = load_masters<T>(dtypes, places, j), model = load<T>(dtypes.model, places.model.block, j);
+      store<T>(dtypes.weight, rounded<T>(dtypes.model, w) != model ? model : w, places.weight.block, j);
+    }
+}
+
 // Pass 1 of one block: updates moments, computes Σw² and Σu² of D directions.
 template <typename T, int D, typename AnyDtypes>
 INLINE void first_pass(const AnyDtypes &dtypes, const Places &places, const Coefficients<T> k, T *sums) {
   typedef typename Wide<T>::V V;
-  const bool resyncs = dtypes.model != NONE && dtypes.weight != REMAINDER;
   typename Wide<T>::Mask written{};
   const Sums<T, 1 + D> total = by_halving<Wide<T>::COUNT>([&](int j) __attribute__((always_inline)) {
-    V w = load_masters<T>(dtypes, places, j);
-    if (resyncs) {  // a weight that its master no longer rounds to was written by the user: it replaces the master
-      const V model = load<T>(dtypes.model, places.model.block, j);
-      const auto differs = rounded<T>(dtypes.model, w) != model;
-      w = differs ? rounded<T>(dtypes.weight, model) : w;
-      written |= differs;
-    }
+    const V w = load_resynced<T>(dtypes, places, j, written);
     const V scaled = scaled_gradient<T>(dtypes, places, w, k, j);
     V m = load<T>(dtypes.state, places.exp_avg.block, j) * k.beta1 + scaled * k.c1;
     V v = load<T>(dtypes.state, places.exp_avg_sq.block, j) * k.beta2 + (scaled * scaled) * k.c2;
@@ -179,11 +201,7 @@ INLINE void first_pass(const AnyDtypes &dtypes, const Places &places, const Coef
       return Sums<T, 3>{{w * w, u * u, along * along}};
     }
   });
-  if (resyncs && any(written))
-    for (int j = 0; j < Wide<T>::COUNT; j++) {
-      const V w = load_masters<T>(dtypes, places, j), model = load<T>(dtypes.model, places.model.block, j);
-      store<T>(dtypes.weight, rounded<T>(dtypes.model, w) != model ? model : w, places.weight.block, j);
-    }
+  store_resynced<T>(dtypes, places, written);
   for (int i = 0; i < 1 + D; i++) sums[i] = across_lanes<T>(total.of[i]);
 }
 
@@ -198,6 +216,30 @@ INLINE void second_pass(const AnyDtypes &dtypes, const Places &places, const Coe
     V next = w - ((m * k.unbias1) / below + decayed) * step_sizes[0];
     if constexpr (D == 2) next = next - (scaled_gradient<T>(dtypes, places, w, k, j) / below + decayed) * step_sizes[1];
     store_masters<T>(dtypes, places, next, j);
+  }
+}
+
+// LARS's pass 1 of one block: Σw².
+template <typename T, typename AnyDtypes>
+INLINE T weight_norm(const AnyDtypes &dtypes, const Places &places) {
+  typename Wide<T>::Mask written{};
+  const auto total = by_halving<Wide<T>::COUNT>([&](int j) __attribute__((always_inline)) {
+    const auto w = load_resynced<T>(dtypes, places, j, written);
+    return w * w;
+  });
+  store_resynced<T>(dtypes, places, written);
+  return across_lanes<T>(total);
+}
+
+// LARS's pass 2 of one block; `step_sizes`: of the momentum, and of what enters it.
+template <typename T, typename AnyDtypes>
+INLINE void momentum_pass(const AnyDtypes &dtypes, const Places &places, const Coefficients<T> k, const T *step_sizes) {
+  typedef typename Wide<T>::V V;
+  for (int j = 0; j < Wide<T>::COUNT; j++) {
+    const V w = load_masters<T>(dtypes, places, j), scaled = scaled_gradient<T>(dtypes, places, w, k, j);
+    V m = load<T>(dtypes.state, places.exp_avg.block, j) * k.beta1 + scaled * k.c1;
+    m = store<T>(dtypes.state, m, places.exp_avg.block, j);
+    store_masters<T>(dtypes, places, (w - m * step_sizes[0]) - scaled * step_sizes[1], j);
   }
 }
 
@@ -290,6 +332,39 @@ void moments_and_norms(const Run *runs, int64_t count, const Coefficients<T> *ta
       }
     });
   });
+}
+
+template <typename T>
+void weight_norms(const Run *runs, int64_t count, int64_t parameters, double *sums, T *of_blocks, int64_t threads) {
+  summed<1>(runs, count, parameters, sums, of_blocks, threads, [&](const Run &run, int64_t first, int64_t end, T *out) OUTLINE {
+    Copy copies[5];
+    with_known<T, 2>(Dtypes(run), [&](const auto &dtypes) __attribute__((always_inline)) {
+      for (int64_t block = first; block < end; block++) {
+        const Places places(run, dtypes, block, size_of_block(run.numel, block), copies);
+        out[block - first] = weight_norm<T>(dtypes, places);
+        places.weight.write_back();
+      }
+    });
+  });
+}
+
+template <typename T>
+void apply_momentum(const Run *runs, int64_t count, const Coefficients<T> *table, int64_t parameters, const T *step_sizes,
+                    int64_t threads) {
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+  for (int64_t thread = 0; thread < threads; thread++)
+    for_each_run(runs, count, thread, threads, [&](const Run &run, int64_t first, int64_t end, int64_t) {
+      Copy copies[5];
+      with_known<T, 2>(Dtypes(run), [&](const auto &dtypes) __attribute__((always_inline)) {
+        for (int64_t block = first; block < end; block++) {
+          const Places places(run, dtypes, block, size_of_block(run.numel, block), copies);
+          const int64_t owner = run.owner(block);
+          const T sizes[2] = {step_sizes[owner], step_sizes[parameters + owner]};
+          momentum_pass<T>(dtypes, places, table[owner], sizes);
+          places.weight.write_back(), places.model.write_back(), places.exp_avg.write_back();
+        }
+      });
+    });
 }
 
 template <typename T, int D>
@@ -413,6 +488,14 @@ int64_t lamb_coefficients_bytes() { return sizeof(Coefficients<float>); }
                            const T *step_sizes, int64_t threads) {                                                    \
     (directions == 1 ? apply<T, 1> : apply<T, 2>)(runs, count, (const Coefficients<T> *)table, parameters,            \
                                                   step_sizes, threads);                                               \
+  }                                                                                                                   \
+  void lamb_weight_norms_##SUFFIX(const Run *runs, int64_t count, int64_t parameters, double *sums, T *of_blocks,      \
+                                  int64_t threads) {                                                                  \
+    weight_norms<T>(runs, count, parameters, sums, of_blocks, threads);                                               \
+  }                                                                                                                   \
+  void lamb_apply_momentum_##SUFFIX(const Run *runs, int64_t count, const void *table, int64_t parameters,            \
+                                    const T *step_sizes, int64_t threads) {                                           \
+    apply_momentum<T>(runs, count, (const Coefficients<T> *)table, parameters, step_sizes, threads);                  \
   }                                                                                                                   \
   void lamb_average_##SUFFIX(T *grad, const Slice *slices, int64_t count, char *rows, int64_t row_count,              \
                              int64_t dtype, int64_t numel, int64_t own_row, int64_t divisor, int64_t add,             \

@@ -26,7 +26,7 @@ RUN = np.dtype(
     [
         (name, np.int64)
         for name in (
-            *("weight", "model", "grad", "exp_avg", "exp_avg_sq"),  # addresses; model 0: none
+            *("weight", "model", "grad", "exp_avg", "exp_avg_sq"),  # addresses; model, exp_avg_sq 0: none
             "block_param",  # address of [blocks] int64; 0: all blocks are ``param``'s
             *("numel", "param", "first_block"),
             *("weight_dtype", "model_dtype", "grad_dtype", "state_dtype"),
@@ -66,6 +66,8 @@ def typed(lib: ctypes.CDLL) -> Any:
             "square_sums": (pointer, word, word, pointer, pointer, word),
             "moments_and_norms": (pointer, word, word, pointer, word, pointer, pointer, word),
             "apply": (pointer, word, word, pointer, word, pointer, word),
+            "weight_norms": (pointer, word, word, pointer, pointer, word),
+            "apply_momentum": (pointer, word, pointer, word, pointer, word),
             "average": (pointer, pointer, word, pointer, *[word] * 7, pointer, pointer, word),
         }
         for name, arguments in signatures.items():
@@ -91,11 +93,10 @@ def _runs(shards: Sequence[Shard]) -> Table:
 
 
 def _flat_run(shard: FlatShard) -> tuple[int, ...]:
-    assert shard.exp_avg.dtype == shard.exp_avg_sq.dtype
-    model = shard.model
-    memory = (shard.weight, shard.grad, shard.exp_avg, shard.exp_avg_sq)
-    weight, grad, exp_avg, exp_avg_sq = map(Tensor.data_ptr, memory)
-    copy = 0 if model is None else model.data_ptr()
+    model, second = shard.model, shard.exp_avg_sq
+    assert second is None or shard.exp_avg.dtype == second.dtype
+    weight, grad, exp_avg = map(Tensor.data_ptr, (shard.weight, shard.grad, shard.exp_avg))
+    copy, exp_avg_sq = (0 if memory is None else memory.data_ptr() for memory in (model, second))
     numel, owners = shard.weight.numel(), shard.block_param.data_ptr()
     dtypes = _dtypes(shard.weight, model, shard.grad, shard.exp_avg)
     return weight, copy, grad, exp_avg, exp_avg_sq, owners, numel, 0, 0, *dtypes
@@ -121,7 +122,7 @@ def _with_gradients(shard: ScatteredShard) -> Table:
 
 
 def _without_gradients(shard: ScatteredShard) -> Table:
-    assert shard.exp_avg[0].dtype == shard.exp_avg_sq[0].dtype
+    assert not shard.exp_avg_sq or shard.exp_avg[0].dtype == shard.exp_avg_sq[0].dtype
     runs = np.zeros(len(shard.params), RUN)
     runs["param"], runs["numel"] = shard.params, shard.lengths
     runs["weight_dtype"], runs["state_dtype"] = DTYPES[shard.weight[0].dtype], DTYPES[shard.exp_avg[0].dtype]
@@ -177,6 +178,19 @@ class CppKernel:
         directions, parameters = step_sizes.shape
         sizes = directions, table.data_ptr(), parameters, step_sizes.data_ptr()
         self._function("apply", table.dtype)(runs.ctypes.data, len(runs), *sizes, torch.get_num_threads())
+
+    def weight_norms(self, shards: Sequence[Shard], sums: Tensor) -> None:
+        """Adds Σw² per parameter to ``sums`` [P] fp64."""
+        self._summed("weight_norms", shards, 1, (), sums)
+
+    def apply_momentum(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
+        """m ← β1 m + c1 d; w ← w - step_sizes[0] m - step_sizes[1] d."""
+        runs = _runs(shards)
+        assert table.is_contiguous()
+        assert step_sizes.is_contiguous()
+        assert table.dtype == step_sizes.dtype
+        arguments = table.data_ptr(), step_sizes.shape[1], step_sizes.data_ptr(), torch.get_num_threads()
+        self._function("apply_momentum", table.dtype)(runs.ctypes.data, len(runs), *arguments)
 
     def average(
         self,

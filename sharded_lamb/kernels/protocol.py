@@ -45,6 +45,15 @@ class Kernel(Protocol):
         resync).
         """
 
+    def weight_norms(self, shards: Sequence[Shard], sums: Tensor) -> None:
+        """LARS's pass 1: adds Σw² to ``sums`` [P] fp64, after the resync of `moments_and_norms`."""
+
+    def apply_momentum(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
+        """LARS's pass 2: m ← β1 m + c1 d and w ← w - step_sizes[0] m - step_sizes[1] d, with d = g x scale + l2 w.
+
+        ``step_sizes``: [2, P] compute dtype. Where both are 0, and β1, c1 are 1, 0, m and w keep their bits.
+        """
+
     def apply(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
         """Pass 2: updates w. With D = 2 it reads gradients again.
 

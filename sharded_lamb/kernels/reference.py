@@ -185,8 +185,8 @@ def _piece_chunks(shard: ScatteredShard, table: Tensor) -> Iterator[_Chunk]:
     for runs in packing.pack(lengths, _chunk_blocks(device, blocks)):
         run = runs[0]
         if len(runs) == 1 and not run.padding:
-            flat = {kind: getattr(shard, kind)[run.piece] for kind in KINDS}
-            flat["model"] = None if shard.model is None else shard.model[run.piece]
+            columns = {kind: getattr(shard, kind) for kind in (*KINDS, "model")}
+            flat = {kind: column and column[run.piece] for kind, column in columns.items()}
             owner = param_of[run.piece].expand(run.blocks)
             yield _FlatChunk(flat, table, owner, run.start // BLOCK)
         else:
@@ -217,6 +217,24 @@ class ReferenceKernel(StockIncoming):
             updates = _directions(chunk, w, m, v, len(sums) - 1)
             for total, values in zip(sums, (w, *updates), strict=True):
                 add_by_parameter(total, chunk.block_param, block_square_sums(values))
+
+    def weight_norms(self, shards: Sequence[Shard], sums: Tensor) -> None:
+        """Adds Σw² per parameter to ``sums`` [P] fp64."""
+        no_coefficients = sums.new_zeros(len(sums), len(COLUMNS), dtype=shards[0].compute)
+        for chunk in _chunks(shards, no_coefficients):
+            chunk.resync_masters()
+            add_by_parameter(sums, chunk.block_param, block_square_sums(chunk.load_masters()))
+
+    def apply_momentum(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
+        """m ← β1 m + c1 d; w ← w - step_sizes[0] m - step_sizes[1] d."""
+        for chunk in _chunks(shards, table):
+            w, m = chunk.load_masters(), chunk.load_moment("exp_avg")
+            scaled = rule.scaled_gradients([_gradients(chunk)], [w], chunk.k)
+            rule.update_momentum([m], scaled, chunk.k)
+            m = chunk.store_moment("exp_avg", m)
+            for direction, sizes in zip(([m], scaled), step_sizes, strict=True):
+                rule.descend([w], direction, [sizes[chunk.block_param].unsqueeze(1)])
+            chunk.store_masters(w)
 
     def apply(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
         """w ← w - step_size u, one direction after the other; u recomputed from m and v, and from g for the second."""

@@ -20,7 +20,7 @@ class FlatShard:
     model: Tensor | None  # [n] model dtype: the parameters' memory, if masters are separate
     grad: Tensor  # [n] compute dtype: averaged gradients, 0 in padding; [0] if a `ScatteredShard` reads them in place
     exp_avg: Tensor  # [n] state dtype
-    exp_avg_sq: Tensor  # [n] state dtype
+    exp_avg_sq: Tensor | None  # [n] state dtype; None: LARS has none
     block_param: Tensor  # [n / BLOCK] int64: the parameter of each block
 
     @property
@@ -69,7 +69,7 @@ class ScatteredShard:
         Tensor
     ]  # [≥ grad_start_i + n_i], any shape without gaps in memory and floating-point dtype
     exp_avg: Sequence[Tensor]  # [n_i] state dtype
-    exp_avg_sq: Sequence[Tensor]  # [n_i] state dtype
+    exp_avg_sq: Sequence[Tensor] | None  # [n_i] state dtype; None: LARS has none
     model: Sequence[Tensor] | None = None  # [n_i] model dtype, if masters are separate
     grad_starts: Sequence[int] | None = None  # the first element of each piece in its gradient; None: 0
     derived: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)

@@ -122,7 +122,8 @@ class StoredState:
             self.stored.copy_(stored)
 
 
-def moments(format: StateFormat, exp_avg: Tensor, exp_avg_sq: Tensor) -> Iterator[StoredState]:
-    """Both moments; they share one format."""
+def moments(format: StateFormat, exp_avg: Tensor, exp_avg_sq: Tensor | None) -> Iterator[StoredState]:
+    """Both moments, or the first alone; they share one format."""
     yield StoredState("exp_avg", format, exp_avg)
-    yield StoredState("exp_avg_sq", format, exp_avg_sq)
+    if exp_avg_sq is not None:
+        yield StoredState("exp_avg_sq", format, exp_avg_sq)

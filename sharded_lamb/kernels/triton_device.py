@@ -18,28 +18,31 @@ import triton.language as tl
 
 from sharded_lamb.core import layout
 from sharded_lamb.core.rule import COLUMNS
-from sharded_lamb.kernels.triton_runs import ALIGNMENT, ROW
+from sharded_lamb.kernels.triton_memory import (
+    BLOCK,
+    EXP_AVG_AT,
+    EXP_AVG_SQ_AT,
+    GRAD_AT,
+    HALF,
+    TILE,
+    WEIGHT_AT,
+    load_masters,
+    load_resynced,
+    memory_of,
+    params_of_rows,
+    rounded_to,
+    store_masters,
+    tile_of_program,
+    tile_offsets,
+    widened,
+)
 
-BLOCK = tl.constexpr(layout.BLOCK)
-TILE = tl.constexpr(8)
-HALF = tl.constexpr(layout.BLOCK // 2)
 HALVINGS = tl.constexpr(layout.BLOCK.bit_length() - 2)
 HALVES = tl.constexpr((8, *([2] * (layout.BLOCK.bit_length() - 2))))
 LANES = tl.constexpr(256)
 LANE_HALVINGS = tl.constexpr(8)
 LANE_HALVES = tl.constexpr((2,) * 8)
 DEPTH, UNROLL = tl.constexpr(32), tl.constexpr(16)
-VECTOR = tl.constexpr(ALIGNMENT)
-
-ROW_LENGTH = tl.constexpr(len(ROW))
-WEIGHT_AT = tl.constexpr(ROW.index("weight"))
-MODEL_AT = tl.constexpr(ROW.index("model"))
-GRAD_AT = tl.constexpr(ROW.index("grad"))
-EXP_AVG_AT = tl.constexpr(ROW.index("exp_avg"))
-EXP_AVG_SQ_AT = tl.constexpr(ROW.index("exp_avg_sq"))
-NUMEL_AT = tl.constexpr(ROW.index("numel"))
-FIRST_TILE_AT = tl.constexpr(ROW.index("first_tile"))
-FIRST_BLOCK_AT = tl.constexpr(ROW.index("first_block"))
 
 TABLE_COLUMNS = tl.constexpr(len(COLUMNS))
 GRAD_SCALE = tl.constexpr(COLUMNS.index("grad_scale"))
@@ -53,95 +56,6 @@ UNBIAS2 = tl.constexpr(COLUMNS.index("unbias2"))
 EPS_INSIDE = tl.constexpr(COLUMNS.index("eps_inside"))
 EPS_OUTSIDE = tl.constexpr(COLUMNS.index("eps_outside"))
 DECAY = tl.constexpr(COLUMNS.index("decay"))
-
-
-# -- a program's tile ----------------------------------------------------------------------------------
-
-
-@triton.jit
-def _tile(runs, tile_run, ALIGNED: tl.constexpr):
-    """(row of the run, the tile's first element in it, the tile's first block in the call, remaining elements)."""
-    tile = tl.program_id(0)
-    row = runs + tl.load(tile_run + tile) * ROW_LENGTH
-    first = (tile - tl.load(row + FIRST_TILE_AT)) * TILE
-    start = first * BLOCK
-    left = tl.minimum(tl.load(row + NUMEL_AT) - start, TILE * BLOCK).to(tl.int32)
-    if ALIGNED:
-        left = tl.multiple_of(left, VECTOR)
-    return row, start, tl.load(row + FIRST_BLOCK_AT) + first, left
-
-
-@triton.jit
-def _offsets(left):
-    """(offsets of a tile's elements [2 TILE, HALF], their mask, the mask of its blocks [TILE])."""
-    rows = tl.arange(0, 2 * TILE)
-    first = (rows % TILE) * BLOCK + (rows // TILE) * HALF
-    offsets = first[:, None] + tl.arange(0, HALF)[None, :]
-    return offsets, offsets < left, tl.arange(0, TILE) * BLOCK < left
-
-
-@triton.jit
-def _params(block_param, block, left):
-    """[2 TILE]: the parameter of each row."""
-    blocks = tl.arange(0, 2 * TILE) % TILE
-    return tl.load(block_param + block + blocks, mask=blocks * BLOCK < left, other=0)
-
-
-@triton.jit
-def _memory(row, COLUMN: tl.constexpr, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointer to a tile's first element. bfloat16 is loaded and stored as bits: see `_rounded`."""
-    address = tl.load(row + COLUMN)
-    if DTYPE == tl.bfloat16:
-        memory = address.to(tl.pointer_type(tl.uint16)) + start
-    else:
-        memory = address.to(tl.pointer_type(DTYPE)) + start
-    if ALIGNED:
-        memory = tl.multiple_of(memory, VECTOR)
-    return memory
-
-
-@triton.jit
-def _widened(stored, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
-    """Memory of DTYPE in the compute dtype; exact, except float64 computed in float32."""
-    if DTYPE == tl.bfloat16:
-        value = (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        value = stored
-    return value.to(COMPUTE)
-
-
-@triton.jit
-def _rounded(value, DTYPE: tl.constexpr):
-    """``value`` rounded to DTYPE, to nearest even; 16-bit dtypes through float32, as torch does.
-
-    bfloat16 with integers: Triton's interpreter truncates.
-    """
-    if DTYPE == tl.bfloat16:
-        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        stored = tl.where(value != value, 0x7FC0, nearest).to(tl.uint16)  # a nan's bits would overflow
-    elif DTYPE == tl.float16:
-        stored = value.to(tl.float32).to(tl.float16)
-    else:
-        stored = value.to(DTYPE)
-    return stored
-
-
-@triton.jit
-def _joined(model, remainder):
-    """`remainders.joined`; ``model``: bfloat16 as bits."""
-    magnitude = (model & 0x7FFF).to(tl.int32)
-    lower = remainder.to(tl.int32)
-    lower = tl.maximum(lower, tl.where(magnitude == 0, 0, (magnitude & 1) - 0x8000))
-    lower = tl.where(magnitude == 0x7F80, tl.minimum(lower, 0), lower)
-    return ((model.to(tl.uint32) << 16) + lower.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _remainder(master, model):
-    """`remainders.split`: the master minus ``model``, the rounded master, both as bits."""
-    lower = (master.to(tl.uint32, bitcast=True) - (model.to(tl.uint32) << 16)).to(tl.int32, bitcast=True)
-    return tl.where(master != master, 0, tl.minimum(lower, 0x7FFF)).to(tl.int16)
 
 
 @triton.jit
@@ -217,11 +131,11 @@ def square_sums(
     runs, tile_run, block_slot, sums, GRAD: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr
 ):
     """Writes Σg² of each block to its slot of ``sums``."""
-    row, start, block, left = _tile(runs, tile_run, ALIGNED)
-    offsets, mask, blocks = _offsets(left)
-    grad = tl.load(_memory(row, GRAD_AT, start, GRAD, ALIGNED) + offsets, mask=mask, other=0)
+    row, start, block, left = tile_of_program(runs, tile_run, ALIGNED)
+    offsets, mask, blocks = tile_offsets(left)
+    grad = tl.load(memory_of(row, GRAD_AT, start, GRAD, ALIGNED) + offsets, mask=mask, other=0)
     slots = tl.load(block_slot + block + tl.arange(0, TILE), mask=blocks, other=0)
-    tl.store(sums + slots, _square_sums(_widened(grad, GRAD, COMPUTE)), mask=blocks)
+    tl.store(sums + slots, _square_sums(widened(grad, GRAD, COMPUTE)), mask=blocks)
 
 
 @triton.jit(do_not_specialize=["count", "numel", "divisor"])
@@ -243,14 +157,14 @@ def average(
 
     ``parts``: [count, numel], bfloat16 as int16; ``numel``: of the shard, whole blocks. ``grad``: compute dtype.
     """
-    row, start, block, left = _tile(runs, tile_run, ALIGNED)
-    offsets, mask, blocks = _offsets(left)
-    total = _widened(tl.load(parts + start + offsets, mask=mask, other=0), WIRE, COMPUTE)
+    row, start, block, left = tile_of_program(runs, tile_run, ALIGNED)
+    offsets, mask, blocks = tile_offsets(left)
+    total = widened(tl.load(parts + start + offsets, mask=mask, other=0), WIRE, COMPUTE)
     for i in range(1, count):
         part = parts + start + tl.multiple_of(i * numel.to(tl.int64), BLOCK)
-        total += _widened(tl.load(part + offsets, mask=mask, other=0), WIRE, COMPUTE)
+        total += widened(tl.load(part + offsets, mask=mask, other=0), WIRE, COMPUTE)
     total = _divided(total, tl.full((1, 1), 0, COMPUTE) + divisor.to(COMPUTE), COMPUTE)
-    grad = _memory(row, GRAD_AT, start, COMPUTE, ALIGNED)
+    grad = memory_of(row, GRAD_AT, start, COMPUTE, ALIGNED)
     if ADD:
         total = tl.load(grad + offsets, mask=mask, other=0) + total
     tl.store(grad + offsets, total, mask=mask)
@@ -259,26 +173,61 @@ def average(
 
 
 @triton.jit
-def _resync_masters(
-    memory,
-    stored,
-    model,
-    offsets,
-    mask,
+def weight_norms(
+    runs,
+    tile_run,
+    block_slot,
+    sums,
     WEIGHT: tl.constexpr,
     MODEL: tl.constexpr,
     COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """The masters; those that no longer round to the model's weight are replaced by it, also in memory."""
-    if MODEL == tl.float64:
-        WIDE: tl.constexpr = tl.float64
-    else:
-        WIDE: tl.constexpr = COMPUTE
-    written = _widened(tl.load(model + offsets, mask=mask, other=0), MODEL, WIDE)
-    agrees = _widened(_rounded(_widened(stored, WEIGHT, WIDE), MODEL), MODEL, WIDE) == written
-    resynced = _rounded(written, WEIGHT)
-    tl.store(memory + offsets, resynced, mask=mask & (agrees == 0))
-    return tl.where(agrees, stored, resynced)
+    """LARS's pass 1: writes Σw² of each block to its slot of ``sums``."""
+    row, start, block, left = tile_of_program(runs, tile_run, ALIGNED)
+    offsets, mask, blocks = tile_offsets(left)
+    weight = memory_of(row, WEIGHT_AT, start, WEIGHT, ALIGNED)
+    stored = tl.load(weight + offsets, mask=mask, other=0)
+    w = load_resynced(weight, stored, row, start, offsets, mask, WEIGHT, MODEL, COMPUTE, ALIGNED)
+    slots = tl.load(block_slot + block + tl.arange(0, TILE), mask=blocks, other=0)
+    tl.store(sums + slots, _square_sums(w), mask=blocks)
+
+
+@triton.jit
+def apply_momentum(
+    runs,
+    tile_run,
+    block_param,
+    table,
+    step_sizes,
+    gradient_step_sizes,
+    WEIGHT: tl.constexpr,
+    MODEL: tl.constexpr,
+    GRAD: tl.constexpr,
+    EXP_AVG: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """LARS's pass 2: m ← β1 m + c1 d; w ← w - step_size m - gradient_step_size d; writes the model's copy of w."""
+    row, start, block, left = tile_of_program(runs, tile_run, ALIGNED)
+    offsets, mask, _ = tile_offsets(left)
+    params = params_of_rows(block_param, block, left)
+
+    weight = memory_of(row, WEIGHT_AT, start, WEIGHT, ALIGNED)
+    grad = memory_of(row, GRAD_AT, start, GRAD, ALIGNED)
+    exp_avg = memory_of(row, EXP_AVG_AT, start, EXP_AVG, ALIGNED)
+    stored = tl.load(weight + offsets, mask=mask, other=0)
+    g = widened(tl.load(grad + offsets, mask=mask, other=0), GRAD, COMPUTE)
+    m = widened(tl.load(exp_avg + offsets, mask=mask, other=0), EXP_AVG, COMPUTE)
+    w = load_masters(stored, row, start, offsets, mask, WEIGHT, MODEL, COMPUTE, ALIGNED)
+
+    g = _scaled_gradient(g, w, table, params)
+    m = m * _coefficient(table, params, BETA1) + g * _coefficient(table, params, C1)
+    stored_m = rounded_to(m, EXP_AVG)
+    tl.store(exp_avg + offsets, stored_m, mask=mask)
+    w = w - widened(stored_m, EXP_AVG, COMPUTE) * tl.load(step_sizes + params)[:, None]
+    w = w - g * tl.load(gradient_step_sizes + params)[:, None]
+    store_masters(weight, w, row, start, offsets, mask, WEIGHT, MODEL, ALIGNED)
 
 
 @triton.jit
@@ -301,36 +250,28 @@ def moments_and_norms(
     NESTEROV: tl.constexpr,
 ):
     """Pass 1: m, v ← g; writes Σw² and Σu², with NESTEROV of both directions, of each block to its slot of the sums."""
-    row, start, block, left = _tile(runs, tile_run, ALIGNED)
-    offsets, mask, blocks = _offsets(left)
-    params = _params(block_param, block, left)
+    row, start, block, left = tile_of_program(runs, tile_run, ALIGNED)
+    offsets, mask, blocks = tile_offsets(left)
+    params = params_of_rows(block_param, block, left)
 
-    weight = _memory(row, WEIGHT_AT, start, WEIGHT, ALIGNED)
-    grad = _memory(row, GRAD_AT, start, GRAD, ALIGNED)
-    exp_avg = _memory(row, EXP_AVG_AT, start, EXP_AVG, ALIGNED)
-    exp_avg_sq = _memory(row, EXP_AVG_SQ_AT, start, EXP_AVG_SQ, ALIGNED)
+    weight = memory_of(row, WEIGHT_AT, start, WEIGHT, ALIGNED)
+    grad = memory_of(row, GRAD_AT, start, GRAD, ALIGNED)
+    exp_avg = memory_of(row, EXP_AVG_AT, start, EXP_AVG, ALIGNED)
+    exp_avg_sq = memory_of(row, EXP_AVG_SQ_AT, start, EXP_AVG_SQ, ALIGNED)
     stored = tl.load(weight + offsets, mask=mask, other=0)
-    g = _widened(tl.load(grad + offsets, mask=mask, other=0), GRAD, COMPUTE)
-    m = _widened(tl.load(exp_avg + offsets, mask=mask, other=0), EXP_AVG, COMPUTE)
-    v = _widened(tl.load(exp_avg_sq + offsets, mask=mask, other=0), EXP_AVG_SQ, COMPUTE)
-    if WEIGHT == tl.int16:
-        model = _memory(row, MODEL_AT, start, MODEL, ALIGNED)
-        w = _joined(tl.load(model + offsets, mask=mask, other=0), stored)
-    elif MODEL is not None:
-        model = _memory(row, MODEL_AT, start, MODEL, ALIGNED)
-        stored = _resync_masters(weight, stored, model, offsets, mask, WEIGHT, MODEL, COMPUTE)
-        w = _widened(stored, WEIGHT, COMPUTE)
-    else:
-        w = _widened(stored, WEIGHT, COMPUTE)
+    g = widened(tl.load(grad + offsets, mask=mask, other=0), GRAD, COMPUTE)
+    m = widened(tl.load(exp_avg + offsets, mask=mask, other=0), EXP_AVG, COMPUTE)
+    v = widened(tl.load(exp_avg_sq + offsets, mask=mask, other=0), EXP_AVG_SQ, COMPUTE)
+    w = load_resynced(weight, stored, row, start, offsets, mask, WEIGHT, MODEL, COMPUTE, ALIGNED)
 
     g = _scaled_gradient(g, w, table, params)
     m = m * _coefficient(table, params, BETA1) + g * _coefficient(table, params, C1)
     v = v * _coefficient(table, params, BETA2) + g * g * _coefficient(table, params, C2)
-    stored_m, stored_v = _rounded(m, EXP_AVG), _rounded(v, EXP_AVG_SQ)
+    stored_m, stored_v = rounded_to(m, EXP_AVG), rounded_to(v, EXP_AVG_SQ)
     tl.store(exp_avg + offsets, stored_m, mask=mask)
     tl.store(exp_avg_sq + offsets, stored_v, mask=mask)
 
-    m, v = _widened(stored_m, EXP_AVG, COMPUTE), _widened(stored_v, EXP_AVG_SQ, COMPUTE)
+    m, v = widened(stored_m, EXP_AVG, COMPUTE), widened(stored_v, EXP_AVG_SQ, COMPUTE)
     denominator = _denominator(v, table, params, COMPUTE)
     u = _direction(m, denominator, w, table, params, COMPUTE)
     slots = tl.load(block_slot + block + tl.arange(0, TILE), mask=blocks, other=0)
@@ -362,40 +303,29 @@ def apply(
 
     GRAD: None without NESTEROV, which alone reads gradients.
     """
-    row, start, block, left = _tile(runs, tile_run, ALIGNED)
-    offsets, mask, _ = _offsets(left)
-    params = _params(block_param, block, left)
+    row, start, block, left = tile_of_program(runs, tile_run, ALIGNED)
+    offsets, mask, _ = tile_offsets(left)
+    params = params_of_rows(block_param, block, left)
 
-    weight = _memory(row, WEIGHT_AT, start, WEIGHT, ALIGNED)
-    exp_avg = _memory(row, EXP_AVG_AT, start, EXP_AVG, ALIGNED)
-    exp_avg_sq = _memory(row, EXP_AVG_SQ_AT, start, EXP_AVG_SQ, ALIGNED)
+    weight = memory_of(row, WEIGHT_AT, start, WEIGHT, ALIGNED)
+    exp_avg = memory_of(row, EXP_AVG_AT, start, EXP_AVG, ALIGNED)
+    exp_avg_sq = memory_of(row, EXP_AVG_SQ_AT, start, EXP_AVG_SQ, ALIGNED)
     stored = tl.load(weight + offsets, mask=mask, other=0)
-    if WEIGHT == tl.int16:
-        model = _memory(row, MODEL_AT, start, MODEL, ALIGNED)
-        w = _joined(tl.load(model + offsets, mask=mask, other=0), stored)
-    else:
-        w = _widened(stored, WEIGHT, COMPUTE)
-    m = _widened(tl.load(exp_avg + offsets, mask=mask, other=0), EXP_AVG, COMPUTE)
-    v = _widened(tl.load(exp_avg_sq + offsets, mask=mask, other=0), EXP_AVG_SQ, COMPUTE)
+    w = load_masters(stored, row, start, offsets, mask, WEIGHT, MODEL, COMPUTE, ALIGNED)
+    m = widened(tl.load(exp_avg + offsets, mask=mask, other=0), EXP_AVG, COMPUTE)
+    v = widened(tl.load(exp_avg_sq + offsets, mask=mask, other=0), EXP_AVG_SQ, COMPUTE)
 
     denominator = _denominator(v, table, params, COMPUTE)
     u = _direction(m, denominator, w, table, params, COMPUTE)
     if NESTEROV:
-        g = tl.load(_memory(row, GRAD_AT, start, GRAD, ALIGNED) + offsets, mask=mask, other=0)
-        g = _scaled_gradient(_widened(g, GRAD, COMPUTE), w, table, params)
+        g = tl.load(memory_of(row, GRAD_AT, start, GRAD, ALIGNED) + offsets, mask=mask, other=0)
+        g = _scaled_gradient(widened(g, GRAD, COMPUTE), w, table, params)
         along = _gradient_direction(g, denominator, w, table, params, COMPUTE)
         w = w - u * tl.load(step_sizes + params)[:, None]
         w = w - along * tl.load(gradient_step_sizes + params)[:, None]
     else:
         w = w - u * tl.load(step_sizes + params)[:, None]
-    if MODEL is not None:
-        model = _memory(row, MODEL_AT, start, MODEL, ALIGNED)
-        rounded = _rounded(w, MODEL)
-        tl.store(model + offsets, rounded, mask=mask)
-    if WEIGHT == tl.int16:
-        tl.store(weight + offsets, _remainder(w, rounded), mask=mask)
-    else:
-        tl.store(weight + offsets, _rounded(w, WEIGHT), mask=mask)
+    store_masters(weight, w, row, start, offsets, mask, WEIGHT, MODEL, ALIGNED)
 
 
 @triton.jit(do_not_specialize=["columns", "slots"])

@@ -74,10 +74,10 @@ class TritonKernel(StockIncoming):
     name = "triton"
 
     def __init__(self) -> None:
-        from sharded_lamb.kernels import triton_device
+        from sharded_lamb.kernels import triton_device, triton_memory
 
         self._device: ModuleType = triton_device
-        self._tables = Tables(triton_device.TILE.value)
+        self._tables = Tables(triton_memory.TILE.value)
 
     def average(
         self,
@@ -132,6 +132,29 @@ class TritonKernel(StockIncoming):
             kinds = (*WRITTEN, "grad")
             self._launches(kernel, kinds, runs, rows, *arguments, warps=PASS_1_WARPS, constants=constants)
             self._add_up(runs, sums)
+
+    def weight_norms(self, shards: Sequence[Shard], sums: Tensor) -> None:
+        """Adds Σw² per parameter to ``sums`` [P] fp64."""
+        lookup = self._tables.of(shards, len(sums))
+        if lookup is None:
+            return
+        runs, rows = lookup
+        slot, _ = runs.slots
+        with _on(runs.device):
+            kinds = ("weight", "model")
+            self._launches(self._device.weight_norms, kinds, runs, rows, slot, runs.block_sums[0])
+            self._add_up(runs, sums.unsqueeze(0))
+
+    def apply_momentum(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
+        """m ← β1 m + c1 d; w ← w - step_sizes[0] m - step_sizes[1] d."""
+        lookup = self._tables.of(shards, len(table))
+        if lookup is None:
+            return
+        runs, rows = lookup
+        arguments = runs.block_param, table, *step_sizes.unbind()
+        with _on(runs.device):
+            kinds = ("weight", "model", "grad", "exp_avg")
+            self._launches(self._device.apply_momentum, kinds, runs, rows, *arguments)
 
     def apply(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
         """w ← w - step_size u for each direction, u recomputed from m and v, and from g for the second."""

@@ -22,7 +22,8 @@ from sharded_lamb.core.rule import NESTEROV_SUMS
 from sharded_lamb.kernels.shard import FlatShard, ScatteredShard, Shard
 
 ROW = ("weight", "model", "grad", "exp_avg", "exp_avg_sq", "numel", "first_tile", "first_block")
-"""A run's row, int64: addresses (model 0: none), elements, first tile in its launch, first block in the call."""
+"""A run's row, int64: addresses (model, exp_avg_sq 0: none), elements, first tile in its launch, first block in the
+call."""
 
 ALIGNMENT = 16
 """Bytes of a vector load; also elements, so that a vector load is entirely inside or outside a run."""
@@ -42,7 +43,7 @@ class Form:
     model: torch.dtype | None
     grad: torch.dtype
     exp_avg: torch.dtype
-    exp_avg_sq: torch.dtype
+    exp_avg_sq: torch.dtype | None
     aligned: bool
 
 
@@ -56,9 +57,10 @@ class Memory:
         numels = np.array(list(map(_NUMEL, columns[0])), dtype=np.int64)
         nonempty = numels > 0
         self.numels = numels[nonempty]
-        pointers = [np.array(list(map(_POINTER, column)), dtype=np.int64) for column in columns if column]
-        if not columns[1]:
-            pointers.insert(1, np.zeros_like(numels))
+        pointers = [
+            np.array(list(map(_POINTER, column)), dtype=np.int64) if column else np.zeros_like(numels)
+            for column in columns
+        ]
         if isinstance(shard, ScatteredShard) and shard.grad_starts is not None:
             pointers[2] += shard.grad[0].itemsize * np.array(shard.grad_starts, np.int64)
         self.addresses: Integers = (
@@ -82,7 +84,6 @@ def _form(dtypes: Sequence[torch.dtype | None], aligned: bool) -> Form:
     assert weight is not None
     assert grad is not None
     assert exp_avg is not None
-    assert exp_avg_sq is not None
     return Form(weight, model, grad, exp_avg, exp_avg_sq, aligned)
 
 
@@ -93,11 +94,11 @@ Column = Sequence[Tensor]
 
 
 def _columns(shard: Shard) -> tuple[Column, Column, Column, Column, Column]:
-    """Weights, models, gradients, first and second moments of a shard's runs; models may be empty."""
+    """Weights, models, gradients, first and second moments of a shard's runs; models and the last may be empty."""
     if isinstance(shard, ScatteredShard):
-        return shard.weight, shard.model or (), shard.grad, shard.exp_avg, shard.exp_avg_sq
-    model = () if shard.model is None else (shard.model,)
-    return (shard.weight,), model, (shard.grad,), (shard.exp_avg,), (shard.exp_avg_sq,)
+        return shard.weight, shard.model or (), shard.grad, shard.exp_avg, shard.exp_avg_sq or ()
+    model, second = (() if memory is None else (memory,) for memory in (shard.model, shard.exp_avg_sq))
+    return (shard.weight,), model, (shard.grad,), (shard.exp_avg,), second
 
 
 @dataclass(frozen=True, slots=True)

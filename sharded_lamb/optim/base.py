@@ -31,7 +31,7 @@ from sharded_lamb.core.hyperparams import (
 )
 from sharded_lamb.core.names import check_use, matching, needs_names, normalize, unique
 from sharded_lamb.core.parameters import NamedParameter, named, ndim_of
-from sharded_lamb.core.rule import NESTEROV_SUMS, SUMS
+from sharded_lamb.core.rule import moments_of, sums_of
 from sharded_lamb.optim.reports import StepReports
 
 run_eagerly = _disable_dynamo
@@ -133,7 +133,12 @@ class LambOptimizer(StepReports, Optimizer):
     @property
     def _sums(self) -> tuple[str, ...]:
         """The sums of squares that pass 1 computes for every parameter."""
-        return NESTEROV_SUMS if self._any("nesterov") else SUMS
+        return sums_of(lars=self._any("lars"), nesterov=self._any("nesterov"))
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The keys of the moments in every parameter's state: ``exp_avg`` alone for LARS, else ``exp_avg_sq`` too."""
+        return moments_of(lars=self._any("lars"))
 
     @property
     def grad_scale(self) -> Tensor:
@@ -179,6 +184,11 @@ class LambOptimizer(StepReports, Optimizer):
         if group.get("variant", self.defaults["variant"]) != self.defaults["variant"]:
             self._fill_from_variant(group)
         group |= validate_group({**self.defaults, **group})
+        if group["lars"] != self.defaults["lars"]:
+            raise ValueError(
+                f"lars={group['lars']} in a parameter group (variant={group['variant']!r}) of an optimizer with "
+                f"lars={self.defaults['lars']}: LARS keeps one moment and LAMB two; construct an optimizer for each"
+            )
         super().add_param_group(group)
         if self._constructed:
             try:

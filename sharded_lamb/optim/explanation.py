@@ -56,13 +56,17 @@ CAUSES = {
         f"the ratio is more than {FAR:g} times above or below the median of all that adapt",
         "exclude_from_layer_adaptation, or weight_norm_clip=(0.01, 10.0) where weights start near 0",
     ),
-    "ratio at trust_clip": ("‖w‖/‖u‖ is outside trust_clip", "a wider trust_clip, or a longer warmup"),
+    "ratio at trust_clip": ("the ratio is outside trust_clip", "a wider trust_clip, or a longer warmup"),
     "norm at weight_norm_clip": ("‖w‖ is outside weight_norm_clip", "a wider weight_norm_clip"),
     "ratio 1: ‖w‖ is 0": (
         "weights of 0 have no ratio; the next step has one",
         "exclude them, if they stay 0",
     ),
     "ratio 1: ‖u‖ is 0": ("the gradient and decay are 0", "check that the loss uses the parameter"),
+    "ratio 1: ‖g‖ is 0": (
+        "the gradient is 0, and LARS's ratio undefined",
+        "check that the loss uses the parameter",
+    ),
     "ratio 1: excluded": ("exclude_from_layer_adaptation matches (None: the patterns of decay)", ""),
     "ratio 1: no decay": ("adapt_without_decay=False, and there is no decay", ""),
 }
@@ -188,6 +192,8 @@ def _causes_of_ratio(name: str, p: Any, group: Mapping[str, Any], norms: LayerNo
         yield "ratio 1: no decay"
     elif norms.weight == 0:
         yield "ratio 1: ‖w‖ is 0"
+    elif group["lars"] and norms.gradient == 0:
+        yield "ratio 1: ‖g‖ is 0"
     elif norms.update == 0:
         yield "ratio 1: ‖u‖ is 0"
     else:
@@ -196,7 +202,7 @@ def _causes_of_ratio(name: str, p: Any, group: Mapping[str, Any], norms: LayerNo
         if clamped != norms.weight:
             yield "norm at weight_norm_clip"
         low, high = group["trust_clip"] or (0.0, math.inf)
-        if not low < clamped / norms.update < high:
+        if not low < norms.ratio < high:
             yield "ratio at trust_clip"
     alone = decay * norms.weight if group["adam_w_mode"] and not group["decoupled_decay"] else 0.0
     if alone and abs(norms.update - alone) <= 0.01 * norms.update:

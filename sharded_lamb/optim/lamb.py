@@ -53,9 +53,14 @@ class Lamb(LambOptimizer):
         normalize_grad: divide every parameter's gradient by its norm (a gradient 0 stays 0). Fixed at construction.
         nesterov: β1 r u + (1-β1) r₂ u₂, where u₂ = gₜ/(√v̂ + ε) + λ w has a ratio of its own; `trust_ratios` are those
             of u. Fixed at construction. With ``normalize_grad``: LANS (Zheng et al., arXiv 2006.13484, Algorithm 2).
-
         decoupled_decay: w ← (1 - η λ) w before the update, whose u and ratio have no decay (timm).
         corrected_weight_decay: with decoupled decay: λ η / η_peak instead of λ; η_peak, or True: lr at construction.
+        lars: LARS (You et al., arXiv 1708.03888, Algorithm 1), of all groups; see ``variant="lars"``. With d = g + λ w
+            and c = ``trust_coefficient``: r = c φ(‖w‖)/(‖g‖ + λ ‖w‖ + ε), mₜ = β1 mₜ₋₁ + r d, wₜ = wₜ₋₁ - η mₜ; with
+            ``nesterov``, β1 mₜ + r d instead of mₜ. Fixed at construction. State has no ``exp_avg_sq``.
+        trust_coefficient: a factor on the ratio, before ``trust_clip``.
+        momentum_includes_lr: LARS: mₜ = β1 mₜ₋₁ + η r d, wₜ = wₜ₋₁ - mₜ.
+        larc_clip: LARS: min(r/η, 1) instead of r (LARC).
 
     Raises:
         ValueError: an option out of range, or patterns that match nothing.
@@ -141,12 +146,13 @@ class Lamb(LambOptimizer):
             devices.setdefault(params[row].device, []).append(row)
             state = self.state[params[row]]
             if not state:
-                state.update(new_state(params[row]))
+                state.update(new_state(params[row], self.moments))
         by_device = []
         for device, own in devices.items():
             members = [params[row] for row in own]
             kernel = kernels.choose("auto", device)
-            by_device.append(WholeTensors(kernel, device, own, members, [self.state[p] for p in members]))
+            states = [self.state[p] for p in members]
+            by_device.append(WholeTensors(kernel, device, own, members, states, self.moments))
         return _Found(params, rows, list(self.state.values()), by_device)
 
     def _update_part(self, part: "_Part", sums: Tensor, inverse: Tensor, grad_norm: Tensor) -> LastStep:
@@ -160,7 +166,7 @@ class Lamb(LambOptimizer):
         update = Update(whole.kernel, options, step=step, active=active, grad_scale=scales)
         lr = table.lr()
         square_sums = update.moments_and_norms(part.shards)
-        ratios = rule.ratios_of_sums(square_sums, options, lr)
+        ratios = rule.ratios_of_sums(square_sums, options, lr, sums, scales)
         step_sizes = rule.step_sizes(lr, ratios, options, step, active)
         for _ in update.apply([part.shards], step_sizes, lr, are_gathered=False):
             pass
@@ -205,7 +211,7 @@ class Lamb(LambOptimizer):
 
     def _check_states(self, states: States) -> None:
         for p, saved in states.items():
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in self.moments:
                 if saved[key].shape != p.shape:
                     raise ValueError(
                         f"{key} of shape {tuple(saved[key].shape)} cannot be loaded for a parameter of shape "
@@ -217,7 +223,7 @@ class Lamb(LambOptimizer):
         self.state.clear()
         self._live.found = None
         for p, saved in states.items():
-            moments = {key: saved[key].detach().to(p.device, copy=True) for key in ("exp_avg", "exp_avg_sq")}
+            moments = {key: saved[key].detach().to(p.device, copy=True) for key in self.moments}
             step = as_tensor(saved["step"]).detach().to("cpu", torch.float64, copy=True)
             self.state[p] = {"step": step.reshape(()), **moments}
 

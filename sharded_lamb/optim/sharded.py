@@ -25,7 +25,7 @@ from sharded_lamb.comm.consistency import propagate_errors
 from sharded_lamb.comm.forward_gathers import Watch
 from sharded_lamb.comm.topology import Topology
 from sharded_lamb.core import rule
-from sharded_lamb.core.hyperparams import RuleOptions, check_max_grad_norm
+from sharded_lamb.core.hyperparams import RuleOptions, check_max_grad_norm, fill
 from sharded_lamb.gradients.summary import GradientSummary, check_present
 from sharded_lamb.kernels.engine import Update
 from sharded_lamb.optim.agreed_options import collective
@@ -56,10 +56,10 @@ class ShardedLamb(AveragingOptimizer):
 
     Collectives per step, on process groups of its own: two small all-reduces, whatever the number P of parameters
     ((a) gradient norm, finiteness and presence, 3 P fp64; (b) weight and update norms, 2 P fp64 (3 P with
-    ``nesterov``), and 6 of a checksum
-    of all options, since a rank that steps with another one is an error on every rank), one all-gather per
-    bucket, and in stage 2 one reduce-scatter per bucket during backward. With DTensors only, no clipping and
-    ``skip_nonfinite=False``, (a) and (b) are one all-reduce of 4 P + 6 fp64; stage 2 beside DTensors makes (a) twice.
+    ``nesterov``, P with ``lars``), and 6 of a checksum of all options, since a rank that steps with another one is an
+    error on every rank), one all-gather per bucket, and in stage 2 one reduce-scatter per bucket during backward. With
+    DTensors only, no clipping and ``skip_nonfinite=False``, (a) and (b) are one all-reduce of 4 P + 6 fp64; stage 2
+    beside DTensors makes (a) twice.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or group dicts of either. Frozen parameters take no
@@ -67,7 +67,7 @@ class ShardedLamb(AveragingOptimizer):
         lr, betas, eps, weight_decay, variant: as for `Lamb`, and so are the rule options: bias_correction,
             grad_averaging, adam_w_mode, eps_inside_sqrt, max_grad_norm, trust_clip, weight_norm_clip,
             exclude_from_weight_decay, exclude_from_layer_adaptation, adapt_without_decay, normalize_grad, nesterov,
-            decoupled_decay, corrected_weight_decay.
+            decoupled_decay, corrected_weight_decay, lars, trust_coefficient, momentum_includes_lr, larc_clip.
         stage: 1: ``.grad`` holds gradients averaged over ranks, as DistributedDataParallel leaves them.
             2: ``.grad`` is each rank's own gradient; backward reduces, averages and frees it, and leaves a tensor
             without memory: its norm is the averaged gradient's, and it can be scaled by a number, zeroed or set to None
@@ -150,6 +150,7 @@ class ShardedLamb(AveragingOptimizer):
                 kernel=kernel,
                 store_param_remainders=store_param_remainders,
                 ema_decay=ema_decay,
+                lars=fill(variant, options)["lars"] is True,
             )
             scalars = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
             super().__init__(params, scalars, variant, options)
@@ -238,9 +239,13 @@ class ShardedLamb(AveragingOptimizer):
         summary, differs = self._sum_norms(square_sums, summary)
         self._skips.record(skip, differs)
         lr = self._table.lr()
-        ratios = rule.ratios_of_sums(square_sums, options, lr)
+        ratios = rule.ratios_of_sums(square_sums, options, lr, summary.square_sums, scale)
         step_sizes = rule.step_sizes(lr, ratios, options, step, updated & ~differs)
-        units = self._gradients.units() if options.any_nesterov else [[shard] for shard in store.shards()]
+        units = (
+            self._gradients.units()
+            if options.pass_2_reads_gradients
+            else [[shard] for shard in store.shards()]
+        )
         written = update.apply(units, step_sizes, lr, are_gathered=self._collectives.has_peers)
         for index in traffic.computing_each("pass 2", written):
             if index < len(store.gathers):

@@ -96,9 +96,9 @@ class ShardedOptimizer(PartsOptimizer):
 
     def _check_states(self, states: States) -> None:
         if state.is_whole(states.values()):
-            state.check_full(
-                (name, p.shape, states[p]) for name, p, _ in self._named_parameters() if p in states
-            )
+            named = self._named_parameters()
+            rows = ((name, p.shape, states[p]) for name, p, _ in named if p in states)
+            state.check_full(rows, self.moments)
             return
         store = self._store
         for param, (name, p) in enumerate(zip(store.names, store.params, strict=True)):
@@ -324,7 +324,8 @@ class ShardedOptimizer(PartsOptimizer):
             if first:
                 sent[0], states = self._checked(state.check_complete(state_dict))
                 named = self._named_parameters()
-                state.check_full((name, p.shape, states[p]) for name, p, _ in named if p in states)
+                rows = ((name, p.shape, states[p]) for name, p, _ in named if p in states)
+                state.check_full(rows, self.moments)
                 sent[1] = [i for i, p in enumerate(order) if p in states and state.steps_of(states[p])]
         if self._collectives.everyone is not None:
             dist.broadcast_object_list(sent, store.topology.everyone[0], group=self._collectives.everyone.pg)

@@ -16,7 +16,7 @@ class LayerNorms(NamedTuple):
     """One parameter's norms in a step, over all ranks.
 
     ``ratio`` is φ(``weight``)/``update``, clipped, where the parameter adapts and both norms are > 0; else 1. With
-    ``nesterov`` (LANS), ``update`` and ``ratio`` are those of the first direction, u.
+    ``nesterov`` (LANS), ``update`` and ``ratio`` are those of the first direction, u. LARS computes no ‖u‖: NaN.
     """
 
     weight: float  # ‖w‖ before the step, of the masters where they exist
@@ -57,7 +57,8 @@ class LastStep:
         weight = update = ratio = gradient = unknown
         bad = skipped = torch.zeros_like(unknown)
         if self.square_sums is not None and self.ratios is not None:
-            weight, update = rule.norms(self.square_sums[:2], is_fp64)
+            weight, *updates = rule.norms(self.square_sums, is_fp64)
+            update = updates[0] if updates else unknown
             ratio = self.ratios[0]
         if self.gradient_sums is not None:
             gradient, bad = rule.norms(self.gradient_sums, is_fp64), ~self.gradient_sums.isfinite()

@@ -11,34 +11,34 @@ from sharded_lamb.kernels import Kernel, ScatteredShard
 from sharded_lamb.sharding.buckets import flattened, in_memory_order, memory_strides, with_own_storage
 from sharded_lamb.sharding.memory_record import MemoryRecord
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 _ADDRESS: Any = Tensor.data_ptr
 
 State = dict[str, Tensor]
-"""Of one parameter: ``step``, fp64 scalar on the CPU, and `MOMENTS` in its shape."""
+"""Of one parameter: ``step``, fp64 scalar on the CPU, and the moments in its shape."""
 
 
-def new_state(p: Tensor) -> State:
-    """Step 0, and moments of zeros in ``p``'s memory order: fp32, or fp64 for a float64 parameter."""
+def new_state(p: Tensor, moments: Sequence[str]) -> State:
+    """Step 0, and ``moments`` of zeros in ``p``'s memory order: fp32, or fp64 for a float64 parameter."""
     dtype = torch.promote_types(p.dtype, torch.float32)
 
     def zeros() -> Tensor:
         return torch.empty_strided(p.shape, memory_strides(p), dtype=dtype, device=p.device).zero_()
 
-    return {"step": torch.zeros((), dtype=torch.float64, device="cpu"), **{key: zeros() for key in MOMENTS}}
+    return {"step": torch.zeros((), dtype=torch.float64, device="cpu"), **{key: zeros() for key in moments}}
 
 
 class _Pieces:
     """Parameters with the same dtypes and their moments, as a shard without gradients."""
 
-    def __init__(self, positions: list[int], params: Sequence[Tensor], states: Sequence[State]) -> None:
+    def __init__(
+        self, positions: list[int], params: Sequence[Tensor], states: Sequence[State], moments: Sequence[str]
+    ) -> None:
         """``positions``: of these parameters, in the sequence of `WholeTensors`."""
         self.positions = positions
         self._params = params
         self._strides = [memory_strides(p) for p in params]
         for state, strides in zip(states, self._strides, strict=True):
-            for key in MOMENTS:
+            for key in moments:
                 moment = state[key]
                 if moment.stride() != strides:  # loaded, or the parameter's memory format has changed
                     empty = torch.empty_strided(
@@ -46,7 +46,7 @@ class _Pieces:
                     )
                     state[key] = empty.copy_(moment)
         self._flat = [self._flattened(p.detach() for p in params)]
-        self._flat += [self._flattened(state[key] for state in states) for key in MOMENTS]
+        self._flat += [self._flattened(state[key] for state in states) for key in moments]
         self._copies = [
             (p, flat.as_strided(p.shape, strides))
             for p, flat, strides in zip(params, self._flat[0], self._strides, strict=True)
@@ -57,9 +57,9 @@ class _Pieces:
         return [flattened(tensor, strides) for tensor, strides in zip(tensors, self._strides, strict=True)]
 
     def shard(self, rows: Sequence[int]) -> ScatteredShard:
-        weight, exp_avg, exp_avg_sq = self._flat
+        weight, exp_avg, *second = self._flat
         params = tuple(rows[position] for position in self.positions)
-        return ScatteredShard(params, weight, [], exp_avg, exp_avg_sq)
+        return ScatteredShard(params, weight, [], exp_avg, second[0] if second else None)
 
     def in_memory_order(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """These parameters' gradients. Brings parameters with gaps in memory into the shard's copies."""
@@ -83,9 +83,16 @@ class WholeTensors:
     """
 
     def __init__(
-        self, kernel: Kernel, device: torch.device, rows: list[int], params: list[Tensor], states: list[State]
+        self,
+        kernel: Kernel,
+        device: torch.device,
+        rows: list[int],
+        params: list[Tensor],
+        states: list[State],
+        moments: Sequence[str],
     ) -> None:
         self.kernel, self.device, self.rows, self._params, self._states = kernel, device, rows, params, states
+        self._keys = moments
         self.steps = torch.stack([state["step"] for state in states])
         self._elements = [with_own_storage(step, (), ()) for step in torch.split(self.steps, 1)]
         for state, step in zip(states, self._elements, strict=True):
@@ -113,7 +120,7 @@ class WholeTensors:
         return [shard.with_gradients(pieces.in_memory_order(grads)) for pieces, shard in self._kinds]
 
     def _moments_now(self) -> list[Tensor]:
-        return [state[key] for key in MOMENTS for state in self._states]
+        return [state[key] for key in self._keys for state in self._states]
 
     def _have_moved(self) -> bool:
         """Whether a program has replaced the memory of a parameter, or a moment."""
@@ -130,7 +137,12 @@ class WholeTensors:
         for position, (p, state, dtype) in enumerate(zip(self._params, self._states, dtypes, strict=True)):
             alike.setdefault((p.dtype, dtype, state["exp_avg"].dtype), []).append(position)
         every = [
-            _Pieces(positions, [self._params[i] for i in positions], [self._states[i] for i in positions])
+            _Pieces(
+                positions,
+                [self._params[i] for i in positions],
+                [self._states[i] for i in positions],
+                self._keys,
+            )
             for positions in alike.values()
         ]
         return [(pieces, pieces.shard(self.rows)) for pieces in every]

@@ -20,6 +20,7 @@ from torch.utils.dlpack import from_dlpack
 
 from sharded_lamb.core.footprint import Widths
 from sharded_lamb.core.layout import BLOCK, Bucket, Segment
+from sharded_lamb.core.rule import MOMENTS
 from sharded_lamb.kernels import FlatShard, ScatteredShard, formats
 from sharded_lamb.kernels.state_format import OF_WEIGHTS, StateFormat, StoredState, moments
 from sharded_lamb.sharding.flat_memory import zeros
@@ -36,6 +37,7 @@ class Precision:
     wire: torch.dtype
     compute: torch.dtype
     averages: bool = False  # whether an average of the weights is kept, in the compute dtype
+    second_moment: bool = True
 
     @staticmethod
     def of(
@@ -46,13 +48,16 @@ class Precision:
         *,
         store_param_remainders: bool = False,
         averages: bool = False,
+        second_moment: bool = True,
     ) -> "Precision":
         """The precision for `ShardedLamb`'s keywords and the parameters' dtype ``model``."""
         if model == torch.float64:
             master = state = model
         masters = formats.of_masters(model, master, store_param_remainders=store_param_remainders)
         compute = master if model == torch.float64 else torch.promote_types(master, torch.float32)
-        return Precision(model, masters, formats.of_moments(state), reduce or model, compute, averages)
+        return Precision(
+            model, masters, formats.of_moments(state), reduce or model, compute, averages, second_moment
+        )
 
     @property
     def widths(self) -> Widths:
@@ -179,7 +184,9 @@ class FlatBucket:
             model=None if masters is None else shard_flat,
             grad=zeros(numel if holds_gradients else 0, precision.compute, device, lane=1),
             exp_avg=zeros(numel, precision.moments.storage, device, lane=2),
-            exp_avg_sq=zeros(numel, precision.moments.storage, device, lane=3),
+            exp_avg_sq=zeros(numel, precision.moments.storage, device, lane=3)
+            if precision.second_moment
+            else None,
             block_param=block_param.to(device),
         )
 
@@ -195,7 +202,7 @@ class FlatBucket:
             weight=pieces(shard.weight),
             grad=(),
             exp_avg=pieces(shard.exp_avg),
-            exp_avg_sq=pieces(shard.exp_avg_sq),
+            exp_avg_sq=None if shard.exp_avg_sq is None else pieces(shard.exp_avg_sq),
             model=None if shard.model is None else pieces(shard.model),
             grad_starts=[segment.start for segment in self.segments],
         )
@@ -320,7 +327,7 @@ class FlatBucket:
         return {
             "parameters": self.flat.nbytes,
             "masters": shard.weight.nbytes if shard.model is not None else 0,
-            "moments": shard.exp_avg.nbytes + shard.exp_avg_sq.nbytes,
+            "moments": sum(state.stored.nbytes for state in self.states() if state.kind in MOMENTS),
             "gradient_shards": shard.grad.nbytes,
             **({} if self.average is None else {"averages": self.average.nbytes}),
         }

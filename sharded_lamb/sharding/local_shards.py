@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from sharded_lamb.comm.collectives import Traffic
+from sharded_lamb.core.rule import MOMENTS
 from sharded_lamb.kernels import ScatteredShard, formats
 from sharded_lamb.kernels.state_format import StoredState
 from sharded_lamb.kernels.state_format import moments as moments_of
@@ -35,7 +36,7 @@ class LocalShard:
     strides: tuple[int, ...]  # of the local part
     master: Tensor | None  # [n] as `Precision.masters` stores it; None: steps update the parameter's memory
     exp_avg: Tensor  # [n] as `Precision.moments` stores it
-    exp_avg_sq: Tensor  # [n]
+    exp_avg_sq: Tensor | None  # [n]
     average: Tensor | None = None  # [n] compute dtype
 
     @staticmethod
@@ -51,8 +52,9 @@ class LocalShard:
             master = zeros(precision.masters.storage)
             precision.masters.reset(master, flattened(local, strides))
         average = flattened(local, strides).to(precision.compute, copy=True) if precision.averages else None
-        moments = precision.moments.storage
-        return LocalShard(p, precision, strides, master, zeros(moments), zeros(moments), average)
+        first = zeros(precision.moments.storage)
+        second = torch.zeros_like(first) if precision.second_moment else None
+        return LocalShard(p, precision, strides, master, first, second, average)
 
     def weight(self) -> Tensor:
         """[n], a view of the model's own memory."""
@@ -183,7 +185,9 @@ class DTensorShards:
         return {
             "parameters": sum(shard.exp_avg.numel() * shard.precision.model.itemsize for shard in shards),
             "masters": sum(shard.master.nbytes for shard in shards if shard.master is not None),
-            "moments": sum(shard.exp_avg.nbytes + shard.exp_avg_sq.nbytes for shard in shards),
+            "moments": sum(
+                state.stored.nbytes for shard in shards for state in shard.states() if state.kind in MOMENTS
+            ),
             "gradient_shards": 0,
             **({"averages": sum(averages)} if averages else {}),
         }
@@ -202,12 +206,13 @@ class _Pieces:
         self._strides = [row.strides for row in rows]
         weights = [row.weight() for row in rows]
         masters = [row.master for row in rows if row.master is not None]
+        second = [row.exp_avg_sq for row in rows if row.exp_avg_sq is not None]
         self._shard = ScatteredShard(
             params=tuple(members),
             weight=masters or weights,
             grad=(),
             exp_avg=[row.exp_avg for row in rows],
-            exp_avg_sq=[row.exp_avg_sq for row in rows],
+            exp_avg_sq=second or None,
             model=weights if masters else None,
         )
 

@@ -49,6 +49,7 @@ class Settings:
     kernel: str
     store_param_remainders: bool
     ema_decay: float | None = None
+    lars: bool = False  # one moment
 
     def __post_init__(self) -> None:
         plain = {
@@ -110,6 +111,7 @@ class Settings:
             self.reduce_dtype,
             store_param_remainders=self.store_param_remainders,
             averages=self.ema_decay is not None,
+            second_moment=not self.lars,
         )
 
 

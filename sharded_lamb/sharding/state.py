@@ -196,12 +196,12 @@ def steps_of(saved: Mapping[str, Any]) -> float:
     return float(as_tensor(saved["step"]))
 
 
-def check_full(rows: Iterable[tuple[str, Sequence[int], Mapping[str, Any]]]) -> None:
+def check_full(rows: Iterable[tuple[str, Sequence[int], Mapping[str, Any]]], moments: Sequence[str]) -> None:
     """Raises ValueError if a whole state does not fit its parameter. ``rows``: (name, shape, saved state)."""
     for name, shape, saved in rows:
         if "step" not in saved or as_tensor(saved["step"]).numel() != 1:
             raise ValueError(f"step of {name!r}: expected one number, got {saved.get('step')!r}")
-        for key in ("exp_avg", "exp_avg_sq", *(kind for kind in OF_WEIGHTS if kind in saved)):
+        for key in (*moments, *(kind for kind in OF_WEIGHTS if kind in saved)):
             if key not in saved or tuple(saved[key].shape) != tuple(shape):
                 actual = tuple(saved[key].shape) if key in saved else "nothing"
                 raise ValueError(

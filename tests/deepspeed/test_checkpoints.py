@@ -38,6 +38,7 @@ def state_of(engine: Any) -> dict[str, Tensor]:
     full = engine.basic_optimizer.full_state_dict()
     for param, state in (full or {"state": {}})["state"].items():
         outcome.update({f"{param}/{key}": value.clone() for key, value in state.items()})
+        assert {"step", "master"} | set(engine.basic_optimizer.moments) == state.keys()
     return outcome
 
 
@@ -69,6 +70,13 @@ def test_resuming_from_a_checkpoint_is_bit_exact(
     stage: int, dtype: str, groups: bool, tmp_path: Path
 ) -> None:
     run_ranks(2, interrupted, cases.config(stage, dtype), str(tmp_path), groups, timeout=300)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_lars_resumes_with_one_moment(stage: int, tmp_path: Path) -> None:
+    params = {"lr": 0.01, "weight_decay": 0.1, "variant": "lars", "trust_coefficient": 0.02}
+    config = cases.config(stage, params=params)
+    run_ranks(2, interrupted, config, str(tmp_path), False, timeout=300)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ extern "C" {
 void lamb_square_sums_f32(const Run *, int64_t, int64_t, double *, float *, int64_t);
 void lamb_moments_and_norms_f32(const Run *, int64_t, int64_t, const void *, int64_t, double *, float *, int64_t);
 void lamb_apply_f32(const Run *, int64_t, int64_t, const void *, int64_t, const float *, int64_t);
+void lamb_weight_norms_f32(const Run *, int64_t, int64_t, double *, float *, int64_t);
+void lamb_apply_momentum_f32(const Run *, int64_t, const void *, int64_t, const float *, int64_t);
 void lamb_average_f32(float *, const Slice *, int64_t, char *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                       double *, float *, int64_t);
 }
@@ -32,7 +34,7 @@ int64_t memory(const char *of_case, const char *kind, int64_t dtype, int64_t len
   return (int64_t)start;
 }
 
-enum Function { SQUARE_SUMS, MOMENTS_AND_NORMS, APPLY };
+enum Function { SQUARE_SUMS, MOMENTS_AND_NORMS, APPLY, WEIGHT_NORMS, APPLY_MOMENTUM };
 
 void run(const char *name, Function function, int64_t weight, int64_t model, int64_t grad, int64_t state,
          int64_t directions = 1) {
@@ -45,6 +47,8 @@ void run(const char *name, Function function, int64_t weight, int64_t model, int
   CALLGRIND_ZERO_STATS;
   if (function == SQUARE_SUMS) lamb_square_sums_f32(&run, 1, 1, sums, of_blocks, 1);
   if (function == MOMENTS_AND_NORMS) lamb_moments_and_norms_f32(&run, 1, directions, table, 1, sums, of_blocks, 1);
+  if (function == WEIGHT_NORMS) lamb_weight_norms_f32(&run, 1, 1, sums, of_blocks, 1);
+  if (function == APPLY_MOMENTUM) lamb_apply_momentum_f32(&run, 1, table, 1, step_sizes, 1);
   if (function == APPLY) lamb_apply_f32(&run, 1, directions, table, 1, step_sizes, 1);
   CALLGRIND_DUMP_STATS_AT(name);
 }
@@ -78,6 +82,10 @@ int main(int, char **arguments) {
   run("pass_2_bf16_alone", APPLY, BF16, NONE, BF16, BF16);
   run("pass_1_nesterov", MOMENTS_AND_NORMS, F32, NONE, F32, F32, 2);
   run("pass_2_nesterov", APPLY, F32, NONE, F32, F32, 2);
+  run("weight_norms_f32", WEIGHT_NORMS, F32, NONE, F32, F32);
+  run("weight_norms_bf16", WEIGHT_NORMS, F32, BF16, BF16, F32);
+  run("momentum_f32", APPLY_MOMENTUM, F32, NONE, F32, F32);
+  run("momentum_bf16", APPLY_MOMENTUM, F32, BF16, BF16, F32);
   average("average_f32", F32);
   average("average_bf16", BF16);
   average("average_f16", F16);

@@ -107,6 +107,21 @@ def contents(shard: Shard) -> dict[str, Tensor]:
     }
 
 
+def passes(
+    kernel: Kernel, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor, directions: int
+) -> Tensor:
+    """Both passes, and their sums [1 + directions, P]. ``directions``: 1, 2, or 0 for LARS, which has one moment."""
+    sums = torch.zeros(1 + directions, len(table), dtype=torch.float64, device=table.device)
+    if directions:
+        kernel.moments_and_norms(shards, table, sums)
+        kernel.apply(shards, table, step_sizes[:directions])
+    else:
+        with_one_moment = [replace(shard, exp_avg_sq=None) for shard in shards]
+        kernel.weight_norms(with_one_moment, sums[0])
+        kernel.apply_momentum(with_one_moment, table, step_sizes)
+    return sums
+
+
 def stepped(
     kernel: Kernel, forms: Sequence[Form], seed: int, bad: bool, device: str = "cpu", steps: int = 2
 ) -> list[Tensor]:
@@ -117,17 +132,13 @@ def stepped(
         count += len(form.lengths)
     compute = forms[0].compute
     table = table_of(count, compute, bad, device)
-    directions = 1 + seed % 2
     sizes = torch.linspace(0.1, 0.9, count, dtype=compute, device=device)
-    step_sizes = torch.stack([sizes, 1 - sizes])[:directions]
     results: list[Tensor] = []
     for _ in range(steps):
         square_sums = torch.full((count,), 3.0, dtype=torch.float64, device=device)
         if not bad:
             kernel.square_sums(shards, square_sums)
-        sums = torch.zeros(1 + directions, count, dtype=torch.float64, device=device)
-        kernel.moments_and_norms(shards, table, sums)
-        kernel.apply(shards, table, step_sizes)
+        sums = passes(kernel, shards, table, torch.stack([sizes, 1 - sizes]), seed % 3)
         results += [
             square_sums.cpu(),
             sums.cpu(),

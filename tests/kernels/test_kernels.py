@@ -23,7 +23,7 @@ from sharded_lamb.kernels import (
     Shard,
     remainders,
 )
-from tests.kernels.kernel_memory import in_whole_gradients
+from tests.kernels.kernel_memory import in_whole_gradients, passes
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 SPLIT = remainders.RemainderFormat.storage
@@ -126,14 +126,10 @@ def table_of(count: int, seed: int, dtype: torch.dtype) -> Tensor:
 def one_step(kernel: Kernel, shards: Sequence[Shard], count: int, seed: int) -> list[Tensor]:
     dtype = shards[0].compute
     squares = torch.zeros(count, dtype=F64)
-    directions = 1 + seed % 2
-    sums = torch.zeros(1 + directions, count, dtype=F64)
-    table = table_of(count, seed, dtype)
     kernel.square_sums(shards, squares)
-    kernel.moments_and_norms(shards, table, sums)
     sizes = torch.linspace(0, 0.9, count, dtype=dtype)
-    kernel.apply(shards, table, torch.stack([sizes, 1 - sizes])[:directions])
-    return [squares, sums]
+    table, step_sizes = table_of(count, seed, dtype), torch.stack([sizes, 1 - sizes])
+    return [squares, passes(kernel, shards, table, step_sizes, seed % 3)]
 
 
 def memory_of(shard: Shard) -> list[Tensor]:

@@ -221,6 +221,14 @@ def test_compiled_arithmetic_is_ieee(device_code: Any) -> None:
                 compiled(device_code.moments_and_norms, name, **pass_1, NESTEROV=True),
                 compiled(device_code.apply, name, **pass_2, GRAD=compute, NESTEROV=True),
             ]
+        momentum = {key: value for key, value in pass_1.items() if key != "EXP_AVG_SQ"}
+        weights = {key: momentum[key] for key in ("WEIGHT", "MODEL", "COMPUTE", "ALIGNED")}
+        for ptx in (
+            compiled(device_code.weight_norms, name, **weights),
+            compiled(device_code.apply_momentum, name, **momentum),
+        ):
+            assert not re.findall(r"\bfma\.|\.ftz|\.approx|div\.full|(ld|st)\.local", ptx)
+            assert bool(re.search(r"ld\.global\S*\.v4\.b32", ptx)) == plain["ALIGNED"]
         for ptx in programs:
             kind = "f32" if compute == tl.float32 else "f64"
             assert not re.findall(r"\bfma\.|\.ftz|\.approx|div\.full", ptx)
@@ -271,7 +279,10 @@ def test_the_launcher_accepts_every_kernel(device_code: Any, monkeypatch: pytest
     kernel.moments_and_norms([shard], table, sums)
     kernel.apply([shard], table, torch.ones(1)[None])
     kernel.average(shard, [], ReceivedShards(torch.ones(2, 512), 2, None), sums[0], add=False)
-    assert bound == {"square_sums", "moments_and_norms", "apply", "average", "add_by_parameter"}
+    kernel.weight_norms([shard], sums[0])
+    kernel.apply_momentum([shard], table, torch.ones(2, 1))
+    passes = {"moments_and_norms", "apply", "weight_norms", "apply_momentum"}
+    assert bound == {"square_sums", "average", "add_by_parameter", *passes}
 
 
 OTHER_TARGETS = {"sm_80": ("cuda", 80, 32), "gfx942": ("hip", "gfx942", 64)}
@@ -322,6 +333,7 @@ def test_sums_stay_inside_warps(device_code: Any) -> None:
         (compiled(device_code.moments_and_norms, "fp32", **pass_1), 2, 3),
         (compiled(device_code.moments_and_norms, "fp32", NESTEROV=True, **pass_1), 3, 5),
         (compiled(device_code.square_sums, "fp32", GRAD=tl.float32, **plain), 1, 1),
+        (compiled(device_code.weight_norms, "fp32", WEIGHT=tl.float32, MODEL=None, **plain), 1, 1),
         (compiled(device_code.average, "fp32", WIRE=tl.float32, ADD=False, **plain), 1, 1),
     ):
         assert len(re.findall(r"st\.shared", ptx)) <= stores

@@ -156,8 +156,11 @@ def test_rounding_at_the_edges(dtype: torch.dtype) -> None:
 def test_split_masters_at_the_edges(monkeypatch: pytest.MonkeyPatch) -> None:
     """All bfloat16 weights with remainders that only occur beside a weight that the user wrote: their masters, and
     their remainders after a step; ties, which are nudged. In large tiles: the interpreter's time is one of calls."""
+    from sharded_lamb.kernels import triton_memory
+
     device = TritonKernel()._device
-    monkeypatch.setattr(device, "TILE", device.tl.constexpr(256))
+    for module in (device, triton_memory):
+        monkeypatch.setattr(module, "TILE", device.tl.constexpr(256))
     monkeypatch.setattr(device, "HALVES", device.tl.constexpr((256, *device.HALVES.value[1:])))
     edges = torch.tensor([-0x8000, -0x7FFF, -1, 0, 1, 0x7FFF], dtype=SPLIT)
     model = torch.arange(-(2**15), 2**15, dtype=torch.int16).repeat(len(edges)).view(torch.bfloat16)

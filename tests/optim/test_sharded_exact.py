@@ -33,9 +33,11 @@ GROUP_OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "adapt_without_decay": st.booleans(),
     "normalize_grad": st.booleans(),
     "nesterov": st.booleans(),
+    "trust_coefficient": st.sampled_from([1.0, 0.3]),
     "decoupled_decay": st.booleans(),
 }
 LANS = {"normalize_grad": True, "nesterov": True}
+LARS = {"lars": True, "trust_coefficient": 0.02, "bias_correction": False, "adam_w_mode": False}
 
 
 def without_contradiction(
@@ -100,6 +102,7 @@ def ugly(stage: int, **changes: Any) -> Case:
 @example(case=ugly(1))
 @example(case=ugly(1, missing=0.9))
 @example(case=ugly(1, options={**UGLY.options, **LANS}, missing=0.5))
+@example(case=ugly(1, options={**UGLY.options, **LARS}, missing=0.5))
 def test_stage_1_follows_the_oracle(world: int, case: Case) -> None:
     check_run(case, run_ranks(world, run, case, world))
 
@@ -111,6 +114,7 @@ def test_stage_1_follows_the_oracle(world: int, case: Case) -> None:
 @example(case=ugly(2, drive="backward"))
 @example(case=ugly(2, drive="backward", missing=0.9))
 @example(case=ugly(2, drive="backward", options={**UGLY.options, **LANS}, missing=0.5))
+@example(case=ugly(2, drive="backward", options={**UGLY.options, **LARS}, missing=0.5))
 def test_stage_2_follows_the_oracle(world: int, case: Case) -> None:
     check_run(case, run_ranks(world, run, case, world))
 

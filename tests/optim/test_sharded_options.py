@@ -37,6 +37,7 @@ CHANGES: dict[str, Any] = {
     "adapt_without_decay": False,
     "normalize_grad": True,
     "nesterov": True,
+    "trust_coefficient": 0.5,
     "decoupled_decay": True,
     "variant": "nvlamb",
     "state_dtype": torch.bfloat16,
@@ -54,6 +55,9 @@ SHOWN_BY = {
     "max_consecutive_skips": "test_max_consecutive_skips",
     "kernel": "test_kernel_selects_the_backend",
     "corrected_weight_decay": "test_corrected_decay_follows_timm",
+    "lars": "test_stages_and_dtypes_follow_the_oracle",
+    "momentum_includes_lr": "test_a_changed_rate_scales_the_momentum_or_does_not",
+    "larc_clip": "test_stages_and_dtypes_follow_the_oracle",
     "ema_decay": "test_alone_it_has_the_bits_of_torchs_averaged_model",
     "store_param_remainders": "test_memory_of_a_bfloat16_model_is_2_bytes_less_an_element",
 }

@@ -2,8 +2,8 @@
 
 One `inputs.json` (parameters, gradients, options) and one file of expected values per variant, all float64.
 `tests/oracle.py` computes the expected values, and they are written only if the oracle agrees with independent
-implementations: torch.optim.Adam and AdamW, timm's Lamb, and second transcriptions of the TensorFlow reference and of
-LANS.
+implementations: torch.optim.Adam, AdamW and SGD, timm's Lamb and Lars, and second transcriptions of the TensorFlow
+reference, of LANS and of MLPerf's LARS.
 """
 
 from __future__ import annotations
@@ -157,6 +157,60 @@ def check_against_lans_reference(params: dict[str, np.ndarray], grads: list[Any]
     compare("LANS with epsilon in the norm", actual, lans_reference(params, grads, 1e-12), 1e-9)
 
 
+def lars_reference(
+    params: Mapping[str, np.ndarray], grads: list[Grads], *, nesterov: bool
+) -> dict[str, np.ndarray]:
+    """The semantics of MLPerf's LARS (mlcommons/training, lars_optimizer.py), on a state of its own."""
+    no_decay, momentum = excluded(params, NO_DECAY), OPTIONS["betas"][0]
+    slots = {name: np.zeros_like(value) for name, value in params.items()}
+    values = {name: value.copy() for name, value in params.items()}
+    for step in grads:
+        for name, grad in step.items():
+            if grad is None:
+                continue
+            value, decay = values[name], 0.0 if name in no_decay else OPTIONS["weight_decay"]
+            w_norm, g_norm = np.linalg.norm(value.ravel()), np.linalg.norm(grad.ravel())
+            trust = 1.0
+            if w_norm > 0 and g_norm > 0:
+                trust = 0.001 * w_norm / (g_norm + decay * w_norm + OPTIONS["eps"])
+            scaled_lr = OPTIONS["lr"] * trust
+            grad = grad + decay * value
+            slots[name] = np.multiply(momentum, slots[name]) + np.multiply(scaled_lr, grad)
+            update = momentum * slots[name] + scaled_lr * grad if nesterov else slots[name]
+            values[name] = value - update
+    return values
+
+
+def check_against_lars_reference(params: dict[str, np.ndarray], grads: list[Any]) -> None:
+    for nesterov in (False, True):
+        actual = oracle_run(make_oracle("lars", params, nesterov=nesterov), grads)
+        compare(f"LARS, nesterov={nesterov}", actual, lars_reference(params, grads, nesterov=nesterov), 1e-13)
+
+
+def check_lars_against_torch(params: dict[str, np.ndarray], grads: list[Any]) -> None:
+    """Ratio 1 is SGD; and timm's Lars."""
+    import torch
+
+    from tests.timm_peer import load_timm_lars
+
+    lr, momentum = OPTIONS["lr"], OPTIONS["betas"][0]
+    for nesterov in (False, True):
+        common = {"lr": lr, "momentum": momentum, "nesterov": nesterov}
+        sgd = torch_run(lambda t, common=common: torch.optim.SGD(decay_groups(t), **common), params, grads)
+        ratio_one = make_oracle("torch_lars", params, no_adapt=set(params), nesterov=nesterov)
+        compare("torch.optim.SGD", oracle_run(ratio_one, grads), sgd, 1e-13)
+
+        for clips, adapts, foreach in itertools.product((False, True), repeat=3):
+            more = {"trust_clip": clips, "always_adapt": adapts, "foreach": foreach, "eps": OPTIONS["eps"]}
+            lars = torch_run(
+                lambda t, more={**common, **more}: load_timm_lars()(decay_groups(t), **more), params, grads
+            )
+            oracle = make_oracle(
+                "torch_lars", params, nesterov=nesterov, larc_clip=clips, adapt_without_decay=adapts
+            )
+            compare(f"timm's Lars with {more}", oracle_run(oracle, grads), lars, 1e-12)
+
+
 def torch_run(
     build: Callable[[dict[str, Any]], Any], params: Mapping[str, np.ndarray], grads: list[Grads]
 ) -> dict:
@@ -273,8 +327,10 @@ def check_against_peers(may_skip: bool) -> None:
     check_against_torch(params, with_missing(full))
     check_against_tf_reference(params, with_missing(full))
     check_against_lans_reference(params, with_missing(full))
+    check_against_lars_reference(params, with_missing(full))
     try:
         check_against_timm(params, full)
+        check_lars_against_torch(params, with_missing(full))
     except pytest.skip.Exception as reason:
         if not may_skip:
             raise SystemExit(f"generating the vectors requires timm: {reason}") from None
