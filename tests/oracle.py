@@ -3,6 +3,7 @@
 Equations: You et al., "Large Batch Optimization for Deep Learning", arXiv 1904.00962, Algorithm 2. `VARIANT_FACTS`
 lists the differences of known implementations, read from their own sources. LANS: arXiv 2006.13484, Algorithm 2.
 LARS: arXiv 1708.03888, Algorithm 1.
+Caution: timm/optim/lamb.py, after arXiv 2411.16085.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ PLAIN: dict[str, Any] = {
     "trust_coefficient": 1.0,
     "momentum_includes_lr": False,
     "larc_clip": False,
+    "caution": False,
     # None, "decay patterns" (parameters without decay have ratio 1 too) or "everything"
     "adaptation_excludes": None,
 }
@@ -184,7 +186,11 @@ class OracleLamb:
             m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
         denominator = np.sqrt(v_hat + eps) if opt["eps_inside_sqrt"] else np.sqrt(v_hat) + eps
         decayed = decay * w if opt["adam_w_mode"] else 0.0
-        u = m_hat / denominator + decayed
+        adaptive = m_hat / denominator
+        if opt["caution"]:  # as timm: what has the gradient's sign, over its share of the parameter
+            agrees = adaptive * g > 0
+            adaptive = np.where(agrees, adaptive, 0.0) / max(agrees.mean() if agrees.size else 1.0, 1e-3)
+        u = adaptive + decayed
         ratio = self._ratio(name, l2(w), l2(u), has_decay)
         self.norms[name] = l2(w), l2(u), l2(g), ratio
         change = ratio * u

@@ -53,8 +53,9 @@ def test_l2_mode_is_adam_with_weight_decay() -> None:
         ({"grad_averaging": False}, {"grad_averaging": False}),
         ({"trust_clip": (0.0, 1.0)}, {"trust_clip": True}),
         ({"decoupled_decay": True}, {"decoupled_decay": True}),
+        ({"caution": True}, {"caution": True}),
     ],
-    ids=["grad_averaging", "trust_clip", "decoupled_decay"],
+    ids=["grad_averaging", "trust_clip", "decoupled_decay", "caution"],
 )
 def test_options_are_timms(oracle_options: dict[str, Any], timm_options: dict[str, Any]) -> None:
     build = functools.partial(golden.build_timm, load_timm_lamb(), **timm_options)

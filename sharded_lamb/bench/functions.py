@@ -78,7 +78,7 @@ class Memory:
 
 
 def _table(dtype: torch.dtype) -> Tensor:
-    row = Coefficients(1.0, 0.0, 0.9, 0.1, 0.999, 0.001, 1.0, 1.0, 0.0, 1e-6, 0.01)
+    row = Coefficients(1.0, 0.0, 0.9, 0.1, 0.999, 0.001, 1.0, 1.0, 0.0, 1e-6, 0.01, 1.0)
     return torch.tensor([[getattr(row, name) for name in COLUMNS]], dtype=dtype, device="cpu")
 
 

@@ -59,6 +59,7 @@ def lost_options(groups: list[PlainGroup], kept: set[str], target: str) -> list[
         "normalize_grad": (False,),
         "nesterov": (False,),
         "decoupled_decay": (False,),
+        "caution": (False,),
     }
     notes = []
     for option, values in usual.items():

@@ -23,6 +23,7 @@ _FLAGS = {
     "grad_averaging": "grad_averaging",
     "adapt_without_decay": "always_adapt",
     "decoupled_decay": "decoupled_decay",
+    "caution": "caution",
 }
 _TIMM_CLIP = (0.0, 1.0)  # trust_clip=True there: the ratio is at most 1
 
@@ -37,12 +38,6 @@ def from_timm(
     """
     read, notes = positional.read(file, names)
     check_format(read.groups, "timm")
-    for group in read.groups:
-        if group.get("caution"):
-            raise ValueError(
-                "the file's Lamb had caution=True, which is another update rule and is not supported: its moments "
-                "would continue under a different rule"
-            )
     clips = {group.get("max_grad_norm") for group in read.groups}
     clip = next(iter(clips)) if len(clips) == 1 else read.groups[0].get("max_grad_norm")
     if len(clips) > 1:
@@ -95,7 +90,7 @@ def _group(group: PlainGroup, clip: float | None) -> dict[str, Any]:
         "max_grad_norm": clip,
         "trust_clip": _clip_of(options) == _TIMM_CLIP,
         "always_adapt": group.adapts if group.weight_decay == 0 else bool(options["adapt_without_decay"]),
-        "caution": False,
+        "caution": bool(options["caution"]),
         "decoupled_decay": bool(options["decoupled_decay"]),
         "corrected_weight_decay": bool(options["corrected_weight_decay"]),
         "max_lr_snapshot": float(options["corrected_weight_decay"] or options["lr"]),
@@ -109,9 +104,8 @@ def _clip_of(options: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def _lost(groups: list[PlainGroup]) -> list[Note]:
-    notes = lost_options(
-        groups, {"bias_correction", "grad_averaging", "trust_clip", "decoupled_decay"}, "timm's Lamb"
-    )
+    kept = {"bias_correction", "grad_averaging", "trust_clip", "decoupled_decay", "caution"}
+    notes = lost_options(groups, kept, "timm's Lamb")
     notes += differing(
         "bias_correction",
         ["lr" for group in groups if group.options["bias_correction"] == "lr"],

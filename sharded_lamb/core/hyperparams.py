@@ -35,6 +35,7 @@ class RuleOptions(TypedDict, total=False):
     trust_coefficient: float
     momentum_includes_lr: bool
     larc_clip: bool
+    caution: bool
 
 
 SCALAR_DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
@@ -62,6 +63,7 @@ DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
         "trust_coefficient": 1.0,
         "momentum_includes_lr": False,
         "larc_clip": False,
+        "caution": False,
     }
 )
 """Options with a default per variant; all but ``max_grad_norm`` may differ between groups."""
@@ -81,14 +83,15 @@ FLAGS: Final = (
     "lars",
     "momentum_includes_lr",
     "larc_clip",
+    "caution",
 )
-FIXED: Final = ("normalize_grad", "nesterov", "lars")
+FIXED: Final = ("normalize_grad", "nesterov", "lars", "caution")
 """Options that neither an edit nor a load may change: all ranks size their all-reduces, and wait for them, by these."""
 
 OF_LARS: Final = ("momentum_includes_lr", "larc_clip")
 """Options that only LARS has."""
 
-NOT_OF_LARS: Final = ("bias_correction", "adam_w_mode", "eps_inside_sqrt", "normalize_grad")
+NOT_OF_LARS: Final = ("bias_correction", "adam_w_mode", "eps_inside_sqrt", "normalize_grad", "caution")
 """Options that LARS does not have: False."""
 
 PATTERN_OPTIONS: Final = ("exclude_from_weight_decay", "exclude_from_layer_adaptation")
@@ -323,6 +326,7 @@ def validate_group(group: Mapping[str, Any]) -> dict[str, Any]:
     variant_options(group["variant"])
     _check_decay(group)
     _check_algorithm(group)
+    check_together([group])
     clip = _scalar(group["trust_clip"])
     adaptation = group["exclude_from_layer_adaptation"]
     if adaptation is not None:  # None: the same as exclude_from_weight_decay
@@ -357,6 +361,20 @@ def check_fixed(group: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
                 f"{name}={value} cannot be given to an optimizer with {name}={group[name]}: construct the optimizer "
                 f"with it (variant={changed.get('variant')!r})"
             )
+
+
+def check_together(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError for options of groups that one optimizer cannot combine."""
+    if len({bool(group["lars"]) for group in groups}) > 1:
+        raise ValueError(
+            "lars=True in one parameter group and lars=False in another: LARS keeps one moment and LAMB two; construct "
+            "an optimizer for each"
+        )
+    if any(group["nesterov"] for group in groups) and any(group["caution"] for group in groups):
+        raise ValueError(
+            "caution=True beside nesterov=True (LANS): caution masks an update of one direction, and nesterov adds a "
+            "second; for other parameters construct another optimizer"
+        )
 
 
 def validate_change(group: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:

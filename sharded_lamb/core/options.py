@@ -11,7 +11,7 @@ from torch import Tensor
 from sharded_lamb.core.host_values import as_tensor, to_device
 from sharded_lamb.core.hyperparams import PATTERN_OPTIONS
 from sharded_lamb.core.names import matching
-from sharded_lamb.core.parameters import NamedParameter, ndim_of
+from sharded_lamb.core.parameters import NamedParameter, ndim_of, numel_of
 from sharded_lamb.core.rule import ParameterOptions
 
 
@@ -41,6 +41,7 @@ class _GroupOptions:
     trust_coefficient: float
     includes_lr: float
     larc_clip: float
+    opposed: float
 
     @staticmethod
     def of(group: Mapping[str, Any]) -> "_GroupOptions":
@@ -71,6 +72,7 @@ class _GroupOptions:
             trust_coefficient=group["trust_coefficient"],
             includes_lr=float(group["momentum_includes_lr"]),
             larc_clip=float(group["larc_clip"]),
+            opposed=float(not group["caution"]),
         )
 
 
@@ -94,6 +96,7 @@ class OptionTable:
         group_of = [index_of[id(group)] for _, _, group in rows]
         self._group_of = torch.tensor(group_of, dtype=torch.int64, device=device)
         self.is_fp64 = torch.tensor([p.dtype == torch.float64 for _, p, _ in rows], device=device)
+        self._numel = torch.tensor([numel_of(p) for _, p, _ in rows], dtype=torch.float64, device=device)
         self._of_groups: list[_GroupOptions] | None = None
         self._patterns: list[list[tuple[str, ...]]] | None = None
         self._decays = self._adapts = self.is_fp64  # [P] bool, of the patterns
@@ -162,8 +165,10 @@ class OptionTable:
             decay=decay,
             adapts=adapts,
             is_fp64=self.is_fp64,
+            numel=self._numel,
             any_normalizes=any(options.normalizes for options in of_groups),
             any_nesterov=any(options.nesterov for options in of_groups),
             any_decoupled=any(options.decoupled for options in of_groups),
             is_lars=any(group["lars"] for group in self._groups),
+            any_caution=not all(options.opposed for options in of_groups),
         )

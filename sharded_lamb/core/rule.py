@@ -15,6 +15,11 @@ ratio of its own (``nesterov``)::
     u₂ = g / (√(b2 v + ε_inside) + ε_outside) + λ w,  r₂ = φ(‖w‖) / ‖u₂‖
     w ← w - η (β1 r u + c1 r₂ u₂)
 
+Caution (Liang et al., arXiv 2411.16085, as in timm): a = (b1 m) / (√(b2 v + ε_inside) + ε_outside) counts where it
+agrees with the gradient in sign, scaled up for what is left out (``caution``)::
+
+    μ = 1 where a g > 0, else 0;  u = c μ a + λ w,  c = 1 / max(mean(μ), 1e-3), mean over the whole parameter
+
 Decoupled decay (``decoupled_decay``, as in timm) is outside u and its ratio: w shrinks by η λ first, or by
 η² λ / η_peak (``corrected_weight_decay``), and φ(‖w‖) is that of the smaller w.
 
@@ -59,6 +64,7 @@ class Coefficients(Generic[C]):
     eps_inside: C
     eps_outside: C
     decay: C  # decay added to u (adam_w_mode=True)
+    opposed: C  # μ where the update does not agree with the gradient: 0 with caution, else 1; used with `CAUTION_SUMS`
 
 
 SUMS = ("weight", "update")
@@ -78,9 +84,14 @@ LARS_MOMENTS = ("exp_avg",)
 """`MOMENTS` of LARS: torch.optim.SGD's ``momentum_buffer``."""
 
 
-def sums_of(*, lars: bool, nesterov: bool) -> tuple[str, ...]:
-    """The sums of squares that pass 1 computes for every parameter."""
-    return LARS_SUMS if lars else NESTEROV_SUMS if nesterov else SUMS
+CAUTION_SUMS = (*SUMS, "update weight", "mask")
+"""`SUMS` of an optimizer with a ``caution`` parameter: also Σu w and Σμ. With caution pass 1's u is μ a, since c is not
+known: `of_whole_update` adds c and decay. Other parameters have the sums that they have in another optimizer."""
+
+
+def sums_of(*, lars: bool, nesterov: bool, caution: bool) -> tuple[str, ...]:
+    """The sums that pass 1 computes for every parameter of an optimizer with such parameters; at most one of these."""
+    return LARS_SUMS if lars else NESTEROV_SUMS if nesterov else CAUTION_SUMS if caution else SUMS
 
 
 def moments_of(*, lars: bool) -> tuple[str, ...]:
@@ -152,6 +163,21 @@ def direction(m: list[Tensor], denominator: list[Tensor], w: list[Tensor], k: Pe
     return u
 
 
+def cautious_direction(
+    m: list[Tensor], scaled: list[Tensor], denominator: list[Tensor], w: list[Tensor], k: PerTensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(`direction` times μ before the decay, μ). ``scaled``: `scaled_gradients`. A nan stays one: nan x 0 is nan."""
+    u = _mul(m, k.unbias1)
+    torch._foreach_div_(u, denominator)
+    masks = [
+        torch.where(product > 0, torch.ones_like(product), opposed)
+        for product, opposed in zip(_mul(u, scaled), k.opposed, strict=True)
+    ]
+    torch._foreach_mul_(u, masks)
+    torch._foreach_add_(u, _mul(w, k.decay))
+    return u, masks
+
+
 def gradient_direction(
     scaled: list[Tensor], denominator: list[Tensor], w: list[Tensor], k: PerTensor
 ) -> list[Tensor]:
@@ -192,21 +218,24 @@ class ParameterOptions:
     trust_coefficient: Tensor
     includes_lr: Tensor  # bool: LARS's momentum has η inside
     larc_clip: Tensor  # bool: LARS's η r is at most η, as in LARC
+    opposed: Tensor  # 0 with caution, else 1
+    numel: Tensor  # of the whole parameter
     is_fp64: Tensor  # bool: float64 parameters, whose norms are not rounded to fp32
     any_normalizes: bool  # on the host
     any_nesterov: bool
     any_decoupled: bool
+    any_caution: bool
     is_lars: bool
 
     @property
     def sums(self) -> tuple[str, ...]:
         """See `sums_of`."""
-        return sums_of(lars=self.is_lars, nesterov=self.any_nesterov)
+        return sums_of(lars=self.is_lars, nesterov=self.any_nesterov, caution=self.any_caution)
 
     @property
     def pass_2_reads_gradients(self) -> bool:
         """Whether pass 2 reads gradients again."""
-        return self.is_lars or self.any_nesterov
+        return self.is_lars or self.any_nesterov or self.any_caution
 
 
 def coefficients(options: ParameterOptions, step: Tensor, active: Tensor, grad_scale: Tensor) -> Vectors:
@@ -234,7 +263,8 @@ def coefficients(options: ParameterOptions, step: Tensor, active: Tensor, grad_s
         unbias2=torch.where(correct, 1 / (1 - options.beta2**step), one),
         eps_inside=options.eps_inside,
         eps_outside=options.eps_outside,
-        decay=options.decay * ~options.decoupled,
+        decay=options.decay * ~options.decoupled * options.opposed,
+        opposed=options.opposed,
     )
 
 
@@ -268,12 +298,29 @@ def shrinkage(lr: Tensor, options: ParameterOptions) -> Tensor:
     return torch.where(options.decoupled, rate * options.decay, torch.zeros_like(lr))
 
 
-def decay_of_pass_2(lr: Tensor, step_sizes: Tensor, options: ParameterOptions) -> Tensor:
-    """[P] fp64: the decay in u with which ``step_sizes`` [D, P] also take `shrinkage` from the weights."""
+def of_whole_update(sums: Tensor, options: ParameterOptions) -> tuple[Tensor, Tensor]:
+    """`CAUTION_SUMS` over all ranks, [4, P] fp64 → (`SUMS`, u with c and decay: [2, P] fp64; c: [P] fp64).
+
+    ‖c a + λ w‖² = c² Σa² + 2 c λ Σa w + λ² Σw². c is 1 without caution.
+    """
+    weight, update, both, mask = sums
+    cautious = options.opposed == 0
+    mean = (mask / options.numel.clamp(min=1)).clamp(min=1e-3)
+    c = torch.where(cautious, 1 / mean, torch.ones_like(mean))
+    decay = options.decay * ~options.decoupled
+    whole = (c * c * update + 2 * c * decay * both + decay * decay * weight).clamp(min=0)
+    return torch.stack([weight, torch.where(cautious, whole, update)]), c
+
+
+def decay_of_pass_2(lr: Tensor, step_sizes: Tensor, c: Tensor | float, options: ParameterOptions) -> Tensor:
+    """[P] fp64: the decay in u with which ``step_sizes`` [D, P] also take `shrinkage` from the weights.
+
+    ``step_sizes`` have the factor ``c`` ([P]) of caution, which decay inside the update does not have.
+    """
     size = step_sizes.sum(dim=0)
     share = shrinkage(lr, options) / size
     decoupled = torch.where(size > 0, share, torch.zeros_like(size)).clamp(max=FP32_MAX)
-    return torch.where(options.decoupled, decoupled, options.decay)
+    return torch.where(options.decoupled, decoupled, options.decay / c)
 
 
 def ratios_of_sums(

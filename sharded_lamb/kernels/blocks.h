@@ -79,7 +79,7 @@ INLINE bool any(Mask mask) {
   return set;
 }
 
-// N sums side by side: Σw², and Σu² of each direction.
+// N sums side by side: Σw², and Σu² of each direction, or those of caution.
 template <typename T, int N>
 struct Sums {
   typename Wide<T>::V of[N];

@@ -3,8 +3,9 @@
 The caller all-reduces between the passes::
 
     update = Update(kernel, options, step=…, active=…, grad_scale=…)
-    square_sums = update.moments_and_norms(shards)    pass 1: m, v; Σw², Σu² of this rank's shards
-    all_reduce(square_sums)                           by the caller: sum over ranks, in place
+    sums = update.moments_and_norms(shards)           pass 1: m, v; Σw², Σu² of this rank's shards
+    all_reduce(sums)                                  by the caller: sum over ranks, in place
+    square_sums = update.square_sums(sums)
     ratios = rule.ratios_of_sums(square_sums, options, lr, …)
     for index in update.apply(units, step_sizes, lr, …):             pass 2: w, one unit after the other
         gather(index)                                 by the caller
@@ -46,19 +47,26 @@ class Update:
         self._step = step
         self._coefficients = rule.coefficients(options, step, active, grad_scale)
         self._tables: dict[torch.dtype, Tensor] = {}
+        self._caution: Tensor | float = 1.0  # [P] fp64: c of `rule`
 
     def moments_and_norms(self, shards: Sequence[Shard]) -> Tensor:
         """Pass 1: writes moments, but not LARS's. Returns ``options.sums`` of this rank's shards: [sums, P] fp64."""
         faults.point("pass-1")
-        square_sums = torch.zeros(
+        sums = torch.zeros(
             len(self._options.sums), len(self._step), dtype=torch.float64, device=self._step.device
         )
         for dtype, alike in _by_compute(shards).items():
             if self._options.is_lars:
-                self._kernel.weight_norms(alike, square_sums[0])
+                self._kernel.weight_norms(alike, sums[0])
             else:
-                self._kernel.moments_and_norms(alike, self._table(dtype), square_sums)
-        return square_sums
+                self._kernel.moments_and_norms(alike, self._table(dtype), sums)
+        return sums
+
+    def square_sums(self, sums: Tensor) -> Tensor:
+        """[1 + D, P] fp64: Σw², and Σu² of each direction. ``sums``: of pass 1, over all ranks. Call before pass 2."""
+        if self._options.any_caution:
+            sums, self._caution = rule.of_whole_update(sums, self._options)
+        return sums
 
     def apply(
         self, units: Sequence[Sequence[Shard]], step_sizes: Tensor, lr: Tensor, *, are_gathered: bool
@@ -73,21 +81,25 @@ class Update:
             are_gathered: the caller sends units to other ranks meanwhile.
         """
         faults.point("pass-2")
-        if self._options.any_decoupled:
-            decay = rule.decay_of_pass_2(lr, step_sizes, self._options)
+        if self._options.any_caution:
+            step_sizes = step_sizes * self._caution
+        if self._options.any_decoupled or self._options.any_caution:
+            decay = rule.decay_of_pass_2(lr, step_sizes, self._caution, self._options)
             self._coefficients, self._tables = replace(self._coefficients, decay=decay), {}
-        kernel_apply = self._kernel.apply
         if self._options.is_lars:
-            into_momentum, *sizes = step_sizes
-            self._coefficients, self._tables = replace(self._coefficients, c1=into_momentum), {}
-            step_sizes, kernel_apply = torch.stack(sizes), self._kernel.apply_momentum
+            self._coefficients, self._tables = replace(self._coefficients, c1=step_sizes[0]), {}
+            step_sizes = step_sizes[1:]
         rounded: dict[torch.dtype, Tensor] = {}
         for indices in _batches(units, are_gathered=are_gathered):
             shards = [shard for index in indices for shard in units[index]]
             for dtype, alike in _by_compute(shards).items():
                 if dtype not in rounded:
                     rounded[dtype] = step_sizes.to(dtype)
-                kernel_apply(alike, self._table(dtype), rounded[dtype])
+                table = self._table(dtype)
+                if self._options.is_lars:
+                    self._kernel.apply_momentum(alike, table, rounded[dtype])
+                else:
+                    self._kernel.apply(alike, table, rounded[dtype], caution=self._options.any_caution)
             yield from indices
 
     def _table(self, dtype: torch.dtype) -> Tensor:

@@ -25,8 +25,12 @@ struct Run {
 
 template <typename T>
 struct Coefficients {  // rule.Coefficients, a row of rule.table
-  T grad_scale, l2, beta1, c1, beta2, c2, unbias1, unbias2, eps_inside, eps_outside, decay;
+  T grad_scale, l2, beta1, c1, beta2, c2, unbias1, unbias2, eps_inside, eps_outside, decay, opposed;
 };
+
+// `D` of the functions below is the number of sums beside Σw²: of each direction's Σu², or with caution Σu², Σu w and Σμ.
+constexpr int CAUTION = 3;
+constexpr int directions(int D) { return D == CAUTION ? 1 : D; }
 
 // -- dtypes, known when compiled where they are common ------------------------------------------------
 
@@ -53,12 +57,12 @@ INLINE void with_first_of(const Dtypes &dtypes, Function function) {
   if (!((Each::are(dtypes) && (function(Each(dtypes)), true)) || ...)) function(dtypes);
 }
 
-// Calls function(dtypes), `Known` if they are common in updates of D directions; LARS's are those of 2.
+// Calls function(dtypes), `Known` if they are common in such updates; LARS's are those of 2 directions.
 template <typename T, int D, typename Function>
 INLINE void with_known(const Dtypes &dtypes, Function function) {
   if constexpr (sizeof(T) == 8)
     with_first_of<Known<F64, NONE, F64, F64>>(dtypes, function);
-  else if constexpr (D == 2)
+  else if constexpr (D > 1)
     with_first_of<Known<F32, NONE, F32, F32>, Known<F32, BF16, F32>>(dtypes, function);
   else
     with_first_of<Known<F32, NONE, F32, F32>, Known<F32, NONE, F32>, Known<F32, BF16, F32>, Known<F32, F16, F32>,
@@ -181,7 +185,13 @@ INLINE void store_resynced(const AnyDtypes &dtypes, const Places &places, typena
     }
 }
 
-// Pass 1 of one block: updates moments, computes Σw² and Σu² of D directions.
+// μ: 1 where the update and the gradient agree in sign, else k.opposed.
+template <typename T, typename V = typename Wide<T>::V>
+INLINE V agreement(V update, V scaled, const Coefficients<T> &k) {
+  return update * scaled > V{} ? V{} + T(1) : V{} + k.opposed;
+}
+
+// Pass 1 of one block: updates moments, computes Σw² and D more sums.
 template <typename T, int D, typename AnyDtypes>
 INLINE void first_pass(const AnyDtypes &dtypes, const Places &places, const Coefficients<T> k, T *sums) {
   typedef typename Wide<T>::V V;
@@ -193,12 +203,16 @@ INLINE void first_pass(const AnyDtypes &dtypes, const Places &places, const Coef
     V v = load<T>(dtypes.state, places.exp_avg_sq.block, j) * k.beta2 + (scaled * scaled) * k.c2;
     m = store<T>(dtypes.state, m, places.exp_avg.block, j);
     v = store<T>(dtypes.state, v, places.exp_avg_sq.block, j);
-    const V below = denominator<T>(v, k), decayed = w * k.decay, u = (m * k.unbias1) / below + decayed;
-    if constexpr (D == 1) {
-      return Sums<T, 2>{{w * w, u * u}};
-    } else {
-      const V along = scaled / below + decayed;
+    const V below = denominator<T>(v, k), decayed = w * k.decay, adaptive = (m * k.unbias1) / below;
+    if constexpr (D == CAUTION) {
+      const V mask = agreement<T>(adaptive, scaled, k), u = adaptive * mask + decayed;
+      return Sums<T, 4>{{w * w, u * u, u * w, mask}};
+    } else if constexpr (D == 2) {
+      const V u = adaptive + decayed, along = scaled / below + decayed;
       return Sums<T, 3>{{w * w, u * u, along * along}};
+    } else {
+      const V u = adaptive + decayed;
+      return Sums<T, 2>{{w * w, u * u}};
     }
   });
   store_resynced<T>(dtypes, places, written);
@@ -213,7 +227,9 @@ INLINE void second_pass(const AnyDtypes &dtypes, const Places &places, const Coe
     const V w = load_masters<T>(dtypes, places, j), m = load<T>(dtypes.state, places.exp_avg.block, j),
             v = load<T>(dtypes.state, places.exp_avg_sq.block, j);
     const V below = denominator<T>(v, k), decayed = w * k.decay;
-    V next = w - ((m * k.unbias1) / below + decayed) * step_sizes[0];
+    V adaptive = (m * k.unbias1) / below;
+    if constexpr (D == CAUTION) adaptive *= agreement<T>(adaptive, scaled_gradient<T>(dtypes, places, w, k, j), k);
+    V next = w - (adaptive + decayed) * step_sizes[0];
     if constexpr (D == 2) next = next - (scaled_gradient<T>(dtypes, places, w, k, j) / below + decayed) * step_sizes[1];
     store_masters<T>(dtypes, places, next, j);
   }
@@ -378,8 +394,8 @@ void apply(const Run *runs, int64_t count, const Coefficients<T> *table, int64_t
         for (int64_t block = first; block < end; block++) {
           const Places places(run, dtypes, block, size_of_block(run.numel, block), copies);
           const int64_t owner = run.owner(block);
-          T sizes[D];
-          for (int i = 0; i < D; i++) sizes[i] = step_sizes[i * parameters + owner];
+          T sizes[directions(D)];
+          for (int i = 0; i < directions(D); i++) sizes[i] = step_sizes[i * parameters + owner];
           second_pass<T, D>(dtypes, places, table[owner], sizes);
           places.weight.write_back(), places.model.write_back();
         }
@@ -472,22 +488,22 @@ int64_t lamb_run_bytes() { return sizeof(Run); }
 int64_t lamb_slice_bytes() { return sizeof(Slice); }
 int64_t lamb_coefficients_bytes() { return sizeof(Coefficients<float>); }
 
-// `directions`: 1 or 2. `of_blocks`: with several threads, memory for [blocks] sums, [blocks][1 + directions] in
-// moments_and_norms.
+// `update`: 1 or 2 directions, or CAUTION. `of_blocks`: with several threads, memory for [blocks] sums,
+// [blocks][1 + update] in moments_and_norms.
 #define LAMB_FUNCTIONS(T, SUFFIX)                                                                                      \
   void lamb_square_sums_##SUFFIX(const Run *runs, int64_t count, int64_t parameters, double *sums, T *of_blocks,      \
                                  int64_t threads) {                                                                   \
     square_sums<T>(runs, count, parameters, sums, of_blocks, threads);                                                \
   }                                                                                                                   \
-  void lamb_moments_and_norms_##SUFFIX(const Run *runs, int64_t count, int64_t directions, const void *table,         \
+  void lamb_moments_and_norms_##SUFFIX(const Run *runs, int64_t count, int64_t update, const void *table,             \
                                        int64_t parameters, double *sums, T *of_blocks, int64_t threads) {             \
-    (directions == 1 ? moments_and_norms<T, 1> : moments_and_norms<T, 2>)(                                            \
+    (update == 1 ? moments_and_norms<T, 1> : update == 2 ? moments_and_norms<T, 2> : moments_and_norms<T, CAUTION>)(  \
         runs, count, (const Coefficients<T> *)table, parameters, sums, of_blocks, threads);                           \
   }                                                                                                                   \
-  void lamb_apply_##SUFFIX(const Run *runs, int64_t count, int64_t directions, const void *table, int64_t parameters, \
+  void lamb_apply_##SUFFIX(const Run *runs, int64_t count, int64_t update, const void *table, int64_t parameters,     \
                            const T *step_sizes, int64_t threads) {                                                    \
-    (directions == 1 ? apply<T, 1> : apply<T, 2>)(runs, count, (const Coefficients<T> *)table, parameters,            \
-                                                  step_sizes, threads);                                               \
+    (update == 1 ? apply<T, 1> : update == 2 ? apply<T, 2> : apply<T, CAUTION>)(                                      \
+        runs, count, (const Coefficients<T> *)table, parameters, step_sizes, threads);                                \
   }                                                                                                                   \
   void lamb_weight_norms_##SUFFIX(const Run *runs, int64_t count, int64_t parameters, double *sums, T *of_blocks,      \
                                   int64_t threads) {                                                                  \

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.core.layout import BLOCK, Segment
-from sharded_lamb.core.rule import COLUMNS
+from sharded_lamb.core.rule import CAUTION_SUMS, COLUMNS
 from sharded_lamb.kernels import compiling, prebuilt
 from sharded_lamb.kernels.remainders import RemainderFormat
 from sharded_lamb.kernels.shard import FlatShard, ReceivedShards, ScatteredShard, Shard
@@ -164,19 +164,22 @@ class CppKernel:
         self._summed("square_sums", shards, 1, (), sums)
 
     def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
-        """m, v ← g; adds Σw² and Σu² of each direction per parameter to ``sums`` [1 + D, P] fp64."""
+        """m, v ← g; adds Σw² and Σu² of each direction, or caution's sums, by parameter to ``sums`` [1 + D, P]."""
         assert table.is_contiguous()
         assert table.dtype == shards[0].compute
         self._summed("moments_and_norms", shards, len(sums), (len(sums) - 1, table.data_ptr()), sums)
 
-    def apply(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
-        """w ← w - step_size u for each direction, u recomputed from m and v, and from g for the second."""
+    def apply(
+        self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor, *, caution: bool = False
+    ) -> None:
+        """w ← w - step_size u for each direction, u recomputed from m and v, and from g where it counts."""
         runs = _runs(shards)
         assert table.is_contiguous()
         assert step_sizes.is_contiguous()
         assert table.dtype == step_sizes.dtype
         directions, parameters = step_sizes.shape
-        sizes = directions, table.data_ptr(), parameters, step_sizes.data_ptr()
+        update = len(CAUTION_SUMS) - 1 if caution else directions
+        sizes = update, table.data_ptr(), parameters, step_sizes.data_ptr()
         self._function("apply", table.dtype)(runs.ctypes.data, len(runs), *sizes, torch.get_num_threads())
 
     def weight_norms(self, shards: Sequence[Shard], sums: Tensor) -> None:

@@ -41,6 +41,8 @@ class Kernel(Protocol):
     def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
         """Pass 1: updates m and v, and adds Σw² and Σu² of each direction to ``sums`` [1 + D, P] fp64.
 
+        Where ``sums`` is [4, P], it adds `sharded_lamb.core.rule.CAUTION_SUMS`.
+
         Before that, weights that the user wrote since the last step replace their masters (`remainders` need no such
         resync).
         """
@@ -54,8 +56,12 @@ class Kernel(Protocol):
         ``step_sizes``: [2, P] compute dtype. Where both are 0, and β1, c1 are 1, 0, m and w keep their bits.
         """
 
-    def apply(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
-        """Pass 2: updates w. With D = 2 it reads gradients again.
+    def apply(
+        self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor, *, caution: bool = False
+    ) -> None:
+        """Pass 2: updates w. With D = 2, or ``caution``, it reads gradients again.
+
+        ``caution``: pass 1 added `sharded_lamb.core.rule.CAUTION_SUMS`.
 
         ``step_sizes``: [D, P] compute dtype, `rule.step_sizes`; 0 keeps a weight's bits.
         """

@@ -30,7 +30,11 @@ KINDS = ("weight", "grad", "exp_avg", "exp_avg_sq")
 
 def block_square_sums(x: Tensor) -> Tensor:
     """[blocks, BLOCK] → [blocks], Σx² by halving."""
-    total = x * x
+    return block_sums(x * x)
+
+
+def block_sums(total: Tensor) -> Tensor:
+    """[blocks, BLOCK] → [blocks], sums by halving."""
     while total.shape[1] > 1:
         half = total.shape[1] // 2
         total = total[:, :half] + total[:, half:]
@@ -207,16 +211,23 @@ class ReferenceKernel(StockIncoming):
             add_by_parameter(sums, chunk.block_param, block_square_sums(chunk.load_gradients()))
 
     def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
-        """m, v ← g; adds Σw², Σu² and, with a third row, Σu₂² per parameter to ``sums`` [1 + D, P] fp64."""
+        """m, v ← g; adds Σw², Σu² and, with a third row, Σu₂² per parameter to ``sums`` [1 + D, P] fp64.
+
+        With a fourth row: `rule.CAUTION_SUMS`.
+        """
         for chunk in _chunks(shards, table):
             chunk.resync_masters()
             w, m, v = chunk.load_masters(), chunk.load_moment("exp_avg"), chunk.load_moment("exp_avg_sq")
-            scaled = rule.scaled_gradients([_gradients(chunk)], [w], chunk.k)
+            scaled = _scaled_gradients(chunk, w)
             rule.update_moments([m], [v], scaled, chunk.k)
             m, v = chunk.store_moment("exp_avg", m), chunk.store_moment("exp_avg_sq", v)
-            updates = _directions(chunk, w, m, v, len(sums) - 1)
-            for total, values in zip(sums, (w, *updates), strict=True):
-                add_by_parameter(total, chunk.block_param, block_square_sums(values))
+            if len(sums) == len(rule.CAUTION_SUMS):
+                u, mask = _cautious_direction(chunk, w, m, v)
+                terms = [w * w, u * u, u * w, mask]
+            else:
+                terms = [x * x for x in (w, *_directions(chunk, w, m, v, len(sums) - 1))]
+            for total, values in zip(sums, terms, strict=True):
+                add_by_parameter(total, chunk.block_param, block_sums(values))
 
     def weight_norms(self, shards: Sequence[Shard], sums: Tensor) -> None:
         """Adds Σw² per parameter to ``sums`` [P] fp64."""
@@ -236,11 +247,17 @@ class ReferenceKernel(StockIncoming):
                 rule.descend([w], direction, [sizes[chunk.block_param].unsqueeze(1)])
             chunk.store_masters(w)
 
-    def apply(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
-        """w ← w - step_size u, one direction after the other; u recomputed from m and v, and from g for the second."""
+    def apply(
+        self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor, *, caution: bool = False
+    ) -> None:
+        """w ← w - step_size u, one direction after the other; u recomputed from m and v, and from g where it counts."""
         for chunk in _chunks(shards, table):
             w, m, v = chunk.load_masters(), chunk.load_moment("exp_avg"), chunk.load_moment("exp_avg_sq")
-            for u, sizes in zip(_directions(chunk, w, m, v, len(step_sizes)), step_sizes, strict=True):
+            if caution:
+                updates = [_cautious_direction(chunk, w, m, v)[0]]
+            else:
+                updates = _directions(chunk, w, m, v, len(step_sizes))
+            for u, sizes in zip(updates, step_sizes, strict=True):
                 rule.descend([w], [u], [sizes[chunk.block_param].unsqueeze(1)])
             chunk.store_masters(w)
 
@@ -249,11 +266,21 @@ def _gradients(chunk: _Chunk) -> Tensor:
     return torch.where(chunk.k.grad_scale[0] == 0, 0, chunk.load_gradients())  # 0 x nan would be nan
 
 
+def _scaled_gradients(chunk: _Chunk, w: Tensor) -> list[Tensor]:
+    return rule.scaled_gradients([_gradients(chunk)], [w], chunk.k)
+
+
+def _cautious_direction(chunk: _Chunk, w: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """u and μ of `rule`."""
+    denominator = rule.denominators([v], chunk.k)
+    (u,), (mask,) = rule.cautious_direction([m], _scaled_gradients(chunk, w), denominator, [w], chunk.k)
+    return u, mask
+
+
 def _directions(chunk: _Chunk, w: Tensor, m: Tensor, v: Tensor, count: int) -> list[Tensor]:
     """The first ``count`` directions of `rule`: u, u₂."""
     denominator = rule.denominators([v], chunk.k)
     updates = rule.direction([m], denominator, [w], chunk.k)
     if count == 2:
-        scaled = rule.scaled_gradients([_gradients(chunk)], [w], chunk.k)
-        updates += rule.gradient_direction(scaled, denominator, [w], chunk.k)
+        updates += rule.gradient_direction(_scaled_gradients(chunk, w), denominator, [w], chunk.k)
     return updates

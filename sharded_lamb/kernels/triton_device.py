@@ -56,6 +56,7 @@ UNBIAS2 = tl.constexpr(COLUMNS.index("unbias2"))
 EPS_INSIDE = tl.constexpr(COLUMNS.index("eps_inside"))
 EPS_OUTSIDE = tl.constexpr(COLUMNS.index("eps_outside"))
 DECAY = tl.constexpr(COLUMNS.index("decay"))
+OPPOSED = tl.constexpr(COLUMNS.index("opposed"))
 
 
 @triton.jit
@@ -100,6 +101,14 @@ def _direction(m, denominator, w, table, params, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def _cautious_direction(m, g, denominator, w, table, params, COMPUTE: tl.constexpr):
+    """`sharded_lamb.core.rule.cautious_direction`; ``g``: scaled."""
+    step = _divided(m * _coefficient(table, params, UNBIAS1), denominator, COMPUTE)
+    mask = tl.where(step * g > 0, tl.full((1, 1), 1, COMPUTE), _coefficient(table, params, OPPOSED))
+    return step * mask + w * _coefficient(table, params, DECAY), mask
+
+
+@triton.jit
 def _gradient_direction(g, denominator, w, table, params, COMPUTE: tl.constexpr):
     """`sharded_lamb.core.rule.gradient_direction`."""
     return _divided(g, denominator, COMPUTE) + w * _coefficient(table, params, DECAY)
@@ -114,9 +123,9 @@ def _scaled_gradient(g, w, table, params):
 
 
 @triton.jit
-def _square_sums(x):
-    """[2 TILE, HALF] → [TILE], Σx² by halving: each sum is of two, so that its order is no compiler's choice."""
-    total = tl.sum(tl.reshape(x * x, (2, TILE, HALF)), axis=0)
+def _sums(x):
+    """[2 TILE, HALF] → [TILE], Σx by halving: each sum is of two, so that its order is no compiler's choice."""
+    total = tl.sum(tl.reshape(x, (2, TILE, HALF)), axis=0)
     total = tl.reshape(total, HALVES)
     for _ in tl.static_range(HALVINGS):
         total = tl.sum(total, axis=1)
@@ -134,8 +143,9 @@ def square_sums(
     row, start, block, left = tile_of_program(runs, tile_run, ALIGNED)
     offsets, mask, blocks = tile_offsets(left)
     grad = tl.load(memory_of(row, GRAD_AT, start, GRAD, ALIGNED) + offsets, mask=mask, other=0)
+    grad = widened(grad, GRAD, COMPUTE)
     slots = tl.load(block_slot + block + tl.arange(0, TILE), mask=blocks, other=0)
-    tl.store(sums + slots, _square_sums(widened(grad, GRAD, COMPUTE)), mask=blocks)
+    tl.store(sums + slots, _sums(grad * grad), mask=blocks)
 
 
 @triton.jit(do_not_specialize=["count", "numel", "divisor"])
@@ -169,7 +179,7 @@ def average(
         total = tl.load(grad + offsets, mask=mask, other=0) + total
     tl.store(grad + offsets, total, mask=mask)
     slots = tl.load(block_slot + block + tl.arange(0, TILE), mask=blocks, other=0)
-    tl.store(sums + slots, _square_sums(total), mask=blocks)
+    tl.store(sums + slots, _sums(total * total), mask=blocks)
 
 
 @triton.jit
@@ -190,7 +200,7 @@ def weight_norms(
     stored = tl.load(weight + offsets, mask=mask, other=0)
     w = load_resynced(weight, stored, row, start, offsets, mask, WEIGHT, MODEL, COMPUTE, ALIGNED)
     slots = tl.load(block_slot + block + tl.arange(0, TILE), mask=blocks, other=0)
-    tl.store(sums + slots, _square_sums(w), mask=blocks)
+    tl.store(sums + slots, _sums(w * w), mask=blocks)
 
 
 @triton.jit
@@ -239,7 +249,8 @@ def moments_and_norms(
     table,
     weight_sums,
     update_sums,
-    gradient_update_sums,
+    third_sums,
+    mask_sums,
     WEIGHT: tl.constexpr,
     MODEL: tl.constexpr,
     GRAD: tl.constexpr,
@@ -248,8 +259,12 @@ def moments_and_norms(
     COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,
     NESTEROV: tl.constexpr,
+    CAUTION: tl.constexpr,
 ):
-    """Pass 1: m, v ← g; writes Σw² and Σu², with NESTEROV of both directions, of each block to its slot of the sums."""
+    """Pass 1: m, v ← g; writes Σw² and Σu², with NESTEROV of both directions, of each block to its slot of the sums.
+
+    With CAUTION: `sharded_lamb.core.rule.CAUTION_SUMS`.
+    """
     row, start, block, left = tile_of_program(runs, tile_run, ALIGNED)
     offsets, mask, blocks = tile_offsets(left)
     params = params_of_rows(block_param, block, left)
@@ -273,13 +288,19 @@ def moments_and_norms(
 
     m, v = widened(stored_m, EXP_AVG, COMPUTE), widened(stored_v, EXP_AVG_SQ, COMPUTE)
     denominator = _denominator(v, table, params, COMPUTE)
-    u = _direction(m, denominator, w, table, params, COMPUTE)
+    if CAUTION:
+        u, agreement = _cautious_direction(m, g, denominator, w, table, params, COMPUTE)
+    else:
+        u = _direction(m, denominator, w, table, params, COMPUTE)
     slots = tl.load(block_slot + block + tl.arange(0, TILE), mask=blocks, other=0)
-    tl.store(weight_sums + slots, _square_sums(w), mask=blocks)
-    tl.store(update_sums + slots, _square_sums(u), mask=blocks)
+    tl.store(weight_sums + slots, _sums(w * w), mask=blocks)
+    tl.store(update_sums + slots, _sums(u * u), mask=blocks)
     if NESTEROV:
         u = _gradient_direction(g, denominator, w, table, params, COMPUTE)
-        tl.store(gradient_update_sums + slots, _square_sums(u), mask=blocks)
+        tl.store(third_sums + slots, _sums(u * u), mask=blocks)
+    if CAUTION:
+        tl.store(third_sums + slots, _sums(u * w), mask=blocks)
+        tl.store(mask_sums + slots, _sums(agreement), mask=blocks)
 
 
 @triton.jit
@@ -298,10 +319,11 @@ def apply(
     COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,
     NESTEROV: tl.constexpr,
+    CAUTION: tl.constexpr,
 ):
     """Pass 2: u from m and v, with NESTEROV also u₂ from g; w ← w - step_size u; writes the model's copy of w.
 
-    GRAD: None without NESTEROV, which alone reads gradients.
+    GRAD: None without NESTEROV and CAUTION, which alone read gradients.
     """
     row, start, block, left = tile_of_program(runs, tile_run, ALIGNED)
     offsets, mask, _ = tile_offsets(left)
@@ -316,10 +338,14 @@ def apply(
     v = widened(tl.load(exp_avg_sq + offsets, mask=mask, other=0), EXP_AVG_SQ, COMPUTE)
 
     denominator = _denominator(v, table, params, COMPUTE)
-    u = _direction(m, denominator, w, table, params, COMPUTE)
-    if NESTEROV:
+    if NESTEROV or CAUTION:
         g = tl.load(memory_of(row, GRAD_AT, start, GRAD, ALIGNED) + offsets, mask=mask, other=0)
         g = _scaled_gradient(widened(g, GRAD, COMPUTE), w, table, params)
+    if CAUTION:
+        u, _ = _cautious_direction(m, g, denominator, w, table, params, COMPUTE)
+    else:
+        u = _direction(m, denominator, w, table, params, COMPUTE)
+    if NESTEROV:
         along = _gradient_direction(g, denominator, w, table, params, COMPUTE)
         w = w - u * tl.load(step_sizes + params)[:, None]
         w = w - along * tl.load(gradient_step_sizes + params)[:, None]

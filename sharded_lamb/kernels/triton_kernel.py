@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.core.layout import Segment
+from sharded_lamb.core.rule import CAUTION_SUMS, NESTEROV_SUMS
 from sharded_lamb.kernels.incoming import StockIncoming, with_local_contribution
 from sharded_lamb.kernels.shard import FlatShard, ReceivedShards, Shard
 from sharded_lamb.kernels.triton_runs import Table, Tables
@@ -120,14 +121,15 @@ class TritonKernel(StockIncoming):
             self._add_up(table, sums.unsqueeze(0))
 
     def moments_and_norms(self, shards: Sequence[Shard], table: Tensor, sums: Tensor) -> None:
-        """m, v ← g; adds Σw² and Σu² of each direction per parameter to ``sums`` [1 + D, P] fp64."""
+        """m, v ← g; adds Σw² and Σu² of each direction, or caution's sums, by parameter to ``sums`` [1 + D, P]."""
         lookup = self._tables.of(shards, len(table))
         if lookup is None:
             return
         runs, rows = lookup
         slot, _ = runs.slots
         arguments = runs.block_param, slot, table, *runs.block_sums.unbind()
-        kernel, constants = self._device.moments_and_norms, {"NESTEROV": len(sums) == 3}
+        constants = {"NESTEROV": len(sums) == len(NESTEROV_SUMS), "CAUTION": len(sums) == len(CAUTION_SUMS)}
+        kernel = self._device.moments_and_norms
         with _on(runs.device):
             kinds = (*WRITTEN, "grad")
             self._launches(kernel, kinds, runs, rows, *arguments, warps=PASS_1_WARPS, constants=constants)
@@ -156,15 +158,18 @@ class TritonKernel(StockIncoming):
             kinds = ("weight", "model", "grad", "exp_avg")
             self._launches(self._device.apply_momentum, kinds, runs, rows, *arguments)
 
-    def apply(self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor) -> None:
-        """w ← w - step_size u for each direction, u recomputed from m and v, and from g for the second."""
+    def apply(
+        self, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor, *, caution: bool = False
+    ) -> None:
+        """w ← w - step_size u for each direction, u recomputed from m and v, and from g where it counts."""
         lookup = self._tables.of(shards, len(table))
         if lookup is None:
             return
         runs, rows = lookup
         arguments = runs.block_param, table, step_sizes[0], step_sizes[-1]
         nesterov = len(step_sizes) == 2
-        kinds, constants = (*WRITTEN, "grad") if nesterov else WRITTEN, {"NESTEROV": nesterov, "GRAD": None}
+        kinds = (*WRITTEN, "grad") if nesterov or caution else WRITTEN
+        constants = {"NESTEROV": nesterov, "CAUTION": caution, "GRAD": None}
         with _on(runs.device):
             self._launches(self._device.apply, kinds, runs, rows, *arguments, constants=constants)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.core.layout import BLOCK
-from sharded_lamb.core.rule import NESTEROV_SUMS
+from sharded_lamb.core.rule import CAUTION_SUMS
 from sharded_lamb.kernels.shard import FlatShard, ScatteredShard, Shard
 
 ROW = ("weight", "model", "grad", "exp_avg", "exp_avg_sq", "numel", "first_tile", "first_block")
@@ -182,9 +182,9 @@ class Table:
 
     @cached_property
     def block_sums(self) -> Tensor:
-        """[3, ≥ blocks] compute dtype: scratch for sums of squares of blocks, in the order of `slots`."""
+        """[4, ≥ blocks] compute dtype: scratch for sums over blocks, in the order of `slots`."""
         padded = -(-self.blocks // ALIGNMENT) * ALIGNMENT
-        return torch.empty(len(NESTEROV_SUMS), padded, dtype=self.compute, device=self.device)
+        return torch.empty(len(CAUTION_SUMS), padded, dtype=self.compute, device=self.device)
 
     def rows(self, memories: Sequence[Memory]) -> Tensor:
         """[runs, 8] int64, see `ROW`; copied to the device unless an earlier call used the same memory.

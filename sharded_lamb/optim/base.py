@@ -23,6 +23,7 @@ from sharded_lamb.core.hyperparams import (
     PATTERN_OPTIONS,
     RuleOptions,
     check_max_grad_norm,
+    check_together,
     fill,
     learning_rate,
     validate_change,
@@ -132,8 +133,8 @@ class LambOptimizer(StepReports, Optimizer):
 
     @property
     def _sums(self) -> tuple[str, ...]:
-        """The sums of squares that pass 1 computes for every parameter."""
-        return sums_of(lars=self._any("lars"), nesterov=self._any("nesterov"))
+        """The sums that pass 1 computes for every parameter."""
+        return sums_of(lars=self._any("lars"), nesterov=self._any("nesterov"), caution=self._any("caution"))
 
     @property
     def moments(self) -> tuple[str, ...]:
@@ -174,7 +175,8 @@ class LambOptimizer(StepReports, Optimizer):
         """Add a group with its own options, else its variant's, else the optimizer's.
 
         Raises:
-            ValueError: an option out of range, a misspelt option, or ``max_grad_norm``, which is optimizer-wide.
+            ValueError: an option out of range, a misspelt option, ``max_grad_norm``, which is optimizer-wide, or
+                ``caution`` beside ``nesterov``.
             TypeError: the group is no dict.
         """
         if not isinstance(param_group, dict):
@@ -184,11 +186,7 @@ class LambOptimizer(StepReports, Optimizer):
         if group.get("variant", self.defaults["variant"]) != self.defaults["variant"]:
             self._fill_from_variant(group)
         group |= validate_group({**self.defaults, **group})
-        if group["lars"] != self.defaults["lars"]:
-            raise ValueError(
-                f"lars={group['lars']} in a parameter group (variant={group['variant']!r}) of an optimizer with "
-                f"lars={self.defaults['lars']}: LARS keeps one moment and LAMB two; construct an optimizer for each"
-            )
+        check_together([*self.param_groups, group])
         super().add_param_group(group)
         if self._constructed:
             try:

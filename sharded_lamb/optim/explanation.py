@@ -45,7 +45,8 @@ CAUSES = {
         "max_grad_norm=1.0; a lower lr or a longer warmup",
     ),
     "update is decay alone": (
-        "u is λ w, since gradients are far below eps or weights large: every step shrinks w by the share lr",
+        "u is λ w, since gradients are far below eps, weights large or all elements masked by caution: every step "
+        "shrinks w by the share lr",
         "a smaller eps; trust_clip=(0.0, 10.0); exclude_from_weight_decay",
     ),
     "ratio of a bias or norm far from the others": (
@@ -62,9 +63,12 @@ CAUSES = {
         "weights of 0 have no ratio; the next step has one",
         "exclude them, if they stay 0",
     ),
-    "ratio 1: ‖u‖ is 0": ("the gradient and decay are 0", "check that the loss uses the parameter"),
     "ratio 1: ‖g‖ is 0": (
         "the gradient is 0, and LARS's ratio undefined",
+        "check that the loss uses the parameter",
+    ),
+    "ratio 1: ‖u‖ is 0": (
+        "the gradient (or what caution leaves of the update) and decay are 0",
         "check that the loss uses the parameter",
     ),
     "ratio 1: excluded": ("exclude_from_layer_adaptation matches (None: the patterns of decay)", ""),

@@ -61,6 +61,9 @@ class Lamb(LambOptimizer):
         trust_coefficient: a factor on the ratio, before ``trust_clip``.
         momentum_includes_lr: LARS: mₜ = β1 mₜ₋₁ + η r d, wₜ = wₜ₋₁ - mₜ.
         larc_clip: LARS: min(r/η, 1) instead of r (LARC).
+        caution: elements of m̂/(√v̂ + ε) whose sign is not that of gₜ (clipped, with the decay of ``adam_w_mode=False``)
+            count as 0; the others are divided by max(their share of the parameter, 1e-3), before decay (timm, after
+            Liang et al., arXiv 2411.16085). Not beside ``nesterov``. Fixed at construction.
 
     Raises:
         ValueError: an option out of range, or patterns that match nothing.
@@ -165,7 +168,7 @@ class Lamb(LambOptimizer):
         scales = rule.gradient_scales(scale, sums, options)
         update = Update(whole.kernel, options, step=step, active=active, grad_scale=scales)
         lr = table.lr()
-        square_sums = update.moments_and_norms(part.shards)
+        square_sums = update.square_sums(update.moments_and_norms(part.shards))
         ratios = rule.ratios_of_sums(square_sums, options, lr, sums, scales)
         step_sizes = rule.step_sizes(lr, ratios, options, step, active)
         for _ in update.apply([part.shards], step_sizes, lr, are_gathered=False):

@@ -55,11 +55,11 @@ class ShardedLamb(AveragingOptimizer):
     their moments; norms are summed over the ranks that shard a parameter, each element once.
 
     Collectives per step, on process groups of its own: two small all-reduces, whatever the number P of parameters
-    ((a) gradient norm, finiteness and presence, 3 P fp64; (b) weight and update norms, 2 P fp64 (3 P with
-    ``nesterov``, P with ``lars``), and 6 of a checksum of all options, since a rank that steps with another one is an
-    error on every rank), one all-gather per bucket, and in stage 2 one reduce-scatter per bucket during backward. With
-    DTensors only, no clipping and ``skip_nonfinite=False``, (a) and (b) are one all-reduce of 4 P + 6 fp64; stage 2
-    beside DTensors makes (a) twice.
+    ((a) gradient norm, finiteness and presence, 3 P fp64; (b) weight and update norms, 2 P fp64 (3 P with ``nesterov``,
+    4 P with ``caution``, in any group; P with ``lars``), and 6 of a checksum of all options, since a rank that steps
+    with another one is an error on every rank), one all-gather per bucket, and in stage 2 one reduce-scatter per bucket
+    during backward. With DTensors only, no clipping and ``skip_nonfinite=False``, (a) and (b) are one all-reduce of
+    2 P more; stage 2 beside DTensors makes (a) twice.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or group dicts of either. Frozen parameters take no
@@ -67,7 +67,7 @@ class ShardedLamb(AveragingOptimizer):
         lr, betas, eps, weight_decay, variant: as for `Lamb`, and so are the rule options: bias_correction,
             grad_averaging, adam_w_mode, eps_inside_sqrt, max_grad_norm, trust_clip, weight_norm_clip,
             exclude_from_weight_decay, exclude_from_layer_adaptation, adapt_without_decay, normalize_grad, nesterov,
-            decoupled_decay, corrected_weight_decay, lars, trust_coefficient, momentum_includes_lr, larc_clip.
+            decoupled_decay, corrected_weight_decay, lars, trust_coefficient, momentum_includes_lr, larc_clip, caution.
         stage: 1: ``.grad`` holds gradients averaged over ranks, as DistributedDataParallel leaves them.
             2: ``.grad`` is each rank's own gradient; backward reduces, averages and frees it, and leaves a tensor
             without memory: its norm is the averaged gradient's, and it can be scaled by a number, zeroed or set to None
@@ -235,17 +235,14 @@ class ShardedLamb(AveragingOptimizer):
         scale = torch.where(skip, torch.zeros_like(scale), scale)
         update = Update(self._kernel, options, step=step, active=updated, grad_scale=scale)
         with traffic.computing("pass 1"):
-            square_sums = update.moments_and_norms(self._gradients.shards())
-        summary, differs = self._sum_norms(square_sums, summary)
+            sums = update.moments_and_norms(self._gradients.shards())
+        summary, differs = self._sum_norms(sums, summary)
         self._skips.record(skip, differs)
-        lr = self._table.lr()
+        square_sums, lr = update.square_sums(sums), self._table.lr()
         ratios = rule.ratios_of_sums(square_sums, options, lr, summary.square_sums, scale)
         step_sizes = rule.step_sizes(lr, ratios, options, step, updated & ~differs)
-        units = (
-            self._gradients.units()
-            if options.pass_2_reads_gradients
-            else [[shard] for shard in store.shards()]
-        )
+        by_bucket = [[shard] for shard in store.shards()]
+        units = self._gradients.units() if options.pass_2_reads_gradients else by_bucket
         written = update.apply(units, step_sizes, lr, are_gathered=self._collectives.has_peers)
         for index in traffic.computing_each("pass 2", written):
             if index < len(store.gathers):
@@ -263,15 +260,15 @@ class ShardedLamb(AveragingOptimizer):
         ]
 
     def _sum_norms(
-        self, square_sums: Tensor, summary: GradientSummary, problem: Exception | None = None
+        self, sums: Tensor, summary: GradientSummary, problem: Exception | None = None
     ) -> tuple[GradientSummary, Tensor]:
         """All-reduce (b). Every element counts once: only its owner adds it, other replicas add 0.
 
         Returns:
             The summary, and whether ranks differ in the options of this step: bool scalar, False on a CPU.
         """
-        square_sums *= self._store.owner_mask
-        parts = [square_sums]
+        sums *= self._store.owner_mask
+        parts = [sums]
         if not summary.agreed:
             parts += [summary.square_sums.clone(), summary.present.clone()]
         differs = self._all_reduce_agreed(parts, problem)

@@ -155,15 +155,6 @@ def test_slices_of_one_rank_are_rejected(tmp_path: Path, capsys: pytest.CaptureF
     assert "is one rank's slice" in said
 
 
-def test_timms_other_update_rule_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = cases.load_file(theirs(tmp_path))
-    for group in file["optimizer"]["param_groups"]:
-        group["caution"] = True
-    torch.save(file, tmp_path / "theirs")
-    said = cases.refused(capsys, tmp_path / "theirs", tmp_path / "x", "--from", "timm", "--to", "lamb")
-    assert "caution=True, which is another update rule" in said
-
-
 # -- options -------------------------------------------------------------------------------------------------
 
 

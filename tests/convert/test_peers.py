@@ -32,6 +32,7 @@ PEERS: list[tuple[str, dict[str, Any], Callable[[], Make]]] = [
         {"variant": "timm", "max_grad_norm": CLIP, "decoupled_decay": True, "corrected_weight_decay": 0.5},
         timm_of,
     ),
+    ("timm", {"variant": "timm", "max_grad_norm": CLIP, "caution": True}, timm_of),
     ("timm", {"variant": "nvlamb", "max_grad_norm": CLIP, "grad_averaging": False}, timm_of),
     ("adam", {"variant": "adamw"}, lambda: torch.optim.AdamW),
     ("adam", {"variant": "adamw", "adam_w_mode": False}, lambda: torch.optim.Adam),
@@ -67,6 +68,7 @@ def test_a_peer_continues_like_us(
     [
         {},
         {"trust_clip": True},
+        {"caution": True},
         {"decoupled_decay": True, "corrected_weight_decay": True},
         {"always_adapt": True, "grad_averaging": False, "bias_correction": False},
     ],
@@ -75,7 +77,8 @@ def test_we_continue_like_timm(options: dict[str, Any], patterns: list[str], tmp
     model = cases.net()
     peer = timm_of(**cases.LAMB, **options)(_peer_groups(model, patterns))
     cases.train(model, peer, range(4))
-    _go_on_with_ours(tmp_path, "timm", model, peer, ["--variant", "timm"])
+    fixed = {"caution": options.get("caution", False)}
+    _go_on_with_ours(tmp_path, "timm", model, peer, ["--variant", "timm"], **fixed)
 
 
 @pytest.mark.parametrize("patterns", [(), cases.PATTERNS])
@@ -99,13 +102,16 @@ def _peer_groups(model: nn.Module, patterns: list[str]) -> Any:
     ]
 
 
-def _go_on_with_ours(folder: Path, form: str, model: nn.Module, peer: Any, options: list[str]) -> None:
+def _go_on_with_ours(
+    folder: Path, form: str, model: nn.Module, peer: Any, options: list[str], **fixed: bool
+) -> None:
+    """``fixed``: options that only construction sets."""
     torch.save({"model": model.state_dict(), "optimizer": peer.state_dict()}, folder / "theirs")
     cases.convert(folder / "theirs", folder / "ours", form, "sharded_lamb", *options)
     own = cases.net(seed=9)
     groups = [list(group["names"]) for group in read_contents(folder / "ours").groups]
     # The options must be the file's: those of a new optimizer would fail.
-    optimizer = Lamb(cases.groups_of(own, groups), lr=9.0, variant="deepspeed")
+    optimizer = Lamb(cases.groups_of(own, groups), lr=9.0, variant="deepspeed", **fixed)
     checkpoint.load(folder / "ours", own, optimizer)
     start = cases.params(own)
     cases.assert_close(start, cases.params(model), 0.0)

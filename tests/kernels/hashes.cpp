@@ -110,7 +110,7 @@ std::string hash_of(const std::vector<double> &sums) {
   return copy.hash();
 }
 
-// Two steps; between them the user writes into the model's weights.
+// Steps of every kind of update; between them the user writes into the model's weights.
 template <typename T>
 void two_steps(bool flat, int64_t weight, int64_t model, int64_t grad, int64_t moment, int64_t threads) {
   typedef Library<T> Lib;
@@ -150,14 +150,14 @@ void two_steps(bool flat, int64_t weight, int64_t model, int64_t grad, int64_t m
     runs.push_back(run);
   }
   const std::vector<T> table = fractions<T>(PARAMETERS * COLUMNS, 4 * COLUMNS), step_sizes = fractions<T>(2 * PARAMETERS, 100);
-  std::vector<T> scratch(3 * blocks);
+  std::vector<T> scratch(4 * blocks);
   std::string hashes;
-  for (int step = 0; step < 3; step++) {
-    const int directions = 1 + step % 2;
-    std::vector<double> squares(PARAMETERS), sums((1 + directions) * PARAMETERS);
+  for (int step = 0; step < 4; step++) {
+    const int update = 1 + step % 3;  // 1 or 2 directions, caution
+    std::vector<double> squares(PARAMETERS), sums((1 + update) * PARAMETERS);
     Lib::square_sums(runs.data(), parts, PARAMETERS, squares.data(), scratch.data(), threads);
-    Lib::moments_and_norms(runs.data(), parts, directions, table.data(), PARAMETERS, sums.data(), scratch.data(), threads);
-    Lib::apply(runs.data(), parts, directions, table.data(), PARAMETERS, step_sizes.data(), threads);
+    Lib::moments_and_norms(runs.data(), parts, update, table.data(), PARAMETERS, sums.data(), scratch.data(), threads);
+    Lib::apply(runs.data(), parts, update, table.data(), PARAMETERS, step_sizes.data(), threads);
     hashes += hash_of(squares) + hash_of(sums);
     for (int kind = 0; kind < 5; kind++)
       for (const Memory &each : memory[kind])

@@ -107,25 +107,30 @@ def contents(shard: Shard) -> dict[str, Tensor]:
     }
 
 
-def passes(
-    kernel: Kernel, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor, directions: int
-) -> Tensor:
-    """Both passes, and their sums [1 + directions, P]. ``directions``: 1, 2, or 0 for LARS, which has one moment."""
-    sums = torch.zeros(1 + directions, len(table), dtype=torch.float64, device=table.device)
-    if directions:
-        kernel.moments_and_norms(shards, table, sums)
-        kernel.apply(shards, table, step_sizes[:directions])
-    else:
+def passes(kernel: Kernel, shards: Sequence[Shard], table: Tensor, step_sizes: Tensor, number: int) -> Tensor:
+    """Both passes, and their sums. The update ``number``, modulo 4: LAMB, Nesterov's momentum, caution, or LARS."""
+    rows, directions = ((2, 1), (3, 2), (4, 1), (1, 2))[number % 4]
+    sums = torch.zeros(rows, len(table), dtype=torch.float64, device=table.device)
+    if rows == 1:
         with_one_moment = [replace(shard, exp_avg_sq=None) for shard in shards]
         kernel.weight_norms(with_one_moment, sums[0])
         kernel.apply_momentum(with_one_moment, table, step_sizes)
+    else:
+        kernel.moments_and_norms(shards, table, sums)
+        kernel.apply(shards, table, step_sizes[:directions], caution=rows == 4)
     return sums
 
 
 def stepped(
-    kernel: Kernel, forms: Sequence[Form], seed: int, bad: bool, device: str = "cpu", steps: int = 2
+    kernel: Kernel,
+    forms: Sequence[Form],
+    seed: int,
+    bad: bool,
+    device: str = "cpu",
+    steps: int = 2,
+    update: int | None = None,
 ) -> list[Tensor]:
-    """All sums and memory after each of several steps of both passes."""
+    """All sums and memory after each of several steps of both passes. ``update``: see `passes`."""
     shards, count = [], 0
     for i, form in enumerate(forms):
         shards.append(made(form, count, seed + i, bad, device))
@@ -138,7 +143,9 @@ def stepped(
         square_sums = torch.full((count,), 3.0, dtype=torch.float64, device=device)
         if not bad:
             kernel.square_sums(shards, square_sums)
-        sums = passes(kernel, shards, table, torch.stack([sizes, 1 - sizes]), seed % 3)
+        sums = passes(
+            kernel, shards, table, torch.stack([sizes, 1 - sizes]), seed if update is None else update
+        )
         results += [
             square_sums.cpu(),
             sums.cpu(),

@@ -129,7 +129,7 @@ def one_step(kernel: Kernel, shards: Sequence[Shard], count: int, seed: int) -> 
     kernel.square_sums(shards, squares)
     sizes = torch.linspace(0, 0.9, count, dtype=dtype)
     table, step_sizes = table_of(count, seed, dtype), torch.stack([sizes, 1 - sizes])
-    return [squares, passes(kernel, shards, table, step_sizes, seed % 3)]
+    return [squares, passes(kernel, shards, table, step_sizes, seed)]
 
 
 def memory_of(shard: Shard) -> list[Tensor]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -178,7 +179,8 @@ def compiled(
         pointers["sums"] = "*fp64"
     names = kernel.arg_names
     if "NESTEROV" in names:
-        constants = {"NESTEROV": False, **({"GRAD": None} if kernel.__name__ == "apply" else {}), **constants}
+        grad = {"GRAD": None} if kernel.__name__ == "apply" else {}
+        constants = {"NESTEROV": False, "CAUTION": False, **grad, **constants}
     signature = {
         name: "constexpr" if name in constants else pointers.get(name, f"*{dtype}") for name in names
     }
@@ -220,6 +222,8 @@ def test_compiled_arithmetic_is_ieee(device_code: Any) -> None:
             programs += [
                 compiled(device_code.moments_and_norms, name, **pass_1, NESTEROV=True),
                 compiled(device_code.apply, name, **pass_2, GRAD=compute, NESTEROV=True),
+                compiled(device_code.moments_and_norms, name, **pass_1, CAUTION=True),
+                compiled(device_code.apply, name, **pass_2, GRAD=compute, CAUTION=True),
             ]
         momentum = {key: value for key, value in pass_1.items() if key != "EXP_AVG_SQ"}
         weights = {key: momentum[key] for key in ("WEIGHT", "MODEL", "COMPUTE", "ALIGNED")}
@@ -302,6 +306,7 @@ def test_other_gpus_get_ieee_arithmetic_and_vectors(device_code: Any, target: st
         (device_code.moments_and_norms, {"GRAD": f32}),
         (device_code.apply, {}),
         (device_code.apply, {"GRAD": f32, "NESTEROV": True}),
+        (device_code.apply, {"GRAD": f32, "CAUTION": True}),
     ):
         text = compiled(kernel, "fp32", OTHER_TARGETS[target], **plain, **more)
         if target.startswith("sm"):
@@ -332,6 +337,7 @@ def test_sums_stay_inside_warps(device_code: Any) -> None:
     for ptx, stores, barriers in (
         (compiled(device_code.moments_and_norms, "fp32", **pass_1), 2, 3),
         (compiled(device_code.moments_and_norms, "fp32", NESTEROV=True, **pass_1), 3, 5),
+        (compiled(device_code.moments_and_norms, "fp32", CAUTION=True, **pass_1), 4, 7),
         (compiled(device_code.square_sums, "fp32", GRAD=tl.float32, **plain), 1, 1),
         (compiled(device_code.weight_norms, "fp32", WEIGHT=tl.float32, MODEL=None, **plain), 1, 1),
         (compiled(device_code.average, "fp32", WIRE=tl.float32, ADD=False, **plain), 1, 1),
@@ -401,9 +407,9 @@ def test_a_gpu_has_the_bits_of_the_reference_on_a_cpu() -> None:
             (SPLIT, torch.bfloat16, torch.float32),
         )
     ]
-    for bad in (False, True):
-        actual = stepped(TritonKernel(), forms, 1, bad, "cuda")
-        assert_same(actual, stepped(ReferenceKernel(), forms, 1, bad))
+    for bad, update in product((False, True), (1, 2)):
+        actual = stepped(TritonKernel(), forms, 1, bad, "cuda", update=update)
+        assert_same(actual, stepped(ReferenceKernel(), forms, 1, bad, update=update))
 
 
 @gpu

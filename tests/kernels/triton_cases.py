@@ -6,6 +6,7 @@ when Triton is imported.
 
 import math
 from collections.abc import Sequence
+from itertools import product
 
 import pytest
 import torch
@@ -92,11 +93,13 @@ def test_gradients_with_scale_0_are_not_used() -> None:
     forms = [
         Form(flat, (256, 700, 3, 1), torch.float32, None, torch.float32, *F32[3:]) for flat in (False, True)
     ]
-    actual, expected = (
-        stepped(kernel, forms, 2, True, steps=1) for kernel in (TritonKernel(), ReferenceKernel())
-    )
-    assert_same(actual, expected)
-    assert actual[1].isfinite().all()
+    for update in (0, 2):
+        actual, expected = (
+            stepped(kernel, forms, 2, True, steps=1, update=update)
+            for kernel in (TritonKernel(), ReferenceKernel())
+        )
+        assert_same(actual, expected)
+        assert actual[1].isfinite().all()
 
 
 PLACES = [(weight, model) for weight in FLOATS for model in (None, *FLOATS[:3]) if weight != model]
@@ -106,15 +109,16 @@ COMBINATIONS = [(*place, FLOATS[i % 4], FLOATS[(i + i // 4) % 4]) for i, place i
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_every_dtype_in_every_place(flat: bool) -> None:
-    """One call with all combinations of dtypes, for each compute dtype."""
-    for compute in (torch.float32, torch.float64):
+    """One call with all combinations of dtypes, for each compute dtype: two directions, and caution in flat memory."""
+    for compute, update in product((torch.float32, torch.float64), (1, 2) if flat else (1,)):
         forms = [
             Form(flat, (257,), weight, model, grad, state, state, 0 if flat else 1, 2)
             for weight, model, grad, state in COMBINATIONS
             if torch.promote_types(weight, torch.float32) == compute
         ]
         actual, expected = (
-            stepped(kernel, forms, 5, False, steps=1) for kernel in (TritonKernel(), ReferenceKernel())
+            stepped(kernel, forms, 5, False, steps=1, update=update)
+            for kernel in (TritonKernel(), ReferenceKernel())
         )
         assert_same(actual, expected)
 

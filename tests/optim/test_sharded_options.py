@@ -39,6 +39,7 @@ CHANGES: dict[str, Any] = {
     "nesterov": True,
     "trust_coefficient": 0.5,
     "decoupled_decay": True,
+    "caution": True,
     "variant": "nvlamb",
     "state_dtype": torch.bfloat16,
 }

@@ -1,4 +1,4 @@
-"""timm's options beside timm's own Lamb: decoupled and corrected decay, the ratio's bound."""
+"""timm's options beside timm's own Lamb: decoupled and corrected decay, the ratio's bound, caution."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -47,6 +47,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "decoupled": ({"decoupled_decay": True}, {"decoupled_decay": True}),
     "corrected": (corrected := {"decoupled_decay": True, "corrected_weight_decay": True}, corrected),
     "corrected, with the peak": ({"decoupled_decay": True, "corrected_weight_decay": PEAK}, corrected),
+    "caution": ({"caution": True}, {"caution": True}),
+    "caution, corrected": (all_of_it := {**corrected, "caution": True}, all_of_it),
     "clipped": ({"trust_clip": 1.0, "decoupled_decay": True}, {"trust_clip": True, "decoupled_decay": True}),
 }
 
