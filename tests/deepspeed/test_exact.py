@@ -60,6 +60,14 @@ def test_every_stage_follows_the_oracle(stage: int, dtype: str, world: int) -> N
     assert min(results[0]["expected"].values()) < 0.8 * max(results[0]["expected"].values())
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_caution(stage: int) -> None:
+    config = cases.config(stage, "fp32", params={**cases.LAMB, "caution": True})
+    results = run_ranks(2, train, config, {"caution": True}, timeout=300)
+    assert_exact(results)
+    assert results[0]["calls"] == ({"all_reduce_small": 1 + 2 * 4} if stage else {})
+
+
 @pytest.mark.parametrize(("stage", "dtype"), [(2, "bf16"), (3, "fp32")])
 def test_four_ranks(stage: int, dtype: str) -> None:
     assert_exact(run_ranks(4, train, cases.config(stage, dtype), timeout=300))

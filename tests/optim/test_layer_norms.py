@@ -18,6 +18,7 @@ Norms = dict[str, LayerNorms]
 OPTIONS: dict[str, dict[str, Any]] = {
     "clipped": {"max_grad_norm": 0.5, "weight_norm_clip": (0.0, 0.7)},
     "lans": {"normalize_grad": True, "nesterov": True},
+    "caution": {"caution": True, "betas": (0.5, 0.99)},  # see test_caution.py
     "one all-reduce": {},  # in stage 3: see `keywords`
 }
 
@@ -83,7 +84,7 @@ def test_stage_3(world: int, case: str) -> None:
     check(run_ranks(world, fully_sharded, world, case), oracle)
 
 
-@pytest.mark.parametrize("case", ["clipped", "lans"])
+@pytest.mark.parametrize("case", ["clipped", "lans", "caution"])
 def test_one_device(case: str) -> None:
     params = training.parameters()
     opt = Lamb(params.items(), lr=0.02, **OPTIONS[case])

@@ -85,6 +85,7 @@ EDITS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"variant": "adamw"}, ValueError, r"variant 'lamb' was changed to 'adamw'.*VARIANTS\['adamw'\]"),
     ({"variant": "nvlamb"}, ValueError, r"variant 'lamb' was changed to 'nvlamb'"),
     ({"variant": "lomb"}, ValueError, r"variant must be one of"),
+    ({"caution": True}, ValueError, r"caution=True cannot be given to an optimizer with caution=False"),
     ({"nesterov": True}, ValueError, r"nesterov=True cannot be given to an optimizer with nesterov=False"),
     ({"max_grad_norm": 1.0}, ValueError, r"max_grad_norm=1\.0 in a parameter group"),
     ({"weight_deacy": 0.1}, ValueError, r"unknown option 'weight_deacy'.*did you mean 'weight_decay'"),

@@ -42,6 +42,7 @@ SMALL = Case(
     settings={"bucket_mb": 32},
     seed=5,
 )
+CAUTION = replace(MANY, options={**MANY.options, "caution": True})
 LANS = replace(MANY, options={**MANY.options, "normalize_grad": True, "nesterov": True})
 ONE_TALL = Case(shapes={"w": (1000, 101)}, options={"max_grad_norm": 3.0}, missing=0.0, seed=11)
 
@@ -60,8 +61,8 @@ def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize(
     ("case", "worlds"),
-    [(MANY, WORLDS[1:]), (SMALL, [2, 3]), (ONE_TALL, [3, 4]), (LANS, [2, 3, 4])],
-    ids=["many", "small", "tall", "lans"],
+    [(MANY, WORLDS[1:]), (SMALL, [2, 3]), (ONE_TALL, [3, 4]), (LANS, [2, 3, 4]), (CAUTION, [2, 3, 4])],
+    ids=["many", "small", "tall", "lans", "caution"],
 )
 def test_bits_do_not_depend_on_world_size(case: Case, worlds: list[int]) -> None:
     alone = params_of(case, 1)
