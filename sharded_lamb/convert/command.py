@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint, read_contents, write_contents
 from sharded_lamb.comm.progress import with_progress
-from sharded_lamb.convert import adam, apex, files, lamb, timm
+from sharded_lamb.convert import adam, apex, files, lamb, sgd, timm
 from sharded_lamb.convert.common import Converted, Note
 from sharded_lamb.convert.deepspeed import WHY, read_deepspeed
 from sharded_lamb.convert.inspect import checkpoint_of
@@ -113,6 +113,12 @@ FORMATS: dict[str, Format] = {
         "a file {model, optimizer} of torch.optim.Adam or AdamW: no masters, no ratio, no clipping",
         _positional(adam.from_adam),
         _to_torch(adam.to_adam),
+        takes=_POSITIONAL_OPTIONS,
+    ),
+    "sgd": Format(
+        "a file {model, optimizer} of torch.optim.SGD under a LARS, or of timm's Lars: no masters, no steps",
+        _positional(sgd.from_sgd),
+        _to_torch(sgd.to_sgd),
         takes=_POSITIONAL_OPTIONS,
     ),
     "apex": Format(

@@ -1,6 +1,6 @@
 """Shared by all formats: weights and tied names, group options, masters for formats without masters."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +10,7 @@ from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.core.host_values import as_tensor
 from sharded_lamb.core.hyperparams import GROUP_OPTIONS, SCALAR_DEFAULTS, validate_group, variant_options
 from sharded_lamb.core.names import normalize
+from sharded_lamb.core.rule import MOMENTS
 
 Note = str
 """One line for the user: a loss, an assumption, or a step to do by hand."""
@@ -17,7 +18,6 @@ Note = str
 T = TypeVar("T")
 Converted = tuple[T, list[Note]]
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 CARRIED = ("initial_lr",)
 """Group keys that torch's schedulers write and read."""
 
@@ -122,6 +122,8 @@ def flags_of(group: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, bo
 
 _MARKS = {
     "variant": "lamb",
+    "trust_coeff": "sgd",
+    "dampening": "sgd",
     "always_adapt": "timm",
     "trust_clip": "timm",
     "max_coeff": "deepspeed",
@@ -150,7 +152,9 @@ def _keys(group: Mapping[str, Any]) -> list[str]:
     return sorted(map(str, group))
 
 
-def moment_state(name: str, weight: Tensor, state: Mapping[str, Any], step: Any) -> dict[str, Tensor]:
+def moment_state(
+    name: str, weight: Tensor, state: Mapping[str, Any], step: Any, kinds: Sequence[str] = MOMENTS
+) -> dict[str, Tensor]:
     """Returns one parameter's state in our form. fp16 and bf16 moments become fp32, which is exact.
 
     Raises:
@@ -161,7 +165,7 @@ def moment_state(name: str, weight: Tensor, state: Mapping[str, Any], step: Any)
             f"there is no step count of {name!r}: the file is not of the optimizer that --from names"
         )
     moments = {"step": as_tensor(step).detach().to("cpu", torch.float64, copy=True).reshape(())}
-    for kind in MOMENTS:
+    for kind in kinds:
         moment = state.get(kind)
         if not isinstance(moment, Tensor):
             raise ValueError(f"the state of {name!r} has no {kind}, only {sorted(map(str, state))}")

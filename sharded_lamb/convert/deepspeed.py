@@ -16,7 +16,6 @@ from torch import Tensor
 from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert import positional
 from sharded_lamb.convert.common import (
-    MOMENTS,
     Converted,
     Note,
     group_options,
@@ -26,6 +25,7 @@ from sharded_lamb.convert.common import (
 )
 from sharded_lamb.core.hyperparams import GROUP_OPTIONS
 from sharded_lamb.core.names import normalize
+from sharded_lamb.core.rule import moments_of
 
 WHY = (
     "DeepSpeed's files are pickles, and its code loads them without limits, so that a file from an untrusted source "
@@ -102,7 +102,8 @@ def _of_partitions(
     base = partitions.bases[0]
     owners = _owners(base["param_groups"], len(shapes))
     masters = partitions.whole("fp32")
-    moments = {kind: partitions.whole(kind) for kind in MOMENTS}
+    kinds = moments_of(lars=bool(base["param_groups"][0].get("lars")))
+    moments = {kind: partitions.whole(kind) for kind in kinds}
     weights, aliases, notes = _weights(model, masters, partitions.stage)
 
     states: dict[str, dict[str, Tensor]] = {}
@@ -112,7 +113,7 @@ def _of_partitions(
         for name in map(normalize, part):
             members[owners[place]].append(name)
             own = {kind: whole[name] for kind, whole in moments.items() if name in whole}
-            states[name] = moment_state(name, weights[name], own, step)
+            states[name] = moment_state(name, weights[name], own, step, kinds)
             if not torch.equal(masters[name].to(weights[name].dtype), weights[name]):
                 raise ValueError(
                     f"the master of {name!r} in DeepSpeed's partitions is not the model's weight: the partitions hold "

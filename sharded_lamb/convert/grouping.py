@@ -60,6 +60,10 @@ def lost_options(groups: list[PlainGroup], kept: set[str], target: str) -> list[
         "nesterov": (False,),
         "decoupled_decay": (False,),
         "caution": (False,),
+        "lars": (False,),
+        "trust_coefficient": (1.0,),
+        "momentum_includes_lr": (False,),
+        "larc_clip": (False,),
     }
     notes = []
     for option, values in usual.items():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sharded_lamb.convert.common import Converted, Note, moment_state, state_dict_of, weights_of
 from sharded_lamb.core.names import normalize
+from sharded_lamb.core.rule import MOMENTS, moments_of
 
 MODEL_KEYS = ("model", "state_dict", "module", "model_state_dict")
 OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict")
@@ -33,7 +34,11 @@ class PositionalFile:
         """Returns {parameter: state} in our form; ``step_of(group, state)`` returns a parameter's step count."""
         return {
             name: moment_state(
-                name, self.weights[name], self.raw_states[name], step_of(group, self.raw_states[name])
+                name,
+                self.weights[name],
+                self.raw_states[name],
+                step_of(group, self.raw_states[name]),
+                moments_of(lars=bool(group.get("lars"))),
             )
             for group, names in zip(self.groups, self.names, strict=True)
             for name in names
@@ -157,8 +162,13 @@ def write(
 
 
 def moments(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Returns {parameter: {"exp_avg", "exp_avg_sq"}}."""
-    return {name: {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq")} for name, state in states.items()}
+    """Returns {parameter: its two moments}. Raises ValueError for LARS's state, which has one."""
+    single = next((name for name, state in states.items() if "exp_avg_sq" not in state), None)
+    if single is not None:
+        raise ValueError(
+            f"the checkpoint is of LARS, with one moment of {single!r}: expected two; use --to sgd"
+        )
+    return {name: {kind: state[kind] for kind in MOMENTS} for name, state in states.items()}
 
 
 def group_steps(

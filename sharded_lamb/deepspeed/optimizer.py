@@ -63,10 +63,10 @@ class DeepSpeedLamb(AgreedOptions):
     element; other LAMB implementations compute the ratio of a partition there, which is a different algorithm.
 
     Collectives per call of `step`, on a dedicated group, for any number of parameters: one all-reduce of 2 P fp64
-    norms (3 P with ``nesterov``, 4 P with ``caution``, P with ``lars``) and 6 of a checksum of all options, and one of the fp64 gradient
-    summary (3 P + 1) unless ``skip_nonfinite=False``; none without ZeRO. DeepSpeed calls it once per parameter group
-    under ZeRO 1 and 2, once per subgroup under ZeRO 3, else once per step. The first step also checks consistency
-    through the store and proves the mapping: one all-reduce of 4 P fp64.
+    norms (3 P with ``nesterov``, 4 P with ``caution``, P with ``lars``) and 6 of a checksum of all options, and one of
+    the fp64 gradient summary (3 P + 1) unless ``skip_nonfinite=False``; none without ZeRO. DeepSpeed calls it once per
+    parameter group under ZeRO 1 and 2, once per subgroup under ZeRO 3, else once per step. The first step also checks
+    consistency through the store and proves the mapping: one all-reduce of 4 P fp64.
 
     A parameter whose gradient is 0 on every rank counts as one without a gradient (DeepSpeed passes zeros for those)
     and is unchanged; with ``skip_nonfinite=False`` it decays. Each partition has one step count.

@@ -12,7 +12,7 @@ from sharded_lamb import Lamb, ShardedLamb, checkpoint
 from sharded_lamb.checkpoint.in_memory import read_contents
 from tests.convert import cases
 from tests.harness import run_ranks
-from tests.timm_peer import load_timm_lamb
+from tests.timm_peer import load_timm_lamb, load_timm_lars
 
 MORE = range(4, 9)
 CLIP = 3.0
@@ -24,6 +24,7 @@ def timm_of(**options: Any) -> Make:
     return lambda groups: timm_lamb(groups, max_grad_norm=CLIP, **options)  # type: ignore[call-arg]
 
 
+LARS: dict[str, Any] = {"variant": "torch_lars", "trust_coefficient": 1.0}
 PEERS: list[tuple[str, dict[str, Any], Callable[[], Make]]] = [
     ("timm", {"variant": "timm", "max_grad_norm": CLIP}, timm_of),
     ("timm", {"variant": "timm", "max_grad_norm": CLIP, "trust_clip": (0.0, 1.0)}, timm_of),
@@ -37,6 +38,10 @@ PEERS: list[tuple[str, dict[str, Any], Callable[[], Make]]] = [
     ("adam", {"variant": "adamw"}, lambda: torch.optim.AdamW),
     ("adam", {"variant": "adamw", "adam_w_mode": False}, lambda: torch.optim.Adam),
     ("adam", {"variant": "adamw"}, lambda: torch.optim.Adam),
+    ("sgd", LARS, load_timm_lars),
+    ("sgd", {**LARS, "variant": "lars", "nesterov": True}, load_timm_lars),
+    ("sgd", {**LARS, "larc_clip": True, "adapt_without_decay": False}, load_timm_lars),
+    ("sgd", {**LARS, "exclude_from_layer_adaptation": ["all"]}, lambda: torch.optim.SGD),
 ]
 
 
@@ -90,6 +95,38 @@ def test_we_continue_like_adam(kind: Make, patterns: list[str], tmp_path: Path) 
     _go_on_with_ours(tmp_path, "adam", model, peer, [])
 
 
+@pytest.mark.parametrize("patterns", [(), cases.PATTERNS])
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [
+        ({"always_adapt": True}, []),
+        ({"nesterov": True, "trust_clip": True}, []),
+        ({"dampening": 0.9}, ["--variant", "lars"]),
+    ],
+)
+def test_we_continue_like_timms_lars(
+    options: dict[str, Any], more: list[str], patterns: list[str], tmp_path: Path
+) -> None:
+    model = cases.net()
+    common = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "trust_coeff": 1.0}
+    peer = load_timm_lars()(_peer_groups(model, patterns), **common, **options)  # type: ignore[call-arg]
+    cases.train(model, peer, range(4))
+    fixed = {"lars": True, "nesterov": options.get("nesterov", False)}
+    _go_on_with_ours(tmp_path, "sgd", model, peer, more, **fixed)
+
+
+def test_sgd_alone_continues_with_the_assumed_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A LARS that wraps SGD saves SGD's state: its own options are the user's to set."""
+    model = cases.net()
+    peer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=0.1)
+    cases.train(model, peer, range(4))
+    options = ["--set", 'exclude_from_layer_adaptation=["all"]']
+    _go_on_with_ours(tmp_path, "sgd", model, peer, options, lars=True)
+    assert "note: the file is SGD's" in capsys.readouterr().out
+
+
 def _peer_groups(model: nn.Module, patterns: list[str]) -> Any:
     """One group without names, or two with names: parameters that match no pattern first."""
     if not patterns:
@@ -111,7 +148,8 @@ def _go_on_with_ours(
     own = cases.net(seed=9)
     groups = [list(group["names"]) for group in read_contents(folder / "ours").groups]
     # The options must be the file's: those of a new optimizer would fail.
-    optimizer = Lamb(cases.groups_of(own, groups), lr=9.0, variant="deepspeed", **fixed)
+    variant = "torch_lars" if fixed.pop("lars", False) else "deepspeed"
+    optimizer = Lamb(cases.groups_of(own, groups), lr=9.0, variant=variant, **fixed)
     checkpoint.load(folder / "ours", own, optimizer)
     start = cases.params(own)
     cases.assert_close(start, cases.params(model), 0.0)

@@ -49,8 +49,36 @@ def test_a_file_of_timm_itself_is_rejected_by_other_formats(
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"maximize": True}, "maximize=True, which is not supported"),
+        ({"momentum": 0.9, "dampening": 0.5}, "dampening=0.5 with momentum=0.9"),
+    ],
+)
+def test_options_of_sgd_that_lars_lacks(
+    options: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = cases.net()
+    file = file_of(torch.optim.SGD(model.parameters(), **options), model, tmp_path / "file")
+    assert message in cases.refused(capsys, file, tmp_path / "x", "--from", "sgd", "--to", "sharded_lamb")
+
+
+def test_lars_and_lamb_are_refused_by_formats_of_the_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lars = cases.saved(tmp_path / "lars", *cases.trained(variant="lars"))
+    for form in ("timm", "adam", "apex"):
+        said = cases.refused(capsys, lars, tmp_path / "x", "--from", "sharded_lamb", "--to", form)
+        assert "the checkpoint is of LARS, with one moment of 'scale'" in said
+    lamb = cases.saved(tmp_path / "lamb", *cases.trained())
+    said = cases.refused(capsys, lamb, tmp_path / "x", "--from", "sharded_lamb", "--to", "sgd")
+    assert "the checkpoint is not of LARS" in said
+
+
+@pytest.mark.parametrize(
     ("kind", "steps", "message"),
     [
+        (torch.optim.SGD, 2, "has 'dampening' and looks like --from sgd, not like --from"),
         (torch.optim.NAdam, 0, "has 'momentum_decay' and looks like NAdam, which is not supported"),
         (torch.optim.RAdam, 2, "they are RAdam's, which is another update rule"),
         (torch.optim.Adamax, 2, "has no exp_avg_sq"),
