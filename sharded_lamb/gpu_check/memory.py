@@ -15,7 +15,7 @@ from sharded_lamb.plan.sharding import Choices, Sharding
 CHOICES: dict[str, Choices] = {
     "fp32": Choices(),
     "bf16": Choices(model_dtype=torch.bfloat16),
-    "bf16 remainders": Choices(model_dtype=torch.bfloat16, store_param_remainders=True),
+    "bf16 remainders": Choices(model_dtype=torch.bfloat16, store_param_remainders=16),
 }
 STEPS = 3
 

@@ -15,15 +15,17 @@ namespace {
 
 constexpr int BLOCK = 256;  // elements; layout.BLOCK
 
-// REMAINDER: int16, the low 16 bits of masters of bfloat16 weights; see remainders.py.
-enum Dtype : int64_t { NONE = -1, F32 = 0, BF16 = 1, F16 = 2, F64 = 3, REMAINDER = 4 };
+// REMAINDER: int16, the low 16 bits of masters of bfloat16 weights; REMAINDER8: int8, 8 of them; see remainders.py.
+enum Dtype : int64_t { NONE = -1, F32 = 0, BF16 = 1, F16 = 2, F64 = 3, REMAINDER = 4, REMAINDER8 = 5 };
+
+INLINE constexpr bool is_remainder(int64_t dtype) { return dtype == REMAINDER || dtype == REMAINDER8; }
 
 template <typename T>
 constexpr int64_t own_dtype() {
   return sizeof(T) == 4 ? F32 : F64;
 }
 
-INLINE int64_t size_of(int64_t dtype) { return dtype == F64 ? 8 : dtype == F32 ? 4 : 2; }
+INLINE int64_t size_of(int64_t dtype) { return dtype == F64 ? 8 : dtype == F32 ? 4 : dtype == REMAINDER8 ? 1 : 2; }
 
 // -- vectors ------------------------------------------------------------------------------------------
 
@@ -51,6 +53,7 @@ struct Wide {
   typedef typename Lanes<uint32_t, LANES>::V Bits;
   typedef typename Lanes<int32_t, LANES>::V Ints;
   typedef typename Lanes<uint16_t, LANES>::V Halves;
+  typedef typename Lanes<int8_t, LANES>::V Bytes;
 };
 
 // Vector `j` of a block in memory, of any alignment.
@@ -254,12 +257,49 @@ INLINE typename Wide<T>::V rounded(int64_t dtype, typename Wide<T>::V x) {
   return store<T>(dtype, x, &memory, 0);
 }
 
+// A vector of remainders, as low bits of masters.
+template <typename T>
+INLINE typename Wide<T>::Ints load_remainders(int64_t dtype, const void *memory, int j) {
+  typedef typename Wide<T>::Ints Ints;
+  if (dtype == REMAINDER) return ((Ints)unpacked<T>(at<uint16_t, Wide<T>::LANES>(memory, j)) << 16) >> 16;
+  const auto bytes = at<int8_t, Wide<T>::LANES>(memory, j);
+#if defined(__AVX2__)
+  if constexpr (sizeof(bytes) == 8 && sizeof(T) == 4) {
+    int64_t packed;
+    std::memcpy(&packed, &bytes, sizeof(packed));
+    return (Ints)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(packed)) << 8;
+  }
+#endif
+  return __builtin_convertvector(bytes, Ints) << 8;
+}
+
+// `lower`: from -0x8000 to 0x7fff; rounded to nearest, ties to even.
+template <typename T>
+INLINE void store_remainders(int64_t dtype, typename Wide<T>::Ints lower, void *memory, int j) {
+  typedef typename Wide<T>::Ints Ints;
+  if (dtype == REMAINDER) {
+    put(packed<T>((typename Wide<T>::Bits)lower & 0xffffu), memory, j);
+    return;
+  }
+  Ints rounded = (lower + 0x7f + ((lower >> 8) & 1)) >> 8;
+  rounded = rounded > 0x7f ? Ints{} + 0x7f : rounded;
+#if defined(__AVX2__)
+  if constexpr (sizeof(rounded) == 32) {
+    const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)rounded), _mm256_extracti128_si256((__m256i)rounded, 1));
+    const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(halves, halves));
+    put(bytes, memory, j);
+    return;
+  }
+#endif
+  put(__builtin_convertvector(rounded, typename Wide<T>::Bytes), memory, j);
+}
+
 // remainders.joined: for any remainder, the master rounds to the model's weight.
 template <typename T>
-INLINE typename Wide<T>::V joined(const void *model, const void *remainder, int j) {
+INLINE typename Wide<T>::V joined(const void *model, int64_t dtype, const void *remainder, int j) {
   typedef typename Wide<T>::Ints Ints;
   const Ints upper = (Ints)unpacked<T>(at<uint16_t, Wide<T>::LANES>(model, j)), magnitude = upper & 0x7fff;
-  Ints lower = ((Ints)unpacked<T>(at<uint16_t, Wide<T>::LANES>(remainder, j)) << 16) >> 16;  // with its sign
+  Ints lower = load_remainders<T>(dtype, remainder, j);
   const Ints lowest = magnitude == 0 ? Ints{} : (upper & 1) - 0x8000;
   const Ints highest = magnitude == 0x7f80 ? Ints{} : Ints{} + 0x7fff;
   lower = lower < lowest ? lowest : lower;
@@ -269,7 +309,7 @@ INLINE typename Wide<T>::V joined(const void *model, const void *remainder, int 
 
 // remainders.split: the rounded master, and the master minus that, both as bits.
 template <typename T>
-INLINE void split(typename Wide<T>::V x, void *model, void *remainder, int j) {
+INLINE void split(typename Wide<T>::V x, void *model, int64_t dtype, void *remainder, int j) {
   typedef typename Wide<T>::Ints Ints;
   const typename Wide<T>::Floats master = __builtin_convertvector(x, typename Wide<T>::Floats);
   const typename Wide<T>::Bits upper = to_bf16<T>(master);
@@ -277,7 +317,7 @@ INLINE void split(typename Wide<T>::V x, void *model, void *remainder, int j) {
   lower = lower > 0x7fff ? Ints{} + 0x7fff : lower;
   lower = master != master ? Ints{} : lower;
   put(packed<T>(upper), model, j);
-  put(packed<T>((typename Wide<T>::Bits)lower & 0xffffu), remainder, j);
+  store_remainders<T>(dtype, lower, remainder, j);
 }
 
 // Stores a vector past the cache, so that the cache does not read the memory first; it must be aligned to WIDTH.

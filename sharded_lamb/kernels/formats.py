@@ -2,14 +2,14 @@
 
 import torch
 
-from sharded_lamb.kernels.remainders import RemainderFormat
+from sharded_lamb.kernels.remainders import STORAGE, RemainderFormat
 from sharded_lamb.kernels.state_format import PlainFormat, StateFormat
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 FORMATS: dict[torch.dtype, StateFormat] = {
     **{dtype: PlainFormat(dtype) for dtype in FLOATS},
-    RemainderFormat.storage: RemainderFormat(),
+    **{dtype: RemainderFormat(bits) for bits, dtype in STORAGE.items()},
 }
 """{storage dtype: format}. Kernels load and store each (`native.DTYPES`, `triton_device`; `reference` calls it)."""
 
@@ -24,12 +24,13 @@ def of_moments(state_dtype: torch.dtype) -> StateFormat:
     return FORMATS[state_dtype]
 
 
-def of_masters(
-    model: torch.dtype, master: torch.dtype, *, store_param_remainders: bool
-) -> StateFormat | None:
-    """The format of ``master_dtype`` masters of ``model`` weights; None: steps update the weights themselves."""
+def of_masters(model: torch.dtype, master: torch.dtype, *, remainder_bits: int) -> StateFormat | None:
+    """The format of ``master_dtype`` masters of ``model`` weights; None: steps update the weights themselves.
+
+    ``remainder_bits``: of ``store_param_remainders``; 0: whole masters.
+    """
     if master == model:
         return None
-    if store_param_remainders and (model, master) == (torch.bfloat16, torch.float32):
-        return FORMATS[RemainderFormat.storage]
+    if remainder_bits and (model, master) == (torch.bfloat16, torch.float32):
+        return FORMATS[STORAGE[remainder_bits]]
     return FORMATS[master]

@@ -66,8 +66,9 @@ INLINE void with_known(const Dtypes &dtypes, Function function) {
     with_first_of<Known<F32, NONE, F32, F32>, Known<F32, BF16, F32>>(dtypes, function);
   else
     with_first_of<Known<F32, NONE, F32, F32>, Known<F32, NONE, F32>, Known<F32, BF16, F32>, Known<F32, F16, F32>,
-                  Known<REMAINDER, BF16, F32>, Known<BF16, NONE, F32>, Known<F32, NONE, BF16>, Known<F32, BF16, BF16>,
-                  Known<REMAINDER, BF16, BF16>, Known<BF16, NONE, BF16>>(dtypes, function);
+                  Known<REMAINDER, BF16, F32>, Known<REMAINDER8, BF16, F32>, Known<BF16, NONE, F32>, Known<F32, NONE, BF16>,
+                  Known<F32, BF16, BF16>, Known<REMAINDER, BF16, BF16>, Known<REMAINDER8, BF16, BF16>,
+                  Known<BF16, NONE, BF16>>(dtypes, function);
 }
 
 // Calls function(dtype) with a gradient's dtype, known when compiled.
@@ -129,15 +130,15 @@ struct Places {
 // Masters: stored as such, or joined from weights and remainders.
 template <typename T, typename AnyDtypes>
 INLINE typename Wide<T>::V load_masters(const AnyDtypes &dtypes, const Places &places, int j) {
-  if (dtypes.weight == REMAINDER) return joined<T>(places.model.block, places.weight.block, j);
+  if (is_remainder(dtypes.weight)) return joined<T>(places.model.block, dtypes.weight, places.weight.block, j);
   return load<T>(dtypes.weight, places.weight.block, j);
 }
 
 // Stores masters, and the model's weights if masters are separate.
 template <typename T, typename AnyDtypes>
 INLINE void store_masters(const AnyDtypes &dtypes, const Places &places, typename Wide<T>::V x, int j) {
-  if (dtypes.weight == REMAINDER) {
-    split<T>(x, places.model.block, places.weight.block, j);
+  if (is_remainder(dtypes.weight)) {
+    split<T>(x, places.model.block, dtypes.weight, places.weight.block, j);
     return;
   }
   if (dtypes.model != NONE) store<T>(dtypes.model, x, places.model.block, j);
@@ -158,7 +159,7 @@ INLINE V scaled_gradient(const AnyDtypes &dtypes, const Places &places, V w, con
 
 template <typename AnyDtypes>
 INLINE bool resyncs(const AnyDtypes &dtypes) {
-  return dtypes.model != NONE && dtypes.weight != REMAINDER;
+  return dtypes.model != NONE && !is_remainder(dtypes.weight);
 }
 
 // Masters; a weight that its master no longer rounds to was written by the user: it replaces the master.

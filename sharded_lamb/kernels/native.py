@@ -14,11 +14,18 @@ from torch import Tensor
 from sharded_lamb.core.layout import BLOCK, Segment
 from sharded_lamb.core.rule import CAUTION_SUMS, COLUMNS
 from sharded_lamb.kernels import compiling, prebuilt
-from sharded_lamb.kernels.remainders import RemainderFormat
+from sharded_lamb.kernels.remainders import STORAGE
 from sharded_lamb.kernels.shard import FlatShard, ReceivedShards, ScatteredShard, Shard
 
 SOURCE = Path(__file__).with_name("lamb.cpp")
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, RemainderFormat.storage: 4}
+DTYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float64: 3,
+    STORAGE[16]: 4,
+    STORAGE[8]: 5,
+}
 NO_MODEL = -1
 SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
 

@@ -1,4 +1,4 @@
-"""fp32 masters stored as their low 16 bits, beside bfloat16 weights that hold the high 16.
+"""fp32 masters stored as their low 16 bits, or 8 of them, beside bfloat16 weights that hold the high 16.
 
 A bfloat16 number is the upper half of a float32. As integers, a master is its weight shifted by 16 bits plus a signed
 remainder::
@@ -8,6 +8,10 @@ remainder::
 The weight is the rounded master (to nearest, ties to even), so the two represent every master exactly but one in
 131,072: a tie above an even weight would need +0x8000. Every backend replaces it by its neighbour towards 0, one ulp of
 float32 away. The remainder of a nan is 0.
+
+With 8 bits the remainder is rounded to a multiple of 0x100 (to nearest, ties to even), from -0x8000 to 0x7f00: a master
+of 24 bits, of which 15 are the fraction's, within 2⁻¹⁶ of the fp32 one, or 2⁻¹⁵ where that is nearly a tie above its
+weight. A step that changes a weight by less is lost.
 
 A joined master always rounds to its weight: after the user writes a weight, the stored remainder belongs to the old
 one, and `joined` clamps it where the master would round to another weight.
@@ -19,36 +23,51 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+STORAGE = {16: torch.int16, 8: torch.int8}
+"""{bits of a remainder: dtype of the memory}."""
+
 HIGHEST = 0x7FFF
 INFINITY = 0x7F80
 """Bits of bfloat16's infinity, without the sign."""
 
 
 def joined(model: Tensor, remainder: Tensor) -> Tensor:
-    """[…] bfloat16 weights and int16 remainders → fp32 masters, in new memory."""
+    """[…] bfloat16 weights and int16 or int8 remainders → fp32 masters, in new memory."""
     upper = model.view(torch.int16).to(torch.int32)
     magnitude, lower = upper & 0x7FFF, remainder.to(torch.int32)
+    if remainder.dtype == STORAGE[8]:
+        lower = lower << 8
     # Bits below 0 are numbers of the other sign, bits above infinity are nans; a tie rounds to the even weight.
     lowest = torch.where(magnitude == 0, 0, (upper & 1) - 0x8000)
     lower = torch.where(magnitude == INFINITY, lower.clamp(max=0), torch.maximum(lower, lowest))
     return ((upper << 16) + lower).view(torch.float32)
 
 
-def split(master: Tensor) -> tuple[Tensor, Tensor]:
-    """[…] fp32 masters → (bfloat16 weights, int16 remainders), in new memory."""
+def split(master: Tensor, bits: int = 16) -> tuple[Tensor, Tensor]:
+    """[…] fp32 masters → (bfloat16 weights, remainders), in new memory."""
     model = master.to(torch.bfloat16)
     lower = master.view(torch.int32) - (model.view(torch.int16).to(torch.int32) << 16)
-    return model, torch.where(master.isnan(), 0, lower.clamp(max=HIGHEST)).to(torch.int16)
+    lower = torch.where(master.isnan(), 0, lower.clamp(max=HIGHEST))
+    if bits == 8:
+        lower = ((lower + 0x7F + ((lower >> 8) & 1)) >> 8).clamp(max=HIGHEST >> 8)
+    return model, lower.to(STORAGE[bits])
 
 
 @dataclass(frozen=True, slots=True)
 class RemainderFormat:
-    """The `StateFormat` of masters under ``store_param_remainders``."""
+    """The `StateFormat` of masters under ``store_param_remainders``: of 16 bits, or of 8."""
 
-    storage: ClassVar[torch.dtype] = torch.int16
+    bits: int
     value: ClassVar[torch.dtype] = torch.float32
-    name: ClassVar[str] = "16-bit remainders of float32"
     beside_weight: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.bits}-bit remainders of float32"
+
+    @property
+    def storage(self) -> torch.dtype:
+        return STORAGE[self.bits]
 
     def key(self, kind: str) -> str:
         assert kind == "master"
@@ -59,7 +78,7 @@ class RemainderFormat:
         return joined(weight, stored)
 
     def encode(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        weight, remainder = split(values)
+        weight, remainder = split(values, self.bits)
         return remainder, weight
 
     def reset(self, stored: Tensor, weight: Tensor) -> None:

@@ -101,20 +101,25 @@ def rounded_to(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _joined(model, remainder):
+def _joined(model, remainder, WEIGHT: tl.constexpr):
     """`remainders.joined`; ``model``: bfloat16 as bits."""
     magnitude = (model & 0x7FFF).to(tl.int32)
     lower = remainder.to(tl.int32)
+    if WEIGHT == tl.int8:
+        lower = lower << 8
     lower = tl.maximum(lower, tl.where(magnitude == 0, 0, (magnitude & 1) - 0x8000))
     lower = tl.where(magnitude == 0x7F80, tl.minimum(lower, 0), lower)
     return ((model.to(tl.uint32) << 16) + lower.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _remainder(master, model):
+def _remainder(master, model, WEIGHT: tl.constexpr):
     """`remainders.split`: the master minus ``model``, the rounded master, both as bits."""
     lower = (master.to(tl.uint32, bitcast=True) - (model.to(tl.uint32) << 16)).to(tl.int32, bitcast=True)
-    return tl.where(master != master, 0, tl.minimum(lower, 0x7FFF)).to(tl.int16)
+    lower = tl.where(master != master, 0, tl.minimum(lower, 0x7FFF))
+    if WEIGHT == tl.int8:
+        lower = tl.minimum((lower + 0x7F + ((lower >> 8) & 1)) >> 8, 0x7F)
+    return lower.to(WEIGHT)
 
 
 # -- masters --------------------------------------------------------------------------------------------
@@ -156,9 +161,9 @@ def load_masters(
     ALIGNED: tl.constexpr,
 ):
     """Masters in the compute dtype; ``stored``: loaded from the memory of weights."""
-    if WEIGHT == tl.int16:
+    if WEIGHT == tl.int16 or WEIGHT == tl.int8:
         model = memory_of(row, MODEL_AT, start, MODEL, ALIGNED)
-        w = _joined(tl.load(model + offsets, mask=mask, other=0), stored)
+        w = _joined(tl.load(model + offsets, mask=mask, other=0), stored, WEIGHT)
     else:
         w = widened(stored, WEIGHT, COMPUTE)
     return w
@@ -178,7 +183,7 @@ def load_resynced(
     ALIGNED: tl.constexpr,
 ):
     """`load_masters` after `_resync_masters`, where a format needs it."""
-    if WEIGHT == tl.int16:
+    if WEIGHT == tl.int16 or WEIGHT == tl.int8:
         w = load_masters(stored, row, start, offsets, mask, WEIGHT, MODEL, COMPUTE, ALIGNED)
     elif MODEL is not None:
         model = memory_of(row, MODEL_AT, start, MODEL, ALIGNED)
@@ -207,7 +212,7 @@ def store_masters(
         model = memory_of(row, MODEL_AT, start, MODEL, ALIGNED)
         rounded = rounded_to(w, MODEL)
         tl.store(model + offsets, rounded, mask=mask)
-    if WEIGHT == tl.int16:
-        tl.store(memory + offsets, _remainder(w, rounded), mask=mask)
+    if WEIGHT == tl.int16 or WEIGHT == tl.int8:
+        tl.store(memory + offsets, _remainder(w, rounded, WEIGHT), mask=mask)
     else:
         tl.store(memory + offsets, rounded_to(w, WEIGHT), mask=mask)

@@ -90,9 +90,10 @@ class ShardedLamb(AveragingOptimizer):
             device), or "auto": the kernel that the environment variable SHARDED_LAMB_KERNEL names, else the fastest
             that works. The same bits in each; the same kernel on all ranks.
         store_param_remainders: store only the low 16 bits of each fp32 master of bfloat16 parameters; the bf16 weight
-            holds the high 16 (`sharded_lamb.kernels.remainders`): 2 bytes instead of 4. State dicts still contain fp32
-            masters. A weight written between steps wins to within half a bf16 ulp, before the first step exactly.
-            Parameters of other dtypes have whole masters.
+            holds the high 16 (`sharded_lamb.kernels.remainders`): 2 bytes instead of 4. 8: masters of 24 bits, whose
+            low 8 are stored: 1 byte; a step rounds to them, and loses changes below 2⁻¹⁶ of a weight. State dicts still
+            contain fp32 masters. A weight written between steps wins to within half a bf16 ulp, before the first step
+            exactly. Parameters of other dtypes have whole masters.
         ema_decay: keep an exponential moving average of the weights, fp32, sharded like the moments: average ←
             ema_decay average + (1 - ema_decay) w after every step that is not skipped, from the first step's w on
             (torch.optim.swa_utils.AveragedModel). See `averaged`; in state dicts it is ``ema``.
@@ -128,7 +129,7 @@ class ShardedLamb(AveragingOptimizer):
         skip_nonfinite: bool = True,
         max_consecutive_skips: int = 10,
         kernel: str = "auto",
-        store_param_remainders: bool = False,
+        store_param_remainders: bool | int = False,
         ema_decay: float | None = None,
         **options: Unpack[RuleOptions],
     ) -> None:

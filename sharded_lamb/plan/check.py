@@ -219,7 +219,7 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return total
 
 
-_SMALL = (torch.uint8, torch.int16)
+_SMALL = (torch.uint8, torch.int8, torch.int16)
 """Integer dtypes that hold data: bytes of staging, remainders of masters."""
 
 

@@ -65,7 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--state-dtype", choices=_DTYPES, default="float32")
     memory.add_argument("--reduce-dtype", choices=_DTYPES, help="default: the parameters'")
     memory.add_argument(
-        "--store-param-remainders", action="store_true", help="16 bits of a bfloat16 parameter's master"
+        "--store-param-remainders",
+        nargs="?",
+        const=16,
+        default=0,
+        type=int,
+        choices=(8, 16),
+        help="of a bfloat16 parameter's master: 16 bits, or 8 of 24",
     )
     memory.add_argument("--bucket-mb", type=float, default=32)
     memory.add_argument("--backend", choices=("nccl", "gloo"), default="nccl", help="staging differs")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from sharded_lamb.sharding.buckets import Precision
+from sharded_lamb.sharding.shard_plan import remainder_bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Choices:
     master_dtype: torch.dtype = torch.float32
     state_dtype: torch.dtype = torch.float32
     reduce_dtype: torch.dtype | None = None
-    store_param_remainders: bool = False
+    store_param_remainders: bool | int = False
     bucket_mb: float = 32
     overlap: bool = True
     overlap_forward: bool = False
@@ -47,7 +48,7 @@ class Choices:
             self.master_dtype,
             self.state_dtype,
             self.reduce_dtype,
-            store_param_remainders=self.store_param_remainders,
+            remainder_bits=remainder_bits(self.store_param_remainders),
         )
 
 

@@ -46,14 +46,14 @@ class Precision:
         state: torch.dtype,
         reduce: torch.dtype | None,
         *,
-        store_param_remainders: bool = False,
+        remainder_bits: int = 0,
         averages: bool = False,
         second_moment: bool = True,
     ) -> "Precision":
         """The precision for `ShardedLamb`'s keywords and the parameters' dtype ``model``."""
         if model == torch.float64:
             master = state = model
-        masters = formats.of_masters(model, master, store_param_remainders=store_param_remainders)
+        masters = formats.of_masters(model, master, remainder_bits=remainder_bits)
         compute = master if model == torch.float64 else torch.promote_types(master, torch.float32)
         return Precision(
             model, masters, formats.of_moments(state), reduce or model, compute, averages, second_moment

@@ -17,6 +17,7 @@ from sharded_lamb.core.hyperparams import flag, integer, number
 from sharded_lamb.core.layout import Bucket, ShardLayout, plan_buckets
 from sharded_lamb.core.parameters import NamedParameter, check_parameter
 from sharded_lamb.kernels.formats import FLOATS
+from sharded_lamb.kernels.remainders import STORAGE
 from sharded_lamb.sharding.buckets import Precision
 from sharded_lamb.sharding.dtensors import is_dtensor
 from sharded_lamb.sharding.local_shards import check_dense
@@ -31,7 +32,18 @@ _stores: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 _STAGE = "1 (gradients are averaged already) or 2 (gradients are reduced here)"
-_FLAGS = ("overlap", "skip_nonfinite", "store_param_remainders")
+_REMAINDERS = "False, True (16 bits of each master), or 8 (of 24-bit masters)"
+_FLAGS = ("overlap", "skip_nonfinite")
+
+
+def remainder_bits(value: Any) -> int:
+    """The bits of ``store_param_remainders``: 0 for False, 16 for True. Raises ValueError for others than 8 and 16."""
+    if isinstance(value, bool):
+        return 16 if value else 0
+    bits = integer("store_param_remainders", value, 0, _REMAINDERS)
+    if bits not in (0, *STORAGE):
+        raise ValueError(f"store_param_remainders must be {_REMAINDERS}, got {value!r}")
+    return bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +59,7 @@ class Settings:
     skip_nonfinite: bool
     max_consecutive_skips: int
     kernel: str
-    store_param_remainders: bool
+    store_param_remainders: bool | int
     ema_decay: float | None = None
     lars: bool = False  # one moment
 
@@ -60,6 +72,7 @@ class Settings:
             "max_consecutive_skips": integer(
                 "max_consecutive_skips", self.max_consecutive_skips, 1, ">= 1, an int"
             ),
+            "store_param_remainders": remainder_bits(self.store_param_remainders),
             **{name: flag(name, getattr(self, name)) for name in _FLAGS},
         }
         for name, value in plain.items():
@@ -86,8 +99,9 @@ class Settings:
             )
         if self.store_param_remainders and self.master_dtype != torch.float32:
             raise ValueError(
-                f"store_param_remainders=True needs master_dtype=torch.float32, got {self.master_dtype}: a remainder "
-                f"is the low 16 bits of a float32, beside a bfloat16 weight. Omit one of the two"
+                f"store_param_remainders={self.store_param_remainders} needs master_dtype=torch.float32, got "
+                f"{self.master_dtype}: a remainder is low bits of a float32, beside a bfloat16 weight. Omit one of "
+                f"the two"
             )
 
     def check_master(self, name: str, model: torch.dtype) -> None:
@@ -109,7 +123,7 @@ class Settings:
             self.master_dtype,
             self.state_dtype,
             self.reduce_dtype,
-            store_param_remainders=self.store_param_remainders,
+            remainder_bits=int(self.store_param_remainders),
             averages=self.ema_decay is not None,
             second_moment=not self.lars,
         )

@@ -27,7 +27,7 @@ float *of_blocks, table[COLUMNS] = {1, 0, .9f, .1f, .999f, .001f, 1, 1, 0, 1e-6f
 // Zeros: counts do not depend on values.
 int64_t memory(const char *of_case, const char *kind, int64_t dtype, int64_t length) {
   if (dtype == NONE) return 0;
-  const int64_t bytes = length * (dtype == F64 ? 8 : dtype == F32 ? 4 : 2);
+  const int64_t bytes = length * (dtype == F64 ? 8 : dtype == F32 ? 4 : dtype == REMAINDER8 ? 1 : 2);
   char *start = (char *)aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
   std::printf("%s %s %llx %llx\n", of_case, kind, (unsigned long long)start, (unsigned long long)(start + bytes));
   std::fflush(stdout);
@@ -76,6 +76,8 @@ int main(int, char **arguments) {
   run("pass_2_f16", APPLY, F32, F16, F16, F32);
   run("pass_1_remainder", MOMENTS_AND_NORMS, REMAINDER, BF16, BF16, F32);
   run("pass_2_remainder", APPLY, REMAINDER, BF16, BF16, F32);
+  run("pass_1_remainder8", MOMENTS_AND_NORMS, REMAINDER8, BF16, BF16, F32);
+  run("pass_2_remainder8", APPLY, REMAINDER8, BF16, BF16, F32);
   run("pass_1_bf16_state", MOMENTS_AND_NORMS, F32, BF16, BF16, BF16);
   run("pass_2_bf16_state", APPLY, F32, BF16, BF16, BF16);
   run("pass_1_bf16_alone", MOMENTS_AND_NORMS, BF16, NONE, BF16, BF16);

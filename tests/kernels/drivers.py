@@ -10,7 +10,14 @@ from sharded_lamb.core.rule import COLUMNS
 from sharded_lamb.kernels import compiling, native
 
 FOLDER = Path(__file__).parent
-SHORT = {"FLOAT32": "F32", "BFLOAT16": "BF16", "FLOAT16": "F16", "FLOAT64": "F64", "INT16": "REMAINDER"}
+SHORT = {
+    "FLOAT32": "F32",
+    "BFLOAT16": "BF16",
+    "FLOAT16": "F16",
+    "FLOAT64": "F64",
+    "INT16": "REMAINDER",
+    "INT8": "REMAINDER8",
+}
 
 
 def structs() -> str:

@@ -45,11 +45,12 @@ uint64_t number() {  // splitmix64
   return z ^ (z >> 31);
 }
 
-int64_t size_of(int64_t dtype) { return dtype == F64 ? 8 : dtype == F32 ? 4 : 2; }
+int64_t size_of(int64_t dtype) { return dtype == F64 ? 8 : dtype == F32 ? 4 : dtype == REMAINDER8 ? 1 : 2; }
 
 // The bits of a number: of 16 magnitudes, of one sign if `positive`; one in 32 is 0 or subnormal.
 uint64_t bits(int64_t dtype, bool positive) {
   if (dtype == REMAINDER) return number() & 0xffff;
+  if (dtype == REMAINDER8) return number() & 0xff;
   const int exponent_bits = dtype == F64 ? 11 : dtype == F16 ? 5 : 8;
   const int mantissa_bits = dtype == F64 ? 52 : dtype == F32 ? 23 : dtype == F16 ? 10 : 7;
   const uint64_t bias = (1u << (exponent_bits - 1)) - 1;
@@ -212,7 +213,8 @@ void all() {
       if (sizeof(T) == 4)
         for (const int64_t weight : {BF16, F16}) two_steps<T>(flat, weight, NONE, weight, F32, threads);
       if (sizeof(T) == 4)
-        for (const int64_t grad : {F32, BF16}) two_steps<T>(flat, REMAINDER, BF16, grad, F32, threads);
+        for (const int64_t remainder : {REMAINDER, REMAINDER8})
+          for (const int64_t grad : {F32, BF16}) two_steps<T>(flat, remainder, BF16, grad, F32, threads);
       for (const int64_t wire : {F32, BF16, F16, F64})
         for (const int64_t own : {F32, BF16, F16}) average<T>(wire, own, flat, threads);
     }

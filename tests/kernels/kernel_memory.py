@@ -14,7 +14,8 @@ from sharded_lamb.core.layout import BLOCK, round_up
 from sharded_lamb.core.rule import COLUMNS
 from sharded_lamb.kernels import FlatShard, Kernel, ScatteredShard, Shard, remainders
 
-SPLIT = remainders.RemainderFormat.storage
+SPLIT, SPLIT8 = remainders.STORAGE[16], remainders.STORAGE[8]
+WRAPPING = {SPLIT: 2**14, SPLIT8: 2**6}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 F32 = (torch.float32, None, torch.float32, torch.float32, torch.float32)
 KINDS = ("weight", "model", "grad", "exp_avg", "exp_avg_sq")
@@ -24,7 +25,7 @@ KINDS = ("weight", "model", "grad", "exp_avg", "exp_avg_sq")
 class Form:
     """A shard to construct. ``gap``: elements between pieces, for unaligned addresses; a flat shard has none.
 
-    ``weight`` SPLIT: remainders beside a bfloat16 ``model``.
+    ``weight`` SPLIT, SPLIT8: remainders beside a bfloat16 ``model``.
     """
 
     flat: bool
@@ -59,11 +60,11 @@ def made(form: Form, first_param: int, seed: int, bad: bool, device: str = "cpu"
         memory[kind] = torch.zeros(at, dtype=dtype)
         for piece in slices:
             value = torch.randn(piece.stop - piece.start, generator=generator)
-            value = value * 2**14 if dtype == SPLIT else value  # some wrap around, to any number
+            value = value * WRAPPING.get(dtype, 1)  # some wrap around, to any number
             memory[kind][piece] = (value.abs() if kind == "exp_avg_sq" else value).to(dtype)
     for index, piece in enumerate(slices):
         if "model" in memory:
-            if form.weight != SPLIT:
+            if form.weight not in WRAPPING:
                 memory["model"][piece] = memory["weight"][piece].to(memory["model"].dtype)
             memory["model"][piece][: form.written] += 1
         if bad and index % 2:

@@ -26,7 +26,7 @@ from sharded_lamb.kernels import (
 from tests.kernels.kernel_memory import in_whole_gradients, passes
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-SPLIT = remainders.RemainderFormat.storage
+SPLIT, SPLIT8 = remainders.STORAGE[16], remainders.STORAGE[8]
 OTHERS = [name for name in kernels.available() if name != "torch"]
 LENGTHS = st.lists(st.sampled_from([1, 2, 255, 256, 257, 511, 700, 5000]), min_size=1, max_size=8)
 SEEDS = st.integers(0, 2**20)
@@ -48,7 +48,7 @@ DTYPES = st.builds(
     st.sampled_from([F32, BF16, F16, F64]),
 ) | st.builds(
     Dtypes,
-    st.just(SPLIT),
+    st.sampled_from([SPLIT, SPLIT8]),
     st.just(BF16),
     st.sampled_from([F32, BF16, F16, F64]),
     st.sampled_from([F32, BF16, F16, F64]),
@@ -75,10 +75,11 @@ def flat_shard(lengths: Sequence[int], dtypes: Dtypes, seed: int) -> FlatShard:
         return torch.randn(inside.shape, generator=generator) * 2.0**powers * inside
 
     weight, model = numbers(), None
-    if dtypes.weight == SPLIT:  # any remainders beside any weights
+    if dtypes.weight in (SPLIT, SPLIT8):  # any remainders beside any weights
         model = weight.to(BF16)
-        bits = torch.randint(-(2**15), 2**15, inside.shape, generator=generator)
-        weight = (bits * inside).to(SPLIT)
+        end = 2**15 if dtypes.weight == SPLIT else 2**7
+        bits = torch.randint(-end, end, inside.shape, generator=generator)
+        weight = (bits * inside).to(dtypes.weight)
     else:
         weight = weight.to(dtypes.weight)
     if dtypes.model is not None and model is None:
@@ -167,7 +168,9 @@ def test_a_step_has_the_bits_of_the_pure_one(
 
 @pytest.mark.parametrize("name", ["torch", *OTHERS])
 @pytest.mark.parametrize("make", [flat_shard, piece_shard])
-@pytest.mark.parametrize("dtypes", [Dtypes(F32, None, F32, F32), Dtypes(SPLIT, BF16, F32, F32)])
+@pytest.mark.parametrize(
+    "dtypes", [Dtypes(F32, None, F32, F32), Dtypes(SPLIT, BF16, F32, F32), Dtypes(SPLIT8, BF16, F32, F32)]
+)
 def test_bits_do_not_depend_on_the_grouping_into_calls(
     dtypes: Dtypes, make: Callable[..., Shard], name: str
 ) -> None:
@@ -186,7 +189,7 @@ def test_bits_do_not_depend_on_the_grouping_into_calls(
 
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("make", [flat_shard, piece_shard])
-@pytest.mark.parametrize("weight", [F32, SPLIT])
+@pytest.mark.parametrize("weight", [F32, SPLIT, SPLIT8])
 def test_any_number_of_threads_has_the_same_bits(
     weight: torch.dtype, make: Callable[..., Shard], name: str
 ) -> None:
@@ -222,20 +225,22 @@ def test_non_finite_gradients_with_scale_0_show_only_in_the_square_sums(name: st
     assert_same([shard.weight, shard.exp_avg, shard.exp_avg_sq], untouched, F32)
 
 
+@pytest.mark.parametrize("bits", remainders.STORAGE)
 @pytest.mark.parametrize("name", ["torch", *OTHERS])
-def test_split_masters_at_the_edges(name: str) -> None:
+def test_split_masters_at_the_edges(name: str, bits: int) -> None:
     """All bfloat16 weights, each with remainders that only occur beside a weight that the user wrote. A step size of 0
     changes no weight but clamps remainders as `joined` does; 0 x inf is nan."""
-    model = torch.arange(-(2**15), 2**15, dtype=torch.int16).repeat(len(EDGES)).view(BF16)
-    remainder = torch.tensor(EDGES, dtype=SPLIT).repeat_interleave(2**16)
-    shard = piece_shard([len(model)], Dtypes(SPLIT, BF16, F32, F32), 0)
+    edges, split = EDGES[bits], remainders.STORAGE[bits]
+    model = torch.arange(-(2**15), 2**15, dtype=torch.int16).repeat(len(edges)).view(BF16)
+    remainder = torch.tensor(edges, dtype=split).repeat_interleave(2**16)
+    shard = piece_shard([len(model)], Dtypes(split, BF16, F32, F32), 0)
     assert shard.model is not None
     shard.model[0].copy_(model)
     shard.weight[0].copy_(remainder)
     for kind in (shard.grad, shard.exp_avg, shard.exp_avg_sq):
         kind[0].zero_()
     master = remainders.joined(model, remainder)
-    expected = remainders.split(torch.where(master.isinf(), torch.nan, master))
+    expected = remainders.split(torch.where(master.isinf(), torch.nan, master), bits)
     table = torch.ones(1, len(COLUMNS))
     for column in ("l2", "decay"):
         table[:, COLUMNS.index(column)] = 0
@@ -276,7 +281,7 @@ def test_a_written_infinity_beside_a_remainder_is_infinite(name: str) -> None:
     assert sums[0, 0] == torch.inf
 
 
-EDGES = (-0x8000, -0x7FFF, -1, 0, 1, 0x7FFF)
+EDGES = {16: (-0x8000, -0x7FFF, -1, 0, 1, 0x7FFF), 8: (-0x80, -0x7F, -1, 0, 1, 0x7F)}
 
 
 # -- gradients: averages, and in place ------------------------------------------------------------------

@@ -180,17 +180,18 @@ def test_steps_without_ties_have_the_bits_of_fp32_masters(stage: int, world: int
         assert actual[3] == expected[3]
 
 
-def test_any_number_of_ranks_has_the_same_bits() -> None:
+@pytest.mark.parametrize("bits", remainders.STORAGE)
+def test_any_number_of_ranks_has_the_same_bits(bits: int) -> None:
     """All are given the same averaged gradients."""
-    alone = run_ranks(1, one_of_many, 1)[0]
+    alone = run_ranks(1, one_of_many, 1, bits)[0]
     for world in (2, 3, 4):
-        for weights in run_ranks(world, one_of_many, world):
+        for weights in run_ranks(world, one_of_many, world, bits):
             training.assert_same_bits(weights, alone)
 
 
-def one_of_many(rank: int, world: int) -> dict[str, Tensor]:
+def one_of_many(rank: int, world: int, bits: int) -> dict[str, Tensor]:
     params = training.parameters(dtype=BF16)
-    opt = training.grouped(params, 1, **SPLIT)
+    opt = training.grouped(params, 1, store_param_remainders=bits)
     same = {"gradients": lambda rank, step: training.own_gradients(0, step)}
     training.train(opt, params, stage=1, rank=rank, world=world, steps=range(20), **same)  # type: ignore[arg-type]
     return training.copies(params)
@@ -220,15 +221,15 @@ def test_a_tie_above_an_even_weight_is_nudged_towards_0() -> None:
 # -- memory, and invalid options -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_memory_of_a_bfloat16_model_is_2_bytes_less_an_element(world: int) -> None:
-    """2 B of weights, 10 B / world of state, 4 B / world of gradients; staging as with fp32 masters."""
+@pytest.mark.parametrize(("world", "bits"), [(1, 16), (2, 16), (2, 8), (4, 16)])
+def test_memory_of_a_bfloat16_model_is_2_bytes_less_an_element(world: int, bits: int) -> None:
+    """2 B of weights, 10 B / world of state (9 with 8 bits), 4 B / world of gradients; staging as with fp32 masters."""
     shapes = {f"w{i}": (4 * BLOCK * (1 + i % 3), 16) for i in range(12)}
     numel = sum(rows * columns for rows, columns in shapes.values())
     case = Case(
         shapes=shapes,
         dtypes=dict.fromkeys(shapes, BF16),
-        settings={"stage": 2, "bucket_mb": 0.05, **SPLIT},
+        settings={"stage": 2, "bucket_mb": 0.05, "store_param_remainders": bits},
         missing=0.0,
         bits=7,
         drive="backward",
@@ -238,7 +239,7 @@ def test_memory_of_a_bfloat16_model_is_2_bytes_less_an_element(world: int) -> No
     for memory, measured in run_ranks(world, measure, case, world):
         assert memory == {
             "parameters": 2 * numel,
-            "masters": 2 * numel // world,
+            "masters": bits // 8 * numel // world,
             "moments": 8 * numel // world,
             "gradient_shards": 4 * numel // world,
             "staging": staging,

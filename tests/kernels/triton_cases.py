@@ -22,6 +22,7 @@ from tests.kernels.kernel_memory import (
     F32,
     FLOATS,
     SPLIT,
+    SPLIT8,
     Form,
     assert_same,
     contents,
@@ -40,13 +41,15 @@ LENGTHS = st.lists(st.sampled_from([0, 1, 255, 256, 257, 700, 5000]), min_size=1
 def form_lists(draw: st.DrawFn) -> list[Form]:
     """One to three shards of one compute dtype."""
     is_fp64 = draw(st.booleans())
-    weights = [dtype for dtype in (*FLOATS, SPLIT) if (dtype == torch.float64) == is_fp64]
+    weights = [dtype for dtype in (*FLOATS, SPLIT, SPLIT8) if (dtype == torch.float64) == is_fp64]
     forms = []
     for _ in range(draw(st.integers(1, 3))):
         weight, grad, exp_avg, exp_avg_sq = (
             draw(st.sampled_from(x)) for x in (weights, FLOATS, FLOATS, FLOATS)
         )
-        models = [torch.bfloat16] if weight == SPLIT else [None, *(x for x in FLOATS[:3] if x != weight)]
+        models = (
+            [torch.bfloat16] if weight in (SPLIT, SPLIT8) else [None, *(x for x in FLOATS[:3] if x != weight)]
+        )
         model = draw(st.sampled_from(models))
         flat, gap, written = (
             draw(st.booleans()),
@@ -103,7 +106,7 @@ def test_gradients_with_scale_0_are_not_used() -> None:
 
 
 PLACES = [(weight, model) for weight in FLOATS for model in (None, *FLOATS[:3]) if weight != model]
-PLACES += [(SPLIT, torch.bfloat16)] * 4
+PLACES += [(SPLIT, torch.bfloat16), (SPLIT8, torch.bfloat16)] * 2
 COMBINATIONS = [(*place, FLOATS[i % 4], FLOATS[(i + i // 4) % 4]) for i, place in enumerate(PLACES)]
 
 
@@ -333,7 +336,8 @@ def test_sums_over_many_blocks_are_accurate_and_deterministic(dtype: torch.dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_has_the_bits_of_the_reference(dtype: torch.dtype) -> None:
     everything = {"stage": 2, "max_grad_norm": 1.0, "state_dtype": torch.bfloat16}
-    split = [{**everything, "store_param_remainders": True}] if dtype == torch.bfloat16 else []
+    bits = (16, 8) if dtype == torch.bfloat16 else ()
+    split = [{**everything, "store_param_remainders": number} for number in bits]
     for options in ({}, everything, *split):
         actual, expected = (
             trained(kernel, dtype, **options) for kernel in (TritonKernel(), ReferenceKernel())
