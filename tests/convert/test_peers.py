@@ -86,6 +86,15 @@ def test_we_continue_like_timm(options: dict[str, Any], patterns: list[str], tmp
     _go_on_with_ours(tmp_path, "timm", model, peer, ["--variant", "timm"], **fixed)
 
 
+def test_timms_caution_does_not_become_lans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = cases.net()
+    peer = timm_of(caution=True)(model.parameters())
+    cases.train(model, peer, range(1))
+    torch.save({"model": model.state_dict(), "optimizer": peer.state_dict()}, tmp_path / "theirs")
+    command = (tmp_path / "theirs", tmp_path / "x", "--from", "timm", "--to", "lamb", "--variant", "lans")
+    assert "caution=True beside nesterov=True" in cases.refused(capsys, *command)
+
+
 @pytest.mark.parametrize("patterns", [(), cases.PATTERNS])
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
 def test_we_continue_like_adam(kind: Make, patterns: list[str], tmp_path: Path) -> None:

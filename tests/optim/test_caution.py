@@ -4,6 +4,7 @@
 another β1 their sign is that of a rounding error.
 """
 
+import math
 from typing import Any
 
 import pytest
@@ -148,10 +149,11 @@ def test_nothing_kept_and_no_decay_changes_nothing() -> None:
 
 def test_a_nan_is_not_masked() -> None:
     p = nn.Parameter(torch.ones(5))
-    optimizer = ShardedLamb([p], caution=True, skip_nonfinite=False)
+    optimizer = ShardedLamb([("p", p)], caution=True, skip_nonfinite=False)
     p.grad = torch.tensor([1.0, torch.nan, 1.0, 1.0, 1.0])
     optimizer.step()
     assert p.isnan().any()
+    assert math.isnan(optimizer.layer_norms()["p"].update)
 
 
 @pytest.mark.parametrize("cls", [Lamb, ShardedLamb])

@@ -38,6 +38,7 @@ GROUP_OPTIONS: dict[str, st.SearchStrategy[Any]] = {
 }
 LANS = {"normalize_grad": True, "nesterov": True}
 LARS = {"lars": True, "trust_coefficient": 0.02, "bias_correction": False, "adam_w_mode": False}
+CAUTION = {"caution": True, "betas": (0.5, 0.95)}  # see test_caution.py
 
 
 def without_contradiction(
@@ -103,6 +104,7 @@ def ugly(stage: int, **changes: Any) -> Case:
 @example(case=ugly(1, missing=0.9))
 @example(case=ugly(1, options={**UGLY.options, **LANS}, missing=0.5))
 @example(case=ugly(1, options={**UGLY.options, **LARS}, missing=0.5))
+@example(case=ugly(1, options={**UGLY.options, **CAUTION}, missing=0.5))
 def test_stage_1_follows_the_oracle(world: int, case: Case) -> None:
     check_run(case, run_ranks(world, run, case, world))
 
@@ -115,6 +117,7 @@ def test_stage_1_follows_the_oracle(world: int, case: Case) -> None:
 @example(case=ugly(2, drive="backward", missing=0.9))
 @example(case=ugly(2, drive="backward", options={**UGLY.options, **LANS}, missing=0.5))
 @example(case=ugly(2, drive="backward", options={**UGLY.options, **LARS}, missing=0.5))
+@example(case=ugly(2, drive="backward", options={**UGLY.options, **CAUTION}, missing=0.5))
 def test_stage_2_follows_the_oracle(world: int, case: Case) -> None:
     check_run(case, run_ranks(world, run, case, world))
 
