@@ -111,7 +111,7 @@ std::string hash_of(const std::vector<double> &sums) {
   return copy.hash();
 }
 
-// Steps of every kind of update; between them the user writes into the model's weights.
+// Steps of every kind; between them the user writes into the model's weights.
 template <typename T>
 void two_steps(bool flat, int64_t weight, int64_t model, int64_t grad, int64_t moment, int64_t threads) {
   typedef Library<T> Lib;
@@ -153,8 +153,8 @@ void two_steps(bool flat, int64_t weight, int64_t model, int64_t grad, int64_t m
   const std::vector<T> table = fractions<T>(PARAMETERS * COLUMNS, 4 * COLUMNS), step_sizes = fractions<T>(2 * PARAMETERS, 100);
   std::vector<T> scratch(4 * blocks);
   std::string hashes;
-  for (int step = 0; step < 4; step++) {
-    const int update = 1 + step % 3;  // 1 or 2 directions, caution
+  for (int step = 0; step < 3; step++) {
+    const int update = step == 0 && threads > 1 ? 3 : 1 + step % 2;  // caution, or 1 or 2 directions
     std::vector<double> squares(PARAMETERS), sums((1 + update) * PARAMETERS);
     Lib::square_sums(runs.data(), parts, PARAMETERS, squares.data(), scratch.data(), threads);
     Lib::moments_and_norms(runs.data(), parts, update, table.data(), PARAMETERS, sums.data(), scratch.data(), threads);
