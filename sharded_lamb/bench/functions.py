@@ -1,8 +1,8 @@
 """``sharded-lamb bench functions``: each function of a CPU's kernel over each kind of memory, and stock operations."""
 
 import argparse
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,16 +13,18 @@ from sharded_lamb import kernels
 from sharded_lamb.bench import report
 from sharded_lamb.bench.timing import Clock, Spread, Turns, by_round, quotients, take_turns, world
 from sharded_lamb.core.layout import BLOCK, Segment
-from sharded_lamb.core.rule import COLUMNS, SUMS, Coefficients
+from sharded_lamb.core.rule import CAUTION_SUMS, COLUMNS, NESTEROV_SUMS, SUMS, Coefficients
 from sharded_lamb.kernels import FlatShard, Kernel, LocalContribution, ReceivedShards, ScatteredShard
+from sharded_lamb.kernels.remainders import STORAGE
 from sharded_lamb.sharding import flat_memory
 
-F32, BF16, F16, REMAINDER = torch.float32, torch.bfloat16, torch.float16, torch.int16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+REMAINDER, REMAINDER8 = STORAGE[16], STORAGE[8]
 
 COUNTED = (
     "Each function on one contiguous range, one rank. Bytes: every kind of memory that it reads, and once more every "
     "kind that it writes, per element. Roofline: the stock operation on torch's memory that moves bytes likewise: an "
-    "in-place scale (8 an element) for the passes, a sum (4) for square_sums, an addition of two tensors into a third "
+    "in-place scale (8 an element) for the passes, a sum (4) for norms, an addition of two tensors into a third "
     "(12) for average. In cache: the same on 16,384 elements, again and again."
 )
 
@@ -63,7 +65,7 @@ class Memory:
             if memory.numel() == 0 or memory.nbytes < flat_memory.MIN_BYTES:
                 behind = lane * flat_memory.LANE_BYTES // dtype.itemsize  # as in memory that is large enough
                 memory = torch.empty(self.numel + behind, dtype=dtype, device="cpu")[behind:]
-            self.made[kind, dtype] = memory.fill_(0 if dtype == REMAINDER else 0.01)
+            self.made[kind, dtype] = memory.fill_(0.01 if dtype.is_floating_point else 0)
         return self.made[kind, dtype]
 
     def shards(
@@ -82,17 +84,35 @@ def _table(dtype: torch.dtype) -> Tensor:
     return torch.tensor([[getattr(row, name) for name in COLUMNS]], dtype=dtype, device="cpu")
 
 
-def _pass_1(*dtypes: Any) -> Callable[[Memory], None]:
+def _pass_1(rows: int, *dtypes: Any) -> Callable[[Memory], None]:
     def run(memory: Memory) -> None:
-        sums = torch.zeros(len(SUMS), 1, dtype=torch.float64, device="cpu")
+        sums = torch.zeros(rows, 1, dtype=torch.float64, device="cpu")
         memory.kernel.moments_and_norms(memory.shards(*dtypes), _table(F32), sums)
 
     return run
 
 
-def _pass_2(*dtypes: Any) -> Callable[[Memory], None]:
+def _pass_2(rows: int, *dtypes: Any) -> Callable[[Memory], None]:
+    directions, caution = 2 if rows == len(NESTEROV_SUMS) else 1, rows == len(CAUTION_SUMS)
+
     def run(memory: Memory) -> None:
-        memory.kernel.apply(memory.shards(*dtypes), _table(F32), torch.full((1, 1), 1e-6, device="cpu"))
+        step_sizes = torch.full((directions, 1), 1e-6, device="cpu")
+        memory.kernel.apply(memory.shards(*dtypes), _table(F32), step_sizes, caution=caution)
+
+    return run
+
+
+def _weight_norms(*dtypes: Any) -> Callable[[Memory], None]:
+    def run(memory: Memory) -> None:
+        memory.kernel.weight_norms(memory.shards(*dtypes), torch.zeros(1, dtype=torch.float64, device="cpu"))
+
+    return run
+
+
+def _momentum(*dtypes: Any) -> Callable[[Memory], None]:
+    def run(memory: Memory) -> None:
+        shards = [replace(shard, exp_avg_sq=None) for shard in memory.shards(*dtypes)]
+        memory.kernel.apply_momentum(shards, _table(F32), torch.full((2, 1), 1e-6, device="cpu"))
 
     return run
 
@@ -126,10 +146,12 @@ def _average(wire: torch.dtype) -> Callable[[Memory], None]:
     return run
 
 
-def _passes(name: str, bytes_1: int, bytes_2: int, *dtypes: Any) -> dict[str, Case]:
+def _passes(
+    name: str, bytes_1: int, bytes_2: int, *dtypes: Any, sums: Sequence[str] = SUMS
+) -> dict[str, Case]:
     return {
-        f"pass 1, {name}": Case(SCALE, bytes_1, _pass_1(*dtypes)),
-        f"pass 2, {name}": Case(SCALE, bytes_2, _pass_2(*dtypes)),
+        f"pass 1, {name}": Case(SCALE, bytes_1, _pass_1(len(sums), *dtypes)),
+        f"pass 2, {name}": Case(SCALE, bytes_2, _pass_2(len(sums), *dtypes)),
     }
 
 
@@ -138,8 +160,15 @@ CASES: dict[str, Case] = {
     **_passes("bf16 weights, fp32 masters", 24, 18, F32, BF16, BF16, F32),
     **_passes("fp16 weights, fp32 masters", 24, 18, F32, F16, F16, F32),
     **_passes("bf16 weights, 16-bit remainders", 22, 16, REMAINDER, BF16, BF16, F32),
+    **_passes("bf16 weights, 8-bit remainders", 21, 14, REMAINDER8, BF16, BF16, F32),
     **_passes("bf16 weights and moments, fp32 masters", 16, 14, F32, BF16, BF16, BF16),
     **_passes("everything in bf16", 12, 8, BF16, None, BF16, BF16),
+    **_passes("LANS, fp32", 24, 20, F32, None, F32, F32, sums=NESTEROV_SUMS),
+    **_passes("caution, fp32", 24, 20, F32, None, F32, F32, sums=CAUTION_SUMS),
+    "pass 1, LARS, fp32": Case(SUM, 4, _weight_norms(F32, None, F32, F32)),
+    "pass 2, LARS, fp32": Case(SCALE, 20, _momentum(F32, None, F32, F32)),
+    "pass 1, LARS, bf16 weights, fp32 masters": Case(SUM, 6, _weight_norms(F32, BF16, BF16, F32)),
+    "pass 2, LARS, bf16 weights, fp32 masters": Case(SCALE, 20, _momentum(F32, BF16, BF16, F32)),
     "square_sums, fp32": Case(SUM, 4, _square_sums(F32)),
     "square_sums, bf16": Case(SUM, 2, _square_sums(BF16)),
     "square_sums, fp16": Case(SUM, 2, _square_sums(F16)),
