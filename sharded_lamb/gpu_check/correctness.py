@@ -47,10 +47,17 @@ def verified(setting: Setting, found: Findings) -> str:
 def bits(setting: Setting, found: Findings) -> str:
     """The setting's kernel, and stock operations on its device, against stock operations on the CPU."""
     for stage in STAGES:
-        for dtype, splits in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
-            run = GivenRun(stage, dtype, remainders=splits)
-            expected = run.trained(CPU, "torch")
-            name = f"stage {stage} {name_of(dtype)}{' remainders' if splits else ''}"
+        runs = {
+            "fp32": GivenRun(stage),
+            "bf16": GivenRun(stage, torch.bfloat16),
+            "bf16, 16-bit remainders": GivenRun(stage, torch.bfloat16, remainders=16),
+            "bf16, 8-bit remainders": GivenRun(stage, torch.bfloat16, remainders=8),
+            "LANS": GivenRun(stage, variant="lans"),
+            "caution": GivenRun(stage, rule={"caution": True}),
+            "LARS": GivenRun(stage, torch.bfloat16, variant="lars", rule={"nesterov": True}),
+        }
+        for kind, run in runs.items():
+            expected, name = run.trained(CPU, "torch"), f"stage {stage} {kind}"
             found.equal(f"{name}: {setting.kernel}", run.trained(setting.device, setting.kernel), expected)
             if setting.on_gpu:
                 found.equal(f"{name}: stock operations", run.trained(setting.device, "torch"), expected)

@@ -4,7 +4,7 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 from unittest import mock
 
@@ -16,6 +16,7 @@ from sharded_lamb import ShardedLamb, shapes
 from sharded_lamb.bench.workload import Synthetic, Workload
 from sharded_lamb.comm import collectives
 from sharded_lamb.comm.groups import OwnedGroup
+from sharded_lamb.core.hyperparams import RuleOptions
 from sharded_lamb.gpu_check.battery import Setting
 
 Stage = Literal[1, 2]
@@ -43,8 +44,10 @@ class GivenRun:
     steps: int = 4
     width: int = 190
     micro_batches: int = 1
-    remainders: bool = False
+    remainders: bool | int = False
     reduce_dtype: torch.dtype | None = None
+    rule: RuleOptions = field(default_factory=RuleOptions)
+    variant: str = "lamb"
 
     def trained(
         self, device: torch.device, kernel: str, stream: "torch.cuda.Stream | None" = None
@@ -64,6 +67,7 @@ class GivenRun:
         model = nn.Sequential(
             nn.Linear(self.width, self.width + 7), nn.LayerNorm(self.width + 7), nn.Linear(self.width + 7, 3)
         ).to(device, self.dtype)
+        rule: RuleOptions = {"max_grad_norm": 1.0, "exclude_from_weight_decay": ["bias$"], **self.rule}
         optimizer = ShardedLamb(
             model.named_parameters(),
             lr=0.01,
@@ -72,9 +76,9 @@ class GivenRun:
             reduce_dtype=self.reduce_dtype,
             bucket_mb=0.02,
             kernel=kernel,
-            max_grad_norm=1.0,
-            exclude_from_weight_decay=["bias$"],
             store_param_remainders=self.remainders,
+            variant=self.variant,
+            **rule,
         )
         generator = torch.Generator().manual_seed(1 + (rank() if self.stage == 2 else 0))
         if stream is not None:
