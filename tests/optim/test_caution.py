@@ -53,7 +53,7 @@ def mixed(stage: int, *dtypes: torch.dtype, **settings: Any) -> Case:
         options={"caution": True, "betas": (0.5, 0.99)},
         groups=(
             (("conv.weight", "scale"), {}),
-            (("fc.weight",), {"decoupled_decay": True}),
+            (("fc.weight",), {"decoupled_decay": True, "normalize_grad": True}),
             (("fc.bias",), {"caution": False}),
             (("l2",), {"adam_w_mode": False, "bias_correction": "lr"}),
         ),
