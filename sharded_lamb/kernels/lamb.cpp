@@ -6,22 +6,9 @@
 //
 // A plain C interface for ctypes: it needs no headers of Python or torch and does not depend on their versions.
 
-#include <type_traits>
-
-#include "blocks.h"
+#include "runs.h"
 
 namespace {
-
-// A contiguous range of memory; blocks start at its first element, and the last one may be short.
-struct Run {
-  char *weight, *model, *grad, *exp_avg, *exp_avg_sq;  // null: no model, no second moment
-  const int64_t *block_param;  // [blocks] the parameter of each block; null: `param` for all
-  int64_t numel, param;
-  int64_t first_block;  // number of blocks in the runs before
-  int64_t weight_dtype, model_dtype, grad_dtype, state_dtype;
-
-  int64_t owner(int64_t block) const { return block_param ? block_param[block] : param; }
-};
 
 template <typename T>
 struct Coefficients {  // rule.Coefficients, a row of rule.table
@@ -31,119 +18,6 @@ struct Coefficients {  // rule.Coefficients, a row of rule.table
 // `D` of the functions below is the number of sums beside Σw²: of each direction's Σu², or with caution Σu², Σu w and Σμ.
 constexpr int CAUTION = 3;
 constexpr int directions(int D) { return D == CAUTION ? 1 : D; }
-
-// -- dtypes, known when compiled where they are common ------------------------------------------------
-
-struct Dtypes {
-  int64_t weight, model, grad, state;  // model: NONE without separate masters
-
-  explicit Dtypes(const Run &run)
-      : weight(run.weight_dtype), model(run.model ? run.model_dtype : NONE), grad(run.grad_dtype), state(run.state_dtype) {}
-};
-
-template <int64_t WEIGHT, int64_t MODEL, int64_t STATE, int64_t GRAD = NONE>
-struct Known {  // without GRAD, gradients of any dtype
-  static constexpr int64_t weight = WEIGHT, model = MODEL, state = STATE;
-  const int64_t grad;
-
-  explicit Known(const Dtypes &dtypes) : grad(GRAD == NONE ? dtypes.grad : GRAD) {}
-  static bool are(const Dtypes &dtypes) {
-    return dtypes.weight == WEIGHT && dtypes.model == MODEL && dtypes.state == STATE && (GRAD == NONE || dtypes.grad == GRAD);
-  }
-};
-
-template <typename... Each, typename Function>
-INLINE void with_first_of(const Dtypes &dtypes, Function function) {
-  if (!((Each::are(dtypes) && (function(Each(dtypes)), true)) || ...)) function(dtypes);
-}
-
-// Calls function(dtypes), `Known` if they are common in such updates; LARS's are those of 2 directions.
-template <typename T, int D, typename Function>
-INLINE void with_known(const Dtypes &dtypes, Function function) {
-  if constexpr (sizeof(T) == 8)
-    with_first_of<Known<F64, NONE, F64, F64>>(dtypes, function);
-  else if constexpr (D > 1)
-    with_first_of<Known<F32, NONE, F32, F32>, Known<F32, BF16, F32>>(dtypes, function);
-  else
-    with_first_of<Known<F32, NONE, F32, F32>, Known<F32, NONE, F32>, Known<F32, BF16, F32>, Known<F32, F16, F32>,
-                  Known<REMAINDER, BF16, F32>, Known<REMAINDER8, BF16, F32>, Known<BF16, NONE, F32>, Known<F32, NONE, BF16>,
-                  Known<F32, BF16, BF16>, Known<REMAINDER, BF16, BF16>, Known<REMAINDER8, BF16, BF16>,
-                  Known<BF16, NONE, BF16>>(dtypes, function);
-}
-
-// Calls function(dtype) with a gradient's dtype, known when compiled.
-template <typename Function>
-INLINE void with_known(int64_t dtype, Function function) {
-  switch (dtype) {
-    case F32:
-      return function(std::integral_constant<int64_t, F32>());
-    case F64:
-      return function(std::integral_constant<int64_t, F64>());
-    case F16:
-      return function(std::integral_constant<int64_t, F16>());
-    default:
-      return function(std::integral_constant<int64_t, BF16>());
-  }
-}
-
-// -- a block ------------------------------------------------------------------------------------------
-
-INLINE int size_of_block(int64_t numel, int64_t block) {
-  const int64_t left = numel - block * BLOCK;
-  return left < BLOCK ? int(left) : BLOCK;
-}
-
-// The memory of a block: in place, or a copy of a short one, padded with zeros.
-struct Place {
-  char *memory, *block;
-  int bytes = 0;
-
-  INLINE Place(char *start, int64_t dtype, int64_t number, int n, char *copy) {
-    memory = block = start + number * BLOCK * size_of(dtype);
-    if (n == BLOCK || !start) return;
-    bytes = n * size_of(dtype);
-    block = copy;
-    std::memcpy(block, memory, bytes);
-    std::memset(block + bytes, 0, BLOCK * size_of(dtype) - bytes);
-  }
-  INLINE void write_back() const {
-    if (block != memory) std::memcpy(memory, block, bytes);
-  }
-};
-
-struct Copy {
-  alignas(64) char bytes[BLOCK * 8];
-};
-
-struct Places {
-  Place weight, model, grad, exp_avg, exp_avg_sq;
-
-  template <typename AnyDtypes>
-  INLINE Places(const Run &run, const AnyDtypes &dtypes, int64_t block, int n, Copy *copies)
-      : weight(run.weight, dtypes.weight, block, n, copies[0].bytes),
-        model(run.model, dtypes.model, block, n, copies[1].bytes),
-        grad(run.grad, dtypes.grad, block, n, copies[2].bytes),
-        exp_avg(run.exp_avg, dtypes.state, block, n, copies[3].bytes),
-        exp_avg_sq(run.exp_avg_sq, dtypes.state, block, n, copies[4].bytes) {}
-};
-
-// Masters: stored as such, or joined from weights and remainders.
-template <typename T, typename AnyDtypes>
-INLINE typename Wide<T>::V load_masters(const AnyDtypes &dtypes, const Places &places, int j) {
-  if (is_remainder(dtypes.weight)) return joined<T>(places.model.block, dtypes.weight, places.weight.block, j);
-  return load<T>(dtypes.weight, places.weight.block, j);
-}
-
-// Stores masters, and the model's weights if masters are separate.
-template <typename T, typename AnyDtypes>
-INLINE void store_masters(const AnyDtypes &dtypes, const Places &places, typename Wide<T>::V x, int j) {
-  if (is_remainder(dtypes.weight)) {
-    split<T>(x, places.model.block, dtypes.weight, places.weight.block, j);
-    return;
-  }
-  if (dtypes.model != NONE) store<T>(dtypes.model, x, places.model.block, j);
-  store<T>(dtypes.weight, x, places.weight.block, j);
-}
 
 template <typename T, typename V = typename Wide<T>::V>
 INLINE V denominator(V v, const Coefficients<T> &k) {
@@ -155,35 +29,6 @@ template <typename T, typename AnyDtypes, typename V = typename Wide<T>::V>
 INLINE V scaled_gradient(const AnyDtypes &dtypes, const Places &places, V w, const Coefficients<T> &k, int j) {
   const V g = k.grad_scale != T(0) ? load<T>(dtypes.grad, places.grad.block, j) : V{};
   return g * k.grad_scale + w * k.l2;
-}
-
-template <typename AnyDtypes>
-INLINE bool resyncs(const AnyDtypes &dtypes) {
-  return dtypes.model != NONE && !is_remainder(dtypes.weight);
-}
-
-// Masters; a weight that its master no longer rounds to was written by the user: it replaces the master.
-template <typename T, typename AnyDtypes>
-INLINE typename Wide<T>::V load_resynced(const AnyDtypes &dtypes, const Places &places, int j,
-                                         typename Wide<T>::Mask &written) {
-  typedef typename Wide<T>::V V;
-  const V w = load_masters<T>(dtypes, places, j);
-  if (!resyncs(dtypes)) return w;
-  const V model = load<T>(dtypes.model, places.model.block, j);
-  const auto differs = rounded<T>(dtypes.model, w) != model;
-  written |= differs;
-  return differs ? rounded<T>(dtypes.weight, model) : w;
-}
-
-// Stores masters of weights that the user wrote.
-template <typename T, typename AnyDtypes>
-INLINE void store_resynced(const AnyDtypes &dtypes, const Places &places, typename Wide<T>::Mask written) {
-  typedef typename Wide<T>::V V;
-  if (resyncs(dtypes) && any(written))
-    for (int j = 0; j < Wide<T>::COUNT; j++) {
-      const V w = load_masters<T>(dtypes, places, j), model = load<T>(dtypes.model, places.model.block, j);
-      store<T>(dtypes.weight, rounded<T>(dtypes.model, w) != model ? model : w, places.weight.block, j);
-    }
 }
 
 // μ: 1 where the update and the gradient agree in sign, else k.opposed.
