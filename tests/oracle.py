@@ -110,8 +110,24 @@ def clamp(value: float, bounds: tuple[float, float] | None) -> float:
     return value if bounds is None else min(max(value, bounds[0]), bounds[1])
 
 
+def split_blocks(values: Mapping[str, Any], blocks: Mapping[str, int]) -> dict[str, Any]:
+    """{"name[i]": the i-th of ``blocks[name]`` equal parts along the first dimension}; other values as they are."""
+    parts: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in blocks:
+            parts[name] = value
+            continue
+        for i in range(blocks[name]):
+            length = 0 if value is None else len(value) // blocks[name]
+            parts[f"{name}[{i}]"] = None if value is None else value[i * length : (i + 1) * length]
+    return parts
+
+
 class OracleLamb:
-    """LAMB over named arrays. `overrides[name]` replaces per-group options for one parameter."""
+    """LAMB over named arrays. `overrides[name]` replaces per-group options for one parameter.
+
+    `blocks[name]`: the number of equal parts of an array, each of which is a parameter of its own.
+    """
 
     def __init__(
         self,
@@ -121,9 +137,13 @@ class OracleLamb:
         no_adapt: Collection[str] = (),
         max_grad_norm: float | None = None,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        blocks: Mapping[str, int] | None = None,
         **options: Any,
     ) -> None:
-        self.params = {name: np.array(value, dtype=np.float64) for name, value in params.items()}
+        self.blocks = blocks or {}
+        self.whole = {part: name for name in params for part in split_blocks({name: None}, self.blocks)}
+        parts = split_blocks(params, self.blocks)
+        self.params = {name: np.array(value, dtype=np.float64) for name, value in parts.items()}
         self.m = {name: np.zeros_like(value) for name, value in self.params.items()}
         self.v = {name: np.zeros_like(value) for name, value in self.params.items()}
         self.steps = dict.fromkeys(self.params, 0)
@@ -131,7 +151,9 @@ class OracleLamb:
         self.norms: dict[str, tuple[float, float, float, float]] = {}  # ‖w‖, ‖u‖, ‖g‖ before clipping, ratio
         self.grad_norm = 0.0
         self.max_grad_norm = max_grad_norm
-        self.no_decay, self.no_adapt = set(no_decay), set(no_adapt)
+        self.no_decay, self.no_adapt = (
+            {part for part, name in self.whole.items() if name in chosen} for chosen in (no_decay, no_adapt)
+        )
         defaults: dict[str, Any] = {
             "lr": 1e-3,
             "betas": (0.9, 0.999),
@@ -142,13 +164,16 @@ class OracleLamb:
         del defaults["max_grad_norm"], defaults["adaptation_excludes"]
         overrides = overrides or {}
         unknown = {*options, *(key for group in overrides.values() for key in group)} - set(defaults)
-        if unknown or not {*overrides, *self.no_decay, *self.no_adapt} <= set(self.params):
+        if unknown or not {*overrides, *no_decay, *no_adapt, *self.blocks} <= set(params):
             raise ValueError(f"unknown options {unknown} or parameter names")
-        self.options = {name: {**defaults, **options, **overrides.get(name, {})} for name in self.params}
+        self.options = {
+            part: {**defaults, **options, **overrides.get(name, {})} for part, name in self.whole.items()
+        }
 
     def step(self, grads: Mapping[str, Array | None]) -> None:
         """One step. Skips parameters without a gradient; their step counts do not change."""
-        present = {name: np.array(g, dtype=np.float64) for name, g in grads.items() if g is not None}
+        parts = split_blocks(grads, self.blocks)
+        present = {name: np.array(g, dtype=np.float64) for name, g in parts.items() if g is not None}
         self.grad_norm = math.sqrt(sum(float(np.sum(g * g)) for g in present.values()))
         scale = 1.0
         if self.max_grad_norm is not None and self.grad_norm > self.max_grad_norm:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sharded_lamb import Lamb, ShardedLamb
-from tests.oracle import OracleLamb
+from tests.oracle import OracleLamb, split_blocks
 
 BASE = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.1}
 FP32_TOLERANCE = 2e-6
@@ -35,6 +35,7 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # default: float32
     channels_last: frozenset[str] = frozenset()
+    blocks: dict[str, int] = field(default_factory=dict)  # ratio blocks
     missing: float = 0.15  # probability of a missing gradient: on all ranks in stage 1, per rank in stage 2
     absent_until: dict[str, int] = field(default_factory=dict)  # steps for which a parameter has no gradient
     drive: str = "assign"  # or "backward": the way gradients get into ``.grad``
@@ -111,16 +112,23 @@ def make_parameters(case: Case) -> dict[str, Parameter]:
     return {name: Parameter(value) for name, value in initial_values(case).items()}
 
 
-def make_optimizer(case: Case, params: Mapping[str, Tensor], **more: Any) -> ShardedLamb:
-    groups = case.groups or ((tuple(case.shapes), {}),)
+def patterns_of(case: Case) -> dict[str, Any]:
+    """The options that select parameters by name."""
     excluded = {
         "exclude_from_weight_decay": exact(case.no_decay),
         "exclude_from_layer_adaptation": exact(case.no_adapt),
     }
-    patterns = {key: value for key, value in excluded.items() if value}
+    patterns: dict[str, Any] = {key: value for key, value in excluded.items() if value}
+    if case.blocks:
+        patterns["ratio_blocks"] = {exact([name])[0]: count for name, count in case.blocks.items()}
+    return patterns
+
+
+def make_optimizer(case: Case, params: Mapping[str, Tensor], **more: Any) -> ShardedLamb:
+    groups = case.groups or ((tuple(case.shapes), {}),)
     return ShardedLamb(
         [{"params": [(name, params[name]) for name in names], **own} for names, own in groups],
-        **{**BASE, **case.options, **case.settings, **patterns, **more},
+        **{**BASE, **case.options, **case.settings, **patterns_of(case), **more},
     )
 
 
@@ -207,6 +215,7 @@ def make_oracle(case: Case) -> OracleLamb:
         no_decay=case.no_decay,
         no_adapt=case.no_adapt,
         overrides={name: own for names, own in case.groups for name in names},
+        blocks=case.blocks,
         **{**BASE, **case.options},
     )
 
@@ -263,10 +272,11 @@ def check_run(case: Case, outcomes: list[Outcome]) -> None:
     """Compare parameters, ratios and gradient norms of every step with the oracle's, and ranks with each other."""
     expected = expect(case, len(outcomes))
     check_alike(outcomes)
-    first, start = outcomes[0], initial_values(case)
-    check_close(first.params, expected)
+    first = outcomes[0]
+    params, start = split_blocks(first.params, case.blocks), split_blocks(initial_values(case), case.blocks)
+    check_close(params, expected)
     for name, updated in expected.updated.items():
-        assert updated or torch.equal(first.params[name], start[name]), f"{name} changed without a gradient"
+        assert updated or torch.equal(params[name], start[name]), f"{name} changed without a gradient"
     for step, ratios in enumerate(expected.ratios):
         assert first.ratios[step].keys() == ratios.keys(), f"step {step}"
         for name, ratio in ratios.items():
@@ -298,7 +308,7 @@ def through_lamb(case: Case, world: int, *, zeroes: bool = True) -> dict[str, Te
     """The result of `Lamb` on one device with the same averaged gradients."""
     params = make_parameters(case)
     groups = [{"params": [(n, params[n]) for n in names], **own} for names, own in case.groups]
-    opt = Lamb(groups, **{**BASE, **case.options})
+    opt = Lamb(groups, **{**BASE, **case.options, **patterns_of(case)})
     for step in range(case.steps):
         for name, g in average(rank_gradients(case, step, world)).items():
             p = params[name]

@@ -14,6 +14,7 @@ from sharded_lamb.bench import report
 from sharded_lamb.bench.timing import Clock, Spread, Turns, by_round, quotients, take_turns, world
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.comm.topology import Topology
+from sharded_lamb.core.layers import Layers
 from sharded_lamb.core.layout import plan_buckets
 from sharded_lamb.gradients.exchange import Staging
 from sharded_lamb.sharding.buckets import FlatBucket, Precision
@@ -84,7 +85,8 @@ class Exchanges:
         precision = Precision.of(torch.float32, torch.float32, torch.float32, None)
         param = torch.zeros(plan.numels[0], device=device)
         rank = collectives.topology.shard_rank
-        self.bucket = FlatBucket(plan, [param], precision, rank, device, holds_gradients=True)
+        layers = Layers([1], plan.numels)
+        self.bucket = FlatBucket(plan, [param], layers, precision, rank, device, holds_gradients=True)
         self.grad = torch.zeros_like(param)  # source of our reductions
         self.full = torch.zeros(
             plan.numel, device=device

@@ -43,18 +43,19 @@ def large_sends(
     return sends
 
 
-def small_sends(parameters: int, sums: int, *, digest: int, agreements: int) -> list[int]:
+def small_sends(parameters: int, layers: int, sums: int, *, digest: int, agreements: int) -> list[int]:
     """Bytes of the packed fp64 all-reduces of a step on several ranks.
 
     Args:
-        sums: numbers per parameter in (b), of `sharded_lamb.core.rule.sums_of`.
+        layers: parameters, and their ratio blocks instead of those that have some.
+        sums: numbers per layer in (b), of `sharded_lamb.core.rule.sums_of`.
         digest: `sharded_lamb.comm.step_agreement.SLOTS`, in (b).
         agreements: number of times that all-reduce (a) is made; 0: (a) is packed into (b), see
             `sharded_lamb.gradients.summary`.
     """
     if not agreements:
-        return [((2 + sums) * parameters + digest) * 8]
-    return [(3 * parameters + 1) * 8] * agreements + [(sums * parameters + digest) * 8]
+        return [(parameters + (1 + sums) * layers + digest) * 8]
+    return [(2 * parameters + layers + 1) * 8] * agreements + [(sums * layers + digest) * 8]
 
 
 def staging_bytes(buckets: Sequence[tuple[Bucket, Widths]], *, in_flight: int, sums_here: bool) -> int:

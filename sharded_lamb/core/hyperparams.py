@@ -36,6 +36,7 @@ class RuleOptions(TypedDict, total=False):
     momentum_includes_lr: bool
     larc_clip: bool
     caution: bool
+    ratio_blocks: Mapping[str, int | Literal["dim0"]] | None
 
 
 SCALAR_DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
@@ -64,11 +65,15 @@ DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
         "momentum_includes_lr": False,
         "larc_clip": False,
         "caution": False,
+        "ratio_blocks": None,
     }
 )
-"""Options with a default per variant; all but ``max_grad_norm`` may differ between groups."""
+"""Options with a default per variant; all but `OPTIMIZER_WIDE` may differ between groups."""
 
-GROUP_OPTIONS: Final = tuple(name for name in DEFAULTS if name != "max_grad_norm")
+OPTIMIZER_WIDE: Final = ("max_grad_norm", "ratio_blocks")
+"""The options that no parameter group has."""
+
+GROUP_OPTIONS: Final = tuple(name for name in DEFAULTS if name not in OPTIMIZER_WIDE)
 OPTIONS: Final = (*SCALAR_DEFAULTS, "variant", *GROUP_OPTIONS)
 """The options that every parameter group holds."""
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from sharded_lamb.core.host_values import as_tensor, to_device
 from sharded_lamb.core.hyperparams import PATTERN_OPTIONS
+from sharded_lamb.core.layers import Layers
 from sharded_lamb.core.names import matching
-from sharded_lamb.core.parameters import NamedParameter, ndim_of, numel_of
+from sharded_lamb.core.parameters import NamedParameter, ndim_of
 from sharded_lamb.core.rule import ParameterOptions
 
 
@@ -83,20 +84,23 @@ def effective_patterns(group: Mapping[str, Any], option: str) -> tuple[str, ...]
 
 
 class OptionTable:
-    """The options of all parameters, as tensors on the device of the update.
+    """The options of all layers, as tensors on the device of the update; [L] where `rule` says [P].
 
     Reads the groups, whose options are valid (`sharded_lamb.core.hyperparams.validate_group`), at every call. A step
     whose groups hold the same values as in the previous step builds no tensor and copies nothing.
     """
 
-    def __init__(self, rows: Sequence[NamedParameter], device: torch.device) -> None:
-        self.rows, self._device = list(rows), device
+    def __init__(self, rows: Sequence[NamedParameter], layers: Layers, device: torch.device) -> None:
+        """``rows``: the parameters of ``layers``."""
+        self.rows, self.layers, self._device = list(rows), layers, device
         self._groups = list({id(group): group for _, _, group in rows}.values())
         index_of = {id(group): index for index, group in enumerate(self._groups)}
         group_of = [index_of[id(group)] for _, _, group in rows]
-        self._group_of = torch.tensor(group_of, dtype=torch.int64, device=device)
-        self.is_fp64 = torch.tensor([p.dtype == torch.float64 for _, p, _ in rows], device=device)
-        self._numel = torch.tensor([numel_of(p) for _, p, _ in rows], dtype=torch.float64, device=device)
+        self._group_of = layers.expand(torch.tensor(group_of, dtype=torch.int64, device=device))
+        self.is_fp64 = layers.expand(
+            torch.tensor([p.dtype == torch.float64 for _, p, _ in rows], device=device)
+        )
+        self._numel = torch.tensor(layers.numels(), dtype=torch.float64, device=device)
         self._of_groups: list[_GroupOptions] | None = None
         self._patterns: list[list[tuple[str, ...]]] | None = None
         self._decays = self._adapts = self.is_fp64  # [P] bool, of the patterns
@@ -109,11 +113,17 @@ class OptionTable:
 
     @property
     def names(self) -> list[str]:
-        """The parameters' names."""
-        return [name for name, _, _ in self.rows]
+        """The layers' names."""
+        return self.layers.names([name for name, _, _ in self.rows])
+
+    @property
+    def parameter_of(self) -> dict[str, NamedParameter]:
+        """{layer's name: its parameter}."""
+        rows = [row for row, count in zip(self.rows, self.layers.counts, strict=True) for _ in range(count)]
+        return dict(zip(self.names, rows, strict=True))
 
     def options(self) -> ParameterOptions:
-        """The groups' current options, one entry per parameter."""
+        """The groups' current options, one entry per layer."""
         of_groups = [_GroupOptions.of(group) for group in self._groups]
         patterns = [
             [effective_patterns(group, option) for option in PATTERN_OPTIONS] for group in self._groups
@@ -126,14 +136,14 @@ class OptionTable:
         return self._options
 
     def _unmatched(self, option: str) -> Tensor:
-        """[P] bool: no pattern of ``option`` matches the parameter."""
+        """[L] bool: no pattern of ``option`` matches the parameter."""
         unmatched = [
             not matching(effective_patterns(g, option), name, ndim_of(p)) for name, p, g in self.rows
         ]
-        return torch.tensor(unmatched, dtype=torch.bool, device=self._device)
+        return self.layers.expand(torch.tensor(unmatched, dtype=torch.bool, device=self._device))
 
     def lr(self) -> Tensor:
-        """[P] fp64: each parameter's learning rate; a tensor lr is read on the device, never on the host."""
+        """[L] fp64: each layer's learning rate; a tensor lr is read on the device, never on the host."""
         values = [group["lr"] for group in self._groups]
         if any(isinstance(value, Tensor) for value in values):
             self._lrs = None

@@ -1,6 +1,5 @@
 """Parameters passed to an optimizer: names, groups, and the checks that LAMB can update them."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,14 +17,15 @@ def named(group: Mapping[str, Any]) -> Iterable[tuple[str | None, Tensor]]:
     return zip(names, params, strict=True)
 
 
+def shape_of(p: Tensor) -> Sequence[int]:
+    """The shape of the full parameter: DeepSpeed's ZeRO-3 replaces ``p.data`` by an empty tensor."""
+    shape: Sequence[int] = getattr(p, "ds_shape", p.shape)
+    return shape
+
+
 def ndim_of(p: Tensor) -> int:
-    """Dimensions of the full parameter: DeepSpeed's ZeRO-3 replaces ``p.data`` by an empty tensor."""
-    return len(getattr(p, "ds_shape", p.shape))
-
-
-def numel_of(p: Tensor) -> int:
-    """Elements of the full parameter, as `ndim_of`."""
-    return math.prod(getattr(p, "ds_shape", p.shape))
+    """Dimensions of the full parameter."""
+    return len(shape_of(p))
 
 
 def check_parameter(name: str, p: Tensor) -> None:

@@ -28,8 +28,9 @@ from sharded_lamb.comm.topology import Topology
 from sharded_lamb.core import rule
 from sharded_lamb.core.host_values import to_device
 from sharded_lamb.core.hyperparams import fill, flag, integer, validate_group
+from sharded_lamb.core.layers import Layers
 from sharded_lamb.core.options import OptionTable
-from sharded_lamb.core.parameters import NamedParameter, check_parameter, named
+from sharded_lamb.core.parameters import NamedParameter, check_parameter, named, shape_of
 from sharded_lamb.deepspeed import engine_probe, full_state, keys
 from sharded_lamb.deepspeed.mapping import OptimizerPartitions, find_partitions
 from sharded_lamb.deepspeed.proof import prove
@@ -236,10 +237,10 @@ class DeepSpeedLamb(AgreedOptions):
         description: Description = [("construction", "ok"), ("partitions", partitions.kind)]
         description += describe_groups(self._groups)
         description += [
-            (f"parameter {i}", [name, list(getattr(p, "ds_shape", p.shape)), str(p.dtype)])
+            (f"parameter {i}", [name, list(shape_of(p)), str(p.dtype)])
             for i, (name, p, _) in enumerate(self._rows)
         ]
-        description.append(("kernel", self._kernel_names()))
+        description += [("kernel", self._kernel_names()), ("ratio_blocks", self.ratio_blocks)]
         return [*description, ("tensors of a step", [list(x.params) for x in partitions.local])]
 
     def _is_probe(self, partitions: OptimizerPartitions) -> bool:
@@ -266,9 +267,9 @@ class DeepSpeedLamb(AgreedOptions):
             stepped = [by_id[tensor_id] for tensor_id in key]
             rows = [self._rows[param] for param in params_of(stepped)]
             device = tensors[0].device
-            self._step_tensors[key] = StepTensors(
-                stepped, OptionTable(rows, device), SkipCounter(device, self._max_skips), self.moments
-            )
+            table = OptionTable(rows, Layers.named(rows, self._ratio_blocks), device)
+            skips = SkipCounter(device, self._max_skips)
+            self._step_tensors[key] = StepTensors(stepped, table, skips, self.moments)
         return self._step_tensors[key]
 
     def _update(self, tensors: StepTensors) -> None:
@@ -279,11 +280,12 @@ class DeepSpeedLamb(AgreedOptions):
         shards = tensors.shards(self.state)
         summarizes = self._skip_nonfinite or self._any("normalize_grad") or self._any("lars")
         summary = self._gradient_summary(tensors, shards) if summarizes else None
-        updated, skip, sums = to_device(tensors.present(), None, tensors.device), None, None
+        layers, skip, sums = tensors.table.layers, None, None
+        updated = layers.expand(to_device(tensors.present(), None, tensors.device))
         if summary is not None:
             skip, sums = summary.bad.any(), summary.square_sums
             # DeepSpeed passes zeros if no rank has a gradient; decay alone would shrink the weight by η per step.
-            updated = (summary.square_sums > 0) & ~skip
+            updated = layers.expand(layers.any_of(sums > 0)) & ~skip
             if tensors.device.type == "cpu" and skip:
                 tensors.skips.record(skip)
                 results.last = [LastStep(tensors.table, updated, skip, sums)]
@@ -316,9 +318,9 @@ class DeepSpeedLamb(AgreedOptions):
 
     def _gradient_summary(self, tensors: StepTensors, shards: list[Any]) -> GradientSummary:
         """All-reduce (a): the gradient summary that all ranks need before they write moments."""
-        count = len(tensors.params)
-        sums = gradient_square_sums(self._kernel_on(tensors.device), shards, count, tensors.device)
-        return agree(self._collectives, sums, tensors.present(), [False] * count)
+        kernel, present = self._kernel_on(tensors.device), tensors.present()
+        sums = gradient_square_sums(kernel, shards, len(tensors.table), tensors.device)
+        return agree(self._collectives, sums, present, [False] * len(present))
 
     # -- state --------------------------------------------------------------------------------------
 
@@ -421,9 +423,10 @@ class DeepSpeedLamb(AgreedOptions):
         return list(self._results.values())
 
     def get_lamb_coeffs(self) -> list[float]:
-        """The ratios of `trust_ratios` in parameter order, under the name that DeepSpeed's Lamb uses."""
+        """The ratios of `trust_ratios` in parameter order, a list: the name that DeepSpeed's Lamb uses."""
         ratios = self.trust_ratios()
-        return [ratios[name] for name, _, _ in self._rows if name in ratios]
+        names = Layers.named(self._rows, self._ratio_blocks).names([name for name, _, _ in self._rows])
+        return [ratios[name] for name in names if name in ratios]
 
     @property
     def skipped_steps(self) -> int:

@@ -1,13 +1,14 @@
 """The tensors that one call of ``step()`` updates, their state, and the options of their parameters."""
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharded_lamb.core.host_values import as_tensor
+from sharded_lamb.core.layers import Layers, check_order
 from sharded_lamb.core.options import OptionTable
 from sharded_lamb.deepspeed.mapping import Partition
 from sharded_lamb.kernels import ScatteredShard
@@ -83,8 +84,8 @@ def check_moment(key: str, moment: Tensor, tensor: Tensor) -> None:
 class StepTensors:
     """The partitions that one call of ``step()`` updates together, and their constant bookkeeping.
 
-    ``params``: the optimizer's parameters with a segment in them on any rank; a "row" is an index into it. Keeps no
-    memory between calls: DeepSpeed may move its buffers, or free them (offload_states).
+    ``params``: the optimizer's parameters with a segment in them on any rank, which ``table`` describes; a "row" is an
+    index into it. Keeps no memory between calls: DeepSpeed may move its buffers, or free them (offload_states).
     """
 
     def __init__(
@@ -101,25 +102,34 @@ class StepTensors:
         row = {param: row for row, param in enumerate(self.params)}
         self._rows_of = [[row[param] for param in partition.params] for partition in partitions]
         owner = {r: i for i, rows in enumerate(self._rows_of) for r in rows}
-        self._owner = torch.tensor([owner[r] for r in range(len(row))], device=self.device)
-        self._splits = [_Splits.of(partition, row) for partition in partitions]
+        owners = torch.tensor([owner[r] for r in range(len(row))], device=self.device)
+        self._owner = table.layers.expand(owners)  # [L] the partition of each layer
+        self._splits = [_Splits.of(partition, row, table.layers) for partition in partitions]
 
     def shards(self, state: State) -> list[ScatteredShard]:
         """This rank's memory, one shard per combination of dtypes; none for a partition of padding only."""
         by_dtype: dict[tuple[torch.dtype, ...], tuple[list[int], list[list[Tensor]]]] = {}
         for partition, splits in zip(self.partitions, self._splits, strict=True):
-            if splits.rows:
+            if splits.layers:
+                if len(splits.layers) > 1 and partition.tensor.dim() > 1:
+                    self._check_order(partition)
                 memory = _memory(partition.tensor, state, self._moments)
-                rows, columns = by_dtype.setdefault(
+                layers, columns = by_dtype.setdefault(
                     tuple(x.dtype for x in memory), ([], [[] for _ in memory])
                 )
-                rows += splits.rows
+                layers += splits.layers
                 for column, flat in zip(columns, memory, strict=True):
                     column += torch.split(flat, splits.sizes)[1::2]
         return [
-            ScatteredShard(tuple(rows), w, g, m, second[0] if second else None)
-            for rows, (w, g, m, *second) in by_dtype.values()
+            ScatteredShard(tuple(layers), w, g, m, second[0] if second else None)
+            for layers, (w, g, m, *second) in by_dtype.values()
         ]
+
+    def _check_order(self, partition: Partition) -> None:
+        """Raises ValueError if ratio blocks of a parameter that DeepSpeed steps whole are not contiguous in memory."""
+        tensor, row = partition.tensor, self.params.index(partition.params[0])
+        blocks = self.table.layers.counts[row]
+        check_order(self.table.rows[row][0], tensor.shape, memory_strides(tensor), blocks)
 
     def present(self) -> list[bool]:
         """[rows] whether a parameter has a gradient; in a flat partition all have one, possibly zeros."""
@@ -130,7 +140,10 @@ class StepTensors:
         return present
 
     def next_steps(self, updated: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """([rows], [partitions]) fp64 step counts: a partition counts a step that updates any of its parameters."""
+        """([L], [partitions]) fp64 step counts: a partition counts a step that updates any of its parameters.
+
+        ``updated``: [L] bool.
+        """
         advanced = torch.zeros(len(self.partitions), dtype=torch.float64, device=self.device)
         advanced.index_add_(0, self._owner, updated.to(torch.float64))
         steps = torch.stack([state[p.tensor]["step"] for p in self.partitions]) + (advanced > 0)
@@ -143,20 +156,22 @@ class StepTensors:
 
 @dataclass(frozen=True, slots=True)
 class _Splits:
-    """Sizes that split a flattened partition into alternating gaps and segments, and the segments' rows."""
+    """Sizes that split a flattened partition into alternating gaps and segments of layers, and these layers."""
 
     sizes: list[int]
-    rows: list[int]
+    layers: list[int]
 
     @staticmethod
-    def of(partition: Partition, row: Mapping[int, int]) -> "_Splits":
-        sizes, rows, end = [], [], 0
-        for segment in sorted(partition.segments, key=lambda segment: segment.shard_start):
+    def of(partition: Partition, row: Mapping[int, int], layers: Layers) -> "_Splits":
+        sizes, found, end = [], [], 0
+        in_order = sorted(partition.segments, key=lambda segment: segment.shard_start)
+        segments, _ = layers.cut([replace(segment, param=row[segment.param]) for segment in in_order])
+        for segment in segments:
             if segment.length:
                 sizes += [segment.shard_start - end, segment.length]
-                rows.append(row[segment.param])
+                found.append(segment.param)
                 end = segment.shard_start + segment.length
-        return _Splits([*sizes, partition.tensor.numel() - end], rows)
+        return _Splits([*sizes, partition.tensor.numel() - end], found)
 
 
 def params_of(partitions: Sequence[Partition]) -> tuple[int, ...]:

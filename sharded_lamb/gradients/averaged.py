@@ -110,13 +110,13 @@ class AveragedGradients:
         )
 
     def _collect(self, grads: Sequence[Tensor | None]) -> Tensor:
-        """Find this rank's parts of gradients. Returns [P] fp64: Σg² of them, replicas included."""
+        """Find this rank's parts of gradients. Returns [L] fp64: Σg² of them, replicas included."""
         check_gradients(self.names, grads)
         self.dtensors.read_gradients(self.names, self.collectives.traffic)
         found, missing = self._in_place.shards(grads)
         with_gradients = [*found, *self.dtensors.shards]
         self._shards = [*with_gradients, *missing]
-        return gradient_square_sums(self.kernel, with_gradients, len(grads), self.params[0].device)
+        return gradient_square_sums(self.kernel, with_gradients, len(self._owner_mask), self.params[0].device)
 
     def _agree(
         self, grads: Sequence[Tensor | None], square_sums: Tensor, found_inf: Tensor | None

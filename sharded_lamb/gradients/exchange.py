@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.comm.collectives import Collectives, Pending
+from sharded_lamb.core.layers import repeated
 from sharded_lamb.core.layout import Segment
 from sharded_lamb.kernels import LocalContribution
 from sharded_lamb.sharding.buckets import FlatBucket, flattened, in_memory_order
@@ -194,7 +195,8 @@ class P2PExchange:
         """This rank's slices, in their gradients' memory."""
         own = [grads[self._position[segment.param]] for segment in self._bucket.segments]
         in_order = in_memory_order(own, self._bucket.segment_strides)
-        return LocalContribution(self._collectives.topology.shard_rank, in_order)
+        pieces = repeated(in_order, self._bucket.layer_sources)
+        return LocalContribution(self._collectives.topology.shard_rank, pieces)
 
     def start(self, grads: Sequence[Tensor | None]) -> Pending:
         """See `Exchange`."""

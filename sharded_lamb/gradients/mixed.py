@@ -67,11 +67,12 @@ class MixedGradients:
 
     def shards(self) -> list[Shard]:
         """See `GradientSource`."""
-        return [*(bucket.shard for bucket in self.reducer.buckets), *self.averaged.shards()]
+        of_buckets = (shard for bucket in self.reducer.buckets for shard in bucket.kernel_shards)
+        return [*of_buckets, *self.averaged.shards()]
 
     def units(self) -> list[Sequence[Shard]]:
         """See `GradientSource`."""
-        return [*([bucket.shard] for bucket in self.reducer.buckets), *self.averaged.units()]
+        return [*(bucket.kernel_shards for bucket in self.reducer.buckets), *self.averaged.units()]
 
     def is_partial(self, summary: GradientSummary) -> Tensor:
         """See `GradientSource`. The reducer counts a gradient that some ranks lack as zero."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from sharded_lamb import faults
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.comm.stalls import raised
+from sharded_lamb.core.layers import Layers
 from sharded_lamb.core.parameters import check_gradient
 from sharded_lamb.gradients.attached import AttachedGradients, Kept, apply_edits
 from sharded_lamb.gradients.ddp import reject_ddp
@@ -71,6 +72,7 @@ class BackwardReducer:
         self.may_lag = False  # whether other ranks may have gradients that no round includes
         self._summary: GradientSummary | None = None
         self._impatient_rounds = 0
+        self._layers = Layers((), ())
         self._owner_mask = torch.zeros(0, dtype=torch.float64, device="cpu")
         self._square_sums = torch.zeros(0, dtype=torch.float64, device="cpu")  # of the last round
         self._round: Round | None = None
@@ -82,13 +84,13 @@ class BackwardReducer:
         """See `GradientSource`."""
         assert self._round is None, "parameters cannot be added during a round"
         if self._summary is not None:
-            self._summary = self._summary.padded(len(added.params))
+            self._summary = self._summary.padded(added.layers)
         self.names.extend(added.names)
         self.params.extend(added.params)
         self.present.extend([False] * len(added.params))
         members = {param: self.params[param] for param in sorted(added.members)}
         self.attached.extend(added.names, added.params, list(members.values()))
-        self._owner_mask = added.owner_mask
+        self._layers, self._owner_mask = added.layers, added.owner_mask
         for index, bucket in enumerate(added.buckets, start=len(self.buckets)):
             self.bucket_of.update(dict.fromkeys(bucket.plan.params, index))
         self.buckets.extend(added.buckets)
@@ -124,7 +126,7 @@ class BackwardReducer:
             missing = [len(bucket.params) for bucket in self.buckets]
             for param in self.late:  # launch at the end: its gradient may be incomplete before
                 missing[self.bucket_of[param]] += 1
-            sums = torch.zeros(len(self.params), dtype=torch.float64, device=self.params[0].device)
+            sums = torch.zeros(len(self._layers), dtype=torch.float64, device=self.params[0].device)
             self._round, self._summary, self._square_sums = Round(self._used, sums, missing), None, sums
             self.attached.removed.clear()
             self.attached.zeroed.clear()
@@ -273,7 +275,7 @@ class BackwardReducer:
         parts = self.collectives.parts_of_sum(exchange.full, exchange.received)
         if self.collectives.has_replicas:
             if oldest.total is None:
-                rows = with_local_contribution(parts, bucket.segments, own, shard.compute)
+                rows = with_local_contribution(parts, bucket.layer_segments, own, shard.compute)
                 oldest.total, oldest.pending = self.collectives.sum_over_replicas(rows, shard.compute)
                 if not oldest.pending.wait(timeout):
                     return False
@@ -282,9 +284,17 @@ class BackwardReducer:
         with self.collectives.traffic.computing("average"):
             adds = apply_edits(bucket, oldest.kept)
             received = ReceivedShards(parts, self.collectives.divisor(exchange.full.dtype), own)
-            self.kernel.average(shard, bucket.segments, received, oldest.square_sums, add=adds)
+            self._average(bucket, received, oldest.square_sums, add=adds)
         self._staging.give_back(oldest.staging)
         return True
+
+    def _average(self, bucket: FlatBucket, received: ReceivedShards, sums: Tensor, *, add: bool) -> None:
+        """grad ← average, and adds Σg² to ``sums`` [L]: in one sweep where layers begin at the shard's blocks."""
+        is_flat = bucket.kernel_shards[0] is bucket.shard
+        own_sums = sums if is_flat else torch.zeros_like(sums)
+        self.kernel.average(bucket.shard, bucket.layer_segments, received, own_sums, add=add)
+        if not is_flat:
+            self.kernel.square_sums(bucket.kernel_shards, sums)
 
     def _drain(self) -> None:
         with self._stream.entered():
@@ -313,11 +323,12 @@ class BackwardReducer:
         """
         summary = self._agree()
         if not self._reads_all and self.rounds > SYNCED_ROUNDS:
-            return replace(summary, bad=summary.bad | (summary.left_over > 0))
+            return replace(summary, bad=summary.bad | self._layers.expand(summary.left_over > 0))
         late = {self.bucket_of[param] for param in summary.left_over.nonzero().flatten().tolist()}
         if late:
             for index in sorted(late):
-                self._square_sums[list(self.buckets[index].plan.params)] = 0  # summed again
+                for param in self.buckets[index].plan.params:  # summed again
+                    self._square_sums[self._layers.slice(param)] = 0
                 self._launch(index)
             self._drain()
             summary = self._agree()
@@ -370,9 +381,11 @@ class BackwardReducer:
         self.settle()
         self._zero(self.attached.collect_edits())
         assert self._summary is not None
-        summary = self._summary.without(self.attached.removed, self.attached.zeroed)
+        summary = self._summary.without(self.attached.removed, self.attached.zeroed, self._layers)
         factor = self.attached.factor()
-        return summary if factor is None else replace(summary, bad=summary.bad | ~factor.isfinite())
+        if factor is None:
+            return summary
+        return replace(summary, bad=summary.bad | ~self._layers.expand(factor.isfinite()))
 
     def is_partial(self, summary: GradientSummary) -> Tensor:
         """False: a gradient that some ranks lack counts as zero on them."""
@@ -425,10 +438,10 @@ class BackwardReducer:
         if self._round is not None and torch._C._current_graph_task_id() >= 0:
             return None
         self.settle()
-        return None if self._summary is None else self._summary.square_sums[param]
+        return None if self._summary is None else self._layers.total(self._summary.square_sums, param)
 
     def any_bad(self) -> Tensor:
         """See `ReducedGradients`."""
         self.settle()
         assert self._summary is not None
-        return self._summary.without(self.attached.removed, self.attached.zeroed).any_bad
+        return self._summary.without(self.attached.removed, self.attached.zeroed, self._layers).any_bad

@@ -7,6 +7,7 @@ from typing import Protocol, TypeAlias
 from torch import Tensor
 
 from sharded_lamb.comm.consistency import Description
+from sharded_lamb.core.layers import Layers
 from sharded_lamb.gradients.handles import Mark
 from sharded_lamb.gradients.summary import GradientSummary
 from sharded_lamb.kernels import Shard
@@ -28,7 +29,8 @@ class Registration:
     buckets: Sequence[FlatBucket]  # of the new plain parameters
     dtensors: DTensorShards  # of all parameters
     replicas: Replicas  # of all parameters
-    owner_mask: Tensor  # [P] fp64, of all parameters
+    layers: Layers  # of all parameters
+    owner_mask: Tensor  # [L] fp64, of all parameters
 
     def of_plain(self) -> "Registration":
         """For a source that reads plain parameters' gradients only."""

@@ -68,7 +68,7 @@ class Round:
     """The open round; None between rounds."""
 
     used: bool  # a step had used the gradients that it adds to
-    square_sums: Tensor  # [P] fp64 Σg² of this rank's shards
+    square_sums: Tensor  # [L] fp64 Σg² of this rank's shards
     missing: list[int]  # [buckets] gradients that each bucket still waits for
     next: int = 0  # the bucket to launch next
     fired: set[int] = field(default_factory=set)  # parameters whose gradient has arrived

@@ -1,12 +1,12 @@
 """The summary of gradients that all ranks need before any moment is written, in one packed all-reduce (a).
 
-Slots of the fp64 vector, for P parameters and W ranks::
+Slots of the fp64 vector, for P parameters, L layers (L = P without ratio blocks) and W ranks::
 
-    [0, P)      Σg² of owned parts (non-finite: a gradient element was, or its square overflowed)
-    [P, 2P)     number of ranks on which the parameter has a gradient
-    [2P, 3P)    number of ranks with a left-over gradient that no reduction included (stage 2)
-    [3P]        number of ranks on which GradScaler found an inf
-    [3P+1, …)   on the first steps: Σg and Σg² of a rank's parts of replicated gradients, W slots per kind
+    [0, L)         Σg² of owned parts (non-finite: a gradient element was, or its square overflowed)
+    [L, L+P)       number of ranks on which the parameter has a gradient
+    [L+P, L+2P)    number of ranks with a left-over gradient that no reduction included (stage 2)
+    [L+2P]         number of ranks on which GradScaler found an inf
+    [L+2P+1, …)    on the first steps: Σg and Σg² of a rank's parts of replicated gradients, W slots per kind
 """
 
 from collections.abc import Collection, Container, Sequence
@@ -20,6 +20,7 @@ from torch import Tensor
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.core import rule
 from sharded_lamb.core.host_values import to_device
+from sharded_lamb.core.layers import Layers
 from sharded_lamb.sharding.placements import Replicas
 
 TOLERANCE = 1e-3
@@ -30,10 +31,10 @@ TOLERANCE = 1e-3
 class GradientSummary:
     """The agreed summary, on the device of the update, the same bits on every rank."""
 
-    square_sums: Tensor  # [P] fp64
+    square_sums: Tensor  # [L] fp64
     present: Tensor  # [P] fp64, number of ranks with a gradient
     left_over: Tensor  # [P] fp64, number of ranks with a left-over gradient
-    bad: Tensor  # [P] bool: non-finite
+    bad: Tensor  # [L] bool: non-finite
     found_inf: Tensor  # bool
     totals: Tensor | None  # [2, kinds, W] Σg and Σg² of every rank's parts, by kind of `Replicas`
     agreed: bool = True  # False: this rank's own; see `summed`
@@ -43,7 +44,7 @@ class GradientSummary:
         return self.bad.any() | self.found_inf
 
     def norm(self, is_fp64: Tensor, scale: Tensor) -> Tensor:
-        """Global norm of gradients times ``scale`` (scalar, or [P]), fp64.
+        """Global norm of gradients times ``scale`` (scalar, or [L]), fp64. ``is_fp64``: [L].
 
         Rounded to fp32 (see `sharded_lamb.core.rule.norms`) unless all are ``is_fp64``.
         """
@@ -52,28 +53,28 @@ class GradientSummary:
         return rule.norms(self.square_sums.sum(), is_fp64.all()) * scale
 
     def summed(self, square_sums: Tensor, present: Tensor) -> "GradientSummary":
-        """The agreed summary of a `local_summary`, whose [P] sums over ranks are given: (a) packed into (b)."""
+        """The agreed summary of a `local_summary`, whose sums over ranks are given: (a) packed into (b)."""
         bad = ~square_sums.isfinite()
         return replace(self, square_sums=square_sums, present=present, bad=bad, agreed=True)
 
-    def padded(self, count: int) -> "GradientSummary":
-        """The summary with ``count`` more parameters, which have no gradient."""
-        zeros = torch.zeros(count, dtype=torch.float64, device=self.present.device)
+    def padded(self, layers: Layers) -> "GradientSummary":
+        """The summary with more parameters, which have no gradient. ``layers``: of all."""
         return replace(
             self,
-            square_sums=torch.cat([self.square_sums, zeros]),
-            present=torch.cat([self.present, zeros]),
-            left_over=torch.cat([self.left_over, zeros]),
-            bad=torch.cat([self.bad, zeros > 0]),
+            square_sums=_padded(self.square_sums, len(layers)),
+            present=_padded(self.present, len(layers.counts)),
+            left_over=_padded(self.left_over, len(layers.counts)),
+            bad=_padded(self.bad, len(layers)),
         )
 
-    def without(self, removed: Collection[int], zeroed: Collection[int]) -> "GradientSummary":
-        """The summary as if gradients had not been there, or had been zero."""
+    def without(self, removed: Collection[int], zeroed: Collection[int], layers: Layers) -> "GradientSummary":
+        """The summary as if gradients of some parameters had not been there, or had been zero."""
         if not removed and not zeroed:
             return self
         device = self.present.device
         gone = _flags([param in removed for param in range(len(self.present))], device) > 0
-        edited = gone | (_flags([param in zeroed for param in range(len(self.present))], device) > 0)
+        zero = _flags([param in zeroed for param in range(len(self.present))], device) > 0
+        edited = layers.expand(gone | zero)
         return replace(
             self,
             square_sums=self.square_sums.masked_fill(edited, 0),
@@ -104,33 +105,40 @@ def agree(
     """Sum the summaries over ranks: one small all-reduce over all ranks, none if there is one rank.
 
     Args:
-        square_sums: [P] fp64, Σg² of the parts that this rank owns.
+        square_sums: [L] fp64, Σg² of the parts that this rank owns.
         present, left_over: [P], this rank's.
         found_inf: GradScaler's, if one is in use.
         totals: [2, kinds] Σg and Σg² of this rank's parts, to compare over ranks.
     """
     topology, count, world = collectives.topology, len(present), collectives.world_size
-    device = square_sums.device
+    device, layers = square_sums.device, len(square_sums)
     slots = 0 if totals is None else totals.numel() * world
-    vector = torch.zeros(3 * count + 1 + slots, dtype=torch.float64, device=device)
-    vector[:count] = square_sums
-    vector[count : 2 * count] = _flags(present, device)
+    vector = torch.zeros(layers + 2 * count + 1 + slots, dtype=torch.float64, device=device)
+    sums, of_parameters = vector[:layers], vector[layers:]
+    sums.copy_(square_sums)
+    of_parameters[:count] = _flags(present, device)
     if any(left_over):
-        vector[2 * count : 3 * count] = _flags(left_over, device)
+        of_parameters[count : 2 * count] = _flags(left_over, device)
     if found_inf is not None:
-        vector[3 * count] = found_inf.to(device).reshape(())
+        of_parameters[2 * count] = found_inf.to(device).reshape(())
+    of_ranks = None
     if totals is not None:
-        vector[3 * count + 1 :].view(*totals.shape, world)[..., topology.rank] = totals
+        of_ranks = of_parameters[2 * count + 1 :].view(*totals.shape, world)
+        of_ranks[..., topology.rank] = totals
     collectives.all_reduce_small(vector)
-    sums = vector[:count]
     return GradientSummary(
         square_sums=sums,
-        present=vector[count : 2 * count],
-        left_over=vector[2 * count : 3 * count],
+        present=of_parameters[:count],
+        left_over=of_parameters[count : 2 * count],
         bad=~sums.isfinite(),
-        found_inf=vector[3 * count] > 0,
-        totals=vector[3 * count + 1 :].view(*totals.shape, world) if totals is not None else None,
+        found_inf=of_parameters[2 * count] > 0,
+        totals=of_ranks,
     )
+
+
+def _padded(values: Tensor, count: int) -> Tensor:
+    """[count]: ``values``, then zeros."""
+    return torch.cat([values, values.new_zeros(count - len(values))])
 
 
 def _flags(flags: Sequence[bool], device: torch.device) -> Tensor:
@@ -148,12 +156,12 @@ def _flags_on_device(flags: tuple[bool, ...], device: torch.device) -> Tensor:
 
 def local_summary(square_sums: Tensor, present: Sequence[bool]) -> GradientSummary:
     """This rank's summary, for steps whose decisions need no other rank's: no clipping and no skipping."""
-    no = torch.zeros(len(present), dtype=torch.bool, device=square_sums.device)
+    counts = _flags(present, square_sums.device)
     return GradientSummary(
         square_sums=square_sums,
-        present=_flags(present, square_sums.device),
-        left_over=torch.zeros_like(square_sums),
-        bad=no,
+        present=counts,
+        left_over=torch.zeros_like(counts),
+        bad=torch.zeros_like(square_sums, dtype=torch.bool),
         found_inf=torch.zeros((), dtype=torch.bool, device=square_sums.device),
         totals=None,
         agreed=False,

@@ -30,10 +30,12 @@ from sharded_lamb.core.hyperparams import (
     validate_group,
     variant_options,
 )
+from sharded_lamb.core.layers import RatioBlocks, validate_ratio_blocks
 from sharded_lamb.core.names import check_use, matching, needs_names, normalize, unique
 from sharded_lamb.core.parameters import NamedParameter, named, ndim_of
 from sharded_lamb.core.rule import moments_of, sums_of
 from sharded_lamb.optim.reports import StepReports
+from sharded_lamb.sharding.layer_parts import check_blocks
 
 run_eagerly = _disable_dynamo
 """Decorator: under torch.compile the method runs uncompiled (``torch.compiler.disable``, without importing dynamo)."""
@@ -112,11 +114,18 @@ class LambOptimizer(StepReports, Optimizer):
         """``scalars``: lr, betas, eps, weight_decay. ``explicit``: options that win over the variant's."""
         options = fill(variant, explicit)
         self._live = self._live_class(check_max_grad_norm(options.pop("max_grad_norm")))
+        self._ratio_blocks: RatioBlocks = validate_ratio_blocks(options.pop("ratio_blocks"))
         self._constructed = False
         super().__init__(params, validate_group({**scalars, "variant": variant, **options}))
-        self._constructed = True
         self._check_patterns(self.param_groups, self.param_groups)
+        self._check_ratio_blocks(self.param_groups)
+        self._constructed = True
         self._accept_options()
+
+    @property
+    def ratio_blocks(self) -> RatioBlocks:
+        """{pattern: number of ratio blocks}; empty: none. Fixed at construction."""
+        return dict(self._ratio_blocks)
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -175,8 +184,8 @@ class LambOptimizer(StepReports, Optimizer):
         """Add a group with its own options, else its variant's, else the optimizer's.
 
         Raises:
-            ValueError: an option out of range, a misspelt option, ``max_grad_norm``, which is optimizer-wide, or
-                ``caution`` beside ``nesterov``.
+            ValueError: an option out of range, a misspelt option, one of `OPTIMIZER_WIDE`, or ``caution`` beside
+                ``nesterov``.
             TypeError: the group is no dict.
         """
         if not isinstance(param_group, dict):
@@ -191,17 +200,23 @@ class LambOptimizer(StepReports, Optimizer):
         if self._constructed:
             try:
                 self._check_patterns(self.param_groups[-1:], self.param_groups[-1:], param_group.keys())
+                self._check_ratio_blocks(self.param_groups[-1:])
             except ValueError:
                 self.param_groups.pop()
                 raise
             self._accept_options()
 
     def _check_keys(self, group: Mapping[str, Any]) -> None:
-        """Raises ValueError for a misspelt option, or ``max_grad_norm``."""
+        """Raises ValueError for a misspelt option, or one of `OPTIMIZER_WIDE`."""
         if "max_grad_norm" in group:
             raise ValueError(
                 f"max_grad_norm={group['max_grad_norm']!r} in a parameter group: clipping is by the global norm "
                 f"over all groups, so pass max_grad_norm to the optimizer instead"
+            )
+        if "ratio_blocks" in group:
+            raise ValueError(
+                f"ratio_blocks={group['ratio_blocks']!r} in a parameter group: its patterns select parameters of all "
+                f"groups, and it is fixed at construction, so pass ratio_blocks to the optimizer instead"
             )
         for key in group.keys() - self.defaults.keys():
             near = difflib.get_close_matches(key, [*self.defaults, "params"], n=1, cutoff=0.8)
@@ -242,6 +257,30 @@ class LambOptimizer(StepReports, Optimizer):
                 used = set().union(*(matching(patterns, name, ndim_of(p)) for name, p in params))
                 example = next((name for name, _ in params if name is not None), None)
                 check_use(option, patterns, used, example)
+
+    def _check_ratio_blocks(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Check ``ratio_blocks`` with the parameters of ``groups``: at construction all, later a new one.
+
+        Raises:
+            ValueError: parameters have no names; as `check_blocks`; at construction, a pattern matches no parameter.
+        """
+        unused = dict.fromkeys(self._ratio_blocks)
+        if not unused:
+            return
+        for given, p in (pair for group in groups for pair in self._members(group)):
+            if given is None and needs_names(unused):
+                raise ValueError(
+                    f"ratio_blocks={self._ratio_blocks} matches names and the parameters have none: {self._name_remedy}"
+                )
+            name = "an unnamed one" if given is None else normalize(given)
+            check_blocks(name, p, self._ratio_blocks)
+            for pattern in matching(self._ratio_blocks, given, ndim_of(p)):
+                unused.pop(pattern, None)
+        if unused and not self._constructed:
+            raise ValueError(
+                f"ratio_blocks: {[*unused]} matches no parameter. Patterns are searched with re.search in the names "
+                f"that named_parameters() gives, wrappers' prefixes removed"
+            )
 
     def _members(self, group: Mapping[str, Any]) -> Iterable[tuple[str | None, Tensor]]:
         """(name or None, parameter) of every parameter of a group."""

@@ -5,7 +5,7 @@ Plain numbers of the host; makes no collective.
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,11 +135,12 @@ def explain(results: Iterable[StepResults]) -> Explanation:
         is_skipped = any(result.skipped for result in last.values())
         suspects |= _read(history.first_skipped) if is_skipped and history.first_skipped else last
         before |= {name: result.norms for name, result in _read(history.updating).items() if result.updated}
-        rows |= {row[0]: row for step in history.last for row in step.table.rows}
+        for step in history.last:
+            rows |= step.table.parameter_of
         updated |= {name: result.norms for name, result in last.items() if result.updated and not result.bad}
     _find_bad(suspects, before, found)
     _find_jumps(updated, before, found)
-    _find_ratios([(rows[name], norms) for name, norms in updated.items()], found)
+    _find_ratios(rows, updated, found)
     return Explanation(tuple(Finding(cause, found[cause]) for cause in CAUSES if cause in found))
 
 
@@ -165,10 +166,14 @@ def _find_jumps(updated: Mapping[str, LayerNorms], before: Mapping[str, LayerNor
             found.setdefault("gradient jumped", {})[name] = norms
 
 
-def _find_ratios(updated: Sequence[tuple[NamedParameter, LayerNorms]], found: _Found) -> None:
+def _find_ratios(
+    rows: Mapping[str, NamedParameter], updated: Mapping[str, LayerNorms], found: _Found
+) -> None:
+    """``rows``: {layer's name: its parameter}."""
     adapting = []
-    for (name, p, group), norms in updated:
-        causes = list(_causes_of_ratio(name, p, group, norms))
+    for name, norms in updated.items():
+        parameter, p, group = rows[name]
+        causes = list(_causes_of_ratio(parameter, p, group, norms))
         for cause in causes:
             found.setdefault(cause, {})[name] = norms
         if not any(cause.startswith(("ratio 1", "non-finite")) for cause in causes):

@@ -12,6 +12,7 @@ from sharded_lamb import kernels
 from sharded_lamb.core import rule
 from sharded_lamb.core.host_values import as_tensor
 from sharded_lamb.core.hyperparams import RuleOptions
+from sharded_lamb.core.layers import Layers
 from sharded_lamb.core.options import OptionTable
 from sharded_lamb.core.parameters import all_strided, check_gradients, check_parameter, named
 from sharded_lamb.kernels import ScatteredShard
@@ -64,6 +65,9 @@ class Lamb(LambOptimizer):
         caution: elements of m̂/(√v̂ + ε) whose sign is not that of gₜ (clipped, with the decay of ``adam_w_mode=False``)
             count as 0; the others are divided by max(their share of the parameter, 1e-3), before decay (timm, after
             Liang et al., arXiv 2411.16085). Not beside ``nesterov``. Fixed at construction.
+        ratio_blocks: {regex over names: n, or "dim0"}: matching parameters are n equal blocks along their first
+            dimension, or one per index of it, each with norms and a ratio of its own, as if it were a parameter:
+            {"qkv": 3, "experts": "dim0"}. Not per group; fixed at construction; not in state dicts.
 
     Raises:
         ValueError: an option out of range, or patterns that match nothing.
@@ -154,15 +158,15 @@ class Lamb(LambOptimizer):
         for device, own in devices.items():
             members = [params[row] for row in own]
             kernel = kernels.choose("auto", device)
-            states = [self.state[p] for p in members]
-            by_device.append(WholeTensors(kernel, device, own, members, states, self.moments))
+            states, table = [self.state[p] for p in members], self._table(device)
+            by_device.append(WholeTensors(kernel, device, own, members, states, self.moments, table))
         return _Found(params, rows, list(self.state.values()), by_device)
 
     def _update_part(self, part: "_Part", sums: Tensor, inverse: Tensor, grad_norm: Tensor) -> LastStep:
-        """Update one device's parameters. ``sums``: [P] Σg²; the other two: `_gradient_norm`, on the device."""
+        """Update one device's parameters. ``sums``: [L] Σg²; the other two: `_gradient_norm`, on the device."""
         whole = part.whole
         table = self._table(whole.device)
-        options, step = table.options(), whole.steps_of(len(table))
+        options, step = table.options(), table.layers.expand(whole.steps_of(len(table.rows)))
         active = step > 0  # shards hold no other parameters
         scale = inverse * rule.clip_factor(grad_norm, self.max_grad_norm)
         scales = rule.gradient_scales(scale, sums, options)
@@ -177,12 +181,12 @@ class Lamb(LambOptimizer):
         return LastStep(table, active, None, sums, inverse, grad_norm, square_sums, ratios)
 
     def _gradient_norm(self, parts: list["_Part"]) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """(inverse loss scale, global norm of the unscaled gradients, [P] Σg² of each part), fp64."""
+        """(inverse loss scale, global norm of the unscaled gradients, [L] Σg² of each part), fp64."""
         device, loss_scale = parts[0].whole.device, self._live.grad_scale
         inverse = torch.ones((), dtype=torch.float64, device=device)
         if loss_scale is not None:
             inverse = loss_scale.to(device, torch.float64).reciprocal()
-        count = sum(len(group["params"]) for group in self.param_groups)
+        count = len(self._table(device))
         sums = [
             gradient_square_sums(part.whole.kernel, part.shards, count, part.whole.device) for part in parts
         ]
@@ -191,11 +195,13 @@ class Lamb(LambOptimizer):
 
     def _table(self, device: torch.device) -> OptionTable:
         if device not in self._tables:
-            self._tables[device] = OptionTable(list(self._named_parameters()), device)
+            rows = list(self._named_parameters())
+            self._tables[device] = OptionTable(rows, Layers.named(rows, self._ratio_blocks), device)
         return self._tables[device]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
+        own = {"max_grad_norm": self.max_grad_norm, "_ratio_blocks": self._ratio_blocks}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         state = dict(pickled)

@@ -59,7 +59,7 @@ class RegisteringOptimizer(JoinableOptimizer):
         live.gradients.close()
         live.collectives.close()
         live.gathers.forget_buckets()
-        live.store = ParamStore(store.optimizer, store.topology, self._settings)
+        live.store = ParamStore(store.optimizer, store.topology, self._settings, self._ratio_blocks)
         live.results, live.scanned_params = StepResults(), []
         self._drop_clip()
         self.state.clear()
@@ -120,6 +120,7 @@ class RegisteringOptimizer(JoinableOptimizer):
         description: Description = [("construction", "ok"), ("settings", self._settings.described())]
         description.append(("kernel", kernel.name))
         description.append(("max_grad_norm", self.max_grad_norm))
+        description.append(("ratio_blocks", self.ratio_blocks))
         description += describe_groups(self.param_groups)
         description += plan.described(len(store.params))
         check_consistency(store.topology, description)
@@ -151,7 +152,7 @@ class RegisteringOptimizer(JoinableOptimizer):
         self.synchronize()
         self._gradients.settle()
         buckets = store.register(plan, self._collectives)
-        self._live.table = OptionTable(store.rows, plan.device)
+        self._live.table = OptionTable(store.rows, store.layers, plan.device)
         first = len(store.params) - len(plan.rows)
         self._gradients.extend(
             Registration(
@@ -161,6 +162,7 @@ class RegisteringOptimizer(JoinableOptimizer):
                 buckets=buckets,
                 dtensors=store.dtensors,
                 replicas=store.replicas(),
+                layers=store.layers,
                 owner_mask=store.owner_mask,
             )
         )

@@ -59,7 +59,8 @@ class ShardedLamb(AveragingOptimizer):
     4 P with ``caution``, in any group; P with ``lars``), and 6 of a checksum of all options, since a rank that steps
     with another one is an error on every rank), one all-gather per bucket, and in stage 2 one reduce-scatter per bucket
     during backward. With DTensors only, no clipping and ``skip_nonfinite=False``, (a) and (b) are one all-reduce of
-    2 P more; stage 2 beside DTensors makes (a) twice.
+    2 P more; stage 2 beside DTensors makes (a) twice. Each ratio block beyond a parameter's first adds one fp64 to (a)
+    and as many as a parameter to (b).
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or group dicts of either. Frozen parameters take no
@@ -67,7 +68,8 @@ class ShardedLamb(AveragingOptimizer):
         lr, betas, eps, weight_decay, variant: as for `Lamb`, and so are the rule options: bias_correction,
             grad_averaging, adam_w_mode, eps_inside_sqrt, max_grad_norm, trust_clip, weight_norm_clip,
             exclude_from_weight_decay, exclude_from_layer_adaptation, adapt_without_decay, normalize_grad, nesterov,
-            decoupled_decay, corrected_weight_decay, lars, trust_coefficient, momentum_includes_lr, larc_clip, caution.
+            decoupled_decay, corrected_weight_decay, lars, trust_coefficient, momentum_includes_lr, larc_clip, caution,
+            ratio_blocks (exact also where a shard ends inside a block).
         stage: 1: ``.grad`` holds gradients averaged over ranks, as DistributedDataParallel leaves them.
             2: ``.grad`` is each rank's own gradient; backward reduces, averages and frees it, and leaves a tensor
             without memory: its norm is the averaged gradient's, and it can be scaled by a number, zeroed or set to None
@@ -155,7 +157,7 @@ class ShardedLamb(AveragingOptimizer):
             )
             scalars = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
             super().__init__(params, scalars, variant, options)
-            self._live.store = ParamStore(self, topology, self._settings)
+            self._live.store = ParamStore(self, topology, self._settings, self._ratio_blocks)
         self._build()
         self._close_on_deletion()
 
@@ -201,7 +203,8 @@ class ShardedLamb(AveragingOptimizer):
         decides |= self._any("normalize_grad")
         may_defer = not decides and live.found_inf is None
         if live.has_deferred and not may_defer:  # ranks without this change send a deferred summary now
-            self._agree_at_once([store.step.new_zeros(len(self._sums) + 2, len(store.step))], problem)
+            layers = (len(self._sums) + 1) * len(store.layers)
+            self._agree_at_once([store.step.new_zeros(layers + len(store.step))], problem)
         # Ranks without a change to may_defer=True wait for (a) now.
         summary = self._gradients.ready(live.found_inf, may_defer=may_defer and live.may_defer)
         live.may_defer, live.has_deferred = may_defer, not summary.agreed
@@ -215,11 +218,13 @@ class ShardedLamb(AveragingOptimizer):
 
     def _update(self, summary: GradientSummary, problem: Exception | None) -> None:
         store, traffic, live = self._store, self._collectives.traffic, self._live
+        expand = store.layers.expand
         skip = self._must_skip(summary)
-        inverse = self._inverse_scale()
+        inverse = expand(self._inverse_scale())
         is_fp64 = self._table.is_fp64
         grad_norm = summary.norm(is_fp64, inverse)
-        updated = (summary.present > 0) & ~skip
+        steps = store.step + (present := (summary.present > 0) & ~skip)
+        updated = expand(present)
         if store.device.type == "cpu" and skip:
             self._skips.record(skip)
             live.results.last = [
@@ -227,11 +232,11 @@ class ShardedLamb(AveragingOptimizer):
             ]
             return
         if problem is not None:
-            self._sum_norms(store.step.new_zeros(len(self._sums), len(store.step)), summary, problem)
-        clip = torch.ones_like(grad_norm) if live.clip is None else live.clip
+            self._sum_norms(store.step.new_zeros(len(self._sums), len(updated)), summary, problem)
+        clip = torch.ones_like(grad_norm) if live.clip is None else expand(live.clip)
         clipped_norm = summary.norm(is_fp64, inverse * clip) if clip.ndim else grad_norm * clip
         clip = clip * rule.clip_factor(clipped_norm, live.max_grad_norm)
-        options, step = self._table.options(), store.step + updated
+        options, step = self._table.options(), expand(steps)
         scale = rule.gradient_scales(inverse * clip, summary.square_sums, options)
         scale = torch.where(skip, torch.zeros_like(scale), scale)
         update = Update(self._kernel, options, step=step, active=updated, grad_scale=scale)
@@ -242,14 +247,13 @@ class ShardedLamb(AveragingOptimizer):
         square_sums, lr = update.square_sums(sums), self._table.lr()
         ratios = rule.ratios_of_sums(square_sums, options, lr, summary.square_sums, scale)
         step_sizes = rule.step_sizes(lr, ratios, options, step, updated & ~differs)
-        by_bucket = [[shard] for shard in store.shards()]
-        units = self._gradients.units() if options.pass_2_reads_gradients else by_bucket
+        units = self._gradients.units() if options.pass_2_reads_gradients else store.units()
         written = update.apply(units, step_sizes, lr, are_gathered=self._collectives.has_peers)
         for index in traffic.computing_each("pass 2", written):
             if index < len(store.gathers):
                 store.gathers[index].start()
         self._update_averages(updated & ~differs)
-        store.step.copy_(step)
+        store.step.copy_(steps)
         self._gathers.finish_or_defer(store.gathers, [bucket.params for bucket in store.buckets])
         self._gathers.wait(store.shared_buckets())
         store.write_shared()
@@ -350,7 +354,8 @@ class ShardedLamb(AveragingOptimizer):
         if before is None:
             self._drop_clip()
             before = one
-        norm = summary.norm(self._table.is_fp64, before if unscaled is None else before * unscaled)
+        scale = self._store.layers.expand(before if unscaled is None else before * unscaled)
+        norm = summary.norm(self._table.is_fp64, scale)
         self._clip_by(before * rule.clip_factor(norm, limit), limit)
         return norm.float()
 

@@ -403,7 +403,7 @@ class ShardedOptimizer(PartsOptimizer):
         return {
             "settings": self._settings,
             "defaults": self.defaults,
-            "max_grad_norm": self.max_grad_norm,
+            "wide": {"max_grad_norm": self.max_grad_norm, "ratio_blocks": self.ratio_blocks},
             "param_groups": self.param_groups,
             "full": self.full_state_dict(),
         }
@@ -412,9 +412,7 @@ class ShardedOptimizer(PartsOptimizer):
         settings: Settings = pickled["settings"]
         defaults = dict(pickled["defaults"])
         keywords = {name: getattr(settings, name) for name in settings.__slots__}
-        self.__init__(  # type: ignore[misc]
-            pickled["param_groups"], **keywords, **defaults, max_grad_norm=pickled["max_grad_norm"]
-        )
+        self.__init__(pickled["param_groups"], **keywords, **defaults, **pickled["wide"])  # type: ignore[misc]
         self.load_full_state_dict(pickled["full"])
 
 

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharded_lamb.core.layers import Sources, check_order, repeated
+from sharded_lamb.core.layout import Segment
+from sharded_lamb.core.options import OptionTable
 from sharded_lamb.kernels import Kernel, ScatteredShard
 from sharded_lamb.sharding.buckets import flattened, in_memory_order, memory_strides, with_own_storage
 from sharded_lamb.sharding.memory_record import MemoryRecord
@@ -28,13 +31,18 @@ def new_state(p: Tensor, moments: Sequence[str]) -> State:
 
 
 class _Pieces:
-    """Parameters with the same dtypes and their moments, as a shard without gradients."""
+    """Parameters with the same dtypes and their moments, as a shard without gradients: a piece for each layer."""
 
     def __init__(
-        self, positions: list[int], params: Sequence[Tensor], states: Sequence[State], moments: Sequence[str]
+        self,
+        positions: list[int],
+        params: Sequence[Tensor],
+        states: Sequence[State],
+        moments: Sequence[str],
+        cut: tuple[Sequence[Segment], Sources],
     ) -> None:
-        """``positions``: of these parameters, in the sequence of `WholeTensors`."""
-        self.positions = positions
+        """``positions``: of these parameters, in the sequence of `WholeTensors`. ``cut``: see `Layers.cut`."""
+        self.positions, (self._segments, self._sources) = positions, cut
         self._params = params
         self._strides = [memory_strides(p) for p in params]
         for state, strides in zip(states, self._strides, strict=True):
@@ -56,17 +64,27 @@ class _Pieces:
     def _flattened(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         return [flattened(tensor, strides) for tensor, strides in zip(tensors, self._strides, strict=True)]
 
-    def shard(self, rows: Sequence[int]) -> ScatteredShard:
-        weight, exp_avg, *second = self._flat
-        params = tuple(rows[position] for position in self.positions)
-        return ScatteredShard(params, weight, [], exp_avg, second[0] if second else None)
+    def shard(self) -> ScatteredShard:
+        params = tuple(segment.param for segment in self._segments)
+        if self._sources is None:
+            weight, exp_avg, *second = self._flat
+            return ScatteredShard(params, weight, [], exp_avg, second[0] if second else None)
+        starts = [segment.start for segment in self._segments]
+        weight, exp_avg, *second = (
+            [
+                flat[segment.start : segment.start + segment.length]
+                for flat, segment in zip(repeated(kind, self._sources), self._segments, strict=True)
+            ]
+            for kind in self._flat
+        )
+        return ScatteredShard(params, weight, [], exp_avg, second[0] if second else None, grad_starts=starts)
 
     def in_memory_order(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """These parameters' gradients. Brings parameters with gaps in memory into the shard's copies."""
+        """These pieces' gradients. Brings parameters with gaps in memory into the shard's copies."""
         for p, copy in self._copies:
             copy.copy_(p.detach())
         own = [grads[position] for position in self.positions]
-        return [g for g in in_memory_order([*own], self._strides) if g is not None]
+        return repeated([g for g in in_memory_order([*own], self._strides) if g is not None], self._sources)
 
     def write_back(self) -> None:
         """Write parameters with gaps in memory, which the kernels updated in copies."""
@@ -90,9 +108,11 @@ class WholeTensors:
         params: list[Tensor],
         states: list[State],
         moments: Sequence[str],
+        table: OptionTable,
     ) -> None:
+        """``table``: of all parameters of all groups."""
         self.kernel, self.device, self.rows, self._params, self._states = kernel, device, rows, params, states
-        self._keys = moments
+        self._keys, self._table = moments, table
         self.steps = torch.stack([state["step"] for state in states])
         self._elements = [with_own_storage(step, (), ()) for step in torch.split(self.steps, 1)]
         for state, step in zip(states, self._elements, strict=True):
@@ -136,16 +156,18 @@ class WholeTensors:
         alike: dict[Any, list[int]] = {}
         for position, (p, state, dtype) in enumerate(zip(self._params, self._states, dtypes, strict=True)):
             alike.setdefault((p.dtype, dtype, state["exp_avg"].dtype), []).append(position)
-        every = [
-            _Pieces(
-                positions,
-                [self._params[i] for i in positions],
-                [self._states[i] for i in positions],
-                self._keys,
-            )
-            for positions in alike.values()
-        ]
-        return [(pieces, pieces.shard(self.rows)) for pieces in every]
+        every = [self._pieces(positions) for positions in alike.values()]
+        return [(pieces, pieces.shard()) for pieces in every]
+
+    def _pieces(self, positions: list[int]) -> _Pieces:
+        """Raises ValueError if a parameter's ratio blocks are not contiguous in memory."""
+        params, states = [self._params[i] for i in positions], [self._states[i] for i in positions]
+        rows = [self.rows[i] for i in positions]
+        layers = self._table.layers
+        for row, p in zip(rows, params, strict=True):
+            check_order(self._table.rows[row][0], p.shape, memory_strides(p), layers.counts[row])
+        segments = [Segment(row, 0, p.numel(), 0) for row, p in zip(rows, params, strict=True)]
+        return _Pieces(positions, params, states, self._keys, layers.cut(segments))
 
     def _take_steps(self) -> None:
         """Take over steps that a program has replaced in a state."""

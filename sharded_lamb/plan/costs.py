@@ -99,7 +99,7 @@ def _of_buckets(shapes: Shapes, widths: Widths, choices: Choices, sharding: Shar
             "staging": staging,
         },
         large=large_sends(flat, reduces=reduces, replicas=sharding.replicate),
-        small=small_sends(len(shapes), len(SUMS), digest=SLOTS, agreements=1)
+        small=small_sends(len(shapes), len(shapes), len(SUMS), digest=SLOTS, agreements=1)
         if sharding.world_size > 1
         else [],
         around=around,
@@ -128,7 +128,7 @@ def _of_chunks(shapes: Shapes, widths: Widths, choices: Choices, sharding: Shard
             "staging": 0,
         },
         large={},
-        small=small_sends(len(placed), len(SUMS), digest=SLOTS, agreements=1)
+        small=small_sends(len(placed), len(placed), len(SUMS), digest=SLOTS, agreements=1)
         if sharding.world_size > 1
         else [],
         around=_around_chunks(placed, widths, choices, sharding),

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from sharded_lamb.core.footprint import Widths
+from sharded_lamb.core.layers import Layers, Sources, repeated
 from sharded_lamb.core.layout import BLOCK, Bucket, Segment
 from sharded_lamb.core.rule import MOMENTS
-from sharded_lamb.kernels import FlatShard, ScatteredShard, formats
+from sharded_lamb.kernels import FlatShard, ScatteredShard, Shard, formats
 from sharded_lamb.kernels.state_format import OF_WEIGHTS, StateFormat, StoredState, moments
 from sharded_lamb.sharding.flat_memory import zeros
 from sharded_lamb.sharding.memory_record import MemoryRecord
@@ -129,21 +130,29 @@ class FlatBucket:
     """One bucket's memory on this rank. Construction copies the parameters' values into it.
 
     Without ``holds_gradients`` gradients are read where they are: see `GradientsInPlace`.
+
+    Attributes:
+        shard: this rank's shard of the bucket.
+        kernel_shards: the same memory for the kernels: ``shard``, or pieces where ratio blocks begin inside its blocks.
+        layer_segments, layer_sources: this rank's segments, cut where layers begin: see `Layers.cut`.
     """
 
     def __init__(
         self,
         plan: Bucket,
         params: Sequence[Tensor],
+        layers: Layers,
         precision: Precision,
         shard_rank: int,
         device: torch.device,
         *,
         holds_gradients: bool,
     ) -> None:
+        """``layers``: of all parameters, which ``plan`` numbers."""
         self.plan, self.params, self.precision = plan, list(params), precision
         self.strides = [memory_strides(p) for p in params]
         self.segments = plan.segments(shard_rank)
+        self.layer_segments, self.layer_sources = layers.cut(self.segments)
         self._segment_of = {segment.param: segment for segment in self.segments}
         position_of = {param: position for position, param in enumerate(plan.params)}
         positions = [position_of[segment.param] for segment in self.segments]
@@ -158,7 +167,14 @@ class FlatBucket:
         self._shared: set[int] = set()  # positions of parameters in shared memory, outside ``flat``
         for position, p in enumerate(self.params):
             self.attach(position, p.detach())
-        self.shard = self._shard(holds_gradients=holds_gradients)
+        self.shard = self._shard(layers.slice(plan.params[0]).start, holds_gradients=holds_gradients)
+        self.kernel_shards: list[Shard] = [self.shard]
+        if any(segment.shard_start % BLOCK for segment in self.layer_segments):
+            pieces = self.pieces()
+            grad = (
+                self._cut(self.shard.grad) if holds_gradients else pieces.exp_avg
+            )  # a stand-in that no pass reads
+            self.kernel_shards = [replace(pieces, grad=grad, grad_starts=None)]
         self.average: Tensor | None = None  # [shard] of this rank's weights
         if precision.averages:
             self.average = zeros(plan.shard_numel, precision.compute, device, lane=5)
@@ -169,14 +185,14 @@ class FlatBucket:
         """[shard] this rank's shard of the model's own memory."""
         return self.flat[self.low : self.high]
 
-    def _shard(self, *, holds_gradients: bool) -> FlatShard:
+    def _shard(self, first_layer: int, *, holds_gradients: bool) -> FlatShard:
         numel, precision, device = self.plan.shard_numel, self.precision, self.flat.device
         shard_flat, masters = self.flat[self.low : self.high], None
         if precision.masters is not None:
             masters = zeros(numel, precision.masters.storage, device, lane=4)
             precision.masters.reset(masters, shard_flat)
-        block_param = torch.full((numel // BLOCK,), self.plan.params[0], dtype=torch.int64, device="cpu")
-        for segment in self.segments:
+        block_param = torch.full((numel // BLOCK,), first_layer, dtype=torch.int64, device="cpu")
+        for segment in self.layer_segments:
             first = segment.shard_start // BLOCK
             block_param[first : -(-(segment.shard_start + segment.length) // BLOCK)] = segment.param
         return FlatShard(
@@ -191,21 +207,21 @@ class FlatBucket:
         )
 
     def pieces(self) -> ScatteredShard:
-        """`shard` in pieces, one per segment, without gradients."""
-        shard, params = self.shard, [segment.param for segment in self.segments]
-
-        def pieces(memory: Tensor) -> list[Tensor]:
-            return [self.slice_of(param, memory) for param in params]
-
+        """`shard` in pieces, one per segment of a layer, without gradients."""
+        shard = self.shard
         return ScatteredShard(
-            params=tuple(params),
-            weight=pieces(shard.weight),
+            params=tuple(segment.param for segment in self.layer_segments),
+            weight=self._cut(shard.weight),
             grad=(),
-            exp_avg=pieces(shard.exp_avg),
-            exp_avg_sq=None if shard.exp_avg_sq is None else pieces(shard.exp_avg_sq),
-            model=None if shard.model is None else pieces(shard.model),
-            grad_starts=[segment.start for segment in self.segments],
+            exp_avg=self._cut(shard.exp_avg),
+            exp_avg_sq=None if shard.exp_avg_sq is None else self._cut(shard.exp_avg_sq),
+            model=None if shard.model is None else self._cut(shard.model),
+            grad_starts=[segment.start for segment in self.layer_segments],
         )
+
+    def _cut(self, memory: Tensor) -> list[Tensor]:
+        """Views of the layers' segments in a flat tensor of the shard's size."""
+        return [memory[x.shard_start : x.shard_start + x.length] for x in self.layer_segments]
 
     def states_of(self, param: int) -> list[StoredState]:
         """The kinds of state of this rank's segment of a parameter: views, each [segment]; may be empty."""
@@ -342,9 +358,11 @@ class GradientsInPlace:
             if bucket.segments:
                 alike.setdefault(bucket.precision, []).append(bucket)
         self._pieces = [ScatteredShard.joined([b.pieces() for b in group]) for group in alike.values()]
+        self._params = [[segment.param for b in group for segment in b.segments] for group in alike.values()]
         self._strides = [
             list(chain.from_iterable(b.segment_strides for b in group)) for group in alike.values()
         ]
+        self._sources = [_joined_sources(group) for group in alike.values()]
 
     def shards(self, grads: Sequence[Tensor | None]) -> tuple[list[ScatteredShard], list[ScatteredShard]]:
         """(pieces with a gradient, one shard per precision and gradient dtype; pieces without one).
@@ -357,8 +375,9 @@ class GradientsInPlace:
         """
         found: list[ScatteredShard] = []
         missing: list[ScatteredShard] = []
-        for pieces, strides in zip(self._pieces, self._strides, strict=True):
-            own = in_memory_order([grads[param] for param in pieces.params], strides)
+        alike = zip(self._pieces, self._params, self._strides, self._sources, strict=True)
+        for pieces, params, strides, sources in alike:
+            own = repeated(in_memory_order([grads[param] for param in params], strides), sources)
             dtypes = [None if grad is None else grad.dtype for grad in own]
             kinds = dict.fromkeys(dtypes)
             for dtype in kinds:
@@ -371,3 +390,17 @@ class GradientsInPlace:
                 else:
                     found.append(part.with_gradients(cast(list[Tensor], part_grads)))
         return found, missing
+
+
+def _joined_sources(buckets: Sequence[FlatBucket]) -> Sources:
+    """`FlatBucket.layer_sources` of the segments of several buckets."""
+    if all(bucket.layer_sources is None for bucket in buckets):
+        return None
+    joined: list[int] = []
+    first = 0
+    for bucket in buckets:
+        count = len(bucket.segments)
+        own = range(count) if bucket.layer_sources is None else bucket.layer_sources
+        joined += [first + source for source in own]
+        first += count
+    return joined

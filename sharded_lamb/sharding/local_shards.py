@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from sharded_lamb.comm.collectives import Traffic
+from sharded_lamb.core.layers import Sources, repeated
+from sharded_lamb.core.layout import Segment
 from sharded_lamb.core.rule import MOMENTS
 from sharded_lamb.kernels import ScatteredShard, formats
 from sharded_lamb.kernels.state_format import StoredState
@@ -118,6 +120,7 @@ class DTensorShards:
 
     def __init__(self) -> None:
         self.local: dict[int, LocalShard] = {}
+        self._segments: dict[int, Sequence[Segment]] = {}  # of layers, in the local part
         self.grads: dict[int, Tensor] = {}
         """{parameter: local gradient} as last read, with the parameter's placements."""
         self.shards: list[ScatteredShard] = []
@@ -125,8 +128,9 @@ class DTensorShards:
         self._pieces: dict[_Kind, _Pieces] = {}
         self._record: MemoryRecord | None = None  # of local parts that fit their state; None: to be checked
 
-    def add(self, param: int, p: "DTensor", precision: Precision) -> None:
-        self.local[param] = LocalShard.of(p, precision)
+    def add(self, param: int, p: "DTensor", segments: Sequence[Segment], precision: Precision) -> None:
+        """``segments``: `layer_parts.segments_of_part`."""
+        self.local[param], self._segments[param] = LocalShard.of(p, precision), segments
         self._pieces, self._record = {}, None
 
     def _memory(self) -> list[Tensor]:
@@ -176,7 +180,11 @@ class DTensorShards:
 
     def _pieces_of(self, kind: "_Kind", members: list[int]) -> "_Pieces":
         kept = self._pieces.get(kind)
-        return kept if kept is not None and kept.members == members else _Pieces(members, self.local)
+        return (
+            kept
+            if kept is not None and kept.members == members
+            else _Pieces(members, self.local, self._segments)
+        )
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes on this rank, by kind. Gradients stay in their own memory."""
@@ -198,32 +206,45 @@ _Kind = tuple[Precision, torch.dtype]
 
 
 class _Pieces:
-    """Local parts of one kind as a shard, which serves while their memory stays where it is."""
+    """Local parts of one kind as a shard, which serves while their memory stays where it is: a piece per segment."""
 
-    def __init__(self, members: list[int], local: Mapping[int, LocalShard]) -> None:
+    def __init__(
+        self, members: list[int], local: Mapping[int, LocalShard], segments: Mapping[int, Sequence[Segment]]
+    ) -> None:
         self.members = members
         rows = [local[param] for param in members]
         self._strides = [row.strides for row in rows]
-        weights = [row.weight() for row in rows]
-        masters = [row.master for row in rows if row.master is not None]
-        second = [row.exp_avg_sq for row in rows if row.exp_avg_sq is not None]
+        pieces = [segment for param in members for segment in segments[param]]
+        self._sources: Sources = None
+        if len(pieces) > len(members):
+            self._sources = [source for source, param in enumerate(members) for _ in segments[param]]
+
+        def cut(parts: Sequence[Tensor | None]) -> list[Tensor]:
+            """Pieces of what the members have; nothing, if they have none."""
+            whole = [part for part in parts if part is not None]
+            if self._sources is None or not whole:
+                return whole
+            of_pieces = zip(repeated(whole, self._sources), pieces, strict=True)
+            return [part[piece.start : piece.start + piece.length] for part, piece in of_pieces]
+
+        weights, masters = cut([row.weight() for row in rows]), cut([row.master for row in rows])
         self._shard = ScatteredShard(
-            params=tuple(members),
+            params=tuple(piece.param for piece in pieces),
             weight=masters or weights,
             grad=(),
-            exp_avg=[row.exp_avg for row in rows],
-            exp_avg_sq=second or None,
+            exp_avg=cut([row.exp_avg for row in rows]),
+            exp_avg_sq=cut([row.exp_avg_sq for row in rows]) or None,
             model=weights if masters else None,
+            grad_starts=None if self._sources is None else [piece.start for piece in pieces],
         )
 
     def with_gradients(self, grads: Mapping[int, Tensor]) -> ScatteredShard:
         own = [grads[param] for param in self.members]
-        return self._shard.with_gradients(
-            [
-                grad if grad.stride() == strides else flattened(grad, strides)
-                for grad, strides in zip(own, self._strides, strict=True)
-            ]
-        )
+        in_order = [
+            grad if grad.stride() == strides else flattened(grad, strides)
+            for grad, strides in zip(own, self._strides, strict=True)
+        ]
+        return self._shard.with_gradients(repeated(in_order, self._sources))
 
 
 # -- gradients with other placements than their parameters -------------------------------------------

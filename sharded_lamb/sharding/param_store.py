@@ -14,6 +14,7 @@ from sharded_lamb.comm.step_agreement import SLOTS
 from sharded_lamb.comm.topology import Topology
 from sharded_lamb.core.footprint import large_sends, small_sends
 from sharded_lamb.core.host_values import as_tensor
+from sharded_lamb.core.layers import Layers, RatioBlocks
 from sharded_lamb.core.layout import ShardLayout
 from sharded_lamb.core.options import OptionTable
 from sharded_lamb.core.parameters import NamedParameter
@@ -21,6 +22,7 @@ from sharded_lamb.kernels import Shard
 from sharded_lamb.kernels.state_format import StoredState
 from sharded_lamb.sharding.buckets import FlatBucket
 from sharded_lamb.sharding.dtensors import is_dtensor
+from sharded_lamb.sharding.layer_parts import check_blocks, segments_of_part
 from sharded_lamb.sharding.local_shards import DTensorShards
 from sharded_lamb.sharding.ownership import Ownership
 from sharded_lamb.sharding.placements import Replicas, ShardSpec
@@ -38,11 +40,14 @@ from sharded_lamb.sharding.shard_plan import (
 class ParamStore:
     """Parameters in registration order; ``index`` maps a parameter to its position."""
 
-    def __init__(self, optimizer: Any, topology: Topology, settings: Settings) -> None:
-        self.topology, self.settings = topology, settings
+    def __init__(
+        self, optimizer: Any, topology: Topology, settings: Settings, ratio_blocks: RatioBlocks
+    ) -> None:
+        self.topology, self.settings, self.ratio_blocks = topology, settings, ratio_blocks
         self.names: list[str] = []
         self.params: list[Tensor] = []
         self.rows: list[NamedParameter] = []
+        self.layers = Layers((), ())
         self.index: dict[Tensor, int] = {}
         self.buckets: list[FlatBucket] = []
         self.gathers: list[ParamGather] = []  # one per bucket
@@ -72,8 +77,8 @@ class ParamStore:
 
     @property
     def owner_mask(self) -> Tensor:
-        """[P] fp64: see `Ownership.mask`."""
-        return self.ownership.mask
+        """[L] fp64: see `Ownership.mask`."""
+        return self.layers.expand(self.ownership.mask)
 
     @property
     def specs(self) -> dict[int, ShardSpec]:
@@ -89,6 +94,7 @@ class ParamStore:
         new = [row for row in rows if row[1].requires_grad and row[1] not in self.index]
         for name, p, _ in new:
             self.settings.check_master(name, p.dtype)
+            check_blocks(name, p, self.ratio_blocks)
         release_claims(new, self._optimizer())
         check_new(new, self.names, self.params)
         return plan_shards(new, self.layout, self.topology, self.settings.bucket_mb, self.device)
@@ -108,6 +114,7 @@ class ParamStore:
             self.names.append(name)
             self.params.append(p)
             self.rows.append((name, p, group))
+        self.layers = Layers.named(self.rows, self.ratio_blocks)
         added = []
         for bucket_plan in plan.buckets:
             params = [self.params[param] for param in bucket_plan.params]
@@ -115,6 +122,7 @@ class ParamStore:
             bucket = FlatBucket(
                 bucket_plan,
                 params,
+                self.layers,
                 precision,
                 self.topology.shard_rank,
                 plan.device,
@@ -128,7 +136,8 @@ class ParamStore:
         for param in plan.specs:
             p = self.params[param]
             assert is_dtensor(p)
-            self.dtensors.add(param, p, self.settings.precision(p.dtype))
+            segments = segments_of_part(param, p, self.layers)
+            self.dtensors.add(param, p, segments, self.settings.precision(p.dtype))
         self.buckets.extend(added)
         self.gathers.extend(InPlaceGather(bucket.flat, collectives) for bucket in added)
         self.layout = plan.layout
@@ -161,9 +170,9 @@ class ParamStore:
         """Which ranks must hold equal gradients: in stage 1 all of them, for plain parameters."""
         return self.ownership.replicas(averaged=self.settings.stage == 1 and bool(self.buckets))
 
-    def shards(self) -> list[Shard]:
-        """The kernels' shards: one per bucket, in bucket order, then the DTensors'."""
-        return [*(bucket.shard for bucket in self.buckets), *self.dtensors.shards]
+    def units(self) -> list[Sequence[Shard]]:
+        """The kernels' shards: those of each bucket, in order, then each of the DTensors'."""
+        return [*(bucket.kernel_shards for bucket in self.buckets), *([x] for x in self.dtensors.shards)]
 
     def reattach(self) -> None:
         """Copy weights that were written outside the buckets into them, before a step.
@@ -252,7 +261,7 @@ class ParamStore:
         """Bytes that this rank sends per step: buckets, which grow with the model, and the two small vectors.
 
         Args:
-            sums: numbers per parameter in all-reduce (b).
+            sums: numbers per layer in all-reduce (b).
             needs_summary: clipping or normalized gradients need all-reduce (a) before pass 1.
         """
         reduces, replicas = self.settings.stage == 2, len(self.topology.replica_ranks)
@@ -266,7 +275,7 @@ class ParamStore:
             two_sources = reduces and bool(self.buckets) and bool(self.specs)
             agreements = 1 + two_sources if decides else 0
             sent["all_reduce_small"] = sum(
-                small_sends(len(self.params), sums, digest=SLOTS, agreements=agreements)
+                small_sends(len(self.params), len(self.layers), sums, digest=SLOTS, agreements=agreements)
             )
         return sent
 
@@ -277,11 +286,14 @@ class ParamStore:
         return " and ".join([*stages, *(["3"] if self.specs else [])])
 
     def summary(self, table: OptionTable, kernel: str, variant: str) -> str:
-        """One line: stage, ranks, tensors, tensors without decay and without ratio, bytes of state, kernel, variant."""
+        """One line: stage, ranks, tensors, layers without decay and without ratio, bytes of state, kernel, variant."""
         options, sizes = table.options(), self.bytes_by_kind()
+        tensors = f"{len(self.params)} tensors"
+        if len(table) > len(self.params):
+            tensors += f" of {len(table)} layers"
         no_decay, no_ratio = int((options.decay + options.l2 == 0).sum()), int((~options.adapts).sum())
         return (
-            f"ShardedLamb stage {self.stages}: {len(self.topology.everyone)} ranks, {len(self.params)} tensors "
+            f"ShardedLamb stage {self.stages}: {len(self.topology.everyone)} ranks, {tensors} "
             f"({no_decay} without decay, {no_ratio} without ratio), {sizes['moments'] + sizes['masters']:,} bytes of "
             f"state per rank, kernel {kernel}, variant {variant}"
         )

@@ -41,6 +41,7 @@ CHANGES: dict[str, Any] = {
     "decoupled_decay": True,
     "caution": True,
     "variant": "nvlamb",
+    "ratio_blocks": {"a.weight": "dim0"},
     "state_dtype": torch.bfloat16,
 }
 # option whose effect needs more than CHANGES → the test that shows it
