@@ -1,6 +1,7 @@
 """Ratio blocks: parts of a parameter with ratios of their own, exact wherever a rank's shard begins and ends."""
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn import Parameter
 
 from sharded_lamb import Lamb, ShardedLamb
 from tests import training
-from tests.harness import run_ranks
+from tests.harness import run_ranks, run_ranks_expecting_errors
 from tests.optim import fsdp_models as models
 from tests.oracle import split_blocks
 from tests.sharded_cases import (
@@ -369,3 +370,96 @@ def test_a_copy_keeps_them(cls: Any) -> None:
     training.give(copied_params, models.gradients(0, 0, SMALL))
     copied.step()
     assert [*copied.trust_ratios()] == ["a", "qkv[0]", "qkv[1]", "qkv[2]", "b"]
+
+
+# -- errors -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+def test_errors_at_construction(cls: Any) -> None:
+    def made(ratio_blocks: Any, *, names: bool = True, of_group: Any = None) -> Any:
+        params = training.parameters(SMALL)
+        group: dict[str, Any] = {"params": [*params.items()] if names else [*params.values()]}
+        if of_group is not None:
+            group["ratio_blocks"] = of_group
+        return cls([group], ratio_blocks=ratio_blocks)
+
+    with pytest.raises(
+        ValueError, match=r"\{'qkv': 4\} for parameter 'qkv' of shape \(6, 50\): 4 does not divide"
+    ):
+        made({"qkv": 4})
+    with pytest.raises(ValueError, match=r"\['experts'\] matches no parameter"):
+        made({"qkv": 3, "experts": 2})
+    with pytest.raises(ValueError, match=r"the parameters have none: pass model\.named_parameters"):
+        made({"qkv": 3}, names=False)
+    with pytest.raises(ValueError, match=r"ratio_blocks=\{'qkv': 3\} in a parameter group"):
+        made(None, of_group={"qkv": 3})
+    made({"ndim<=1": "dim0"}, names=False)
+
+
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+def test_they_are_fixed_at_construction(cls: Any) -> None:
+    params = training.parameters(SMALL)
+    opt = cls(params.items(), ratio_blocks={"qkv": 3})
+    with pytest.raises(AttributeError, match="ratio_blocks"):
+        opt.ratio_blocks = {}
+    with pytest.raises(ValueError, match=r"'qkv2' of shape \(4,\): 3 does not divide"):
+        opt.add_param_group({"params": [("qkv2", Parameter(torch.ones(4)))]})
+    assert len(opt.param_groups) == 1
+    opt.add_param_group({"params": [("qkv3", Parameter(torch.ones(6)))]})
+    opt.param_groups[0]["ratio_blocks"] = {"qkv": 2}
+    training.give(params, models.gradients(0, 0, SMALL))
+    with pytest.raises(
+        ValueError, match=r"parameter group 0: ratio_blocks=\{'qkv': 2\} in a parameter group"
+    ):
+        opt.step()
+    del opt.param_groups[0]["ratio_blocks"]
+    opt.step()
+    assert [*opt.trust_ratios()] == ["a", "qkv[0]", "qkv[1]", "qkv[2]", "b"]
+
+
+def disagreeing(rank: int) -> None:
+    ShardedLamb(training.parameters(SMALL).items(), ratio_blocks={"qkv": 2 + rank})
+
+
+def test_ranks_must_agree() -> None:
+    for kind, message in run_ranks_expecting_errors(2, disagreeing).values():
+        assert kind == "ValueError"
+        assert "ratio_blocks: rank 0 has {'qkv': 2}, rank 1 has ratio_blocks: {'qkv': 3}" in message
+
+
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+def test_other_memory_orders(cls: Any) -> None:
+    """channels_last leaves the first dimension outermost; a transposed parameter's blocks are scattered in memory."""
+    image = training.draw((6, 3, 5, 5), "image")
+    start = {"qkv": image.to(memory_format=torch.channels_last)}
+    params = {"qkv": Parameter(start["qkv"].clone())}
+    opt = cls(params.items(), lr=0.02, ratio_blocks={"qkv": 3})
+    grads = [{"qkv": training.draw((6, 3, 5, 5), "gradient", step)} for step in range(2)]
+    for own in grads:
+        training.give(params, own)
+        opt.step()
+    assert params["qkv"].is_contiguous(memory_format=torch.channels_last)
+    oracle = training.oracle_run(start, grads, lr=0.02, blocks={"qkv": 3})
+    training.assert_follows(split_blocks(training.copies(params), {"qkv": 3}), oracle)
+    with pytest.raises(ValueError, match=r"'qkv' has 3 ratio blocks .*p\.data = p\.data\.contiguous\(\)"):
+        cls([("qkv", Parameter(torch.ones(4, 6).T))], ratio_blocks={"qkv": 3})
+
+
+def test_a_parameter_that_is_transposed_later_is_refused() -> None:
+    p = Parameter(torch.ones(6, 4))
+    opt = Lamb([("qkv", p)], ratio_blocks={"qkv": 3})
+    p.data = torch.ones(4, 6).T
+    p.grad = torch.ones(6, 4)
+    with pytest.raises(ValueError, match="'qkv' has 3 ratio blocks"):
+        opt.step()
+    assert torch.equal(p, torch.ones(6, 4))
+
+
+def test_the_log_counts_layers(caplog: pytest.LogCaptureFixture) -> None:
+    params = training.parameters(SMALL)
+    opt = ShardedLamb(params.items(), ratio_blocks={"qkv": 3})
+    training.give(params, models.gradients(0, 0, SMALL))
+    with caplog.at_level(logging.INFO, logger="sharded_lamb"):
+        opt.step()
+    assert "3 tensors of 5 layers" in caplog.text

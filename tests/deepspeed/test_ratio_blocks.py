@@ -1,0 +1,68 @@
+"""Ratio blocks in a ds_config: partitions, cut at any element, follow an oracle for which a block is a parameter."""
+
+from typing import Any
+
+import pytest
+
+from tests.deepspeed import cases
+from tests.harness import run_ranks, run_ranks_expecting_errors
+from tests.oracle import split_blocks
+
+RATIO_BLOCKS: dict[str, Any] = {"out.weight": 3, "norm": 2, "embed": "dim0"}
+BLOCKS = {"out.weight": 3, "norm.weight": 2, "norm.bias": 2, "embed.weight": 53}
+
+
+def train(rank: int, stage: int, dtype: str, variant: str) -> dict[str, Any]:
+    params = {**cases.LAMB, "variant": variant, "ratio_blocks": RATIO_BLOCKS}
+    engine = cases.start(cases.config(stage, dtype, params=params))
+    options = {"normalize_grad": True, "nesterov": True} if variant == "lans" else {}
+    reference = cases.oracle_of(cases.masters(engine), blocks=BLOCKS, **options)
+    ratios = cases.follow(engine, rank, reference, steps=3)
+    optimizer = engine.basic_optimizer
+    outcome = {
+        "worst": cases.worst(split_blocks(cases.masters(engine), BLOCKS), reference),
+        "ratios": ratios[-1],
+        "coefficients": optimizer.get_lamb_coeffs(),
+        "expected": reference.ratios,
+        "calls": optimizer.traffic.calls["all_reduce_small"],
+        "shapes": {tuple(state["exp_avg"].shape) for state in optimizer.state.values()},
+    }
+    cases.stop(engine)
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "variant"),
+    [(0, "fp32", "lamb"), (1, "bf16", "lamb"), (2, "fp32", "lans"), (3, "fp32", "lamb"), (3, "bf16", "lans")],
+)
+def test_partitions_follow_the_oracle(stage: int, dtype: str, variant: str) -> None:
+    results = run_ranks(2, train, stage, dtype, variant, timeout=300)
+    for outcome in results:
+        assert outcome["worst"] <= cases.FP32_TOLERANCE
+        assert outcome["ratios"] == pytest.approx(outcome["expected"], rel=1e-5)
+        assert outcome["coefficients"] == list(outcome["ratios"].values())
+        assert outcome["ratios"] == results[0]["ratios"]  # the same bits on every rank
+        assert outcome["calls"] == (2 * 3 + 1 if stage else 0)  # one proves the mapping
+
+
+def refused(rank: int, params: dict[str, Any], groups: bool) -> None:
+    model = cases.tiny()
+    keywords: dict[str, Any] = (
+        {"model_parameters": [{"params": model.fc.parameters(), **params}]} if groups else {}
+    )
+    cases.start(cases.config(1, params=cases.LAMB if groups else {**cases.LAMB, **params}), model, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("ratio_blocks", "groups", "says"),
+    [
+        ({"out.weight": 5}, False, "5 does not divide its first dimension, 24"),
+        ({"qkv": 3}, False, "ratio_blocks: ['qkv'] matches no parameter"),
+        ({"fc": 1}, True, "in a parameter group"),
+    ],
+)
+def test_errors_name_the_option(ratio_blocks: Any, groups: bool, says: str) -> None:
+    errors = run_ranks_expecting_errors(1, refused, {"ratio_blocks": ratio_blocks}, groups, timeout=300)
+    for kind, message in errors.values():
+        assert kind == "ValueError"
+        assert says in message
