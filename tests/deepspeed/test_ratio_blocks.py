@@ -12,10 +12,9 @@ RATIO_BLOCKS: dict[str, Any] = {"out.weight": 3, "norm": 2, "embed": "dim0"}
 BLOCKS = {"out.weight": 3, "norm.weight": 2, "norm.bias": 2, "embed.weight": 53}
 
 
-def train(rank: int, stage: int, dtype: str, variant: str) -> dict[str, Any]:
-    params = {**cases.LAMB, "variant": variant, "ratio_blocks": RATIO_BLOCKS}
+def train(rank: int, stage: int, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
+    params = {**cases.LAMB, **options, "ratio_blocks": RATIO_BLOCKS}
     engine = cases.start(cases.config(stage, dtype, params=params))
-    options = {"normalize_grad": True, "nesterov": True} if variant == "lans" else {}
     reference = cases.oracle_of(cases.masters(engine), blocks=BLOCKS, **options)
     ratios = cases.follow(engine, rank, reference, steps=3)
     optimizer = engine.basic_optimizer
@@ -32,11 +31,18 @@ def train(rank: int, stage: int, dtype: str, variant: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "dtype", "variant"),
-    [(0, "fp32", "lamb"), (1, "bf16", "lamb"), (2, "fp32", "lans"), (3, "fp32", "lamb"), (3, "bf16", "lans")],
+    ("stage", "dtype", "options"),
+    [
+        (0, "fp32", {}),
+        (1, "bf16", {}),
+        (2, "fp32", {"normalize_grad": True, "nesterov": True}),
+        (3, "fp32", {}),
+        (3, "bf16", {"caution": True}),
+    ],
+    ids=str,
 )
-def test_partitions_follow_the_oracle(stage: int, dtype: str, variant: str) -> None:
-    results = run_ranks(2, train, stage, dtype, variant, timeout=300)
+def test_partitions_follow_the_oracle(stage: int, dtype: str, options: dict[str, Any]) -> None:
+    results = run_ranks(2, train, stage, dtype, options, timeout=300)
     for outcome in results:
         assert outcome["worst"] <= cases.FP32_TOLERANCE
         assert outcome["ratios"] == pytest.approx(outcome["expected"], rel=1e-5)

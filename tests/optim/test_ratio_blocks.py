@@ -14,10 +14,11 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import Parameter
 
 from sharded_lamb import Lamb, ShardedLamb
+from sharded_lamb.core.hyperparams import DEFAULTS
 from tests import training
 from tests.harness import run_ranks, run_ranks_expecting_errors
 from tests.optim import fsdp_models as models
-from tests.oracle import split_blocks
+from tests.oracle import VARIANT_FACTS, split_blocks
 from tests.sharded_cases import (
     Case,
     assert_same_bits,
@@ -41,6 +42,10 @@ SHAPES: dict[str, tuple[int, ...]] = {
 BLOCKS = {"qkv.weight": 3, "qkv.bias": 3, "experts": 4, "empty": 1}
 BF16 = torch.bfloat16
 LANS: dict[str, Any] = {"normalize_grad": True, "nesterov": True}
+CAUTION: dict[str, Any] = {"caution": True}
+LARS: dict[str, Any] = {key: value for key, value in VARIANT_FACTS["lars"].items() if key in DEFAULTS}
+LARS["max_grad_norm"] = 2.0
+OF_VARIANTS: dict[str, dict[str, Any]] = {"lamb": {}, "lans": LANS, "caution": CAUTION, "lars": LARS}
 
 
 def case(stage: int, *, dtype: torch.dtype = torch.float32, bits: int = 12, **more: Any) -> Case:
@@ -82,8 +87,22 @@ def test_stages_1_and_2_follow_the_oracle(stage: int) -> None:
         case(1, dtype=BF16, bits=7),
         case(2, dtype=BF16, bits=7, options=LANS, settings={"store_param_remainders": True}),
         case(2, options=LANS, settings={"kernel": "torch"}),
+        case(1, options=CAUTION),
+        case(2, dtype=BF16, bits=7, options=CAUTION),
+        case(1, options=LARS),
+        case(2, options=LARS, settings={"kernel": "torch"}),
     ],
-    ids=["1, LANS", "2, LANS", "1, bf16", "2, LANS, bf16 with remainders", "2, LANS, stock operations"],
+    ids=[
+        "1, LANS",
+        "2, LANS",
+        "1, bf16",
+        "2, LANS, bf16 with remainders",
+        "2, LANS, stock operations",
+        "1, caution",
+        "2, bf16, caution",
+        "1, LARS",
+        "2, LARS, stock operations",
+    ],
 )
 def test_options_and_dtypes_follow_the_oracle(own: Case) -> None:
     outcomes = run_ranks(2, run_case, own, 2)
@@ -111,7 +130,7 @@ def fused_and_separate(rank: int, world: int, stage: int, variant: str) -> dict[
     """``stage`` 0: `Lamb`. Returns the fused parameters, checked against one parameter for each of their blocks."""
     fused = training.parameters(ALIGNED)
     apart = {name: Parameter(value) for name, value in split_blocks(training.copies(fused), PARTS).items()}
-    options: dict[str, Any] = {"lr": 0.02, "max_grad_norm": 1.0, "variant": variant}
+    options: dict[str, Any] = {"lr": 0.02, **OF_VARIANTS[variant], "max_grad_norm": 1.0}
     if stage:
         options |= {"stage": stage, "bucket_mb": 0.001}
     cls: Any = ShardedLamb if stage else Lamb
@@ -128,7 +147,7 @@ def fused_and_separate(rank: int, world: int, stage: int, variant: str) -> dict[
     return training.copies(fused)
 
 
-@pytest.mark.parametrize("variant", ["lamb", "lans"])
+@pytest.mark.parametrize("variant", OF_VARIANTS)
 def test_a_fused_parameter_has_the_bits_of_its_parts(variant: str) -> None:
     """If blocks begin at multiples of 256 elements; then they are also the same over world sizes and stages."""
     expected = fused_and_separate(0, 1, 0, variant)
@@ -153,18 +172,18 @@ DTENSOR_OPTIONS: dict[str, Any] = {"lr": 0.02, "max_grad_norm": 0.5, "weight_nor
 
 def fully_sharded(rank: int, world: int, variant: str) -> models.Run:
     tree = models.sharded_tree(init_device_mesh("cpu", (world,)), shapes=FSDP_SHAPES)
-    opt = ShardedLamb(tree.named_parameters(), variant=variant, ratio_blocks=RATIO_BLOCKS, **DTENSOR_OPTIONS)
+    options = {**OF_VARIANTS[variant], **DTENSOR_OPTIONS}
+    opt = ShardedLamb(tree.named_parameters(), ratio_blocks=RATIO_BLOCKS, **options)
     return models.train(tree, opt, lambda step: tree(models.gradients(rank, step, FSDP_SHAPES)), 4)
 
 
-@pytest.mark.parametrize(("world", "variant"), [(2, "lamb"), (3, "lans")])
+@pytest.mark.parametrize(("world", "variant"), [(2, "lamb"), (3, "lans"), (2, "caution"), (3, "lars")])
 def test_fully_shard_follows_the_oracle(world: int, variant: str) -> None:
     runs = run_ranks(world, fully_sharded, world, variant)
     assert runs[0].local_sizes["attention.qkv"] == 12 // world * 7
     for own in runs:
         own.weights = split_blocks(own.weights, FSDP_BLOCKS)
-    options = LANS if variant == "lans" else {}
-    models.check(runs, blocks=FSDP_BLOCKS, **DTENSOR_OPTIONS, **options)
+    models.check(runs, blocks=FSDP_BLOCKS, **{**OF_VARIANTS[variant], **DTENSOR_OPTIONS})
 
 
 def placements_of(mesh: Any) -> dict[str, tuple[Placement, ...]]:
