@@ -2,18 +2,19 @@
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import Parameter
 
-from sharded_lamb import Lamb, ShardedLamb
+from sharded_lamb import Lamb, ShardedLamb, checkpoint
 from sharded_lamb.core.hyperparams import DEFAULTS
 from tests import training
 from tests.harness import run_ranks, run_ranks_expecting_errors
@@ -345,23 +346,33 @@ def test_the_small_all_reduces_grow_by_the_blocks_and_nothing_else(
 # -- state --------------------------------------------------------------------------------------------------------
 
 
-def resumed(rank: int, saves: Any, loads: Any) -> list[dict[str, Tensor]]:
-    """States do not depend on ratio blocks; a run that loads them goes on with its own."""
+def resumed(rank: int, saves: Any, loads: Any, folder: Path) -> list[dict[str, Tensor]]:
+    """The results of runs that save with the ratio blocks ``saves``, in three ways, and go on with ``loads``."""
 
-    def made(params: dict[str, Parameter], ratio_blocks: Any) -> ShardedLamb:
-        return ShardedLamb(params.items(), lr=0.02, stage=1, ratio_blocks=ratio_blocks)
+    def made(
+        weights: dict[str, Tensor], ratio_blocks: Any
+    ) -> tuple[nn.Module, dict[str, Parameter], ShardedLamb]:
+        model = models.Leaf({name: value.clone() for name, value in weights.items()})
+        params = dict(model.named_parameters())
+        return model, params, ShardedLamb(params.items(), lr=0.02, stage=1, ratio_blocks=ratio_blocks)
 
-    params = training.parameters(SMALL)
-    first, options = made(params, saves), {"stage": 1, "rank": rank, "world": 2, "gradients": gradients}
+    options: dict[str, Any] = {"stage": 1, "rank": rank, "world": 2, "gradients": gradients}
+    model, params, first = made(training.weights(SMALL), saves)
     training.train(first, params, steps=range(2), **options)
     full, local = first.full_state_dict(), copy.deepcopy(first.local_state_dict())
+    checkpoint.save(folder, model, first)
+    loading: list[Callable[[nn.Module, ShardedLamb], Any]] = [
+        lambda model, opt: opt.load_full_state_dict(full),
+        lambda model, opt: opt.load_state_dict(local),
+        lambda model, opt: checkpoint.load(folder, model, opt),
+    ]
     results = []
-    for state in (full, local):
-        own = training.renew(params)
-        second = made(own, loads)
-        (second.load_full_state_dict if state is full else second.load_state_dict)(state)
+    for load in loading:
+        other, own, second = made(training.copies(params), loads)
+        load(other, second)
         training.assert_same_bits(training.bits_of(second, own), training.bits_of(first, params))
         training.train(second, own, steps=range(2, 4), **options)
+        assert len(second.trust_ratios()) == (5 if loads else 3) - 1
         results.append(training.copies(own))
     if full is not None:
         lamb = Lamb(training.renew(params).items(), ratio_blocks=loads)
@@ -371,13 +382,13 @@ def resumed(rank: int, saves: Any, loads: Any) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("saves", [None, {"qkv": 3}], ids=["without", "with"])
-def test_state_loads_with_and_without(saves: Any) -> None:
+def test_state_loads_with_and_without(saves: Any, tmp_path: Path) -> None:
     loads = {"qkv": 3} if saves is None else None
     start = training.weights(SMALL)
-    for results in run_ranks(2, resumed, saves, loads):
-        for weights in results:
-            assert all(not torch.equal(weights[name], start[name]) for name in SMALL)
-        training.assert_same_bits(results[0], results[1])
+    for results in run_ranks(2, resumed, saves, loads, tmp_path / "checkpoint"):
+        assert all(not torch.equal(results[0][name], start[name]) for name in SMALL)
+        for other in results[1:]:
+            training.assert_same_bits(results[0], other)
 
 
 @pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
