@@ -12,6 +12,8 @@ from sharded_lamb.kernels.shard import FlatShard, ReceivedShards, Shard
 class Kernel(Protocol):
     """Functions over shards of one compute dtype and one device, at least one of them.
 
+    P counts layers (`sharded_lamb.core.layers`), which are parameters, or the ratio blocks of one.
+
     D is the number of directions of the update (`sharded_lamb.core.rule`): 1, or 2 with Nesterov's momentum.
 
     ``table``: `sharded_lamb.core.rule.table`, [P, COLUMNS], compute dtype. Where its ``grad_scale`` is 0, a gradient

@@ -21,7 +21,7 @@ class FlatShard:
     grad: Tensor  # [n] compute dtype: averaged gradients, 0 in padding; [0] if a `ScatteredShard` reads them in place
     exp_avg: Tensor  # [n] state dtype
     exp_avg_sq: Tensor | None  # [n] state dtype; None: LARS has none
-    block_param: Tensor  # [n / BLOCK] int64: the parameter of each block
+    block_param: Tensor  # [n / BLOCK] int64: the parameter (the layer, see `Kernel`) of each block
 
     @property
     def master_format(self) -> StateFormat:
