@@ -72,3 +72,19 @@ def test_errors_name_the_option(ratio_blocks: Any, groups: bool, says: str) -> N
     for kind, message in errors.values():
         assert kind == "ValueError"
         assert says in message
+
+
+def transposed_later(rank: int) -> None:
+    engine = cases.start(cases.config(0, params={**cases.LAMB, "ratio_blocks": RATIO_BLOCKS}))
+    weight = engine.module.out.weight
+    weight.data = weight.data.T.contiguous().T
+    engine.backward(engine(cases.tokens(rank, 0)))
+    engine.step()
+
+
+def test_a_parameter_that_is_transposed_later_is_refused() -> None:
+    for kind, message in run_ranks_expecting_errors(1, transposed_later, timeout=300).values():
+        assert kind == "ValueError"
+        assert (
+            "'out.weight' has 3 ratio blocks along its first dimension, which is not the outermost" in message
+        )
