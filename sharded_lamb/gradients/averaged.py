@@ -116,7 +116,9 @@ class AveragedGradients:
         found, missing = self._in_place.shards(grads)
         with_gradients = [*found, *self.dtensors.shards]
         self._shards = [*with_gradients, *missing]
-        return gradient_square_sums(self.kernel, with_gradients, len(self._owner_mask), self.params[0].device)
+        return gradient_square_sums(
+            self.kernel, with_gradients, self._owner_mask.numel(), self.params[0].device
+        )
 
     def _agree(
         self, grads: Sequence[Tensor | None], square_sums: Tensor, found_inf: Tensor | None

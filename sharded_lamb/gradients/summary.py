@@ -111,7 +111,7 @@ def agree(
         totals: [2, kinds] Σg and Σg² of this rank's parts, to compare over ranks.
     """
     topology, count, world = collectives.topology, len(present), collectives.world_size
-    device, layers = square_sums.device, len(square_sums)
+    device, layers = square_sums.device, square_sums.numel()
     slots = 0 if totals is None else totals.numel() * world
     vector = torch.zeros(layers + 2 * count + 1 + slots, dtype=torch.float64, device=device)
     sums, of_parameters = vector[:layers], vector[layers:]
