@@ -140,13 +140,11 @@ class Layers:
         pieces: list[Segment] = []
         sources: list[int] = []
         for source, segment in enumerate(segments):
-            own = self._cut(segment) if self.counts[segment.param] > 1 else [self._first_of(segment)]
+            is_cut = self.counts[segment.param] > 1 and segment.length > 0
+            own = self._cut(segment) if is_cut else [replace(segment, param=self._first[segment.param])]
             pieces += own
             sources += [source] * len(own)
         return pieces, None if sources == [*range(len(segments))] else sources
-
-    def _first_of(self, segment: Segment) -> Segment:
-        return replace(segment, param=self._first[segment.param])
 
     def _cut(self, segment: Segment) -> list[Segment]:
         numel, end = self._numels[segment.param], segment.start + segment.length

@@ -1,8 +1,8 @@
-"""`Lamb` against the oracle over 20 steps with random options, shapes, groups and missing gradients."""
+"""`Lamb` against the oracle over 20 steps with random options, shapes, ratio blocks, groups and missing gradients."""
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import hypothesis.strategies as st
@@ -13,7 +13,7 @@ from hypothesis import example, given
 
 from sharded_lamb import Lamb
 from sharded_lamb.core import rule
-from tests.oracle import VARIANT_FACTS, OracleLamb, variant_options
+from tests.oracle import VARIANT_FACTS, OracleLamb, split_blocks, variant_options
 
 STEPS = 20
 NAMES = ("embed.weight", "block.0.weight", "block.0.bias", "norm.weight", "scale")
@@ -33,6 +33,15 @@ GROUP_OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "weight_norm_clip": st.sampled_from([None, (0.0, 1.0), (0.5, 5.0)]),
     "adapt_without_decay": st.booleans(),
 }
+OF_LARS = (
+    "lr",
+    "eps",
+    "weight_decay",
+    "grad_averaging",
+    "trust_clip",
+    "weight_norm_clip",
+    "adapt_without_decay",
+)
 BASE = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.1}
 
 
@@ -47,22 +56,33 @@ class Case:
     no_decay: frozenset[str] = frozenset()
     no_adapt: frozenset[str] = frozenset()
     patterns_in_groups: bool = False
+    blocks: dict[str, int] = field(default_factory=dict)  # ratio blocks
     seed: int = 0
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     variant = draw(st.sampled_from(sorted(VARIANT_FACTS)))
+    is_lars = VARIANT_FACTS[variant]["lars"]
+    of_rule = {name: values for name, values in GROUP_OPTIONS.items() if not is_lars or name in OF_LARS}
     names = NAMES[: draw(st.integers(1, len(NAMES)))]
     subsets = st.frozensets(st.sampled_from(names))
-    options = draw(st.fixed_dictionaries({}, optional=GROUP_OPTIONS))
+    options = draw(st.fixed_dictionaries({}, optional=of_rule))
     if draw(st.booleans()):
         options["max_grad_norm"] = draw(st.sampled_from([None, 0.1, 5.0]))
     cut = draw(st.integers(0, len(names)))
-    own = st.fixed_dictionaries({}, optional=GROUP_OPTIONS)
+    own = st.fixed_dictionaries({}, optional=of_rule)
+    shapes = {name: draw(st.sampled_from(SHAPES)) for name in names}
+    divisible = {name: shape[0] for name, shape in shapes.items() if shape and shape[0]}
+    blocked = draw(st.frozensets(st.sampled_from(sorted(divisible)))) if divisible else ()
     return Case(
         variant=variant,
-        shapes={name: draw(st.sampled_from(SHAPES)) for name in names},
+        shapes=shapes,
+        blocks={
+            name: draw(st.sampled_from([n for n in range(2, 14) if divisible[name] % n == 0]))
+            for name in sorted(blocked)
+            if divisible[name] > 1
+        },
         options={**BASE, **options},
         groups=[(part, draw(own)) for part in (names[:cut], names[cut:]) if part],
         no_decay=draw(subsets),
@@ -91,7 +111,8 @@ def make_optimizer(case: Case, params: dict[str, torch.nn.Parameter]) -> Lamb:
     everywhere = {} if case.patterns_in_groups else exclusions(case, case.shapes)
     if case.patterns_in_groups:
         groups = [{**g, **exclusions(case, names)} for g, (names, _) in zip(groups, case.groups, strict=True)]
-    return Lamb(groups, variant=case.variant, **case.options, **everywhere)
+    blocks = {exact([name])[0]: count for name, count in case.blocks.items()}
+    return Lamb(groups, variant=case.variant, ratio_blocks=blocks, **case.options, **everywhere)
 
 
 def make_oracle(case: Case, values: dict[str, np.ndarray]) -> OracleLamb:
@@ -101,7 +122,7 @@ def make_oracle(case: Case, values: dict[str, np.ndarray]) -> OracleLamb:
         plain = [names for names, _ in case.groups if not case.no_adapt & set(names)]
         options["no_adapt"] = set(case.no_adapt) | {n for names in plain for n in case.no_decay & set(names)}
     overrides = {name: own for names, own in case.groups for name in names}
-    return OracleLamb(values, overrides=overrides, **{**options, **case.options})
+    return OracleLamb(values, overrides=overrides, blocks=case.blocks, **{**options, **case.options})
 
 
 def draw_values(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -139,8 +160,9 @@ def check(case: Case) -> None:
         params = {n: torch.nn.Parameter(torch.from_numpy(v.copy()).to(dtype)) for n, v in values.items()}
         runs[dtype] = params, make_optimizer(case, params)
     # A small tensor may pass through zero: errors are relative to its largest norm or to its path length.
-    largest = {name: norm(value) for name, value in values.items()}
-    path = dict.fromkeys(values, 0.0)
+    start = split_blocks(values, case.blocks)
+    largest = {name: norm(value) for name, value in start.items()}
+    path = dict.fromkeys(start, 0.0)
     scales = {name: rng.choice([1e-3, 1.0, 20.0]) for name in values}
     for _ in range(STEPS):
         grads, before = draw_gradients(case, scales, rng), dict(oracle.params)
@@ -155,12 +177,13 @@ def check(case: Case) -> None:
             optimizer.step()
 
     for dtype, (params, _) in runs.items():
-        for name, p in params.items():
+        final = {name: p.detach() for name, p in params.items()}
+        for name, value in split_blocks(final, case.blocks).items():
             expected = oracle.params[name]
-            gap, size = norm(p.detach().double().numpy() - expected), max(largest[name], path[name])
+            gap, size = norm(value.double().numpy() - expected), max(largest[name], path[name])
             assert gap <= TOLERANCES[dtype] * size, f"{name}: off by {gap}, which is {gap / size} of its size"
             if oracle.steps[name] == 0:
-                assert torch.equal(p.detach(), torch.from_numpy(values[name]).to(dtype))
+                assert torch.equal(value, torch.from_numpy(start[name]).to(dtype))
     if oracle.ratios:
         optimizer = runs[torch.float64][1]
         ratios = optimizer.trust_ratios()
