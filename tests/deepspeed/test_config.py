@@ -90,7 +90,7 @@ def construct(rank: int, config: dict[str, Any]) -> str:
         ({"amsgrad": True}, "ValueError: amsgrad=True"),
         ({"trust_clip": [0, 1], "max_coeff": 2.0}, "give one of them"),
         ({"max_coeff": -1.0}, "trust_clip must be"),
-        ({"variant": "lars"}, "variant must be one of"),
+        ({"variant": "lomb"}, "variant must be one of"),
         ({"lr": -1}, "lr must be"),
         ({"weigth_decay": 0.1}, "did you mean 'weight_decay'"),
         (
