@@ -1,4 +1,4 @@
-"""The batch-scaling study: LAMB and AdamW at the same number of examples, batches 32 … 1024.
+"""The batch-scaling study: LAMB, LANS, LARS and AdamW at the same number of examples, batches 32 … 1024.
 
 Each optimizer's lr is tuned at the smallest batch and then scaled by the square root of the batch.
 """
@@ -22,8 +22,13 @@ from sharded_lamb.core.hyperparams import VARIANTS
 Row = dict[str, Any]
 
 BATCHES = (32, 64, 128, 256, 512, 1024)
-# Peak rates at the smallest batch. The common rate shows whether the two are different optimizers.
-_TRIED = {"lamb": (2e-3, 5e-3, 1e-2, 2e-2), "adamw": (5e-4, 1e-3, 2e-3, 4e-3)}
+# Peak rates at the smallest batch. Common rates show whether two are different optimizers.
+_TRIED = {
+    "lamb": (2e-3, 5e-3, 1e-2, 2e-2),
+    "adamw": (5e-4, 1e-3, 2e-3, 4e-3),
+    "lans": (2e-3, 5e-3, 1e-2, 2e-2),
+    "lars": (0.5, 1.0, 2.0, 4.0),
+}
 
 
 def study(config: RunConfig, batches: str | None, ranks: Ranks) -> Path:
