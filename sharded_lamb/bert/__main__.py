@@ -1,4 +1,4 @@
-"""``python -m sharded_lamb.bert``: train, prepare data, run the batch-scaling study, or measure."""
+"""``python -m sharded_lamb.bert``: train, prepare data, fine-tune, run the batch-scaling study, or measure."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sharded_lamb.bert",
         description="Pretrain BERT with ShardedLamb. Start it with torchrun for more than one process.",
+        epilog="`finetune` has options of its own: python -m sharded_lamb.bert finetune --help",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -51,10 +52,24 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return _parser().parse_intermixed_args([*(named or ["train"]), *rest])
 
 
+def _parse_finetune(arguments: Sequence[str]) -> argparse.Namespace:
+    from sharded_lamb.bert.finetune.command import add_arguments
+
+    parser = argparse.ArgumentParser(prog="python -m sharded_lamb.bert finetune", allow_abbrev=False)
+    add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0 done, 1 error, 130 Ctrl-C, `checkpoint.requeue_exit_code` to be restarted after a signal."""
-    parsed = _parse(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    is_finetune = arguments[:1] == ["finetune"]
+    parsed = _parse_finetune(arguments[1:]) if is_finetune else _parse(arguments)
     try:
+        if is_finetune:
+            from sharded_lamb.bert.finetune.command import run
+
+            return run(parsed)
         config = load_config(parsed.config, parsed.overrides)
         if parsed.dry_run:
             from sharded_lamb.bert.dryrun import describe

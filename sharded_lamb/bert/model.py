@@ -58,15 +58,18 @@ class Losses(torch.nn.Module):
         return torch.stack([loss, pair_loss, right.to(loss.dtype), pair_right.to(loss.dtype)])
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
-        """[T, H], the encoder's output. All documents are one sequence of Hugging Face's modules."""
-        core = self.module.bert
-        embedded = core.embeddings(
-            input_ids=batch.tokens[None],
-            token_type_ids=batch.segments[None],
-            position_ids=batch.positions[None],
-        )
-        hidden: Tensor = core.encoder(embedded, documents=batch.documents).last_hidden_state
-        return hidden[0]
+        return encode_documents(self.module.bert, batch)
+
+
+def encode_documents(core: Any, batch: MicroBatch) -> Tensor:
+    """[T, H], the output of a `BertModel`. All documents are one sequence of Hugging Face's modules."""
+    embedded = core.embeddings(
+        input_ids=batch.tokens[None],
+        token_type_ids=batch.segments[None],
+        position_ids=batch.positions[None],
+    )
+    hidden: Tensor = core.encoder(embedded, documents=batch.documents).last_hidden_state
+    return hidden[0]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Fine-tuning of an encoder on a sentence or sentence-pair task, beside simple baselines."""
