@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
     ("metric", "predicted", "target", "expected"),
     [
         ("accuracy", [1, 1, 1, 0], [1, 0, 0, 0], 1 / 2),
-        ("f1", [1, 1, 1, 0, 0], [1, 0, 0, 0, 1], 2 / 5),  # precision 1/3, recall 1/2
+        ("f1", [1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 1], 2 / 5),  # precision 1/3, recall 1/2
         ("f1", [0, 0], [0, 0], 0),
         ("matthews", [1, 1, 1, 0], [1, 0, 0, 0], 1 / 3),
         ("matthews", [1, 1], [1, 0], 0),

@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="to start from; default: trained, and for the built-in task both",
     )
     parser.add_argument("--optimizer", default="adamw", choices=["adamw", "lamb"], help="default: adamw")
-    parser.add_argument("--lrs", type=_numbers, default=[3e-4, 1e-3], help="default: 3e-4,1e-3")
+    parser.add_argument("--lrs", type=_numbers, default=[3e-4], help="default: 3e-4")
     parser.add_argument("--seeds", type=_seeds, default=[0, 1, 2], help="default: 0,1,2")
     parser.add_argument("--epochs", type=_positive, default=3, help="default: 3")
     parser.add_argument("--batch", type=_positive, default=32, help="default: 32")
