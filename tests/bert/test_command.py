@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 
-from sharded_lamb.bert import picture
+from sharded_lamb.bert import picture, study
 from sharded_lamb.bert.__main__ import main
 from sharded_lamb.checkpoint import problem_with, read_contents
 from tests import interpreter
@@ -227,15 +227,20 @@ def test_the_quickstart_leaves_all_it_promises(tmp_path: Path, tree: dict[str, A
     assert tokenizer("a [MASK]")["input_ids"][2] == tokenizer.mask_token_id
 
 
-def test_the_study_compares_optimizers_at_the_same_examples(
-    tree: dict[str, Any], tmp_path: Path
-) -> None:
+def call_study(rank: int, arguments: list[str]) -> tuple[int, str]:
+    """`call_main` of a study of LAMB and LARS alone: every optimizer is five runs."""
+    two = {name: study._TRIED[name] for name in ("lamb", "lars")}
+    with mock.patch.object(study, "_TRIED", two):
+        return call_main(rank, arguments)
+
+
+def test_the_study_compares_optimizers_at_the_same_examples(tree: dict[str, Any], tmp_path: Path) -> None:
     config = write_config(tree, tmp_path)
     arguments = ["study", "--config", str(config), "--batches", "6,24"]
-    assert run_ranks(1, call_main, [*arguments, "phases.0.steps=2", "phases.0.global_batch=12"]) == [(0, "")]
+    assert run_ranks(1, call_study, [*arguments, "phases.0.steps=2", "phases.0.global_batch=12"]) == [(0, "")]
     results = json.loads((tmp_path / "run" / "study.json").read_text())
     assert {row["steps"] * row["batch"] for row in results} == {24}
-    for optimizer in ("lamb", "adamw", "lans", "lars"):
+    for optimizer in ("lamb", "lars"):
         tuned = [row for row in results if (row["optimizer"], row["batch"]) == (optimizer, 6)]
         (scaled,) = (row for row in results if (row["optimizer"], row["batch"]) == (optimizer, 24))
         best = min(tuned, key=lambda row: row["heldout_loss"])
@@ -243,4 +248,4 @@ def test_the_study_compares_optimizers_at_the_same_examples(
         assert scaled["lr"] == pytest.approx(best["lr"] * 2)
     assert (tmp_path / "run" / "study.png").exists()
     table = (tmp_path / "run" / "study.md").read_text()
-    assert [table.count(f"| {name} |") for name in ("lamb", "adamw", "lans", "lars")] == [2] * 4
+    assert [table.count(f"| {name} |") for name in ("lamb", "lars")] == [2, 2]

@@ -30,7 +30,9 @@ def studied(
         assert resume == "auto"
         lr = float(phase.lr)
         trained.append((variant, phase.global_batch, lr))
-        loss = 5 + (lr - 3e-3) ** 2 + phase.global_batch / 1000 + (0 if same else sum(map(ord, variant)) / 1e5)
+        loss = (
+            5 + (lr - 3e-3) ** 2 + phase.global_batch / 1000 + (0 if same else sum(map(ord, variant)) / 1e5)
+        )
         metrics = {"heldout_loss": loss, "heldout_accuracy": 0.1, "unigram_entropy": 6.0}
         return Outcome(Path(config.run_dir), metrics)
 
