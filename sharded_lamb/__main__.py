@@ -12,6 +12,7 @@ from sharded_lamb import __version__
 COMMANDS = {
     "quickstart": ("bert.quickstart", "pretrain a small BERT on this machine, in minutes"),
     "pretrain": ("bert.pretrain", "pretrain BERT as a configuration says"),
+    "finetune": ("bert.finetune.command", "fine-tune on a task and report its metrics"),
     "configs": ("bert.shipped", "list the configurations that come with the package, or write one"),
     "verify": ("verify", "compare with a single-process fp64 LAMB on this machine"),
     "plan": ("plan.command", "memory, bytes and time for a model, up to thousands of ranks"),

@@ -329,9 +329,11 @@ def validate_group(group: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(bias_correction, str) or bias_correction != "lr":
         bias_correction = flag("bias_correction", bias_correction, 'True, False or "lr"')
     variant_options(group["variant"])
-    _check_decay(group)
-    _check_algorithm(group)
-    check_together([group])
+    flags = {name: flag(name, group[name]) for name in FLAGS}
+    plain = {**group, **flags, "bias_correction": bias_correction}
+    _check_decay(plain)
+    _check_algorithm(plain)
+    check_together([plain])
     clip = _scalar(group["trust_clip"])
     adaptation = group["exclude_from_layer_adaptation"]
     if adaptation is not None:  # None: the same as exclude_from_weight_decay
@@ -343,7 +345,7 @@ def validate_group(group: Mapping[str, Any]) -> dict[str, Any]:
         "weight_decay": number("weight_decay", group["weight_decay"], 0.0, FP32_MAX, "a finite number >= 0"),
         "variant": str(group["variant"]),
         "bias_correction": bias_correction,
-        **{name: flag(name, group[name]) for name in FLAGS},
+        **flags,
         "corrected_weight_decay": _peak_rate(group),
         "trust_coefficient": number(
             "trust_coefficient", group["trust_coefficient"], FP32_MIN, FP32_MAX, "a finite number > 0"

@@ -25,7 +25,7 @@ from sharded_lamb.comm.consistency import propagate_errors
 from sharded_lamb.comm.forward_gathers import Watch
 from sharded_lamb.comm.topology import Topology
 from sharded_lamb.core import rule
-from sharded_lamb.core.hyperparams import RuleOptions, check_max_grad_norm, fill
+from sharded_lamb.core.hyperparams import RuleOptions, check_max_grad_norm, fill, flag
 from sharded_lamb.gradients.summary import GradientSummary, check_present
 from sharded_lamb.kernels.engine import Update
 from sharded_lamb.optim.agreed_options import collective
@@ -153,7 +153,7 @@ class ShardedLamb(AveragingOptimizer):
                 kernel=kernel,
                 store_param_remainders=store_param_remainders,
                 ema_decay=ema_decay,
-                lars=fill(variant, options)["lars"] is True,
+                lars=flag("lars", fill(variant, options)["lars"]),
             )
             scalars = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
             super().__init__(params, scalars, variant, options)

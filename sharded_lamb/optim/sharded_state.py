@@ -411,9 +411,7 @@ class ShardedOptimizer(PartsOptimizer):
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         settings: Settings = pickled["settings"]
         defaults = dict(pickled["defaults"])
-        keywords = {
-            name: getattr(settings, name) for name in settings.__slots__
-        }  # ``lars`` is in the defaults too
+        keywords = {name: getattr(settings, name) for name in settings.__slots__}
         self.__init__(pickled["param_groups"], **{**keywords, **defaults, **pickled["wide"]})  # type: ignore[misc]
         self.load_full_state_dict(pickled["full"])
 

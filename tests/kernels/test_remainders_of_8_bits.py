@@ -126,7 +126,7 @@ def fsdp_run(rank: int, bits: int) -> models.Run:
 
 
 def resumed(rank: int, folder: str, first: Any, second: Any) -> tuple[bool, float]:
-    """(whether the second run's masters are the first's, rounded if need be; whether both go on to the same bits)."""
+    """(whether both runs continue to the same bits, the number of masters compared). Compares the loaded masters."""
 
     def made(bits: Any) -> tuple[nn.Module, ShardedLamb]:
         weights = training.weights({"a": (31, 5), "b": (300,)})

@@ -16,17 +16,10 @@ from tests import training
 from tests.harness import run_ranks
 from tests.optim import fsdp_models as models
 from tests.optim.test_fsdp2_collectives import steps_of
-from tests.optim.test_fsdp2_exact import BLOCK_OPTIONS, STEPS
+from tests.optim.test_fsdp2_exact import BLOCK_OPTIONS, block_run
 from tests.oracle import OracleLamb
 from tests.sharded_cases import Case, check_alike, check_close, expect
 from tests.sharded_cases import run as run_case
-
-
-def block_run(rank: int, axes: dict[str, int], dp: Any, tp: str | None) -> models.Run:
-    model = models.parallel_block(models.named_mesh(**axes), dp, tp)
-    opt = ShardedLamb(model.named_parameters(), caution=True, **BLOCK_OPTIONS)
-    share = rank // axes["tp"] if tp else rank
-    return models.train(model, opt, lambda step: model(models.inputs(share, step)).square().sum(), STEPS)
 
 
 @pytest.mark.parametrize(
@@ -35,8 +28,9 @@ def block_run(rank: int, axes: dict[str, int], dp: Any, tp: str | None) -> model
     ids=str,
 )
 def test_dtensors_follow_the_oracle(axes: dict[str, int], dp: Any, tp: str | None) -> None:
-    runs = run_ranks(torch.Size(axes.values()).numel(), block_run, axes, dp, tp)
-    models.check(runs, caution=True, **BLOCK_OPTIONS)
+    options = {"caution": True, **BLOCK_OPTIONS}
+    runs = run_ranks(torch.Size(axes.values()).numel(), block_run, axes, dp, tp, options)
+    models.check(runs, **options)
 
 
 def mixed(stage: int, *dtypes: torch.dtype, **settings: Any) -> Case:

@@ -78,10 +78,12 @@ def test_any_dimension_may_be_sharded() -> None:
     models.check(runs, **GROUPED, weight_norm_clip=CLIP, overrides=models.overrides(runs[0].start))
 
 
-def block_run(rank: int, axes: dict[str, int], dp: Any, tp: str | None) -> Run:
+def block_run(
+    rank: int, axes: dict[str, int], dp: Any, tp: str | None, options: dict[str, Any] = BLOCK_OPTIONS
+) -> Run:
     mesh = models.named_mesh(**axes)
     model = models.parallel_block(mesh, dp, tp)
-    opt = ShardedLamb(model.named_parameters(), **BLOCK_OPTIONS)
+    opt = ShardedLamb(model.named_parameters(), **options)
     # Tensor-parallel ranks must see the same inputs.
     share = rank // axes["tp"] if tp else rank
     return models.train(model, opt, lambda step: model(models.inputs(share, step)).square().sum(), STEPS)

@@ -1,28 +1,22 @@
 """LANS: exact under every sharding, three sums per parameter, and blind to the gradient's scale."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sharded_lamb import Lamb, ShardedLamb
+from sharded_lamb import Lamb, ShardedLamb, checkpoint
 from tests import training
 from tests.harness import run_ranks
 from tests.optim import fsdp_models as models
 from tests.optim.test_fsdp2_collectives import steps_of
-from tests.optim.test_fsdp2_exact import BLOCK_OPTIONS, STEPS
+from tests.optim.test_fsdp2_exact import BLOCK_OPTIONS, block_run
 from tests.sharded_cases import Case, check_alike, check_close, expect
 from tests.sharded_cases import run as run_case
 
 OPTIONS: dict[str, Any] = {"normalize_grad": True, "nesterov": True}
-
-
-def block_run(rank: int, axes: dict[str, int], dp: Any, tp: str | None) -> models.Run:
-    model = models.parallel_block(models.named_mesh(**axes), dp, tp)
-    opt = ShardedLamb(model.named_parameters(), variant="lans", **BLOCK_OPTIONS)
-    share = rank // axes["tp"] if tp else rank
-    return models.train(model, opt, lambda step: model(models.inputs(share, step)).square().sum(), STEPS)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +25,8 @@ def block_run(rank: int, axes: dict[str, int], dp: Any, tp: str | None) -> model
     ids=str,
 )
 def test_dtensors_follow_the_oracle(axes: dict[str, int], dp: Any, tp: str | None) -> None:
-    runs = run_ranks(torch.Size(axes.values()).numel(), block_run, axes, dp, tp)
+    options = {"variant": "lans", **BLOCK_OPTIONS}
+    runs = run_ranks(torch.Size(axes.values()).numel(), block_run, axes, dp, tp, options)
     models.check(runs, **BLOCK_OPTIONS, **OPTIONS)
 
 
@@ -139,7 +134,7 @@ def test_gradients_of_zero_stay_zero() -> None:
 
 @pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
 @pytest.mark.parametrize(("own", "saved"), [("lamb", "lans"), ("lans", "lamb")])
-def test_state_of_the_other_algorithm_is_refused(cls: Any, own: str, saved: str) -> None:
+def test_state_of_the_other_algorithm_is_refused(cls: Any, own: str, saved: str, tmp_path: Path) -> None:
     def made(variant: str) -> tuple[nn.Parameter, Any]:
         p = nn.Parameter(torch.ones(3))
         optimizer = cls([("p", p)], variant=variant)
@@ -147,10 +142,13 @@ def test_state_of_the_other_algorithm_is_refused(cls: Any, own: str, saved: str)
         optimizer.step()
         return p, optimizer
 
-    (p, optimizer), (_, other) = made(own), made(saved)
+    (p, optimizer), (source, other) = made(own), made(saved)
     before = p.detach().clone()
     state = other.state_dict() if cls is Lamb else other.local_state_dict()
     with pytest.raises(ValueError, match=rf"normalize_grad=\w+ cannot be given .*variant='{saved}'"):
         optimizer.load_state_dict(state)
+    checkpoint.save(tmp_path / "saved", nn.ParameterDict({"p": source}), other)
+    with pytest.raises(ValueError, match=r"checkpoint \S+: normalize_grad=\w+ cannot be given"):
+        checkpoint.load(tmp_path / "saved", nn.ParameterDict({"p": p}), optimizer)
     assert torch.equal(p, before)
     assert optimizer.param_groups[0]["variant"] == own

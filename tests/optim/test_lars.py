@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from tests import training
 from tests.harness import run_ranks
 from tests.optim import fsdp_models as models
 from tests.optim.test_fsdp2_collectives import steps_of
-from tests.optim.test_fsdp2_exact import BLOCK_OPTIONS, STEPS
+from tests.optim.test_fsdp2_exact import BLOCK_OPTIONS, block_run
 from tests.oracle import LARS, PLAIN
 from tests.sharded_cases import Case, check_run
 from tests.sharded_cases import run as run_case
@@ -22,23 +23,15 @@ RULE = {key: value for key, value in LARS.items() if value != PLAIN[key]}
 FASTER = {**RULE, "trust_coefficient": 0.02}  # so that ten steps move weights by more than their rounding
 
 
-def block_run(rank: int, axes: dict[str, int], dp: Any, tp: str | None) -> models.Run:
-    model = models.parallel_block(models.named_mesh(**axes), dp, tp)
-    options = {key: value for key, value in BLOCK_OPTIONS.items() if key not in RULE}
-    opt = ShardedLamb(model.named_parameters(), **options, **FASTER)
-    share = rank // axes["tp"] if tp else rank
-    return models.train(model, opt, lambda step: model(models.inputs(share, step)).square().sum(), STEPS)
-
-
 @pytest.mark.parametrize(
     ("axes", "dp", "tp"),
     [({"dp": 3}, "dp", None), ({"dp": 2, "tp": 2}, "dp", "tp"), ({"tp": 2}, None, "tp")],
     ids=str,
 )
 def test_dtensors_follow_the_oracle(axes: dict[str, int], dp: Any, tp: str | None) -> None:
-    runs = run_ranks(torch.Size(axes.values()).numel(), block_run, axes, dp, tp)
-    options = {key: value for key, value in BLOCK_OPTIONS.items() if key not in RULE}
-    models.check(runs, **options, **FASTER)
+    options = {**BLOCK_OPTIONS, **FASTER}
+    runs = run_ranks(torch.Size(axes.values()).numel(), block_run, axes, dp, tp, options)
+    models.check(runs, **options)
 
 
 def mixed(stage: int, *dtypes: torch.dtype, **changes: Any) -> Case:
@@ -117,9 +110,10 @@ def trained(variant: str, cls: Any = ShardedLamb, **options: Any) -> tuple[dict[
     return params, optimizer
 
 
+@pytest.mark.parametrize("flag", [True, np.True_, torch.tensor(True)], ids=["bool", "numpy", "tensor"])
 @pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
-def test_it_keeps_one_moment(cls: Any) -> None:
-    params, optimizer = trained("lars", cls)
+def test_it_keeps_one_moment(cls: Any, flag: Any) -> None:
+    params, optimizer = trained("lars", cls, lars=flag)
     assert optimizer.moments == ("exp_avg",)
     for p in params.values():
         assert {key for key in optimizer.state[p] if key != "shard"} == {"step", "exp_avg"}
@@ -227,6 +221,8 @@ def test_state_of_the_other_algorithm_is_refused(saved: str, own: str, tmp_path:
         ({"variant": "torch_lars", "eps_inside_sqrt": True}, "eps_inside_sqrt=True has no effect"),
         ({"larc_clip": True}, "larc_clip=True needs lars=True"),
         ({"momentum_includes_lr": True}, "momentum_includes_lr=True needs lars=True"),
+        ({"lars": "no"}, "lars must be True or False, got 'no'"),
+        ({"variant": "lars", "nesterov": 1}, "nesterov must be True or False, got 1"),
         ({"trust_coefficient": 0.0}, "trust_coefficient must be a finite number > 0"),
     ],
     ids=str,

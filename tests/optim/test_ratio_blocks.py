@@ -347,7 +347,7 @@ def test_the_small_all_reduces_grow_by_the_blocks_and_nothing_else(
 
 
 def resumed(rank: int, saves: Any, loads: Any, folder: Path) -> list[dict[str, Tensor]]:
-    """The results of runs that save with the ratio blocks ``saves``, in three ways, and go on with ``loads``."""
+    """Results of runs that save in three ways with ratio blocks ``saves``, and continue with ``loads``."""
 
     def made(
         weights: dict[str, Tensor], ratio_blocks: Any

@@ -21,7 +21,7 @@ CHOICES = st.builds(
     Choices,
     model_dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     state_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    store_param_remainders=st.booleans(),
+    store_param_remainders=st.sampled_from([False, True, 8]),
     bucket_mb=st.sampled_from([0.001, 0.01, 32]),
     sums_here=st.booleans(),
 )

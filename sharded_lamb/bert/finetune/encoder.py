@@ -103,7 +103,7 @@ def _values(core: Any) -> dict[str, Tensor]:
 
 
 def _tokenizer(folder: Path) -> Any:
-    # Of a folder without one, transformers makes an empty tokenizer.
+    # transformers would make an empty tokenizer of a folder that has none.
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise ValueError(f"{folder}: no tokenizer there; expected {' or '.join(_TOKENIZERS)}")
     return load_tokenizer(folder)
