@@ -16,7 +16,7 @@ class Widths:
 
     model: int  # parameters as forward reads them and as they are all-gathered
     master: int  # stored masters; 0 where the update writes the parameters themselves
-    state: int  # each of the two moments
+    state: float  # each of the two moments
     wire: int  # gradients in the reduce-scatter
     compute: int  # gradients as they are summed and stored
     beside_weight: bool = False  # decoding a master reads the parameter too (remainders)
@@ -81,4 +81,4 @@ def update_bytes(numel: int, widths: Widths) -> int:
     """
     weight = widths.model + widths.master if widths.beside_weight else widths.master or widths.model
     copy = widths.model if widths.master and not widths.beside_weight else 0
-    return numel * (widths.compute + 3 * weight + 6 * widths.state + 2 * copy)
+    return int(numel * (widths.compute + 3 * weight + 6 * widths.state + 2 * copy))

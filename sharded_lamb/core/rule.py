@@ -65,6 +65,7 @@ class Coefficients(Generic[C]):
     eps_outside: C
     decay: C  # decay added to u (adam_w_mode=True)
     opposed: C  # μ where the update does not agree with the gradient: 0 with caution, else 1; used with `CAUTION_SUMS`
+    salt: C  # the step, a key of the random numbers that round 8-bit moments
 
 
 SUMS = ("weight", "update")
@@ -265,6 +266,7 @@ def coefficients(options: ParameterOptions, step: Tensor, active: Tensor, grad_s
         eps_outside=options.eps_outside,
         decay=options.decay * ~options.decoupled * options.opposed,
         opposed=options.opposed,
+        salt=step,
     )
 
 

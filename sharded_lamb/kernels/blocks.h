@@ -16,7 +16,8 @@ namespace {
 constexpr int BLOCK = 256;  // elements; layout.BLOCK
 
 // REMAINDER: int16, the low 16 bits of masters of bfloat16 weights; REMAINDER8: int8, 8 of them; see remainders.py.
-enum Dtype : int64_t { NONE = -1, F32 = 0, BF16 = 1, F16 = 2, F64 = 3, REMAINDER = 4, REMAINDER8 = 5 };
+// CODES: moments of 8 bits; see block_codes.py.
+enum Dtype : int64_t { NONE = -1, F32 = 0, BF16 = 1, F16 = 2, F64 = 3, REMAINDER = 4, REMAINDER8 = 5, CODES = 6 };
 
 INLINE constexpr bool is_remainder(int64_t dtype) { return dtype == REMAINDER || dtype == REMAINDER8; }
 
@@ -318,6 +319,40 @@ INLINE void split(typename Wide<T>::V x, void *model, int64_t dtype, void *remai
   lower = master != master ? Ints{} : lower;
   put(packed<T>(upper), model, j);
   store_remainders<T>(dtype, lower, remainder, j);
+}
+
+// A vector of bytes, as integers.
+template <typename T>
+INLINE typename Wide<T>::Bits load_bytes(const void *memory, int j) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (typename Wide<T>::Bits)_mm512_cvtepu8_epi32(at<long long, 2>(memory, j));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    int64_t packed;
+    std::memcpy(&packed, (const char *)memory + j * sizeof(packed), sizeof(packed));
+    return (typename Wide<T>::Bits)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(packed));
+  }
+#endif
+  return __builtin_convertvector(at<uint8_t, Wide<T>::LANES>(memory, j), typename Wide<T>::Bits);
+}
+
+// The lowest bytes of `x`, the others of which are 0.
+template <typename T>
+INLINE void store_bytes(typename Wide<T>::Bits x, void *memory, int j) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm_storeu_si128((__m128i *)memory + j, _mm512_cvtepi32_epi8((__m512i)x));
+    return;
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+    const int64_t bytes = _mm_cvtsi128_si64(_mm_packus_epi16(halves, halves));
+    std::memcpy((char *)memory + j * sizeof(bytes), &bytes, sizeof(bytes));
+    return;
+  }
+#endif
+  put(__builtin_convertvector(x, typename Lanes<uint8_t, Wide<T>::LANES>::V), memory, j);
 }
 
 // Stores a vector past the cache, so that the cache does not read the memory first; it must be aligned to WIDTH.

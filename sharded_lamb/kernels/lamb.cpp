@@ -12,7 +12,7 @@ namespace {
 
 template <typename T>
 struct Coefficients {  // rule.Coefficients, a row of rule.table
-  T grad_scale, l2, beta1, c1, beta2, c2, unbias1, unbias2, eps_inside, eps_outside, decay, opposed;
+  T grad_scale, l2, beta1, c1, beta2, c2, unbias1, unbias2, eps_inside, eps_outside, decay, opposed, salt;
 };
 
 // `D` of the functions below is the number of sums beside Σw²: of each direction's Σu², or with caution Σu², Σu w and Σμ.
@@ -37,29 +37,48 @@ INLINE V agreement(V update, V scaled, const Coefficients<T> &k) {
   return update * scaled > V{} ? V{} + T(1) : V{} + k.opposed;
 }
 
+// What one vector of pass 1 adds to Σw² and D more sums.
+template <typename T, int D, typename V = typename Wide<T>::V>
+INLINE Sums<T, 1 + D> terms(V w, V scaled, V m, V v, const Coefficients<T> &k) {
+  const V below = denominator<T>(v, k), decayed = w * k.decay, adaptive = (m * k.unbias1) / below;
+  if constexpr (D == CAUTION) {
+    const V mask = agreement<T>(adaptive, scaled, k), u = adaptive * mask + decayed;
+    return {{w * w, u * u, u * w, mask}};
+  } else if constexpr (D == 2) {
+    const V u = adaptive + decayed, along = scaled / below + decayed;
+    return {{w * w, u * u, along * along}};
+  } else {
+    const V u = adaptive + decayed;
+    return {{w * w, u * u}};
+  }
+}
+
 // Pass 1 of one block: updates moments, computes Σw² and D more sums.
 template <typename T, int D, typename AnyDtypes>
 INLINE void first_pass(const AnyDtypes &dtypes, const Places &places, const Coefficients<T> k, T *sums) {
   typedef typename Wide<T>::V V;
   typename Wide<T>::Mask written{};
-  const Sums<T, 1 + D> total = by_halving<Wide<T>::COUNT>([&](int j) __attribute__((always_inline)) {
+  NewMoments<T, 2> next;
+  auto updated = [&](int j) __attribute__((always_inline)) {
     const V w = load_resynced<T>(dtypes, places, j, written);
     const V scaled = scaled_gradient<T>(dtypes, places, w, k, j);
-    V m = load<T>(dtypes.state, places.exp_avg.block, j) * k.beta1 + scaled * k.c1;
-    V v = load<T>(dtypes.state, places.exp_avg_sq.block, j) * k.beta2 + (scaled * scaled) * k.c2;
-    m = store<T>(dtypes.state, m, places.exp_avg.block, j);
-    v = store<T>(dtypes.state, v, places.exp_avg_sq.block, j);
-    const V below = denominator<T>(v, k), decayed = w * k.decay, adaptive = (m * k.unbias1) / below;
-    if constexpr (D == CAUTION) {
-      const V mask = agreement<T>(adaptive, scaled, k), u = adaptive * mask + decayed;
-      return Sums<T, 4>{{w * w, u * u, u * w, mask}};
-    } else if constexpr (D == 2) {
-      const V u = adaptive + decayed, along = scaled / below + decayed;
-      return Sums<T, 3>{{w * w, u * u, along * along}};
-    } else {
-      const V u = adaptive + decayed;
-      return Sums<T, 2>{{w * w, u * u}};
+    const V m = load_moment<T, true>(dtypes, places.exp_avg, j) * k.beta1 + scaled * k.c1;
+    const V v = load_moment<T, false>(dtypes, places.exp_avg_sq, j) * k.beta2 + (scaled * scaled) * k.c2;
+    return Updated<T>{w, scaled, m, v};
+  };
+  if (dtypes.state == CODES) {
+    for (int j = 0; j < Wide<T>::COUNT; j++) next.keep(updated(j), j);
+    next.store_origins(places);
+  }
+  const Sums<T, 1 + D> total = by_halving<Wide<T>::COUNT>([&](int j) __attribute__((always_inline)) {
+    if (dtypes.state == CODES) {
+      const Updated<T> x = next.store_codes(places, k.salt, j);
+      return terms<T, D>(x.w, x.scaled, x.m, x.v, k);
     }
+    const Updated<T> x = updated(j);
+    const V m = store<T>(dtypes.state, x.m, places.exp_avg.block, j);
+    const V v = store<T>(dtypes.state, x.v, places.exp_avg_sq.block, j);
+    return terms<T, D>(x.w, x.scaled, m, v, k);
   });
   store_resynced<T>(dtypes, places, written);
   for (int i = 0; i < 1 + D; i++) sums[i] = across_lanes<T>(total.of[i]);
@@ -70,8 +89,8 @@ template <typename T, int D, typename AnyDtypes>
 INLINE void second_pass(const AnyDtypes &dtypes, const Places &places, const Coefficients<T> k, const T *step_sizes) {
   typedef typename Wide<T>::V V;
   for (int j = 0; j < Wide<T>::COUNT; j++) {
-    const V w = load_masters<T>(dtypes, places, j), m = load<T>(dtypes.state, places.exp_avg.block, j),
-            v = load<T>(dtypes.state, places.exp_avg_sq.block, j);
+    const V w = load_masters<T>(dtypes, places, j), m = load_moment<T, true>(dtypes, places.exp_avg, j),
+            v = load_moment<T, false>(dtypes, places.exp_avg_sq, j);
     const V below = denominator<T>(v, k), decayed = w * k.decay;
     V adaptive = (m * k.unbias1) / below;
     if constexpr (D == CAUTION) adaptive *= agreement<T>(adaptive, scaled_gradient<T>(dtypes, places, w, k, j), k);
@@ -97,11 +116,24 @@ INLINE T weight_norm(const AnyDtypes &dtypes, const Places &places) {
 template <typename T, typename AnyDtypes>
 INLINE void momentum_pass(const AnyDtypes &dtypes, const Places &places, const Coefficients<T> k, const T *step_sizes) {
   typedef typename Wide<T>::V V;
-  for (int j = 0; j < Wide<T>::COUNT; j++) {
+  NewMoments<T, 1> next;
+  auto updated = [&](int j) __attribute__((always_inline)) {
     const V w = load_masters<T>(dtypes, places, j), scaled = scaled_gradient<T>(dtypes, places, w, k, j);
-    V m = load<T>(dtypes.state, places.exp_avg.block, j) * k.beta1 + scaled * k.c1;
-    m = store<T>(dtypes.state, m, places.exp_avg.block, j);
-    store_masters<T>(dtypes, places, (w - m * step_sizes[0]) - scaled * step_sizes[1], j);
+    return Updated<T>{w, scaled, load_moment<T, true>(dtypes, places.exp_avg, j) * k.beta1 + scaled * k.c1, V{}};
+  };
+  if (dtypes.state == CODES) {
+    for (int j = 0; j < Wide<T>::COUNT; j++) next.keep(updated(j), j);
+    next.store_origins(places);
+  }
+  for (int j = 0; j < Wide<T>::COUNT; j++) {
+    Updated<T> x;
+    if (dtypes.state == CODES) {
+      x = next.store_codes(places, k.salt, j);
+    } else {
+      x = updated(j);
+      x.m = store<T>(dtypes.state, x.m, places.exp_avg.block, j);
+    }
+    store_masters<T>(dtypes, places, (x.w - x.m * step_sizes[0]) - x.scaled * step_sizes[1], j);
   }
 }
 

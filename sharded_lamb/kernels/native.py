@@ -1,4 +1,4 @@
-"""The two passes in C++ (`lamb.cpp`, `runs.h`, `blocks.h`), with the bits of `reference` on any number of threads."""
+"""The two passes in C++ (`lamb.cpp`, `runs.h`, `codes.h`, `blocks.h`), with the bits of `reference` on any number of threads."""
 
 import ctypes
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from torch import Tensor
 from sharded_lamb.core.layout import BLOCK, Segment
 from sharded_lamb.core.rule import CAUTION_SUMS, COLUMNS
 from sharded_lamb.kernels import compiling, prebuilt
+from sharded_lamb.kernels.block_codes import BlockFormat
 from sharded_lamb.kernels.remainders import STORAGE
 from sharded_lamb.kernels.shard import FlatShard, ReceivedShards, ScatteredShard, Shard
 
@@ -25,6 +26,7 @@ DTYPES = {
     torch.float64: 3,
     STORAGE[16]: 4,
     STORAGE[8]: 5,
+    BlockFormat.storage: 6,
 }
 NO_MODEL = -1
 SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}

@@ -15,8 +15,9 @@ from torch import Tensor
 from sharded_lamb.core import rule
 from sharded_lamb.core.host_values import to_device
 from sharded_lamb.core.layout import BLOCK
-from sharded_lamb.core.rule import COLUMNS, Coefficients, PerTensor
+from sharded_lamb.core.rule import COLUMNS, MOMENTS, Coefficients, PerTensor
 from sharded_lamb.kernels import formats, packing
+from sharded_lamb.kernels.block_codes import BlockFormat, random_bits
 from sharded_lamb.kernels.incoming import StockIncoming
 from sharded_lamb.kernels.shard import FlatShard, ScatteredShard, Shard
 from sharded_lamb.kernels.state_format import StateFormat
@@ -86,14 +87,27 @@ class _Chunk:
     def load_moment(self, kind: str) -> Tensor:
         """A moment in the compute dtype; a copy, unless it is stored as such."""
         stored = self.stored(kind)
-        return formats.of_memory(stored.dtype).decode(stored, None).to(self.table.dtype)
+        return formats.of_moment(kind, stored.dtype).decode(stored, None).to(self.table.dtype)
 
-    def store_moment(self, kind: str, value: Tensor) -> Tensor:
-        """Store ``value`` and return it as it reads back, rounded to the storage dtype."""
-        memory = self.stored(kind).dtype
-        stored, _ = formats.of_memory(memory).encode(value)
-        self.write(kind, stored)
-        return value if memory == value.dtype else self.load_moment(kind)
+    def store_moments(self, moments: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
+        """Store the first moment, or both, and return them as they read back, rounded to the storage dtype.
+
+        ``gradient``: as it entered them.
+        """
+        read_back: list[Tensor] = []
+        random: Tensor | None = None
+        for kind, value in zip(MOMENTS, moments):
+            stored = self.stored(kind)
+            form = formats.of_moment(kind, stored.dtype)
+            if isinstance(form, BlockFormat):
+                if random is None:
+                    random = random_bits(value, gradient, self.k.salt[0])
+                self.write(kind, form.encode_randomly(value, random & 0xFFFF))
+                random = random >> 16
+            else:
+                self.write(kind, form.encode(value)[0])
+            read_back.append(value if stored.dtype == value.dtype else self.load_moment(kind))
+        return read_back
 
     def resync_masters(self) -> None:
         """Replace masters of weights that the user wrote; a format beside the weight needs no resync."""
@@ -120,14 +134,15 @@ class _FlatChunk(_Chunk):
 
     def __init__(self, flat: dict[str, Tensor | None], table: Tensor, block_param: Tensor, low: int) -> None:
         super().__init__(table, block_param)
-        self.flat, self.span = flat, slice(low * BLOCK, (low + len(block_param)) * BLOCK)
+        self.flat, self.blocks = flat, slice(low, low + len(block_param))
         self.has_model = flat["model"] is not None
         self.masters = formats.of_memory(self.stored("weight").dtype)
 
     def stored(self, kind: str) -> Tensor:
         flat = self.flat[kind]
         assert flat is not None
-        return flat[self.span].view(-1, BLOCK)
+        by_block = flat if flat.dim() == 2 else flat[: len(flat) // BLOCK * BLOCK].view(-1, BLOCK)
+        return by_block[self.blocks]
 
     def write(self, kind: str, value: Tensor) -> None:
         stored = self.stored(kind)
@@ -148,10 +163,16 @@ class _PackedChunk(_Chunk):
 
     def _slices(self, kind: str) -> list[Tensor]:
         pieces: Sequence[Tensor] = getattr(self.shard, kind)
+        if pieces[0].dim() == 2:  # 8-bit moments
+            return [
+                pieces[run.piece][run.start // BLOCK : run.start // BLOCK + run.blocks] for run in self.runs
+            ]
         return [pieces[run.piece][run.start : run.start + run.length] for run in self.runs]
 
     def stored(self, kind: str) -> Tensor:
         slices = self._slices(kind)
+        if slices[0].dim() == 2:
+            return torch.cat(slices)
         zeros = slices[0].new_zeros(BLOCK)
         parts = []
         for memory, run in zip(slices, self.runs, strict=True):
@@ -159,7 +180,11 @@ class _PackedChunk(_Chunk):
         return torch.cat(parts).view(-1, BLOCK)
 
     def write(self, kind: str, value: Tensor) -> None:
-        torch._foreach_copy_(self._slices(kind), list(torch.split(value.view(-1), self.sizes)[::2]))
+        slices = self._slices(kind)
+        if slices[0].dim() == 2:
+            torch._foreach_copy_(slices, list(torch.split(value, [run.blocks for run in self.runs])))
+        else:
+            torch._foreach_copy_(slices, list(torch.split(value.view(-1), self.sizes)[::2]))
 
 
 @lru_cache(maxsize=1024)
@@ -220,7 +245,7 @@ class ReferenceKernel(StockIncoming):
             w, m, v = chunk.load_masters(), chunk.load_moment("exp_avg"), chunk.load_moment("exp_avg_sq")
             scaled = _scaled_gradients(chunk, w)
             rule.update_moments([m], [v], scaled, chunk.k)
-            m, v = chunk.store_moment("exp_avg", m), chunk.store_moment("exp_avg_sq", v)
+            m, v = chunk.store_moments([m, v], scaled[0])
             if len(sums) == len(rule.CAUTION_SUMS):
                 u, mask = _cautious_direction(chunk, w, m, v)
                 terms = [w * w, u * u, u * w, mask]
@@ -242,7 +267,7 @@ class ReferenceKernel(StockIncoming):
             w, m = chunk.load_masters(), chunk.load_moment("exp_avg")
             scaled = rule.scaled_gradients([_gradients(chunk)], [w], chunk.k)
             rule.update_momentum([m], scaled, chunk.k)
-            m = chunk.store_moment("exp_avg", m)
+            (m,) = chunk.store_moments([m], scaled[0])
             for direction, sizes in zip(([m], scaled), step_sizes, strict=True):
                 rule.descend([w], direction, [sizes[chunk.block_param].unsqueeze(1)])
             chunk.store_masters(w)

@@ -23,6 +23,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sharded_lamb.kernels.state_format import OneByOne
+
 STORAGE = {16: torch.int16, 8: torch.int8}
 """{bits of a remainder: dtype of the memory}."""
 
@@ -54,7 +56,7 @@ def split(master: Tensor, bits: int = 16) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class RemainderFormat:
+class RemainderFormat(OneByOne):
     """The `StateFormat` of masters under ``store_param_remainders``: of 16 bits, or of 8."""
 
     bits: int

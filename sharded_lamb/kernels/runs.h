@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "blocks.h"
+#include "codes.h"
 
 namespace {
 
@@ -54,6 +54,8 @@ INLINE void with_known(const Dtypes &dtypes, Function function) {
   else
     with_first_of<Known<F32, NONE, F32, F32>, Known<F32, NONE, F32>, Known<F32, BF16, F32>, Known<F32, F16, F32>,
                   Known<REMAINDER, BF16, F32>, Known<REMAINDER8, BF16, F32>, Known<BF16, NONE, F32>, Known<F32, NONE, BF16>,
+                  Known<F32, NONE, CODES>, Known<F32, BF16, CODES>, Known<REMAINDER, BF16, CODES>,
+                  Known<REMAINDER8, BF16, CODES>,
                   Known<F32, BF16, BF16>, Known<REMAINDER, BF16, BF16>, Known<REMAINDER8, BF16, BF16>,
                   Known<BF16, NONE, BF16>>(dtypes, function);
 }
@@ -86,6 +88,10 @@ struct Place {
   int bytes = 0;
 
   INLINE Place(char *start, int64_t dtype, int64_t number, int n, char *copy) {
+    if (dtype == CODES) {  // whole blocks
+      memory = block = start + number * CODED_BLOCK;
+      return;
+    }
     memory = block = start + number * BLOCK * size_of(dtype);
     if (n == BLOCK || !start) return;
     bytes = n * size_of(dtype);
@@ -112,6 +118,57 @@ struct Places {
         grad(run.grad, dtypes.grad, block, n, copies[2].bytes),
         exp_avg(run.exp_avg, dtypes.state, block, n, copies[3].bytes),
         exp_avg_sq(run.exp_avg_sq, dtypes.state, block, n, copies[4].bytes) {}
+};
+
+// A moment, `SIGNED`: the first.
+template <typename T, bool SIGNED, typename AnyDtypes>
+INLINE typename Wide<T>::V load_moment(const AnyDtypes &dtypes, const Place &place, int j) {
+  if (dtypes.state == CODES) return decoded<T, SIGNED>(place.block, j);
+  return load<T>(dtypes.state, place.block, j);
+}
+
+// A vector of both passes: the master, the gradient as it enters moments, and new moments.
+template <typename T>
+struct Updated {
+  typename Wide<T>::V w, scaled, m, v;
+};
+
+// A block's new moments, the first or both, until it is known which is its largest: only then they are encoded.
+template <typename T, int MOMENTS>
+struct NewMoments {
+  typedef Wide<T> W;
+  typedef typename W::Floats Floats;
+  alignas(64) T w[BLOCK], scaled[BLOCK];
+  alignas(64) float m[BLOCK], v[MOMENTS == 2 ? BLOCK : 1];
+  typename W::Ints top_m{}, top_v{};
+  int32_t origin_m, origin_v;
+
+  static INLINE typename W::Ints larger(typename W::Ints top, Floats x) {
+    const typename W::Ints bits = (typename W::Ints)x & NO_SIGN;
+    return bits > top ? bits : top;
+  }
+  INLINE void keep(const Updated<T> &x, int j) {
+    const Floats first = __builtin_convertvector(x.m, Floats), second = __builtin_convertvector(x.v, Floats);
+    put(x.w, w, j), put(x.scaled, scaled, j), put(first, m, j);
+    top_m = larger(top_m, first);
+    if constexpr (MOMENTS == 2) {
+      put(second, v, j);
+      top_v = larger(top_v, second);
+    }
+  }
+  INLINE void store_origins(const Places &places) {
+    std::memcpy(places.exp_avg.block, &(origin_m = origin_of<T>(top_m, true)), sizeof(origin_m));
+    if constexpr (MOMENTS == 2) std::memcpy(places.exp_avg_sq.block, &(origin_v = origin_of<T>(top_v, false)), sizeof(origin_v));
+  }
+  // Vector `j`, with moments as they read back.
+  INLINE Updated<T> store_codes(const Places &places, T step, int j) {
+    Updated<T> x{at<T, W::LANES>(w, j), at<T, W::LANES>(scaled, j)};
+    const Floats first = at<float, W::LANES>(m, j), salt = Floats{} + float(step);
+    const auto random = random_bits<T>(first, __builtin_convertvector(x.scaled, Floats), ((typename W::Bits)salt)[0]);
+    x.m = encoded<T, true>(first, random & 0xffffu, origin_m, places.exp_avg.block, j);
+    if constexpr (MOMENTS == 2) x.v = encoded<T, false>(at<float, W::LANES>(v, j), random >> 16, origin_v, places.exp_avg_sq.block, j);
+    return x;
+  }
 };
 
 // Masters: stored as such, or joined from weights and remainders.

@@ -104,7 +104,7 @@ class ShardedOptimizer(PartsOptimizer):
         for param, (name, p) in enumerate(zip(store.names, store.params, strict=True)):
             if p not in states:
                 raise ValueError(f"the state dict has no state of {name!r}: it is of another model")
-            state.check_local(name, self.state[p], store.states_of(param), states[p])
+            state.check_local(name, p, self.state[p], store.states_of(param), states[p])
         absent = [name for name, p, _ in self._named_parameters() if p in states and p not in store.index]
         if absent:
             raise ValueError(
@@ -117,7 +117,7 @@ class ShardedOptimizer(PartsOptimizer):
             state.warn_of_average(states.values())
         if not state.is_whole(states.values()):
             for p in store.params:
-                state.load_local(self.state[p], store.states_of(store.index[p]), states[p])
+                state.load_local(p, self.state[p], store.states_of(store.index[p]), states[p])
             return
         self.register_stateful([p for p, saved in states.items() if state.steps_of(saved)])
         for param, p in enumerate(store.params):

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory = parser.add_argument_group("memory")
     memory.add_argument("--dtype", choices=_DTYPES, default="float32", help="dtype of the parameters")
     memory.add_argument("--master-dtype", choices=_DTYPES, default="float32")
-    memory.add_argument("--state-dtype", choices=_DTYPES, default="float32")
+    memory.add_argument("--state-dtype", choices=[*_DTYPES, "int8"], default="float32")
     memory.add_argument("--reduce-dtype", choices=_DTYPES, help="default: the parameters'")
     memory.add_argument(
         "--store-param-remainders",
@@ -206,12 +206,12 @@ def _described(parameters: Shapes, choices: Choices) -> str:
     masters = precision.masters
     names = [
         str(dtype).removeprefix("torch.")
-        for dtype in (precision.model, masters.value if masters else precision.model, precision.moments.value)
+        for dtype in (precision.model, masters.value if masters else precision.model)
     ]
     remainders = " as remainders" if masters and masters.beside_weight else ""
     return (
         f"{len(parameters):,} tensors, {sum(map(prod, parameters.values())):,} elements, {names[0]} with {names[1]} "
-        f"masters{remainders} and {names[2]} moments, buckets of {choices.bucket_mb:g} MiB"
+        f"masters{remainders} and {precision.moments[0].name} moments, buckets of {choices.bucket_mb:g} MiB"
     )
 
 

@@ -94,7 +94,7 @@ def _of_buckets(shapes: Shapes, widths: Widths, choices: Choices, sharding: Shar
             "parameters": full * widths.model,
             "gradients": kept * widths.model,
             "masters": shard * widths.master,
-            "moments": 2 * shard * widths.state,
+            "moments": int(2 * shard * widths.state),
             "gradient_shards": shard * widths.compute if reduces else 0,
             "staging": staging,
         },
@@ -115,7 +115,8 @@ def _update_in_place(numel: int, widths: Widths) -> int:
 
 def _of_chunks(shapes: Shapes, widths: Widths, choices: Choices, sharding: Sharding, rank: int) -> Costs:
     placed = list(trainable(shapes, sharding).values())
-    own = sum(chunk_numel(shape, sharding.shard, rank % sharding.shard) for shape in placed)
+    parts = [chunk_numel(shape, sharding.shard, rank % sharding.shard) for shape in placed]
+    own = sum(parts)
     padded = sum(chunk_numel(shape, sharding.shard, 0) for shape in placed)
     return Costs(
         sharding,
@@ -123,7 +124,7 @@ def _of_chunks(shapes: Shapes, widths: Widths, choices: Choices, sharding: Shard
             "parameters": own * widths.model,
             "gradients": own * widths.model,
             "masters": own * widths.master,
-            "moments": 2 * own * widths.state,
+            "moments": sum(nbytes(form, part) for form in choices.precision.moments for part in parts),
             "gradient_shards": 0,
             "staging": 0,
         },

@@ -69,6 +69,7 @@ def _two_passes(device: torch.device) -> Callable[[], None]:
         eps_outside=1e-6,
         decay=0.01,
         opposed=1.0,
+        salt=1.0,
     )
     table = torch.tensor([[getattr(values, name) for name in rule.COLUMNS]], device=device)
     sizes = torch.full((1,), 1e-4, device=device)

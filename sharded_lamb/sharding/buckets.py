@@ -23,7 +23,7 @@ from sharded_lamb.core.layers import Layers, Sources, repeated
 from sharded_lamb.core.layout import BLOCK, Bucket, Segment
 from sharded_lamb.core.rule import MOMENTS
 from sharded_lamb.kernels import FlatShard, ScatteredShard, Shard, formats
-from sharded_lamb.kernels.state_format import OF_WEIGHTS, StateFormat, StoredState, moments
+from sharded_lamb.kernels.state_format import OF_WEIGHTS, Moments, StateFormat, StoredState, moments
 from sharded_lamb.sharding.flat_memory import zeros
 from sharded_lamb.sharding.memory_record import MemoryRecord
 
@@ -34,7 +34,7 @@ class Precision:
 
     model: torch.dtype
     masters: StateFormat | None  # None: steps update the parameters' own memory
-    moments: StateFormat
+    moments: Moments
     wire: torch.dtype
     compute: torch.dtype
     averages: bool = False  # whether an average of the weights is kept, in the compute dtype
@@ -67,11 +67,17 @@ class Precision:
         return Widths(
             model=self.model.itemsize,
             master=masters.storage.itemsize if masters else 0,
-            state=self.moments.storage.itemsize,
+            state=self.moments[0].block_bytes / BLOCK,
             wire=self.wire.itemsize,
             compute=self.compute.itemsize,
             beside_weight=masters is not None and masters.beside_weight,
         )
+
+
+def moment_zeros(form: StateFormat, numel: int, device: torch.device, lane: int) -> Tensor:
+    """The memory of a new moment of ``numel`` elements."""
+    shape = form.shape(numel)
+    return zeros(math.prod(shape), form.storage, device, lane).view(shape)
 
 
 def memory_strides(p: Tensor) -> tuple[int, ...]:
@@ -199,8 +205,8 @@ class FlatBucket:
             weight=shard_flat if masters is None else masters,
             model=None if masters is None else shard_flat,
             grad=zeros(numel if holds_gradients else 0, precision.compute, device, lane=1),
-            exp_avg=zeros(numel, precision.moments.storage, device, lane=2),
-            exp_avg_sq=zeros(numel, precision.moments.storage, device, lane=3)
+            exp_avg=moment_zeros(precision.moments[0], numel, device, lane=2),
+            exp_avg_sq=moment_zeros(precision.moments[1], numel, device, lane=3)
             if precision.second_moment
             else None,
             block_param=block_param.to(device),
@@ -213,8 +219,8 @@ class FlatBucket:
             params=tuple(segment.param for segment in self.layer_segments),
             weight=self._cut(shard.weight),
             grad=(),
-            exp_avg=self._cut(shard.exp_avg),
-            exp_avg_sq=None if shard.exp_avg_sq is None else self._cut(shard.exp_avg_sq),
+            exp_avg=self._cut_moment(0, shard.exp_avg),
+            exp_avg_sq=None if shard.exp_avg_sq is None else self._cut_moment(1, shard.exp_avg_sq),
             model=None if shard.model is None else self._cut(shard.model),
             grad_starts=[segment.start for segment in self.layer_segments],
         )
@@ -223,16 +229,15 @@ class FlatBucket:
         """Views of the layers' segments in a flat tensor of the shard's size."""
         return [memory[x.shard_start : x.shard_start + x.length] for x in self.layer_segments]
 
+    def _cut_moment(self, index: int, memory: Tensor) -> list[Tensor]:
+        """`_cut` of the first or the second moment's memory."""
+        form = self.precision.moments[index]
+        return [form.part(memory, x.shard_start, x.length) for x in self.layer_segments]
+
     def states_of(self, param: int) -> list[StoredState]:
         """The kinds of state of this rank's segment of a parameter: views, each [segment]; may be empty."""
-        return [
-            replace(
-                state,
-                stored=self.slice_of(param, state.stored),
-                weight=None if state.weight is None else self.slice_of(param, state.weight),
-            )
-            for state in self.states()
-        ]
+        segment = self.segment_of(param)
+        return [state.part(segment.shard_start, segment.length) for state in self.states()]
 
     def refresh_masters(self) -> None:
         """Reset masters and averages to the model's weights, after a broadcast wrote the whole bucket."""
@@ -253,13 +258,13 @@ class FlatBucket:
     def states(self) -> list[StoredState]:
         """The kinds of state of this rank's shard, each [shard]."""
         shard, masters = self.shard, self.precision.masters
-        kinds = [*moments(self.precision.moments, shard.exp_avg, shard.exp_avg_sq)]
+        numel = self.plan.shard_numel
+        kinds = [*moments(self.precision.moments, numel, shard.exp_avg, shard.exp_avg_sq)]
         if masters is not None:
-            kinds.append(StoredState("master", masters, shard.weight, shard.model))
+            kinds.append(StoredState("master", masters, numel, shard.weight, shard.model))
         if self.average is not None:
-            kinds.append(
-                StoredState("ema", formats.FORMATS[self.average.dtype], self.average, self.own_weights)
-            )
+            form = formats.of_memory(self.average.dtype)
+            kinds.append(StoredState("ema", form, numel, self.average, self.own_weights))
         return kinds
 
     # -- parameters whose memory is replaced --------------------------------------------------------

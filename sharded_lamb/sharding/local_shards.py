@@ -18,7 +18,7 @@ from sharded_lamb.core.layers import Sources, repeated
 from sharded_lamb.core.layout import Segment
 from sharded_lamb.core.rule import MOMENTS
 from sharded_lamb.kernels import ScatteredShard, formats
-from sharded_lamb.kernels.state_format import StoredState
+from sharded_lamb.kernels.state_format import PlainFormat, StateFormat, StoredState
 from sharded_lamb.kernels.state_format import moments as moments_of
 from sharded_lamb.sharding.buckets import Precision, flattened, memory_strides
 from sharded_lamb.sharding.dtensors import is_dtensor
@@ -37,6 +37,7 @@ class LocalShard:
     precision: Precision
     strides: tuple[int, ...]  # of the local part
     master: Tensor | None  # [n] as `Precision.masters` stores it; None: steps update the parameter's memory
+    numel: int  # n
     exp_avg: Tensor  # [n] as `Precision.moments` stores it
     exp_avg_sq: Tensor | None  # [n]
     average: Tensor | None = None  # [n] compute dtype
@@ -46,17 +47,25 @@ class LocalShard:
         local = local_part(p)
         strides = memory_strides(local)
 
-        def zeros(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(local.numel(), dtype=dtype, device=local.device)
+        def zeros(form: StateFormat) -> Tensor:
+            return torch.zeros(form.shape(local.numel()), dtype=form.storage, device=local.device)
 
         master = None
         if precision.masters is not None:
-            master = zeros(precision.masters.storage)
+            master = zeros(precision.masters)
             precision.masters.reset(master, flattened(local, strides))
         average = flattened(local, strides).to(precision.compute, copy=True) if precision.averages else None
-        first = zeros(precision.moments.storage)
-        second = torch.zeros_like(first) if precision.second_moment else None
-        return LocalShard(p, precision, strides, master, first, second, average)
+        first, second = (zeros(form) for form in precision.moments)
+        return LocalShard(
+            p,
+            precision,
+            strides,
+            master,
+            local.numel(),
+            first,
+            second if precision.second_moment else None,
+            average,
+        )
 
     def weight(self) -> Tensor:
         """[n], a view of the model's own memory."""
@@ -65,11 +74,12 @@ class LocalShard:
     def states(self) -> list[StoredState]:
         """The kinds of state of this rank's part, each [n]."""
         masters = self.precision.masters
-        kinds = [*moments_of(self.precision.moments, self.exp_avg, self.exp_avg_sq)]
+        kinds = [*moments_of(self.precision.moments, self.numel, self.exp_avg, self.exp_avg_sq)]
         if masters is not None and self.master is not None:
-            kinds.append(StoredState("master", masters, self.master, self.weight()))
+            kinds.append(StoredState("master", masters, self.numel, self.master, self.weight()))
         if self.average is not None:
-            kinds.append(StoredState("ema", formats.FORMATS[self.average.dtype], self.average, self.weight()))
+            form = formats.of_memory(self.average.dtype)
+            kinds.append(StoredState("ema", form, self.numel, self.average, self.weight()))
         return kinds
 
     def as_dtensor(self, flat: Tensor) -> "DTensor":
@@ -151,7 +161,7 @@ class DTensorShards:
         for param, local_shard in self.local.items():
             local = local_memory(local_shard.p)
             actual = (local.numel(), local.dtype, local.device)
-            expected = (local_shard.exp_avg.numel(), local_shard.precision.model, local_shard.exp_avg.device)
+            expected = (local_shard.numel, local_shard.precision.model, local_shard.exp_avg.device)
             if actual != expected:
                 raise RuntimeError(
                     f"the local part of parameter {names[param]!r} is now {actual[0]} elements of {actual[1]} on "
@@ -191,7 +201,7 @@ class DTensorShards:
         shards = self.local.values()
         averages = [shard.average.nbytes for shard in shards if shard.average is not None]
         return {
-            "parameters": sum(shard.exp_avg.numel() * shard.precision.model.itemsize for shard in shards),
+            "parameters": sum(shard.numel * shard.precision.model.itemsize for shard in shards),
             "masters": sum(shard.master.nbytes for shard in shards if shard.master is not None),
             "moments": sum(
                 state.stored.nbytes for shard in shards for state in shard.states() if state.kind in MOMENTS
@@ -200,6 +210,8 @@ class DTensorShards:
             **({"averages": sum(averages)} if averages else {}),
         }
 
+
+_BY_ELEMENT = PlainFormat(torch.float32)
 
 _Kind = tuple[Precision, torch.dtype]
 """A precision and a dtype of gradients."""
@@ -219,21 +231,22 @@ class _Pieces:
         if len(pieces) > len(members):
             self._sources = [source for source, param in enumerate(members) for _ in segments[param]]
 
-        def cut(parts: Sequence[Tensor | None]) -> list[Tensor]:
+        def cut(parts: Sequence[Tensor | None], form: StateFormat = _BY_ELEMENT) -> list[Tensor]:
             """Pieces of what the members have; nothing, if they have none."""
             whole = [part for part in parts if part is not None]
             if self._sources is None or not whole:
                 return whole
             of_pieces = zip(repeated(whole, self._sources), pieces, strict=True)
-            return [part[piece.start : piece.start + piece.length] for part, piece in of_pieces]
+            return [form.part(part, piece.start, piece.length) for part, piece in of_pieces]
 
         weights, masters = cut([row.weight() for row in rows]), cut([row.master for row in rows])
+        first, second = rows[0].precision.moments
         self._shard = ScatteredShard(
             params=tuple(piece.param for piece in pieces),
             weight=masters or weights,
             grad=(),
-            exp_avg=cut([row.exp_avg for row in rows]),
-            exp_avg_sq=cut([row.exp_avg_sq for row in rows]) or None,
+            exp_avg=cut([row.exp_avg for row in rows], first),
+            exp_avg_sq=cut([row.exp_avg_sq for row in rows], second) or None,
             model=weights if masters else None,
             grad_starts=None if self._sources is None else [piece.start for piece in pieces],
         )

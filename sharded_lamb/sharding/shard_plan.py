@@ -16,7 +16,7 @@ from sharded_lamb.comm.topology import Topology
 from sharded_lamb.core.hyperparams import flag, integer, number
 from sharded_lamb.core.layout import Bucket, ShardLayout, plan_buckets
 from sharded_lamb.core.parameters import NamedParameter, check_parameter
-from sharded_lamb.kernels.formats import FLOATS
+from sharded_lamb.kernels.formats import FLOATS, STATE_DTYPES
 from sharded_lamb.kernels.remainders import STORAGE
 from sharded_lamb.sharding.buckets import Precision
 from sharded_lamb.sharding.dtensors import is_dtensor
@@ -82,9 +82,9 @@ class Settings:
         if self.kernel not in kernels.NAMES:
             raise ValueError(f"kernel must be one of {kernels.NAMES}, got {self.kernel!r}")
         for name in ("master_dtype", "state_dtype", "reduce_dtype"):
-            dtype = getattr(self, name)
-            if dtype not in FLOATS and not (name == "reduce_dtype" and dtype is None):
-                raise ValueError(f"{name} must be one of {[str(x) for x in FLOATS]}, got {dtype!r}")
+            dtype, known = getattr(self, name), STATE_DTYPES if name == "state_dtype" else FLOATS
+            if dtype not in known and not (name == "reduce_dtype" and dtype is None):
+                raise ValueError(f"{name} must be one of {[str(x) for x in known]}, got {dtype!r}")
         if self.ema_decay is not None:
             decay = number("ema_decay", self.ema_decay, 0.0, 1.0, "None, or a number in [0, 1)")
             if decay == 1.0:

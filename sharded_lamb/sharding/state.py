@@ -18,7 +18,7 @@ from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.core.host_values import as_tensor
 from sharded_lamb.core.layout import ShardLayout
 from sharded_lamb.kernels.state_format import OF_WEIGHTS, StoredState
-from sharded_lamb.sharding.buckets import FlatBucket, flattened
+from sharded_lamb.sharding.buckets import FlatBucket, flattened, memory_strides
 from sharded_lamb.sharding.dcp_tensors import Region, SlicedState, Stamp
 from sharded_lamb.sharding.dtensors import is_dtensor
 from sharded_lamb.sharding.local_shards import DTensorShards
@@ -82,7 +82,10 @@ def local_states(layout: ShardLayout, buckets: Sequence[FlatBucket], step: Tenso
             ]
             states[param] = {"step": step[param]}
             for state in bucket.states_of(param):
-                states[param][state.key] = SlicedState.of(state.stored, region)
+                is_by_element = state.is_by_element
+                states[param][state.key] = (
+                    SlicedState.of(state.stored, region) if is_by_element else state.stored
+                )
             states[param]["shard"] = Stamp.of(stamp)
     return states
 
@@ -101,10 +104,10 @@ def dtensor_states(
     for param, local in dtensors.local.items():
         spec = specs[param]
         digest = _short(hashlib.sha256(json.dumps([own_layout, spec.described()]).encode()).hexdigest())
-        stamp = [rank, world, spec.shard_index, local.exp_avg.numel(), layout.numels[param], digest]
+        stamp = [rank, world, spec.shard_index, local.numel, layout.numels[param], digest]
         states[param] = {"step": step[param]}
         for state in local.states():
-            states[param][state.key] = local.as_dtensor(state.stored)
+            states[param][state.key] = local.as_dtensor(state.stored) if state.is_by_element else state.stored
         states[param]["shard"] = Stamp.of(stamp)
     return states
 
@@ -122,7 +125,7 @@ def warn_of_average(saved: Iterable[Iterable[str]]) -> None:
         )
 
 
-def check_local(name: str, own: State, states: Sequence[StoredState], saved: Mapping[str, Any]) -> None:
+def check_local(name: str, p: Tensor, own: State, states: Sequence[StoredState], saved: Mapping[str, Any]) -> None:
     """Check that one parameter's saved slices belong to this rank.
 
     Args:
@@ -138,7 +141,7 @@ def check_local(name: str, own: State, states: Sequence[StoredState], saved: Map
             f"consolidate_state_dict() or full_state_dict()"
         )
     stamp, expected = as_tensor(saved["shard"]).tolist(), own["shard"].tolist()
-    if stamp != expected and is_dtensor(own["exp_avg"]):
+    if stamp != expected and is_dtensor(p):
         raise ValueError(
             f"the state of {name!r} was saved by rank {stamp[0]} of {stamp[1]} and this is rank {expected[0]} of "
             f"{expected[1]}"
@@ -161,7 +164,7 @@ def check_local(name: str, own: State, states: Sequence[StoredState], saved: Map
         raise ValueError(f"the state of {name!r} lacks {sorted(missing)}: it was saved with other dtypes")
 
 
-def load_local(own: State, states: Sequence[StoredState], saved: Mapping[str, Any]) -> None:
+def load_local(p: Tensor, own: State, states: Sequence[StoredState], saved: Mapping[str, Any]) -> None:
     """Copy one parameter's checked, saved slices into its state. Arguments as of `check_local`."""
     own["step"].copy_(as_tensor(saved["step"]).reshape(()))
     for state in states:
@@ -170,9 +173,8 @@ def load_local(own: State, states: Sequence[StoredState], saved: Mapping[str, An
             continue
         values = saved[state.kind]
         if is_dtensor(values):
-            stored = own[state.key]
-            assert is_dtensor(stored)
-            values = flattened(local_part(values), local_part(stored).stride())
+            assert is_dtensor(p)
+            values = flattened(local_part(values), memory_strides(local_part(p)))
         state.store(values)
 
 
