@@ -14,12 +14,13 @@ from sharded_lamb.bench import report
 from sharded_lamb.bench.timing import Clock, Spread, Turns, by_round, quotients, take_turns, world
 from sharded_lamb.core.layout import BLOCK, Segment
 from sharded_lamb.core.rule import CAUTION_SUMS, COLUMNS, NESTEROV_SUMS, SUMS, Coefficients
-from sharded_lamb.kernels import FlatShard, Kernel, LocalContribution, ReceivedShards, ScatteredShard
+from sharded_lamb.kernels import FlatShard, Kernel, LocalContribution, ReceivedShards, ScatteredShard, formats
+from sharded_lamb.kernels.block_codes import BlockFormat
 from sharded_lamb.kernels.remainders import STORAGE
 from sharded_lamb.sharding import flat_memory
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-REMAINDER, REMAINDER8 = STORAGE[16], STORAGE[8]
+REMAINDER, REMAINDER8, CODES = STORAGE[16], STORAGE[8], BlockFormat.storage
 
 COUNTED = (
     "Each function on one contiguous range, one rank. Bytes: every kind of memory that it reads, and once more every "
@@ -65,7 +66,12 @@ class Memory:
             if memory.numel() == 0 or memory.nbytes < flat_memory.MIN_BYTES:
                 behind = lane * flat_memory.LANE_BYTES // dtype.itemsize  # as in memory that is large enough
                 memory = torch.empty(self.numel + behind, dtype=dtype, device="cpu")[behind:]
-            self.made[kind, dtype] = memory.fill_(0.01 if dtype.is_floating_point else 0)
+            memory.fill_(0.01 if dtype.is_floating_point else 0)
+            if dtype == CODES:
+                form = formats.of_moment(kind, dtype)
+                codes, _ = form.encode(torch.full((BLOCK,), 0.01, device="cpu"))
+                memory = codes.repeat(form.shape(self.numel)[0], 1)
+            self.made[kind, dtype] = memory
         return self.made[kind, dtype]
 
     def shards(
@@ -80,7 +86,7 @@ class Memory:
 
 
 def _table(dtype: torch.dtype) -> Tensor:
-    row = Coefficients(1.0, 0.0, 0.9, 0.1, 0.999, 0.001, 1.0, 1.0, 0.0, 1e-6, 0.01, 1.0)
+    row = Coefficients(1.0, 0.0, 0.9, 0.1, 0.999, 0.001, 1.0, 1.0, 0.0, 1e-6, 0.01, 1.0, 3.0)
     return torch.tensor([[getattr(row, name) for name in COLUMNS]], dtype=dtype, device="cpu")
 
 
@@ -163,6 +169,8 @@ CASES: dict[str, Case] = {
     **_passes("bf16 weights, 8-bit remainders", 21, 14, REMAINDER8, BF16, BF16, F32),
     **_passes("bf16 weights and moments, fp32 masters", 16, 14, F32, BF16, BF16, BF16),
     **_passes("everything in bf16", 12, 8, BF16, None, BF16, BF16),
+    **_passes("fp32, 8-bit moments", 12, 10, F32, None, F32, CODES),
+    **_passes("bf16 weights, 8-bit remainders and moments", 9, 8, REMAINDER8, BF16, BF16, CODES),
     **_passes("LANS, fp32", 24, 20, F32, None, F32, F32, sums=NESTEROV_SUMS),
     **_passes("caution, fp32", 24, 20, F32, None, F32, F32, sums=CAUTION_SUMS),
     "pass 1, LARS, fp32": Case(SUM, 4, _weight_norms(F32, None, F32, F32)),

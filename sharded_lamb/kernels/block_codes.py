@@ -12,8 +12,8 @@ an infinity, all of whose values are nan. So codes are exact numbers: a block th
 its bits, and bfloat16 holds every value. Zeroed memory is zeros.
 
 Steps round stochastically, up with the probability that makes the mean right: a second moment changes by a thousandth a
-step, and to the nearest code would never change (`bench formats`). The random numbers are a hash of the moment, of the
-gradient and of the step: the same on every backend and any number of ranks. A second moment above 0 never becomes 0:
+step, and to the nearest code would never change (`bench formats`). The random numbers are a hash of the first moment and of the
+step: the same on every backend and any number of ranks. A second moment above 0 never becomes 0:
 it becomes no less than 16/17 of itself, or half of itself where it is below 2⁻¹⁴ of its block's largest. So a step is at
 most 3.1 %, or 42 %, larger than with the moment before it was rounded.
 """
@@ -35,20 +35,22 @@ LOWEST = 32
 """float32's exponent field of the smallest origin, 2⁻⁹⁵."""
 INFINITY, NAN = 0x7F800000, 0x7FC00000
 HALF = 1 << (SHIFT - 1)
-RANDOM_BITS = 16
 NO_SIGN = 0x7FFFFFFF
 
 
-def random_bits(moment: Tensor, gradient: Tensor, salt: Tensor) -> Tensor:
-    """[…] int64 < 2³²: a hash of float32 bits. ``moment``: before it is rounded; ``salt`` broadcasts: the step."""
-    hashed = (
-        _wrapped(_bits(moment) * 0x9E3779B1)
-        ^ _wrapped(_bits(gradient) * 0x85EBCA77)
-        ^ _wrapped(_bits(salt) * 0xC2B2AE3D)
-    )
-    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
-        hashed = _wrapped((hashed ^ hashed >> shift) * factor)
+def random_bits(moment: Tensor, salt: Tensor) -> Tensor:
+    """[…] int64 < 2³²: a hash of float32 bits. ``moment``: the first, not rounded; ``salt`` broadcasts: the step.
+
+    The factors are those of "lowbias32" (Wellons, nullprogram.com/blog/2018/07/31), and the golden ratio.
+    """
+    hashed = _wrapped((_bits(moment) ^ _wrapped(_bits(salt) * 0x9E3779B1)) * 0x21F0AAAD)
+    hashed = _wrapped((hashed ^ hashed >> 15) * 0xD35A2D97)
     return hashed ^ hashed >> 15
+
+
+def random_halves(random: Tensor) -> tuple[Tensor, Tensor]:
+    """The integers below 2¹⁹ that round a first and a second moment."""
+    return random & 0x7FFFF, random >> 13
 
 
 def _bits(values: Tensor) -> Tensor:
@@ -102,8 +104,8 @@ class BlockFormat:
         return self._encode(pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK), HALF), None
 
     def encode_randomly(self, values: Tensor, random: Tensor) -> Tensor:
-        """[blocks, BLOCK] values → memory. ``random``: like ``values``, integers below 2¹⁶."""
-        return self._encode(values.to(torch.float32), (random << (SHIFT - RANDOM_BITS)).to(torch.int32))
+        """[blocks, BLOCK] values → memory. ``random``: like ``values``, integers below 2¹⁹."""
+        return self._encode(values.to(torch.float32), random.to(torch.int32))
 
     def _encode(self, values: Tensor, added: Tensor | int) -> Tensor:
         bits = values.contiguous().view(torch.int32)
@@ -111,6 +113,7 @@ class BlockFormat:
         top = magnitude.amax(dim=1, keepdim=True)
         exponent = (top >> 23) - (self.largest >> FRACTION_BITS)
         origin = torch.where(top < INFINITY, exponent.clamp(min=LOWEST) << 23, NAN)
+        origin = torch.where(top == 0, 0, origin)
         least = origin.view(torch.float32) * 2
         number = magnitude.view(torch.float32)
         below = number < least

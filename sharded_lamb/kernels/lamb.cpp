@@ -58,7 +58,7 @@ template <typename T, int D, typename AnyDtypes>
 INLINE void first_pass(const AnyDtypes &dtypes, const Places &places, const Coefficients<T> k, T *sums) {
   typedef typename Wide<T>::V V;
   typename Wide<T>::Mask written{};
-  NewMoments<T, 2> next;
+  NewMoments<T, D> next;
   auto updated = [&](int j) __attribute__((always_inline)) {
     const V w = load_resynced<T>(dtypes, places, j, written);
     const V scaled = scaled_gradient<T>(dtypes, places, w, k, j);
@@ -66,13 +66,10 @@ INLINE void first_pass(const AnyDtypes &dtypes, const Places &places, const Coef
     const V v = load_moment<T, false>(dtypes, places.exp_avg_sq, j) * k.beta2 + (scaled * scaled) * k.c2;
     return Updated<T>{w, scaled, m, v};
   };
-  if (dtypes.state == CODES) {
-    for (int j = 0; j < Wide<T>::COUNT; j++) next.keep(updated(j), j);
-    next.store_origins(places);
-  }
+  if (dtypes.state == CODES) next.start_blocks(places, updated);
   const Sums<T, 1 + D> total = by_halving<Wide<T>::COUNT>([&](int j) __attribute__((always_inline)) {
     if (dtypes.state == CODES) {
-      const Updated<T> x = next.store_codes(places, k.salt, j);
+      const Updated<T> x = next.store(places, k.salt, j);
       return terms<T, D>(x.w, x.scaled, x.m, x.v, k);
     }
     const Updated<T> x = updated(j);
@@ -80,6 +77,7 @@ INLINE void first_pass(const AnyDtypes &dtypes, const Places &places, const Coef
     const V v = store<T>(dtypes.state, x.v, places.exp_avg_sq.block, j);
     return terms<T, D>(x.w, x.scaled, m, v, k);
   });
+  if (dtypes.state == CODES) next.end_blocks(places);
   store_resynced<T>(dtypes, places, written);
   for (int i = 0; i < 1 + D; i++) sums[i] = across_lanes<T>(total.of[i]);
 }
@@ -116,25 +114,23 @@ INLINE T weight_norm(const AnyDtypes &dtypes, const Places &places) {
 template <typename T, typename AnyDtypes>
 INLINE void momentum_pass(const AnyDtypes &dtypes, const Places &places, const Coefficients<T> k, const T *step_sizes) {
   typedef typename Wide<T>::V V;
-  NewMoments<T, 1> next;
+  NewMoments<T, 0> next;
   auto updated = [&](int j) __attribute__((always_inline)) {
     const V w = load_masters<T>(dtypes, places, j), scaled = scaled_gradient<T>(dtypes, places, w, k, j);
     return Updated<T>{w, scaled, load_moment<T, true>(dtypes, places.exp_avg, j) * k.beta1 + scaled * k.c1, V{}};
   };
-  if (dtypes.state == CODES) {
-    for (int j = 0; j < Wide<T>::COUNT; j++) next.keep(updated(j), j);
-    next.store_origins(places);
-  }
+  if (dtypes.state == CODES) next.start_blocks(places, updated);
   for (int j = 0; j < Wide<T>::COUNT; j++) {
     Updated<T> x;
     if (dtypes.state == CODES) {
-      x = next.store_codes(places, k.salt, j);
+      x = next.store(places, k.salt, j);
     } else {
       x = updated(j);
       x.m = store<T>(dtypes.state, x.m, places.exp_avg.block, j);
     }
     store_masters<T>(dtypes, places, (x.w - x.m * step_sizes[0]) - x.scaled * step_sizes[1], j);
   }
+  if (dtypes.state == CODES) next.end_blocks(places);
 }
 
 // -- all blocks ---------------------------------------------------------------------------------------

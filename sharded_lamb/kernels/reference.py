@@ -17,7 +17,7 @@ from sharded_lamb.core.host_values import to_device
 from sharded_lamb.core.layout import BLOCK
 from sharded_lamb.core.rule import COLUMNS, MOMENTS, Coefficients, PerTensor
 from sharded_lamb.kernels import formats, packing
-from sharded_lamb.kernels.block_codes import BlockFormat, random_bits
+from sharded_lamb.kernels.block_codes import BlockFormat, random_bits, random_halves
 from sharded_lamb.kernels.incoming import StockIncoming
 from sharded_lamb.kernels.shard import FlatShard, ScatteredShard, Shard
 from sharded_lamb.kernels.state_format import StateFormat
@@ -89,21 +89,16 @@ class _Chunk:
         stored = self.stored(kind)
         return formats.of_moment(kind, stored.dtype).decode(stored, None).to(self.table.dtype)
 
-    def store_moments(self, moments: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
-        """Store the first moment, or both, and return them as they read back, rounded to the storage dtype.
-
-        ``gradient``: as it entered them.
-        """
+    def store_moments(self, moments: Sequence[Tensor]) -> list[Tensor]:
+        """Store the first moment, or both, and return them as they read back, rounded to the storage dtype."""
         read_back: list[Tensor] = []
-        random: Tensor | None = None
+        random: tuple[Tensor, ...] = ()
         for kind, value in zip(MOMENTS, moments):
             stored = self.stored(kind)
             form = formats.of_moment(kind, stored.dtype)
             if isinstance(form, BlockFormat):
-                if random is None:
-                    random = random_bits(value, gradient, self.k.salt[0])
-                self.write(kind, form.encode_randomly(value, random & 0xFFFF))
-                random = random >> 16
+                random = random[1:] or random_halves(random_bits(value, self.k.salt[0]))
+                self.write(kind, form.encode_randomly(value, random[0]))
             else:
                 self.write(kind, form.encode(value)[0])
             read_back.append(value if stored.dtype == value.dtype else self.load_moment(kind))
@@ -245,7 +240,7 @@ class ReferenceKernel(StockIncoming):
             w, m, v = chunk.load_masters(), chunk.load_moment("exp_avg"), chunk.load_moment("exp_avg_sq")
             scaled = _scaled_gradients(chunk, w)
             rule.update_moments([m], [v], scaled, chunk.k)
-            m, v = chunk.store_moments([m, v], scaled[0])
+            m, v = chunk.store_moments([m, v])
             if len(sums) == len(rule.CAUTION_SUMS):
                 u, mask = _cautious_direction(chunk, w, m, v)
                 terms = [w * w, u * u, u * w, mask]
@@ -267,7 +262,7 @@ class ReferenceKernel(StockIncoming):
             w, m = chunk.load_masters(), chunk.load_moment("exp_avg")
             scaled = rule.scaled_gradients([_gradients(chunk)], [w], chunk.k)
             rule.update_momentum([m], scaled, chunk.k)
-            (m,) = chunk.store_moments([m], scaled[0])
+            (m,) = chunk.store_moments([m])
             for direction, sizes in zip(([m], scaled), step_sizes, strict=True):
                 rule.descend([w], direction, [sizes[chunk.block_param].unsqueeze(1)])
             chunk.store_masters(w)

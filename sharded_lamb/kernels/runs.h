@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "codes.h"
@@ -54,8 +55,8 @@ INLINE void with_known(const Dtypes &dtypes, Function function) {
   else
     with_first_of<Known<F32, NONE, F32, F32>, Known<F32, NONE, F32>, Known<F32, BF16, F32>, Known<F32, F16, F32>,
                   Known<REMAINDER, BF16, F32>, Known<REMAINDER8, BF16, F32>, Known<BF16, NONE, F32>, Known<F32, NONE, BF16>,
-                  Known<F32, NONE, CODES>, Known<F32, BF16, CODES>, Known<REMAINDER, BF16, CODES>,
-                  Known<REMAINDER8, BF16, CODES>,
+                  Known<F32, NONE, CODES, F32>, Known<F32, BF16, CODES, BF16>, Known<REMAINDER, BF16, CODES, BF16>,
+                  Known<REMAINDER8, BF16, CODES, BF16>,
                   Known<F32, BF16, BF16>, Known<REMAINDER, BF16, BF16>, Known<REMAINDER8, BF16, BF16>,
                   Known<BF16, NONE, BF16>>(dtypes, function);
 }
@@ -133,41 +134,66 @@ struct Updated {
   typename Wide<T>::V w, scaled, m, v;
 };
 
-// A block's new moments, the first or both, until it is known which is its largest: only then they are encoded.
-template <typename T, int MOMENTS>
+// A block's new moments until its largest is known: then they are encoded. D: see `terms`, 0: LARS's.
+template <typename T, int D>
 struct NewMoments {
   typedef Wide<T> W;
   typedef typename W::Floats Floats;
-  alignas(64) T w[BLOCK], scaled[BLOCK];
-  alignas(64) float m[BLOCK], v[MOMENTS == 2 ? BLOCK : 1];
-  typename W::Ints top_m{}, top_v{};
+  typedef typename W::Ints Ints;
+  static constexpr bool HAS_V = D > 0, KEEPS_SCALED = D != 1;
+
+  alignas(64) T w[BLOCK], scaled[KEEPS_SCALED ? BLOCK : 1];
+  alignas(64) float m[BLOCK], v[HAS_V ? BLOCK : 1];
   int32_t origin_m, origin_v;
 
-  static INLINE typename W::Ints larger(typename W::Ints top, Floats x) {
-    const typename W::Ints bits = (typename W::Ints)x & NO_SIGN;
+  static INLINE Ints larger(Ints top, Floats x) {
+    const Ints bits = (Ints)x & NO_SIGN;
     return bits > top ? bits : top;
   }
-  INLINE void keep(const Updated<T> &x, int j) {
-    const Floats first = __builtin_convertvector(x.m, Floats), second = __builtin_convertvector(x.v, Floats);
-    put(x.w, w, j), put(x.scaled, scaled, j), put(first, m, j);
-    top_m = larger(top_m, first);
-    if constexpr (MOMENTS == 2) {
-      put(second, v, j);
-      top_v = larger(top_v, second);
+  // Stores the origin of one moment's block. All values of a block with a nan or an infinity become nan.
+  static INLINE int32_t start(char *block, Ints top, bool is_signed, float *values) {
+    const int32_t origin = origin_of<T>(top, is_signed);
+    std::memcpy(block, &origin, sizeof(origin));
+    if (origin == NOT_A_NUMBER) std::fill_n(values, BLOCK, float_of(NOT_A_NUMBER));
+    return origin;
+  }
+  // Keeps `updated(j)` of every vector, and stores the blocks' origins.
+  template <typename Next>
+  INLINE void start_blocks(const Places &places, Next updated) {
+    Ints top_m{}, top_v{};
+    for (int j = 0; j < W::COUNT; j++) {
+      const Updated<T> x = updated(j);
+      put(x.w, w, j);
+      if constexpr (KEEPS_SCALED) put(x.scaled, scaled, j);
+      const Floats first = __builtin_convertvector(x.m, Floats);
+      put(first, m, j);
+      top_m = larger(top_m, first);
+      if constexpr (HAS_V) {
+        const Floats second = __builtin_convertvector(x.v, Floats);
+        put(second, v, j);
+        top_v = larger(top_v, second);
+      }
     }
+    origin_m = start(places.exp_avg.block, top_m, true, m);
+    if constexpr (HAS_V) origin_v = start(places.exp_avg_sq.block, top_v, false, v);
   }
-  INLINE void store_origins(const Places &places) {
-    std::memcpy(places.exp_avg.block, &(origin_m = origin_of<T>(top_m, true)), sizeof(origin_m));
-    if constexpr (MOMENTS == 2) std::memcpy(places.exp_avg_sq.block, &(origin_v = origin_of<T>(top_v, false)), sizeof(origin_v));
-  }
-  // Vector `j`, with moments as they read back.
-  INLINE Updated<T> store_codes(const Places &places, T step, int j) {
-    Updated<T> x{at<T, W::LANES>(w, j), at<T, W::LANES>(scaled, j)};
-    const Floats first = at<float, W::LANES>(m, j), salt = Floats{} + float(step);
-    const auto random = random_bits<T>(first, __builtin_convertvector(x.scaled, Floats), ((typename W::Bits)salt)[0]);
-    x.m = encoded<T, true>(first, random & 0xffffu, origin_m, places.exp_avg.block, j);
-    if constexpr (MOMENTS == 2) x.v = encoded<T, false>(at<float, W::LANES>(v, j), random >> 16, origin_v, places.exp_avg_sq.block, j);
+  // Encodes vector `j`. Returns it with moments as they read back.
+  INLINE Updated<T> store(const Places &places, T step, int j) {
+    Updated<T> x{at<T, W::LANES>(w, j)};
+    if constexpr (KEEPS_SCALED) x.scaled = at<T, W::LANES>(scaled, j);
+    const float salt = float(step);
+    uint32_t key;
+    std::memcpy(&key, &salt, sizeof(key));
+    const Floats first = at<float, W::LANES>(m, j);
+    const auto random = random_bits<T>(first, key);
+    x.m = encoded<T, true>(first, random & 0x7ffffu, origin_m, places.exp_avg.block, j);
+    if constexpr (HAS_V) x.v = encoded<T, false>(at<float, W::LANES>(v, j), random >> 13, origin_v, places.exp_avg_sq.block, j);
     return x;
+  }
+  INLINE void end_blocks(const Places &places) {
+    if (origin_m == NOT_A_NUMBER) std::memset(places.exp_avg.block + ORIGIN_BYTES, 0, BLOCK);
+    if constexpr (HAS_V)
+      if (origin_v == NOT_A_NUMBER) std::memset(places.exp_avg_sq.block + ORIGIN_BYTES, 0, BLOCK);
   }
 };
 

@@ -22,12 +22,12 @@ void lamb_average_f32(float *, const Slice *, int64_t, char *, int64_t, int64_t,
 
 int64_t count;
 double sums[4];
-float *of_blocks, table[COLUMNS] = {1, 0, .9f, .1f, .999f, .001f, 1, 1, 0, 1e-6f, .01f, 1}, step_sizes[2] = {1e-4f, 1e-4f};
+float *of_blocks, table[COLUMNS] = {1, 0, .9f, .1f, .999f, .001f, 1, 1, 0, 1e-6f, .01f, 1, 3}, step_sizes[2] = {1e-4f, 1e-4f};
 
 // Zeros: counts do not depend on values.
 int64_t memory(const char *of_case, const char *kind, int64_t dtype, int64_t length) {
   if (dtype == NONE) return 0;
-  const int64_t bytes = length * (dtype == F64 ? 8 : dtype == F32 ? 4 : dtype == REMAINDER8 ? 1 : 2);
+  const int64_t bytes = length * (dtype == F64 ? 8 : dtype == F32 ? 4 : dtype == REMAINDER8 ? 1 : 2) * (dtype == CODES ? 260. / 512 : 1);
   char *start = (char *)aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
   std::printf("%s %s %llx %llx\n", of_case, kind, (unsigned long long)start, (unsigned long long)(start + bytes));
   std::fflush(stdout);
@@ -82,6 +82,10 @@ int main(int, char **arguments) {
   run("pass_2_bf16_state", APPLY, F32, BF16, BF16, BF16);
   run("pass_1_bf16_alone", MOMENTS_AND_NORMS, BF16, NONE, BF16, BF16);
   run("pass_2_bf16_alone", APPLY, BF16, NONE, BF16, BF16);
+  run("pass_1_codes", MOMENTS_AND_NORMS, F32, NONE, F32, CODES);
+  run("pass_2_codes", APPLY, F32, NONE, F32, CODES);
+  run("pass_1_codes_remainder8", MOMENTS_AND_NORMS, REMAINDER8, BF16, BF16, CODES);
+  run("pass_2_codes_remainder8", APPLY, REMAINDER8, BF16, BF16, CODES);
   run("pass_1_nesterov", MOMENTS_AND_NORMS, F32, NONE, F32, F32, 2);
   run("pass_2_nesterov", APPLY, F32, NONE, F32, F32, 2);
   run("weight_norms_f32", WEIGHT_NORMS, F32, NONE, F32, F32);

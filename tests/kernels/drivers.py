@@ -17,6 +17,7 @@ SHORT = {
     "FLOAT64": "F64",
     "INT16": "REMAINDER",
     "INT8": "REMAINDER8",
+    "UINT8": "CODES",
 }
 
 
