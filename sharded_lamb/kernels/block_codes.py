@@ -125,7 +125,7 @@ class BlockFormat:
         codes = torch.where(top < INFINITY, codes, 0)
         if self.signed:
             codes = torch.where((bits < 0) & (codes > 0), codes | 0x80, codes)
-        return torch.cat([origin.view(torch.uint8), codes.to(torch.uint8)], dim=1)
+        return torch.cat([origin.view(-1).view(torch.uint8).view(-1, ORIGIN_BYTES), codes.to(torch.uint8)], dim=1)
 
     def reset(self, stored: Tensor, weight: Tensor) -> None:
         raise NotImplementedError("moments start as zeros")

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from sharded_lamb.core import layout
 from sharded_lamb.core.rule import COLUMNS
+from sharded_lamb.kernels.triton_codes import load_moment, random_bits, store_moment
 from sharded_lamb.kernels.triton_memory import (
     BLOCK,
     EXP_AVG_AT,
@@ -30,7 +31,6 @@ from sharded_lamb.kernels.triton_memory import (
     load_resynced,
     memory_of,
     params_of_rows,
-    rounded_to,
     store_masters,
     tile_of_program,
     tile_offsets,
@@ -57,6 +57,7 @@ EPS_INSIDE = tl.constexpr(COLUMNS.index("eps_inside"))
 EPS_OUTSIDE = tl.constexpr(COLUMNS.index("eps_outside"))
 DECAY = tl.constexpr(COLUMNS.index("decay"))
 OPPOSED = tl.constexpr(COLUMNS.index("opposed"))
+SALT = tl.constexpr(COLUMNS.index("salt"))
 
 
 @triton.jit
@@ -120,6 +121,13 @@ def _scaled_gradient(g, w, table, params):
     scale = _coefficient(table, params, GRAD_SCALE)
     g = tl.where(scale == 0, tl.zeros_like(g), g)  # 0 x nan would be nan
     return g * scale + w * _coefficient(table, params, L2)
+
+
+@triton.jit
+def _random(m, table, params):
+    """`block_codes.random_halves`."""
+    random = random_bits(m.to(tl.float32), _coefficient(table, params, SALT))
+    return random & 0x7FFFF, random >> 13
 
 
 @triton.jit
@@ -225,17 +233,19 @@ def apply_momentum(
 
     weight = memory_of(row, WEIGHT_AT, start, WEIGHT, ALIGNED)
     grad = memory_of(row, GRAD_AT, start, GRAD, ALIGNED)
-    exp_avg = memory_of(row, EXP_AVG_AT, start, EXP_AVG, ALIGNED)
     stored = tl.load(weight + offsets, mask=mask, other=0)
     g = widened(tl.load(grad + offsets, mask=mask, other=0), GRAD, COMPUTE)
-    m = widened(tl.load(exp_avg + offsets, mask=mask, other=0), EXP_AVG, COMPUTE)
+    m = load_moment(row, EXP_AVG_AT, start, offsets, mask, EXP_AVG, True, COMPUTE, ALIGNED)
     w = load_masters(stored, row, start, offsets, mask, WEIGHT, MODEL, COMPUTE, ALIGNED)
 
     g = _scaled_gradient(g, w, table, params)
     m = m * _coefficient(table, params, BETA1) + g * _coefficient(table, params, C1)
-    stored_m = rounded_to(m, EXP_AVG)
-    tl.store(exp_avg + offsets, stored_m, mask=mask)
-    w = w - widened(stored_m, EXP_AVG, COMPUTE) * tl.load(step_sizes + params)[:, None]
+    if EXP_AVG == tl.uint8:
+        random, _ = _random(m, table, params)
+    else:
+        random = 0
+    m = store_moment(m, random, row, EXP_AVG_AT, start, offsets, mask, EXP_AVG, True, COMPUTE, ALIGNED)
+    w = w - m * tl.load(step_sizes + params)[:, None]
     w = w - g * tl.load(gradient_step_sizes + params)[:, None]
     store_masters(weight, w, row, start, offsets, mask, WEIGHT, MODEL, ALIGNED)
 
@@ -271,22 +281,24 @@ def moments_and_norms(
 
     weight = memory_of(row, WEIGHT_AT, start, WEIGHT, ALIGNED)
     grad = memory_of(row, GRAD_AT, start, GRAD, ALIGNED)
-    exp_avg = memory_of(row, EXP_AVG_AT, start, EXP_AVG, ALIGNED)
-    exp_avg_sq = memory_of(row, EXP_AVG_SQ_AT, start, EXP_AVG_SQ, ALIGNED)
     stored = tl.load(weight + offsets, mask=mask, other=0)
     g = widened(tl.load(grad + offsets, mask=mask, other=0), GRAD, COMPUTE)
-    m = widened(tl.load(exp_avg + offsets, mask=mask, other=0), EXP_AVG, COMPUTE)
-    v = widened(tl.load(exp_avg_sq + offsets, mask=mask, other=0), EXP_AVG_SQ, COMPUTE)
+    m = load_moment(row, EXP_AVG_AT, start, offsets, mask, EXP_AVG, True, COMPUTE, ALIGNED)
+    v = load_moment(row, EXP_AVG_SQ_AT, start, offsets, mask, EXP_AVG_SQ, False, COMPUTE, ALIGNED)
     w = load_resynced(weight, stored, row, start, offsets, mask, WEIGHT, MODEL, COMPUTE, ALIGNED)
 
     g = _scaled_gradient(g, w, table, params)
     m = m * _coefficient(table, params, BETA1) + g * _coefficient(table, params, C1)
     v = v * _coefficient(table, params, BETA2) + g * g * _coefficient(table, params, C2)
-    stored_m, stored_v = rounded_to(m, EXP_AVG), rounded_to(v, EXP_AVG_SQ)
-    tl.store(exp_avg + offsets, stored_m, mask=mask)
-    tl.store(exp_avg_sq + offsets, stored_v, mask=mask)
+    if EXP_AVG == tl.uint8:
+        random, random_2 = _random(m, table, params)
+    else:
+        random, random_2 = 0, 0
+    m = store_moment(m, random, row, EXP_AVG_AT, start, offsets, mask, EXP_AVG, True, COMPUTE, ALIGNED)
+    v = store_moment(
+        v, random_2, row, EXP_AVG_SQ_AT, start, offsets, mask, EXP_AVG_SQ, False, COMPUTE, ALIGNED
+    )
 
-    m, v = widened(stored_m, EXP_AVG, COMPUTE), widened(stored_v, EXP_AVG_SQ, COMPUTE)
     denominator = _denominator(v, table, params, COMPUTE)
     if CAUTION:
         u, agreement = _cautious_direction(m, g, denominator, w, table, params, COMPUTE)
@@ -330,12 +342,10 @@ def apply(
     params = params_of_rows(block_param, block, left)
 
     weight = memory_of(row, WEIGHT_AT, start, WEIGHT, ALIGNED)
-    exp_avg = memory_of(row, EXP_AVG_AT, start, EXP_AVG, ALIGNED)
-    exp_avg_sq = memory_of(row, EXP_AVG_SQ_AT, start, EXP_AVG_SQ, ALIGNED)
     stored = tl.load(weight + offsets, mask=mask, other=0)
     w = load_masters(stored, row, start, offsets, mask, WEIGHT, MODEL, COMPUTE, ALIGNED)
-    m = widened(tl.load(exp_avg + offsets, mask=mask, other=0), EXP_AVG, COMPUTE)
-    v = widened(tl.load(exp_avg_sq + offsets, mask=mask, other=0), EXP_AVG_SQ, COMPUTE)
+    m = load_moment(row, EXP_AVG_AT, start, offsets, mask, EXP_AVG, True, COMPUTE, ALIGNED)
+    v = load_moment(row, EXP_AVG_SQ_AT, start, offsets, mask, EXP_AVG_SQ, False, COMPUTE, ALIGNED)
 
     denominator = _denominator(v, table, params, COMPUTE)
     if NESTEROV or CAUTION:

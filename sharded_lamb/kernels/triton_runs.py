@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sharded_lamb.core.layout import BLOCK
 from sharded_lamb.core.rule import CAUTION_SUMS
+from sharded_lamb.kernels.block_codes import BlockFormat
 from sharded_lamb.kernels.shard import FlatShard, ScatteredShard, Shard
 
 ROW = ("weight", "model", "grad", "exp_avg", "exp_avg_sq", "numel", "first_tile", "first_block")
@@ -31,6 +32,8 @@ ALIGNMENT = 16
 KEPT_TABLES, KEPT_PLACES = 64, 4
 """Cached tables, and cached row sets per table: gradients often alternate between a few addresses. A shard that is
 called alone, as each bucket is in backward, keeps its table beside these."""
+
+CODES = BlockFormat.storage
 
 Integers = npt.NDArray[np.int64]
 
@@ -68,7 +71,8 @@ class Memory:
         )
         params = shard.params if isinstance(shard, ScatteredShard) else (0,)
         self.params = np.array(params, dtype=np.int64)[nonempty]
-        bits = np.bitwise_or.reduce(self.addresses, axis=1) | self.numels
+        wide = [i for i, column in enumerate(columns) if not column or column[0].dtype != CODES]  # codes: 4 bytes
+        bits = np.bitwise_or.reduce(self.addresses[:, wide], axis=1) | self.numels
         self.aligned = bits % ALIGNMENT == 0
         dtypes = tuple(column[0].dtype if column else None for column in columns)
         self.forms = [_form(dtypes, aligned) for aligned in (False, True)] if len(self.numels) else []

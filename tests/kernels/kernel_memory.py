@@ -12,9 +12,11 @@ from sharded_lamb import ShardedLamb, kernels
 from sharded_lamb.core import rule
 from sharded_lamb.core.layout import BLOCK, round_up
 from sharded_lamb.core.rule import COLUMNS
-from sharded_lamb.kernels import FlatShard, Kernel, ScatteredShard, Shard, remainders
+from sharded_lamb.kernels import FlatShard, Kernel, ScatteredShard, Shard, formats, remainders
+from sharded_lamb.kernels.block_codes import BlockFormat
 
 SPLIT, SPLIT8 = remainders.STORAGE[16], remainders.STORAGE[8]
+CODES = BlockFormat.storage
 WRAPPING = {SPLIT: 2**14, SPLIT8: 2**6}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 F32 = (torch.float32, None, torch.float32, torch.float32, torch.float32)
@@ -43,6 +45,11 @@ class Form:
         return torch.promote_types(self.weight, torch.float32)
 
 
+def coded(kind: str, values: Tensor) -> Tensor:
+    """Memory of 8-bit moments, the nearest to ``values``. kind: "exp_avg" or "exp_avg_sq"."""
+    return formats.of_moment(kind, CODES).encode(values)[0]
+
+
 def made(form: Form, first_param: int, seed: int, bad: bool, device: str = "cpu") -> Shard:
     """A shard with one parameter per piece, from ``first_param`` on. ``bad``: nan gradients in every other one."""
     generator = torch.Generator().manual_seed(seed)
@@ -57,11 +64,11 @@ def made(form: Form, first_param: int, seed: int, bad: bool, device: str = "cpu"
     for kind, dtype in dtypes.items():
         if dtype is None:
             continue
-        memory[kind] = torch.zeros(at, dtype=dtype)
+        memory[kind] = torch.zeros(at, dtype=torch.float32 if dtype == CODES else dtype)
         for piece in slices:
             value = torch.randn(piece.stop - piece.start, generator=generator)
             value = value * WRAPPING.get(dtype, 1)  # some wrap around, to any number
-            memory[kind][piece] = (value.abs() if kind == "exp_avg_sq" else value).to(dtype)
+            memory[kind][piece] = (value.abs() if kind == "exp_avg_sq" else value).to(memory[kind].dtype)
     for index, piece in enumerate(slices):
         if "model" in memory:
             if form.weight not in WRAPPING:
@@ -71,8 +78,12 @@ def made(form: Form, first_param: int, seed: int, bad: bool, device: str = "cpu"
             memory["grad"][piece] = torch.nan
     memory = {kind: x.to(device) for kind, x in memory.items()}
     if not form.flat:
-        pieces = {kind: [x[piece] for piece in slices] for kind, x in memory.items()}
+        pieces = {
+            kind: [coded(kind, x[piece]) if dtypes[kind] == CODES else x[piece] for piece in slices]
+            for kind, x in memory.items()
+        }
         return ScatteredShard(tuple(range(first_param, first_param + len(slices))), **pieces)
+    memory = {kind: coded(kind, x) if dtypes[kind] == CODES else x for kind, x in memory.items()}
     blocks = torch.tensor([round_up(length, BLOCK) // BLOCK for length in form.lengths])
     owners = torch.arange(first_param, first_param + len(slices)).repeat_interleave(blocks)
     return FlatShard(**{"model": None, **memory}, block_param=owners.to(device))

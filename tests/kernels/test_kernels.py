@@ -21,9 +21,10 @@ from sharded_lamb.kernels import (
     ReferenceKernel,
     ScatteredShard,
     Shard,
+    formats,
     remainders,
 )
-from tests.kernels.kernel_memory import in_whole_gradients, passes
+from tests.kernels.kernel_memory import CODES, coded, in_whole_gradients, passes
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 SPLIT, SPLIT8 = remainders.STORAGE[16], remainders.STORAGE[8]
@@ -45,13 +46,13 @@ DTYPES = st.builds(
     st.sampled_from([F32, BF16, F16, F64]),
     st.sampled_from([None, BF16, F16, F32]),
     st.sampled_from([F32, BF16, F16, F64]),
-    st.sampled_from([F32, BF16, F16, F64]),
+    st.sampled_from([F32, BF16, F16, F64, CODES]),
 ) | st.builds(
     Dtypes,
     st.sampled_from([SPLIT, SPLIT8]),
     st.just(BF16),
     st.sampled_from([F32, BF16, F16, F64]),
-    st.sampled_from([F32, BF16, F16, F64]),
+    st.sampled_from([F32, BF16, F16, F64, CODES]),
 )
 
 
@@ -89,10 +90,14 @@ def flat_shard(lengths: Sequence[int], dtypes: Dtypes, seed: int) -> FlatShard:
         weight=weight,
         model=model,
         grad=numbers().to(torch.promote_types(dtypes.weight, F32)),
-        exp_avg=numbers().to(dtypes.state),
-        exp_avg_sq=numbers().abs().to(dtypes.state),
+        exp_avg=moment("exp_avg", numbers(), dtypes.state),
+        exp_avg_sq=moment("exp_avg_sq", numbers().abs(), dtypes.state),
         block_param=torch.tensor(owners),
     )
+
+
+def moment(kind: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    return coded(kind, values) if dtype == CODES else values.to(dtype)
 
 
 def piece_shard(lengths: Sequence[int], dtypes: Dtypes, seed: int) -> ScatteredShard:
@@ -108,12 +113,19 @@ def piece_shard(lengths: Sequence[int], dtypes: Dtypes, seed: int) -> ScatteredS
             at, mismatched = at + round_up(length, BLOCK), mismatched + length + 1
         return parts
 
+    def moments(kind: str) -> list[Tensor]:
+        stored = getattr(flat, kind)
+        if dtypes.state != CODES:
+            return pieces(stored, dtypes.state)
+        values = formats.of_moment(kind, CODES).decode(stored, None).flatten()
+        return [coded(kind, part) for part in pieces(values, values.dtype)]
+
     return ScatteredShard(
         params=tuple(range(len(lengths))),
         weight=pieces(flat.weight, dtypes.weight),
         grad=pieces(flat.grad, dtypes.grad),
-        exp_avg=pieces(flat.exp_avg, dtypes.state),
-        exp_avg_sq=pieces(flat.exp_avg_sq, dtypes.state),
+        exp_avg=moments("exp_avg"),
+        exp_avg_sq=moments("exp_avg_sq"),
         model=None if flat.model is None else pieces(flat.model, flat.model.dtype),
     )
 
@@ -169,7 +181,7 @@ def test_a_step_has_the_bits_of_the_pure_one(
 @pytest.mark.parametrize("name", ["torch", *OTHERS])
 @pytest.mark.parametrize("make", [flat_shard, piece_shard])
 @pytest.mark.parametrize(
-    "dtypes", [Dtypes(F32, None, F32, F32), Dtypes(SPLIT, BF16, F32, F32), Dtypes(SPLIT8, BF16, F32, F32)]
+    "dtypes", [Dtypes(F32, None, F32, F32), Dtypes(SPLIT, BF16, F32, F32), Dtypes(SPLIT8, BF16, F32, CODES)]
 )
 def test_bits_do_not_depend_on_the_grouping_into_calls(
     dtypes: Dtypes, make: Callable[..., Shard], name: str
@@ -189,12 +201,13 @@ def test_bits_do_not_depend_on_the_grouping_into_calls(
 
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("make", [flat_shard, piece_shard])
-@pytest.mark.parametrize("weight", [F32, SPLIT, SPLIT8])
+@pytest.mark.parametrize(("weight", "state"), [(F32, F32), (SPLIT, F32), (SPLIT8, CODES)])
 def test_any_number_of_threads_has_the_same_bits(
-    weight: torch.dtype, make: Callable[..., Shard], name: str
+    weight: torch.dtype,
+    state: torch.dtype, make: Callable[..., Shard], name: str
 ) -> None:
     lengths = [70_000, 3, 513, 256, 1, 20_000]
-    dtypes, results = Dtypes(weight, BF16, F32, F32), []
+    dtypes, results = Dtypes(weight, BF16, F32, state), []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 5, 64):

@@ -19,6 +19,7 @@ from sharded_lamb.kernels import FlatShard, ReferenceKernel, ScatteredShard, tri
 from sharded_lamb.kernels.shard import LocalContribution, ReceivedShards
 from sharded_lamb.kernels.triton_kernel import TritonKernel
 from tests.kernels.kernel_memory import (
+    CODES,
     F32,
     FLOATS,
     SPLIT,
@@ -47,6 +48,8 @@ def form_lists(draw: st.DrawFn) -> list[Form]:
         weight, grad, exp_avg, exp_avg_sq = (
             draw(st.sampled_from(x)) for x in (weights, FLOATS, FLOATS, FLOATS)
         )
+        if draw(st.booleans()):
+            exp_avg = exp_avg_sq = CODES
         models = (
             [torch.bfloat16] if weight in (SPLIT, SPLIT8) else [None, *(x for x in FLOATS[:3] if x != weight)]
         )
@@ -107,7 +110,8 @@ def test_gradients_with_scale_0_are_not_used() -> None:
 
 PLACES = [(weight, model) for weight in FLOATS for model in (None, *FLOATS[:3]) if weight != model]
 PLACES += [(SPLIT, torch.bfloat16), (SPLIT8, torch.bfloat16)] * 2
-COMBINATIONS = [(*place, FLOATS[i % 4], FLOATS[(i + i // 4) % 4]) for i, place in enumerate(PLACES)]
+STATES = (*FLOATS, CODES)
+COMBINATIONS = [(*place, FLOATS[i % 4], STATES[(i + i // 4) % 5]) for i, place in enumerate(PLACES)]
 
 
 @pytest.mark.parametrize("flat", [False, True])
