@@ -11,11 +11,12 @@ largest value has the largest e, and at least 2⁻⁹⁵ (smaller values share t
 an infinity, all of whose values are nan. So codes are exact numbers: a block that is decoded and encoded again keeps
 its bits, and bfloat16 holds every value. Zeroed memory is zeros.
 
-Steps round stochastically, up with the probability that makes the mean right: a second moment changes by a thousandth a
-step, and to the nearest code would never change (`bench formats`). The random numbers are a hash of the first moment and of the
-step: the same on every backend and any number of ranks. A second moment above 0 never becomes 0:
-it becomes no less than 16/17 of itself, or half of itself where it is below 2⁻¹⁴ of its block's largest. So a step is at
-most 3.1 %, or 42 %, larger than with the moment before it was rounded.
+Steps round stochastically, up with the probability that makes the mean right. To the nearest code, second moments,
+which change by a thousandth a step, would stay where they are (`tests/kernels/test_block_codes.py`). Random numbers are a
+hash of the first moment and of the step: the same on every backend and any number of ranks.
+
+A second moment above 0 never becomes 0. It becomes no less than 16/17 of itself, or half of itself where it is below
+2⁻¹⁴ of its block's largest: rounding makes a step at most 3.1 %, or 42 %, larger.
 """
 
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class BlockFormat:
         at_e = (((codes & self.largest) << SHIFT) + origin).view(torch.float32)
         least = origin.view(torch.float32) * 2
         values = at_e - (least - at_e).clamp(min=0)
-        return torch.where(codes > self.largest, -values, values)
+        return torch.where(codes > self.largest, -values, values).to(self.value)
 
     def encode(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
         """To the nearest codes."""
@@ -113,7 +114,6 @@ class BlockFormat:
         top = magnitude.amax(dim=1, keepdim=True)
         exponent = (top >> 23) - (self.largest >> FRACTION_BITS)
         origin = torch.where(top < INFINITY, exponent.clamp(min=LOWEST) << 23, NAN)
-        origin = torch.where(top == 0, 0, origin)
         least = origin.view(torch.float32) * 2
         number = magnitude.view(torch.float32)
         below = number < least
@@ -125,7 +125,9 @@ class BlockFormat:
         codes = torch.where(top < INFINITY, codes, 0)
         if self.signed:
             codes = torch.where((bits < 0) & (codes > 0), codes | 0x80, codes)
-        return torch.cat([origin.view(-1).view(torch.uint8).view(-1, ORIGIN_BYTES), codes.to(torch.uint8)], dim=1)
+        return torch.cat(
+            [origin.view(-1).view(torch.uint8).view(-1, ORIGIN_BYTES), codes.to(torch.uint8)], dim=1
+        )
 
     def reset(self, stored: Tensor, weight: Tensor) -> None:
         raise NotImplementedError("moments start as zeros")

@@ -26,8 +26,7 @@ INLINE int32_t origin_of(typename Wide<T>::Ints top, bool is_signed) {
   int32_t largest = 0;
   for (int i = 0; i < Wide<T>::LANES; i++) largest = top[i] > largest ? top[i] : largest;
   const int32_t exponent = (largest >> 23) - (largest_code(is_signed) >> FRACTION_BITS);
-  if (largest >= INFINITE) return NOT_A_NUMBER;
-  return largest == 0 ? 0 : (exponent < LOWEST ? LOWEST : exponent) << 23;
+  return largest >= INFINITE ? NOT_A_NUMBER : (exponent < LOWEST ? LOWEST : exponent) << 23;
 }
 
 INLINE float float_of(int32_t bits) {

@@ -1,4 +1,4 @@
-"""The two passes in C++ (`lamb.cpp`, `runs.h`, `codes.h`, `blocks.h`), with the bits of `reference` on any number of threads."""
+"""The two passes in C++ (`lamb.cpp` and its headers), with the bits of `reference` on any number of threads."""
 
 import ctypes
 from collections.abc import Sequence

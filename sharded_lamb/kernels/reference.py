@@ -93,7 +93,7 @@ class _Chunk:
         """Store the first moment, or both, and return them as they read back, rounded to the storage dtype."""
         read_back: list[Tensor] = []
         random: tuple[Tensor, ...] = ()
-        for kind, value in zip(MOMENTS, moments):
+        for kind, value in zip(MOMENTS, moments, strict=False):  # LARS has the first alone
             stored = self.stored(kind)
             form = formats.of_moment(kind, stored.dtype)
             if isinstance(form, BlockFormat):

@@ -80,7 +80,7 @@ class RemainderFormat(OneByOne):
         return joined(weight, stored)
 
     def encode(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        weight, remainder = split(values, self.bits)
+        weight, remainder = split(values.to(torch.float32), self.bits)
         return remainder, weight
 
     def reset(self, stored: Tensor, weight: Tensor) -> None:

@@ -69,7 +69,10 @@ class OneByOne:
     """Formats that store each element on its own, in the dtype ``storage``."""
 
     __slots__ = ()
-    storage: torch.dtype
+
+    @property
+    def storage(self) -> torch.dtype:
+        raise NotImplementedError
 
     @property
     def block_bytes(self) -> int:
@@ -164,7 +167,7 @@ class StoredState:
     def store(self, values: Tensor) -> None:
         """Store values of any floating-point dtype. Does not write the model's weights: the model loads those."""
         if values is not self.stored:
-            stored, _ = self.format.encode(values.detach().to(self.format.value))
+            stored, _ = self.format.encode(values.detach())
             self.stored.copy_(stored)
 
 

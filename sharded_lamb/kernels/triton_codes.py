@@ -123,8 +123,7 @@ def _encoded(value, random, SIGNED: tl.constexpr):
     magnitude = bits & NO_SIGN
     top = _largest_of_block(magnitude)
     exponent = tl.maximum((top >> 23) - LARGEST_E, LOWEST)
-    origin = tl.where(top == 0, 0, exponent << 23)
-    origin = tl.where(top < INFINITY, origin, NAN)
+    origin = tl.where(top < INFINITY, exponent << 23, NAN)
 
     scale = origin[:, None]
     least = scale.to(tl.float32, bitcast=True) * 2

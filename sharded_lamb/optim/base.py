@@ -8,7 +8,7 @@ import sys
 from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch._compile import _disable_dynamo
@@ -104,6 +104,8 @@ class LambOptimizer(StepReports, Optimizer):
 
     _live: Live
     _live_class: type[Live] = Live
+    registered_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys of a group that count when its parameters are registered, and are not loaded."""
     _clip_remedy = "give the optimizer max_grad_norm"
     _name_remedy = (
         "pass model.named_parameters() instead of model.parameters() (in Hugging Face's Trainer: "
@@ -217,6 +219,11 @@ class LambOptimizer(StepReports, Optimizer):
             raise ValueError(
                 f"ratio_blocks={group['ratio_blocks']!r} in a parameter group: its patterns select parameters of all "
                 f"groups, and it is fixed at construction, so pass ratio_blocks to the optimizer instead"
+            )
+        if "state_dtype" in group and "state_dtype" not in self.registered_keys:
+            raise ValueError(
+                f"state_dtype={group['state_dtype']} in a parameter group: ShardedLamb alone stores moments in other "
+                f"dtypes than {type(self).__name__}'s"
             )
         for key in group.keys() - self.defaults.keys():
             near = difflib.get_close_matches(key, [*self.defaults, "params"], n=1, cutoff=0.8)
@@ -434,4 +441,4 @@ class LambOptimizer(StepReports, Optimizer):
 
 
 def _options_of(saved: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in saved.items() if key not in ("params", "param_names")}
+    return {key: value for key, value in saved.items() if key not in ("params", "param_names", "state_dtype")}

@@ -81,7 +81,8 @@ class ShardedLamb(AveragingOptimizer):
         bucket_mb: MiB of parameters per bucket, > 0.
         master_dtype: dtype of the master weights, which exist where it differs from the parameters' dtype.
         state_dtype: dtype of the moments; not float16, in which second moments underflow. (float64 parameters have
-            float64 masters and moments.)
+            float64 masters and moments.) torch.int8: 8 bits, with a scale for 256 elements
+            (`sharded_lamb.kernels.block_codes`). A parameter group's ``state_dtype`` counts for its parameters.
         reduce_dtype: dtype of gradients on the wire in stage 2; None: the parameters' dtype. NCCL sums in it, and
             averages 16-bit gradients; on gloo sums are fp32.
         overlap: stage 2: reduce buckets as backward fills them; False: all at the end of backward.
@@ -110,6 +111,7 @@ class ShardedLamb(AveragingOptimizer):
     """
 
     _step_supports_amp_scaling = property(receives_grad_scale)
+    registered_keys = ("state_dtype",)
 
     def __init__(
         self,

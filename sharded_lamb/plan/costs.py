@@ -9,6 +9,7 @@ from sharded_lamb.core.footprint import Widths, large_sends, small_sends, stagin
 from sharded_lamb.core.layout import Bucket, chunk_numel, plan_buckets
 from sharded_lamb.core.rule import SUMS
 from sharded_lamb.gradients.reducer import IN_FLIGHT
+from sharded_lamb.kernels.state_format import nbytes
 from sharded_lamb.plan.sharding import Choices, Sharding
 
 Shapes = Mapping[str, Sequence[int]]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.core.layers import Layers, RatioBlocks, check_order, count_blocks
-from sharded_lamb.core.layout import Segment
+from sharded_lamb.core.layout import BLOCK, Segment
 from sharded_lamb.core.parameters import shape_of
-from sharded_lamb.sharding.buckets import memory_strides
+from sharded_lamb.sharding.buckets import Precision, memory_strides
 from sharded_lamb.sharding.dtensors import is_dtensor
 from sharded_lamb.sharding.placements import local_part, mesh_device
 
@@ -23,6 +23,22 @@ def check_blocks(name: str, p: Tensor, ratio_blocks: RatioBlocks) -> None:
     if blocks > 1 and p.layout is torch.strided and not hasattr(p, "ds_shape"):
         part = local_part(p) if is_dtensor(p) else p
         check_order(name, part.shape, memory_strides(part), blocks)
+
+
+def check_coded_blocks(name: str, p: Tensor, ratio_blocks: RatioBlocks, precision: Precision) -> None:
+    """Raises ValueError where a ratio block would begin inside a block of 8-bit moments, which has one scale."""
+    form = precision.moments[0]
+    blocks = count_blocks(name, shape_of(p), ratio_blocks)
+    if blocks == 1 or len(form.shape(BLOCK)) == 1:
+        return
+    part = local_part(p) if is_dtensor(p) else p
+    unit = part[:1].numel() if is_dtensor(p) else part.numel() // blocks  # where a block can begin
+    if unit % BLOCK:
+        raise ValueError(
+            f"parameter {name!r} of shape {tuple(p.shape)} has {blocks} ratio blocks and 8-bit moments, which share a "
+            f"scale between {BLOCK} elements: a ratio block would begin at a multiple of {unit}. Give its group "
+            f"state_dtype=torch.bfloat16, or a pattern of ratio_blocks that does not match it"
+        )
 
 
 def segments_of_part(param: int, p: "DTensor", layers: Layers) -> list[Segment]:

@@ -22,7 +22,7 @@ from sharded_lamb.kernels import Shard
 from sharded_lamb.kernels.state_format import StoredState
 from sharded_lamb.sharding.buckets import FlatBucket
 from sharded_lamb.sharding.dtensors import is_dtensor
-from sharded_lamb.sharding.layer_parts import check_blocks, segments_of_part
+from sharded_lamb.sharding.layer_parts import check_blocks, check_coded_blocks, segments_of_part
 from sharded_lamb.sharding.local_shards import DTensorShards
 from sharded_lamb.sharding.ownership import Ownership
 from sharded_lamb.sharding.placements import Replicas, ShardSpec
@@ -92,12 +92,13 @@ class ParamStore:
             TypeError, ValueError: see `check_new` and `plan_shards`.
         """
         new = [row for row in rows if row[1].requires_grad and row[1] not in self.index]
-        for name, p, _ in new:
+        for name, p, group in new:
             self.settings.check_master(name, p.dtype)
             check_blocks(name, p, self.ratio_blocks)
+            check_coded_blocks(name, p, self.ratio_blocks, self.settings.of_group(group).precision(p.dtype))
         release_claims(new, self._optimizer())
         check_new(new, self.names, self.params)
-        return plan_shards(new, self.layout, self.topology, self.settings.bucket_mb, self.device)
+        return plan_shards(new, self.layout, self.topology, self.settings, self.device)
 
     def register(self, plan: ShardPlan, collectives: Collectives) -> list[FlatBucket]:
         """Move the plan's plain parameters into buckets, with the first rank's values; leave DTensors in place.
@@ -115,10 +116,11 @@ class ParamStore:
             self.params.append(p)
             self.rows.append((name, p, group))
         self.layers = Layers.named(self.rows, self.ratio_blocks)
+        first = len(self.params) - len(plan.rows)
         added = []
         for bucket_plan in plan.buckets:
             params = [self.params[param] for param in bucket_plan.params]
-            precision = self.settings.precision(params[0].dtype)
+            precision = plan.precisions[bucket_plan.params[0] - first]
             bucket = FlatBucket(
                 bucket_plan,
                 params,
@@ -137,7 +139,7 @@ class ParamStore:
             p = self.params[param]
             assert is_dtensor(p)
             segments = segments_of_part(param, p, self.layers)
-            self.dtensors.add(param, p, segments, self.settings.precision(p.dtype))
+            self.dtensors.add(param, p, segments, plan.precisions[param - first])
         self.buckets.extend(added)
         self.gathers.extend(InPlaceGather(bucket.flat, collectives) for bucket in added)
         self.layout = plan.layout

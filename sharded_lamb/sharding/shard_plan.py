@@ -2,7 +2,7 @@
 
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -116,6 +116,12 @@ class Settings:
         """JSON-serializable, for the comparison over ranks."""
         return {key: str(value) for key, value in asdict(self).items()}
 
+    def of_group(self, group: Mapping[str, Any]) -> "Settings":
+        """With the ``state_dtype`` of a parameter group that has one. Raises ValueError for an invalid one."""
+        if "state_dtype" not in group:
+            return self
+        return replace(self, state_dtype=group["state_dtype"])
+
     def precision(self, model: torch.dtype) -> Precision:
         """The precision of parameters of dtype ``model``."""
         return Precision.of(
@@ -137,6 +143,7 @@ class ShardPlan:
     layout: ShardLayout
     buckets: tuple[Bucket, ...]
     specs: dict[int, ShardSpec]  # DTensors only
+    precisions: list[Precision]  # of ``rows``
     device: torch.device
     wire_device: torch.device  # where small all-reduces run
 
@@ -144,8 +151,10 @@ class ShardPlan:
         """JSON-serializable items on which ranks must agree. ``first``: the index of the first row's parameter."""
         order = list(dict.fromkeys(self.specs.values()))  # ranks must agree on which DTensors share a spec
         described: list[tuple[str, Any]] = []
-        for i, (name, p, _) in enumerate(self.rows, start=first):
-            row: list[Any] = [name, list(p.shape), str(p.dtype), p.device.type]
+        for i, ((name, p, _), precision) in enumerate(
+            zip(self.rows, self.precisions, strict=True), start=first
+        ):
+            row: list[Any] = [name, list(p.shape), str(p.dtype), p.device.type, precision.moments[0].name]
             if i in self.specs:
                 row.append({**self.specs[i].described(), "spec": order.index(self.specs[i])})
             described.append((f"parameter {i}", row))
@@ -156,7 +165,7 @@ def plan_shards(
     rows: Sequence[NamedParameter],
     layout: ShardLayout,
     topology: Topology,
-    bucket_mb: float,
+    settings: Settings,
     device: torch.device,
 ) -> ShardPlan:
     """Plan to add ``rows``, new parameters that require gradients, to ``layout``. Allocates nothing.
@@ -168,13 +177,17 @@ def plan_shards(
         ValueError: a DTensor with unsupported placements, or whose mesh has ranks outside ``topology``.
     """
     indexed = list(enumerate(rows, start=len(layout.numels)))
+    precisions = [settings.of_group(group).precision(p.dtype) for _, p, group in rows]
+    kinds: list[Hashable] = [
+        (p.dtype, precision.moments) for (_, p, _), precision in zip(rows, precisions, strict=True)
+    ]
     specs = {i: _shard_spec(name, p, topology) for i, (name, p, _) in indexed if is_dtensor(p)}
     plain = [(i, p) for i, (_, p, _) in indexed if i not in specs]
     buckets = plan_buckets(
         [p.numel() for _, p in plain],
-        [p.dtype for _, p in plain],
+        [kinds[i - len(layout.numels)] for i, _ in plain],
         [p.element_size() for _, p in plain],
-        int(bucket_mb * 2**20),
+        int(settings.bucket_mb * 2**20),
         layout.world_size,
     )
     buckets = tuple(replace(b, params=tuple(plain[position][0] for position in b.params)) for b in buckets)
@@ -186,7 +199,7 @@ def plan_shards(
     )
     device = rows[0][1].device if rows else device
     wire = next((mesh_device(spec.mesh) for spec in specs.values()), device)
-    return ShardPlan(list(rows), layout, buckets, specs, device, wire)
+    return ShardPlan(list(rows), layout, buckets, specs, precisions, device, wire)
 
 
 def _shard_spec(name: str, p: "DTensor", topology: Topology) -> ShardSpec:

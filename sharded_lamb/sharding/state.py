@@ -125,7 +125,9 @@ def warn_of_average(saved: Iterable[Iterable[str]]) -> None:
         )
 
 
-def check_local(name: str, p: Tensor, own: State, states: Sequence[StoredState], saved: Mapping[str, Any]) -> None:
+def check_local(
+    name: str, p: Tensor, own: State, states: Sequence[StoredState], saved: Mapping[str, Any]
+) -> None:
     """Check that one parameter's saved slices belong to this rank.
 
     Args:

@@ -203,8 +203,7 @@ def test_bits_do_not_depend_on_the_grouping_into_calls(
 @pytest.mark.parametrize("make", [flat_shard, piece_shard])
 @pytest.mark.parametrize(("weight", "state"), [(F32, F32), (SPLIT, F32), (SPLIT8, CODES)])
 def test_any_number_of_threads_has_the_same_bits(
-    weight: torch.dtype,
-    state: torch.dtype, make: Callable[..., Shard], name: str
+    weight: torch.dtype, state: torch.dtype, make: Callable[..., Shard], name: str
 ) -> None:
     lengths = [70_000, 3, 513, 256, 1, 20_000]
     dtypes, results = Dtypes(weight, BF16, F32, state), []

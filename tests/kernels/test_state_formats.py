@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from sharded_lamb import ShardedLamb
+from sharded_lamb.core.rule import MOMENTS
 from sharded_lamb.kernels import formats
-from sharded_lamb.kernels.state_format import PlainFormat
+from sharded_lamb.kernels.state_format import OneByOne, PlainFormat, StateFormat
 
 
 @dataclass(frozen=True)
-class SwappedHalves:
+class SwappedHalves(OneByOne):
     """float32 values with the two halves of their bits exchanged: nothing that reads the memory as values works."""
 
     storage: ClassVar[torch.dtype] = torch.int32
@@ -42,8 +43,9 @@ class SwappedHalves:
 def swapped(monkeypatch: pytest.MonkeyPatch) -> SwappedHalves:
     """Registered, and chosen for every kind of state that is float32."""
     chosen = SwappedHalves()
-    monkeypatch.setitem(formats.FORMATS, torch.int32, chosen)
-    monkeypatch.setattr(formats, "of_moments", lambda dtype: chosen)
+    monkeypatch.setitem(formats.MASTERS, torch.int32, chosen)
+    monkeypatch.setitem(formats.MOMENTS, torch.int32, (chosen, chosen))
+    monkeypatch.setitem(formats.STATE_DTYPES, torch.float32, torch.int32)
     monkeypatch.setattr(formats, "of_masters", lambda model, master, **_: None if model == master else chosen)
     return chosen
 
@@ -105,20 +107,29 @@ def test_a_registered_format_changes_the_memory_and_no_value(
 
 
 def test_each_format_has_a_storage_dtype_of_its_own_by_which_kernels_find_it() -> None:
-    for storage, known in formats.FORMATS.items():
+    for storage, known in formats.MASTERS.items():
         assert known.storage is storage
         assert formats.of_memory(storage) is known
+    for storage, both in formats.MOMENTS.items():
+        for kind, known in zip(MOMENTS, both, strict=True):
+            assert known.storage is storage
+            assert formats.of_moment(kind, storage) is known
 
 
-@pytest.mark.parametrize("storage", formats.FORMATS, ids=str)
-def test_memory_of_zeros_stands_for_zeros(storage: torch.dtype) -> None:
-    known, weight = formats.of_memory(storage), torch.zeros(3, dtype=torch.bfloat16)
-    read = known.decode(torch.zeros(3, dtype=storage), weight)
+ALL = dict.fromkeys(
+    [*formats.MASTERS.values(), *(form for both in formats.MOMENTS.values() for form in both)]
+)
+
+
+@pytest.mark.parametrize("known", ALL, ids=lambda form: form.name)
+def test_memory_of_zeros_stands_for_zeros(known: StateFormat) -> None:
+    shape, weight = known.shape(256), torch.zeros(256, dtype=torch.bfloat16)
+    read = known.decode(torch.zeros(shape, dtype=known.storage), weight).flatten()
     assert read.dtype == known.value
-    assert torch.equal(read, torch.zeros(3, dtype=known.value))
+    assert torch.equal(read, torch.zeros(256, dtype=known.value))
 
 
-@pytest.mark.parametrize("storage", formats.FORMATS, ids=str)
+@pytest.mark.parametrize("storage", formats.MASTERS, ids=str)
 def test_what_is_encoded_is_decoded(storage: torch.dtype) -> None:
     known = formats.of_memory(storage)
     given = torch.linspace(-3, 5, 1001).to(known.value)
