@@ -6,14 +6,14 @@ magnitude of a code has 4 bits of fraction f and an exponent e, as small floatin
     value = origin x 2ᵉ x (1 + f/16)      e > 0
     value = origin x 2 x f/16             e = 0: f = 0 is 0
 
-First moments have a sign and 3 bits of exponent, second moments 4. The origin is a power of two, for which the block's
-largest value has the largest e, and at least 2⁻⁹⁵ (smaller values share that scale); nan in a block with a nan or
-an infinity, all of whose values are nan. So codes are exact numbers: a block that is decoded and encoded again keeps
-its bits, and bfloat16 holds every value. Zeroed memory is zeros.
+First moments have a sign and 3 bits of exponent, second moments 4. The origin is a power of two, at least 2⁻⁹⁵ (smaller
+values share that scale), with which the block's largest value, and what it can be rounded up to, has a code. It is nan
+in a block with a nan or an infinity, all of whose values are nan. Codes are exact numbers: values that are decoded and
+encoded again stay the same, bfloat16 holds them, and zeroed memory is zeros.
 
 Steps round stochastically, up with the probability that makes the mean right. To the nearest code, second moments,
-which change by a thousandth a step, would stay where they are (`tests/kernels/test_block_codes.py`). Random numbers are a
-hash of the first moment and of the step: the same on every backend and any number of ranks.
+which change by a thousandth a step, would stay where they are (`tests/kernels/test_block_codes.py`). The random numbers
+are a hash of the first moment and of the step: the same on every backend and any number of ranks.
 
 A second moment above 0 never becomes 0. It becomes no less than 16/17 of itself, or half of itself where it is below
 2⁻¹⁴ of its block's largest: rounding makes a step at most 3.1 %, or 42 %, larger.
@@ -35,7 +35,7 @@ BLOCK_BYTES = ORIGIN_BYTES + BLOCK
 LOWEST = 32
 """float32's exponent field of the smallest origin, 2⁻⁹⁵."""
 INFINITY, NAN = 0x7F800000, 0x7FC00000
-HALF = 1 << (SHIFT - 1)
+HALF, ROUNDED_UP = 1 << (SHIFT - 1), (1 << SHIFT) - 1
 NO_SIGN = 0x7FFFFFFF
 
 
@@ -112,14 +112,13 @@ class BlockFormat:
         bits = values.contiguous().view(torch.int32)
         magnitude = bits & NO_SIGN
         top = magnitude.amax(dim=1, keepdim=True)
-        exponent = (top >> 23) - (self.largest >> FRACTION_BITS)
+        exponent = (top + ROUNDED_UP >> 23) - (self.largest >> FRACTION_BITS)
         origin = torch.where(top < INFINITY, exponent.clamp(min=LOWEST) << 23, NAN)
         least = origin.view(torch.float32) * 2
         number = magnitude.view(torch.float32)
         below = number < least
         shifted = (number + torch.where(below, least, 0.0)).view(torch.int32)
         codes = ((shifted + added) >> SHIFT) - (origin >> SHIFT) - (below.int() << FRACTION_BITS)
-        codes = codes.clamp(max=self.largest)
         if not self.signed:
             codes = torch.maximum(codes, (number > 0).int())
         codes = torch.where(top < INFINITY, codes, 0)

@@ -25,7 +25,8 @@ template <typename T>
 INLINE int32_t origin_of(typename Wide<T>::Ints top, bool is_signed) {
   int32_t largest = 0;
   for (int i = 0; i < Wide<T>::LANES; i++) largest = top[i] > largest ? top[i] : largest;
-  const int32_t exponent = (largest >> 23) - (largest_code(is_signed) >> FRACTION_BITS);
+  const int32_t rounded_up = int32_t((uint32_t(largest) + (1 << SHIFT) - 1) >> 23);
+  const int32_t exponent = rounded_up - (largest_code(is_signed) >> FRACTION_BITS);
   return largest >= INFINITE ? NOT_A_NUMBER : (exponent < LOWEST ? LOWEST : exponent) << 23;
 }
 
@@ -62,8 +63,6 @@ INLINE typename Wide<T>::V encoded(typename Wide<T>::Floats x, typename Wide<T>:
   const Ints below = number < least, raised = below & (Ints)least;
   // As if e were at least 1, with an implicit 1 before the fraction: its highest bits are the code.
   Ints bits = (Ints)(number + (Floats)raised) + (Ints)random;
-  const Ints highest = Ints{} + (origin == NOT_A_NUMBER ? origin | NO_SIGN : origin + ((largest_code(SIGNED) + 1) << SHIFT) - 1);
-  bits = bits > highest ? highest : bits;
   if (!SIGNED) {
     const Ints lowest = raised + (1 << SHIFT) & (Ints)(number > Floats{}) & below;
     bits = bits > lowest ? bits : lowest;

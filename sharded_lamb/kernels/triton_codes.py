@@ -19,6 +19,7 @@ FRACTIONS = tl.constexpr(1 << block_codes.FRACTION_BITS)
 LOWEST = tl.constexpr(block_codes.LOWEST)
 INFINITY = tl.constexpr(block_codes.INFINITY)
 NAN = tl.constexpr(block_codes.NAN)
+ROUNDED_UP = tl.constexpr(block_codes.ROUNDED_UP)
 NO_SIGN = tl.constexpr(block_codes.NO_SIGN)
 
 
@@ -114,15 +115,13 @@ def store_moment(
 def _encoded(value, random, SIGNED: tl.constexpr):
     """(codes [2 TILE, HALF] int32, origins' bits [2 TILE], the values that they are), of `BlockFormat`."""
     if SIGNED:
-        LARGEST: tl.constexpr = 0x7F
         LARGEST_E: tl.constexpr = 7
     else:
-        LARGEST: tl.constexpr = 0xFF
         LARGEST_E: tl.constexpr = 15
     bits = value.to(tl.int32, bitcast=True)
     magnitude = bits & NO_SIGN
     top = _largest_of_block(magnitude)
-    exponent = tl.maximum((top >> 23) - LARGEST_E, LOWEST)
+    exponent = tl.maximum(((top + ROUNDED_UP) >> 23) - LARGEST_E, LOWEST)
     origin = tl.where(top < INFINITY, exponent << 23, NAN)
 
     scale = origin[:, None]
@@ -132,7 +131,6 @@ def _encoded(value, random, SIGNED: tl.constexpr):
     raised = tl.where(below, least, 0.0)
     shifted = (number + raised).to(tl.int32, bitcast=True) + random.to(tl.int32, bitcast=True)
     codes = (shifted >> SHIFT) - (scale >> SHIFT) - tl.where(below, FRACTIONS, 0)
-    codes = tl.minimum(codes, LARGEST)
     if not SIGNED:
         codes = tl.maximum(codes, (number > 0).to(tl.int32))
     codes = tl.where((top < INFINITY)[:, None], codes, 0)

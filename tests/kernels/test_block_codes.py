@@ -41,6 +41,7 @@ def expected_origin(values: np.ndarray, largest_e: int) -> np.ndarray:
     """[blocks, 1] of finite values."""
     top = np.abs(values).max(axis=1, keepdims=True)
     exponent = np.floor(np.log2(np.where(top > 0, top, 1)))
+    exponent += top > 31 / 16 * 2.0**exponent
     return np.maximum(np.where(top > 0, 2.0 ** (exponent - largest_e), 0), 2.0**-95)
 
 
@@ -102,12 +103,15 @@ def test_values_are_rounded_to_the_nearest_code(form: BlockFormat, values: Tenso
 @BOTH
 @given(numbers())
 def test_codes_are_exact_numbers(form: BlockFormat, values: Tensor) -> None:
-    """Decoded and encoded again, at any random number and through bfloat16, they keep their bits."""
-    memory, _ = form.encode(values if form.signed else values.abs())
-    again = form.decode(memory, None)
-    assert torch.equal(form.encode(again.to(torch.bfloat16))[0], memory)
-    for random in (0, 1, 2**19 - 1):
-        assert torch.equal(form.encode_randomly(again, torch.full(again.shape, random)), memory)
+    """Decoded and encoded again, at any random number and through bfloat16, they stay the same."""
+    values = values if form.signed else values.abs()
+    for first in (0, 2**18, 2**19 - 1):
+        read = form.decode(form.encode_randomly(values, torch.full(values.shape, first)), None)
+        assert read.dtype == torch.bfloat16
+        assert torch.equal(form.decode(form.encode(read)[0], None), read)
+        for random in (0, 1, 2**19 - 1):
+            again = form.encode_randomly(read, torch.full(values.shape, random))
+            assert torch.equal(form.decode(again, None), read)
 
 
 @BOTH
@@ -124,9 +128,9 @@ def test_random_rounding_has_the_right_mean(form: BlockFormat) -> None:
     """Over all random numbers (1,024 of them), for values between all codes and below the smallest."""
     largest_e = 7 if form.signed else 15
     grid = magnitudes(largest_e)
-    middle = torch.from_numpy(np.concatenate([grid[1:-1] + 0.3 * np.diff(grid)[1:], [1e-2]])).float()
+    middle = torch.from_numpy(np.concatenate([grid[1:-9] + 0.3 * np.diff(grid)[1:-8], [1e-2]])).float()
     values = torch.nn.functional.pad(middle, (0, 2 * BLOCK - len(middle))).view(2, BLOCK)
-    values[:, -1] = 2.0**largest_e  # one scale for all
+    values[:, -1] = 1.5 * 2.0**largest_e  # one scale for all
     total = torch.zeros(2, BLOCK, dtype=torch.float64)
     count = 1024
     for random in range(0, 2**19, 2**19 // count):
@@ -394,9 +398,10 @@ def test_state_dicts_hold_bfloat16_values(tmp_path: Path) -> None:
     assert "exp_avg_codes" in opt.state[params["a"]]
     assert "exp_avg" not in opt.state[params["a"]]
     other.load_state_dict(saved)
-    for p, q in zip(params.values(), other_params.values(), strict=True):
-        for key in ("exp_avg_codes", "exp_avg_sq_codes"):
-            assert torch.equal(opt.state[p][key], other.state[q][key])
+    again = other.state_dict()["state"]
+    for place, entry in saved["state"].items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(entry[key], again[place][key])
 
 
 # -- formats of groups ---------------------------------------------------------------------------------------
