@@ -141,8 +141,8 @@ def test_instructions_an_element_are_within_the_budget(
 
 @pytest.mark.parametrize("case", BYTES)
 def test_every_cache_line_is_visited_once(case: str, counts: dict[str, dict[str, float]]) -> None:
-    """Each misses a cache of 32 KiB once; 2 % more for sums, tables and the stack, where a block's new 8-bit moments are
-    until its largest is known."""
+    """Each misses a cache of 32 KiB once; 2 % more for sums, tables and the stack, where new 8-bit moments
+    are until the largest is known."""
     lines = counts[case]["D1mr"] + counts[case]["D1mw"]
     kept = 4 * 1024 / LINE / ELEMENTS if "codes" in case else 0
     assert BYTES[case] / LINE <= lines <= 1.02 * BYTES[case] / LINE + kept + 0.001
