@@ -247,7 +247,7 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
 
 def test_the_package_root_holds_folders_and_public_modules_only() -> None:
     root = {path.stem for path in (ROOT / PACKAGE).glob("*.py")}
-    assert root == {"__init__", "__main__", "faults", "shapes", "telemetry", "timeline", "verify"}
+    assert root == {"__init__", "__main__", "faults", "shapes", "telemetry", "timeline"}
 
 
 def test_the_math_knows_no_process_group() -> None:

@@ -20,6 +20,7 @@ from sharded_lamb.comm.step_agreement import StepAgreement
 from sharded_lamb.core import rule
 from sharded_lamb.core.layout import Bucket, Segment
 from sharded_lamb.kernels import ScatteredShard
+from sharded_lamb.kernels.block_codes import BlockFormat
 from sharded_lamb.kernels.native import CppKernel
 from sharded_lamb.sharding.buckets import GradientsInPlace
 from sharded_lamb.verify import Reference, Report, verify
@@ -84,6 +85,38 @@ def test_compares_lars() -> None:
         tensors = len(shapes.named("tiny"))
         assert per_step["all_reduce_small bytes"] == 8 * (3 * tensors + 1 + tensors + 6)
     assert not any(passed for passed, _, _ in run_ranks(2, verify_lars, 2, True))
+
+
+def verify_moments(rank: int, state_dtype: str, kernel: str = "auto", planted: bool = False) -> Verdict:
+    """``planted``: 8-bit moments are read with twice their scale."""
+    decode = BlockFormat.decode
+
+    def wrong(self: BlockFormat, stored: Tensor, weight: Tensor | None) -> Tensor:
+        return decode(self, stored, weight) * 2
+
+    with (
+        mock.patch.dict(os.environ, SHARDED_LAMB_KERNEL=kernel),
+        mock.patch.object(BlockFormat, "decode", wrong if planted else decode),
+    ):
+        return verdict(verify(shapes.load("tiny"), steps=4, bucket_mb=0.02, state_dtype=state_dtype))
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+def test_compares_rounded_moments(state_dtype: str) -> None:
+    for passed, text, _ in run_ranks(2, verify_moments, state_dtype):
+        assert passed, text
+
+
+@pytest.mark.parametrize("kernel", ["cpp", "torch"])
+def test_fails_on_a_wrong_scale_of_8_bit_moments(kernel: str) -> None:
+    passed, text, _ = verify_moments(0, "int8", kernel, planted=True)
+    assert not passed
+    assert re.search("int8 moments are off by .* after one step", text)
+
+
+def test_rounded_moments_of_lars_are_refused() -> None:
+    with pytest.raises(ValueError, match="'int8' is compared with lamb and lans only"):
+        verify({"w": (3,)}, variant="lars", state_dtype="int8")
 
 
 def verify_model(rank: int) -> Verdict:
@@ -193,7 +226,7 @@ def test_fails_on_what_is_planted(planted, says: str, stage: int) -> None:
 
 
 def unaveraged_stage_1(rank: int) -> Verdict:
-    from sharded_lamb.verify import _Comparison
+    from sharded_lamb.verify.comparison import _Comparison
 
     with mock.patch.object(
         _Comparison, "averaged", lambda self, step, index: self.gradient(step, rank, index)

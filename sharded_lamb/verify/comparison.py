@@ -1,15 +1,7 @@
-"""Verification on the user's machine: compares some steps of `ShardedLamb` with a single-process fp64 LAMB.
+"""The same gradients for `ShardedLamb` on all ranks and for `Reference` on rank 0, and the comparison of the two."""
 
-Rank 0 computes the expected result from the same gradients with `Reference`, which shares no code with the optimizer:
-whole fp64 tensors, one parameter at a time, straight from the paper.
-"""
-
-import argparse
 import hashlib
-import importlib
 import math
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,71 +10,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sharded_lamb import shapes
-from sharded_lamb.comm import devices
 from sharded_lamb.comm.collectives import Traffic
 from sharded_lamb.comm.progress import with_progress
 from sharded_lamb.core.host_values import as_tensor
 from sharded_lamb.optim.sharded import ShardedLamb
+from sharded_lamb.verify.reference import Reference, relative
 
 TOLERANCE = 2e-6
 """Relative, norm-wise, of fp32 masters after 20 steps; moments and ratios have their own."""
 MOMENT_TOLERANCE = 1e-5
 RATIO_TOLERANCE = 1e-5
 MAX_SMALL_ALL_REDUCES = 2
-
-
-class Reference:
-    """Variants "lamb" (arXiv 1904.00962, Algorithm 2), with global clipping, "lans" (2006.13484, Algorithm 2) and
-    "lars" (1708.03888, Algorithm 1)."""
-
-    def __init__(
-        self, weights: Sequence[Tensor], lr: float, max_grad_norm: float | None, variant: str = "lamb"
-    ) -> None:
-        self.w = [weight.detach().to("cpu", torch.float64, copy=True) for weight in weights]
-        self.m = [torch.zeros_like(w) for w in self.w]
-        self.v = [torch.zeros_like(w) for w in self.w]
-        self.ratios = [1.0] * len(self.w)
-        self.grad_norm = 0.0
-        self.t, self.lr, self.max_grad_norm = 0, lr, max_grad_norm
-        self.is_lans, self.is_lars = variant == "lans", variant == "lars"
-
-    def step(self, gradients: Sequence[Tensor]) -> None:
-        """One step with averaged gradients: fp64, one per weight, of its shape."""
-        self.t += 1
-        self.grad_norm = math.sqrt(sum(float((g * g).sum()) for g in gradients))
-        clip = 1.0
-        if self.max_grad_norm is not None and self.grad_norm > self.max_grad_norm:
-            clip = self.max_grad_norm / self.grad_norm
-        for i, gradient in enumerate(gradients):
-            g = gradient * clip
-            if self.is_lars:
-                self._step_of_lars(i, g)
-                continue
-            if self.is_lans:
-                g = gradient / gradient.norm() if gradient.any() else gradient
-            self.m[i] = 0.9 * self.m[i] + 0.1 * g
-            self.v[i] = 0.999 * self.v[i] + 0.001 * g * g
-            m_hat, v_hat = self.m[i] / (1 - 0.9**self.t), self.v[i] / (1 - 0.999**self.t)
-            update = m_hat / (v_hat.sqrt() + 1e-6) + 0.01 * self.w[i]
-            self.ratios[i] = self._ratio(self.w[i], update)
-            change = self.ratios[i] * update
-            if self.is_lans:
-                along = g / (v_hat.sqrt() + 1e-6) + 0.01 * self.w[i]
-                change = 0.9 * change + 0.1 * self._ratio(self.w[i], along) * along
-            self.w[i] -= self.lr * change
-
-    def _step_of_lars(self, i: int, g: Tensor) -> None:
-        w_norm, g_norm = float(self.w[i].norm()), float(g.norm())
-        is_defined = w_norm > 0 and g_norm > 0
-        self.ratios[i] = 0.001 * w_norm / (g_norm + 0.01 * w_norm + 1e-6) if is_defined else 1.0
-        self.m[i] = 0.9 * self.m[i] + self.lr * self.ratios[i] * (g + 0.01 * self.w[i])
-        self.w[i] -= self.m[i]
-
-    @staticmethod
-    def _ratio(w: Tensor, update: Tensor) -> float:
-        w_norm, u_norm = float((w**2).sum()) ** 0.5, float((update**2).sum()) ** 0.5
-        return w_norm / u_norm if w_norm > 0 and u_norm > 0 else 1.0
+STATE_DTYPES = {
+    "float32": (torch.float32, MOMENT_TOLERANCE),
+    "bfloat16": (torch.bfloat16, 2.0**-8),
+    "int8": (torch.int8, 2.0**-4),
+}
+"""{name: (dtype of moments, their relative error, norm-wise, in one step that rounds them)}. The reference goes on from
+rounded moments, so that weights and ratios have the same tolerance with each."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +95,7 @@ def verify(
     max_grad_norm: float | None = 1.0,
     seed: int = 0,
     variant: Literal["lamb", "lans", "lars"] = "lamb",
+    state_dtype: Literal["float32", "bfloat16", "int8"] = "float32",
 ) -> Report:
     """Run ``steps`` steps on synthetic gradients and compare with the reference. Collective over the default group.
 
@@ -158,19 +104,24 @@ def verify(
         stage: ZeRO stage, 1 or 2.
         dtype: of the parameters; the masters are fp32.
         variant: of the optimizer and the reference.
+        state_dtype: of the moments, see `STATE_DTYPES`; with "lars" float32.
 
     Returns:
         A report with the same verdict on every rank. A ValueError or RuntimeError of the optimizer is one of its
         problems.
     """
     comparison = _Comparison(parameters, dtype, torch.device(device), seed)
+    if variant == "lars" and state_dtype != "float32":
+        raise ValueError(f"state_dtype={state_dtype!r} is compared with lamb and lans only")
     setting = (
         f"{variant}, stage {stage}, {comparison.world_size} ranks, {str(dtype).removeprefix('torch.')}, "
-        f"{_backend(comparison.device)}, "
+        f"{state_dtype} moments, {_backend(comparison.device)}, "
         f"{len(comparison.params)} tensors, {sum(p.numel() for p in comparison.params):,} elements, {steps} steps"
     )
     try:
-        problems, rows, per_step = comparison.compare(steps, stage, bucket_mb, lr, max_grad_norm, variant)
+        problems, rows, per_step = comparison.compare(
+            steps, stage, bucket_mb, lr, max_grad_norm, variant, state_dtype
+        )
     except (ValueError, RuntimeError) as error:
         problems, rows, per_step = [f"{type(error).__name__}: {error}"], [], {}
     return Report(setting, tuple(comparison.all_problems(problems)), tuple(rows), per_step)
@@ -239,8 +190,10 @@ class _Comparison:
         lr: float,
         max_grad_norm: float | None,
         variant: str,
+        state_dtype: str,
     ) -> tuple[list[str], list[ParameterError], dict[str, float]]:
         first = self.rank == 0
+        stored_dtype, moment_tolerance = STATE_DTYPES[state_dtype]
         optimizer = ShardedLamb(
             zip(self.names, self.params, strict=True),
             lr=lr,
@@ -249,6 +202,7 @@ class _Comparison:
             bucket_mb=bucket_mb,
             max_grad_norm=max_grad_norm,
             reduce_dtype=torch.float32,
+            state_dtype=stored_dtype,
         )
         reference = Reference(self.params, lr, max_grad_norm, variant) if first else None
         problems = []
@@ -257,10 +211,12 @@ class _Comparison:
             optimizer.zero_grad()
             self.give_gradients(step, stage)
             optimizer.step()
+            stored = self._stored_moments(optimizer) if stored_dtype != torch.float32 else None
             if reference is not None:
-                reference.step(
-                    [self._reference_gradient(step, index, stage) for index in range(len(self.params))]
-                )
+                gradients = [
+                    self._reference_gradient(step, index, stage) for index in range(len(self.params))
+                ]
+                reference.step(gradients, stored)
         per_step = _difference(optimizer.traffic, before, steps)
         problems += self._traffic_problems(per_step, optimizer, stage)
         problems += self._bit_problems()
@@ -269,10 +225,23 @@ class _Comparison:
         if reference is not None and full is not None:
             rows = self._errors(reference, full, ratios)
             problems += [f"{row.name} is off: {row}" for row in rows if not row.ok][:5]
+            if reference.moment_error > moment_tolerance:
+                problems.append(
+                    f"{state_dtype} moments are off by {reference.moment_error:.2g} of themselves after one step, "
+                    f"expected at most {moment_tolerance:.2g}"
+                )
             norm = optimizer.grad_norm or 0.0
             if not math.isclose(norm, reference.grad_norm, rel_tol=1e-5):
                 problems.append(f"the global gradient norm is {norm}, expected {reference.grad_norm}")
         return problems, rows, per_step
+
+    def _stored_moments(self, optimizer: ShardedLamb) -> list[tuple[Tensor, Tensor]] | None:
+        """Both moments of every parameter, on rank 0. Collective."""
+        full = optimizer.full_state_dict()
+        if full is None:
+            return None
+        states = (full["state"][index] for index in range(len(self.params)))
+        return [(state["exp_avg"], state["exp_avg_sq"]) for state in states]
 
     def _reference_gradient(self, step: int, index: int, stage: int) -> Tensor:
         mean = self.averaged(step, index)
@@ -289,9 +258,9 @@ class _Comparison:
                 ParameterError(
                     name,
                     p.numel(),
-                    _relative(weight, reference.w[index]),
-                    _relative(state["exp_avg"], reference.m[index]),
-                    _relative(state["exp_avg_sq"], reference.v[index]) if "exp_avg_sq" in state else 0.0,
+                    relative(weight, reference.w[index]),
+                    relative(state["exp_avg"], reference.m[index]),
+                    relative(state["exp_avg_sq"], reference.v[index]) if "exp_avg_sq" in state else 0.0,
                     ratios.get(name, math.nan),
                     reference.ratios[index],
                 )
@@ -338,11 +307,6 @@ def _backend(device: torch.device) -> str:
     return f"{dist.get_backend()} on {device.type}" if dist.is_initialized() else device.type
 
 
-def _relative(actual: Tensor, expected: Tensor) -> float:
-    gap, size = float((actual.double() - expected).norm()), float(expected.norm())
-    return gap / size if size > 0 else gap
-
-
 def _copy(traffic: Traffic) -> Traffic:
     return Traffic(traffic.calls.copy(), traffic.bytes.copy())
 
@@ -354,65 +318,3 @@ def _difference(after: Traffic, before: Traffic, steps: int) -> dict[str, float]
             rows[f"{name} calls"] = calls / steps
             rows[f"{name} bytes"] = (after.bytes[name] - before.bytes[name]) / steps
     return rows
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of ``sharded-lamb verify``."""
-    parser.description = (
-        "Run under torchrun for several ranks, e.g. torchrun --nproc-per-node 2 -m sharded_lamb verify."
-    )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--shapes",
-        default="tiny",
-        help="tiny, bert-base, bert-large, many-small, many-tiny, or a JSON file {name: shape}",
-    )
-    what.add_argument(
-        "--model", help="module:function that returns a torch.nn.Module, e.g. mypackage.models:build"
-    )
-    parser.add_argument("--stage", type=int, choices=(1, 2), default=2)
-    parser.add_argument("--variant", choices=("lamb", "lans", "lars"), default="lamb")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
-    parser.add_argument("--device", help=devices.OF_HERE)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--bucket-mb", type=float, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-
-
-def run(chosen: argparse.Namespace, device: torch.device) -> int:
-    """Returns 0, or 1 if a check failed. Collective.
-
-    Raises:
-        ValueError: a wrong argument.
-    """
-    parameters: nn.Module | Mapping[str, Sequence[int]]
-    parameters = _model(chosen.model) if chosen.model else shapes.load(chosen.shapes)
-    if chosen.steps < 1:
-        raise ValueError(f"--steps must be >= 1, got {chosen.steps}")
-    report = verify(
-        parameters,
-        steps=chosen.steps,
-        stage=chosen.stage,
-        dtype=DTYPES[chosen.dtype],
-        device=device,
-        bucket_mb=chosen.bucket_mb,
-        seed=chosen.seed,
-        variant=chosen.variant,
-    )
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(report)
-    return 0 if report.passed else 1
-
-
-def _model(path: str) -> nn.Module:
-    module, separator, function = path.partition(":")
-    if not separator:
-        raise ValueError(f"--model must be module:function, got {path!r}")
-    sys.path.insert(0, os.getcwd())
-    model = getattr(importlib.import_module(module), function)()
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"--model {path} returned a {type(model).__name__}, expected a torch.nn.Module")
-    return model
