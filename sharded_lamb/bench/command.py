@@ -17,6 +17,7 @@ _HELP = {
     "comm": "our exchanges against torch's collectives, by bucket size",
     "overlap": "how much of a slow link between two hosts (network namespaces) is hidden; not under torchrun",
     "memory": "peak memory of every candidate, each in processes of its own, against the formula",
+    "formats": "bytes a parameter and time of a step for every format of state, beside other 8-bit optimizers",
 }
 
 
@@ -85,6 +86,15 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=3)
 
 
+def _add_formats(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shapes", default="bert-base", help="tiny, bert-base, …, or a JSON file {name: shape}"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--iterations", type=int, default=2, help="timed steps of a turn")
+
+
+_MODULES = {"memory": "peak_memory", "formats": "state_formats"}
 _ARGUMENTS = {
     "step": _add_step,
     "kernels": _add_kernels,
@@ -93,6 +103,7 @@ _ARGUMENTS = {
     "comm": _add_comm,
     "overlap": overlap.add_arguments,
     "memory": _add_memory,
+    "formats": _add_formats,
 }
 
 
@@ -107,6 +118,6 @@ def run(chosen: argparse.Namespace, device: torch.device) -> int:
             raise ValueError(f"--{name} must be >= 1, got {getattr(chosen, name)}")
     if chosen.benchmark == "overlap":
         return overlap.run(chosen)
-    module = "peak_memory" if chosen.benchmark == "memory" else chosen.benchmark
+    module = _MODULES.get(chosen.benchmark, chosen.benchmark)
     importlib.import_module(f"sharded_lamb.bench.{module}").measure(chosen, device)
     return 0
