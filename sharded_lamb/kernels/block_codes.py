@@ -70,6 +70,7 @@ class BlockFormat:
     storage: ClassVar[torch.dtype] = torch.uint8
     value: ClassVar[torch.dtype] = torch.bfloat16
     beside_weight: ClassVar[bool] = False
+    rounds_randomly: ClassVar[bool] = True
     block_bytes: ClassVar[int] = BLOCK_BYTES
 
     @property
@@ -105,7 +106,6 @@ class BlockFormat:
         return self._encode(pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK), HALF), None
 
     def encode_randomly(self, values: Tensor, random: Tensor) -> Tensor:
-        """[blocks, BLOCK] values → memory. ``random``: like ``values``, integers below 2¹⁹."""
         return self._encode(values.to(torch.float32), random.to(torch.int32))
 
     def _encode(self, values: Tensor, added: Tensor | int) -> Tensor:

@@ -20,6 +20,18 @@ INLINE typename Wide<T>::Bits random_bits(typename Wide<T>::Floats moment, uint3
   return hashed ^ hashed >> 15;
 }
 
+// Stores a moment in bfloat16, rounded with the 16 highest of `random`'s 19 bits. Returns it as it reads back.
+template <typename T>
+INLINE typename Wide<T>::V store_bf16_randomly(typename Wide<T>::V x, typename Wide<T>::Bits random, void *memory, int j) {
+  typedef typename Wide<T>::Floats Floats;
+  typedef typename Wide<T>::Bits Bits;
+  const Floats single = __builtin_convertvector(x, Floats);
+  const Bits bits = ((Bits)single + (random >> 3)) >> 16;
+  const Bits rounded = single - single == Floats{} ? bits : to_bf16<T>(single);
+  put(packed<T>(rounded), memory, j);
+  return __builtin_convertvector((Floats)(rounded << 16), typename Wide<T>::V);
+}
+
 // The bits of a block's origin. `top`: the largest magnitude of each lane, as bits.
 template <typename T>
 INLINE int32_t origin_of(typename Wide<T>::Ints top, bool is_signed) {

@@ -72,10 +72,8 @@ INLINE void first_pass(const AnyDtypes &dtypes, const Places &places, const Coef
       const Updated<T> x = next.store(places, k.salt, j);
       return terms<T, D>(x.w, x.scaled, x.m, x.v, k);
     }
-    const Updated<T> x = updated(j);
-    const V m = store<T>(dtypes.state, x.m, places.exp_avg.block, j);
-    const V v = store<T>(dtypes.state, x.v, places.exp_avg_sq.block, j);
-    return terms<T, D>(x.w, x.scaled, m, v, k);
+    const Updated<T> x = store_moments<T, true>(dtypes, places, updated(j), k.salt, j);
+    return terms<T, D>(x.w, x.scaled, x.m, x.v, k);
   });
   if (dtypes.state == CODES) next.end_blocks(places);
   store_resynced<T>(dtypes, places, written);
@@ -121,13 +119,8 @@ INLINE void momentum_pass(const AnyDtypes &dtypes, const Places &places, const C
   };
   if (dtypes.state == CODES) next.start_blocks(places, updated);
   for (int j = 0; j < Wide<T>::COUNT; j++) {
-    Updated<T> x;
-    if (dtypes.state == CODES) {
-      x = next.store(places, k.salt, j);
-    } else {
-      x = updated(j);
-      x.m = store<T>(dtypes.state, x.m, places.exp_avg.block, j);
-    }
+    const Updated<T> x = dtypes.state == CODES ? next.store(places, k.salt, j)
+                                               : store_moments<T, false>(dtypes, places, updated(j), k.salt, j);
     store_masters<T>(dtypes, places, (x.w - x.m * step_sizes[0]) - x.scaled * step_sizes[1], j);
   }
   if (dtypes.state == CODES) next.end_blocks(places);

@@ -17,7 +17,7 @@ from sharded_lamb.core.host_values import to_device
 from sharded_lamb.core.layout import BLOCK
 from sharded_lamb.core.rule import COLUMNS, MOMENTS, Coefficients, PerTensor
 from sharded_lamb.kernels import formats, packing
-from sharded_lamb.kernels.block_codes import BlockFormat, random_bits, random_halves
+from sharded_lamb.kernels.block_codes import random_bits, random_halves
 from sharded_lamb.kernels.incoming import StockIncoming
 from sharded_lamb.kernels.shard import FlatShard, ScatteredShard, Shard
 from sharded_lamb.kernels.state_format import StateFormat
@@ -92,13 +92,15 @@ class _Chunk:
     def store_moments(self, moments: Sequence[Tensor]) -> list[Tensor]:
         """Store the first moment, or both, and return them as they read back, rounded to the storage dtype."""
         read_back: list[Tensor] = []
-        random: tuple[Tensor, ...] = ()
-        for kind, value in zip(MOMENTS, moments, strict=False):  # LARS has the first alone
+        halves: tuple[Tensor, ...] = ()
+        for index, (kind, value) in enumerate(
+            zip(MOMENTS, moments, strict=False)
+        ):  # LARS has the first alone
             stored = self.stored(kind)
             form = formats.of_moment(kind, stored.dtype)
-            if isinstance(form, BlockFormat):
-                random = random[1:] or random_halves(random_bits(value, self.k.salt[0]))
-                self.write(kind, form.encode_randomly(value, random[0]))
+            if form.rounds_randomly:
+                halves = halves or random_halves(random_bits(moments[0], self.k.salt[0]))
+                self.write(kind, form.encode_randomly(value, halves[index]))
             else:
                 self.write(kind, form.encode(value)[0])
             read_back.append(value if stored.dtype == value.dtype else self.load_moment(kind))

@@ -134,6 +134,28 @@ struct Updated {
   typename Wide<T>::V w, scaled, m, v;
 };
 
+template <typename T>
+INLINE uint32_t key_of(T step) {
+  const float salt = float(step);
+  uint32_t key;
+  std::memcpy(&key, &salt, sizeof(key));
+  return key;
+}
+
+// Stores new moments, the first or both, in a floating-point dtype. Returns `x` with moments as they read back.
+template <typename T, bool HAS_V, typename AnyDtypes>
+INLINE Updated<T> store_moments(const AnyDtypes &dtypes, const Places &places, Updated<T> x, T step, int j) {
+  if (dtypes.state == BF16) {
+    const auto random = random_bits<T>(__builtin_convertvector(x.m, typename Wide<T>::Floats), key_of(step));
+    x.m = store_bf16_randomly<T>(x.m, random & 0x7ffffu, places.exp_avg.block, j);
+    if constexpr (HAS_V) x.v = store_bf16_randomly<T>(x.v, random >> 13, places.exp_avg_sq.block, j);
+  } else {
+    x.m = store<T>(dtypes.state, x.m, places.exp_avg.block, j);
+    if constexpr (HAS_V) x.v = store<T>(dtypes.state, x.v, places.exp_avg_sq.block, j);
+  }
+  return x;
+}
+
 // A block's new moments until its largest is known: then they are encoded. D: see `terms`, 0: LARS's.
 template <typename T, int D>
 struct NewMoments {
@@ -181,11 +203,8 @@ struct NewMoments {
   INLINE Updated<T> store(const Places &places, T step, int j) {
     Updated<T> x{at<T, W::LANES>(w, j)};
     if constexpr (KEEPS_SCALED) x.scaled = at<T, W::LANES>(scaled, j);
-    const float salt = float(step);
-    uint32_t key;
-    std::memcpy(&key, &salt, sizeof(key));
     const Floats first = at<float, W::LANES>(m, j);
-    const auto random = random_bits<T>(first, key);
+    const auto random = random_bits<T>(first, key_of(step));
     x.m = encoded<T, true>(first, random & 0x7ffffu, origin_m, places.exp_avg.block, j);
     if constexpr (HAS_V) x.v = encoded<T, false>(at<float, W::LANES>(v, j), random >> 13, origin_v, places.exp_avg_sq.block, j);
     return x;

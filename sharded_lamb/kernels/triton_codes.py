@@ -96,7 +96,7 @@ def store_moment(
     COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Stores a moment and returns it as it reads back. ``random``: below 2¹⁹, for 8 bits."""
+    """Stores a moment and returns it as it reads back. ``random``: below 2¹⁹, for 8 bits and bfloat16."""
     if DTYPE == tl.uint8:
         memory = _coded_blocks(row, COLUMN, start)
         codes, origin, back = _encoded(value.to(tl.float32), random, SIGNED)
@@ -105,10 +105,20 @@ def store_moment(
         tl.store(_codes(memory), codes.to(tl.uint8), mask=mask)
         back = back.to(COMPUTE)
     else:
-        stored = rounded_to(value, DTYPE)
+        if DTYPE == tl.bfloat16:
+            stored = _rounded_randomly(value.to(tl.float32), random)
+        else:
+            stored = rounded_to(value, DTYPE)
         tl.store(memory_of(row, COLUMN, start, DTYPE, ALIGNED) + offsets, stored, mask=mask)
         back = widened(stored, DTYPE, COMPUTE)
     return back
+
+
+@triton.jit
+def _rounded_randomly(value, random):
+    """`PlainFormat.encode_randomly` of bfloat16."""
+    bits = ((value.to(tl.uint32, bitcast=True) + (random >> 3)) >> 16).to(tl.uint16)
+    return tl.where(value - value == 0, bits, rounded_to(value, tl.bfloat16))
 
 
 @triton.jit

@@ -125,7 +125,7 @@ def _scaled_gradient(g, w, table, params):
 
 @triton.jit
 def _random(m, table, params):
-    """`block_codes.random_halves`."""
+    """`block_codes.random_halves`; not computed where no moment is rounded with them."""
     random = random_bits(m.to(tl.float32), _coefficient(table, params, SALT))
     return random & 0x7FFFF, random >> 13
 
@@ -240,10 +240,7 @@ def apply_momentum(
 
     g = _scaled_gradient(g, w, table, params)
     m = m * _coefficient(table, params, BETA1) + g * _coefficient(table, params, C1)
-    if EXP_AVG == tl.uint8:
-        random, _ = _random(m, table, params)
-    else:
-        random = 0
+    random, _ = _random(m, table, params)
     m = store_moment(m, random, row, EXP_AVG_AT, start, offsets, mask, EXP_AVG, True, COMPUTE, ALIGNED)
     w = w - m * tl.load(step_sizes + params)[:, None]
     w = w - g * tl.load(gradient_step_sizes + params)[:, None]
@@ -290,10 +287,7 @@ def moments_and_norms(
     g = _scaled_gradient(g, w, table, params)
     m = m * _coefficient(table, params, BETA1) + g * _coefficient(table, params, C1)
     v = v * _coefficient(table, params, BETA2) + g * g * _coefficient(table, params, C2)
-    if EXP_AVG == tl.uint8:
-        random, random_2 = _random(m, table, params)
-    else:
-        random, random_2 = 0, 0
+    random, random_2 = _random(m, table, params)
     m = store_moment(m, random, row, EXP_AVG_AT, start, offsets, mask, EXP_AVG, True, COMPUTE, ALIGNED)
     v = store_moment(
         v, random_2, row, EXP_AVG_SQ_AT, start, offsets, mask, EXP_AVG_SQ, False, COMPUTE, ALIGNED
