@@ -161,7 +161,7 @@ class _Loading:
     def plan(self) -> None:
         """Plan the reads, once `stateful` parameters are registered, which moves their weights."""
         optimizer, self.model_parts = self.optimizer, parts.ModelParts.of(self.model)
-        self.requests += parts.weight_requests(self.manifest, self.model_parts)
+        self.requests += parts.weight_requests(self.manifest, self.model_parts, optimizer)
         self.requests += [ReadRequest(name, tensor) for name, tensor in self.tensors.items()]
         if optimizer is None:
             return

@@ -211,12 +211,26 @@ def _listed(what: str, names: list[str]) -> str:
     return f"{what} {', '.join(names[:5])}{more}."
 
 
-def weight_requests(manifest: Manifest, model: ModelParts) -> Iterator[ReadRequest]:
-    """Reads of the model's tensors. One of another dtype than saved is rounded from the master, if saved."""
+def gather_dtype_of(optimizer: LambOptimizer | None) -> str | None:
+    """Returns the ``gather_dtype`` to which the optimizer rounds the model's weights; None: it does not."""
+    chosen = optimizer.gather_dtype if isinstance(optimizer, ShardedOptimizer) else None
+    return None if chosen is None else str(chosen).removeprefix("torch.")
+
+
+def weight_requests(
+    manifest: Manifest, model: ModelParts, optimizer: LambOptimizer | None
+) -> Iterator[ReadRequest]:
+    """Reads of the model's tensors.
+
+    One of another dtype than saved, or that was saved under another ``gather_dtype`` than that of ``optimizer``, is
+    rounded from the master, if saved.
+    """
+    saved_gather = manifest.optimizer.get("gather_dtype", None)
+    is_other = optimizer is not None and gather_dtype_of(optimizer) != saved_gather
     for name, tensor in model.tensors.items():
         saved_name = manifest.aliases.get(name, name)
         source, master = f"model.{saved_name}", f"optimizer.{saved_name}.master"
-        if tensor.dtype != manifest.tensors[source].dtype and master in manifest.tensors:
+        if (is_other or tensor.dtype != manifest.tensors[source].dtype) and master in manifest.tensors:
             source = master
         yield ReadRequest(source, tensor)
 

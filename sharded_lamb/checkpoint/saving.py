@@ -251,6 +251,8 @@ def _collected(ranks: RankGroup, model: nn.Module, optimizer: Any, extra: Mappin
             "skipped_steps": getattr(optimizer, "skipped_steps", 0),
             "step": parts.steps_taken(packed["state"]),
         }
+        if (rounded_to := parts.gather_dtype_of(optimizer)) is not None:
+            optimizer_wide["gather_dtype"] = rounded_to
     unexpected = [name for name in extra if not isinstance(name, str)]
     if unexpected:
         raise TypeError(f"extra has the name {unexpected[0]!r}: names must be strings")

@@ -7,19 +7,22 @@ collective.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sharded_lamb.core.layout import Bucket
+from sharded_lamb.core.layout import BLOCK, Bucket
 
 
 @dataclass(frozen=True, slots=True)
 class Widths:
     """Bytes per element of the memory of one bucket or DTensor shard, by role."""
 
-    model: int  # parameters as forward reads them and as they are all-gathered
+    model: int  # parameters as forward reads them
     master: int  # stored masters; 0 where the update writes the parameters themselves
     state: float  # each of the two moments
     wire: int  # gradients in the reduce-scatter
     compute: int  # gradients as they are summed and stored
     beside_weight: bool = False  # decoding a master reads the parameter too (remainders)
+    message: int | None = (
+        None  # bytes per block in a compressed all-gather; None: parameters travel as they are
+    )
 
 
 def large_sends(
@@ -35,7 +38,8 @@ def large_sends(
     for bucket, widths in buckets:
         others = bucket.shard_numel * (bucket.world_size - 1)
         if others:
-            sends["all_gather"].append(others * widths.model)
+            message = BLOCK * widths.model if widths.message is None else widths.message
+            sends["all_gather"].append(others // BLOCK * message)
         if others and reduces:
             sends["reduce_scatter"].append(others * widths.wire)
         if reduces and replicas > 1:
@@ -77,8 +81,10 @@ def update_bytes(numel: int, widths: Widths) -> int:
     40 B per element in fp32; 44 with a 16-bit model and fp32 masters; 40 with a 16-bit model and remainders.
 
     Pass 1 reads gradient, weight, m, v and writes m, v; pass 2 reads weight, m, v and writes the weight. Where masters
-    are separate, pass 1 also reads the model's copy and pass 2 writes it.
+    are separate, pass 1 also reads the model's copy and pass 2 writes it; with a compressed all-gather the comparison
+    and the encoding do, which read the masters once more each.
     """
     weight = widths.model + widths.master if widths.beside_weight else widths.master or widths.model
     copy = widths.model if widths.master and not widths.beside_weight else 0
-    return int(numel * (widths.compute + 3 * weight + 6 * widths.state + 2 * copy))
+    sweeps = 3 if widths.message is None else 5
+    return int(numel * (widths.compute + sweeps * weight + 6 * widths.state + 2 * copy))

@@ -44,9 +44,14 @@ def translate(variant: str, given: Mapping[str, Any]) -> RuleOptions:
 
     Raises:
         TypeError: unknown key; the message names the nearest valid one.
-        ValueError: amsgrad, max_grad_norm, or min_coeff / max_coeff together with trust_clip.
+        ValueError: amsgrad, max_grad_norm, gather_dtype, or min_coeff / max_coeff together with trust_clip.
     """
     options = dict(given)
+    if options.pop("gather_dtype", None) is not None:
+        raise ValueError(
+            f"gather_dtype={given['gather_dtype']!r}: under DeepSpeed ZeRO gathers parameters itself, in the "
+            f'model\'s dtype (ZeRO 3 also by "zero_quantized_weights"); remove the key from optimizer.params'
+        )
     accepted = {*RULE_KEYS, *SCALARS, *OWN}
     for key in options.keys() - accepted:
         near = difflib.get_close_matches(key, accepted, n=1)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharded_lamb.comm.param_gather import InPlaceGather
 from sharded_lamb.optim.agreed_options import collective
 from sharded_lamb.optim.registration import RegisteringOptimizer
 
@@ -68,9 +69,10 @@ class AveragingOptimizer(RegisteringOptimizer):
             reshard: Any = getattr(module, "reshard", None)
             if reshard is not None:
                 reshard()
-        for gather in store.gathers:
+        gathers = [InPlaceGather(bucket.flat, self._collectives) for bucket in store.buckets]  # exact
+        for gather in gathers:
             gather.start()
-        for gather in store.gathers:
+        for gather in gathers:
             gather.finish()
         store.write_shared()
         torch.autograd.graph.increment_version(store.params)

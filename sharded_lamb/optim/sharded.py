@@ -100,6 +100,12 @@ class ShardedLamb(AveragingOptimizer):
         ema_decay: keep an exponential moving average of the weights, fp32, sharded like the moments: average ←
             ema_decay average + (1 - ema_decay) w after every step that is not skipped, from the first step's w on
             (torch.optim.swa_utils.AveragedModel). See `averaged`; in state dicts it is ``ema``.
+        gather_dtype: dtype in which updated parameters travel, if narrower than theirs; None: their own.
+            torch.bfloat16, or torch.float8_e4m3fn with a power of two per 256 elements
+            (`sharded_lamb.comm.wire_formats` states the errors). After a step every rank holds the same rounded weights
+            in the parameters' dtype; the exact ones are masters, which then float32 parameters have too. A weight
+            written between steps wins exactly. float64 parameters travel as they are; DTensors, which FSDP2 gathers,
+            are refused.
 
     Raises:
         ValueError, TypeError: an invalid option or parameter; disagreement on names, shapes, dtypes or options
@@ -135,6 +141,7 @@ class ShardedLamb(AveragingOptimizer):
         kernel: str = "auto",
         store_param_remainders: bool | int = False,
         ema_decay: float | None = None,
+        gather_dtype: torch.dtype | None = None,
         **options: Unpack[RuleOptions],
     ) -> None:
         """Construct it on every rank; see the class."""
@@ -155,6 +162,7 @@ class ShardedLamb(AveragingOptimizer):
                 kernel=kernel,
                 store_param_remainders=store_param_remainders,
                 ema_decay=ema_decay,
+                gather_dtype=gather_dtype,
                 lars=flag("lars", fill(variant, options)["lars"]),
             )
             scalars = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -243,6 +251,8 @@ class ShardedLamb(AveragingOptimizer):
         scale = torch.where(skip, torch.zeros_like(scale), scale)
         update = Update(self._kernel, options, step=step, active=updated, grad_scale=scale)
         with traffic.computing("pass 1"):
+            for gather in store.gathers:
+                gather.resync()
             sums = update.moments_and_norms(self._gradients.shards())
         summary, differs = self._sum_norms(sums, summary)
         self._skips.record(skip, differs)

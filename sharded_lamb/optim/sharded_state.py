@@ -373,7 +373,8 @@ class ShardedOptimizer(PartsOptimizer):
 
     def memory(self) -> dict[str, int]:
         """Bytes on this rank: parameters, masters, moments, gradient_shards, staging; averages with ``ema_decay``."""
-        return {**self._store.bytes_by_kind(), "staging": self._gradients.staging_bytes()}
+        messages = sum(gather.message_bytes() for gather in self._store.gathers)
+        return {**self._store.bytes_by_kind(), "staging": self._gradients.staging_bytes() + messages}
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -384,6 +385,11 @@ class ShardedOptimizer(PartsOptimizer):
     def stages(self) -> str:
         """ "1", "2", "3", "1 and 3" or "2 and 3": see ``stage``."""
         return self._store.stages
+
+    @property
+    def gather_dtype(self) -> torch.dtype | None:
+        """The option."""
+        return self._settings.gather_dtype
 
     @property
     def skipped_steps(self) -> int:

@@ -155,6 +155,7 @@ def measure(
     shapes: Shapes, choices: Choices, sharding: Sharding, device: torch.device, *, timed_steps: int
 ) -> Measured:
     """Train synthetic weights for some steps. Collective over the default group."""
+    choices = choices.of_stage(sharding.stage)
     gc.collect()  # frees the previous model: modules and their hooks refer to each other
     model = Weights(trainable(shapes, sharding).values(), choices.model_dtype, device)
     mesh = _mesh(sharding, device)
@@ -168,6 +169,7 @@ def measure(
         master_dtype=choices.master_dtype,
         state_dtype=choices.state_dtype,
         reduce_dtype=choices.reduce_dtype,
+        gather_dtype=choices.gather_dtype,
         store_param_remainders=choices.store_param_remainders,
         overlap=choices.overlap,
     )

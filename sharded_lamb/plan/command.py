@@ -65,6 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--state-dtype", choices=[*_DTYPES, "int8"], default="float32")
     memory.add_argument("--reduce-dtype", choices=_DTYPES, help="default: the parameters'")
     memory.add_argument(
+        "--gather-dtype",
+        choices=("bfloat16", "float8_e4m3fn"),
+        help="dtype in which updated parameters travel in stages 1 and 2; default: the parameters'",
+    )
+    memory.add_argument(
         "--store-param-remainders",
         nargs="?",
         const=16,
@@ -158,7 +163,11 @@ def _shapes(chosen: argparse.Namespace, default: str) -> Shapes:
 def _choices(chosen: argparse.Namespace) -> Choices:
     if not chosen.bucket_mb > 0:
         raise ValueError(f"--bucket-mb must be > 0, got {chosen.bucket_mb:g}")
-    reduce, splits = chosen.reduce_dtype, chosen.store_param_remainders
+    reduce, gather, splits = chosen.reduce_dtype, chosen.gather_dtype, chosen.store_param_remainders
+    if gather == "float8_e4m3fn" and splits:
+        raise ValueError(
+            "--gather-dtype float8_e4m3fn leaves no weight beside a remainder: leave one of them out"
+        )
     if splits and (chosen.dtype, chosen.master_dtype) != ("bfloat16", "float32"):
         raise ValueError(
             f"--store-param-remainders needs bfloat16 parameters with float32 masters, got --dtype "
@@ -169,6 +178,7 @@ def _choices(chosen: argparse.Namespace) -> Choices:
         master_dtype=getattr(torch, chosen.master_dtype),
         state_dtype=getattr(torch, chosen.state_dtype),
         reduce_dtype=None if reduce is None else getattr(torch, reduce),
+        gather_dtype=None if gather is None else getattr(torch, gather),
         store_param_remainders=splits,
         bucket_mb=chosen.bucket_mb,
         overlap=not chosen.no_overlap,
@@ -209,9 +219,14 @@ def _described(parameters: Shapes, choices: Choices) -> str:
         for dtype in (precision.model, masters.value if masters else precision.model)
     ]
     remainders = " as remainders" if masters and masters.beside_weight else ""
+    gather = (
+        ""
+        if precision.gather is None
+        else f", gathered as {str(choices.gather_dtype).removeprefix('torch.')}"
+    )
     return (
         f"{len(parameters):,} tensors, {sum(map(prod, parameters.values())):,} elements, {names[0]} with {names[1]} "
-        f"masters{remainders} and {precision.moments[0].name} moments, buckets of {choices.bucket_mb:g} MiB"
+        f"masters{remainders} and {precision.moments[0].name} moments{gather}, buckets of {choices.bucket_mb:g} MiB"
     )
 
 

@@ -56,6 +56,7 @@ def costs(shapes: Shapes, choices: Choices, sharding: Sharding, rank: int = 0) -
 
     In stage 3 the first rank has the highest; see `trainable`.
     """
+    choices = choices.of_stage(sharding.stage)
     widths = choices.precision.widths
     if sharding.stage == 3:
         return _of_chunks(shapes, widths, choices, sharding, rank)

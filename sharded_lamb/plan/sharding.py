@@ -1,7 +1,7 @@
 """How an optimizer is sharded over ranks and which dtypes it has: the subject of one row of the table."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,6 +35,7 @@ class Choices:
     master_dtype: torch.dtype = torch.float32
     state_dtype: torch.dtype = torch.float32
     reduce_dtype: torch.dtype | None = None
+    gather_dtype: torch.dtype | None = None  # stages 1 and 2
     store_param_remainders: bool | int = False
     bucket_mb: float = 32
     overlap: bool = True
@@ -49,7 +50,12 @@ class Choices:
             self.state_dtype,
             self.reduce_dtype,
             remainder_bits=remainder_bits(self.store_param_remainders),
+            gather=self.gather_dtype,
         )
+
+    def of_stage(self, stage: int) -> "Choices":
+        """These options without those that a stage does not have."""
+        return replace(self, gather_dtype=None) if stage == 3 else self
 
 
 def shardings(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from sharded_lamb.comm.wire_formats import WireFormat, of_gather
 from sharded_lamb.core.footprint import Widths
 from sharded_lamb.core.layers import Layers, Sources, repeated
 from sharded_lamb.core.layout import BLOCK, Bucket, Segment
@@ -39,6 +40,7 @@ class Precision:
     compute: torch.dtype
     averages: bool = False  # whether an average of the weights is kept, in the compute dtype
     second_moment: bool = True
+    gather: WireFormat | None = None  # of updated parameters; None: they travel as they are
 
     @staticmethod
     def of(
@@ -50,14 +52,27 @@ class Precision:
         remainder_bits: int = 0,
         averages: bool = False,
         second_moment: bool = True,
+        gather: torch.dtype | None = None,
     ) -> "Precision":
         """The precision for `ShardedLamb`'s keywords and the parameters' dtype ``model``."""
         if model == torch.float64:
             master = state = model
-        masters = formats.of_masters(model, master, remainder_bits=remainder_bits)
+        masters, wire_format = (
+            formats.of_masters(model, master, remainder_bits=remainder_bits),
+            of_gather(gather, model),
+        )
+        if wire_format is not None and masters is None:  # the model's weights are rounded
+            masters = formats.FORMATS[master]
         compute = master if model == torch.float64 else torch.promote_types(master, torch.float32)
         return Precision(
-            model, masters, formats.of_moments(state), reduce or model, compute, averages, second_moment
+            model,
+            masters,
+            formats.of_moments(state),
+            reduce or model,
+            compute,
+            averages,
+            second_moment,
+            wire_format,
         )
 
     @property
@@ -71,6 +86,7 @@ class Precision:
             wire=self.wire.itemsize,
             compute=self.compute.itemsize,
             beside_weight=masters is not None and masters.beside_weight,
+            message=None if self.gather is None else self.gather.row * self.gather.storage.itemsize,
         )
 
 
@@ -201,9 +217,12 @@ class FlatBucket:
         for segment in self.layer_segments:
             first = segment.shard_start // BLOCK
             block_param[first : -(-(segment.shard_start + segment.length) // BLOCK)] = segment.param
+        kernels_see_model = (
+            masters is not None and precision.gather is None
+        )  # else `CompressedGather` writes it
         return FlatShard(
             weight=shard_flat if masters is None else masters,
-            model=None if masters is None else shard_flat,
+            model=shard_flat if kernels_see_model else None,
             grad=zeros(numel if holds_gradients else 0, precision.compute, device, lane=1),
             exp_avg=moment_zeros(precision.moments[0], numel, device, lane=2),
             exp_avg_sq=moment_zeros(precision.moments[1], numel, device, lane=3)
@@ -261,7 +280,7 @@ class FlatBucket:
         numel = self.plan.shard_numel
         kinds = [*moments(self.precision.moments, numel, shard.exp_avg, shard.exp_avg_sq)]
         if masters is not None:
-            kinds.append(StoredState("master", masters, numel, shard.weight, shard.model))
+            kinds.append(StoredState("master", masters, numel, shard.weight, self.own_weights))
         if self.average is not None:
             form = formats.of_memory(self.average.dtype)
             kinds.append(StoredState("ema", form, numel, self.average, self.own_weights))
@@ -347,7 +366,7 @@ class FlatBucket:
         shard = self.shard
         return {
             "parameters": self.flat.nbytes,
-            "masters": shard.weight.nbytes if shard.model is not None else 0,
+            "masters": 0 if self.precision.masters is None else shard.weight.nbytes,
             "moments": sum(state.stored.nbytes for state in self.states() if state.kind in MOMENTS),
             "gradient_shards": shard.grad.nbytes,
             **({} if self.average is None else {"averages": self.average.nbytes}),

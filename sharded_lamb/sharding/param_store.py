@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.comm.collectives import Collectives
-from sharded_lamb.comm.param_gather import InPlaceGather, ParamGather
+from sharded_lamb.comm.param_gather import CompressedGather, InPlaceGather, ParamGather
 from sharded_lamb.comm.step_agreement import SLOTS
 from sharded_lamb.comm.topology import Topology
 from sharded_lamb.core.footprint import large_sends, small_sends
@@ -51,6 +51,7 @@ class ParamStore:
         self.index: dict[Tensor, int] = {}
         self.buckets: list[FlatBucket] = []
         self.gathers: list[ParamGather] = []  # one per bucket
+        self._in_flight: list[CompressedGather] = []
         self.dtensors = DTensorShards()
         self.ownership = Ownership(topology)
         self.layout = ShardLayout((), (), topology.shard_rank, len(topology.shard_ranks))
@@ -94,6 +95,7 @@ class ParamStore:
         new = [row for row in rows if row[1].requires_grad and row[1] not in self.index]
         for name, p, group in new:
             self.settings.check_master(name, p.dtype)
+            self.settings.check_gather(name, p)
             check_blocks(name, p, self.ratio_blocks)
             check_coded_blocks(name, p, self.ratio_blocks, self.settings.of_group(group).precision(p.dtype))
         release_claims(new, self._optimizer())
@@ -141,12 +143,18 @@ class ParamStore:
             segments = segments_of_part(param, p, self.layers)
             self.dtensors.add(param, p, segments, plan.precisions[param - first])
         self.buckets.extend(added)
-        self.gathers.extend(InPlaceGather(bucket.flat, collectives) for bucket in added)
+        self.gathers.extend(self._gather_of(bucket, collectives) for bucket in added)
         self.layout = plan.layout
         grown = torch.zeros(len(self.params), dtype=torch.float64, device=self.device)
         grown[: len(self.step)] = self.step
         self.step = grown
         return added
+
+    def _gather_of(self, bucket: FlatBucket, collectives: Collectives) -> ParamGather:
+        format = bucket.precision.gather
+        if format is None:
+            return InPlaceGather(bucket.flat, collectives)
+        return CompressedGather(bucket.flat, bucket.shard.weight, collectives, format, self._in_flight)
 
     def states_of(self, param: int) -> list[StoredState]:
         """The kinds of state of this rank's part of a parameter."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sharded_lamb import kernels
 from sharded_lamb.comm.topology import Topology
+from sharded_lamb.comm.wire_formats import check_gather_dtype
 from sharded_lamb.core.hyperparams import flag, integer, number
 from sharded_lamb.core.layout import Bucket, ShardLayout, plan_buckets
 from sharded_lamb.core.parameters import NamedParameter, check_parameter
@@ -61,6 +62,7 @@ class Settings:
     kernel: str
     store_param_remainders: bool | int
     ema_decay: float | None = None
+    gather_dtype: torch.dtype | None = None
     lars: bool = False  # one moment
 
     def __post_init__(self) -> None:
@@ -85,6 +87,13 @@ class Settings:
             dtype, known = getattr(self, name), STATE_DTYPES if name == "state_dtype" else FLOATS
             if dtype not in known and not (name == "reduce_dtype" and dtype is None):
                 raise ValueError(f"{name} must be one of {[str(x) for x in known]}, got {dtype!r}")
+        check_gather_dtype(self.gather_dtype)
+        if self.gather_dtype == torch.float8_e4m3fn and self.store_param_remainders:
+            raise ValueError(
+                f"store_param_remainders={self.store_param_remainders} with gather_dtype=torch.float8_e4m3fn: a "
+                f"remainder is the low bits of a master beside the high ones in a bfloat16 weight, and that gather "
+                f"rounds them away. Omit one of the two"
+            )
         if self.ema_decay is not None:
             decay = number("ema_decay", self.ema_decay, 0.0, 1.0, "None, or a number in [0, 1)")
             if decay == 1.0:
@@ -112,6 +121,14 @@ class Settings:
                 f"loses updates and values below 6e-8 or above 65504. Pass torch.float32, or {model} for no masters"
             )
 
+    def check_gather(self, name: str, p: Tensor) -> None:
+        """Raises ValueError for a DTensor ``p`` with ``gather_dtype``."""
+        if self.gather_dtype is not None and is_dtensor(p):
+            raise ValueError(
+                f"gather_dtype={self.gather_dtype} with parameter {name!r}, a DTensor: FSDP2 gathers it, in the "
+                f"param_dtype of fully_shard(…, mp_policy=MixedPrecisionPolicy(…)). Omit gather_dtype"
+            )
+
     def described(self) -> dict[str, Any]:
         """JSON-serializable, for the comparison over ranks."""
         return {key: str(value) for key, value in asdict(self).items()}
@@ -132,6 +149,7 @@ class Settings:
             remainder_bits=int(self.store_param_remainders),
             averages=self.ema_decay is not None,
             second_moment=not self.lars,
+            gather=self.gather_dtype,
         )
 
 

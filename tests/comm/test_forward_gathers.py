@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sharded_lamb import ShardedLamb
 from sharded_lamb.comm.collectives import Collectives, Pending
+from sharded_lamb.comm.param_gather import IN_FLIGHT
 from tests.harness import run_ranks
 
 SMALL = 0.002  # MiB: a bucket a layer
@@ -67,13 +68,23 @@ class Run:
     weights: dict[str, Tensor]
     in_flight: list[int] = field(default_factory=list)  # after every step
     left: list[int] = field(default_factory=list)  # after the next forward
+    messages: list[int] = field(default_factory=list)  # compressed ones, after every step
 
 
-def train(rank: int, overlaps: bool, stage: int, dtype: torch.dtype, steps: int = 5) -> Run:
+def train(
+    rank: int,
+    overlaps: bool,
+    stage: int,
+    dtype: torch.dtype,
+    steps: int = 5,
+    gather_dtype: torch.dtype | None = None,
+) -> Run:
     torch.manual_seed(0)
     model = Attending().to(dtype)
     wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if stage == 1 else model
-    opt = ShardedLamb(model.named_parameters(), lr=0.05, stage=stage, bucket_mb=SMALL)
+    opt = ShardedLamb(
+        model.named_parameters(), lr=0.05, stage=stage, bucket_mb=SMALL, gather_dtype=gather_dtype
+    )
     generator = torch.Generator().manual_seed(rank)
     run = Run({})
     with lazy_gathers():
@@ -87,7 +98,9 @@ def train(rank: int, overlaps: bool, stage: int, dtype: torch.dtype, steps: int 
             loss.backward()
             opt.step()
             run.in_flight.append(len(opt._gathers._in_flight))
+            run.messages.append(sum(gather.message_bytes() > 0 for gather in opt._store.gathers))
         opt.synchronize()
+        assert not any(gather.message_bytes() for gather in opt._store.gathers)
     run.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     return run
 
@@ -104,6 +117,19 @@ def test_overlap_has_the_bits_of_waiting_in_the_step(world: int, stage: int, dty
             assert torch.equal(weight, other.weights[name]), name
         for name, weight in waiting[0].weights.items():
             assert torch.equal(weight, other.weights[name]), name
+
+
+@pytest.mark.parametrize("gather", [torch.bfloat16, torch.float8_e4m3fn])
+def test_compressed_gathers_overlap_and_hold_few_messages(gather: torch.dtype) -> None:
+    waiting = run_ranks(2, train, False, 2, torch.float32, gather_dtype=gather)
+    overlapping = run_ranks(2, train, True, 2, torch.float32, gather_dtype=gather)
+    for one, other in zip(waiting, overlapping, strict=True):
+        assert one.messages == [0] * 5
+        assert other.in_flight[0] > IN_FLIGHT
+        assert 1 < max(other.messages) <= IN_FLIGHT
+        for name, weight in one.weights.items():
+            assert torch.equal(weight, other.weights[name]), name
+            assert torch.equal(weight, waiting[0].weights[name]), name
 
 
 def test_the_next_step_waits_for_gathers_that_no_forward_read() -> None:

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -167,6 +167,20 @@ def test_bytes_are_those_of_shards_and_small_vectors(dtype: torch.dtype, stage: 
         assert set(+seen.calls) == {"all_reduce", "isend", "irecv"}
         assert set(report.gloo) == {"gloo:all_reduce", "gloo:send", "gloo:recv"}
         assert report.gloo["gloo:send"] == report.gloo["gloo:recv"] == messages
+
+
+@pairs(gather=[torch.bfloat16, torch.float8_e4m3fn], stage=[1, 2], world=[2, 3])
+def test_compressed_gathers_send_half_or_257_bytes_for_1024(
+    gather: torch.dtype, stage: int, world: int
+) -> None:
+    case = case_of(MIXED_SIZES, stage)
+    case = replace(case, settings={**case.settings, "gather_dtype": gather})
+    blocks = sum(buckets_of(MIXED_SIZES, 4, 0.01, world)) // BLOCK * (world - 1) // world * STEPS
+    sent = blocks * (2 * BLOCK if gather == torch.bfloat16 else BLOCK + 1)
+    for report in run_ranks(world, _steps, case, world):
+        assert report.bytes["all_gather"] == sent
+        assert report.seen.sent["isend"] == sent + (stage - 1) * blocks * 4 * BLOCK
+        assert set(+report.seen.calls) == {"all_reduce", "isend", "irecv"}
 
 
 def _nothing_to_send(rank: int, stage: int) -> tuple[Counter[str], int]:

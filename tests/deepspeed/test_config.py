@@ -88,6 +88,7 @@ def construct(rank: int, config: dict[str, Any]) -> str:
     ("params", "fragment"),
     [
         ({"amsgrad": True}, "ValueError: amsgrad=True"),
+        ({"gather_dtype": "bfloat16"}, "ValueError: gather_dtype='bfloat16': under DeepSpeed ZeRO gathers"),
         ({"trust_clip": [0, 1], "max_coeff": 2.0}, "give one of them"),
         ({"max_coeff": -1.0}, "trust_clip must be"),
         ({"variant": "lomb"}, "variant must be one of"),

@@ -183,6 +183,16 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"bucket_mb": "32"}, r"bucket_mb must be > 0"),
     ({"bucket_mb": math.inf}, r"bucket_mb must be > 0"),
     ({"max_consecutive_skips": 1.5}, r"max_consecutive_skips must be >= 1"),
+    (
+        {"gather_dtype": torch.float16},
+        r"gather_dtype must be one of None, torch\.bfloat16, .*float16 lacks the range",
+    ),
+    ({"gather_dtype": torch.int8}, r"gather_dtype must be one of .*torch\.int8: .*scale"),
+    ({"gather_dtype": "bfloat16"}, r"gather_dtype must be one of .*, got 'bfloat16'"),
+    (
+        {"gather_dtype": torch.float8_e4m3fn, "store_param_remainders": True},
+        r"store_param_remainders=16 with gather_dtype=torch\.float8_e4m3fn.*rounds them away",
+    ),
 ]
 
 

@@ -60,6 +60,7 @@ SHOWN_BY = {
     "lars": "test_stages_and_dtypes_follow_the_oracle",
     "momentum_includes_lr": "test_a_changed_rate_scales_the_momentum_or_does_not",
     "larc_clip": "test_stages_and_dtypes_follow_the_oracle",
+    "gather_dtype": "test_masters_are_exact_and_weights_are_their_rounding",
     "ema_decay": "test_alone_it_has_the_bits_of_torchs_averaged_model",
     "store_param_remainders": "test_memory_of_a_bfloat16_model_is_2_bytes_less_an_element",
 }

@@ -74,6 +74,7 @@ def held_and_sent(rank: int, stage: int, choices: Choices) -> tuple[dict[str, in
         bucket_mb=choices.bucket_mb,
         state_dtype=choices.state_dtype,
         reduce_dtype=choices.reduce_dtype,
+        gather_dtype=choices.gather_dtype,
         store_param_remainders=choices.store_param_remainders,
     )
 

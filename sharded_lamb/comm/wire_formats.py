@@ -1,0 +1,112 @@
+"""Encodings in which updated parameters travel (`ShardedLamb`'s ``gather_dtype``), block by block.
+
+A message has one row per block of `BLOCK` elements, so that its bits do not depend on where shards end. Decoding is
+exact: ranks that decode one message hold the same bits, which are those that the sender decodes.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sharded_lamb.core.layout import BLOCK
+
+NAMES = ("None", "torch.bfloat16", "torch.float8_e4m3fn")
+"""The values of ``gather_dtype``."""
+
+_E4M3_BITS = 9  # the largest float8_e4m3fn, 448, is 0.875 x 2⁹
+_BIAS = 127  # of the exponent of float32
+
+
+class WireFormat(Protocol):
+    """Stateless, and equal to others of its kind."""
+
+    @property
+    def storage(self) -> torch.dtype:
+        """Dtype of messages."""
+
+    @property
+    def row(self) -> int:
+        """Elements of the message for one block."""
+
+    def encode(self, values: Tensor) -> Tensor:
+        """[blocks, BLOCK] floating point → [blocks, row] ``storage``."""
+
+    def decode(self, message: Tensor, dtype: torch.dtype) -> Tensor:
+        """[blocks, row] → [blocks, BLOCK] ``dtype``, that of the values that were encoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Values rounded to a narrower dtype: |error| ≤ 2⁻⁸ |w| for bfloat16's normal numbers."""
+
+    storage: torch.dtype
+    row: int = BLOCK
+
+    def encode(self, values: Tensor) -> Tensor:
+        """See `WireFormat`."""
+        return values.to(self.storage)
+
+    def decode(self, message: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `WireFormat`."""
+        return message.to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledFloat8:
+    """float8_e4m3fn codes c and an exponent e per block: w ≈ c 2ᵉ, with the least e for which all |c| ≤ 448.
+
+    257 bytes per block: 256 codes, then e + 127. Multiplying by a power of two is exact, so the only error is that of
+    rounding w 2⁻ᵉ to a code: |error| ≤ max(|w| / 16, 2⁻¹⁷ max |w| of the block, 2⁻¹³⁶). A value that rounds beyond the
+    largest finite number of its dtype becomes that number. Non-finite values become NaN and do not count in e.
+    """
+
+    storage: torch.dtype = torch.uint8
+    row: int = BLOCK + 1
+
+    def encode(self, values: Tensor) -> Tensor:
+        """See `WireFormat`."""
+        values = values.float()
+        is_finite = values.isfinite()
+        mantissa, exponent = torch.frexp(torch.where(is_finite, values, 0).abs_().amax(1, keepdim=True))
+        exponent = (exponent - _E4M3_BITS + (mantissa > 0.875)).clamp_(1 - _BIAS, _BIAS)
+        scaled = torch.where(is_finite, values * _power_of_2(-exponent), torch.nan)  # casts may saturate inf
+        codes = scaled.to(torch.float8_e4m3fn)
+        return torch.cat((codes.view(torch.uint8), (exponent + _BIAS).to(torch.uint8)), 1)
+
+    def decode(self, message: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `WireFormat`."""
+        codes, exponent = message[:, :BLOCK].view(torch.float8_e4m3fn), message[:, BLOCK:].int() - _BIAS
+        largest = torch.finfo(dtype).max
+        return (codes.float() * _power_of_2(exponent)).clamp_(-largest, largest).to(dtype)
+
+
+def _power_of_2(exponent: Tensor) -> Tensor:
+    """2 to the ``exponent``: int32 in [-126, 127] → fp32, exact (torch.pow need not be)."""
+    return (exponent + _BIAS).bitwise_left_shift(23).view(torch.float32)
+
+
+_FORMATS: dict[torch.dtype, WireFormat] = {
+    torch.bfloat16: Cast(torch.bfloat16),
+    torch.float8_e4m3fn: ScaledFloat8(),
+}
+
+
+def of_gather(gather_dtype: torch.dtype | None, model: torch.dtype) -> WireFormat | None:
+    """The format of parameters of dtype ``model``; None: they travel as they are.
+
+    Those are float64 parameters, which are float64 throughout, and parameters that are no wider than ``gather_dtype``.
+    """
+    if gather_dtype is None or model == torch.float64 or model.itemsize <= gather_dtype.itemsize:
+        return None
+    return _FORMATS[gather_dtype]
+
+
+def check_gather_dtype(value: object) -> None:
+    """Raises ValueError for a ``gather_dtype`` without a format."""
+    if value is not None and value not in _FORMATS:
+        raise ValueError(
+            f"gather_dtype must be one of {', '.join(NAMES)}, got {value!r}: float16 lacks the range of float32, and "
+            f"integers need a scale per block, which float8_e4m3fn has"
+        )
