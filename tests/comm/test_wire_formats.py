@@ -26,8 +26,9 @@ def blocks() -> Tensor:
     rows += [
         (codes - 128) * 3.5 * scale for scale in (1.0, 2.0**-120, 2.0**-135, 2.0**119)
     ]  # exact codes and ties
-    for top in (448.0, 448.00003, 447.99997, 464.0, 3.4028235e38, 65504.0, 63488.0, 63487.0):
-        rows.append(torch.cat([normal[:-1] * top / 16, torch.tensor([-top])]))
+    spread = normal * torch.logspace(-5, 0, BLOCK)  # some become subnormal codes
+    for top in (448.0, 456.0, 448.00003, 447.99997, 464.0, 3.4028235e38, 65504.0, 63488.0, 63487.0):
+        rows.append(torch.cat([spread[:-1] * top / 16, torch.tensor([-top])]))
     return torch.stack(rows)
 
 
