@@ -22,6 +22,12 @@ CONFIGURATIONS = {
 }
 """{name in files: title}."""
 
+GATHER_DTYPES: dict[str, torch.dtype | None] = {
+    "none": None,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
+
 TRACED = 5
 """Recorded iterations, from which one is drawn; one more precedes them and fills the link."""
 
@@ -39,6 +45,7 @@ class Work:
     rounds: int
     iterations: int
     seed: int
+    gather_dtype: str = "none"  # one of `GATHER_DTYPES`
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "vocabulary", "batch", "sequence", "rounds", "iterations"):
@@ -83,6 +90,7 @@ class Configured:
             bucket_mb=work.bucket_mb,
             overlap=name != "none",
             max_grad_norm=1.0,
+            gather_dtype=GATHER_DTYPES[work.gather_dtype],
         )
         if name == "both":
             self.optimizer.overlap_forward(self.model)

@@ -100,8 +100,12 @@ class CompressedGather:
         for rows in self._chunks():
             masters, own = self._masters[rows], self._own[rows]
             rounded = masters.to(own.dtype)
-            is_written = (own != self._transferred(rounded)) & (own != rounded)
-            if own.device.type != "cpu" or is_written.any():
+            received = self._transferred(rounded)
+            on_cpu = own.device.type == "cpu"
+            if on_cpu and torch.equal(own, received):
+                continue
+            is_written = (own != received) & (own != rounded)
+            if not on_cpu or is_written.any():
                 masters.copy_(torch.where(is_written, own.to(masters.dtype), masters))
                 own.copy_(self._transferred(masters.to(own.dtype)))
 
