@@ -17,6 +17,7 @@ from sharded_lamb import shapes
 from sharded_lamb.__main__ import main
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.comm.step_agreement import StepAgreement
+from sharded_lamb.comm.wire_formats import ScaledFloat8
 from sharded_lamb.core import rule
 from sharded_lamb.core.layout import Bucket, Segment
 from sharded_lamb.kernels import ScatteredShard
@@ -117,6 +118,42 @@ def test_fails_on_a_wrong_scale_of_8_bit_moments(kernel: str) -> None:
 def test_rounded_moments_of_lars_are_refused() -> None:
     with pytest.raises(ValueError, match="'int8' is compared with lamb and lans only"):
         verify({"w": (3,)}, variant="lars", state_dtype="int8")
+
+
+def verify_gathered(rank: int, gather: torch.dtype, dtype: str, spoils: bool) -> Verdict:
+    """``spoils``: the exponent of every block is one too high on the wire."""
+    original = ScaledFloat8.encode
+
+    def spoiled(self: ScaledFloat8, values: Tensor) -> Tensor:
+        message = original(self, values)
+        message[:, -1] += spoils
+        return message
+
+    with mock.patch.object(ScaledFloat8, "encode", spoiled):
+        return verdict(
+            verify(shapes.named("tiny"), steps=6, bucket_mb=0.02, dtype=DTYPES[dtype], gather_dtype=gather)
+        )
+
+
+@pytest.mark.parametrize(
+    ("gather", "dtype"),
+    [
+        (torch.bfloat16, "float32"),
+        (torch.float8_e4m3fn, "float32"),
+        (torch.float8_e4m3fn, "bfloat16"),
+        (torch.float8_e4m3fn, "float16"),
+    ],
+    ids=str,
+)
+def test_compares_compressed_gathers(gather: torch.dtype, dtype: str) -> None:
+    for passed, text, _ in run_ranks(2, verify_gathered, gather, dtype, False):
+        assert passed, text
+
+
+def test_fails_on_a_wrong_scale_on_the_wire() -> None:
+    for passed, text, _ in run_ranks(2, verify_gathered, torch.float8_e4m3fn, "float32", True):
+        assert not passed
+        assert "is not its rounded master" in text
 
 
 def verify_model(rank: int) -> Verdict:

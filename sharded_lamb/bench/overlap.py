@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
-from sharded_lamb.bench.overlapped import CONFIGURATIONS, GATHER_DTYPES, Work, compare
+from sharded_lamb.bench.overlapped import CONFIGURATIONS, Work, compare
 from sharded_lamb.bench.report import about, add_output_arguments, dumped
 from sharded_lamb.cluster.namespaces import network, one_rank_a_host, run_together
+from sharded_lamb.comm.wire_formats import GATHER_DTYPES
 
 TIMEOUT = 1800.0
 
@@ -42,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequence", type=int, default=64, help="tokens of a sequence")
     parser.add_argument("--bucket-mb", type=float, default=2)
     parser.add_argument(
-        "--gather-dtype", choices=GATHER_DTYPES, default="none", help="of updated parameters on the link"
+        "--gather-dtype",
+        choices=("none", *GATHER_DTYPES),
+        default="none",
+        help="of updated parameters on the link",
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of every configuration")
     parser.add_argument("--iterations", type=int, default=4, help="of a turn")

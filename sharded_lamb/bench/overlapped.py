@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sharded_lamb import ShardedLamb
+from sharded_lamb.comm.wire_formats import GATHER_DTYPES
 from sharded_lamb.timeline import Timeline, draw
 
 CONFIGURATIONS = {
@@ -21,12 +22,6 @@ CONFIGURATIONS = {
     "both": "and parameters behind the next forward",
 }
 """{name in files: title}."""
-
-GATHER_DTYPES: dict[str, torch.dtype | None] = {
-    "none": None,
-    "bfloat16": torch.bfloat16,
-    "float8_e4m3fn": torch.float8_e4m3fn,
-}
 
 TRACED = 5
 """Recorded iterations, from which one is drawn; one more precedes them and fills the link."""
@@ -45,7 +40,7 @@ class Work:
     rounds: int
     iterations: int
     seed: int
-    gather_dtype: str = "none"  # one of `GATHER_DTYPES`
+    gather_dtype: str = "none"  # or one of `GATHER_DTYPES`
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "vocabulary", "batch", "sequence", "rounds", "iterations"):
@@ -90,7 +85,7 @@ class Configured:
             bucket_mb=work.bucket_mb,
             overlap=name != "none",
             max_grad_norm=1.0,
-            gather_dtype=GATHER_DTYPES[work.gather_dtype],
+            gather_dtype=GATHER_DTYPES.get(work.gather_dtype),
         )
         if name == "both":
             self.optimizer.overlap_forward(self.model)

@@ -13,9 +13,6 @@ from torch import Tensor
 
 from sharded_lamb.core.layout import BLOCK
 
-NAMES = ("None", "torch.bfloat16", "torch.float8_e4m3fn")
-"""The values of ``gather_dtype``."""
-
 _E4M3_BITS = 9  # the largest float8_e4m3fn, 448, is 0.875 x 2⁹
 _BIAS = 127  # of the exponent of float32
 
@@ -103,6 +100,9 @@ _FORMATS: dict[torch.dtype, WireFormat] = {
     torch.float8_e4m3fn: ScaledFloat8(),
 }
 
+GATHER_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _FORMATS}
+"""The values of ``gather_dtype`` by their names in commands."""
+
 
 def of_gather(gather_dtype: torch.dtype | None, model: torch.dtype) -> WireFormat | None:
     """The format of parameters of dtype ``model``; None: they travel as they are.
@@ -117,7 +117,8 @@ def of_gather(gather_dtype: torch.dtype | None, model: torch.dtype) -> WireForma
 def check_gather_dtype(value: object) -> None:
     """Raises ValueError for a ``gather_dtype`` without a format."""
     if value is not None and value not in _FORMATS:
+        names = ", ".join(map(str, _FORMATS))
         raise ValueError(
-            f"gather_dtype must be one of {', '.join(NAMES)}, got {value!r}: float16 lacks the range of float32, and "
-            f"integers need a scale per block, which float8_e4m3fn has"
+            f"gather_dtype must be one of None, {names}, got {value!r}: float16 lacks float32's range, and integers "
+            f"need a scale per block, which float8_e4m3fn has"
         )

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from sharded_lamb import shapes
 from sharded_lamb.comm import devices
 from sharded_lamb.comm.progress import with_progress
+from sharded_lamb.comm.wire_formats import GATHER_DTYPES
 from sharded_lamb.plan.costs import Shapes, costs
 from sharded_lamb.plan.machine import PRESETS, Machine, calibrated
 from sharded_lamb.plan.models import shapes_of_config
@@ -66,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--reduce-dtype", choices=_DTYPES, help="default: the parameters'")
     memory.add_argument(
         "--gather-dtype",
-        choices=("bfloat16", "float8_e4m3fn"),
+        choices=sorted(GATHER_DTYPES),
         help="dtype in which updated parameters travel in stages 1 and 2; default: the parameters'",
     )
     memory.add_argument(
@@ -178,7 +179,7 @@ def _choices(chosen: argparse.Namespace) -> Choices:
         master_dtype=getattr(torch, chosen.master_dtype),
         state_dtype=getattr(torch, chosen.state_dtype),
         reduce_dtype=None if reduce is None else getattr(torch, reduce),
-        gather_dtype=None if gather is None else getattr(torch, gather),
+        gather_dtype=GATHER_DTYPES.get(gather),
         store_param_remainders=splits,
         bucket_mb=chosen.bucket_mb,
         overlap=not chosen.no_overlap,

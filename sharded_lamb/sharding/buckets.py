@@ -62,7 +62,7 @@ class Precision:
             of_gather(gather, model),
         )
         if wire_format is not None and masters is None:  # the model's weights are rounded
-            masters = formats.FORMATS[master]
+            masters = formats.MASTERS[master]
         compute = master if model == torch.float64 else torch.promote_types(master, torch.float32)
         return Precision(
             model,

@@ -12,6 +12,7 @@ from torch import nn
 
 from sharded_lamb import shapes
 from sharded_lamb.comm import devices
+from sharded_lamb.comm.wire_formats import GATHER_DTYPES
 from sharded_lamb.verify.comparison import STATE_DTYPES, verify
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", choices=("lamb", "lans", "lars"), default="lamb")
     parser.add_argument("--state-dtype", choices=STATE_DTYPES, default="float32")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument(
+        "--gather-dtype", choices=sorted(GATHER_DTYPES), help="of updated parameters on the wire"
+    )
     parser.add_argument("--device", help=devices.OF_HERE)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--bucket-mb", type=float, default=32)
@@ -61,6 +65,7 @@ def run(chosen: argparse.Namespace, device: torch.device) -> int:
         seed=chosen.seed,
         variant=chosen.variant,
         state_dtype=chosen.state_dtype,
+        gather_dtype=GATHER_DTYPES.get(chosen.gather_dtype),
     )
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(report)

@@ -96,6 +96,7 @@ def verify(
     seed: int = 0,
     variant: Literal["lamb", "lans", "lars"] = "lamb",
     state_dtype: Literal["float32", "bfloat16", "int8"] = "float32",
+    gather_dtype: torch.dtype | None = None,
 ) -> Report:
     """Run ``steps`` steps on synthetic gradients and compare with the reference. Collective over the default group.
 
@@ -105,12 +106,13 @@ def verify(
         dtype: of the parameters; the masters are fp32.
         variant: of the optimizer and the reference.
         state_dtype: of the moments, see `STATE_DTYPES`; with "lars" float32.
+        gather_dtype: of `ShardedLamb`: masters are compared with the reference, and weights with masters.
 
     Returns:
         A report with the same verdict on every rank. A ValueError or RuntimeError of the optimizer is one of its
         problems.
     """
-    comparison = _Comparison(parameters, dtype, torch.device(device), seed)
+    comparison = _Comparison(parameters, dtype, torch.device(device), seed, gather_dtype)
     if variant == "lars" and state_dtype != "float32":
         raise ValueError(f"state_dtype={state_dtype!r} is compared with lamb and lans only")
     setting = (
@@ -134,10 +136,11 @@ class _Comparison:
         dtype: torch.dtype,
         device: torch.device,
         seed: int,
+        gather_dtype: torch.dtype | None,
     ) -> None:
         distributed = dist.is_available() and dist.is_initialized()
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-        self.seed, self.device = seed, device
+        self.seed, self.device, self.gather_dtype = seed, device, gather_dtype
         if isinstance(parameters, nn.Module):
             named = dict(parameters.to(device, dtype).named_parameters())
         else:
@@ -203,6 +206,7 @@ class _Comparison:
             max_grad_norm=max_grad_norm,
             reduce_dtype=torch.float32,
             state_dtype=stored_dtype,
+            gather_dtype=self.gather_dtype,
         )
         reference = Reference(self.params, lr, max_grad_norm, variant) if first else None
         problems = []
@@ -230,6 +234,7 @@ class _Comparison:
                     f"{state_dtype} moments are off by {reference.moment_error:.2g} of themselves after one step, "
                     f"expected at most {moment_tolerance:.2g}"
                 )
+            problems += self._rounding_problems(full)[:5]
             norm = optimizer.grad_norm or 0.0
             if not math.isclose(norm, reference.grad_norm, rel_tol=1e-5):
                 problems.append(f"the global gradient norm is {norm}, expected {reference.grad_norm}")
@@ -266,6 +271,23 @@ class _Comparison:
                 )
             )
         return rows
+
+    def _rounding_problems(self, full: Mapping[str, Any]) -> list[str]:
+        """A line for each parameter that is not its master rounded to the model's dtype and ``gather_dtype``."""
+        problems = []
+        for index, (name, p) in enumerate(zip(self.names, self.params, strict=True)):
+            master = full["state"][index].get("master")
+            if master is None or not p.numel():
+                continue
+            exact = master.double()
+            model = torch.finfo(p.dtype).eps / 2  # of normal numbers; below them, `floor`
+            wire = 0.0 if self.gather_dtype is None else torch.finfo(self.gather_dtype).eps / 2
+            floor = exact.abs().max() * 2.0**-17 + torch.finfo(p.dtype).smallest_normal * 2.0**-10
+            allowed = (model + wire + model * wire) * exact.abs() + floor
+            gaps = (p.detach().cpu().double() - exact).abs()
+            if not bool((gaps <= allowed).all()):
+                problems.append(f"{name} is not its rounded master: off by up to {float(gaps.max()):.1e}")
+        return problems
 
     def _traffic_problems(
         self, per_step: Mapping[str, float], optimizer: ShardedLamb, stage: int

@@ -185,7 +185,7 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"max_consecutive_skips": 1.5}, r"max_consecutive_skips must be >= 1"),
     (
         {"gather_dtype": torch.float16},
-        r"gather_dtype must be one of None, torch\.bfloat16, .*float16 lacks the range",
+        r"gather_dtype must be one of None, torch\.bfloat16, .*float16 lacks float32's range",
     ),
     ({"gather_dtype": torch.int8}, r"gather_dtype must be one of .*torch\.int8: .*scale"),
     ({"gather_dtype": "bfloat16"}, r"gather_dtype must be one of .*, got 'bfloat16'"),

@@ -97,6 +97,7 @@ def test_options_reach_the_prediction(tmp_path: Path) -> None:
         ("--dtype", "bfloat16", "--master-dtype", "bfloat16"): "memory_bytes",
         ("--state-dtype", "bfloat16"): "memory_bytes",
         ("--reduce-dtype", "bfloat16"): "wire_bytes",
+        ("--gather-dtype", "float8_e4m3fn"): "wire_bytes",
         ("--bucket-mb", "8"): "calls",
         ("--backend", "gloo"): "memory_bytes",
         ("--shapes", "bert-base"): "memory_bytes",
@@ -173,6 +174,10 @@ def test_calibration_goes_over_the_preset_and_options_over_it(tmp_path: Path) ->
         (["--shapes", "missing.json"], "missing.json"),
         (["--config", "missing.json"], "Give the path of a Hugging Face config.json"),
         (["--store-param-remainders"], "got --dtype float32 --master-dtype float32: leave it out"),
+        (
+            ["--dtype", "bfloat16", "--gather-dtype", "float8_e4m3fn", "--store-param-remainders"],
+            "leaves no weight beside a remainder",
+        ),
         (["--world-sizes", "0"], "--world-sizes must be >= 1, got 0"),
         (["--shard", "some"], "--shard must be all, node or a number"),
         (["--shard", "3", "--world-sizes", "4"], "4 ranks do not divide into replicas of 3"),

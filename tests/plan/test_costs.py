@@ -114,6 +114,22 @@ def test_remainders_are_half_of_the_masters_and_nothing_else(sharding: Sharding)
     assert (split.wire, split.calls) == (whole.wire, whole.calls)
 
 
+@pytest.mark.parametrize(("gather", "block"), [(torch.bfloat16, 512), (torch.float8_e4m3fn, 257)], ids=str)
+def test_compressed_gathers_of_bert_large(gather: torch.dtype, block: int) -> None:
+    """Fewer bytes, and masters beside float32 weights; nothing in stage 3, where fully_shard gathers."""
+    results = shapes.named("bert-large")
+    for stage in (1, 2, 3):
+        plain, packed = (
+            costs(results, Choices(gather_dtype=chosen), Sharding(stage, 8)) for chosen in (None, gather)
+        )
+        if stage == 3:
+            assert packed == plain
+            continue
+        assert packed.wire == {**plain.wire, "all_gather": plain.wire["all_gather"] * block // 1024}
+        assert packed.memory == {**plain.memory, "masters": plain.memory["moments"] // 2}
+        assert packed.calls == plain.calls
+
+
 def test_bytes_on_the_wire_of_bert_large() -> None:
     """fp32, 8 ranks: 7/8 of the model once and once again, and 5 P + 7 fp64 in two all-reduces."""
     results = shapes.named("bert-large")
