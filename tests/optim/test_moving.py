@@ -23,10 +23,11 @@ from sharded_lamb.comm.groups import OwnedGroup
 from sharded_lamb.sharding.param_store import ParamStore
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
-DTYPES = {
-    "fp32": (torch.float32, False),
-    "bf16": (torch.bfloat16, False),
-    "remainders": (torch.bfloat16, True),
+DTYPES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "fp32": (torch.float32, {}),
+    "bf16": (torch.bfloat16, {}),
+    "remainders": (torch.bfloat16, {"store_param_remainders": True}),
+    "gathered in 8 bits": (torch.float32, {"gather_dtype": torch.float8_e4m3fn}),
 }
 
 
@@ -44,7 +45,7 @@ def moved(model: nn.Module, optimizer: ShardedLamb) -> Iterator[None]:
 
 
 def made(rank: int, stage: Any, kind: str) -> tuple[nn.Module, ShardedLamb]:
-    dtype, remainders = DTYPES[kind]
+    dtype, options = DTYPES[kind]
     torch.manual_seed(rank)  # construction broadcasts the first rank's weights
     model = nn.Sequential(nn.Linear(70, 33), nn.LayerNorm(33), nn.Linear(33, 5)).to(dtype)
     optimizer = ShardedLamb(
@@ -53,7 +54,7 @@ def made(rank: int, stage: Any, kind: str) -> tuple[nn.Module, ShardedLamb]:
         stage=stage,
         bucket_mb=0.004,
         max_grad_norm=1.0,
-        store_param_remainders=remainders,
+        **options,
     )
     return model, optimizer
 
