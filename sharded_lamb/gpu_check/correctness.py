@@ -52,6 +52,7 @@ def bits(setting: Setting, found: Findings) -> str:
             "bf16": GivenRun(stage, torch.bfloat16),
             "bf16, 16-bit remainders": GivenRun(stage, torch.bfloat16, remainders=16),
             "bf16, 8-bit remainders": GivenRun(stage, torch.bfloat16, remainders=8),
+            "fp32, gathered in 8 bits": GivenRun(stage, gather_dtype=torch.float8_e4m3fn),
             "LANS": GivenRun(stage, variant="lans"),
             "caution": GivenRun(stage, rule={"caution": True}),
             "LARS": GivenRun(stage, torch.bfloat16, variant="lars", rule={"nesterov": True}),

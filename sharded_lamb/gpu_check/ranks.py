@@ -101,6 +101,10 @@ def bits(setting: Setting, found: Findings) -> None:
             run = GivenRun(stage, dtype, remainders=splits, micro_batches=2, reduce_dtype=torch.float32)
             ours, expected = run.trained(setting.device, setting.kernel), run.trained(CPU, "torch")
             _compare(found, f"stage {stage} {name_of(dtype)}", ours, expected)
+        run = GivenRun(stage, gather_dtype=torch.bfloat16)
+        ours, expected = run.trained(setting.device, setting.kernel), run.trained(CPU, "torch")
+        if dist.get_world_size() == 2:
+            found.equal(f"stage {stage} gathered in bfloat16", ours, expected)
 
 
 def _compare(found: Findings, name: str, ours: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

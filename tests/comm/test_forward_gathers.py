@@ -119,8 +119,8 @@ def test_overlap_has_the_bits_of_waiting_in_the_step(world: int, stage: int, dty
             assert torch.equal(weight, other.weights[name]), name
 
 
-@pytest.mark.parametrize("gather", [torch.bfloat16, torch.float8_e4m3fn])
-def test_compressed_gathers_overlap_and_hold_few_messages(gather: torch.dtype) -> None:
+def test_compressed_gathers_overlap_and_hold_few_messages() -> None:
+    gather = torch.float8_e4m3fn
     waiting = run_ranks(2, train, False, 2, torch.float32, gather_dtype=gather)
     overlapping = run_ranks(2, train, True, 2, torch.float32, gather_dtype=gather)
     for one, other in zip(waiting, overlapping, strict=True):
