@@ -95,6 +95,8 @@ class ShardedOptimizer(PartsOptimizer):
             self.state[store.params[param]] = entry
 
     def _check_states(self, states: States) -> None:
+        if self._settings.gather_dtype is None:
+            state.warn_of_masters(states)
         if state.is_whole(states.values()):
             named = self._named_parameters()
             rows = ((name, p.shape, states[p]) for name, p, _ in named if p in states)

@@ -125,6 +125,16 @@ def warn_of_average(saved: Iterable[Iterable[str]]) -> None:
         )
 
 
+def warn_of_masters(states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Log that masters of the parameters' own dtype are not loaded. ``states``: {parameter: saved state}."""
+    if any("master" in saved and saved["master"].dtype == p.dtype for p, saved in states.items()):
+        logger.warning(
+            "the saved state has masters, the exact weights of a model that held rounded ones (of 16 bits, or by "
+            "gather_dtype), and this optimizer starts from the model's: load the masters into the model first, or use "
+            "sharded_lamb.checkpoint, which does"
+        )
+
+
 def check_local(
     name: str, p: Tensor, own: State, states: Sequence[StoredState], saved: Mapping[str, Any]
 ) -> None:

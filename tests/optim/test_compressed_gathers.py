@@ -3,6 +3,7 @@
 Gradients are equal on all ranks and have few bits, so that their average is exact on any number of ranks.
 """
 
+import logging
 import re
 from collections.abc import Callable
 from functools import cache
@@ -331,6 +332,21 @@ def through_state_dicts(rank: int, gather: torch.dtype, local: bool) -> bool:
 @pytest.mark.parametrize("local", [True, False])
 def test_state_dicts_resume_to_the_same_bits(local: bool) -> None:
     assert run_ranks(2, through_state_dicts, FP8, local) == [True, True]
+
+
+@pytest.mark.parametrize("load", ["load_state_dict", "load_full_state_dict"])
+def test_a_state_dict_whose_masters_are_not_loaded_is_reported(
+    load: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, opt, params = built(FP8, torch.float32)
+    take_step(opt, params, 1, 0)
+    state = opt.full_state_dict()
+    for gather in (None, BF16):
+        caplog.clear()
+        _, other, _ = built(gather, torch.float32)
+        with caplog.at_level(logging.WARNING, logger="sharded_lamb"):
+            getattr(other, load)(state)
+        assert ("load the masters into the model" in caplog.text) == (gather is None)
 
 
 # -- training --------------------------------------------------------------------------------------------
