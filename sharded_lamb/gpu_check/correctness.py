@@ -53,6 +53,8 @@ def bits(setting: Setting, found: Findings) -> str:
             "bf16, 16-bit remainders": GivenRun(stage, torch.bfloat16, remainders=16),
             "bf16, 8-bit remainders": GivenRun(stage, torch.bfloat16, remainders=8),
             "fp32, gathered in 8 bits": GivenRun(stage, gather_dtype=torch.float8_e4m3fn),
+            "bf16 moments": GivenRun(stage, state_dtype=torch.bfloat16),
+            "8-bit moments": GivenRun(stage, torch.bfloat16, remainders=8, state_dtype=torch.int8),
             "LANS": GivenRun(stage, variant="lans"),
             "caution": GivenRun(stage, rule={"caution": True}),
             "LARS": GivenRun(stage, torch.bfloat16, variant="lars", rule={"nesterov": True}),

@@ -46,6 +46,7 @@ class GivenRun:
     micro_batches: int = 1
     remainders: bool | int = False
     reduce_dtype: torch.dtype | None = None
+    state_dtype: torch.dtype = torch.float32
     gather_dtype: torch.dtype | None = None
     rule: RuleOptions = field(default_factory=RuleOptions)
     variant: str = "lamb"
@@ -75,6 +76,7 @@ class GivenRun:
             weight_decay=0.1,
             stage=self.stage,
             reduce_dtype=self.reduce_dtype,
+            state_dtype=self.state_dtype,
             gather_dtype=self.gather_dtype,
             bucket_mb=0.02,
             kernel=kernel,
