@@ -27,8 +27,8 @@ COUNTED = (
     "One rank; step() alone, gradients being there, in the parameters' dtype. Bytes a parameter: of weights, masters "
     "and moments, without gradients; computed from the dtypes, as the optimizer's memory() reports them, and the peak "
     "of resident memory in a process of its own with construction and two steps, less that before the optimizer was "
-    "made (weights and gradients), plus the weights'. Weights move into buckets, one at a time, so that a peak holds one "
-    "bucket more. 'ratio': the trust ratio is exact for the update that is applied."
+    "made (weights and gradients), plus the weights'. Weights move into buckets, one at a time, so that a peak "
+    "holds one bucket more. 'ratio': the trust ratio is exact for the update that is applied."
 )
 
 _TIMEOUT_S = 300
