@@ -13,7 +13,10 @@ COMMANDS = {
     "quickstart": ("bert.quickstart", "pretrain a small BERT on this machine, in minutes"),
     "pretrain": ("bert.pretrain", "pretrain BERT as a configuration says"),
     "finetune": ("bert.finetune.command", "fine-tune on a task and report its metrics"),
-    "configs": ("bert.shipped", "list the configurations that come with the package, or write one"),
+    "configs": (
+        "recipes.training.shipped",
+        "list the configurations that come with the package, or write one",
+    ),
     "verify": ("verify", "compare with a single-process fp64 LAMB on this machine"),
     "plan": ("plan.command", "memory, bytes and time for a model, up to thousands of ranks"),
     "bench": ("bench.command", "measure against other optimizers on this machine"),
@@ -33,8 +36,8 @@ COLLECTIVE = {"verify", "plan", "bench"}
 """Commands for which torchrun's ranks are joined: ``run(chosen, device)``."""
 
 
-EXTRAS = {"bert"}
-"""Of the table's packages, those whose dependencies are an extra of the same name."""
+EXTRAS = {"bert": "bert", "recipes.training": "bert"}
+"""{package of the table's modules: the extra that has its dependencies}."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,9 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return int(module.run(chosen, devices.join_ranks(chosen.device)))
         return int(module.run(chosen))
     except (ValueError, TypeError, ImportError, AttributeError, OSError) as error:
-        extra = COMMANDS[named][0].partition(".")[0] if named in COMMANDS else None
-        is_missing = isinstance(error, ModuleNotFoundError) and extra in EXTRAS
-        remedy = f"; pip install 'sharded-lamb[{extra}]'" if is_missing else ""
+        extra = _extra(named) if isinstance(error, ModuleNotFoundError) else None
+        remedy = f"; pip install 'sharded-lamb[{extra}]'" if extra else ""
         print(f"sharded-lamb {named}: {error}{remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -82,6 +84,12 @@ def _parser(named: str | None) -> tuple[argparse.ArgumentParser, Any]:
             module = importlib.import_module(f"sharded_lamb.{path}")
             module.add_arguments(own)
     return parser, module
+
+
+def _extra(named: str | None) -> str | None:
+    """The extra that the command ``named`` needs."""
+    module = COMMANDS[named][0] if named in COMMANDS else ""
+    return next((extra for package, extra in EXTRAS.items() if module.startswith(f"{package}.")), None)
 
 
 def _leave_ranks() -> None:

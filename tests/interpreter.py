@@ -67,7 +67,7 @@ PROGRAMS = ("torchrun", "sharded-lamb", "sharded-lamb-deepspeed")
 MODULES = (
     "datasets",
     "matplotlib.figure",
-    "sharded_lamb.bert.picture",
+    "sharded_lamb.recipes.training.picture",
     "sharded_lamb.bert.train",
     "sharded_lamb.preflight",
     "torch.distributed.elastic.rendezvous.dynamic_rendezvous",
@@ -116,7 +116,7 @@ def serve(address: str) -> None:
     _die_with_parent()
     for module in MODULES:
         importlib.import_module(module)
-    picture = sys.modules["sharded_lamb.bert.picture"]
+    picture = sys.modules["sharded_lamb.recipes.training.picture"]
     draw = picture.draw_run
     # Drawing takes as long as training. torchrun looks up its caller's name for a log in all of these modules' files.
     picture.draw_run = lambda rows, path: draw(rows, path) if "DRAWS" in os.environ else path
@@ -210,7 +210,7 @@ def _run(request: list[Any], files: list[int]) -> int:
     sys.path[:] = [*added, *(entry for entry in sys.path if entry not in ("", str(ROOT), *added))]
     package = next((entry for entry in added if Path(entry, "sharded_lamb").is_dir()), str(ROOT))
     if Path(package).resolve() != ROOT:  # another one than has been imported here
-        kept = {"sharded_lamb.bert.picture"}  # which does not draw
+        kept = {"sharded_lamb.recipes.training.picture"}  # which does not draw
         for name in {name for name in sys.modules if name.partition(".")[0] == "sharded_lamb"} - kept:
             del sys.modules[name]
     try:

@@ -30,6 +30,7 @@ FLOORS = (
     {"deepspeed", "integrations", "verify", "plan"},
     {"convert", "bench"},
     {"preflight"},
+    {"recipes"},
     {"bert"},
     {"gpu_check"},
     {"__main__"},
@@ -238,6 +239,18 @@ def test_imports_run_one_way() -> None:
         for problem in upward_imports(path.read_text(), _package_of(path), unit)
     ]
     assert not bad, "\n".join(bad)
+
+
+def test_what_recipes_share_knows_no_recipe() -> None:
+    shared = f"{PACKAGE}.recipes.training"
+    bad = [
+        f"{name} imports {target}"
+        for name, targets in _file_graph().items()
+        if name.startswith(shared)
+        for target in targets
+        if target.startswith(f"{PACKAGE}.recipes.") and not target.startswith(shared)
+    ]
+    assert not bad, bad
 
 
 def test_no_file_imports_itself_by_way_of_others() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import sharded_lamb
 from sharded_lamb.__main__ import COLLECTIVE, COMMANDS, main
-from sharded_lamb.bert import shipped
+from sharded_lamb.recipes.training import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_TORCH = """

@@ -106,9 +106,9 @@ def _prepare(config: RunConfig) -> int:
 def _on_ranks(parsed: argparse.Namespace, config: RunConfig) -> int:
     import torch.distributed as dist
 
-    from sharded_lamb.bert.ranks import Ranks
     from sharded_lamb.bert.study import study
     from sharded_lamb.bert.train import run
+    from sharded_lamb.recipes.training.ranks import Ranks
 
     ranks = Ranks.start()
     try:

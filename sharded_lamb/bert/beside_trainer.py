@@ -21,16 +21,16 @@ from sharded_lamb.bench.timing import Spread, quotients
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.data import BatchSource, MicroBatch
 from sharded_lamb.bert.masking import Masker
-from sharded_lamb.bert.model import Losses, build_bert, hf_config, padded_vocabulary, resolve_precision
-from sharded_lamb.bert.optim import ShardedBackend
-from sharded_lamb.bert.outputs import threads_per_rank
+from sharded_lamb.bert.model import Losses, build_bert, hf_config, padded_vocabulary
+from sharded_lamb.bert.optim import sharded_backend
 from sharded_lamb.bert.prepare import prepare
-from sharded_lamb.bert.ranks import Ranks
 from sharded_lamb.bert.shards import PackedSamples, write_atomically
-from sharded_lamb.bert.stateless_rng import key_of
 from sharded_lamb.bert.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
 from sharded_lamb.comm import devices
 from sharded_lamb.comm.progress import with_progress
+from sharded_lamb.recipes.training.precision import resolve_precision
+from sharded_lamb.recipes.training.ranks import Ranks, use_threads
+from sharded_lamb.recipes.training.stateless_rng import key_of
 
 ROUNDS = 5
 LR = 1e-4
@@ -116,7 +116,7 @@ class Loop:
 
 def sharded(ranks: Ranks, config: RunConfig, losses: Losses) -> Loop:
     """The recipe's backend in stage 2."""
-    backend = ShardedBackend(config, losses)
+    backend = sharded_backend(config, losses)
 
     def train(batch: Batch, scale: Tensor) -> object:
         return backend.accumulate(batch, scale, last=True, entered=lambda section: None)
@@ -205,7 +205,7 @@ def compare(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
         raise ValueError(
             "data.nsp=True: expected false, since the comparison is of masked language modelling"
         )
-    torch.set_num_threads(config.speed.threads or threads_per_rank())
+    use_threads(config.speed.threads)
     config = replace(config, speed=replace(config.speed, precision=resolve_precision(config.speed.precision)))
     length = config.phases[0].sequence_length
     folder = ranks.from_first(lambda: prepare(config, length))

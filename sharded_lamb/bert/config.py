@@ -1,39 +1,39 @@
 """The settings of a pretraining run, frozen and typed.
 
 pydantic checks keys, types and ranges, also in `dataclasses.replace`; `__post_init__` checks settings against each
-other. `config_io` puts a constraint's ``description`` into its error messages: the expected value, in words.
+other. `training.config_io` puts a constraint's ``description`` into its error messages: the expected value, in words.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from sharded_lamb.core.hyperparams import VARIANTS
+from sharded_lamb.recipes.training.settings import (
+    STRICT,
+    CheckpointConfig,
+    FaultsConfig,
+    Fraction,
+    Positive,
+    PositiveFloat,
+    Precision,
+    Seed,
+    digest_of,
+    plain,
+    require,
+)
 
-_STRICT = ConfigDict(extra="forbid")
-
-Positive = Annotated[int, Field(gt=0, description="a positive number")]
-PositiveFloat = Annotated[float, Field(gt=0, description="a positive number")]
-Fraction = Annotated[float, Field(ge=0, lt=1, description="a number in [0, 1)")]
 Auto = Literal["auto"]
 Parallel = Literal["zero2", "ddp+zero1", "fsdp2", "deepspeed"]
-Precision = Literal["auto", "fp32", "bf16_autocast", "bf16"]
 
 
-def require(holds: bool, name: str, value: object, expectation: str, remedy: str = "") -> None:
-    if not holds:
-        raise ValueError(f"{name}={value!r}: expected {expectation}" + (f"; {remedy}" if remedy else ""))
-
-
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class ModelConfig:
     """The shape of BERT. `pretrained` loads the weights and shape of a Hugging Face folder instead."""
 
@@ -58,7 +58,7 @@ class ModelConfig:
         )
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TokenizerConfig:
     """A Hugging Face tokenizer folder (`path`), or a WordPiece vocabulary to train on the corpus."""
 
@@ -69,7 +69,7 @@ class TokenizerConfig:
     min_frequency: int = 2
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class DataConfig:
     """The text and its packing. `source` takes paths, globs, fsspec URLs, or `builtin`."""
 
@@ -89,7 +89,7 @@ class DataConfig:
         require(len(self.source) > 0, "data.source", self.source, "at least one path, glob or 'builtin'")
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class MaskingConfig:
     """Dynamic masking: of `probability` of the tokens, 80 % become [MASK], 10 % a random piece, 10 % stay."""
 
@@ -98,7 +98,7 @@ class MaskingConfig:
     max_predictions: Positive | None = None  # cap for one sequence; null: probability x length, rounded up
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class OptimizerConfig:
     """ShardedLamb's keywords. `variant: adamw` is the twin without a trust ratio.
 
@@ -147,7 +147,7 @@ _LEFT_TO_VARIANT = {
 """Settings of `OptimizerConfig` → the value with which the variant fills them."""
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class RampConfig:
     """Grow the global batch linearly from `start` to the phase's batch over the first `steps` steps."""
 
@@ -155,7 +155,7 @@ class RampConfig:
     steps: Positive
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class PhaseConfig:
     """One phase of training: BERT has two, at sequence length 128 and then 512."""
 
@@ -180,14 +180,14 @@ class PhaseConfig:
             )
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class BatchConfig:
     """Sequences in one forward of a rank, at most; accumulation follows."""
 
     max_micro_batch: Positive = 32
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class SpeedConfig:
     """Precision and memory switches of the model."""
 
@@ -199,7 +199,7 @@ class SpeedConfig:
     peak_tflops: float | None = None  # for MFU; null: the GPU's data sheet, else a matmul's speed
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class DeepSpeedConfig:
     """For `parallel: deepspeed`. `config` is a ds_config JSON with further sections (offload, say); a section that
     contradicts other settings of this file is an error."""
@@ -208,26 +208,7 @@ class DeepSpeedConfig:
     config: str | None = None
 
 
-@dataclass(frozen=True, config=_STRICT)
-class CheckpointConfig:
-    """The times of checkpoints, and how many are kept (0 keeps all)."""
-
-    every_steps: Positive = 1000
-    every_minutes: float | None = None
-    keep: Annotated[int, Field(ge=0, description="0 (all) or more")] = 2
-    # after SIGTERM or SIGUSR1 and a save: restart the run; 75 is EX_TEMPFAIL
-    requeue_exit_code: Annotated[int, Field(gt=0, lt=256, description="1 to 255")] = 75
-
-
-@dataclass(frozen=True, config=_STRICT)
-class FaultsConfig:
-    """If no rank makes progress, every rank reports which is stuck, then exits, and torchrun restarts them."""
-
-    # seconds in which no rank completes a micro-batch, save or held-out batch; null: no limit
-    hang_timeout_s: Annotated[float, Field(gt=0, description="a positive number of seconds")] | None = 600.0
-
-
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class LogConfig:
     """Records beyond the row of every step in metrics.jsonl."""
 
@@ -239,14 +220,14 @@ class LogConfig:
     fill_mask: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class RunConfig:
     """The whole run."""
 
     phases: tuple[PhaseConfig, ...]
     run_dir: str = "runs/bert"
     start_from: str | None = None  # a checkpoint with the run's initial weights and moments
-    seed: Annotated[int, Field(ge=0, lt=2**63, description="a number in [0, 2^63)")] = 1
+    seed: Seed = 1
     parallel: Parallel = "zero2"
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -279,12 +260,11 @@ class RunConfig:
         return phase.max_micro_batch or self.batch.max_micro_batch
 
     def to_dict(self) -> dict[str, Any]:
-        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        return plain
+        return plain(self)
 
     def digest(self) -> str:
         """Hash of `trained_settings`: a resumed run must have the same one."""
-        return hashlib.sha256(json.dumps(self.trained_settings(), sort_keys=True).encode()).hexdigest()[:16]
+        return digest_of(self.trained_settings())
 
     def trained_settings(self) -> dict[str, Any]:
         """The settings that determine the training's numbers."""

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sharded_lamb.bert.attention import Documents
-from sharded_lamb.bert.batch import BatchPlan
 from sharded_lamb.bert.masking import Masker
 from sharded_lamb.bert.packing import MIN_NSP_TOKENS
 from sharded_lamb.bert.shards import PackedSamples
-from sharded_lamb.bert.stateless_rng import I64, Permutation, draw, key_of, uniform
 from sharded_lamb.bert.tokenizer import Vocabulary
+from sharded_lamb.recipes.training.batch import BatchPlan
+from sharded_lamb.recipes.training.stateless_rng import I64, Permutation, draw, key_of, uniform
 
 
 @dataclass(frozen=True)

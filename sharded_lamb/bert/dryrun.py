@@ -8,12 +8,13 @@ import torch
 
 from sharded_lamb.bert.batch import plan_batches
 from sharded_lamb.bert.config import RunConfig
-from sharded_lamb.bert.model import hf_config, model_size, parameters_to_train, resolve_precision
+from sharded_lamb.bert.model import hf_config, model_size, parameters_to_train
 from sharded_lamb.bert.optim import STAGES
 from sharded_lamb.bert.schedule import build_schedule
 from sharded_lamb.bert.train_backend import check_parallel
 from sharded_lamb.plan.costs import costs
 from sharded_lamb.plan.sharding import Choices, Sharding
+from sharded_lamb.recipes.training.precision import resolve_precision
 
 _DTYPES = {"fp32": torch.float32, "bf16_autocast": torch.float32, "bf16": torch.bfloat16}
 

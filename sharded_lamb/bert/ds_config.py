@@ -8,9 +8,9 @@ from typing import Any
 
 from sharded_lamb.bert.batch import plan_batches
 from sharded_lamb.bert.config import OptimizerConfig, RunConfig
-from sharded_lamb.bert.config_io import merged_over
-from sharded_lamb.bert.model import resolve_precision
 from sharded_lamb.core.hyperparams import VARIANTS
+from sharded_lamb.recipes.training.config_io import merged_over
+from sharded_lamb.recipes.training.precision import resolve_precision
 
 # Sections of a ds_config that the recipe decides → the settings to use instead.
 DECIDED = {

@@ -14,9 +14,9 @@ from sharded_lamb import faults
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.ds_config import ds_config
-from sharded_lamb.bert.model import Entered, Losses, parameters_to_train
-from sharded_lamb.bert.optim import restart_steps, set_lr
+from sharded_lamb.bert.model import Losses, parameters_to_train
 from sharded_lamb.checkpoint import Checkpoints, InMemoryCheckpoint, RankGroup, read_contents, write_contents
+from sharded_lamb.recipes.training.sharded_backend import Entered, restart_steps, set_lr
 from sharded_lamb.telemetry import LayerNorms
 
 
@@ -33,9 +33,9 @@ class EngineBackend:
         os.environ.setdefault(
             "LOCAL_RANK", "0"
         )  # DeepSpeed requires it; without a launcher there is one rank
-        self.bert, self.losses = losses.module, losses
+        self.model, self.losses = losses.module, losses
         # The master of an fp32 parameter equals the parameter, which checkpoints contain already.
-        self._trained = [(name, p.dtype == torch.float32) for name, p in parameters_to_train(self.bert)]
+        self._trained = [(name, p.dtype == torch.float32) for name, p in parameters_to_train(self.model)]
         self._linear = torch.nn.functional.linear  # ZeRO 3 replaces it, for the whole process
         self._engine: Any = sharded_lamb.deepspeed.initialize(
             model=losses, config=ds_config(config, world_size)
@@ -73,7 +73,7 @@ class EngineBackend:
 
         first = torch.distributed.get_rank() == 0
         whole = {}
-        for name, p in self.bert.named_parameters():
+        for name, p in self.model.named_parameters():
             with zero.GatheredParameters([p]):  # a no-op for unpartitioned parameters
                 if first:
                     whole[name] = p.detach().cpu().clone().contiguous()
@@ -94,7 +94,7 @@ class EngineBackend:
     def _contents(
         self, weights: dict[str, Tensor], full: dict[str, Any], extra: dict[str, Any]
     ) -> InMemoryCheckpoint:
-        own = self.bert.state_dict(keep_vars=True)  # ZeRO 3 leaves its parameters empty
+        own = self.model.state_dict(keep_vars=True)  # ZeRO 3 leaves its parameters empty
         first = {id(tensor): name for name, tensor in reversed(own.items())}
         aliases = {name: first[id(tensor)] for name, tensor in own.items() if first[id(tensor)] != name}
         states = {}

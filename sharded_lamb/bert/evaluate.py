@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sharded_lamb.bert.data import BatchSource
-from sharded_lamb.bert.ranks import Ranks
+from sharded_lamb.recipes.training.ranks import Ranks
 
 
 @dataclass(frozen=True)

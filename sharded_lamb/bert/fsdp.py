@@ -12,9 +12,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from sharded_lamb import faults
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.data import MicroBatch
-from sharded_lamb.bert.model import Entered, Losses, compile_layers
-from sharded_lamb.bert.optim import OptimizerBackend, build_optimizer
+from sharded_lamb.bert.model import Losses, compile_layers
+from sharded_lamb.bert.optim import build_optimizer
 from sharded_lamb.checkpoint import Checkpoints
+from sharded_lamb.recipes.training.sharded_backend import Entered, OptimizerBackend
 
 
 class FsdpBackend(OptimizerBackend):
@@ -29,7 +30,7 @@ class FsdpBackend(OptimizerBackend):
         root = fully_shard(losses)
         assert isinstance(root, FSDPModule)
         self._root = root
-        super().__init__(losses, build_optimizer(config, losses.module, 1))
+        super().__init__(losses.module, losses, build_optimizer(config, losses.module, 1))
 
     def accumulate(self, batch: MicroBatch, scale: Tensor, *, last: bool, entered: Entered) -> Tensor:
         self._root.set_requires_gradient_sync(last)
@@ -43,7 +44,7 @@ class FsdpBackend(OptimizerBackend):
     def weights(self) -> dict[str, Tensor] | None:
         first, whole = torch.distributed.get_rank() == 0, {}
         self._root.reshard()  # a forward without a backward leaves the root's parameters unsharded
-        for name, p in self.bert.named_parameters():
+        for name, p in self.model.named_parameters():
             value = p.detach().full_tensor()
             if first:
                 whole[name] = value.cpu().clone().contiguous()

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sharded_lamb.bert.stateless_rng import key_of, uniform
 from sharded_lamb.bert.tokenizer import Vocabulary
+from sharded_lamb.recipes.training.stateless_rng import key_of, uniform
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sharded_lamb.bert.attention import Documents, use_documents
-from sharded_lamb.bert.config import ModelConfig, Precision, RunConfig
+from sharded_lamb.bert.config import ModelConfig, RunConfig
 from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.tokenizer import Vocabulary
-
-Entered = Callable[[str], None]
-"""Begins a section of a step: `StepClock.enter`."""
 
 _ATTENTION: dict[str, Any] = {"attn_implementation": "sdpa"}  # flash attention where torch has it
 
@@ -126,15 +122,6 @@ def model_size(bert: Any) -> ModelSize:
         intermediate=shape.intermediate_size,
         vocabulary=shape.vocab_size,
     )
-
-
-def resolve_precision(precision: Precision) -> Precision:
-    """Resolves `auto`: mixed precision where the hardware multiplies bf16 (otherwise it is emulated), else fp32."""
-    if precision != "auto":
-        return precision
-    cpu = torch.cpu.get_capabilities()
-    fast = torch.cuda.is_available() or cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
-    return "bf16_autocast" if fast else "fp32"
 
 
 def build_bert(config: RunConfig, vocabulary: Vocabulary, unigram: Path | None = None) -> Any:

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from sharded_lamb.bert.batch import BatchPlan
 from sharded_lamb.bert.config import PhaseConfig, RunConfig
-from sharded_lamb.bert.config_io import dump_config
 from sharded_lamb.bert.evaluate import fill_mask
 from sharded_lamb.bert.model import ModelSize
-from sharded_lamb.bert.ranks import Ranks
 from sharded_lamb.bert.schedule import Schedule
-
-
-def threads_per_rank() -> int:
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
+from sharded_lamb.recipes.training.batch import BatchPlan
+from sharded_lamb.recipes.training.config_io import dump_config
+from sharded_lamb.recipes.training.ranks import Ranks
 
 
 def begin(run_dir: Path, config: RunConfig, tokenizer: Any) -> None:

@@ -21,8 +21,8 @@ from sharded_lamb.bert.masking import Masker
 from sharded_lamb.bert.model import Losses, build_bert, parameters_to_train
 from sharded_lamb.bert.prepare import prepare
 from sharded_lamb.bert.shards import PackedSamples, write_atomically
-from sharded_lamb.bert.stateless_rng import key_of
 from sharded_lamb.bert.tokenizer import load_tokenizer, vocabulary_of
+from sharded_lamb.recipes.training.stateless_rng import key_of
 
 
 class PaddedLosses(Losses):

@@ -20,7 +20,6 @@ from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.corpus import BUILTIN, DocumentFile, check_files, count_documents, find_files
 from sharded_lamb.bert.packing import Packer
 from sharded_lamb.bert.shards import FORMAT_VERSION, Manifest, Split, entropy, read_manifest, write_atomically
-from sharded_lamb.bert.stateless_rng import key_of, uniform
 from sharded_lamb.bert.tokenizer import (
     encode,
     load_tokenizer,
@@ -29,6 +28,7 @@ from sharded_lamb.bert.tokenizer import (
     train_tokenizer,
     vocabulary_of,
 )
+from sharded_lamb.recipes.training.stateless_rng import key_of, uniform
 
 _CHUNK = 512  # documents tokenized at once
 Item = TypeVar("Item")

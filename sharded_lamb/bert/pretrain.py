@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from sharded_lamb.bert import shipped
+from sharded_lamb.recipes.training import shipped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.picture import draw_study
-from sharded_lamb.bert.ranks import Ranks
 from sharded_lamb.bert.shards import write_atomically
 from sharded_lamb.bert.train import run
 from sharded_lamb.core.hyperparams import VARIANTS
+from sharded_lamb.recipes.training.ranks import Ranks
 
 Row = dict[str, Any]
 

@@ -7,34 +7,48 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from sharded_lamb import faults
-from sharded_lamb.bert import checkpoint, outputs
-from sharded_lamb.bert.batch import BatchPlan, plan_batches
-from sharded_lamb.bert.checkpoint import Position, StopRequested
+from sharded_lamb.bert import outputs
+from sharded_lamb.bert.batch import plan_batches
 from sharded_lamb.bert.config import PhaseConfig, RunConfig
 from sharded_lamb.bert.data import BatchSource, StepData
 from sharded_lamb.bert.evaluate import held_out
 from sharded_lamb.bert.masking import Masker
-from sharded_lamb.bert.metrics import MetricsLog, peak_flops, peak_memory, summarize_ratios
-from sharded_lamb.bert.model import ModelSize, build_bert, model_size, resolve_precision, whole_bert
+from sharded_lamb.bert.metrics import layer_of, peak_flops
+from sharded_lamb.bert.model import ModelSize, build_bert, model_size, whole_bert
 from sharded_lamb.bert.prepare import prepare
-from sharded_lamb.bert.ranks import Ranks
 from sharded_lamb.bert.schedule import build_schedule
 from sharded_lamb.bert.shards import Manifest, PackedSamples
-from sharded_lamb.bert.stateless_rng import key_of
-from sharded_lamb.bert.step_clock import SECTIONS, StepClock
 from sharded_lamb.bert.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
 from sharded_lamb.bert.train_backend import TrainBackend, build_backend, check_parallel
 from sharded_lamb.core.host_values import to_device
+from sharded_lamb.recipes.training import checkpoint
+from sharded_lamb.recipes.training.batch import BatchPlan
+from sharded_lamb.recipes.training.checkpoint import Position, StopRequested
+from sharded_lamb.recipes.training.metrics import MetricsLog, peak_memory, summarize_ratios
+from sharded_lamb.recipes.training.precision import resolve_precision
+from sharded_lamb.recipes.training.ranks import Ranks, use_threads
+from sharded_lamb.recipes.training.stateless_rng import key_of
+from sharded_lamb.recipes.training.step_clock import SECTIONS, StepClock
 from sharded_lamb.telemetry import LayerNorms
 from sharded_lamb.watchdog import Watchdog
 
 Beat = Callable[[str], None]
 """Reports progress of this rank: `Watchdog.beat`."""
+
+
+@dataclass(frozen=True)
+class PhasePosition(Position):
+    """`step` steps of phase `phase` are done; `total_step` counts over all phases."""
+
+    phase: int = 0
+    step: int = 0
+    tokens: int = 0  # trained on so far
+    remedy: ClassVar[str] = "continue from it with start_from"
 
 
 @dataclass(frozen=True)
@@ -96,12 +110,14 @@ def _train(job: Job, plans: list[BatchPlan], candidates: list[Path], beat: Beat)
     config, ranks, run_dir = job.config, job.ranks, job.run_dir
     digest = ",".join(PackedSamples(folder, "train").manifest.digest() for folder in job.folders)
     ranks.agree("prepared data", digest, "data.prepared must be one folder that every node sees")
-    position = Position(0, 0, 0, 0, config.digest(), digest, ranks.world_size)
+    position = PhasePosition(0, 0, config.digest(), digest, ranks.world_size)
     if candidates:
-        position = checkpoint.load(candidates, job.backend, ranks)
+        position = checkpoint.load(PhasePosition, candidates, job.backend, ranks)
         checkpoint.check_position(position, config, digest, candidates[0])
     elif config.start_from is not None:
-        checkpoint.start_from(Path(config.start_from), job.backend)
+        # Options stay as configured.
+        job.backend.load(Path(config.start_from), options=False)
+        job.backend.restart_steps()
     ranks.from_first(partial(outputs.begin, run_dir, config, job.tokenizer))
     log = _open_log(job, position) if ranks.is_first else None
     try:
@@ -119,7 +135,7 @@ def _train(job: Job, plans: list[BatchPlan], candidates: list[Path], beat: Beat)
 
 
 def _set_up(config: RunConfig, ranks: Ranks, run_dir: Path, stop: StopRequested) -> Job:
-    torch.set_num_threads(config.speed.threads or outputs.threads_per_rank())
+    use_threads(config.speed.threads)
     lengths = [phase.sequence_length for phase in config.phases]
     folders = ranks.from_first(lambda: [prepare(config, length) for length in lengths])
     tokenizer = load_tokenizer(folders[0] / "tokenizer")
@@ -147,7 +163,7 @@ def _set_up(config: RunConfig, ranks: Ranks, run_dir: Path, stop: StopRequested)
     )
 
 
-def _open_log(job: Job, position: Position) -> MetricsLog:
+def _open_log(job: Job, position: PhasePosition) -> MetricsLog:
     total = sum(phase.steps for phase in job.config.phases)
     return MetricsLog(job.run_dir, position.total_step, job.run_dir.name, total)
 
@@ -168,7 +184,7 @@ class _StepTotals:
 class _Started:
     """A step whose work was started; its numbers are on the device."""
 
-    position: Position  # after it
+    position: PhasePosition  # after it
     batch: int
     lr: float
     totals: _StepTotals
@@ -187,7 +203,7 @@ class _Phase:
         self._unread: _Started | None = None
         self._seconds = 0.0
 
-    def run(self, position: Position) -> tuple[Position, bool]:
+    def run(self, position: PhasePosition) -> tuple[PhasePosition, bool]:
         """(position after the phase or the last step before a stop, whether a signal stopped it)."""
         job = self.job
         if job.ranks.is_first:
@@ -270,7 +286,7 @@ class _Phase:
         every = self.job.config.checkpoint.every_minutes
         return every is not None and time.monotonic() - self._last_save > 60 * every
 
-    def _save(self, position: Position) -> None:
+    def _save(self, position: PhasePosition) -> None:
         job = self.job
         folder, keep = job.run_dir / "checkpoints", job.config.checkpoint.keep
         self.beat(f"checkpoint after step {position.total_step}")
@@ -320,7 +336,7 @@ class _Phase:
             "peak_memory_bytes": int(gathered[:, -1].max().item()),
             "slowest_rank": int(each.argmax()),
             "unigram_entropy": job.manifest.unigram_entropy,
-            **summarize_ratios({name: own.ratio for name, own in norms.items()}),
+            **summarize_ratios({name: own.ratio for name, own in norms.items()}, layer_of),
         }
         if job.config.data.nsp:
             row |= {"nsp_loss": pair_loss / totals.documents, "nsp_accuracy": pair_right / totals.documents}
@@ -342,7 +358,7 @@ def _heldout_row(job: Job, phase: int, beat: Beat) -> dict[str, Any]:
     return row
 
 
-def _finish(job: Job, position: Position, log: MetricsLog | None, beat: Beat) -> dict[str, Any]:
+def _finish(job: Job, position: PhasePosition, log: MetricsLog | None, beat: Beat) -> dict[str, Any]:
     """Evaluates the held-out split; writes the last metrics, the picture and the Hugging Face folder."""
     config, ranks = job.config, job.ranks
     row: dict[str, Any] = {
@@ -362,7 +378,7 @@ def _finish(job: Job, position: Position, log: MetricsLog | None, beat: Beat) ->
         assert weights is not None
         log.final(row)
         log.picture()
-        outputs.finish(job.run_dir, config, whole_bert(job.backend.bert, weights), job.tokenizer, row)
+        outputs.finish(job.run_dir, config, whole_bert(job.backend.model, weights), job.tokenizer, row)
 
     ranks.from_first(write)
     return row

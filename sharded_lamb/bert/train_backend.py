@@ -10,8 +10,9 @@ from torch import Tensor
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.ds_config import ds_config
-from sharded_lamb.bert.model import Entered, Losses
+from sharded_lamb.bert.model import Losses
 from sharded_lamb.checkpoint import Checkpoints
+from sharded_lamb.recipes.training.sharded_backend import Entered
 from sharded_lamb.telemetry import LayerNorms
 
 
@@ -21,7 +22,7 @@ class TrainBackend(Protocol):
     Whether a method communicates depends on the backend.
     """
 
-    bert: Any  # the Hugging Face model; its parameters may be empty or sharded
+    model: Any  # the Hugging Face model; its parameters may be empty or sharded
     losses: Any  # the module for evaluation; all ranks call it equally often
 
     def accumulate(self, batch: MicroBatch, scale: Tensor, *, last: bool, entered: Entered) -> Tensor:
@@ -81,6 +82,6 @@ def build_backend(config: RunConfig, bert: Any, world_size: int) -> TrainBackend
         from sharded_lamb.bert.fsdp import FsdpBackend
 
         return FsdpBackend(config, losses)
-    from sharded_lamb.bert.optim import ShardedBackend
+    from sharded_lamb.bert.optim import sharded_backend
 
-    return ShardedBackend(config, losses)
+    return sharded_backend(config, losses)

@@ -12,8 +12,8 @@ from sharded_lamb.bert import beside_trainer
 from sharded_lamb.bert.config_io import build_config
 from sharded_lamb.bert.model import build_bert, hf_config
 from sharded_lamb.bert.prepare import prepare
-from sharded_lamb.bert.ranks import Ranks
 from sharded_lamb.bert.tokenizer import load_tokenizer, vocabulary_of
+from sharded_lamb.recipes.training.ranks import Ranks
 from tests.bert.conftest import LENGTH
 from tests.bert.test_command import call_main, write_config
 from tests.harness import run_ranks

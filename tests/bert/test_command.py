@@ -19,9 +19,10 @@ import pytest
 import torch
 import yaml
 
-from sharded_lamb.bert import picture, study
+from sharded_lamb.bert import study
 from sharded_lamb.bert.__main__ import main
 from sharded_lamb.checkpoint import problem_with, read_contents
+from sharded_lamb.recipes.training import picture
 from tests import interpreter
 from tests.bert.conftest import LENGTH
 from tests.harness import run_ranks

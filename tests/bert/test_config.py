@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import yaml
 
-from sharded_lamb.bert.config_io import build_config, dump_config, load_config
+from sharded_lamb.bert.config_io import build_config, load_config
 from sharded_lamb.bert.dryrun import describe
+from sharded_lamb.recipes.training.config_io import dump_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PAIRS = ("bert-quickstart", "bert-base", "bert-large-phase1", "bert-large-phase2", "bert-large-64k-paper")

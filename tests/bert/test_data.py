@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from sharded_lamb.bert.batch import BatchPlan
 from sharded_lamb.bert.config_io import build_config
 from sharded_lamb.bert.data import BatchSource, MicroBatch
 from sharded_lamb.bert.masking import Masker
@@ -14,6 +13,7 @@ from sharded_lamb.bert.model import Losses, build_bert, model_size
 from sharded_lamb.bert.prepare import prepare
 from sharded_lamb.bert.shards import PackedSamples
 from sharded_lamb.bert.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
+from sharded_lamb.recipes.training.batch import BatchPlan
 from tests.bert.conftest import LENGTH
 
 

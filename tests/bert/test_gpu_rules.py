@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import nn
 
 from sharded_lamb.bert import metrics
-from sharded_lamb.bert.batch import BatchPlan
 from sharded_lamb.bert.model import compile_layers
-from sharded_lamb.bert.ranks import Ranks
-from sharded_lamb.bert.step_clock import SECTIONS, StepClock
+from sharded_lamb.recipes.training.batch import BatchPlan
+from sharded_lamb.recipes.training.ranks import Ranks
+from sharded_lamb.recipes.training.step_clock import SECTIONS, StepClock
 from tests.bert.test_data import source_of
 
 GPU = torch.device("cuda", 0)

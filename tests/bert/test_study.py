@@ -9,8 +9,8 @@ import pytest
 from sharded_lamb.bert import study as module
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.config_io import build_config
-from sharded_lamb.bert.ranks import Ranks
 from sharded_lamb.bert.train import Outcome
+from sharded_lamb.recipes.training.ranks import Ranks
 from tests.harness import run_ranks
 
 BATCHES = "6,24"

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sharded_lamb.bert import picture
 from sharded_lamb.bert.config_io import build_config
-from sharded_lamb.bert.optim import ShardedBackend
-from sharded_lamb.bert.ranks import Ranks
-from sharded_lamb.bert.step_clock import SECTIONS
 from sharded_lamb.bert.train import run
 from sharded_lamb.checkpoint import problem_with, read_contents
+from sharded_lamb.recipes.training import picture
+from sharded_lamb.recipes.training.ranks import Ranks
+from sharded_lamb.recipes.training.sharded_backend import ShardedBackend
+from sharded_lamb.recipes.training.step_clock import SECTIONS
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
 Rows = list[dict[str, Any]]

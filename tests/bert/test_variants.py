@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from sharded_lamb.bert import picture
-from sharded_lamb.bert.config_io import _read_yaml, build_config, dump_config, load_config
+from sharded_lamb.bert.config_io import build_config, load_config
 from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.model import build_bert
-from sharded_lamb.bert.ranks import Ranks
 from sharded_lamb.bert.train import run
 from sharded_lamb.bert.train_backend import build_backend
 from sharded_lamb.core.hyperparams import GROUP_OPTIONS
+from sharded_lamb.recipes.training import picture
+from sharded_lamb.recipes.training.config_io import dump_config, read_yaml
+from sharded_lamb.recipes.training.ranks import Ranks
 from tests.harness import run_ranks
 from tests.oracle import VARIANT_FACTS
 
@@ -178,7 +179,7 @@ def test_the_twin_of_the_quickstart_trains_without_ratios(
     if way == "deepspeed":
         pytest.importorskip("deepspeed")
     twin = {
-        **_read_yaml(CONFIGS / "bert-quickstart-adamw.yaml"),
+        **read_yaml(CONFIGS / "bert-quickstart-adamw.yaml"),
         **{name: tree[name] for name in ("model", "tokenizer", "data", "phases")},
         "run_dir": str(tmp_path),
         "log": {"trust_ratio_steps": 1},

@@ -13,7 +13,6 @@ from torch.autograd import DeviceType
 
 from sharded_lamb.__main__ import main
 from sharded_lamb.bench.workload import Workload
-from sharded_lamb.bert import outputs
 from sharded_lamb.gpu_check import battery, command, integrations, processes, ranks, recipe, timing
 from sharded_lamb.gpu_check.battery import EQUAL, Findings, LeftOut, Section, Setting, difference
 from sharded_lamb.gpu_check.training import GivenRun, backward, synthetic
@@ -54,7 +53,9 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, P
         patch.setattr(integrations, "_accelerate", missing)
         patch.setattr(integrations, "_trainer", missing)
         patch.setattr(processes, "rows_of", rows_of_forks)
-        patch.setattr(outputs, "threads_per_rank", lambda: 1)  # two beside other tests spin
+        patch.setattr(
+            "sharded_lamb.recipes.training.ranks.threads_per_rank", lambda: 1
+        )  # two beside other tests spin
         yield rehearse(folder), folder
 
 

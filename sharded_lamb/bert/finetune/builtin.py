@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from sharded_lamb.bert.corpus import builtin_documents
 from sharded_lamb.bert.finetune.tasks import Dataset, Split, Task
-from sharded_lamb.bert.stateless_rng import Permutation, draw, key_of, uniform
+from sharded_lamb.recipes.training.stateless_rng import Permutation, draw, key_of, uniform
 
 NAME = "builtin"
 WORDS = 16

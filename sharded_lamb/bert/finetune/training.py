@@ -20,10 +20,10 @@ from sharded_lamb.bert.finetune.encoder import Encoder
 from sharded_lamb.bert.finetune.scores import scores
 from sharded_lamb.bert.finetune.tasks import Dataset, Split
 from sharded_lamb.bert.model import encode_documents, parameters_to_train
-from sharded_lamb.bert.optim import set_lr
 from sharded_lamb.bert.schedule import Schedule
-from sharded_lamb.bert.stateless_rng import I64, Permutation, key_of
 from sharded_lamb.bert.tokenizer import encode, vocabulary_of
+from sharded_lamb.recipes.training.sharded_backend import set_lr
+from sharded_lamb.recipes.training.stateless_rng import I64, Permutation, key_of
 
 _EVALUATED = 128
 """Examples in a batch of the dev split."""

@@ -9,31 +9,50 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from sharded_lamb.bert.config import RunConfig
-from sharded_lamb.bert.config_io import load_config
-from sharded_lamb.bert.ranks import Ranks
-from sharded_lamb.bert.train_backend import TrainBackend
 from sharded_lamb.checkpoint import CheckpointError, Checkpoints
+from sharded_lamb.recipes.training.config_io import load_config
+from sharded_lamb.recipes.training.ranks import Ranks
 
 
 @dataclass(frozen=True)
 class Position:
-    """Progress of a run: `step` steps of phase `phase` are done."""
+    """Progress of a run: `total_step` steps are done. A recipe adds what it needs to continue."""
 
-    phase: int
-    step: int
-    total_step: int  # over all phases
+    total_step: int
     sample: int  # global sample index of the next step's first sample
     config_digest: str
     data_digest: str
     world_size: int  # for information: it may change
-    tokens: int = 0  # trained on so far
     seconds: float = 0.0
+    remedy: ClassVar[str] = ""  # for a checkpoint without a position
+
+
+Where = TypeVar("Where", bound=Position)
+
+
+class Settings(Protocol):
+    """A recipe's settings, a dataclass."""
+
+    def digest(self) -> str:
+        """Hash of `trained_settings`."""
+
+    def trained_settings(self) -> dict[str, Any]:
+        """The settings that determine the training's numbers."""
+
+
+class Backend(Protocol):
+    """The part of a sharded model with its optimizer that checkpoints need. Its methods are collective."""
+
+    def save(self, checkpoints: Checkpoints, step: int, extra: dict[str, Any]) -> None:
+        """As `Checkpoints.save`."""
+
+    def load(self, path: Path, *, options: bool) -> dict[str, Any]:
+        """As `sharded_lamb.checkpoint.load`; returns ``extra``."""
 
 
 class StopRequested:
@@ -48,7 +67,7 @@ class StopRequested:
         self.signal = number
 
 
-def save(folder: Path, keep: int, position: Position, backend: TrainBackend) -> None:
+def save(folder: Path, keep: int, position: Position, backend: Backend) -> None:
     """Write one checkpoint. Collective.
 
     Raises:
@@ -86,7 +105,7 @@ def choose(folder: Path, resume: str | None, ranks: Ranks) -> list[Path]:
     return [Path(name) for name in ranks.from_first(pick)]
 
 
-def load(candidates: Sequence[Path], backend: TrainBackend, ranks: Ranks) -> Position:
+def load(kind: type[Where], candidates: Sequence[Path], backend: Backend, ranks: Ranks) -> Where:
     """Restore weights, state and options from the first complete checkpoint of ``candidates``. Collective.
 
     Raises:
@@ -94,29 +113,22 @@ def load(candidates: Sequence[Path], backend: TrainBackend, ranks: Ranks) -> Pos
     """
     for path in candidates[:-1]:
         try:
-            return _position(backend.load(path, options=True), path)
+            return _position(kind, backend.load(path, options=True), path)
         except CheckpointError as error:
             if ranks.is_first:
                 print(f"checkpoint {path} is broken ({error}); trying the one before it", flush=True)
-    return _position(backend.load(candidates[-1], options=True), candidates[-1])
+    return _position(kind, backend.load(candidates[-1], options=True), candidates[-1])
 
 
-def start_from(path: Path, backend: TrainBackend) -> None:
-    """Load weights and moments; options stay as configured. Collective. Raises CheckpointError."""
-    backend.load(path, options=False)
-    backend.restart_steps()
+def _position(kind: type[Where], extra: dict[str, Any], path: Path) -> Where:
+    saved = extra.get("position", {})
+    if saved.keys() != {field.name for field in fields(kind)}:
+        remedy = f"; {kind.remedy}" if kind.remedy else ""
+        raise ValueError(f"checkpoint {path} has no position in a run: this command did not write it{remedy}")
+    return kind(**saved)
 
 
-def _position(extra: dict[str, Any], path: Path) -> Position:
-    if "position" not in extra:
-        raise ValueError(
-            f"checkpoint {path} has no position in a run: this command did not write it; continue from it with "
-            f"start_from"
-        )
-    return Position(**extra["position"])
-
-
-def check_position(position: Position, config: RunConfig, data_digest: str, checkpoint: Path) -> None:
+def check_position(position: Position, config: Settings, data_digest: str, checkpoint: Path) -> None:
     """Check that a run of ``config`` continues the training of ``checkpoint``, in the folder of its run.
 
     Raises:
@@ -137,10 +149,10 @@ def check_position(position: Position, config: RunConfig, data_digest: str, chec
         )
 
 
-def _changed(saved: Path, config: RunConfig) -> list[str]:
+def _changed(saved: Path, config: Settings) -> list[str]:
     """A line for every setting that differs from the file's; empty if the file cannot be read."""
     try:
-        before = _flat(load_config(str(saved), []).trained_settings())
+        before = _flat(load_config(type(config), str(saved), []).trained_settings())
     except (ValueError, OSError):
         return []
     now, missing = _flat(config.trained_settings()), object()

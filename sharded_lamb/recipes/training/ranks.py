@@ -100,6 +100,16 @@ class Ranks:
             )
 
 
+def threads_per_rank() -> int:
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+def use_threads(threads: int) -> None:
+    """Sets torch's CPU threads; 0: this rank's share of the cores."""
+    torch.set_num_threads(threads or threads_per_rank())
+
+
 def of_this_attempt(shared: Store, rank: int, world_size: int, timeout_s: float = _MEETING_S) -> PrefixStore:
     """The store with a prefix that rank 0 draws for this attempt.
 

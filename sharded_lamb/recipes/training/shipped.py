@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-FOLDER = Path(__file__).parent.parent / "configs"
+FOLDER = Path(__file__).parents[2] / "configs"
 
 
 def names() -> list[str]:

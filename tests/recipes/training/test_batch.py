@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharded_lamb.bert.batch import BatchPlan
+from sharded_lamb.recipes.training.batch import BatchPlan
 
 
 def plan(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from sharded_lamb.bert.ranks import of_this_attempt
+from sharded_lamb.recipes.training.ranks import of_this_attempt
 
 
 def meet(folder: Path, order: list[int], attempt: str) -> None:

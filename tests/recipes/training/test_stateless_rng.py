@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharded_lamb.bert.stateless_rng import Permutation, draw, key_of, uniform
+from sharded_lamb.recipes.training.stateless_rng import Permutation, draw, key_of, uniform
 
 
 @settings(max_examples=60, deadline=None)

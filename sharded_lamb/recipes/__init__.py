@@ -1,0 +1,1 @@
+"""Recipes that train models with ShardedLamb, and what they share (`training`)."""

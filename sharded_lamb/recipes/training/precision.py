@@ -1,0 +1,16 @@
+"""The precision that fits the hardware."""
+
+from __future__ import annotations
+
+import torch
+
+from sharded_lamb.recipes.training.settings import Precision
+
+
+def resolve_precision(precision: Precision) -> Precision:
+    """Resolves `auto`: mixed precision where the hardware multiplies bf16 (otherwise it is emulated), else fp32."""
+    if precision != "auto":
+        return precision
+    cpu = torch.cpu.get_capabilities()
+    fast = torch.cuda.is_available() or cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
+    return "bf16_autocast" if fast else "fp32"

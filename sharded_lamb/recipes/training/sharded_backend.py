@@ -1,0 +1,100 @@
+"""A model under ShardedLamb, stage 1 or 2: what a training loop does with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sharded_lamb import checkpoint, faults
+from sharded_lamb.checkpoint import Checkpoints
+from sharded_lamb.telemetry import LayerNorms
+
+Entered = Callable[[str], None]
+"""Called with the name of a section of the step as it begins: `StepClock.enter`."""
+
+
+class OptimizerBackend:
+    """What every sharding with `ShardedLamb` shares.
+
+    ``losses``: a module around the ``model`` whose forward takes a batch and returns a vector: sums of losses first.
+    """
+
+    def __init__(self, model: Any, losses: Any, optimizer: Any) -> None:
+        self.model, self.losses = model, losses
+        self._optimizer = optimizer
+
+    def step(self, lr: float) -> None:
+        set_lr(self._optimizer, lr)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def restart_steps(self) -> None:
+        restart_steps(self._optimizer)
+
+    def grad_norm(self) -> float | None:
+        norm = self._optimizer.grad_norm
+        return None if norm is None else float(norm)
+
+    def layer_norms(self) -> dict[str, LayerNorms]:
+        norms: dict[str, LayerNorms] = self._optimizer.layer_norms()
+        return norms
+
+    def save(self, checkpoints: Checkpoints, step: int, extra: dict[str, Any]) -> None:
+        checkpoints.save(step, self.model, self._optimizer, extra)
+
+    def load(self, path: Path, *, options: bool) -> dict[str, Any]:
+        return checkpoint.load(path, self.model, self._optimizer, options=options)
+
+    def close(self) -> None:
+        pass
+
+
+class ShardedBackend(OptimizerBackend):
+    """Stage 1: DDP averages gradients; stage 2: the optimizer does. ``build`` makes the optimizer, after DDP."""
+
+    def __init__(self, model: Any, losses: Any, stage: Literal[1, 2], build: Callable[[], Any]) -> None:
+        self._wrapped: Any = losses  # in DDP, in stage 1
+        if stage == 1:
+            self._wrapped = torch.nn.parallel.DistributedDataParallel(losses)
+        super().__init__(model, losses, build())
+        self._unsynchronized = self._optimizer.no_sync if stage == 2 else self._wrapped.no_sync
+
+    def accumulate(self, batch: Any, scale: Tensor, *, last: bool, entered: Entered) -> Tensor:
+        """Forward and backward of one micro-batch. The step's ``last`` one averages gradients over ranks.
+
+        Args:
+            scale: [n] factors of the first n elements of what ``losses`` returns, whose sum is the loss.
+            entered: called with "backward" as backward begins.
+
+        Returns:
+            What ``losses`` returned, detached.
+        """
+        context: AbstractContextManager[Any] = nullcontext() if last else self._unsynchronized()
+        with context:
+            out: Tensor = self._wrapped(batch)
+            loss: Tensor = (out[: len(scale)] * scale).sum()
+            entered("backward")
+            faults.point("backward")
+            loss.backward()  # type: ignore[no-untyped-call]
+        return out.detach()
+
+    def weights(self) -> dict[str, Tensor] | None:
+        if torch.distributed.get_rank() != 0:
+            return None
+        # Copies: parameters are views of flat buckets, and writing a view writes its whole bucket.
+        return {name: p.detach().cpu().clone().contiguous() for name, p in self.model.named_parameters()}
+
+
+def set_lr(optimizer: Any, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def restart_steps(optimizer: Any) -> None:
+    for state in optimizer.state.values():
+        state["step"].zero_()
