@@ -13,6 +13,7 @@ COMMANDS = {
     "quickstart": ("bert.quickstart", "pretrain a small BERT on this machine, in minutes"),
     "pretrain": ("bert.pretrain", "pretrain BERT as a configuration says"),
     "finetune": ("bert.finetune.command", "fine-tune on a task and report its metrics"),
+    "vision": ("recipes.vision.command", "train an image classifier, or compare optimizers on digits"),
     "configs": (
         "recipes.training.shipped",
         "list the configurations that come with the package, or write one",
@@ -36,7 +37,7 @@ COLLECTIVE = {"verify", "plan", "bench"}
 """Commands for which torchrun's ranks are joined: ``run(chosen, device)``."""
 
 
-EXTRAS = {"bert": "bert", "recipes.training": "bert"}
+EXTRAS = {"bert": "bert", "recipes.training": "bert", "recipes.vision": "vision"}
 """{package of the table's modules: the extra that has its dependencies}."""
 
 

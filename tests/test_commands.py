@@ -180,6 +180,7 @@ def test_the_plugin_without_deepspeed_says_what_to_install() -> None:
         ("sharded_lamb.bert", ["--config", "bert-quickstart"], "omegaconf", "bert"),
         ("sharded_lamb", ["quickstart"], "omegaconf", "bert"),
         ("sharded_lamb", ["configs"], "yaml", "bert"),
+        ("sharded_lamb.recipes.vision", ["train", "--config", "vision-rsb-a2"], "omegaconf", "vision"),
         ("sharded_lamb.bench.naive_ratios", [], "deepspeed", "deepspeed,bert"),
     ],
 )

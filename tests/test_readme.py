@@ -19,7 +19,11 @@ from tests.harness import run_ranks
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = sorted(path.parent for path in ROOT.glob("sharded_lamb/*/README.md"))
 PAGES = sorted(path for path in ROOT.glob("sharded_lamb/**/*.md") if path.name != "README.md")
-READMES = [ROOT / "README.md", ROOT / "launch" / "README.md", *(folder / "README.md" for folder in FOLDERS)]
+READMES = [
+    *(ROOT / "README.md", ROOT / "launch" / "README.md"),
+    *(folder / "README.md" for folder in FOLDERS),
+    *sorted(ROOT.glob("sharded_lamb/recipes/*/README.md")),
+]
 
 
 def readme(folder: str = "") -> str:

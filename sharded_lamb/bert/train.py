@@ -165,7 +165,7 @@ def _set_up(config: RunConfig, ranks: Ranks, run_dir: Path, stop: StopRequested)
 
 def _open_log(job: Job, position: PhasePosition) -> MetricsLog:
     total = sum(phase.steps for phase in job.config.phases)
-    return MetricsLog(job.run_dir, position.total_step, job.run_dir.name, total)
+    return MetricsLog(job.run_dir, position.total_step, job.run_dir.name, total, counted="tokens")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,10 @@ EXTRAS = {
     ),
     "deepspeed": ("deepspeed",),
     "gpu": ("triton",),
+    "vision": (
+        *("datasets", "matplotlib", "omegaconf", "PIL", "pydantic", "safetensors", "sklearn", "tensorboard"),
+        *("timm", "torchvision", "tqdm", "yaml"),
+    ),
 }
 """{extra of the package: the modules that it brings}."""
 

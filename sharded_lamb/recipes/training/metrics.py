@@ -22,10 +22,12 @@ _PROGRESS_SECONDS = 15.0  # between lines, without a terminal to redraw the bar
 class MetricsLog:
     """metrics.jsonl (one object a step) and TensorBoard events of one run folder."""
 
-    def __init__(self, run_dir: Path, resumed_at: int, title: str, total_steps: int) -> None:
+    def __init__(self, run_dir: Path, resumed_at: int, title: str, total_steps: int, *, counted: str) -> None:
+        """``counted``: what `{counted}_per_s` of a row counts, for the progress bar."""
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
+        self._counted = counted
         self._path = run_dir / "metrics.jsonl"
         self._rows = [row for row in _read_rows(self._path) if "loss" in row and row["step"] <= resumed_at]
         self._path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
@@ -50,7 +52,7 @@ class MetricsLog:
         shown = {
             "loss": f"{row['loss']:.3f}",
             "lr": f"{row['lr']:.2e}",
-            "tok/s": f"{row['tokens_per_s']:,.0f}",
+            f"{self._counted}/s": f"{row[f'{self._counted}_per_s']:,.0f}",
             "s": " + ".join(f"{row[f'{name}_s']:.2g} {name}" for name in SECTIONS),
         }
         self._bar.set_postfix(shown, refresh=False)

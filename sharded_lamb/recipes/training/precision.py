@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 
 from sharded_lamb.recipes.training.settings import Precision
 
 
+@overload
+def resolve_precision(
+    precision: Literal["auto", "fp32", "bf16_autocast"],
+) -> Literal["fp32", "bf16_autocast"]: ...
+@overload
+def resolve_precision(precision: Precision) -> Precision: ...
 def resolve_precision(precision: Precision) -> Precision:
     """Resolves `auto`: mixed precision where the hardware multiplies bf16 (otherwise it is emulated), else fp32."""
     if precision != "auto":

@@ -26,29 +26,29 @@ class OptimizerBackend:
 
     def __init__(self, model: Any, losses: Any, optimizer: Any) -> None:
         self.model, self.losses = model, losses
-        self._optimizer = optimizer
+        self.optimizer = optimizer
 
     def step(self, lr: float) -> None:
-        set_lr(self._optimizer, lr)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def restart_steps(self) -> None:
-        restart_steps(self._optimizer)
+        restart_steps(self.optimizer)
 
     def grad_norm(self) -> float | None:
-        norm = self._optimizer.grad_norm
+        norm = self.optimizer.grad_norm
         return None if norm is None else float(norm)
 
     def layer_norms(self) -> dict[str, LayerNorms]:
-        norms: dict[str, LayerNorms] = self._optimizer.layer_norms()
+        norms: dict[str, LayerNorms] = self.optimizer.layer_norms()
         return norms
 
     def save(self, checkpoints: Checkpoints, step: int, extra: dict[str, Any]) -> None:
-        checkpoints.save(step, self.model, self._optimizer, extra)
+        checkpoints.save(step, self.model, self.optimizer, extra)
 
     def load(self, path: Path, *, options: bool) -> dict[str, Any]:
-        return checkpoint.load(path, self.model, self._optimizer, options=options)
+        return checkpoint.load(path, self.model, self.optimizer, options=options)
 
     def close(self) -> None:
         pass
@@ -62,7 +62,7 @@ class ShardedBackend(OptimizerBackend):
         if stage == 1:
             self._wrapped = torch.nn.parallel.DistributedDataParallel(losses)
         super().__init__(model, losses, build())
-        self._unsynchronized = self._optimizer.no_sync if stage == 2 else self._wrapped.no_sync
+        self._unsynchronized = self.optimizer.no_sync if stage == 2 else self._wrapped.no_sync
 
     def accumulate(self, batch: Any, scale: Tensor, *, last: bool, entered: Entered) -> Tensor:
         """Forward and backward of one micro-batch. The step's ``last`` one averages gradients over ranks.
@@ -91,8 +91,9 @@ class ShardedBackend(OptimizerBackend):
 
 
 def set_lr(optimizer: Any, lr: float) -> None:
+    """Sets the rate of every group: ``lr``, times its ``lr_scale`` where layer decay has given it one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def restart_steps(optimizer: Any) -> None:
