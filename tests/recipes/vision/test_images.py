@@ -140,11 +140,11 @@ def test_broken_images_raise_on_every_rank_or_are_replaced_and_counted(
 def test_a_broken_image_is_replaced_by_the_next_that_is_not(tree: dict[str, Any], copy: Path) -> None:
     from sharded_lamb.recipes.vision.batches import Read
 
-    for name in ("bee/2", "bee/3"):
+    for name in ("bee/2", "bee/3", "bee/4"):
         (copy / "train" / f"{name}.png").write_bytes(b"not an image")
     config = build_config(VisionConfig, tree, [f"data.source={copy}"])
     read = Read(open_splits(config.data).splits["train"], config, is_training=True)
     image, label, broken = read[(0, 10)]  # bee/2
-    following, _, whole = read[(0, 12)]
+    following, _, whole = read[(0, 13)]
     assert (image == following).all()
     assert (label, Path(broken).name, whole) == (1, "2.png", "")

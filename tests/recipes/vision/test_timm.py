@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sharded_lamb.recipes.training.config_io import build_config, load_config
 from sharded_lamb.recipes.training.ranks import Ranks
+from sharded_lamb.recipes.training.sharded_backend import set_lr
 from sharded_lamb.recipes.vision import train as module
 from sharded_lamb.recipes.vision.batches import Read, mixed
 from sharded_lamb.recipes.vision.config import VisionConfig
@@ -36,17 +37,18 @@ def vision(tree: dict[str, Any], *overrides: str) -> VisionConfig:
 
 
 def groups_of(config: VisionConfig) -> dict[str, tuple[float, float]]:
-    """{parameter: (its decay, its scale of lr)}"""
+    """{parameter: (its decay, its rate where the schedule's is 1)}"""
     model = build_model(config, 3)
     optimizer = build_optimizer(config, model)
+    set_lr(optimizer, 1.0)
     names = {p: name for name, p in model.named_parameters()}
-    scales = {
-        names[p]: (group["weight_decay"], group["lr_scale"])
+    rates = {
+        names[p]: (group["weight_decay"], group["lr"])
         for group in optimizer.param_groups
         for p in group["params"]
     }
     optimizer.close()
-    return scales
+    return rates
 
 
 def mixed_twice(config: VisionConfig) -> list[tuple[Tensor, Tensor]]:

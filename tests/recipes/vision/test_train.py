@@ -130,7 +130,7 @@ def test_neither_ranks_nor_micro_batches_nor_the_stage_change_the_numbers(
     for name, world, stage in (("2", 2, 2), ("ddp", 2, 1)):
         again, weights = trained(world, no_dropout, tmp_path / name, f"stage={stage}")
         assert distance(whole, weights) < 1e-5
-        for key in ("loss", "heldout_loss"):
+        for key in ("loss", "grad_norm", "heldout_loss"):
             expected = [row[key] for row in rows if key in row]
             assert [row[key] for row in again if key in row] == pytest.approx(expected, rel=1e-5)
 
