@@ -120,6 +120,8 @@ class OptimizerConfig:
     adapt_without_decay: bool | None = None  # null: as the variant has it
     bias_correction: bool | None = None  # null: as the variant has it
     bucket_mb: float = 32
+    state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of the moments
+    gather_dtype: Literal["bfloat16", "float8_e4m3fn"] | None = None  # of updated parameters on the wire
 
     def __post_init__(self) -> None:
         require(
@@ -131,13 +133,15 @@ class OptimizerConfig:
 
     def keywords(self) -> dict[str, Any]:
         """The options of the LAMB rule that are set here, for every way of sharding; the variant fills the others."""
-        options = dataclasses.asdict(self)
-        del options["bucket_mb"]
+        options = {name: value for name, value in dataclasses.asdict(self).items() if name not in _STORAGE}
         for name, left_out in _LEFT_TO_VARIANT.items():
             if options[name] == left_out:
                 del options[name]
         return options
 
+
+_STORAGE = {"bucket_mb": 32, "state_dtype": "float32", "gather_dtype": None}
+"""Settings of `OptimizerConfig` for memory and messages, which DeepSpeed has its own for → their defaults."""
 
 _LEFT_TO_VARIANT = {
     "exclude_from_layer_adaptation": "variant",
@@ -250,6 +254,14 @@ class RunConfig:
                 phase.sequence_length,
                 f"at most model.max_positions={self.model.max_positions}",
             )
+        for name in ("state_dtype", "gather_dtype"):
+            value = getattr(self.optimizer, name)
+            require(
+                self.parallel != "deepspeed" or value == _STORAGE[name],
+                f"optimizer.{name}",
+                value,
+                f"{_STORAGE[name]} with parallel: deepspeed, which stores and gathers by itself",
+            )
 
     def max_predictions(self, phase: PhaseConfig) -> int:
         """Upper bound of masked positions in one sequence of `phase`."""
@@ -276,6 +288,9 @@ class RunConfig:
         }
         kept["data"] = {k: v for k, v in kept["data"].items() if k not in ("prepared", "workers")}
         kept["optimizer"].pop("bucket_mb")
+        for name in ("state_dtype", "gather_dtype"):  # runs before these settings have the same digest
+            if kept["optimizer"][name] == _STORAGE[name]:
+                kept["optimizer"].pop(name)
         if self.optimizer.exclude_from_layer_adaptation == "variant":
             filled = VARIANTS[self.optimizer.variant]["exclude_from_layer_adaptation"]
             kept["optimizer"]["exclude_from_layer_adaptation"] = filled

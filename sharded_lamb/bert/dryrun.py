@@ -82,7 +82,13 @@ def memory(config: RunConfig, bert: Any, world_size: int) -> dict[str, int]:
         return _deepspeed_memory(config, model_size(bert).parameters, model_dtype.itemsize, world_size)
     shapes = {name: p.shape for name, p in parameters_to_train(bert)}
     sharding = Sharding(3 if config.parallel == "fsdp2" else STAGES[config.parallel], world_size)
-    choices = Choices(model_dtype=model_dtype, bucket_mb=config.optimizer.bucket_mb)
+    settings = config.optimizer
+    choices = Choices(
+        model_dtype=model_dtype,
+        bucket_mb=settings.bucket_mb,
+        state_dtype=getattr(torch, settings.state_dtype),
+        gather_dtype=settings.gather_dtype and getattr(torch, settings.gather_dtype),
+    )
     by_kind = costs(shapes, choices, sharding).memory
     return {
         "weights": by_kind["parameters"],

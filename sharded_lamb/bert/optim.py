@@ -21,12 +21,17 @@ def sharded_backend(config: RunConfig, losses: Losses) -> ShardedBackend:
 
 def build_optimizer(config: RunConfig, bert: Any, stage: Literal[1, 2]) -> Any:
     """ShardedLamb over the model's parameters, with the model's names."""
+    import torch
+
     from sharded_lamb import ShardedLamb
 
+    settings = config.optimizer
     return ShardedLamb(
         parameters_to_train(bert),
         lr=0.0,  # the schedule sets it before every step
         stage=stage,
-        bucket_mb=config.optimizer.bucket_mb,
-        **config.optimizer.keywords(),
+        bucket_mb=settings.bucket_mb,
+        state_dtype=getattr(torch, settings.state_dtype),
+        gather_dtype=settings.gather_dtype and getattr(torch, settings.gather_dtype),
+        **settings.keywords(),
     )

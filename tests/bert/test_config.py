@@ -1,10 +1,13 @@
 import dataclasses
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 import yaml
 
+from sharded_lamb.bert import optim
 from sharded_lamb.bert.config_io import build_config, load_config
 from sharded_lamb.bert.dryrun import describe
 from sharded_lamb.recipes.training.config_io import dump_config
@@ -148,3 +151,22 @@ def test_the_published_settings_of_bert_large() -> None:
     assert "336,232,258 parameters" in describe(one, 8)
     paper = load_config(CONFIGS / "bert-large-64k-paper.yaml")
     assert sum(phase.steps for phase in paper.phases) == 8599
+
+
+def test_formats_of_state_and_gathers_reach_the_optimizer(tree: dict[str, Any]) -> None:
+    config = build_config(tree, ["optimizer.state_dtype=int8", "optimizer.gather_dtype=bfloat16"])
+    model = torch.nn.Linear(3, 2)
+    with mock.patch.object(optim, "parameters_to_train", torch.nn.Module.named_parameters):
+        optimizer = optim.build_optimizer(config, model, 2)
+    assert optimizer.memory()["moments"] == 2 * 2 * 260
+    assert optimizer.gather_dtype == torch.bfloat16
+    optimizer.close()
+
+
+def test_formats_are_not_deepspeeds_and_runs_without_them_keep_their_digest(tree: dict[str, Any]) -> None:
+    plain = build_config(tree, [])
+    assert not {"state_dtype", "gather_dtype"} & plain.trained_settings()["optimizer"].keys()
+    for override in ("optimizer.state_dtype=int8", "optimizer.gather_dtype=bfloat16"):
+        assert build_config(tree, [override]).digest() != plain.digest()
+        with pytest.raises(ValueError, match="with parallel: deepspeed, which stores and gathers by itself"):
+            build_config(tree, [override, "parallel=deepspeed"])
