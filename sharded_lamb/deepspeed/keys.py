@@ -29,6 +29,14 @@ RULE_KEYS = (*DEFAULTS, *DEEPSPEED, *ONE_BIT)
 """Keys of the rule, which may also be set per parameter group; `translate` also accepts `OWN`."""
 
 
+ZEROS_OWN = {
+    "gather_dtype": 'ZeRO gathers parameters itself, in the model\'s dtype (ZeRO 3 also by "zero_quantized_weights")',
+    "state_dtype": "ZeRO splits, offloads and checkpoints moments as tensors like its float32 partitions",
+    "store_param_remainders": "ZeRO keeps whole float32 masters in its own partitions",
+}
+"""{option of `ShardedLamb`: the reason why it has none here}."""
+
+
 def scalar_defaults(variant: str) -> dict[str, Any]:
     """Defaults of lr, betas, eps and weight_decay: with variant "deepspeed" those of DeepSpeed's Lamb."""
     # microsoft/DeepSpeed deepspeed/ops/lamb/fused_lamb.py: eps=1e-8, weight_decay=0.
@@ -44,14 +52,14 @@ def translate(variant: str, given: Mapping[str, Any]) -> RuleOptions:
 
     Raises:
         TypeError: unknown key; the message names the nearest valid one.
-        ValueError: amsgrad, max_grad_norm, gather_dtype, or min_coeff / max_coeff together with trust_clip.
+        ValueError: amsgrad, max_grad_norm, a key of `ZEROS_OWN`, or min_coeff / max_coeff together with trust_clip.
     """
     options = dict(given)
-    if options.pop("gather_dtype", None) is not None:
-        raise ValueError(
-            f"gather_dtype={given['gather_dtype']!r}: under DeepSpeed ZeRO gathers parameters itself, in the "
-            f'model\'s dtype (ZeRO 3 also by "zero_quantized_weights"); remove the key from optimizer.params'
-        )
+    for key, reason in ZEROS_OWN.items():
+        if options.pop(key, None) is not None:
+            raise ValueError(
+                f"{key}={given[key]!r}: under DeepSpeed {reason}; remove the key from optimizer.params"
+            )
     accepted = {*RULE_KEYS, *SCALARS, *OWN}
     for key in options.keys() - accepted:
         near = difflib.get_close_matches(key, accepted, n=1)

@@ -89,6 +89,11 @@ def construct(rank: int, config: dict[str, Any]) -> str:
     [
         ({"amsgrad": True}, "ValueError: amsgrad=True"),
         ({"gather_dtype": "bfloat16"}, "ValueError: gather_dtype='bfloat16': under DeepSpeed ZeRO gathers"),
+        ({"state_dtype": "int8"}, "ValueError: state_dtype='int8': under DeepSpeed ZeRO splits, offloads"),
+        (
+            {"store_param_remainders": 8},
+            "ValueError: store_param_remainders=8: under DeepSpeed ZeRO keeps whole",
+        ),
         ({"trust_clip": [0, 1], "max_coeff": 2.0}, "give one of them"),
         ({"max_coeff": -1.0}, "trust_clip must be"),
         ({"variant": "lomb"}, "variant must be one of"),
