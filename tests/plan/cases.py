@@ -33,4 +33,11 @@ CHOICES = {
     "bf16, remainders": Choices(
         model_dtype=torch.bfloat16, store_param_remainders=True, bucket_mb=10 * KIB, sums_here=True
     ),
+    "bf16, 8-bit remainders and moments": Choices(
+        model_dtype=torch.bfloat16,
+        store_param_remainders=8,
+        state_dtype=torch.int8,
+        bucket_mb=10 * KIB,
+        sums_here=True,
+    ),
 }

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharded_lamb import ShardedLamb
+from sharded_lamb.comm.wire_formats import _float8_values
 from sharded_lamb.kernels import ReferenceKernel
 from sharded_lamb.plan import costs as plan_costs
 from sharded_lamb.plan import probe
@@ -60,13 +61,14 @@ def held_and_sent(rank: int, stage: int, choices: Choices) -> tuple[dict[str, in
 
     def alive() -> set[tuple[int, int]]:
         gc.collect()
-        wanted = (torch.float32, torch.bfloat16, torch.uint8, torch.int16)
+        wanted = (torch.float32, torch.bfloat16, torch.uint8, torch.int16, torch.int8)
         tensors = [x for x in gc.get_objects() if type(x) is Tensor and x.dtype in wanted]
         return {(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) for x in tensors}
 
     params = {
         name: torch.nn.Parameter(torch.ones(shape, dtype=choices.model_dtype)) for name, shape in UGLY.items()
     }
+    _float8_values(torch.device("cpu"))  # one KiB a process
     before = alive()
     opt = ShardedLamb(
         params.items(),
