@@ -258,7 +258,7 @@ def observed(
     def stepped(self: Any, lr: float) -> None:
         step(self, lr)
         did.append("step")
-        norms.append(self._optimizer.grad_norm)
+        norms.append(self.optimizer.grad_norm)
 
     def noted(name: str, call: Any) -> Any:
         return lambda *args, **keywords: [did.append(name), call(*args, **keywords)][1]

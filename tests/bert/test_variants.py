@@ -104,7 +104,7 @@ def stepped(config: Any) -> tuple[dict[str, Any], dict[str, float]]:
     backend: Any = build_backend(config, build_bert(config, vocabulary), 1)
     backend.accumulate(micro_batch(), torch.tensor([1 / 3, 1 / 2]), last=True, entered=lambda _: None)
     backend.step(0.01)
-    optimizer = backend._lamb if config.parallel == "deepspeed" else backend._optimizer
+    optimizer = backend._lamb if config.parallel == "deepspeed" else backend.optimizer
     (group,) = optimizer.param_groups
     options = {name: group[name] for name in (*GROUP_OPTIONS, "betas", "eps", "weight_decay")}
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
