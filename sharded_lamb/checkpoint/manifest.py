@@ -84,23 +84,26 @@ class Manifest:
         return kinds
 
     def text(self) -> str:
-        """Returns the manifest as JSON."""
-        tensors = {
-            name: {
-                "shape": tensor.shape,
-                "dtype": str(tensor.dtype).removeprefix("torch."),
-                "chunks": [
-                    {
-                        "at": chunk.offsets,
-                        "shape": chunk.sizes,
-                        "file": chunk.place.file,
-                        "bytes": [chunk.place.begin, chunk.place.end],
-                    }
-                    for chunk in tensor.chunks
-                ],
-            }
+        """Returns the manifest as JSON, with a line per tensor: only without indentation does Python encode in C."""
+        tensors = (
+            f"{json.dumps(name)}: "
+            + json.dumps(
+                {
+                    "shape": tensor.shape,
+                    "dtype": str(tensor.dtype).removeprefix("torch."),
+                    "chunks": [
+                        {
+                            "at": chunk.offsets,
+                            "shape": chunk.sizes,
+                            "file": chunk.place.file,
+                            "bytes": [chunk.place.begin, chunk.place.end],
+                        }
+                        for chunk in tensor.chunks
+                    ],
+                }
+            )
             for name, tensor in self.tensors.items()
-        }
+        )
         whole = {
             "format": FORMAT,
             "version": VERSION,
@@ -110,9 +113,9 @@ class Manifest:
             "optimizer": self.optimizer,
             "extra": self.extra,
             "aliases": self.aliases,
-            "tensors": tensors,
         }
-        return json.dumps(whole, indent=1)
+        opened = json.dumps(whole, indent=1).removesuffix("\n}")
+        return f'{opened},\n "tensors": {{\n  ' + ",\n  ".join(tensors) + "\n }\n}"
 
 
 def replaced(target: Path) -> Path:
