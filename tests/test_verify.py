@@ -38,7 +38,7 @@ def verdict(report: Report) -> Verdict:
     return report.passed, str(report), dict(report.per_step)
 
 
-def verify_here(rank: int, stage: int, dtype: str, bucket_mb: float = 0.02, steps: int = 6) -> Verdict:
+def verify_here(rank: int, stage: int, dtype: str, bucket_mb: float = 0.02, steps: int = 3) -> Verdict:
     report = verify(shapes.named("tiny"), stage=stage, dtype=DTYPES[dtype], steps=steps, bucket_mb=bucket_mb)
     return verdict(report)
 
@@ -52,7 +52,7 @@ def test_passes_on_what_is_right(world_size: int, stage: int, dtype: str) -> Non
 def verify_lans(rank: int, stage: int, forgets: bool) -> Verdict:
     """``forgets``: gradients keep their norms."""
     with mock.patch.object(rule, "gradient_scales", keep_scale if forgets else rule.gradient_scales):
-        return verdict(verify(shapes.named("tiny"), stage=stage, steps=6, bucket_mb=0.02, variant="lans"))
+        return verdict(verify(shapes.named("tiny"), stage=stage, steps=3, bucket_mb=0.02, variant="lans"))
 
 
 def keep_scale(scale: Tensor, square_sums: Tensor, options: Any) -> Tensor:
@@ -77,7 +77,7 @@ def verify_lars(rank: int, stage: int, forgets: bool) -> Verdict:
         return real(weight, gradient, replace(options, l2=torch.zeros_like(options.l2)), lr)
 
     with mock.patch.object(rule, "lars_ratios", without_decay if forgets else real):
-        return verdict(verify(shapes.named("tiny"), stage=stage, steps=6, bucket_mb=0.02, variant="lars"))
+        return verdict(verify(shapes.named("tiny"), stage=stage, steps=3, bucket_mb=0.02, variant="lars"))
 
 
 def test_compares_lars() -> None:
@@ -131,7 +131,7 @@ def verify_gathered(rank: int, gather: torch.dtype, dtype: str, spoils: bool) ->
 
     with mock.patch.object(ScaledFloat8, "encode", spoiled):
         return verdict(
-            verify(shapes.named("tiny"), steps=6, bucket_mb=0.02, dtype=DTYPES[dtype], gather_dtype=gather)
+            verify(shapes.named("tiny"), steps=3, bucket_mb=0.02, dtype=DTYPES[dtype], gather_dtype=gather)
         )
 
 

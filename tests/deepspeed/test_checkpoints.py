@@ -129,16 +129,25 @@ def save(tmp_path_factory: pytest.TempPathFactory) -> Saving:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_to_fp32(stage: int, tmp_path: Path, save: Saving) -> None:
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     result = save(2, cases.config(stage, "bf16"), tmp_path, groups=True)
-    consolidated = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path), tag="two")
+    (consolidated,) = run_ranks(1, consolidate, tmp_path)
     for name, value in result["masters"].items():
         assert torch.equal(consolidated[name].double(), value), name
 
 
+def consolidate(rank: int, folder: Path) -> dict[str, Tensor]:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="two")
+    return {name: value.detach() for name, value in weights.items()}
+
+
 def universal(folder: Path) -> None:
-    """Run DeepSpeed's converter in this process."""
+    """Run DeepSpeed's converter, in a worker: it has imported DeepSpeed."""
+    run_ranks(1, convert, folder)
+
+
+def convert(rank: int, folder: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     arguments = ["--input_folder", str(folder / "two"), "--output_folder", str(folder / "universal")]

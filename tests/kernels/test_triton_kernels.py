@@ -195,11 +195,17 @@ def compiled(
     return str(assembly["ptx" if target[0] == "cuda" else "amdgcn"])
 
 
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Triton's cache: a program that several tests read is compiled for the first of them."""
+    return tmp_path_factory.mktemp("triton")
+
+
 @pytest.fixture
-def device_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def device_code(monkeypatch: pytest.MonkeyPatch, compiled_once: Path) -> Any:
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("Triton interprets here")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(compiled_once))
     from sharded_lamb.kernels import triton_device
 
     return triton_device
