@@ -89,7 +89,6 @@ def trained(
         kept = dict.fromkeys(("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"), 0)
         sections = {"zero_optimization": {f"stage3_{key}": value for key, value in kept.items()}}
         overrides = [*overrides, written(run_dir.parent, sections)]
-    overrides = ["checkpoint.every_steps=100", *overrides]
     run_ranks(world, train, tree, str(run_dir), overrides, resume, naive)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     last = max((run_dir / "checkpoints").glob("step-*"))

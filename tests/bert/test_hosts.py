@@ -70,7 +70,8 @@ def test_a_cable_that_is_pulled_ends_in_an_error_that_names_the_peer_and_put_bac
 ) -> None:
     """Pulled in the middle of a run, until both hosts have said so; then they meet again, and the bits are the same."""
     phases = [{**tree["phases"][0], "steps": 12}]
-    tree = {**tree, "phases": phases, "faults": {"hang_timeout_s": 4}}
+    often = {"every_steps": 2, "keep": 0}
+    tree = {**tree, "phases": phases, "checkpoint": often, "faults": {"hang_timeout_s": 4}}
     config = write_config(tree, tmp_path)
     for name, value in {
         "PREFLIGHT": "0",

@@ -21,6 +21,7 @@ from sharded_lamb.recipes.training.sharded_backend import ShardedBackend
 from sharded_lamb.recipes.training.step_clock import SECTIONS
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
+OFTEN = "checkpoint.every_steps=2"
 Rows = list[dict[str, Any]]
 Ended = tuple[Rows, dict[str, torch.Tensor]]
 """(rows of metrics.jsonl, the weights at the end)"""
@@ -97,7 +98,7 @@ TWO_PHASES = [
 def test_a_resumed_run_ends_with_the_same_bits_and_moves_to_other_world_sizes(
     tree: dict[str, Any], tmp_path: Path
 ) -> None:
-    overrides = [*TWO_PHASES, "model.dropout=0.1"]
+    overrides = [*TWO_PHASES, "model.dropout=0.1", OFTEN]
     rows, whole = trained(2, tree, tmp_path / "whole", *overrides)
     assert [row["phase"] for row in rows[:-1]] == [0] * 5 + [1] * 4
     assert [row["global_batch"] for row in rows[:-1]] == [6, 6, 6, 12, 12, 6, 6, 6, 6]
@@ -110,7 +111,7 @@ def test_a_resumed_run_ends_with_the_same_bits_and_moves_to_other_world_sizes(
 
 
 def test_a_run_resumed_on_1_and_on_3_ranks_goes_on_alike(tree: dict[str, Any], tmp_path: Path) -> None:
-    rows, whole = trained(2, tree, tmp_path / "whole", *TWO_PHASES)
+    rows, whole = trained(2, tree, tmp_path / "whole", *TWO_PHASES, OFTEN)
     for world in (1, 3):
         copy = _cut_off(tmp_path / "whole", tmp_path / f"on {world}", 2)
         again, weights = trained(world, tree, copy, *TWO_PHASES, resume="auto")
@@ -132,7 +133,7 @@ def _cut_off(finished: Path, copy: Path, step: int) -> Path:
 def test_a_broken_checkpoint_is_passed_over_by_name(
     tree: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    rows, whole = trained(1, tree, tmp_path)
+    rows, whole = trained(1, tree, tmp_path, OFTEN)
     newest = tmp_path / "checkpoints" / "step-00000006"
     for name in ("manifest.json", "shard-00000.safetensors"):
         broken = tmp_path / "checkpoints" / "step-00000006" / name
