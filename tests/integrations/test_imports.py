@@ -26,7 +26,9 @@ def test_the_package_imports_no_integration() -> None:
     assert len(outside) > 100
     for path in outside:
         is_recipe = path.parts[len(PACKAGE.parts)] == "recipes"
-        found = [name for name in imported(path, at_once=is_recipe) if name.startswith("sharded_lamb.integrations")]
+        found = [
+            name for name in imported(path, at_once=is_recipe) if name.startswith("sharded_lamb.integrations")
+        ]
         assert not found, path
 
 
