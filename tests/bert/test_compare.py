@@ -1,0 +1,38 @@
+"""``python -m sharded_lamb.bert.compare``."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sharded_lamb.bert.compare import main
+
+
+def run_folder(folder: Path, last: float, steps: int = 100) -> str:
+    folder.mkdir()
+    rows = [{"step": step, "loss": 10 - step / steps} for step in range(1, steps + 1)]
+    rows.append({"step": steps, "heldout_loss": last})
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder)
+
+
+def test_it_compares_held_out_losses_and_draws_curves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b, c = (run_folder(tmp_path / name, last) for name, last in (("a", 5.0), ("b", 5.5), ("c", 6.0)))
+    png, out = tmp_path / "runs.png", tmp_path / "runs.json"
+    assert main([f"fp32={a},{b}", f"8-bit={c}", "--png", str(png), "--json", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "| fp32 | 5.000, 5.500 | 5.250 | 5.000 to 5.500 |" in text
+    assert "| 8-bit | 6.000 | 6.000 | 6.000 to 6.000 |" in text
+    assert png.stat().st_size > 1000
+    first = json.loads(out.read_text())["fp32"][0]
+    assert first["heldout_loss"] == 5.0
+    assert len(first["curve"]) == 50
+    assert first["curve"][-1] == [100, 10 - 0.995]
+
+
+@pytest.mark.parametrize("argument", ["runs/a", "=runs/a", "fp32=", "fp32=nowhere"])
+def test_what_is_no_run_is_named(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([argument]) == 1
+    assert "error: " in capsys.readouterr().err
