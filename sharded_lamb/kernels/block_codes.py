@@ -16,7 +16,7 @@ which change by a thousandth a step, would stay where they are (`tests/kernels/t
 are a hash of the first moment and of the step: the same on every backend and any number of ranks.
 
 A second moment above 0 never becomes 0. It becomes no less than 16/17 of itself, or half of itself where it is below
-2⁻¹⁴ of its block's largest: rounding makes a step at most 3.1 %, or 42 %, larger.
+2⁻¹³ of its block's largest, or 2⁻⁹⁴: rounding it makes a step at most 3.1 %, or 42 %, larger.
 """
 
 from dataclasses import dataclass

@@ -71,9 +71,7 @@ class Memory:
         )
         params = shard.params if isinstance(shard, ScatteredShard) else (0,)
         self.params = np.array(params, dtype=np.int64)[nonempty]
-        wide = [
-            i for i, column in enumerate(columns) if not column or column[0].dtype != CODES
-        ]  # codes: 4 bytes
+        wide = [i for i, column in enumerate(columns) if i < 3 or not column or column[0].dtype != CODES]
         bits = np.bitwise_or.reduce(self.addresses[:, wide], axis=1) | self.numels
         self.aligned = bits % ALIGNMENT == 0
         dtypes = tuple(column[0].dtype if column else None for column in columns)

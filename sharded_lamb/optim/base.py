@@ -43,7 +43,7 @@ run_eagerly = _disable_dynamo
 States = Mapping[Tensor, Mapping[str, Any]]
 """{parameter: its saved state}."""
 
-_CHECKED = tuple(name for name in OPTIONS if name != "lr")  # a schedule writes lr at every step
+_CHECKED = (*(name for name in OPTIONS if name != "lr"), "state_dtype")  # a schedule writes lr at every step
 
 
 @dataclass(slots=True)
@@ -70,7 +70,7 @@ class _CheckedGroup:
 
     @staticmethod
     def of(group: Mapping[str, Any]) -> "_CheckedGroup":
-        values = tuple(group[name] for name in _CHECKED)
+        values = tuple(map(group.get, _CHECKED))
         return _CheckedGroup(len(group), values, hashlib.blake2b(repr(values).encode()).hexdigest())
 
     def is_current(self, group: Mapping[str, Any]) -> bool:
@@ -226,8 +226,9 @@ class LambOptimizer(StepReports, Optimizer):
                 f"dtypes than {type(self).__name__}'s"
             )
         for key in group.keys() - self.defaults.keys():
-            near = difflib.get_close_matches(key, [*self.defaults, "params"], n=1, cutoff=0.8)
-            if near and key not in ("params", "param_names"):
+            known = [*self.defaults, *self.registered_keys, "params"]
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+            if near and key not in (*self.registered_keys, "params", "param_names"):
                 raise ValueError(f"unknown option {key!r} in a parameter group; did you mean {near[0]!r}?")
 
     def _fill_from_variant(self, group: dict[str, Any]) -> None:
@@ -338,6 +339,10 @@ class LambOptimizer(StepReports, Optimizer):
             group["lr"] = learning_rate(group["lr"])
             return
         self._check_keys(group)
+        if group.get("state_dtype") is not before["state_dtype"]:
+            raise ValueError(
+                f"state_dtype was changed to {group.get('state_dtype')}: it counts as parameters are registered"
+            )
         options = validate_change({name: before[name] for name in FIXED}, group)
         variants = before["variant"], options["variant"]
         # Loading a checkpoint changes the name together with the options.

@@ -45,7 +45,10 @@ class RegisteringOptimizer(JoinableOptimizer):
         self.synchronize()
         registered, skipped = [successors.get(i, p) for i, p in enumerate(store.params)], self.skipped_steps
         before, now = store.step.device, registered[0].device
-        check_consistency(store.topology, [("device that the model was moved to", now.type)])
+        dtypes = [str(group.get("state_dtype")) for group in self.param_groups]
+        description = [("device that the model was moved to", now.type), ("state_dtype of groups", dtypes)]
+        check_consistency(store.topology, description)
+        self._check_options()  # before anything is closed
         if self._settings.stage == 2 and any(grad is not None for grad in self._gradients.identities()):
             change, call = "parameters were replaced", "replacing them"
             if not successors:

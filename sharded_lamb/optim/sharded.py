@@ -11,7 +11,7 @@ The parts of a step::
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, Unpack
 
@@ -34,7 +34,7 @@ from sharded_lamb.optim.base import receives_grad_scale
 from sharded_lamb.optim.step_results import LastStep
 from sharded_lamb.sharding.param_store import ParamStore
 from sharded_lamb.sharding.placements import materialized, root_ranks
-from sharded_lamb.sharding.shard_plan import Settings
+from sharded_lamb.sharding.shard_plan import SETTINGS, Settings
 
 logger = logging.getLogger("sharded_lamb")
 
@@ -170,6 +170,14 @@ class ShardedLamb(AveragingOptimizer):
             self._live.store = ParamStore(self, topology, self._settings, self._ratio_blocks)
         self._build()
         self._close_on_deletion()
+
+    def _check_keys(self, group: Mapping[str, Any]) -> None:
+        super()._check_keys(group)
+        for name in SETTINGS - {*self.registered_keys, *self.defaults}:
+            if name in group:
+                raise ValueError(
+                    f"{name}={group[name]!r} in a parameter group: it is of the whole optimizer, so pass {name} to it"
+                )
 
     # -- the step -----------------------------------------------------------------------------------
 

@@ -184,7 +184,8 @@ class ShardedOptimizer(PartsOptimizer):
 
         Slices are for this rank of as many ranks: save every rank's. Warns about slices, since a framework that saves
         one rank's loses the others'; `local_state_dict` does not. torch.distributed.checkpoint receives slices and
-        saves all ranks'. Tensors are the memory that steps update, but masters stored as remainders are fp32 copies.
+        saves all ranks'. Tensors are the memory that steps update, but
+        copies where it holds no values: fp32 of masters stored as remainders, bfloat16 of 8-bit moments.
 
         Raises:
             TypeError: torch.distributed.checkpoint asks for whole tensors of plain parameters.
@@ -298,7 +299,8 @@ class ShardedOptimizer(PartsOptimizer):
         """Whole state tensors on the first rank's CPU, in the format of `Lamb.load_state_dict`; None elsewhere.
 
         Collective; streamed, so that only the first rank holds more than one bucket of other ranks' state.
-        Includes ``master`` entries (fp32 weights of fp16 and bf16 parameters) beside the moments.
+        Includes ``master`` entries (fp32 weights of fp16 and bf16 parameters, and of all under ``gather_dtype``) beside
+        the moments.
         """
         whole = self._gathered(0)
         if whole is None:

@@ -194,7 +194,7 @@ class FlatBucket:
         if any(segment.shard_start % BLOCK for segment in self.layer_segments):
             pieces = self.pieces()
             grad = (
-                self._cut(self.shard.grad) if holds_gradients else pieces.exp_avg
+                self._cut(self.shard.grad) if holds_gradients else pieces.weight
             )  # a stand-in that no pass reads
             self.kernel_shards = [replace(pieces, grad=grad, grad_starts=None)]
         self.average: Tensor | None = None  # [shard] of this rank's weights
@@ -410,7 +410,7 @@ class GradientsInPlace:
                     chosen = [piece for piece, other in enumerate(dtypes) if other == dtype]
                     part, part_grads = pieces.chosen(chosen), [own[piece] for piece in chosen]
                 if dtype is None:
-                    missing.append(replace(part, grad=part.exp_avg, grad_starts=None, current={}))
+                    missing.append(replace(part, grad=part.weight, grad_starts=None, current={}))
                 else:
                     found.append(part.with_gradients(cast(list[Tensor], part_grads)))
         return found, missing

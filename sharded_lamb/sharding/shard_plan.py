@@ -4,7 +4,7 @@ import sys
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +85,8 @@ class Settings:
             raise ValueError(f"kernel must be one of {kernels.NAMES}, got {self.kernel!r}")
         for name in ("master_dtype", "state_dtype", "reduce_dtype"):
             dtype, known = getattr(self, name), STATE_DTYPES if name == "state_dtype" else FLOATS
-            if dtype not in known and not (name == "reduce_dtype" and dtype is None):
+            is_known = isinstance(dtype, torch.dtype) and dtype in known
+            if not is_known and not (name == "reduce_dtype" and dtype is None):
                 raise ValueError(f"{name} must be one of {[str(x) for x in known]}, got {dtype!r}")
         check_gather_dtype(self.gather_dtype)
         if self.gather_dtype == torch.float8_e4m3fn and self.store_param_remainders:
@@ -151,6 +152,9 @@ class Settings:
             second_moment=not self.lars,
             gather=self.gather_dtype,
         )
+
+
+SETTINGS = {field.name for field in fields(Settings)}
 
 
 @dataclass(frozen=True, slots=True)

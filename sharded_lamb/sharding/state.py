@@ -168,10 +168,12 @@ def check_local(
             f"saved by rank {a['rank']} of {a['shards']}, and this is rank {b['rank']} of {b['shards']} with "
             f"[{b['start']}, {b['start'] + b['length']}) of {b['numel']}"
             + ("" if a["layout"] == b["layout"] else " in another layout")
-            + ". state_dict() is one rank's slices: save and load every rank's own, with the same ranks and the same "
-            f"model; otherwise {REMEDY}"
+            + ". state_dict() is one rank's slices: save and load every rank's own, with the same ranks, the same "
+            f"model and the same state_dtype of each group; otherwise {REMEDY}"
         )
-    missing = {"step", *(state.kind for state in states)} - {"ema"} - saved.keys()
+    # Masters of the parameter's own dtype exist where gathers are compressed: they begin as its weights.
+    begins = {state.kind for state in states if state.kind == "master" and state.format.value == p.dtype}
+    missing = {"step", *(state.kind for state in states)} - {"ema"} - begins - saved.keys()
     if missing:
         raise ValueError(f"the state of {name!r} lacks {sorted(missing)}: it was saved with other dtypes")
 

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from sharded_lamb import Lamb, ShardedLamb, checkpoint
 from sharded_lamb.core.layout import BLOCK
-from sharded_lamb.kernels import formats
+from sharded_lamb.kernels import ScatteredShard, formats
 from sharded_lamb.kernels.block_codes import BLOCK_BYTES, BlockFormat, random_bits, random_halves
 from tests import training
 from tests.harness import run_ranks
@@ -457,6 +457,65 @@ def test_formats_that_cannot_be_are_refused() -> None:
         ShardedLamb([{"params": params(), "state_dtype": torch.float16}])
     with pytest.raises(ValueError, match=r"state_dtype=torch\.int8 in a parameter group: ShardedLamb alone"):
         Lamb([{"params": [p for _, p in params()], "state_dtype": torch.int8}])
+
+
+def test_a_format_cannot_change_later_and_no_state_is_lost() -> None:
+    """Also where the optimizer follows parameters that were replaced, as Accelerate does."""
+    p = Parameter(torch.ones(300))
+    opt = ShardedLamb([("w", p)], lr=0.1)
+    p.grad = torch.linspace(-1, 1, 300)
+    opt.step()
+    moments = opt.state[p]["exp_avg"].clone()
+    for edited in (torch.int8, [1]):
+        opt.param_groups[0]["state_dtype"] = edited
+        with pytest.raises(ValueError, match="state_dtype was changed"):
+            opt.step()
+        replaced = Parameter(p.detach().clone())
+        opt.param_groups[0]["params"][0] = replaced
+        with pytest.raises(ValueError, match="state_dtype was changed"):
+            opt.zero_grad()
+        opt.param_groups[0]["params"][0] = p
+        del opt.param_groups[0]["state_dtype"]
+    opt.zero_grad()
+    assert torch.equal(opt.state[p]["exp_avg"], moments)
+
+
+@pytest.mark.parametrize(
+    ("group", "says"),
+    [
+        ({"state_dtyp": torch.int8}, "did you mean 'state_dtype'"),
+        ({"gather_dtype": torch.bfloat16}, "pass gather_dtype to it"),
+        ({"store_param_remainders": 8}, "pass store_param_remainders to it"),
+        ({"state_dtype": [1]}, "state_dtype must be one of"),
+    ],
+)
+def test_wrong_keys_of_groups_are_named(group: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        ShardedLamb([{"params": [Parameter(torch.ones(3))], **group}])
+
+
+def missing_gradients(rank: int, state: torch.dtype) -> dict[str, Tensor]:
+    params = {
+        name: Parameter(value) for name, value in training.weights({"a": (40, 30), "b": (700,)}).items()
+    }
+    opt = ShardedLamb(params.items(), lr=0.1, state_dtype=state)
+    for step in range(3):
+        params["a"].grad = training.draw((40, 30), "a", step) if step != 1 else None
+        params["b"].grad = training.draw((700,), "b", step)
+        opt.step()
+        assert all(
+            shard.grad[0].dtype == torch.float32
+            for shard in opt._gradients.shards()
+            if isinstance(shard, ScatteredShard)
+        )
+    return {name: p.detach() for name, p in params.items()}
+
+
+def test_a_stand_in_for_a_missing_gradient_is_no_codes() -> None:
+    """Codes are aligned to 4 bytes, gradients of aligned memory are loaded 16 bytes at once."""
+    missing_gradients(0, torch.int8)
+    first, second = run_ranks(2, missing_gradients, torch.int8)
+    assert same_bits(first, second)
 
 
 def test_a_loaded_group_keeps_its_format() -> None:
