@@ -408,3 +408,20 @@ def test_what_cannot_be_compressed_is_an_error_on_every_rank(case: Any, why: str
     for kind, message in run_ranks_expecting_errors(2, case).values():
         assert kind == "ValueError"
         assert re.search(why, message), message
+
+
+def test_slices_saved_without_the_option_are_loaded_with_it() -> None:
+    """Masters begin as the model's weights, which are exact."""
+
+    def made(**option: Any) -> tuple[Parameter, ShardedLamb]:
+        p = Parameter(torch.linspace(-1, 1, 300))
+        return p, ShardedLamb([("w", p)], lr=0.1, **option)
+
+    p, opt = made()
+    p.grad = torch.linspace(1, -2, 300)
+    opt.step()
+    q, other = made(gather_dtype=torch.bfloat16)
+    q.data.copy_(p.detach())
+    other.load_state_dict(opt.state_dict())
+    assert torch.equal(other.state[q]["exp_avg"], opt.state[p]["exp_avg"])
+    assert torch.equal(other.state[q]["master"], p.detach())
