@@ -135,9 +135,11 @@ def preflight(*arguments: str) -> None:
     sys.exit(main(["preflight", "--device", "cpu", *arguments]))
 
 
-def run_forked(*arguments: str, ranks: Sequence[int], world: int) -> list[tuple[int, str]]:
+def run_forked(
+    *arguments: str, ranks: Sequence[int], world: int, port: int | None = None
+) -> list[tuple[int, str]]:
     """(exit code, output) of ``ranks`` of a job of ``world`` ranks, without a launcher."""
-    job = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    job = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or _free_port())}
     with ExitStack() as stack:
         processes = [
             stack.enter_context(forked(preflight, *arguments, **job, RANK=str(rank), LOCAL_RANK=str(rank)))
@@ -194,7 +196,10 @@ def test_ranks_that_do_not_come_are_named() -> None:
 
 
 def test_a_store_that_does_not_exist_is_named() -> None:
-    ((code, output),) = run_forked("--timeout-s", "1", ranks=[1], world=2)
+    with socket.socket() as held:  # and nobody listens: no other test can take the port
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        ((code, output),) = run_forked("--timeout-s", "1", ranks=[1], world=2, port=port)
     assert code == 1
     assert "does not reach the store at 127.0.0.1:" in output
     assert "Traceback" not in output
