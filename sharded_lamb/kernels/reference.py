@@ -93,9 +93,8 @@ class _Chunk:
         """Store the first moment, or both, and return them as they read back, rounded to the storage dtype."""
         read_back: list[Tensor] = []
         halves: tuple[Tensor, ...] = ()
-        for index, (kind, value) in enumerate(
-            zip(MOMENTS, moments, strict=False)
-        ):  # LARS has the first alone
+        for index, value in enumerate(moments):
+            kind = MOMENTS[index]
             stored = self.stored(kind)
             form = formats.of_moment(kind, stored.dtype)
             if form.rounds_randomly:

@@ -26,7 +26,7 @@ STATE_DTYPES = {
     "bfloat16": (torch.bfloat16, 2.0**-7),
     "int8": (torch.int8, 2.0**-4),
 }
-"""{name: (dtype of moments, their relative error, norm-wise, in one step that rounds them)}. The reference goes on from
+"""{name: (dtype of moments, norm-wise relative tolerance of one step's rounding)}. The reference continues from the
 rounded moments, so that weights and ratios have the same tolerance with each."""
 
 

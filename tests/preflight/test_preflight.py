@@ -196,7 +196,7 @@ def test_ranks_that_do_not_come_are_named() -> None:
 
 
 def test_a_store_that_does_not_exist_is_named() -> None:
-    with socket.socket() as held:  # and nobody listens: no other test can take the port
+    with socket.socket() as held:  # bound, not listening: no other process receives the port
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]
         ((code, output),) = run_forked("--timeout-s", "1", ranks=[1], world=2, port=port)
