@@ -6,8 +6,6 @@ slower than an all_reduce and its all_gather copies everything twice, so on gloo
 point, in place, and this rank sums the received parts in fp32 and in rank order.
 """
 
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,14 +21,12 @@ from torch import Tensor
 
 from sharded_lamb import faults
 from sharded_lamb.comm.groups import OwnedGroup, has_backend
+from sharded_lamb.comm.pending import Pending
 from sharded_lamb.comm.stalls import Entered, Stalls, explained
 from sharded_lamb.comm.topology import Topology
 from sharded_lamb.timeline import COMPUTE, Flight, Timeline
 
 T = TypeVar("T")
-
-POLL_SECONDS = 5e-5
-"""Between two looks at whether a collective has completed."""
 
 
 class Tag(IntEnum):
@@ -76,82 +72,6 @@ class Traffic:
     def computing_each(self, name: str, computed: Iterator[T]) -> Iterator[T]:
         """``computed``, with one recorded span per item; the loop's body is in none of them."""
         return computed if self.timeline is None else self.timeline.each(name, COMPUTE, computed)
-
-
-class Pending:
-    """A collective in flight: after `wait` its result may be used on this rank's stream."""
-
-    def __init__(
-        self,
-        works: Sequence["dist.Work | None"],
-        flight: Flight | None = None,
-        *,
-        keep_alive: object = None,
-        reports_completion: bool = True,
-        entered: Entered | None = None,
-    ) -> None:
-        """``reports_completion``: works have ``is_completed``, which gloo's messages lack before their wait."""
-        self._works = [work for work in works if work is not None]
-        self._flight = flight
-        self._keep_alive = keep_alive  # the memory that is sent
-        self._reports_completion = reports_completion
-        self._entered = entered  # of a collective whose wait blocks the host
-        self._waiter: _Waiter | None = None
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the result, at most ``timeout`` seconds. Returns whether it is there; raises as `Entered.wait`."""
-        begin = None if self._flight is None else self._flight.timeline.clock()
-        with explained(self._entered):
-            if timeout is not None and not self._arrives(timeout):
-                return False
-            with nullcontext() if self._flight is None else self._flight.landing(begin):
-                if self._entered is not None and timeout is None:
-                    self._entered.wait(self._arrives)
-                if self._waiter is not None:
-                    self._waiter.finishes()
-                else:
-                    for work in self._works:
-                        work.wait()
-        self._works, self._flight, self._keep_alive = [], None, None
-        self._entered = self._waiter = None
-        return True
-
-    def _arrives(self, timeout: float) -> bool:
-        if self._reports_completion:
-            end = time.monotonic() + timeout
-            while not all(work.is_completed() for work in self._works):
-                if time.monotonic() > end:
-                    return False
-                time.sleep(POLL_SECONDS)
-            return True
-        if self._waiter is None:
-            self._waiter = _Waiter(self._works)
-        return self._waiter.finishes(timeout)
-
-
-class _Waiter(threading.Thread):
-    """Waits for works beside the main thread, and ends."""
-
-    def __init__(self, works: Sequence["dist.Work"]) -> None:
-        super().__init__(name="sharded_lamb-wait", daemon=True)
-        self._works = works
-        self._error: Exception | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            for work in self._works:
-                work.wait()
-        except Exception as error:
-            self._error = error
-
-    def finishes(self, timeout: float | None = None) -> bool:
-        """Whether it ends within ``timeout`` seconds; raises as the works' waits."""
-        self.join(timeout)
-        ended = not self.is_alive()
-        if ended and self._error is not None:
-            raise self._error
-        return ended
 
 
 class Collectives:
@@ -290,7 +210,7 @@ class Collectives:
             works = [dist.irecv(tensor, group=group, tag=tag, group_src=rank) for rank, tensor in incoming]
             faults.point("mid-reduce-scatter")
             works += [dist.isend(tensor, group=group, tag=tag, group_dst=rank) for rank, tensor in outgoing]
-        return Pending(works, flight, keep_alive=outgoing, reports_completion=False, entered=entered)
+        return Pending(works, flight, messages_of=self._shard, sends=outgoing, entered=entered)
 
     def received_numel(self, full_numel: int) -> int:
         """The number of elements of ``received`` for a `reduce_scatter` of ``full_numel`` elements."""
@@ -355,7 +275,7 @@ class Collectives:
             target = (rank + distance) % self.shard_count
             works.append(dist.isend(shard, group=group, tag=tag, group_dst=target))
         # Every rank that has summed the norms starts it, so that no rank waits in vain.
-        return Pending(works, flight, reports_completion=False)
+        return Pending(works, flight, messages_of=self._shard)
 
     def gather_to(self, shard: Tensor, to: int) -> list[Tensor] | None:
         """Gather all shards of a bucket to the CPU of the ``to``-th rank of everyone; None on the other ranks.
@@ -400,7 +320,7 @@ class Collectives:
         """
         assert self.everyone is not None
         works = dist.batch_isend_irecv([dist.P2POp(start, tensor, peer, self.everyone.pg, Tag.STATE)])
-        Pending(works, keep_alive=tensor, reports_completion=False, entered=entered).wait()
+        Pending(works, messages_of=self.everyone, sends=tensor, entered=entered).wait()
 
 
 def _completes(work: "dist.Work", seconds: float) -> bool:

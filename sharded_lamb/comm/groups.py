@@ -12,6 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -35,10 +36,26 @@ def next_meeting(ranks: Sequence[int]) -> str:
     return f"{key}/{counts[key]}"
 
 
+@dataclass(eq=False)
+class Messages:
+    """Point-to-point messages that were started together, and the memory that they send.
+
+    A message of gloo whose work is deleted before its peer is ready is never sent, and nobody is told.
+    """
+
+    works: list[dist.Work]
+    memory: object
+
+
 class OwnedGroup:
     """A process group of this package's own, in the order of ``ranks``. Construction is collective over ``ranks``.
 
     Groups with NCCL stay until the default process group is destroyed: their end is collective.
+
+    Attributes:
+        in_flight: messages of this group that may be under way. They live as long as the group: until it ends a peer
+            receives what was sent to it, and afterwards its receive fails because the connection is closed. Were
+            some deleted earlier, as those of a reducer whose step raised, the peer would wait for ever.
     """
 
     def __init__(
@@ -48,7 +65,8 @@ class OwnedGroup:
         _collect_deleted()
         held = [_new_group(list(ranks), backend, timeout)]
         self._held = held  # the only lasting reference, so that `end` destroys the group
-        self.end = weakref.finalize(self, _end, held)
+        self.in_flight: set[Messages] = set()
+        self.end = weakref.finalize(self, _end, held, self.in_flight)
         """End the group on this rank. Not collective; does nothing the second time."""
 
     @classmethod
@@ -61,19 +79,24 @@ class OwnedGroup:
             return cls(ranks, backend=dist.get_default_backend_for_device(device))
         return cls(ranks, timeout=timeout_of_default(device))
 
-    @property
-    def pg(self) -> dist.ProcessGroup:
+    def check_open(self) -> None:
         """Raises RuntimeError once the group has ended."""
         if not self._held:
             raise RuntimeError(
                 "this process group was closed with the optimizer or checkpoint that it served"
             )
+
+    @property
+    def pg(self) -> dist.ProcessGroup:
+        """Raises RuntimeError once the group has ended."""
+        self.check_open()
         return self._held[0]
 
     def abandon(self) -> None:
         """Keep the group until the process ends: its end would wait for an operation that never completes."""
         if self.end.detach() is not None:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._held[0]))
+            for held in (self._held[0], self.in_flight):
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
 
     @property
     def name(self) -> str:
@@ -154,8 +177,15 @@ def _device_unbound(default: dist.ProcessGroup) -> Iterator[None]:
         default.bound_device_id = bound
 
 
-def _end(held: list[dist.ProcessGroup]) -> None:
-    """Destroy the group in ``held``, whose last reference this drops: that joins its threads."""
+def _end(held: list[dist.ProcessGroup], in_flight: set[Messages]) -> None:
+    """Destroy the group in ``held``, whose last reference this drops: that joins its threads.
+
+    A work that is left keeps gloo's connections open.
+    """
+    while in_flight:
+        messages = in_flight.pop()
+        messages.works.clear()
+        messages.memory = None
     if held and all(backend == "gloo" for backend in _backends(held[0])):
         pg = held.pop()
         if pg in c10d._world.pg_map:

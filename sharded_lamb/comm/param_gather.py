@@ -6,7 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sharded_lamb.comm.collectives import Collectives, Pending
+from sharded_lamb.comm.collectives import Collectives
+from sharded_lamb.comm.pending import Pending
 from sharded_lamb.comm.wire_formats import WireFormat
 from sharded_lamb.core.layout import BLOCK
 

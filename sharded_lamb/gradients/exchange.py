@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sharded_lamb.comm.collectives import Collectives, Pending
+from sharded_lamb.comm.collectives import Collectives
+from sharded_lamb.comm.pending import Pending
 from sharded_lamb.core.layers import repeated
 from sharded_lamb.core.layout import Segment
 from sharded_lamb.kernels import LocalContribution

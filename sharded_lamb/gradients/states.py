@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sharded_lamb.comm.collectives import Pending
+from sharded_lamb.comm.pending import Pending
 from sharded_lamb.gradients.attached import AttachedGradients, Kept
 from sharded_lamb.gradients.exchange import Staging
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from sharded_lamb import ShardedLamb
-from sharded_lamb.comm.collectives import Collectives, Pending
+from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.comm.param_gather import IN_FLIGHT
+from sharded_lamb.comm.pending import Pending
 from tests.harness import run_ranks
 
 SMALL = 0.002  # MiB: a bucket a layer

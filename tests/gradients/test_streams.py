@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sharded_lamb import ShardedLamb
-from sharded_lamb.comm.collectives import Collectives, Pending, Traffic
+from sharded_lamb.comm.collectives import Collectives, Traffic
+from sharded_lamb.comm.pending import Pending
 from sharded_lamb.gradients.streams import ReductionStream
 from tests.harness import run_ranks
 
