@@ -56,8 +56,7 @@ def ended(rank: int) -> None:
         return
     _store().wait(["ended"])
     with pytest.raises(RuntimeError, match=r"(?i)connection|closed|reset"):
-        pending = collectives.exchange([], [(0, torch.zeros(NUMEL))])
-        pending.wait(10)
+        collectives.exchange([], [(0, torch.zeros(NUMEL))]).wait(10)
     _store().set("failed", "")
 
 
