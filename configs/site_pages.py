@@ -31,6 +31,7 @@ API = {
         "sharded_lamb.integrations.accelerate",
         "sharded_lamb.integrations.lightning",
         "sharded_lamb.integrations.timm",
+        "sharded_lamb.integrations.open_clip",
         "sharded_lamb.integrations.torchtitan",
     ),
     "timeline": ("sharded_lamb.timeline",),

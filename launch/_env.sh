@@ -94,7 +94,8 @@ install_env() {
     "${pip[@]}" install -c "$constraints" 'setuptools>=77' wheel &&
         "${pip[@]}" install -c "$constraints" --no-build-isolation -e "${REPO_ROOT}[$extras]" &&
         # For the tests. Other dependencies of theirs are not needed and would replace torch (torchvision) and datasets.
-        "${pip[@]}" install -c "$constraints" --no-deps timm torchtitan tyro spmd-types docstring-parser
+        "${pip[@]}" install -c "$constraints" --no-deps timm torchtitan tyro spmd-types docstring-parser \
+            open_clip_torch ftfy wcwidth webdataset braceexpand
 }
 
 # prepare_env [--use-current-env]: afterwards `python` is the environment's.
