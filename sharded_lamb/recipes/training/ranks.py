@@ -39,7 +39,11 @@ class Ranks:
 
     @staticmethod
     def start() -> Ranks:
-        """Join torchrun's group, or the initialized one; without torchrun, create a group of one."""
+        """Join torchrun's group, or the initialized one; without torchrun, create a group of one.
+
+        Returns once every rank has connected to all others: one that ends earlier, after bad input, would break their
+        connections, and they would report that instead.
+        """
         device = devices.of_this_rank()
         backend, bound = devices.backends(device), None if device.type == "cpu" else device
         if dist.is_initialized():
@@ -53,7 +57,11 @@ class Ranks:
             store = dist.TCPStore("localhost", 0, 1, is_master=True)  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=bound)
         control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
-        return Ranks(dist.get_rank(), dist.get_world_size(), device, control)
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        store = PrefixStore(f"connected/{control.group_name}", dist.distributed_c10d._get_default_store())
+        store.set(str(rank), "")
+        store.wait([str(other) for other in range(world_size)], timedelta(seconds=_MEETING_S))
+        return Ranks(rank, world_size, device, control)
 
     @property
     def is_first(self) -> bool:

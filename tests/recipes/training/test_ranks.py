@@ -1,12 +1,16 @@
-"""Ranks that meet in a store that earlier attempts have used."""
+"""Ranks that meet, in a store that earlier attempts have used, and connect."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
-from sharded_lamb.recipes.training.ranks import of_this_attempt
+from sharded_lamb.recipes.training.ranks import Ranks, of_this_attempt
+from tests.harness import run_ranks
 
 
 def meet(folder: Path, order: list[int], attempt: str) -> None:
@@ -37,3 +41,25 @@ def test_ranks_that_do_not_come_are_named(tmp_path: Path) -> None:
     store = dist.FileStore(str(tmp_path / "store"), -1)  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match=r"ranks \[1, 2\] of 3 did not join within 0.2 s"):
         of_this_attempt(store, 0, 3, timeout_s=0.2)
+
+
+def connected(rank: int) -> bool:
+    """Rank 1 is slow to connect; whether it had when this rank's `start` returned."""
+    store = dist.distributed_c10d._get_default_store()
+    real = dist.new_group
+
+    def slow(**options: Any) -> Any:
+        group = real(**options)
+        if rank == 1:
+            time.sleep(0.3)
+            store.set("rank 1 has connected", "")
+        return group
+
+    with mock.patch.object(dist, "new_group", slow):
+        Ranks.start()
+    return bool(store.check(["rank 1 has connected"]))
+
+
+def test_no_rank_goes_on_before_all_are_connected() -> None:
+    """A rank that ends at once, as after bad input, breaks the connections of those that still connect."""
+    assert run_ranks(3, connected) == [True] * 3
