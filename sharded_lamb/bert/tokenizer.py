@@ -174,9 +174,19 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
 
 def encode(tokenizer: Any, texts: list[str]) -> Iterator[list[int]]:
     """Piece ids of each text, without special tokens; a literal `[MASK]` in a text is ordinary text."""
+    for encoding in _plain(tokenizer).encode_batch_fast(texts, add_special_tokens=False):
+        yield encoding.ids
+
+
+def encode_with_offsets(tokenizer: Any, texts: list[str]) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    """`encode`, with the first character of each piece in the text as given, and the one after its last."""
+    for encoding in _plain(tokenizer).encode_batch(texts, add_special_tokens=False):
+        yield encoding.ids, [begin for begin, _ in encoding.offsets], [end for _, end in encoding.offsets]
+
+
+def _plain(tokenizer: Any) -> Any:
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
-    for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
-        yield encoding.ids
+    return backend

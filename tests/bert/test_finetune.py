@@ -20,8 +20,9 @@ from sharded_lamb.bert.finetune import builtin
 from sharded_lamb.bert.finetune.bag_of_words import bag_of_words, majority
 from sharded_lamb.bert.finetune.encoder import Encoder, read_encoder
 from sharded_lamb.bert.finetune.scores import METRICS, scores
+from sharded_lamb.bert.finetune.sentences import Classifier, Examples, Sentences, longest_first
 from sharded_lamb.bert.finetune.tasks import GLUE, Dataset, Split, Task, read
-from sharded_lamb.bert.finetune.training import Classifier, Examples, Settings, finetune, longest_first
+from sharded_lamb.bert.finetune.training import Settings, finetune
 from sharded_lamb.bert.model import build_bert
 from sharded_lamb.bert.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer, vocabulary_of
 from sharded_lamb.checkpoint import Checkpoints
@@ -373,11 +374,9 @@ def test_outputs_are_those_of_hugging_face_over_padded_rows(encoder: Encoder) ->
 
 def tuned(encoder: Encoder, dataset: Dataset, optimizer: str, lr: float) -> dict[str, float]:
     torch.set_num_threads(1)
-    settings = Settings(optimizer, epochs=12, batch=16, max_length=24, warmup=0.1)
-    train, dev = (
-        Examples(split, encoder.tokenizer, settings.max_length) for split in (dataset.train, dataset.dev)
-    )
-    return finetune(encoder, dataset, train, dev, settings, lr, 0, CPU)
+    settings = Settings(optimizer, epochs=12, batch=16, warmup=0.1)
+    problem = Sentences(dataset, encoder.tokenizer, max_length=24)
+    return finetune(encoder, problem, settings, lr, 0, CPU)
 
 
 @pytest.mark.parametrize(("optimizer", "lr"), [("adamw", 5e-3), ("lamb", 5e-2)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 from sharded_lamb import checkpoint
+from sharded_lamb.bert.attention import use_documents
 from sharded_lamb.bert.config_io import load_config
 from sharded_lamb.bert.model import build_bert
 from sharded_lamb.bert.tokenizer import load_tokenizer, vocabulary_of
 from sharded_lamb.checkpoint import Checkpoints
+from sharded_lamb.recipes.training.stateless_rng import key_of
 
 _TOKENIZERS = ("tokenizer.json", "vocab.txt")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -30,6 +33,23 @@ class Encoder:
     config: Any  # transformers.BertConfig
     weights: dict[str, Tensor] | None  # fp32, on the CPU
     tokenizer: Any
+
+    def with_head(self, kind: Any, outputs: int, seed: int) -> Any:
+        """A Hugging Face model of class ``kind`` over documents without padding; its head has random weights.
+
+        The pooler's weights are left out where ``kind`` has no pooler.
+        """
+        config = deepcopy(self.config)
+        config.num_labels = outputs
+        torch.manual_seed(key_of(seed, "weights") >> 1)
+        model = kind(config)
+        own = dict(model.bert.named_parameters())
+        with torch.no_grad():
+            for name, value in (self.weights or {}).items():
+                if name in own or not name.startswith("pooler."):
+                    own[name].copy_(value)
+        use_documents(model)
+        return model
 
 
 def read_encoder(folder: Path, *, with_weights: bool = True) -> Encoder:

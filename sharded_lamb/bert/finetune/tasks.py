@@ -171,7 +171,7 @@ def _split(task: Task, path: Path, on_bad: OnBad) -> Split:
             texts.append(tuple(sentences))
             targets.append(target)
     if bad:
-        _report(f"{path}: {len(bad)} of {len(rows)} rows are bad", bad, on_bad)
+        report_bad(f"{path}: {len(bad)} of {len(rows)} rows are bad", bad, on_bad)
     if not texts:
         raise ValueError(f"{path}: no good row in {len(rows)}")
     return Split(tuple(texts), np.array(targets, np.float64 if task.is_regression else np.int64))
@@ -187,7 +187,8 @@ def _target(task: Task, label: str) -> float | int | None:
     return number if math.isfinite(number) else None
 
 
-def _report(summary: str, bad: Sequence[str], on_bad: OnBad) -> None:
+def report_bad(summary: str, bad: Sequence[str], on_bad: OnBad) -> None:
+    """Raises a ValueError that lists the first of ``bad``, or prints it, by ``on_bad``."""
     more = [f"and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []
     listing = "".join(f"\n  {line}" for line in [*bad[:_SHOWN], *more])
     if on_bad == "error":
