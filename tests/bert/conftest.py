@@ -57,3 +57,31 @@ def tree(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
             "threads": 1,
         },  # else every run measures it; two threads beside other tests spin
     }
+
+
+@pytest.fixture(scope="session")
+def run_folder(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run leaves behind, by its own writers: settings, tokenizer, a checkpoint, a Hugging Face folder."""
+    from sharded_lamb.bert import outputs
+    from sharded_lamb.bert.config_io import build_config
+    from sharded_lamb.bert.model import build_bert
+    from sharded_lamb.bert.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer, vocabulary_of
+    from sharded_lamb.checkpoint import Checkpoints
+
+    folder = tmp_path_factory.mktemp("finetune") / "run"
+    config = build_config(tree, [f"run_dir={folder}"])
+    settings = config.tokenizer
+    save_tokenizer(train_tokenizer(paragraphs(), settings), folder / "tokenizer", settings.lowercase, LENGTH)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    bert = build_bert(config, vocabulary_of(tokenizer))
+    outputs.begin(folder, config, tokenizer)
+    Checkpoints(folder / "checkpoints").save(2, bert)
+    outputs.save_hugging_face(bert, tokenizer, folder / "hf")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder(run_folder: Path) -> Any:
+    from sharded_lamb.bert.finetune.encoder import read_encoder
+
+    return read_encoder(run_folder)

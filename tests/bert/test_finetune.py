@@ -5,7 +5,6 @@ import math
 import shutil
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,9 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sharded_lamb.bert import outputs
 from sharded_lamb.bert.__main__ import main
-from sharded_lamb.bert.config_io import build_config
 from sharded_lamb.bert.finetune import builtin
 from sharded_lamb.bert.finetune.bag_of_words import bag_of_words, majority
 from sharded_lamb.bert.finetune.encoder import Encoder, read_encoder
@@ -23,10 +20,6 @@ from sharded_lamb.bert.finetune.scores import METRICS, scores
 from sharded_lamb.bert.finetune.sentences import Classifier, Examples, Sentences, longest_first
 from sharded_lamb.bert.finetune.tasks import GLUE, Dataset, Split, Task, read
 from sharded_lamb.bert.finetune.training import Settings, finetune
-from sharded_lamb.bert.model import build_bert
-from sharded_lamb.bert.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer, vocabulary_of
-from sharded_lamb.checkpoint import Checkpoints
-from tests.bert.conftest import LENGTH, paragraphs
 
 CPU = torch.device("cpu")
 
@@ -257,21 +250,6 @@ def test_the_majority_is_of_the_training_split() -> None:
 # -- weights ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def run_folder(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run leaves behind, by its own writers: settings, tokenizer, a checkpoint, a Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("finetune") / "run"
-    config = build_config(tree, [f"run_dir={folder}"])
-    settings = config.tokenizer
-    save_tokenizer(train_tokenizer(paragraphs(), settings), folder / "tokenizer", settings.lowercase, LENGTH)
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    bert = build_bert(config, vocabulary_of(tokenizer))
-    outputs.begin(folder, config, tokenizer)
-    Checkpoints(folder / "checkpoints").save(2, bert)
-    outputs.save_hugging_face(bert, tokenizer, folder / "hf")
-    return folder
-
-
 def without(folder: Path, target: Path, *names: str) -> Path:
     shutil.copytree(folder, target)
     for name in names:
@@ -325,11 +303,6 @@ def test_folders_without_a_part_are_refused(
 
 
 # -- training -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def encoder(run_folder: Path) -> Encoder:
-    return read_encoder(run_folder)
 
 
 def test_examples_are_as_hugging_face_encodes_and_cuts_them(encoder: Encoder) -> None:

@@ -54,7 +54,7 @@ class Defaults:
 _DEFAULTS = {
     # One seed each: within a minute of two cores.
     BUILTIN: Defaults(seeds=(0,), weights=_WEIGHTS),
-    BUILTIN_SPANS: Defaults(lrs=(1e-3,), seeds=(0,), weights=_WEIGHTS),
+    BUILTIN_SPANS: Defaults(lrs=(3e-3,), seeds=(0,), weights=_WEIGHTS),
     # Devlin et al., arXiv 1810.04805, 4.2 and 4.3.
     "SQuAD-1.1": Defaults(lrs=(5e-5,)),
     "SQuAD-2.0": Defaults(lrs=(5e-5,), epochs=2, batch=48),
@@ -112,13 +112,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--optimizer", default="adamw", choices=["adamw", "lamb"], help="default: adamw")
     parser.add_argument(
-        "--lrs", type=_numbers, help="default: 3e-4; builtin-spans: 1e-3; SQuAD: 5e-5 (Devlin et al.)"
+        "--lrs", type=_numbers, help="default: 3e-4; builtin-spans: 3e-3; SQuAD: 5e-5 (Devlin et al.)"
     )
     parser.add_argument("--seeds", type=_seeds, help="default: 0,1,2; the built-in tasks: 0")
     parser.add_argument("--epochs", type=_positive, help="default: 3; SQuAD-2.0: 2")
     parser.add_argument("--batch", type=_positive, help="default: 32; SQuAD-2.0: 48")
     parser.add_argument(
-        "--max-length", type=_positive, help="pieces; default: 128; spans: the model's positions, at most 384"
+        "--max-length", type=_positive, help="pieces; default: 128, spans: 384, at most the model's positions"
     )
     _add_span_arguments(parser)
     parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps; default: 0.1")
@@ -272,8 +272,8 @@ def _own_task(chosen: argparse.Namespace) -> Task:
 
 def _problem(chosen: argparse.Namespace, dataset: Dataset | SpanDataset, encoder: Encoder) -> Problem:
     most = encoder.config.max_position_embeddings
-    default = min(_PUBLISHED.window, most) if isinstance(dataset, SpanDataset) else _MAX_LENGTH
-    length = chosen.max_length or default
+    default = _PUBLISHED.window if isinstance(dataset, SpanDataset) else _MAX_LENGTH
+    length = chosen.max_length or min(default, most)
     if not _MIN_LENGTH <= length <= most:
         raise ValueError(f"--max-length {length}: expected {_MIN_LENGTH} to the model's {most}")
     if isinstance(dataset, Dataset):

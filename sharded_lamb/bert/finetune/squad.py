@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,10 @@ _VERSIONS = {"SQuAD-1.1": "1.1", "SQuAD-2.0": "v2.0"}
 
 SQUAD = {name: tuple(f"{split}-v{name[6:]}.json" for split in ("train", "dev")) for name in _VERSIONS}
 """Task → the names of its files as published (arXiv 1606.05250 and 1806.03822)."""
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""JSON may hold one alone."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def _entries(name: str, path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]
         tree = json.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file; task {name} needs a file to train and one of dev") from error
-    except ValueError as error:  # of JSON or UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or UTF-8
         raise ValueError(f"{path}: not JSON in UTF-8 ({error})") from error
     version = tree.get("version") if isinstance(tree, dict) else None
     if version != _VERSIONS[name]:
@@ -124,6 +129,8 @@ def _question(identity: str, context: str, entry: dict[str, Any], *, may_lack: b
         return f"question {text!r}, expected text"
     if not context.strip():
         return "its context is empty"
+    if _SURROGATE.search(text + context):
+        return "it or its context has half of a surrogate pair, which is no character"
     if not isinstance(answers, list):
         return f"answers {answers!r}, expected a list"
     if is_impossible is not False and not (may_lack and is_impossible is True):

@@ -126,14 +126,13 @@ class Windows:
     def has_most_context(self, number: int) -> NDArray[np.bool_]:
         """[pieces of the context in the window]: whether no other window of the question has more on both sides.
 
-        By `run_squad.py`: the smaller of the pieces before and after it, and 0.01 of the window's.
+        The smaller of the pieces before and after it counts, the first of equals, as in `run_squad.py`, whose 0.01 of
+        the window's length decides nothing: only the last window can be shorter.
         """
         asked, begin, end = self._part(number)
         place = np.arange(begin, end)[:, None]
-        begins = asked.windows
-        ends = np.minimum(begins + asked.room, len(asked.context.ids))
-        context = np.minimum(place - begins, ends - 1 - place) + 0.01 * (ends - begins)
-        context = np.where((place >= begins) & (place < ends), context, -np.inf)
+        ends = np.minimum(asked.windows + asked.room, len(asked.context.ids))
+        context = np.minimum(place - asked.windows, ends - 1 - place)  # negative outside of a window
         own: NDArray[np.bool_] = context.argmax(1) == number - self.first[self.owner[number]]
         return own
 
