@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from sharded_lamb.bert.__main__ import main
-from sharded_lamb.bert.finetune import builtin, spans
+from sharded_lamb.bert.finetune import builtin, command, spans
 from sharded_lamb.bert.finetune.encoder import Encoder
 from sharded_lamb.bert.finetune.span_baselines import most_similar_sentences, random_words
 from sharded_lamb.bert.finetune.span_scores import normalized, span_scores, word_f1
 from sharded_lamb.bert.finetune.spans import SpanModel, Spans, best_answers, best_span
 from sharded_lamb.bert.finetune.squad import SQUAD, Question, SpanDataset, SpanSplit, read_squad
+from sharded_lamb.bert.finetune.tasks import Dataset, Split, Task
 from sharded_lamb.bert.finetune.training import Settings, finetune
 from sharded_lamb.bert.finetune.windows import Lengths, Windows
 from tests.bert import squad_oracle
@@ -473,6 +475,19 @@ def test_outputs_and_loss_are_those_of_hugging_face_over_padded_rows(encoder: En
         torch.testing.assert_close(problem.loss(model, numbers, CPU), torch.stack(losses).mean())
 
 
+def test_weights_are_the_encoder_s_but_for_its_pooler(encoder: Encoder) -> None:
+    from transformers import BertModel
+
+    values = {name: p.detach() + 1 for name, p in BertModel(encoder.config).named_parameters()}
+    assert any(name.startswith("pooler.") for name in values)
+    own = dict(SpanModel(replace(encoder, weights=values), seed=0).module.bert.named_parameters())
+    assert own.keys() == {name for name in values if not name.startswith("pooler.")}
+    for name, p in own.items():
+        assert torch.equal(p, values[name])
+    with pytest.raises(KeyError, match="other"):
+        SpanModel(replace(encoder, weights={"other": values["pooler.dense.bias"]}), seed=0)
+
+
 @pytest.mark.parametrize("may_lack", [False, True])
 def test_a_tiny_model_learns_spans(may_lack: bool, encoder: Encoder) -> None:
     """Over windows; a window without the answer teaches [CLS]."""
@@ -542,6 +557,45 @@ def test_the_longest_default_is_the_model_s(run_folder: Path, tmp_path: Path) ->
     arguments = ["--from", str(run_folder), "--task", "SST-2", "--data", str(tmp_path), "--epochs", "1"]
     assert main(["finetune", *arguments, "--seeds", "0", "--out", str(tmp_path / "out.json")]) == 0
     assert json.loads((tmp_path / "out.json").read_text())["task"]["max_length"] == LENGTH
+
+
+def test_the_builtin_tasks_are_short_by_default(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(1)
+    texts = (("a list",), ("no list",)) * 4
+    pairs = Split(texts, np.arange(8) % 2)
+    task = Task("toy", ("text",), "label", ("accuracy",), ("0", "1"))
+    monkeypatch.setattr(command, "builtin_dataset", lambda: Dataset(task, pairs, pairs))
+    few = SpanDataset("toy", True, toy(8, 1, may_lack=True), toy(8, 2, may_lack=True))
+    monkeypatch.setattr(command, "builtin_spans", lambda: few)
+    out = tmp_path / "out.json"
+    for arguments, lr in (([], 3e-4), (["--task", "builtin-spans"], 3e-3)):
+        assert main(["finetune", "--from", str(run_folder), "--out", str(out), *arguments]) == 0
+        result = json.loads(out.read_text())
+        settings = {name: result["settings"][name] for name in ("epochs", "lrs", "seeds")}
+        assert settings == {"epochs": 2, "lrs": [lr], "seeds": [0]}
+        assert [row["weights"] for row in result["runs"]] == ["trained", "random"]
+
+
+def test_the_tables_are_the_measured_ones() -> None:
+    folder = Path(spans.__file__).parents[1]
+    text = (folder / "README.md").read_text()
+    names = {"trained": "quickstart's weights", "random": "the same model, random weights"}
+    for task in ("builtin", "builtin-spans"):
+        result = json.loads((folder / "results" / f"finetune-{task}.json").read_text())
+        rows = result["best"]
+        for kind, name in names.items():
+            values = [rows[kind][metric] for metric in result["task"]["metrics"]]
+            shown = [f"{value:.3f}" for value in values]
+            if task == "builtin":
+                shown = [f"{100 * values[0] + 1e-9:.1f} %", f"{values[1]:.3f}" if values[1] else "0"]
+            assert f"| {name} | {' | '.join(shown)} |" in text
+        most = result["baselines"].get("no answer", result["baselines"].get("bag of words"))
+        first = most[result["task"]["metrics"][0]]
+        assert (
+            f"| no answer | {first:.3f} |" if task == "builtin-spans" else f"| {100 * first + 1e-9:.1f} % |"
+        ) in text
 
 
 def write_toy(folder: Path, name: str) -> None:

@@ -52,9 +52,9 @@ class Defaults:
 
 
 _DEFAULTS = {
-    # One seed each: within a minute of two cores.
-    BUILTIN: Defaults(seeds=(0,), weights=_WEIGHTS),
-    BUILTIN_SPANS: Defaults(lrs=(3e-3,), seeds=(0,), weights=_WEIGHTS),
+    # One seed and two epochs: within a minute of two cores.
+    BUILTIN: Defaults(seeds=(0,), epochs=2, weights=_WEIGHTS),
+    BUILTIN_SPANS: Defaults(lrs=(3e-3,), seeds=(0,), epochs=2, weights=_WEIGHTS),
     # Devlin et al., arXiv 1810.04805, 4.2 and 4.3.
     "SQuAD-1.1": Defaults(lrs=(5e-5,)),
     "SQuAD-2.0": Defaults(lrs=(5e-5,), epochs=2, batch=48),
@@ -115,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lrs", type=_numbers, help="default: 3e-4; builtin-spans: 3e-3; SQuAD: 5e-5 (Devlin et al.)"
     )
     parser.add_argument("--seeds", type=_seeds, help="default: 0,1,2; the built-in tasks: 0")
-    parser.add_argument("--epochs", type=_positive, help="default: 3; SQuAD-2.0: 2")
+    parser.add_argument("--epochs", type=_positive, help="default: 3; SQuAD-2.0 and the built-in tasks: 2")
     parser.add_argument("--batch", type=_positive, help="default: 32; SQuAD-2.0: 48")
     parser.add_argument(
         "--max-length", type=_positive, help="pieces; default: 128, spans: 384, at most the model's positions"

@@ -39,7 +39,7 @@ def table(result: Mapping[str, Any]) -> str:
     for kind, best in result["best"].items():
         same = [row for row in result["runs"] if (row["weights"], row["lr"]) == (kind, best["lr"])]
         values = sorted((row[metrics[0]] for row in same), key=_or_least)
-        spread = f"{shown(values[0])} to {shown(values[-1])}, {len(values)} seeds"
+        spread = f"{shown(values[0])} to {shown(values[-1])}, {len(values)} seed{'s' * (len(values) > 1)}"
         lines.append(_line(f"{kind} weights", best, metrics, spread, f"{best['lr']:g}"))
     return "\n".join(lines)
 
