@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import re
 import sysconfig
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -32,6 +33,7 @@ _FORMATS = {
 _LOADERS = {"text": "text", "jsonl": "json", "parquet": "parquet", "arrow": "arrow"}
 _RULES = re.compile(r"([^\w\s])\1{3,}")  # rules below headings and in tables, no prose
 _MIN_DOCSTRING = 40  # characters; shorter ones are labels, not prose
+_STATEMENTS = (ast.stmt, ast.ExceptHandler, ast.match_case)  # what holds statements, or is one
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,14 @@ def check_files(
 
 
 def _docstrings(source: str) -> Iterator[str]:
-    for node in ast.walk(ast.parse(source)):
+    """In the order of ``ast.walk``, which would also visit all expressions."""
+    nodes: deque[ast.AST] = deque([ast.parse(source)])
+    while nodes:
+        node = nodes.popleft()
+        for name in node._fields:
+            field = getattr(node, name)
+            if isinstance(field, list) and field and isinstance(field[0], _STATEMENTS):
+                nodes.extend(field)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node, clean=True)
             if text and len(text) >= _MIN_DOCSTRING:

@@ -1,3 +1,4 @@
+import ast
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -6,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sharded_lamb.bert import corpus
 from sharded_lamb.bert import prepare as module
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.config_io import build_config
@@ -249,3 +251,45 @@ def test_the_tokenizer_is_trained_on_a_sample_of_about_the_wanted_size(
     rest = iter(every)
     assert all(text in rest for text in some), "not in the corpus' order"
     assert list(_sampled([file], 10**6)) == every
+
+
+NESTED = '''"""The module, which is long enough to be prose."""
+class Outer:
+    """The class, which is long enough to be prose."""
+    def method(self):
+        """A method, which is long enough to be prose."""
+        async def inner():
+            """A function in it, which is long enough to be prose."""
+if True:
+    pass
+elif False:
+    for _ in ():
+        def looped():
+            """In a loop in an elif, which is long enough to be prose."""
+    else:
+        def after():
+            """Behind a loop, which is long enough to be prose."""
+try:
+    pass
+except OSError:
+    def handler():
+        """In a handler, which is long enough to be prose."""
+finally:
+    with open("x"):
+        def last():
+            """In a with in a finally, which is long enough to be prose."""
+match 1:
+    case 1:
+        def matched():
+            """In a case, which is long enough to be prose."""
+def short():
+    """A label."""
+'''
+
+
+def test_docstrings_come_in_the_order_of_a_walk_over_all_nodes() -> None:
+    """The corpus, and with it every loss that is published, depends on their order."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    walked = [ast.get_docstring(node) for node in ast.walk(ast.parse(NESTED)) if isinstance(node, kinds)]
+    assert len(walked) == 10
+    assert list(corpus._docstrings(NESTED)) == [text for text in walked if text != "A label."]

@@ -14,6 +14,7 @@ from sharded_lamb.bert.config import OptimizerConfig
 from sharded_lamb.bert.finetune.encoder import Encoder
 from sharded_lamb.bert.model import parameters_to_train
 from sharded_lamb.bert.schedule import Schedule
+from sharded_lamb.comm.progress import with_progress
 from sharded_lamb.recipes.training.sharded_backend import set_lr
 from sharded_lamb.recipes.training.stateless_rng import I64, Permutation, key_of
 
@@ -62,7 +63,8 @@ def finetune(
     steps = settings.epochs * in_epoch
     schedule = Schedule(lr, steps, round(settings.warmup * steps), 1.0, "command")
     losses = torch.zeros((), dtype=torch.float64, device=device)
-    for step in range(steps):
+    title = f"lr {lr:g}, seed {seed}"
+    for step in with_progress(range(steps), title, lambda step: f"epoch {step // in_epoch + 1}"):
         epoch, turn = divmod(step, in_epoch)
         if turn == 0:
             losses.zero_()
