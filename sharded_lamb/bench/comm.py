@@ -94,6 +94,7 @@ class Exchanges:
         self.shard = torch.zeros(plan.shard_numel, device=device)
         self.kernel, self.staging = kernels.choose("auto", device), Staging([self.bucket], collectives)
         self.sums = torch.zeros(1, dtype=torch.float64, device=device)
+        self.steps = torch.zeros(1, dtype=torch.float64, device=device)
         self.sent = torch.zeros(plan.numel - plan.shard_numel, device=device)
         self.arrived = torch.empty_like(self.sent)
 
@@ -110,12 +111,8 @@ class Exchanges:
     def our_reduce_scatter(self) -> None:
         """As stage 2: averages into the bucket's gradient shard."""
         exchange = self.staging.exchange(0, self.bucket)
-        exchange.start([self.grad]).wait()
-        parts, own = (
-            self.collectives.parts_of_sum(exchange.full, exchange.received),
-            exchange.own([self.grad]),
-        )
-        received = kernels.ReceivedShards(parts, self.world_size, own)
+        exchange.start([self.grad], self.steps).wait()
+        received = exchange.received([self.grad])
         self.kernel.average(self.bucket.shard, self.bucket.segments, received, self.sums, add=False)
 
     def their_reduce_scatter(self) -> None:

@@ -122,6 +122,7 @@ class OptimizerConfig:
     bucket_mb: float = 32
     state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of the moments
     gather_dtype: Literal["bfloat16", "float8_e4m3fn"] | None = None  # of updated parameters on the wire
+    reduce_dtype: Literal["bfloat16", "float8_e4m3fn"] | None = None  # of gradients on the wire, in zero2
 
     def __post_init__(self) -> None:
         require(
@@ -140,7 +141,7 @@ class OptimizerConfig:
         return options
 
 
-_STORAGE = {"bucket_mb": 32, "state_dtype": "float32", "gather_dtype": None}
+_STORAGE = {"bucket_mb": 32, "state_dtype": "float32", "gather_dtype": None, "reduce_dtype": None}
 """Settings of `OptimizerConfig` for memory and messages, which DeepSpeed has its own for → their defaults."""
 
 _LEFT_TO_VARIANT = {
@@ -262,6 +263,12 @@ class RunConfig:
                 value,
                 f"{_STORAGE[name]} with parallel: deepspeed, which stores and gathers by itself",
             )
+        require(
+            self.parallel == "zero2" or self.optimizer.reduce_dtype is None,
+            "optimizer.reduce_dtype",
+            self.optimizer.reduce_dtype,
+            f"null with parallel: {self.parallel}, where gradients are reduced outside of the optimizer",
+        )
 
     def max_predictions(self, phase: PhaseConfig) -> int:
         """Upper bound of masked positions in one sequence of `phase`."""
@@ -288,7 +295,7 @@ class RunConfig:
         }
         kept["data"] = {k: v for k, v in kept["data"].items() if k not in ("prepared", "workers")}
         kept["optimizer"].pop("bucket_mb")
-        for name in ("state_dtype", "gather_dtype"):  # runs before these settings have the same digest
+        for name in ("state_dtype", "gather_dtype", "reduce_dtype"):  # runs before these have the same digest
             if kept["optimizer"][name] == _STORAGE[name]:
                 kept["optimizer"].pop(name)
         if self.optimizer.exclude_from_layer_adaptation == "variant":

@@ -88,6 +88,7 @@ def memory(config: RunConfig, bert: Any, world_size: int) -> dict[str, int]:
         bucket_mb=settings.bucket_mb,
         state_dtype=getattr(torch, settings.state_dtype),
         gather_dtype=settings.gather_dtype and getattr(torch, settings.gather_dtype),
+        reduce_dtype=settings.reduce_dtype and getattr(torch, settings.reduce_dtype),
     )
     by_kind = costs(shapes, choices, sharding).memory
     return {

@@ -200,12 +200,19 @@ class Collectives:
         Args:
             outgoing, incoming: (rank in the group, contiguous tensor).
         """
+        if self._shard is None:
+            return Pending([])
         faults.point("reduce-scatter")
         flight = self.traffic.launched("reduce_scatter", sum(tensor.nbytes for _, tensor in outgoing))
-        assert self._shard is not None
-        group = self._shard.pg
+        group, tag = self._shard.pg, Tag.GRADIENTS
+        if not self.uses_p2p:  # NCCL makes one operation of the batch
+            batch = [dist.P2POp(dist.irecv, x, group=group, tag=tag, group_peer=rank) for rank, x in incoming]
+            batch += [
+                dist.P2POp(dist.isend, x, group=group, tag=tag, group_peer=rank) for rank, x in outgoing
+            ]
+            faults.point("mid-reduce-scatter")
+            return Pending(dist.batch_isend_irecv(batch), flight, sends=outgoing)
         entered = self._entered("reduce-scatter of backward, number", self.topology.shard_ranks)
-        tag = Tag.GRADIENTS
         with explained(entered):
             works = [dist.irecv(tensor, group=group, tag=tag, group_src=rank) for rank, tensor in incoming]
             faults.point("mid-reduce-scatter")

@@ -1,6 +1,5 @@
 """The all-gather of updated parameters: the outbound counterpart of `gradients.exchange`."""
 
-from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -8,14 +7,11 @@ from torch import Tensor
 
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.comm.pending import Pending
-from sharded_lamb.comm.wire_formats import WireFormat
+from sharded_lamb.comm.wire_formats import WireFormat, chunks
 from sharded_lamb.core.layout import BLOCK
 
 IN_FLIGHT = 4
 """Compressed messages that a rank holds at once; a gather beyond waits for the oldest."""
-
-CHUNK_BLOCKS = 1024
-"""256 K elements: the temporaries of an encoding stay in a CPU's cache. On other devices memory bounds a chunk."""
 
 
 class ParamGather(Protocol):
@@ -98,7 +94,7 @@ class CompressedGather:
 
         On a CPU it writes only where it finds such weights.
         """
-        for rows in self._chunks():
+        for rows in chunks(len(self._own), self._own.device):
             masters, own = self._masters[rows], self._own[rows]
             rounded = masters.to(own.dtype)
             received = self._transferred(rounded)
@@ -122,7 +118,7 @@ class CompressedGather:
         shape, storage = (ranks, blocks, self._format.row), self._format.storage
         self._message = torch.empty(shape, dtype=storage, device=self._own.device)
         part = self._message[self._collectives.topology.shard_rank]
-        for rows in self._chunks():
+        for rows in chunks(len(self._own), self._own.device):
             encoded = self._format.encode(self._masters[rows].to(self._own.dtype))
             part[rows] = encoded
             self._own[rows] = self._format.decode(encoded, self._own.dtype)
@@ -136,7 +132,7 @@ class CompressedGather:
         self._pending.wait()
         for rank, (message, weights) in enumerate(zip(self._message, self._parts, strict=True)):
             if rank != self._collectives.topology.shard_rank:
-                for rows in self._chunks():
+                for rows in chunks(len(self._own), self._own.device):
                     weights[rows] = self._format.decode(message[rows], weights.dtype)
         self._message = self._pending = None
         self._in_flight.remove(self)
@@ -144,8 +140,3 @@ class CompressedGather:
     def message_bytes(self) -> int:
         """See `ParamGather`."""
         return 0 if self._message is None else self._message.nbytes
-
-    def _chunks(self) -> Iterator[slice]:
-        blocks = len(self._own)
-        size = CHUNK_BLOCKS if self._own.device.type == "cpu" else 1 << 14
-        return (slice(low, low + size) for low in range(0, blocks, size))

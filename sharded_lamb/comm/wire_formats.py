@@ -1,9 +1,10 @@
-"""Encodings in which updated parameters travel (`ShardedLamb`'s ``gather_dtype``), block by block.
+"""Encodings of messages, block by block: `ShardedLamb`'s ``gather_dtype`` and ``reduce_dtype``.
 
 A message has one row per block of `BLOCK` elements, so that its bits do not depend on where shards end. Decoding is
 exact: ranks that decode one message hold the same bits, which are those that the sender decodes.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -13,7 +14,12 @@ from torch import Tensor
 
 from sharded_lamb.core.layout import BLOCK
 
+CHUNK_BLOCKS = 1024
+"""256 K elements: the temporaries of an encoding stay in a CPU's cache. On other devices memory bounds a chunk."""
+
 _E4M3_BITS = 9  # the largest float8_e4m3fn, 448, is 0.875 x 2⁹
+_SMALLEST_NORMAL = 2.0**-6
+_BELOW_CODES = (1 << 20) - 1  # bits of a float32's fraction that float8_e4m3fn lacks
 _BIAS = 127  # of the exponent of float32
 
 
@@ -28,11 +34,18 @@ class WireFormat(Protocol):
     def row(self) -> int:
         """Elements of the message for one block."""
 
-    def encode(self, values: Tensor) -> Tensor:
-        """[blocks, BLOCK] floating point → [blocks, row] ``storage``."""
+    @property
+    def rounds_randomly(self) -> bool:
+        """Whether ``random`` counts."""
+
+    def encode(self, values: Tensor, random: Tensor | None = None) -> Tensor:
+        """[blocks, BLOCK] floating point → [blocks, row] ``storage``.
+
+        ``random``: [blocks, BLOCK] int32, uniform: rounds up or down by chance, with the right mean; None: to nearest.
+        """
 
     def decode(self, message: Tensor, dtype: torch.dtype) -> Tensor:
-        """[blocks, row] → [blocks, BLOCK] ``dtype``, that of the values that were encoded."""
+        """[blocks, row] → [blocks, BLOCK] ``dtype``: that of the values that were encoded, or a wider one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +54,9 @@ class Cast:
 
     storage: torch.dtype
     row: int = BLOCK
+    rounds_randomly: bool = False  # the bias of 8 bits does not show
 
-    def encode(self, values: Tensor) -> Tensor:
+    def encode(self, values: Tensor, random: Tensor | None = None) -> Tensor:
         """See `WireFormat`."""
         return values.to(self.storage)
 
@@ -58,12 +72,16 @@ class ScaledFloat8:
     257 bytes per block: 256 codes, then e + 127. Multiplying by a power of two is exact, so the only error is that of
     rounding w 2⁻ᵉ to a code: |error| ≤ max(|w| / 16, 2⁻¹⁷ max |w| of the block, 2⁻¹³⁶). A value that rounds beyond the
     largest finite number of its dtype becomes that number. Non-finite values become NaN and do not count in e.
+
+    By chance |error| < max(|w| / 8, 2⁻¹⁶ max |w| of the block, 2⁻¹³⁵), and the mean is w to within 2⁻³⁷ of the block's
+    largest.
     """
 
     storage: torch.dtype = torch.uint8
     row: int = BLOCK + 1
+    rounds_randomly: bool = True
 
-    def encode(self, values: Tensor) -> Tensor:
+    def encode(self, values: Tensor, random: Tensor | None = None) -> Tensor:
         """See `WireFormat`."""
         values = values.float()
         largest = values.abs().amax(1, keepdim=True)  # not finite if any is not
@@ -73,7 +91,10 @@ class ScaledFloat8:
             largest = torch.where(is_finite, values, 0).abs_().amax(1, keepdim=True)
         mantissa, exponent = torch.frexp(largest)
         exponent = (exponent - _E4M3_BITS + (mantissa > 0.875)).clamp_(1 - _BIAS, _BIAS)
-        codes = (values * _power_of_2(-exponent)).to(torch.float8_e4m3fn)
+        scaled = values * _power_of_2(-exponent)
+        if random is not None:
+            scaled = _rounded_by_chance(scaled, random)
+        codes = scaled.to(torch.float8_e4m3fn)
         return torch.cat((codes.view(torch.uint8), (exponent + _BIAS).to(torch.uint8)), 1)
 
     def decode(self, message: Tensor, dtype: torch.dtype) -> Tensor:
@@ -82,6 +103,18 @@ class ScaledFloat8:
         values = _float8_values(message.device).index_select(0, codes.reshape(-1).int()).view(codes.shape)
         largest = torch.finfo(dtype).max
         return values.mul_(_power_of_2(exponent)).clamp_(-largest, largest).to(dtype)
+
+
+def _rounded_by_chance(scaled: Tensor, random: Tensor) -> Tensor:
+    """fp32 in [-448, 448] or NaN → one of the two neighboring codes, by the last 20 bits of ``random``: int32.
+
+    Adding the smallest normal number to magnitudes below it gives them its exponent, hence the spacing of their codes.
+    """
+    magnitude = scaled.abs()
+    added = torch.where(magnitude < _SMALLEST_NORMAL, _SMALLEST_NORMAL, 0.0)
+    bits = (magnitude + added).view(torch.int32)
+    codes = (bits + (random & _BELOW_CODES)).bitwise_and_(~_BELOW_CODES).view(torch.float32)
+    return (codes - added).copysign_(scaled)
 
 
 @cache
@@ -101,7 +134,13 @@ _FORMATS: dict[torch.dtype, WireFormat] = {
 }
 
 GATHER_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _FORMATS}
-"""The values of ``gather_dtype`` by their names in commands."""
+"""The values of ``gather_dtype`` by their names in commands; for ``reduce_dtype``, those that have a format."""
+
+
+def chunks(blocks: int, device: torch.device) -> Iterator[slice]:
+    """Ranges of ``blocks`` that are encoded or decoded at once."""
+    size = CHUNK_BLOCKS if device.type == "cpu" else 1 << 14
+    return (slice(low, min(low + size, blocks)) for low in range(0, blocks, size))
 
 
 def of_gather(gather_dtype: torch.dtype | None, model: torch.dtype) -> WireFormat | None:
@@ -112,6 +151,13 @@ def of_gather(gather_dtype: torch.dtype | None, model: torch.dtype) -> WireForma
     if gather_dtype is None or model == torch.float64 or model.itemsize <= gather_dtype.itemsize:
         return None
     return _FORMATS[gather_dtype]
+
+
+def of_reduce(reduce_dtype: torch.dtype | None, model: torch.dtype) -> WireFormat | None:
+    """The format of gradients of parameters of dtype ``model``; None: they travel in a dtype, and sums may too."""
+    if reduce_dtype not in _FORMATS or model.itemsize <= reduce_dtype.itemsize:
+        return None
+    return _FORMATS[reduce_dtype]
 
 
 def check_gather_dtype(value: object) -> None:

@@ -17,12 +17,13 @@ class Widths:
     model: int  # parameters as forward reads them
     master: int  # stored masters; 0 where the update writes the parameters themselves
     state: float  # each of the two moments
-    wire: int  # gradients in the reduce-scatter
+    wire: float  # gradients in the reduce-scatter
     compute: int  # gradients as they are summed and stored
     beside_weight: bool = False  # decoding a master reads the parameter too (remainders)
     message: int | None = (
         None  # bytes per block in a compressed all-gather; None: parameters travel as they are
     )
+    coded: bool = False  # whether gradients are encoded, which their owner decodes and sums
 
 
 def large_sends(
@@ -41,7 +42,7 @@ def large_sends(
             message = BLOCK * widths.model if widths.message is None else widths.message
             sends["all_gather"].append(others // BLOCK * message)
         if others and reduces:
-            sends["reduce_scatter"].append(others * widths.wire)
+            sends["reduce_scatter"].append(int(others * widths.wire))
         if reduces and replicas > 1:
             sends["all_reduce_replicas"].append(bucket.shard_numel * widths.compute)
     return sends
@@ -65,13 +66,17 @@ def small_sends(parameters: int, layers: int, sums: int, *, digest: int, agreeme
 def staging_bytes(buckets: Sequence[tuple[Bucket, Widths]], *, in_flight: int, sums_here: bool) -> int:
     """Bytes of staging for the exchanges of stage 2 in flight at once, each as large as the largest bucket needs.
 
-    ``sums_here``: this rank receives the other ranks' parts of its shard and sums them (gloo), instead of their sum.
+    ``sums_here``: this rank receives the other ranks' parts of its shard and sums them (gloo), instead of their sum. So
+    it does with encoded gradients.
     """
     if not buckets:
         return 0
-    sent = max(bucket.numel * widths.wire for bucket, widths in buckets)
-    ranks = buckets[0][0].world_size
-    received = 0 if ranks == 1 else sent // ranks * (ranks - 1 if sums_here else 1)
+    sent = max(int(bucket.numel * widths.wire) for bucket, widths in buckets)
+    others = buckets[0][0].world_size - 1
+    received = max(
+        int(bucket.shard_numel * widths.wire) * (others if sums_here or widths.coded else min(others, 1))
+        for bucket, widths in buckets
+    )
     return min(in_flight, len(buckets)) * (sent + received)
 
 

@@ -31,6 +31,7 @@ RULE_KEYS = (*DEFAULTS, *DEEPSPEED, *ONE_BIT)
 
 ZEROS_OWN = {
     "gather_dtype": 'ZeRO gathers parameters itself, in the model\'s dtype (ZeRO 3 also by "zero_quantized_weights")',
+    "reduce_dtype": 'ZeRO reduces gradients itself, in the dtype of "communication_data_type"',
     "state_dtype": "ZeRO splits, offloads and checkpoints moments as tensors like its float32 partitions",
     "store_param_remainders": "ZeRO keeps whole float32 masters in its own partitions",
 }

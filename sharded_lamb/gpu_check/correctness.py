@@ -59,6 +59,8 @@ def bits(setting: Setting, found: Findings) -> str:
             "caution": GivenRun(stage, rule={"caution": True}),
             "LARS": GivenRun(stage, torch.bfloat16, variant="lars", rule={"nesterov": True}),
         }
+        if stage == 2:
+            runs["fp32, reduced in 8 bits"] = GivenRun(stage, reduce_dtype=torch.float8_e4m3fn)
         for kind, run in runs.items():
             expected, name = run.trained(CPU, "torch"), f"stage {stage} {kind}"
             found.equal(f"{name}: {setting.kernel}", run.trained(setting.device, setting.kernel), expected)

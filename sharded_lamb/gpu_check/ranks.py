@@ -105,6 +105,8 @@ def bits(setting: Setting, found: Findings) -> None:
         ours, expected = run.trained(setting.device, setting.kernel), run.trained(CPU, "torch")
         if dist.get_world_size() == 2:
             found.equal(f"stage {stage} gathered in bfloat16", ours, expected)
+    run = GivenRun(2, reduce_dtype=torch.float8_e4m3fn)  # summed here, in one order on every backend
+    found.equal("reduced in 8 bits", run.trained(setting.device, setting.kernel), run.trained(CPU, "torch"))
 
 
 def _compare(found: Findings, name: str, ours: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

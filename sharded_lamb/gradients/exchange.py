@@ -2,7 +2,8 @@
 
 Two exchanges, by backend (`Collectives.uses_p2p`). `FusedReduceScatter` copies all gradients into one flat bucket for
 the library's reduce-scatter. `P2PExchange` sends each shard to its owner in messages: a large slice of a gradient
-directly from its own memory, and the small slices between two large ones together, through staging memory.
+directly from its own memory, and the small slices between two large ones together, through staging memory. On any
+backend, `CompressedExchange` sends encoded gradients.
 """
 
 from collections.abc import Sequence
@@ -15,8 +16,9 @@ from torch import Tensor
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.comm.pending import Pending
 from sharded_lamb.core.layers import repeated
-from sharded_lamb.core.layout import Segment
-from sharded_lamb.kernels import LocalContribution
+from sharded_lamb.core.layout import BLOCK, Segment
+from sharded_lamb.gradients.compressed import CompressedExchange
+from sharded_lamb.kernels import LocalContribution, ReceivedShards
 from sharded_lamb.sharding.buckets import FlatBucket, flattened, in_memory_order
 
 GAP_ELEMENTS = 10_000
@@ -29,14 +31,14 @@ MESSAGE_BYTES = 1 << 18
 class Exchange(Protocol):
     """Sends the gradients of one bucket through one staging memory."""
 
-    full: Tensor  # [bucket] wire dtype, sent; point to point writes parts of it only
-    received: Tensor  # [Collectives.received_numel]
+    reads_gradients: bool
+    """Whether gradients are sent, and `own` reads them, where they are: they must not change meanwhile."""
 
-    def own(self, grads: Sequence[Tensor | None]) -> LocalContribution | None:
-        """This rank's contribution to its own shard, if ``received`` lacks it."""
+    def start(self, grads: Sequence[Tensor | None], steps: Tensor) -> Pending:
+        """Send ``grads``, one per parameter of the bucket; None means zeros. ``steps``: `Registration.steps`."""
 
-    def start(self, grads: Sequence[Tensor | None]) -> Pending:
-        """Send ``grads``, one per parameter of the bucket; None means zeros. They must not change meanwhile."""
+    def received(self, grads: Sequence[Tensor | None]) -> ReceivedShards:
+        """After the wait: the average of this rank's shard, in parts. ``grads``: as sent, if `reads_gradients`."""
 
 
 class Staging:
@@ -44,12 +46,10 @@ class Staging:
 
     def __init__(self, buckets: Sequence[FlatBucket], collectives: Collectives) -> None:
         """Sized for the largest of ``buckets``; on a CPU unwritten pages cost no memory."""
-        sizes = [(bucket.plan.numel, bucket.precision.wire.itemsize) for bucket in buckets]
         device = buckets[0].flat.device
-        sent = max(numel * size for numel, size in sizes)
-        received = max(collectives.received_numel(numel) * size for numel, size in sizes)
-        self.sent = torch.empty(sent, dtype=torch.uint8, device=device)
-        self.received = torch.empty(received, dtype=torch.uint8, device=device)
+        sent, received = zip(*(_staged_bytes(bucket, collectives) for bucket in buckets), strict=True)
+        self.sent = torch.empty(max(sent), dtype=torch.uint8, device=device)
+        self.received = torch.empty(max(received), dtype=torch.uint8, device=device)
         self._collectives = collectives
         self._exchanges: dict[int, Exchange] = {}
 
@@ -64,12 +64,30 @@ class Staging:
     def exchange(self, index: int, bucket: FlatBucket) -> Exchange:
         """The exchange of bucket ``index``; constructs its views once."""
         if index not in self._exchanges:
-            wire, numel = bucket.precision.wire, bucket.plan.numel
-            full = self.sent.view(wire)[:numel]
-            received = self.received.view(wire)[: self._collectives.received_numel(numel)]
-            kind = P2PExchange if self._collectives.uses_p2p else FusedReduceScatter
-            self._exchanges[index] = kind(bucket, full, received, self._collectives)
+            sizes = _staged_bytes(bucket, self._collectives)
+            sent, received = self.sent[: sizes[0]], self.received[: sizes[1]]
+            self._exchanges[index] = _exchange_of(bucket, sent, received, self._collectives)
         return self._exchanges[index]
+
+
+def _staged_bytes(bucket: FlatBucket, collectives: Collectives) -> tuple[int, int]:
+    """Bytes that are sent and received for one bucket."""
+    wire, plan = bucket.precision.widths.wire, bucket.plan
+    received = collectives.received_numel(plan.numel)
+    if bucket.precision.reduce is not None:
+        received = plan.numel - plan.shard_numel
+    return int(plan.numel * wire), int(received * wire)
+
+
+def _exchange_of(bucket: FlatBucket, sent: Tensor, received: Tensor, collectives: Collectives) -> Exchange:
+    """The exchange of ``bucket`` through bytes of `_staged_bytes`."""
+    wire, format = bucket.precision.wire, bucket.precision.reduce
+    if format is not None:
+        coded = sent.view(format.storage).view(-1, format.row)
+        parts = received.view(format.storage).view(-1, bucket.plan.shard_numel // BLOCK, format.row)
+        return CompressedExchange(bucket, coded, parts, collectives, format)
+    kind = P2PExchange if collectives.uses_p2p else FusedReduceScatter
+    return kind(bucket, sent.view(wire), received.view(wire), collectives)
 
 
 class FreeStaging:
@@ -102,25 +120,30 @@ class FreeStaging:
 class FusedReduceScatter:
     """One reduce-scatter of the whole bucket."""
 
+    reads_gradients = False
+
     def __init__(self, bucket: FlatBucket, full: Tensor, received: Tensor, collectives: Collectives) -> None:
-        self.full, self.received, self._collectives = full, received, collectives
+        """``full``: [bucket]; ``received``: [Collectives.received_numel]; of the wire's dtype."""
+        self._full, self._received, self._collectives = full, received, collectives
         self._views = [bucket.param_view(position, full) for position in range(len(bucket.params))]
         gaps = bucket.plan.gaps()
         if len(gaps) * GAP_ELEMENTS > bucket.plan.numel:
             gaps = ((0, bucket.plan.numel),)
         self._gaps = [full[low:high] for low, high in gaps]
 
-    def own(self, grads: Sequence[Tensor | None]) -> None:
-        """None: the library adds this rank's contribution."""
+    def received(self, grads: Sequence[Tensor | None]) -> ReceivedShards:
+        """See `Exchange`."""
+        parts = self._collectives.parts_of_sum(self._full, self._received)
+        return ReceivedShards(parts, self._collectives.divisor(self._full.dtype))
 
-    def start(self, grads: Sequence[Tensor | None]) -> Pending:
+    def start(self, grads: Sequence[Tensor | None], steps: Tensor) -> Pending:
         """See `Exchange`."""
         missing = [view for view, grad in zip(self._views, grads, strict=True) if grad is None]
         present = [(view, grad) for view, grad in zip(self._views, grads, strict=True) if grad is not None]
         with self._collectives.traffic.computing("copy gradients"):
             _zero([*self._gaps, *missing])
             _copy(present)
-        return self._collectives.reduce_scatter(self.full, self.received)
+        return self._collectives.reduce_scatter(self._full, self._received)
 
 
 @dataclass(slots=True)
@@ -157,8 +180,11 @@ class _Plan:
 class P2PExchange:
     """Messages to the shards' owners. This rank's own slices stay in their gradients until they are summed."""
 
+    reads_gradients = True
+
     def __init__(self, bucket: FlatBucket, full: Tensor, received: Tensor, collectives: Collectives) -> None:
-        self.full, self.received, self._collectives = full, received, collectives
+        """``full``: [bucket], in part unused; ``received``: [Collectives.received_numel]; of the wire's dtype."""
+        self._full, self._received, self._collectives = full, received, collectives
         self._bucket, self._plan = bucket, _Plan()
         self._position = {param: position for position, param in enumerate(bucket.plan.params)}
         numel, ranks, here = bucket.plan.shard_numel, collectives.shard_count, collectives.topology.shard_rank
@@ -192,14 +218,16 @@ class P2PExchange:
                 self._plan.gaps += _between(inside, run.start, run.stop, shard)
             self._plan.outgoing.append(_Message(rank, staged, single))
 
-    def own(self, grads: Sequence[Tensor | None]) -> LocalContribution:
-        """This rank's slices, in their gradients' memory."""
+    def received(self, grads: Sequence[Tensor | None]) -> ReceivedShards:
+        """See `Exchange`."""
         own = [grads[self._position[segment.param]] for segment in self._bucket.segments]
         in_order = in_memory_order(own, self._bucket.segment_strides)
         pieces = repeated(in_order, self._bucket.layer_sources)
-        return LocalContribution(self._collectives.topology.shard_rank, pieces)
+        parts = self._collectives.parts_of_sum(self._full, self._received)
+        contribution = LocalContribution(self._collectives.topology.shard_rank, pieces)
+        return ReceivedShards(parts, self._collectives.divisor(self._full.dtype), contribution)
 
-    def start(self, grads: Sequence[Tensor | None]) -> Pending:
+    def start(self, grads: Sequence[Tensor | None], steps: Tensor) -> Pending:
         """See `Exchange`."""
         zeros, copies, outgoing = list(self._plan.gaps), [], []
         for part in self._plan.copied:

@@ -75,6 +75,7 @@ class BackwardReducer:
         self._layers = Layers((), ())
         self._owner_mask = torch.zeros(0, dtype=torch.float64, device="cpu")
         self._square_sums = torch.zeros(0, dtype=torch.float64, device="cpu")  # of the last round
+        self._steps = torch.zeros(0, dtype=torch.float64, device="cpu")
         self._round: Round | None = None
         self._late_grads: dict[int, Tensor] = {}  # that arrived after their bucket's launch
         self._in_flight: deque[InFlight] = deque()
@@ -90,7 +91,7 @@ class BackwardReducer:
         self.present.extend([False] * len(added.params))
         members = {param: self.params[param] for param in sorted(added.members)}
         self.attached.extend(added.names, added.params, list(members.values()))
-        self._layers, self._owner_mask = added.layers, added.owner_mask
+        self._layers, self._owner_mask, self._steps = added.layers, added.owner_mask, added.steps
         for index, bucket in enumerate(added.buckets, start=len(self.buckets)):
             self.bucket_of.update(dict.fromkeys(bucket.plan.params, index))
         self.buckets.extend(added.buckets)
@@ -236,8 +237,9 @@ class BackwardReducer:
         if faults.point("gradient"):
             inject_nan(grads)
         with self._stream.entered(grads, [factor for _, factor in kept], [self._square_sums]):
-            pending = staging.exchange(index, bucket).start(grads)
-        sent = grads if self.collectives.uses_p2p else []  # a fused exchange has copied them
+            exchange = staging.exchange(index, bucket)
+            pending = exchange.start(grads, self._steps)
+        sent = grads if exchange.reads_gradients else []
         self._in_flight.append(InFlight(index, pending, staging, sent, kept, self._square_sums))
 
     def _take_gradient(self, param: int, p: Tensor) -> Tensor | None:
@@ -270,21 +272,19 @@ class BackwardReducer:
         if not oldest.pending.wait(timeout):
             return False
         bucket = self.buckets[oldest.index]
-        shard, exchange = bucket.shard, oldest.staging.exchange(oldest.index, bucket)
-        own = exchange.own(oldest.grads)
-        parts = self.collectives.parts_of_sum(exchange.full, exchange.received)
-        if self.collectives.has_replicas:
-            if oldest.total is None:
-                rows = with_local_contribution(parts, bucket.layer_segments, own, shard.compute)
-                oldest.total, oldest.pending = self.collectives.sum_over_replicas(rows, shard.compute)
+        compute = bucket.shard.compute
+        if oldest.received is None:
+            oldest.received = received = oldest.staging.exchange(oldest.index, bucket).received(oldest.grads)
+            if self.collectives.has_replicas:
+                rows = with_local_contribution(received.parts, bucket.layer_segments, received.own, compute)
+                total, oldest.pending = self.collectives.sum_over_replicas(rows, compute)
+                oldest.received = ReceivedShards(total, received.divisor)
                 if not oldest.pending.wait(timeout):
                     return False
-            parts, own = oldest.total, None
         self._in_flight.popleft()
         with self.collectives.traffic.computing("average"):
             adds = apply_edits(bucket, oldest.kept)
-            received = ReceivedShards(parts, self.collectives.divisor(exchange.full.dtype), own)
-            self._average(bucket, received, oldest.square_sums, add=adds)
+            self._average(bucket, oldest.received, oldest.square_sums, add=adds)
         self._staging.give_back(oldest.staging)
         return True
 

@@ -31,6 +31,7 @@ class Registration:
     replicas: Replicas  # of all parameters
     layers: Layers  # of all parameters
     owner_mask: Tensor  # [L] fp64, of all parameters
+    steps: Tensor  # [P] fp64, of all parameters; steps add to it in place
 
     def of_plain(self) -> "Registration":
         """For a source that reads plain parameters' gradients only."""

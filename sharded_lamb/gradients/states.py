@@ -12,6 +12,7 @@ from torch import Tensor
 from sharded_lamb.comm.pending import Pending
 from sharded_lamb.gradients.attached import AttachedGradients, Kept
 from sharded_lamb.gradients.exchange import Staging
+from sharded_lamb.kernels import ReceivedShards
 
 
 class ReducerState(Enum):
@@ -60,7 +61,7 @@ class InFlight:
     grads: list[Tensor | None]  # sent from their own memory, so they must stay alive
     kept: list[Kept]  # of the bucket's parameters, when it was launched
     square_sums: Tensor  # of its round
-    total: Tensor | None = None  # [1, n] summed over replicas, once ``pending`` is that sum
+    received: ReceivedShards | None = None  # once ``pending`` is the sum over replicas, that sum
 
 
 @dataclass(slots=True)

@@ -40,26 +40,30 @@ NO_SIGN = 0x7FFFFFFF
 
 
 def random_bits(moment: Tensor, salt: Tensor) -> Tensor:
-    """[…] int64 < 2³²: a hash of float32 bits. ``moment``: the first, not rounded; ``salt`` broadcasts: the step.
+    """[…] int32, all bits of which are random: a hash of float32 bits.
 
-    The factors are those of "lowbias32" (Wellons, nullprogram.com/blog/2018/07/31), and the golden ratio.
+    ``moment``: the first, not rounded, or any other number; ``salt`` broadcasts to it: the step. The factors are those
+    of "lowbias32" (Wellons, nullprogram.com/blog/2018/07/31), and the golden ratio; products wrap around.
     """
-    hashed = _wrapped((_bits(moment) ^ _wrapped(_bits(salt) * 0x9E3779B1)) * 0x21F0AAAD)
-    hashed = _wrapped((hashed ^ hashed >> 15) * 0xD35A2D97)
-    return hashed ^ hashed >> 15
+    hashed = _bits(moment) ^ (_bits(salt) * _signed(0x9E3779B1))
+    for factor in (0x21F0AAAD, 0xD35A2D97):
+        hashed.mul_(_signed(factor))
+        hashed ^= (hashed >> 15).bitwise_and_(0x1FFFF)
+    return hashed
 
 
 def random_halves(random: Tensor) -> tuple[Tensor, Tensor]:
     """The integers below 2¹⁹ that round a first and a second moment."""
-    return random & 0x7FFFF, random >> 13
+    return random & 0x7FFFF, (random >> 13) & 0x7FFFF
 
 
 def _bits(values: Tensor) -> Tensor:
-    return _wrapped(values.to(torch.float32).contiguous().view(torch.int32).to(torch.int64))
+    return values.to(torch.float32).contiguous().view(torch.int32)
 
 
-def _wrapped(values: Tensor) -> Tensor:
-    return values & 0xFFFFFFFF
+def _signed(factor: int) -> int:
+    """The int32 with the bits of a number below 2³²."""
+    return factor - (1 << 32) if factor >> 31 else factor
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,6 +167,7 @@ class RegisteringOptimizer(JoinableOptimizer):
                 replicas=store.replicas(),
                 layers=store.layers,
                 owner_mask=store.owner_mask,
+                steps=store.step,
             )
         )
         self._refresh_state()

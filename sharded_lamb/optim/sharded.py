@@ -84,7 +84,11 @@ class ShardedLamb(AveragingOptimizer):
             float64 masters and moments.) torch.int8: 8 bits, with a scale for 256 elements
             (`sharded_lamb.kernels.block_codes`). A parameter group's ``state_dtype`` counts for its parameters.
         reduce_dtype: dtype of gradients on the wire in stage 2; None: the parameters' dtype. NCCL sums in it, and
-            averages 16-bit gradients; on gloo sums are fp32.
+            averages 16-bit gradients; on gloo sums are fp32. A narrower one than the parameters', torch.bfloat16 or
+            torch.float8_e4m3fn with a power of two per 256 elements, rounds every rank's gradient, the owner's and a
+            single rank's too; the owner sums in fp32 and in rank order on every backend
+            (`sharded_lamb.gradients.compressed`). A non-finite element stays non-finite, and changes no other. Refused
+            in stage 1 and for DTensors, whose gradients DistributedDataParallel and FSDP2 reduce.
         overlap: stage 2: reduce buckets as backward fills them; False: all at the end of backward.
         skip_nonfinite: a non-finite gradient on any rank skips the step on every rank, which changes nothing. (Stage 1:
             a non-finite averaged gradient; each rank checks its own slices of it.)

@@ -168,7 +168,7 @@ def measure(
         bucket_mb=choices.bucket_mb,
         master_dtype=choices.master_dtype,
         state_dtype=choices.state_dtype,
-        reduce_dtype=choices.reduce_dtype,
+        reduce_dtype=choices.reduce_dtype if sharding.stage == 2 else None,
         gather_dtype=choices.gather_dtype,
         store_param_remainders=choices.store_param_remainders,
         overlap=choices.overlap,

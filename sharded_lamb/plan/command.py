@@ -64,7 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--dtype", choices=_DTYPES, default="float32", help="dtype of the parameters")
     memory.add_argument("--master-dtype", choices=_DTYPES, default="float32")
     memory.add_argument("--state-dtype", choices=[*_DTYPES, "int8"], default="float32")
-    memory.add_argument("--reduce-dtype", choices=_DTYPES, help="default: the parameters'")
+    memory.add_argument(
+        "--reduce-dtype",
+        choices=[*_DTYPES, "float8_e4m3fn"],
+        help="dtype in which gradients travel in stages 2 and 3; default: the parameters'",
+    )
     memory.add_argument(
         "--gather-dtype",
         choices=sorted(GATHER_DTYPES),
@@ -225,6 +229,8 @@ def _described(parameters: Shapes, choices: Choices) -> str:
         if precision.gather is None
         else f", gathered as {str(choices.gather_dtype).removeprefix('torch.')}"
     )
+    if precision.reduce is not None:
+        gather += f", reduced as {str(choices.reduce_dtype).removeprefix('torch.')}"
     return (
         f"{len(parameters):,} tensors, {sum(map(prod, parameters.values())):,} elements, {names[0]} with {names[1]} "
         f"masters{remainders} and {precision.moments[0].name} moments{gather}, buckets of {choices.bucket_mb:g} MiB"

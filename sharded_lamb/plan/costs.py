@@ -152,8 +152,8 @@ def _around_chunks(
     sends = {
         "fsdp_all_gather": [numel * others * widths.model for numel in units],  # for forward
         "fsdp_all_gather_again": [numel * others * widths.model for numel in units],  # for backward
-        "fsdp_reduce_scatter": [numel * others * widths.wire for numel in units],
-        "fsdp_all_reduce": [numel * widths.wire for numel in units if sharding.replicate > 1],
+        "fsdp_reduce_scatter": [int(numel * others * widths.wire) for numel in units],
+        "fsdp_all_reduce": [int(numel * widths.wire) for numel in units if sharding.replicate > 1],
     }
     return {name: sizes for name, sizes in sends.items() if sum(sizes)}
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from sharded_lamb.kernels.formats import FLOATS
 from sharded_lamb.sharding.buckets import Precision
 from sharded_lamb.sharding.shard_plan import remainder_bits
 
@@ -55,6 +56,9 @@ class Choices:
 
     def of_stage(self, stage: int) -> "Choices":
         """These options without those that a stage does not have."""
+        encodes = self.precision.reduce is not None  # fully_shard reduces in any dtype but those of 8 bits
+        if encodes and (stage == 1 or (stage == 3 and self.reduce_dtype not in FLOATS)):
+            self = replace(self, reduce_dtype=None)
         return replace(self, gather_dtype=None) if stage == 3 else self
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from sharded_lamb.comm.wire_formats import WireFormat, of_gather
+from sharded_lamb.comm.wire_formats import WireFormat, of_gather, of_reduce
 from sharded_lamb.core.footprint import Widths
 from sharded_lamb.core.layers import Layers, Sources, repeated
 from sharded_lamb.core.layout import BLOCK, Bucket, Segment
@@ -36,11 +36,12 @@ class Precision:
     model: torch.dtype
     masters: StateFormat | None  # None: steps update the parameters' own memory
     moments: Moments
-    wire: torch.dtype
+    wire: torch.dtype  # of gradients, unless ``reduce`` encodes them
     compute: torch.dtype
     averages: bool = False  # whether an average of the weights is kept, in the compute dtype
     second_moment: bool = True
     gather: WireFormat | None = None  # of updated parameters; None: they travel as they are
+    reduce: WireFormat | None = None  # of gradients; None: they travel as ``wire``
 
     @staticmethod
     def of(
@@ -73,6 +74,7 @@ class Precision:
             averages,
             second_moment,
             wire_format,
+            of_reduce(reduce, model),
         )
 
     @property
@@ -83,10 +85,13 @@ class Precision:
             model=self.model.itemsize,
             master=masters.storage.itemsize if masters else 0,
             state=self.moments[0].block_bytes / BLOCK,
-            wire=self.wire.itemsize,
+            wire=self.wire.itemsize
+            if self.reduce is None
+            else self.reduce.row * self.reduce.storage.itemsize / BLOCK,
             compute=self.compute.itemsize,
             beside_weight=masters is not None and masters.beside_weight,
             message=None if self.gather is None else self.gather.row * self.gather.storage.itemsize,
+            coded=self.reduce is not None,
         )
 
 

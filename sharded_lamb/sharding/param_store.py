@@ -96,6 +96,7 @@ class ParamStore:
         for name, p, group in new:
             self.settings.check_master(name, p.dtype)
             self.settings.check_gather(name, p)
+            self.settings.check_reduce(name, p)
             check_blocks(name, p, self.ratio_blocks)
             check_coded_blocks(name, p, self.ratio_blocks, self.settings.of_group(group).precision(p.dtype))
         release_claims(new, self._optimizer())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sharded_lamb import kernels
 from sharded_lamb.comm.topology import Topology
-from sharded_lamb.comm.wire_formats import check_gather_dtype
+from sharded_lamb.comm.wire_formats import check_gather_dtype, of_reduce
 from sharded_lamb.core.hyperparams import flag, integer, number
 from sharded_lamb.core.layout import Bucket, ShardLayout, plan_buckets
 from sharded_lamb.core.parameters import NamedParameter, check_parameter
@@ -35,6 +35,7 @@ _stores: "weakref.WeakSet[Any]" = weakref.WeakSet()
 _STAGE = "1 (gradients are averaged already) or 2 (gradients are reduced here)"
 _REMAINDERS = "False, True (16 bits of each master), or 8 (of 24-bit masters)"
 _FLAGS = ("overlap", "skip_nonfinite")
+REDUCE_DTYPES = (*FLOATS, torch.float8_e4m3fn)
 
 
 def remainder_bits(value: Any) -> int:
@@ -84,7 +85,8 @@ class Settings:
         if self.kernel not in kernels.NAMES:
             raise ValueError(f"kernel must be one of {kernels.NAMES}, got {self.kernel!r}")
         for name in ("master_dtype", "state_dtype", "reduce_dtype"):
-            dtype, known = getattr(self, name), STATE_DTYPES if name == "state_dtype" else FLOATS
+            dtype = getattr(self, name)
+            known = {"state_dtype": STATE_DTYPES, "reduce_dtype": REDUCE_DTYPES}.get(name, FLOATS)
             is_known = isinstance(dtype, torch.dtype) and dtype in known
             if not is_known and not (name == "reduce_dtype" and dtype is None):
                 raise ValueError(f"{name} must be one of {[str(x) for x in known]}, got {dtype!r}")
@@ -129,6 +131,21 @@ class Settings:
                 f"gather_dtype={self.gather_dtype} with parameter {name!r}, a DTensor: FSDP2 gathers it, in the "
                 f"param_dtype of fully_shard(…, mp_policy=MixedPrecisionPolicy(…)). Omit gather_dtype"
             )
+
+    def check_reduce(self, name: str, p: Tensor) -> None:
+        """Raises ValueError for parameter ``p`` whose gradients ``reduce_dtype`` would encode, and others reduce."""
+        if of_reduce(self.reduce_dtype, p.dtype) is None or (self.stage == 2 and not is_dtensor(p)):
+            return
+        reason = (
+            "a DTensor: FSDP2 reduces its gradients, in the reduce_dtype of fully_shard(…, "
+            "mp_policy=MixedPrecisionPolicy(…))"
+            if is_dtensor(p)
+            else "in stage 1: DistributedDataParallel reduces its gradients, and compresses them by "
+            "model.register_comm_hook(None, default_hooks.bf16_compress_hook)"
+        )
+        raise ValueError(
+            f"reduce_dtype={self.reduce_dtype} with parameter {name!r}, {reason}. Omit reduce_dtype"
+        )
 
     def described(self) -> dict[str, Any]:
         """JSON-serializable, for the comparison over ranks."""
