@@ -154,19 +154,26 @@ def test_the_published_settings_of_bert_large() -> None:
 
 
 def test_formats_of_state_and_gathers_reach_the_optimizer(tree: dict[str, Any]) -> None:
-    config = build_config(tree, ["optimizer.state_dtype=int8", "optimizer.gather_dtype=bfloat16"])
+    formats = ["optimizer.state_dtype=int8", "optimizer.gather_dtype=bfloat16"]
+    config = build_config(tree, [*formats, "optimizer.reduce_dtype=float8_e4m3fn"])
     model = torch.nn.Linear(3, 2)
     with mock.patch.object(optim, "parameters_to_train", torch.nn.Module.named_parameters):
         optimizer = optim.build_optimizer(config, model, 2)
     assert optimizer.memory()["moments"] == 2 * 2 * 260
     assert optimizer.gather_dtype == torch.bfloat16
+    assert optimizer._settings.reduce_dtype == torch.float8_e4m3fn
     optimizer.close()
 
 
 def test_formats_are_not_deepspeeds_and_runs_without_them_keep_their_digest(tree: dict[str, Any]) -> None:
     plain = build_config(tree, [])
-    assert not {"state_dtype", "gather_dtype"} & plain.trained_settings()["optimizer"].keys()
+    assert not {"state_dtype", "gather_dtype", "reduce_dtype"} & plain.trained_settings()["optimizer"].keys()
     for override in ("optimizer.state_dtype=int8", "optimizer.gather_dtype=bfloat16"):
         assert build_config(tree, [override]).digest() != plain.digest()
         with pytest.raises(ValueError, match="with parallel: deepspeed, which stores and gathers by itself"):
             build_config(tree, [override, "parallel=deepspeed"])
+    override = "optimizer.reduce_dtype=bfloat16"
+    assert build_config(tree, [override]).digest() != plain.digest()
+    for parallel in ("deepspeed", "fsdp2", "ddp+zero1"):
+        with pytest.raises(ValueError, match=r"null with parallel: .*, where gradients are reduced outside"):
+            build_config(tree, [override, f"parallel={parallel}"])

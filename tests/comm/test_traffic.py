@@ -183,6 +183,18 @@ def test_compressed_gathers_send_half_or_257_bytes_for_1024(
         assert set(+report.seen.calls) == {"all_reduce", "isend", "irecv"}
 
 
+@pairs(reduce=[torch.bfloat16, torch.float8_e4m3fn], world=[2, 3])
+def test_compressed_reductions_send_half_or_257_bytes_for_1024(reduce: torch.dtype, world: int) -> None:
+    case = case_of(MIXED_SIZES, 2)
+    case = replace(case, settings={**case.settings, "reduce_dtype": reduce})
+    blocks = sum(buckets_of(MIXED_SIZES, 4, 0.01, world)) // BLOCK * (world - 1) // world * STEPS
+    sent = blocks * (2 * BLOCK if reduce == torch.bfloat16 else BLOCK + 1)
+    for report in run_ranks(world, _steps, case, world):
+        assert report.bytes["reduce_scatter"] == sent
+        assert report.seen.sent["isend"] == sent + blocks * 4 * BLOCK
+        assert set(+report.seen.calls) == {"all_reduce", "isend", "irecv"}
+
+
 def _nothing_to_send(rank: int, stage: int) -> tuple[Counter[str], int]:
     with spied() as seen:
         group = dist.new_group([dist.get_rank()])

@@ -1,13 +1,14 @@
-"""The encodings of parameters against a float64 oracle, at the edges of their ranges."""
+"""The encodings of messages against a float64 oracle, at the edges of their ranges."""
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from sharded_lamb.comm.wire_formats import of_gather
+from sharded_lamb.comm.wire_formats import ScaledFloat8, of_gather, of_reduce
 from sharded_lamb.core.layout import BLOCK
-from tests.comm.wire_oracle import received
+from sharded_lamb.kernels.block_codes import random_bits
+from tests.comm.wire_oracle import contribution, received
 from tests.training import draw
 
 FP8 = torch.float8_e4m3fn
@@ -80,6 +81,42 @@ def test_non_finite_weights_stay_non_finite_and_change_no_other(
     others = np.setdiff1d(np.arange(BLOCK), places)
     assert not after[0, places].isfinite().any()
     assert torch.equal(after[0, others], before[0, others])
+
+
+def by_chance(values: Tensor, step: int) -> Tensor:
+    format = ScaledFloat8()
+    random = random_bits(values, torch.full((len(values), 1), float(step)))
+    return format.decode(format.encode(values, random), torch.float32)
+
+
+def test_gradients_are_rounded_to_a_neighboring_code_by_a_hash() -> None:
+    values = blocks()
+    for step in (0, 1, 70000):
+        expected = torch.from_numpy(contribution(values, FP8, step)).float().view(values.shape)
+        assert torch.equal(by_chance(values, step).nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_rounding_by_chance_has_the_stated_bound_and_the_right_mean() -> None:
+    """One huge element leaves the others of its block an error of 2⁻¹⁶ of it, in a single step, and none on average."""
+    values = blocks()
+    values = values[(values.abs().amax(1) < 1e38) & values.isfinite().all(1)]
+    magnitude = values.double().abs()
+    top = magnitude.amax(1, keepdim=True)
+    bound = torch.maximum(magnitude / 8, torch.clamp(top * 2.0**-16, min=2.0**-135))
+    steps, total = 400, torch.zeros_like(magnitude)
+    for step in range(steps):
+        gap = by_chance(values, step).double() - values.double()
+        assert bool((gap.abs() < bound).all())
+        total += gap
+    assert bool(((total / steps).abs() <= 5.5 * bound / 2 / steps**0.5 + top * 2.0**-37).all())
+
+
+def test_gradients_that_would_not_shrink_are_not_encoded() -> None:
+    assert of_reduce(None, torch.float32) is None
+    assert of_reduce(torch.float16, torch.float32) is None  # a dtype that libraries reduce
+    for model in (torch.bfloat16, torch.float16):
+        assert of_reduce(torch.bfloat16, model) is None
+        assert of_reduce(FP8, model) == ScaledFloat8()
 
 
 def test_parameters_that_would_not_shrink_travel_as_they_are() -> None:

@@ -89,6 +89,7 @@ def construct(rank: int, config: dict[str, Any]) -> str:
     [
         ({"amsgrad": True}, "ValueError: amsgrad=True"),
         ({"gather_dtype": "bfloat16"}, "ValueError: gather_dtype='bfloat16': under DeepSpeed ZeRO gathers"),
+        ({"reduce_dtype": "bfloat16"}, "ValueError: reduce_dtype='bfloat16': under DeepSpeed ZeRO reduces"),
         ({"state_dtype": "int8"}, "ValueError: state_dtype='int8': under DeepSpeed ZeRO splits, offloads"),
         (
             {"store_param_remainders": 8},

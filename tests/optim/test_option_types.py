@@ -187,6 +187,8 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
         {"gather_dtype": torch.float16},
         r"gather_dtype must be one of None, torch\.bfloat16, .*float16 lacks float32's range",
     ),
+    ({"reduce_dtype": torch.float8_e5m2}, r"reduce_dtype must be one of .*float8_e4m3fn"),
+    ({"reduce_dtype": "bfloat16"}, r"reduce_dtype must be one of .*, got 'bfloat16'"),
     ({"gather_dtype": torch.int8}, r"gather_dtype must be one of .*torch\.int8: .*scale"),
     ({"gather_dtype": "bfloat16"}, r"gather_dtype must be one of .*, got 'bfloat16'"),
     (

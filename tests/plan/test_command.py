@@ -97,6 +97,7 @@ def test_options_reach_the_prediction(tmp_path: Path) -> None:
         ("--dtype", "bfloat16", "--master-dtype", "bfloat16"): "memory_bytes",
         ("--state-dtype", "bfloat16"): "memory_bytes",
         ("--reduce-dtype", "bfloat16"): "wire_bytes",
+        ("--reduce-dtype", "float8_e4m3fn"): "wire_bytes",
         ("--gather-dtype", "float8_e4m3fn"): "wire_bytes",
         ("--bucket-mb", "8"): "calls",
         ("--backend", "gloo"): "memory_bytes",

@@ -114,6 +114,25 @@ def test_remainders_are_half_of_the_masters_and_nothing_else(sharding: Sharding)
     assert (split.wire, split.calls) == (whole.wire, whole.calls)
 
 
+@pytest.mark.parametrize(("reduce", "block"), [(torch.bfloat16, 512), (torch.float8_e4m3fn, 257)], ids=str)
+def test_compressed_reductions_of_bert_large(reduce: torch.dtype, block: int) -> None:
+    """Fewer bytes on the wire and in staging in stage 2; in the others not the optimizer's."""
+    results = shapes.named("bert-large")
+    for stage in (1, 2, 3):
+        plain, packed = (
+            costs(results, Choices(reduce_dtype=chosen, sums_here=True), Sharding(stage, 8))
+            for chosen in (None, reduce)
+        )
+        assert packed.calls == plain.calls
+        if stage != 2:
+            assert (packed.wire, packed.memory) == (plain.wire, plain.memory)
+            continue
+        for name in ("wire", "memory"):
+            kind = "reduce_scatter" if name == "wire" else "staging"
+            whole, part = getattr(plain, name), getattr(packed, name)
+            assert part == {**whole, kind: whole[kind] * block // 1024}
+
+
 @pytest.mark.parametrize(("gather", "block"), [(torch.bfloat16, 512), (torch.float8_e4m3fn, 257)], ids=str)
 def test_compressed_gathers_of_bert_large(gather: torch.dtype, block: int) -> None:
     """Fewer bytes, and masters beside float32 weights; nothing in stage 3, where fully_shard gathers."""

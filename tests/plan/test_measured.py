@@ -99,7 +99,7 @@ def held_and_sent(rank: int, stage: int, choices: Choices) -> tuple[dict[str, in
 @pytest.mark.parametrize("name", CHOICES)
 @pytest.mark.parametrize("stage", [1, 2])
 def test_tensors_that_exist_and_calls_of_torch_agree(stage: int, name: str) -> None:
-    choices = CHOICES[name]
+    choices = CHOICES[name].of_stage(stage)
     predicted = costs(UGLY, choices, Sharding(stage, 2))
     # Parameters lie in the buckets' flat memory, which is one of the new tensors.
     expected = predicted.total_memory - predicted.memory["gradients"]
