@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="of updated parameters on the link",
     )
+    parser.add_argument(
+        "--reduce-dtype", choices=("none", *GATHER_DTYPES), default="none", help="of gradients on the link"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns of every configuration")
     parser.add_argument("--iterations", type=int, default=4, help="of a turn")
     parser.add_argument("--seed", type=int, default=0)

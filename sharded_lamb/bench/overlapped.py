@@ -41,6 +41,7 @@ class Work:
     iterations: int
     seed: int
     gather_dtype: str = "none"  # or one of `GATHER_DTYPES`
+    reduce_dtype: str = "none"  # likewise
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "vocabulary", "batch", "sequence", "rounds", "iterations"):
@@ -86,6 +87,7 @@ class Configured:
             overlap=name != "none",
             max_grad_norm=1.0,
             gather_dtype=GATHER_DTYPES.get(work.gather_dtype),
+            reduce_dtype=GATHER_DTYPES.get(work.reduce_dtype),
         )
         if name == "both":
             self.optimizer.overlap_forward(self.model)
