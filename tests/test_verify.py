@@ -20,7 +20,8 @@ from sharded_lamb.comm.step_agreement import StepAgreement
 from sharded_lamb.comm.wire_formats import ScaledFloat8
 from sharded_lamb.core import rule
 from sharded_lamb.core.layout import Bucket, Segment
-from sharded_lamb.kernels import ScatteredShard
+from sharded_lamb.gradients.compressed import CompressedExchange
+from sharded_lamb.kernels import ReceivedShards, ScatteredShard
 from sharded_lamb.kernels.block_codes import BlockFormat
 from sharded_lamb.kernels.native import CppKernel
 from sharded_lamb.sharding.buckets import GradientsInPlace
@@ -149,6 +150,30 @@ def test_fails_on_a_wrong_scale_on_the_wire() -> None:
     for passed, text, _ in run_ranks(2, verify_gathered, torch.float8_e4m3fn, "float32", True):
         assert not passed
         assert "is not its rounded master" in text
+
+
+def verify_reduced(rank: int, reduce: torch.dtype, dtype: str, spoils: bool) -> Verdict:
+    """``spoils``: 8 elements of every shard are 2⁻⁸ too large, as much as bfloat16 rounds."""
+    received = CompressedExchange.received
+
+    def spoiled(self: CompressedExchange, grads: Any) -> ReceivedShards:
+        shards = received(self, grads)
+        shards.parts[:, :8] *= 1 + 2.0**-8
+        return shards
+
+    with mock.patch.object(CompressedExchange, "received", spoiled if spoils else received):
+        return verdict(
+            verify(shapes.named("tiny"), steps=3, bucket_mb=0.02, dtype=DTYPES[dtype], reduce_dtype=reduce)
+        )
+
+
+@pytest.mark.parametrize(
+    ("reduce", "dtype"), [(torch.bfloat16, "float32"), (torch.float8_e4m3fn, "bfloat16")], ids=str
+)
+def test_compares_compressed_reductions(reduce: torch.dtype, dtype: str) -> None:
+    for passed, text, _ in run_ranks(2, verify_reduced, reduce, dtype, False):
+        assert passed, text
+    assert not any(passed for passed, _, _ in run_ranks(2, verify_reduced, reduce, dtype, True))
 
 
 def verify_model(rank: int) -> Verdict:

@@ -54,7 +54,7 @@ class Cast:
 
     storage: torch.dtype
     row: int = BLOCK
-    rounds_randomly: bool = False  # the bias of 8 bits does not show
+    rounds_randomly: bool = False  # always to nearest: no measurement shows the error of 8 significant bits
 
     def encode(self, values: Tensor, random: Tensor | None = None) -> Tensor:
         """See `WireFormat`."""

@@ -24,7 +24,10 @@ from sharded_lamb.sharding.buckets import FlatBucket, flattened
 
 
 class CompressedExchange:
-    """An `Exchange` of one message from each rank to each other one, point to point."""
+    """An `Exchange` of one message from each rank to each other one, point to point.
+
+    Beside the messages it needs one decoded sum, [shard] compute dtype, until that is averaged.
+    """
 
     reads_gradients = False
 

@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gather-dtype", choices=sorted(GATHER_DTYPES), help="of updated parameters on the wire"
     )
+    parser.add_argument(
+        "--reduce-dtype", choices=sorted(GATHER_DTYPES), help="of gradients on the wire, in stage 2"
+    )
     parser.add_argument("--device", help=devices.OF_HERE)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--bucket-mb", type=float, default=32)
@@ -66,6 +69,7 @@ def run(chosen: argparse.Namespace, device: torch.device) -> int:
         variant=chosen.variant,
         state_dtype=chosen.state_dtype,
         gather_dtype=GATHER_DTYPES.get(chosen.gather_dtype),
+        reduce_dtype=GATHER_DTYPES.get(chosen.reduce_dtype),
     )
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(report)

@@ -9,11 +9,16 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from sharded_lamb.comm.collectives import Traffic
 from sharded_lamb.comm.progress import with_progress
+from sharded_lamb.comm.wire_formats import of_reduce
 from sharded_lamb.core.host_values import as_tensor
+from sharded_lamb.core.layout import BLOCK
+from sharded_lamb.kernels.block_codes import random_bits
 from sharded_lamb.optim.sharded import ShardedLamb
+from sharded_lamb.sharding.buckets import flattened, memory_strides
 from sharded_lamb.verify.reference import Reference, relative
 
 TOLERANCE = 2e-6
@@ -97,6 +102,7 @@ def verify(
     variant: Literal["lamb", "lans", "lars"] = "lamb",
     state_dtype: Literal["float32", "bfloat16", "int8"] = "float32",
     gather_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
 ) -> Report:
     """Run ``steps`` steps on synthetic gradients and compare with the reference. Collective over the default group.
 
@@ -107,12 +113,13 @@ def verify(
         variant: of the optimizer and the reference.
         state_dtype: of the moments, see `STATE_DTYPES`; with "lars" float32.
         gather_dtype: of `ShardedLamb`: masters are compared with the reference, and weights with masters.
+        reduce_dtype: of `ShardedLamb`; None: float32. The reference averages gradients that are rounded likewise.
 
     Returns:
         A report with the same verdict on every rank. A ValueError or RuntimeError of the optimizer is one of its
         problems.
     """
-    comparison = _Comparison(parameters, dtype, torch.device(device), seed, gather_dtype)
+    comparison = _Comparison(parameters, dtype, torch.device(device), seed, gather_dtype, reduce_dtype)
     if variant == "lars" and state_dtype != "float32":
         raise ValueError(f"state_dtype={state_dtype!r} is compared with lamb and lans only")
     setting = (
@@ -137,10 +144,12 @@ class _Comparison:
         device: torch.device,
         seed: int,
         gather_dtype: torch.dtype | None,
+        reduce_dtype: torch.dtype | None,
     ) -> None:
         distributed = dist.is_available() and dist.is_initialized()
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         self.seed, self.device, self.gather_dtype = seed, device, gather_dtype
+        self.reduce_dtype = reduce_dtype or torch.float32
         if isinstance(parameters, nn.Module):
             named = dict(parameters.to(device, dtype).named_parameters())
         else:
@@ -157,21 +166,34 @@ class _Comparison:
         return torch.randn(shape, generator=generator, device="cpu") * 10.0 ** (-(index % 4))
 
     def gradient(self, step: int, rank: int, index: int) -> Tensor:
-        """The gradient of ``rank``, in the parameter's shape and dtype, on the CPU.
+        """The gradient of ``rank``, in the parameter's shape, strides and dtype, on the CPU.
 
         Signs stay over steps, with noise on top: if a moment of a small tensor cancels to nothing, its ratio is
         ill-conditioned, which says nothing about the optimizer.
         """
-        shape = tuple(self.params[index].shape)
+        p = self.params[index]
+        shape = tuple(p.shape)
         scale = 10.0 ** (-(index % 4))
         noise = self._random(f"gradient {step} {rank}", index, shape)
         signs = self._random("signs", index, shape).sign()
-        return (signs * (scale + 0.2 * noise)).to(self.params[index].dtype)
+        grad = torch.empty_strided(shape, memory_strides(p), dtype=p.dtype, device="cpu")
+        return grad.copy_(signs * (scale + 0.2 * noise))
 
     def averaged(self, step: int, index: int) -> Tensor:
-        """The mean of `gradient` over ranks, fp64."""
-        total = sum(self.gradient(step, rank, index).double() for rank in range(self.world_size))
+        """The mean of `gradient` over ranks, as they travel, fp64."""
+        total = sum(self._sent(self.gradient(step, rank, index), step) for rank in range(self.world_size))
         return as_tensor(total) / self.world_size
+
+    def _sent(self, grad: Tensor, step: int) -> Tensor:
+        """``grad``, of a parameter that has had ``step`` steps, as its owner reads it: fp64."""
+        format = of_reduce(self.reduce_dtype, grad.dtype)
+        if format is None:
+            return grad.double()
+        strides = memory_strides(grad)
+        flat = flattened(grad, strides).float()
+        blocks, salt = pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK), as_tensor(float(step))
+        read = format.decode(format.encode(blocks, random_bits(blocks, salt)), torch.float32)
+        return read.flatten()[: len(flat)].as_strided(grad.shape, strides).double()
 
     def give_gradients(self, step: int, stage: int) -> None:
         """Stage 1: set ``.grad`` to the averages. Stage 2: run a backward that yields this rank's gradients."""
@@ -204,7 +226,7 @@ class _Comparison:
             stage=stage,
             bucket_mb=bucket_mb,
             max_grad_norm=max_grad_norm,
-            reduce_dtype=torch.float32,
+            reduce_dtype=self.reduce_dtype,
             state_dtype=stored_dtype,
             gather_dtype=self.gather_dtype,
         )
