@@ -154,7 +154,7 @@ def of_gather(gather_dtype: torch.dtype | None, model: torch.dtype) -> WireForma
 
 
 def of_reduce(reduce_dtype: torch.dtype | None, model: torch.dtype) -> WireFormat | None:
-    """The format of gradients of parameters of dtype ``model``; None: they travel in a dtype, and sums may too."""
+    """The format of gradients of parameters of dtype ``model``; None: they are not encoded."""
     if reduce_dtype not in _FORMATS or model.itemsize <= reduce_dtype.itemsize:
         return None
     return _FORMATS[reduce_dtype]
