@@ -17,30 +17,50 @@ _FLASH_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of T tokens, the shortest first."""
+    """The documents of T tokens, the shortest first; in a mixture, bidirectional ones before causal ones."""
 
     offsets: Tensor  # [D + 1] int32: each document's first token, then T
     groups: tuple[tuple[int, int], ...]  # (documents, their length), by length
     limit: int  # no document is longer
     are_full: bool  # every document has `limit` tokens
     has_varlen: bool = False  # the device runs flash attention over documents of any lengths
+    is_causal: bool = False  # a token attends to itself and those before it, else to all of its document
+    parts: tuple[Documents, ...] = ()  # of a mixture: the bidirectional documents, the causal ones
 
     @staticmethod
-    def of(lengths: NDArray[np.int64], limit: int) -> Documents:
-        """``lengths``: [D], ascending."""
+    def of(lengths: NDArray[np.int64], limit: int, causal: int = 0) -> Documents:
+        """``lengths``: [D], ascending; the last ``causal`` of them, which are causal, apart from the others."""
+        parts: tuple[Documents, ...] = ()
+        if 0 < causal < len(lengths):
+            own, others = lengths[: len(lengths) - causal], lengths[len(lengths) - causal :]
+            parts = Documents.of(own, limit), Documents.of(others, limit, causal)
+            groups = parts[0].groups + parts[1].groups
+        else:
+            each, counts = np.unique(lengths, return_counts=True)
+            groups = tuple(zip(counts.tolist(), each.tolist(), strict=True))
         offsets = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
-        each, counts = np.unique(lengths, return_counts=True)
-        groups = tuple(zip(counts.tolist(), each.tolist(), strict=True))
-        return Documents(offsets, groups, limit, are_full=int(lengths[0]) == limit)
+        full = all(length == limit for _, length in groups)
+        return Documents(offsets, groups, limit, full, is_causal=causal == len(lengths), parts=parts)
 
     @property
     def count(self) -> int:
         return sum(count for count, _ in self.groups)
 
     @property
+    def causal_count(self) -> int:
+        return self.parts[1].count if self.parts else self.count * self.is_causal
+
+    @property
+    def tokens(self) -> int:
+        return sum(count * length for count, length in self.groups)
+
+    @property
     def pairs(self) -> int:
-        """Pairs of tokens that attend to each other."""
-        return sum(count * length**2 for count, length in self.groups)
+        """Pairs of tokens of which the first attends to the second."""
+        if self.parts:
+            return sum(part.pairs for part in self.parts)
+        each = ((n, length * (length + 1) // 2 if self.is_causal else length**2) for n, length in self.groups)
+        return sum(count * pairs for count, pairs in each)
 
     def to(self, device: torch.device) -> Documents:
         has_varlen = (
@@ -48,10 +68,16 @@ class Documents:
             and torch.backends.cuda.is_flash_attention_available()
             and torch.cuda.get_device_capability(device) >= _FLASH_CAPABILITY
         )
-        return replace(self, offsets=self.offsets.to(device, non_blocking=True), has_varlen=has_varlen)
+        offsets, parts = (
+            self.offsets.to(device, non_blocking=True),
+            tuple(part.to(device) for part in self.parts),
+        )
+        return replace(self, offsets=offsets, has_varlen=has_varlen, parts=parts)
 
     def pinned(self) -> Documents:
-        return replace(self, offsets=self.offsets.pin_memory())
+        return replace(
+            self, offsets=self.offsets.pin_memory(), parts=tuple(part.pinned() for part in self.parts)
+        )
 
 
 class DocumentAttention(nn.Module):
@@ -87,9 +113,12 @@ class DocumentAttention(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: float) -> Tensor:
     """[T, heads, width] each → [T, heads, width]: attention inside each document."""
+    if documents.parts:
+        mixed: Tensor = by_part(q, k, v, documents, dropout)
+        return mixed
     if documents.are_full:
         q, k, v = (x.view(-1, documents.limit, *x.shape[1:]) for x in (q, k, v))
-        return _dense(q, k, v, dropout).flatten(0, 1)
+        return _dense(q, k, v, dropout, is_causal=documents.is_causal).flatten(0, 1)
     if documents.has_varlen and q.dtype in _FLASH_DTYPES and q.shape[2] % 8 == 0 and q.shape[2] <= 256:
         return varlen(q, k, v, documents, dropout)
     out: Tensor = by_length(q, k, v, documents, dropout)
@@ -100,16 +129,36 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: float
     # The operator under torch.nn.attention.varlen, which has no dropout.
     offsets, limit = documents.offsets, documents.limit
     out: Tensor = torch.ops.aten._flash_attention_forward(
-        q, k, v, offsets, offsets, limit, limit, dropout, is_causal=False, return_debug_mask=False
+        q,
+        k,
+        v,
+        offsets,
+        offsets,
+        limit,
+        limit,
+        dropout,
+        is_causal=documents.is_causal,
+        return_debug_mask=False,
     )[0]
     return out
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None) -> Tensor:
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None, *, is_causal: bool = False
+) -> Tensor:
     """[B, L, heads, width] each → [B, L, heads, width]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
     return out.transpose(1, 2).contiguous()
+
+
+# Outside of compiled graphs, which would be specialized to the number of tokens of each part.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def by_part(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: float) -> Tensor:
+    """`attend` over bidirectional and causal documents."""
+    sizes = [part.tokens for part in documents.parts]
+    cuts = zip(documents.parts, *(torch.split(x, sizes) for x in (q, k, v)), strict=True)
+    return torch.cat([attend(query, key, value, part, dropout) for part, query, key, value in cuts])
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -121,7 +170,7 @@ def by_length(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: fl
         documents.groups, *(torch.split(x, sizes) for x in (q, k, v)), strict=True
     ):
         query, key, value = (x.view(-1, length, *x.shape[1:]) for x in group)
-        parts.append(_dense(query, key, value, dropout).flatten(0, 1))
+        parts.append(_dense(query, key, value, dropout, is_causal=documents.is_causal).flatten(0, 1))
     return torch.cat(parts)
 
 

@@ -20,7 +20,7 @@ from sharded_lamb.bench import report
 from sharded_lamb.bench.timing import Spread, quotients
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.data import BatchSource, MicroBatch
-from sharded_lamb.bert.masking import Masker
+from sharded_lamb.bert.masking import masker_of, require_masked_only
 from sharded_lamb.bert.model import Losses, build_bert, hf_config, padded_vocabulary
 from sharded_lamb.bert.optim import sharded_backend
 from sharded_lamb.bert.prepare import prepare
@@ -73,7 +73,7 @@ class ReplacedLosses(Losses):
         else:
             hidden = self._hidden(batch)
             labels = torch.full_like(batch.tokens, IGNORED)
-            labels[batch.masked_positions] = batch.labels
+            labels[batch.output_positions] = batch.labels
         if not self._every:
             kept = (labels != IGNORED).nonzero()[:, 0]
             hidden, labels = hidden.index_select(0, kept), labels[kept]
@@ -199,8 +199,9 @@ def compare(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
         The content of trainer.json, which the first rank prints as a table and writes into the run folder.
 
     Raises:
-        ValueError: `data.nsp` is set, or the corpus gives no sample.
+        ValueError: `data.nsp` or `masking.causal_fraction` is set, or the corpus gives no sample.
     """
+    require_masked_only(config)
     if config.data.nsp:
         raise ValueError(
             "data.nsp=True: expected false, since the comparison is of masked language modelling"
@@ -243,9 +244,8 @@ def compare(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
 
 def _batches(config: RunConfig, folder: Path, vocabulary: Vocabulary, ranks: Ranks) -> list[list[Batch]]:
     """[step][rank], on this rank's device; the same on every rank."""
-    key, masking = key_of(config.seed, "trainer"), config.masking
-    cap = config.max_predictions(config.phases[0])
-    masker = Masker(vocabulary, masking.probability, cap, masking.whole_word, key)
+    key = key_of(config.seed, "trainer")
+    masker = masker_of(config, 0, vocabulary, key)
     source = BatchSource(PackedSamples(folder, "train"), vocabulary, masker, key)
     size = config.max_micro_batch(config.phases[0])
 

@@ -30,6 +30,7 @@ from sharded_lamb.recipes.training.settings import (
 )
 
 Auto = Literal["auto"]
+OpenFraction = Annotated[float, Field(gt=0, lt=1, description="a number in (0, 1)")]
 Parallel = Literal["zero2", "ddp+zero1", "fsdp2", "deepspeed"]
 
 
@@ -91,11 +92,21 @@ class DataConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class MaskingConfig:
-    """Dynamic masking: of `probability` of the tokens, 80 % become [MASK], 10 % a random piece, 10 % stay."""
+    """Dynamic masking: of `probability` of the tokens, 80 % become [MASK], 10 % a random piece, 10 % stay.
 
-    probability: Annotated[float, Field(gt=0, lt=1, description="a number in (0, 1)")] = 0.15
+    With a `causal_fraction`, GPT-BERT's two objectives (arXiv 2410.24159, section 2.1): every piece is predicted at the
+    position before it; in that share of the samples no piece is masked, all are predicted, and attention is causal.
+    """
+
+    probability: OpenFraction = 0.15
+    final_probability: OpenFraction | None = None  # reached linearly over all phases; null: `probability`
+    causal_fraction: Annotated[float, Field(ge=0, le=1, description="a number in [0, 1]")] | None = None
     whole_word: bool = False
     max_predictions: Positive | None = None  # cap for one sequence; null: probability x length, rounded up
+
+    @property
+    def last_probability(self) -> float:
+        return self.probability if self.final_probability is None else self.final_probability
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -255,6 +266,12 @@ class RunConfig:
                 phase.sequence_length,
                 f"at most model.max_positions={self.model.max_positions}",
             )
+        require(
+            self.masking.causal_fraction is None or not self.data.nsp,
+            "masking.causal_fraction",
+            self.masking.causal_fraction,
+            "null with data.nsp: true, whose pairs are bidirectional",
+        )
         for name in ("state_dtype", "gather_dtype"):
             value = getattr(self.optimizer, name)
             require(
@@ -272,8 +289,8 @@ class RunConfig:
 
     def max_predictions(self, phase: PhaseConfig) -> int:
         """Upper bound of masked positions in one sequence of `phase`."""
-        cap = phase.max_predictions or self.masking.max_predictions
-        return cap or math.ceil(self.masking.probability * phase.sequence_length)
+        cap, masking = phase.max_predictions or self.masking.max_predictions, self.masking
+        return cap or math.ceil(max(masking.probability, masking.last_probability) * phase.sequence_length)
 
     def max_micro_batch(self, phase: PhaseConfig) -> int:
         return phase.max_micro_batch or self.batch.max_micro_batch
@@ -295,9 +312,13 @@ class RunConfig:
         }
         kept["data"] = {k: v for k, v in kept["data"].items() if k not in ("prepared", "workers")}
         kept["optimizer"].pop("bucket_mb")
-        for name in ("state_dtype", "gather_dtype", "reduce_dtype"):  # runs before these have the same digest
+        # Runs before these settings have the same digest.
+        for name in ("state_dtype", "gather_dtype", "reduce_dtype"):
             if kept["optimizer"][name] == _STORAGE[name]:
                 kept["optimizer"].pop(name)
+        for name in ("final_probability", "causal_fraction"):
+            if kept["masking"][name] is None:
+                kept["masking"].pop(name)
         if self.optimizer.exclude_from_layer_adaptation == "variant":
             filled = VARIANTS[self.optimizer.variant]["exclude_from_layer_adaptation"]
             kept["optimizer"]["exclude_from_layer_adaptation"] = filled

@@ -24,15 +24,17 @@ from sharded_lamb.recipes.training.stateless_rng import I64, Permutation, draw, 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward's input: T tokens of documents that lie one after another, with M masked positions."""
+    """One forward's input: T tokens of documents that lie one after another, and M labels."""
 
     tokens: Tensor  # [T] int64
     segments: Tensor  # [T] int64: 0 in A, 1 in B
     positions: Tensor  # [T] int64: position inside its document
     documents: Documents  # attention stays inside each
-    masked_positions: Tensor  # [M] int64, into tokens
+    output_positions: Tensor  # [M] int64, into tokens: where labels are predicted
     labels: Tensor  # [M] int64
     follows: Tensor | None  # [D] int64: 0 if B follows A, 1 if it was replaced (Hugging Face's convention)
+    causal_labels: int  # the last labels, which are those of causal documents
+    causal_samples: int
 
     @staticmethod
     def of(
@@ -44,29 +46,37 @@ class MicroBatch:
         *,
         pad: int,
         cls: int,
+        is_causal: NDArray[np.bool_] | None = None,
     ) -> MicroBatch:
         """The documents of [B, L] ``rows``, each of which begins with ``cls``; ``pad`` is left out.
 
-        ``chosen``: the places to predict; ``masked``: the rows with masks; ``segments``: [B, L]; ``follows``: [B].
+        ``chosen``: the pieces to predict; ``masked``: the rows with masks; ``segments``: [B, L]; ``follows``: [B];
+        ``is_causal``: [B], in which case a piece is predicted at the position before it.
         """
         kept = np.flatnonzero(rows != pad)
         begins = np.flatnonzero(rows.ravel()[kept] == cls)
         lengths = np.diff(begins, append=len(kept))
-        order = np.argsort(lengths, kind="stable")
+        causal = (
+            np.zeros(len(begins), bool) if is_causal is None else is_causal[kept[begins] // rows.shape[1]]
+        )
+        order = np.lexsort((lengths, causal))  # stable
         places = np.concatenate([kept[begins[d] : begins[d] + lengths[d]] for d in order])
         ends = np.cumsum(lengths[order])
         positions = np.arange(len(kept)) - np.repeat(ends - lengths[order], lengths[order])
-        predicted = chosen.ravel()[places]
+        predicted = np.flatnonzero(chosen.ravel()[places])
+        first_causal = len(places) - lengths[causal].sum()
         return MicroBatch(
             tokens=torch.from_numpy(masked.ravel()[places]),
             segments=torch.from_numpy(
                 np.zeros_like(places) if segments is None else segments.ravel()[places]
             ),
             positions=torch.from_numpy(positions),
-            documents=Documents.of(lengths[order], rows.shape[1]),
-            masked_positions=torch.from_numpy(np.flatnonzero(predicted)),
+            documents=Documents.of(lengths[order], rows.shape[1], int(causal.sum())),
+            output_positions=torch.from_numpy(predicted if is_causal is None else predicted - 1),
             labels=torch.from_numpy(rows.ravel()[places][predicted]),
             follows=None if follows is None else torch.from_numpy(follows[order]),
+            causal_labels=int((predicted >= first_causal).sum()),
+            causal_samples=0 if is_causal is None else int(is_causal.sum()),
         )
 
     def pinned(self) -> MicroBatch:
@@ -91,9 +101,12 @@ class StepData:
     first_sample: int
     global_batch: int
     micro_batches: tuple[MicroBatch, ...]
-    predicted: int  # on this rank
-    tokens: int  # on this rank
-    pairs: int  # of tokens that attend to each other, on this rank
+    # On this rank:
+    predicted: int
+    causal: int  # predicted in causal documents
+    causal_samples: int
+    tokens: int
+    pairs: int  # of tokens of which the first attends to the second
 
 
 class BatchSource:
@@ -123,17 +136,17 @@ class BatchSource:
             out[here] = self._order(int(epoch))(offsets[here])
         return out
 
-    def micro_batch(self, indices: I64, *, shuffled: bool = True) -> MicroBatch:
-        """The samples with these global indices (`shuffled=False`: in the shards' own order)."""
+    def micro_batch(self, indices: I64, *, shuffled: bool = True, step: int = 0) -> MicroBatch:
+        """The samples with these global indices, masked as in ``step`` (`shuffled=False`: in the shards' own order)."""
         numbers = self.sample_numbers(indices) if shuffled else indices
         rows = self.samples.rows(numbers)
         follows = None
         if self.samples.manifest.nsp:
             rows, follows = self._next_sentences(rows, numbers, indices)
-        masked, chosen = self._masker(rows, indices)
+        masked, chosen = self._masker.at(step)(rows, indices)
         segments = None if follows is None else self._segments(rows)
-        vocabulary = self._vocabulary
-        return MicroBatch.of(rows, chosen, masked, segments, follows, pad=vocabulary.pad, cls=vocabulary.cls)
+        pad, cls, is_causal = self._vocabulary.pad, self._vocabulary.cls, self._masker.is_causal(indices)
+        return MicroBatch.of(rows, chosen, masked, segments, follows, pad=pad, cls=cls, is_causal=is_causal)
 
     def _segments(self, rows: I64) -> I64:
         is_sep = rows == self._vocabulary.sep
@@ -163,7 +176,7 @@ class BatchSource:
     def step(self, plan: BatchPlan, step: int, first: int, rank: int, *, pin: bool = False) -> StepData:
         """The data of `rank` in a step whose samples begin at `first`."""
         cuts = plan.step_plan(step, first, rank)
-        micro = tuple(self.micro_batch(np.arange(start, stop)) for start, stop in cuts.micro_batches)
+        micro = tuple(self.micro_batch(np.arange(a, b), step=step) for a, b in cuts.micro_batches)
         if pin:
             micro = tuple(one.pinned() for one in micro)
         return StepData(
@@ -172,6 +185,8 @@ class BatchSource:
             global_batch=cuts.global_batch,
             micro_batches=micro,
             predicted=sum(len(m.labels) for m in micro),
+            causal=sum(m.causal_labels for m in micro),
+            causal_samples=sum(m.causal_samples for m in micro),
             tokens=sum(len(m.tokens) for m in micro),
             pairs=sum(m.documents.pairs for m in micro),
         )

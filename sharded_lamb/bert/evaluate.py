@@ -15,11 +15,11 @@ from sharded_lamb.recipes.training.ranks import Ranks
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Means over the masked positions of the held-out split."""
+    """Means over the predictions in the held-out split."""
 
     loss: float
     accuracy: float
-    masked_positions: int
+    predictions: int
     nsp_accuracy: float | None
 
 
@@ -51,13 +51,19 @@ def held_out(
             if number < len(starts):
                 sums += [*out.double().tolist(), len(micro.labels), micro.documents.count]
     losses.train(was_training)
-    loss, _, right, pair_right, masked, documents = ranks.sum(sums.tolist())
-    nsp = pair_right / documents if source.samples.manifest.nsp else None
-    return HeldOut(loss / max(1, masked), right / max(1, masked), int(masked), nsp)
+    loss, other, right, other_right, predictions, documents = ranks.sum(sums.tolist())
+    nsp = None
+    if source.samples.manifest.nsp:
+        nsp = other_right / documents
+    else:  # causal documents
+        loss, right = loss + other, right + other_right
+    return HeldOut(loss / max(1, predictions), right / max(1, predictions), int(predictions), nsp)
 
 
-def fill_mask(bert: Any, tokenizer: Any, sentences: tuple[str, ...], top: int = 5) -> list[dict[str, Any]]:
-    """The `top` likeliest pieces for the first [MASK] of each sentence."""
+def fill_mask(
+    bert: Any, tokenizer: Any, sentences: tuple[str, ...], *, next_piece: bool, top: int = 5
+) -> list[dict[str, Any]]:
+    """The `top` likeliest pieces for the first [MASK] of each sentence; ``next_piece``: at the position before it."""
     results: list[dict[str, Any]] = []
     device = next(bert.parameters()).device
     was_training = bert.training
@@ -68,7 +74,7 @@ def fill_mask(bert: Any, tokenizer: Any, sentences: tuple[str, ...], top: int = 
         if not len(blanks):
             raise ValueError(f"log.fill_mask {sentence!r}: expected {tokenizer.mask_token} in it")
         with torch.no_grad():
-            hidden = bert.bert(input_ids=ids).last_hidden_state[0, blanks[0, 0]]
+            hidden = bert.bert(input_ids=ids).last_hidden_state[0, blanks[0, 0] - int(next_piece)]
             chances = bert.cls.predictions(hidden[None]).float()[0, : len(tokenizer)].softmax(0)
         values, pieces = chances.topk(top)
         guesses = [

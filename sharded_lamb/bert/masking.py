@@ -1,17 +1,20 @@
-"""Dynamic masking, keyed by sample: which positions are predicted, and which pieces replace them.
+"""Dynamic masking, keyed by sample: which pieces are predicted, and which pieces replace them.
 
-Masks are vectorized over a batch, and functions of (key, global sample index, row) only: a sample gets the same mask on
-every rank, world size, accumulation and restart, and a new one in every epoch.
+Masks are vectorized over a batch, and functions of (key, global sample index, row, step's probability) only: a sample
+gets the same mask on every rank, world size, accumulation and restart, and a new one in every epoch. So is the draw of
+the samples that are causal, of which every ordinary piece is predicted and none is replaced.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.tokenizer import Vocabulary
+from sharded_lamb.recipes.training.settings import require
 from sharded_lamb.recipes.training.stateless_rng import key_of, uniform
 
 Bools = NDArray[np.bool_]
@@ -23,16 +26,31 @@ _AS_MASK, _AS_RANDOM = 0.8, 0.9  # [0, 0.8) → [MASK], [0.8, 0.9) → a random 
 
 @dataclass(frozen=True)
 class Masker:
-    """Masks the share `probability` of a row's ordinary pieces, at most `max_predictions`."""
+    """Masks the share `probability` of a row's ordinary pieces, at most `max_predictions`.
+
+    With a `causal_fraction`, which is that share of the samples, pieces are predicted at the position before them.
+    """
 
     vocabulary: Vocabulary
     probability: float
     max_predictions: int
     whole_word: bool
     key: int
+    causal_fraction: float | None = None
+    change: float = 0.0  # of `probability`, a step
+
+    def at(self, step: int) -> Masker:
+        """The masker of a step, which is `probability`'s own at step 0."""
+        return replace(self, probability=self.probability + step * self.change)
+
+    def is_causal(self, samples: Ints) -> Bools | None:
+        """[n] global sample indices → [n], or None without a `causal_fraction`."""
+        if self.causal_fraction is None:
+            return None
+        return uniform(key_of(self.key, "causal"), samples) < self.causal_fraction
 
     def __call__(self, rows: Ints, samples: Ints) -> tuple[Ints, Bools]:
-        """([n, length] ids, [n] global sample indices) → (ids with masks, [n, length] whether masked)."""
+        """([n, length] ids, [n] global sample indices) → (ids with masks, [n, length] whether predicted)."""
         length = rows.shape[1]
         # One number for each position of each sample; no row is longer than 2^16.
         position = (samples[:, None] << 16) + np.arange(length)
@@ -43,7 +61,10 @@ class Masker:
             if self.whole_word
             else self._single(ordinary, score)
         )
-        return self._replace(rows, chosen, position), chosen
+        masked, is_causal = self._replace(rows, chosen, position), self.is_causal(samples)
+        if is_causal is None:
+            return masked, chosen
+        return np.where(is_causal[:, None], rows, masked), np.where(is_causal[:, None], ordinary, chosen)
 
     def _budget(self, ordinary: Bools) -> Ints:
         """[n]: number of predictions: the rounded share, at least one, at most the cap."""
@@ -91,6 +112,27 @@ class Masker:
         other = ordinary[(uniform(key_of(self.key, "other"), position) * len(ordinary)).astype(np.int64)]
         masked = np.where(chosen & (kind < _AS_MASK), self.vocabulary.mask, rows)
         return np.where(chosen & (kind >= _AS_MASK) & (kind < _AS_RANDOM), other, masked)
+
+
+def masker_of(config: RunConfig, phase: int, vocabulary: Vocabulary, key: int) -> Masker:
+    """The masker of a phase's training steps."""
+    masking, before = config.masking, sum(phase.steps for phase in config.phases[:phase])
+    change = (masking.last_probability - masking.probability) / sum(phase.steps for phase in config.phases)
+    return Masker(
+        vocabulary,
+        masking.probability + before * change,
+        config.max_predictions(config.phases[phase]),
+        masking.whole_word,
+        key,
+        masking.causal_fraction,
+        change,
+    )
+
+
+def require_masked_only(config: RunConfig) -> None:
+    """Raises: ValueError for next-piece prediction, in a comparison of masked language modelling."""
+    fraction = config.masking.causal_fraction
+    require(fraction is None, "masking.causal_fraction", fraction, "null, since the comparison is of masking")
 
 
 def _rank(score: Floats) -> Ints:

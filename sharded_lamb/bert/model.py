@@ -1,4 +1,4 @@
-"""BERT as transformers builds it, with the prediction head on the masked positions only."""
+"""BERT as transformers builds it, with the prediction head on the positions that predict only."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ _ATTENTION: dict[str, Any] = {"attn_implementation": "sdpa"}  # flash attention 
 class Losses(torch.nn.Module):
     """The forward pass of pretraining around a Hugging Face BERT, for DDP, DeepSpeed and torch.compile to wrap.
 
-    Returns [4]: the sums of the masked-piece loss, of the next-sentence loss, and of the right guesses of each. They
-    are no means: only the caller knows the counts of the whole global batch.
+    Returns [4]: the sums of the loss of masked pieces, of the loss of the second objective, and of the right guesses of
+    each. The second one is next sentences with ``nsp``, else the next pieces of causal documents. They are no means:
+    only the caller knows the counts of the whole global batch.
     """
 
     def __init__(self, bert: Any, *, nsp: bool, autocast: bool = False) -> None:
@@ -38,23 +39,32 @@ class Losses(torch.nn.Module):
 
     def _sums(self, batch: MicroBatch) -> Tensor:
         hidden = self._hidden(batch)
-        # [T, H] -> [M, H]: the vocabulary-wide head runs on masked positions only.
-        picked = hidden.index_select(0, batch.masked_positions)
+        # [T, H] -> [M, H]: the vocabulary-wide head runs on the positions that predict only.
+        picked = hidden.index_select(0, batch.output_positions)
         logits = self.module.cls.predictions(picked).float()
-        loss = F.cross_entropy(logits, batch.labels, reduction="sum")
-        right = (logits.detach().argmax(1) == batch.labels).sum()
+        if batch.causal_labels:
+            sizes = [len(logits) - batch.causal_labels, batch.causal_labels]
+            parts = zip(torch.split(logits, sizes), torch.split(batch.labels, sizes), strict=True)
+            (loss, right), (causal_loss, causal_right) = (_summed(*part) for part in parts)
+            return torch.stack([loss, causal_loss, right, causal_right])
+        loss, right = _summed(logits, batch.labels)
         if not self._nsp:
             zero = torch.zeros_like(loss.detach())
-            return torch.stack([loss, zero, right.to(loss.dtype), zero])
+            return torch.stack([loss, zero, right, zero])
         assert batch.follows is not None
         first = hidden.index_select(0, batch.documents.offsets[:-1])
         pair = self.module.cls.seq_relationship(self.module.bert.pooler(first[:, None])).float()
-        pair_loss = F.cross_entropy(pair, batch.follows, reduction="sum")
-        pair_right = (pair.detach().argmax(1) == batch.follows).sum()
-        return torch.stack([loss, pair_loss, right.to(loss.dtype), pair_right.to(loss.dtype)])
+        pair_loss, pair_right = _summed(pair, batch.follows)
+        return torch.stack([loss, pair_loss, right, pair_right])
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
         return encode_documents(self.module.bert, batch)
+
+
+def _summed(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of the cross-entropies, number of right guesses) of [n, classes] and [n]."""
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return loss, (logits.detach().argmax(1) == labels).sum().to(loss.dtype)
 
 
 def encode_documents(core: Any, batch: MicroBatch) -> Tensor:

@@ -47,7 +47,8 @@ def phase_line(phase: PhaseConfig, schedule: Schedule, plan: BatchPlan, begin_at
 def finish(run_dir: Path, config: RunConfig, bert: Any, tokenizer: Any, row: dict[str, Any]) -> None:
     """Writes the Hugging Face folder and fill_mask.json, and prints a summary. `bert` is unsharded."""
     save_hugging_face(bert, tokenizer, run_dir / "hf")
-    blanks = fill_mask(bert, tokenizer, config.log.fill_mask)
+    next_piece = config.masking.causal_fraction is not None
+    blanks = fill_mask(bert, tokenizer, config.log.fill_mask, next_piece=next_piece)
     (run_dir / "fill_mask.json").write_text(json.dumps(blanks, indent=1))
     for blank in blanks:
         guesses = ", ".join(f"{g['piece']} {g['probability']:.0%}" for g in blank["guesses"])
@@ -57,6 +58,11 @@ def finish(run_dir: Path, config: RunConfig, bert: Any, tokenizer: Any, row: dic
         print(
             f"held-out loss: {row['heldout_loss']:.3f}, accuracy on masked pieces: "
             f"{row['heldout_accuracy']:.1%}"
+        )
+    if "heldout_causal_loss" in row:
+        print(
+            f"held-out loss of causal samples: {row['heldout_causal_loss']:.3f}, accuracy: "
+            f"{row['heldout_causal_accuracy']:.1%}"
         )
     print(f"{row['tokens']:,} tokens at {row['mean_tokens_per_s']:,.0f} a second", flush=True)
 

@@ -17,7 +17,7 @@ from sharded_lamb import Lamb
 from sharded_lamb.bench.report import about
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.data import BatchSource, MicroBatch
-from sharded_lamb.bert.masking import Masker
+from sharded_lamb.bert.masking import masker_of, require_masked_only
 from sharded_lamb.bert.model import Losses, build_bert, parameters_to_train
 from sharded_lamb.bert.prepare import prepare
 from sharded_lamb.bert.shards import PackedSamples, write_atomically
@@ -36,10 +36,15 @@ class PaddedLosses(Losses):
         tokens, segments, positions = (
             torch.where(real, x[place], 0) for x in (batch.tokens, batch.segments, batch.positions)
         )
+        bidirectional = batch.documents.count - batch.documents.causal_count
+        seen = real[:, None, None, :]  # [D, 1, L or 1, L]
+        if bidirectional < len(real):
+            causal = torch.arange(len(real), device=offsets.device) >= bidirectional
+            seen = seen & ~(causal[:, None, None, None] & (columns > columns[:, None]))
         core = self.module.bert
         hidden: Tensor = core.encoder(
             core.embeddings(input_ids=tokens, token_type_ids=segments, position_ids=positions),
-            attention_mask=None if batch.documents.are_full else real[:, None, None, :],
+            attention_mask=None if batch.documents.are_full and bidirectional == len(real) else seen,
         ).last_hidden_state
         return hidden[real]
 
@@ -73,15 +78,15 @@ def compare(config: RunConfig) -> Path:
     """Train `phases.0.steps` steps of one micro-batch both ways, in turns; writes padding.json into the run folder.
 
     Raises:
-        ValueError: `phases.0.lr` is auto, or the corpus gives no sample.
+        ValueError: `phases.0.lr` is auto, `masking.causal_fraction` is set, or the corpus gives no sample.
     """
+    require_masked_only(config)
     phase, folder = config.phases[0], prepare(config, config.phases[0].sequence_length)
     if phase.lr == "auto":
         raise ValueError("phases.0.lr='auto': expected a number here; pass phases.0.lr=0.005")
     vocabulary = vocabulary_of(load_tokenizer(folder / "tokenizer"))
     key = key_of(config.seed, "padding")
-    cap = config.max_predictions(phase)
-    masker = Masker(vocabulary, config.masking.probability, cap, config.masking.whole_word, key)
+    masker = masker_of(config, 0, vocabulary, key)
     source = BatchSource(PackedSamples(folder, "train"), vocabulary, masker, key)
     ways = {"documents": Losses, "padded rows": PaddedLosses}
     runs = {name: _Run(config, kind, vocabulary) for name, kind in ways.items()}

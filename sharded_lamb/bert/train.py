@@ -16,8 +16,8 @@ from sharded_lamb.bert import outputs
 from sharded_lamb.bert.batch import plan_batches
 from sharded_lamb.bert.config import PhaseConfig, RunConfig
 from sharded_lamb.bert.data import BatchSource, StepData
-from sharded_lamb.bert.evaluate import held_out
-from sharded_lamb.bert.masking import Masker
+from sharded_lamb.bert.evaluate import HeldOut, held_out
+from sharded_lamb.bert.masking import masker_of
 from sharded_lamb.bert.metrics import layer_of, peak_flops
 from sharded_lamb.bert.model import ModelSize, build_bert, model_size, whole_bert
 from sharded_lamb.bert.prepare import prepare
@@ -75,14 +75,18 @@ class Job:
     flops: float  # of one rank, for MFU
     stop: StopRequested
 
-    def source(self, phase: int, split: str) -> BatchSource:
-        settings, config = self.config.phases[phase], self.config
-        samples = PackedSamples(self.folders[phase], "heldout" if split == "heldout" else "train")
-        key = key_of(config.seed, split, phase if split == "train" else 0)
-        masking = config.masking
-        cap = config.max_predictions(settings)
-        masker = Masker(self.vocabulary, masking.probability, cap, masking.whole_word, key_of(key, "mask"))
-        return BatchSource(samples, self.vocabulary, masker, key)
+    def source(self, phase: int) -> BatchSource:
+        key = key_of(self.config.seed, "train", phase)
+        masker = masker_of(self.config, phase, self.vocabulary, key_of(key, "mask"))
+        return BatchSource(PackedSamples(self.folders[phase], "train"), self.vocabulary, masker, key)
+
+    def heldout_source(self, phase: int, causal_fraction: float | None) -> BatchSource:
+        """Masked as at the end of training."""
+        key = key_of(self.config.seed, "heldout", 0)
+        masker = masker_of(self.config, phase, self.vocabulary, key_of(key, "mask"))
+        probability = self.config.masking.last_probability
+        masker = replace(masker, probability=probability, change=0.0, causal_fraction=causal_fraction)
+        return BatchSource(PackedSamples(self.folders[phase], "heldout"), self.vocabulary, masker, key)
 
 
 def run(config: RunConfig, resume: str | None, ranks: Ranks) -> Outcome:
@@ -172,9 +176,11 @@ def _open_log(job: Job, position: PhasePosition) -> MetricsLog:
 class _StepTotals:
     """Sums over ranks for one step, known before its forward."""
 
-    predicted: float  # masked positions
+    predicted: float
+    causal: float  # predicted in causal documents
+    causal_samples: float
     tokens: float
-    pairs: float  # of tokens that attend to each other
+    pairs: float  # of tokens of which the first attends to the second
     documents: float
     stop_signals: float  # ranks that a signal asked to stop
     due_saves: float  # 1 if checkpoint.every_minutes are up on rank 0
@@ -245,7 +251,7 @@ class _Phase:
     def _batches(self, begin: int) -> Iterator[tuple[StepData, StepClock]]:
         """Each step's data, and a clock started at the request for it."""
         ranks = self.job.ranks
-        source = self.job.source(self.number, "train")
+        source = self.job.source(self.number)
         steps = source.steps(self.plan, begin, ranks.rank, pin=ranks.device.type == "cuda")
         while True:
             clock = StepClock(ranks.device)
@@ -259,7 +265,19 @@ class _Phase:
         job = self.job
         documents = sum(micro.documents.count for micro in data.micro_batches)
         stop, due = job.stop.signal is not None, self._save_is_due() and job.ranks.is_first
-        return _StepTotals(*job.ranks.sum([data.predicted, data.tokens, data.pairs, documents, stop, due]))
+        predicted = [data.predicted, data.causal, data.causal_samples]
+        return _StepTotals(*job.ranks.sum([*predicted, data.tokens, data.pairs, documents, stop, due]))
+
+    def _scale(self, batch: int, totals: _StepTotals) -> tuple[float, float]:
+        """Factors of the two sums of `Losses` in the loss of a step.
+
+        Means over pieces and over pairs are added. Masked and causal means are weighted by their share of the samples,
+        as in ltgoslo/gpt-bert, where a rank has one objective and every rank's mean the same weight.
+        """
+        if self.job.config.data.nsp:
+            return 1 / totals.predicted, 1 / totals.documents
+        share = totals.causal_samples / batch
+        return (1 - share) / max(1, totals.predicted - totals.causal), share / max(1, totals.causal)
 
     def _accumulate(self, data: StepData, totals: _StepTotals, clock: StepClock) -> torch.Tensor:
         """Forward and backward of one global batch; returns this rank's [4] sums.
@@ -268,7 +286,7 @@ class _Phase:
         multiplied by the number of ranks: neither accumulation nor world size changes the result.
         """
         job, ranks = self.job, self.job.ranks
-        scale = to_device([1 / totals.predicted, 1 / totals.documents], None, ranks.device) * ranks.world_size
+        scale = to_device([*self._scale(data.global_batch, totals)], None, ranks.device) * ranks.world_size
         # A key, so that dropout in a resumed run equals that of an uninterrupted one.
         torch.manual_seed(key_of(job.config.seed, "dropout", self.number, data.step, ranks.rank) >> 1)
         sums = torch.zeros(4, device=ranks.device)
@@ -315,16 +333,14 @@ class _Phase:
         self._seconds += seconds
         if self.log is None:
             return
-        loss, pair_loss, right, pair_right = gathered[:, :4].sum(0).tolist()
         work = job.size.flops(int(totals.tokens), int(totals.predicted), int(totals.pairs))
         slowest = sections.amax(0).tolist()
         row = {
             "step": position.total_step,
             "phase": self.number,
-            "loss": loss / totals.predicted,
+            **_predictions(job.config, gathered[:, :4].sum(0).tolist(), totals, step.batch),
             "lr": step.lr,
             "grad_norm": norm,
-            "accuracy": right / totals.predicted,
             "tokens_per_s": totals.tokens / seconds,
             "tokens": position.tokens,
             "global_batch": step.batch,
@@ -338,23 +354,49 @@ class _Phase:
             "unigram_entropy": job.manifest.unigram_entropy,
             **summarize_ratios({name: own.ratio for name, own in norms.items()}, layer_of),
         }
-        if job.config.data.nsp:
-            row |= {"nsp_loss": pair_loss / totals.documents, "nsp_accuracy": pair_right / totals.documents}
         self.log.step({**row, **(evaluated or {})}, norms)
+
+
+def _predictions(config: RunConfig, sums: list[float], totals: _StepTotals, batch: int) -> dict[str, Any]:
+    """A step's losses and accuracies, from the sums of `Losses` over its global ``batch``."""
+    loss, other_loss, right, other_right = sums
+    if config.data.nsp:
+        nsp = {"nsp_loss": other_loss / totals.documents, "nsp_accuracy": other_right / totals.documents}
+        return {"loss": loss / totals.predicted, "accuracy": right / totals.predicted, **nsp}
+    share, masked = totals.causal_samples / batch, totals.predicted - totals.causal
+    losses = loss / max(1, masked), other_loss / max(1, totals.causal)
+    row = {
+        "loss": (1 - share) * losses[0] + share * losses[1],
+        "accuracy": (right + other_right) / max(1, totals.predicted),
+    }
+    if config.masking.causal_fraction is None:
+        return row
+    return {
+        **row,
+        "masked_loss": losses[0] if masked else None,
+        "causal_loss": losses[1] if totals.causal else None,
+    }
 
 
 def _heldout_row(job: Job, phase: int, beat: Beat) -> dict[str, Any]:
     """Loss and accuracy on the held-out split at the phase's length; None without one. Collective."""
-    config, result = job.config, None
-    if PackedSamples(job.folders[phase], "heldout").manifest.samples("heldout"):
-        batch, source = config.max_micro_batch(config.phases[phase]), job.source(phase, "heldout")
-        result = held_out(job.backend.losses, source, batch, job.ranks, config.log.heldout_batches, beat)
-    row: dict[str, Any] = {
-        "heldout_loss": result.loss if result else None,
-        "heldout_accuracy": result.accuracy if result else None,
-    }
-    if result is not None and result.nsp_accuracy is not None:
-        row["heldout_nsp_accuracy"] = result.nsp_accuracy
+    config = job.config
+    if not PackedSamples(job.folders[phase], "heldout").manifest.samples("heldout"):
+        return {"heldout_loss": None, "heldout_accuracy": None}
+    batch, limit = config.max_micro_batch(config.phases[phase]), config.log.heldout_batches
+
+    def evaluated(causal_fraction: float | None) -> HeldOut:
+        source = job.heldout_source(phase, causal_fraction)
+        return held_out(job.backend.losses, source, batch, job.ranks, limit, beat)
+
+    is_mixed = config.masking.causal_fraction is not None
+    masked = evaluated(0.0 if is_mixed else None)
+    row: dict[str, Any] = {"heldout_loss": masked.loss, "heldout_accuracy": masked.accuracy}
+    if masked.nsp_accuracy is not None:
+        row["heldout_nsp_accuracy"] = masked.nsp_accuracy
+    if is_mixed:
+        causal = evaluated(1.0)
+        row |= {"heldout_causal_loss": causal.loss, "heldout_causal_accuracy": causal.accuracy}
     return row
 
 

@@ -246,12 +246,14 @@ def _batch(setting: Setting, case: Case) -> "MicroBatch":
         "tokens": draw.integers(5, sizes.vocabulary, len(positions)),
         "segments": (positions > np.repeat(lengths, lengths) // 2).astype(np.int64),
         "positions": positions,
-        "masked_positions": predicted,
+        "output_positions": predicted,
         "labels": draw.integers(5, sizes.vocabulary, len(predicted)),
         "follows": draw.integers(0, 2, len(lengths)),
     }
     tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return MicroBatch(documents=Documents.of(lengths, sizes.length), **tensors).to(setting.device)
+    documents = Documents.of(lengths, sizes.length)
+    batch = MicroBatch(documents=documents, causal_labels=0, causal_samples=0, **tensors)
+    return batch.to(setting.device)
 
 
 def _compare_attention(setting: Setting, found: Findings) -> None:

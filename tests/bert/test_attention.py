@@ -142,8 +142,11 @@ def test_no_attention_is_given_a_mask_or_a_padded_token(
 ) -> None:
     seen = []
 
-    def recorded(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, dropout_p: float = 0) -> Tensor:
+    def recorded(
+        q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, dropout_p: float = 0, is_causal: bool = False
+    ) -> Tensor:
         assert attn_mask is None
+        assert not is_causal
         seen.append(tuple(q.shape))
         return v
 

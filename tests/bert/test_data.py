@@ -36,7 +36,7 @@ def split(batch: MicroBatch, values: torch.Tensor) -> list[list[int]]:
 def originals(batch: MicroBatch) -> torch.Tensor:
     """[T] tokens without masks."""
     tokens = batch.tokens.clone()
-    tokens[batch.masked_positions] = batch.labels
+    tokens[batch.output_positions] = batch.labels
     return tokens
 
 
@@ -87,7 +87,7 @@ def test_another_seed_gives_another_order(tree: dict[str, Any]) -> None:
     one, two = (source_of(tree, key=key)[0].micro_batch(np.arange(12)) for key in (5, 6))
     again = source_of(tree, key=5)[0].micro_batch(np.arange(12))
     assert split(one, one.tokens) == split(again, again.tokens)
-    assert torch.equal(one.masked_positions, again.masked_positions)
+    assert torch.equal(one.output_positions, again.output_positions)
     assert sorted(split(one, one.tokens)) != sorted(split(two, two.tokens))
 
 
@@ -99,7 +99,7 @@ def test_labels_are_what_stood_at_the_predicted_places(tree: dict[str, Any]) -> 
     assert sorted(split(batch, originals(batch))) == documents_in(rows, vocabulary)
     changed = batch.tokens != originals(batch)
     assert changed.any()
-    assert torch.isin(changed.nonzero()[:, 0], batch.masked_positions).all()
+    assert torch.isin(changed.nonzero()[:, 0], batch.output_positions).all()
     assert not torch.isin(batch.labels, torch.tensor(vocabulary.special)).any()
 
 

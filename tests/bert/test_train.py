@@ -103,7 +103,7 @@ def test_a_resumed_run_ends_with_the_same_bits_and_moves_to_other_world_sizes(
     assert [row["phase"] for row in rows[:-1]] == [0] * 5 + [1] * 4
     assert [row["global_batch"] for row in rows[:-1]] == [6, 6, 6, 12, 12, 6, 6, 6, 6]
     for kept in (2, 5, 6):  # in the first phase's ramp, at its end, in the second phase
-        copy = _cut_off(tmp_path / "whole", tmp_path / f"after {kept}", kept)
+        copy = cut_off(tmp_path / "whole", tmp_path / f"after {kept}", kept)
         again, weights = trained(2, tree, copy, *overrides, resume="auto")
         assert all(torch.equal(weights[name], whole[name]) for name in whole)
         assert losses(again) == losses(rows)
@@ -113,13 +113,13 @@ def test_a_resumed_run_ends_with_the_same_bits_and_moves_to_other_world_sizes(
 def test_a_run_resumed_on_1_and_on_3_ranks_goes_on_alike(tree: dict[str, Any], tmp_path: Path) -> None:
     rows, whole = trained(2, tree, tmp_path / "whole", *TWO_PHASES, OFTEN)
     for world in (1, 3):
-        copy = _cut_off(tmp_path / "whole", tmp_path / f"on {world}", 2)
+        copy = cut_off(tmp_path / "whole", tmp_path / f"on {world}", 2)
         again, weights = trained(world, tree, copy, *TWO_PHASES, resume="auto")
         assert distance(whole, weights) < 1e-5
         assert losses(again) == pytest.approx(losses(rows), rel=1e-5)
 
 
-def _cut_off(finished: Path, copy: Path, step: int) -> Path:
+def cut_off(finished: Path, copy: Path, step: int) -> Path:
     """The run as it stood when `step` was the newest checkpoint and more steps had been logged."""
     shutil.copytree(finished, copy)
     for saved in (copy / "checkpoints").glob("step-*"):
