@@ -16,4 +16,5 @@ def plan_batches(config: RunConfig, phase: PhaseConfig, world_size: int) -> Batc
         max_micro_batch=config.max_micro_batch(phase),
         ramp_start=ramp.start if ramp else phase.global_batch,
         ramp_steps=ramp.steps if ramp else 0,
+        ramp_multiple=ramp.multiple_of if ramp else None,
     )

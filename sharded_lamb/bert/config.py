@@ -134,6 +134,8 @@ class OptimizerConfig:
     state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of the moments
     gather_dtype: Literal["bfloat16", "float8_e4m3fn"] | None = None  # of updated parameters on the wire
     reduce_dtype: Literal["bfloat16", "float8_e4m3fn"] | None = None  # of gradients on the wire, in zero2
+    # evaluate and export averages of the weights over the steps; over those of a phase, without `cosine`
+    ema_decay: OpenFraction | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -152,8 +154,14 @@ class OptimizerConfig:
         return options
 
 
-_STORAGE = {"bucket_mb": 32, "state_dtype": "float32", "gather_dtype": None, "reduce_dtype": None}
-"""Settings of `OptimizerConfig` for memory and messages, which DeepSpeed has its own for → their defaults."""
+_STORAGE = {
+    "bucket_mb": 32,
+    **dict.fromkeys(("gather_dtype", "reduce_dtype", "ema_decay")),
+    "state_dtype": "float32",
+}
+"""Settings of `OptimizerConfig` outside of the LAMB rule → their defaults."""
+
+_NOT_DEEPSPEEDS = ("state_dtype", "gather_dtype", "ema_decay")
 
 _LEFT_TO_VARIANT = {
     "exclude_from_layer_adaptation": "variant",
@@ -169,6 +177,12 @@ class RampConfig:
 
     start: Positive
     steps: Positive
+    multiple_of: Positive | None = None  # what batches are rounded down to; null: `start`
+
+    def __post_init__(self) -> None:
+        if self.multiple_of is not None:
+            divides, value = self.start % self.multiple_of == 0, self.multiple_of
+            require(divides, "phases.ramp.multiple_of", value, f"a divisor of start={self.start}")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -194,6 +208,18 @@ class PhaseConfig:
                 self.ramp,
                 f"a start up to global_batch={self.global_batch} and steps up to {self.steps}",
             )
+
+
+@dataclass(frozen=True, config=STRICT)
+class CosineConfig:
+    """One learning rate for all phases: linear warmup, then half a cosine from `lr` to `final_fraction` of it.
+
+    Moments, step counts and averages continue from phase to phase. `warmup_fraction` is of all steps.
+    """
+
+    lr: PositiveFloat
+    warmup_fraction: Fraction = 0.0
+    final_fraction: Fraction = 0.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -242,6 +268,7 @@ class RunConfig:
 
     phases: tuple[PhaseConfig, ...]
     run_dir: str = "runs/bert"
+    cosine: CosineConfig | None = None  # instead of a schedule of every phase
     start_from: str | None = None  # a checkpoint with the run's initial weights and moments
     seed: Seed = 1
     parallel: Parallel = "zero2"
@@ -272,7 +299,13 @@ class RunConfig:
             self.masking.causal_fraction,
             "null with data.nsp: true, whose pairs are bidirectional",
         )
-        for name in ("state_dtype", "gather_dtype"):
+        for index, phase in enumerate(self.phases if self.cosine else ()):
+            for name in ("lr", "warmup_fraction"):
+                value = getattr(phase, name)
+                require(
+                    value == "auto", f"phases.{index}.{name}", value, "auto with cosine, which sets the rate"
+                )
+        for name in _NOT_DEEPSPEEDS:
             value = getattr(self.optimizer, name)
             require(
                 self.parallel != "deepspeed" or value == _STORAGE[name],
@@ -313,16 +346,20 @@ class RunConfig:
         kept["data"] = {k: v for k, v in kept["data"].items() if k not in ("prepared", "workers")}
         kept["optimizer"].pop("bucket_mb")
         # Runs before these settings have the same digest.
-        for name in ("state_dtype", "gather_dtype", "reduce_dtype"):
+        for name in (*_NOT_DEEPSPEEDS, "reduce_dtype"):
             if kept["optimizer"][name] == _STORAGE[name]:
                 kept["optimizer"].pop(name)
         for name in ("final_probability", "causal_fraction"):
             if kept["masking"][name] is None:
                 kept["masking"].pop(name)
+        if self.cosine is None:
+            kept.pop("cosine")
         if self.optimizer.exclude_from_layer_adaptation == "variant":
             filled = VARIANTS[self.optimizer.variant]["exclude_from_layer_adaptation"]
             kept["optimizer"]["exclude_from_layer_adaptation"] = filled
         for phase in kept["phases"]:
             phase.pop("max_micro_batch")
+            if phase["ramp"] is not None and phase["ramp"]["multiple_of"] is None:
+                phase["ramp"].pop("multiple_of")
         kept.pop("batch")
         return kept

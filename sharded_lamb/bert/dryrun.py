@@ -10,7 +10,7 @@ from sharded_lamb.bert.batch import plan_batches
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.model import hf_config, model_size, parameters_to_train
 from sharded_lamb.bert.optim import STAGES
-from sharded_lamb.bert.schedule import build_schedule
+from sharded_lamb.bert.schedule import schedule_of
 from sharded_lamb.bert.train_backend import check_parallel
 from sharded_lamb.plan.costs import costs
 from sharded_lamb.plan.sharding import Choices, Sharding
@@ -34,8 +34,9 @@ def describe(config: RunConfig, world_size: int) -> str:
         _memory_line(config, bert, world_size),
     ]
     steps = samples = flops = 0
-    for phase in config.phases:
-        plan, schedule = plan_batches(config, phase, world_size), build_schedule(phase)
+    causal = config.masking.causal_fraction or 0.0
+    for number, phase in enumerate(config.phases):
+        plan, schedule = plan_batches(config, phase, world_size), schedule_of(config, number)
         begin, end = plan.step_plan(phase.steps - 1, 0, 0).micro_batches[-1]
         count = plan.samples_before(phase.steps)
         tokens = count * phase.sequence_length
@@ -43,11 +44,12 @@ def describe(config: RunConfig, world_size: int) -> str:
             f"phase {phase.name!r}: global batch {plan.global_batch} = {world_size} ranks x "
             f"{plan.accumulation(phase.steps)} accumulated x {end - begin} (limit {plan.max_micro_batch}); "
             f"{phase.steps:,} steps, {count:,} sequences of {phase.sequence_length}, {tokens:,} tokens with padding; "
-            f"lr {schedule.peak:.4g}, {schedule.warmup_steps:,} steps of warmup, power {schedule.power:g} "
-            f"({schedule.source})"
+            f"{schedule.describe()}"
         )
         steps, samples = steps + phase.steps, samples + count
-        flops += size.flops(tokens, count * config.max_predictions(phase), tokens * phase.sequence_length)
+        predicted = (1 - causal) * config.max_predictions(phase) + causal * phase.sequence_length
+        pairs = round(tokens * phase.sequence_length * (1 - causal / 2))
+        flops += size.flops(tokens, round(count * predicted), pairs)
     lines.append(f"in all: {steps:,} steps, {samples:,} sequences, {flops:.3g} floating point operations")
     return "\n".join(lines)
 
@@ -96,6 +98,7 @@ def memory(config: RunConfig, bert: Any, world_size: int) -> dict[str, int]:
         "gradients": by_kind["gradients"] + by_kind["gradient_shards"],
         "gradient exchange": by_kind["staging"],
         "optimizer state": by_kind["masters"] + by_kind["moments"],
+        "averages": -(-model_size(bert).parameters * 4 // world_size) if settings.ema_decay else 0,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,9 @@ class EngineBackend:
     def layer_norms(self) -> dict[str, LayerNorms]:
         norms: dict[str, LayerNorms] = self._lamb.layer_norms()
         return norms
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return nullcontext()  # `RunConfig` refuses optimizer.ema_decay
 
     def weights(self) -> dict[str, Tensor] | None:
         from deepspeed import zero

@@ -34,5 +34,6 @@ def build_optimizer(config: RunConfig, bert: Any, stage: Literal[1, 2]) -> Any:
         state_dtype=getattr(torch, settings.state_dtype),
         gather_dtype=settings.gather_dtype and getattr(torch, settings.gather_dtype),
         reduce_dtype=settings.reduce_dtype and getattr(torch, settings.reduce_dtype),
+        ema_decay=settings.ema_decay,
         **settings.keywords(),
     )

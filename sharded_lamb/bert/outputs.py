@@ -9,7 +9,7 @@ from typing import Any
 from sharded_lamb.bert.config import PhaseConfig, RunConfig
 from sharded_lamb.bert.evaluate import fill_mask
 from sharded_lamb.bert.model import ModelSize
-from sharded_lamb.bert.schedule import Schedule
+from sharded_lamb.bert.schedule import Cosine, Schedule
 from sharded_lamb.recipes.training.batch import BatchPlan
 from sharded_lamb.recipes.training.config_io import dump_config
 from sharded_lamb.recipes.training.ranks import Ranks
@@ -33,14 +33,13 @@ def headline(config: RunConfig, size: ModelSize, ranks: Ranks, flops: float, flo
     )
 
 
-def phase_line(phase: PhaseConfig, schedule: Schedule, plan: BatchPlan, begin_at: int) -> str:
+def phase_line(phase: PhaseConfig, schedule: Schedule | Cosine, plan: BatchPlan, begin_at: int) -> str:
     resumed = f", from step {begin_at}" if begin_at else ""
     ramp = f" (from {plan.ramp_start} over {plan.ramp_steps} steps)" if plan.ramp_steps else ""
     return (
         f"phase {phase.name!r}: {plan.steps} steps of {plan.global_batch}{ramp} x {phase.sequence_length} "
-        f"= {plan.world_size} ranks x {plan.accumulation(plan.steps)} accumulated; lr {schedule.peak:.3g}, "
-        f"{schedule.warmup_steps} steps of warmup, decay power {schedule.power:g} "
-        f"({schedule.source}){resumed}"
+        f"= {plan.world_size} ranks x {plan.accumulation(plan.steps)} accumulated; "
+        f"{schedule.describe()}{resumed}"
     )
 
 

@@ -21,7 +21,7 @@ from sharded_lamb.bert.masking import masker_of
 from sharded_lamb.bert.metrics import layer_of, peak_flops
 from sharded_lamb.bert.model import ModelSize, build_bert, model_size, whole_bert
 from sharded_lamb.bert.prepare import prepare
-from sharded_lamb.bert.schedule import build_schedule
+from sharded_lamb.bert.schedule import schedule_of
 from sharded_lamb.bert.shards import Manifest, PackedSamples
 from sharded_lamb.bert.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
 from sharded_lamb.bert.train_backend import TrainBackend, build_backend, check_parallel
@@ -127,7 +127,8 @@ def _train(job: Job, plans: list[BatchPlan], candidates: list[Path], beat: Beat)
     try:
         for number in range(position.phase, len(config.phases)):
             if number > position.phase:
-                job.backend.restart_steps()
+                if config.cosine is None:
+                    job.backend.restart_steps()
                 position = replace(position, phase=number, step=0, sample=0)
             position, stopped = _Phase(job, number, plans[number], log, beat).run(position)
             if stopped:
@@ -204,7 +205,7 @@ class _Phase:
     def __init__(self, job: Job, number: int, plan: BatchPlan, log: MetricsLog | None, beat: Beat) -> None:
         self.job, self.number, self.plan, self.log, self.beat = job, number, plan, log, beat
         self.settings: PhaseConfig = job.config.phases[number]
-        self.schedule = build_schedule(self.settings)
+        self.schedule = schedule_of(job.config, number)
         self._last_save = time.monotonic()
         self._unread: _Started | None = None
         self._seconds = 0.0
@@ -379,7 +380,7 @@ def _predictions(config: RunConfig, sums: list[float], totals: _StepTotals, batc
 
 
 def _heldout_row(job: Job, phase: int, beat: Beat) -> dict[str, Any]:
-    """Loss and accuracy on the held-out split at the phase's length; None without one. Collective."""
+    """Loss and accuracy of the (averaged) weights on the held-out split at the phase's length. Collective."""
     config = job.config
     if not PackedSamples(job.folders[phase], "heldout").manifest.samples("heldout"):
         return {"heldout_loss": None, "heldout_accuracy": None}
@@ -390,12 +391,13 @@ def _heldout_row(job: Job, phase: int, beat: Beat) -> dict[str, Any]:
         return held_out(job.backend.losses, source, batch, job.ranks, limit, beat)
 
     is_mixed = config.masking.causal_fraction is not None
-    masked = evaluated(0.0 if is_mixed else None)
+    with job.backend.averaged():
+        masked = evaluated(0.0 if is_mixed else None)
+        causal = evaluated(1.0) if is_mixed else None
     row: dict[str, Any] = {"heldout_loss": masked.loss, "heldout_accuracy": masked.accuracy}
     if masked.nsp_accuracy is not None:
         row["heldout_nsp_accuracy"] = masked.nsp_accuracy
-    if is_mixed:
-        causal = evaluated(1.0)
+    if causal is not None:
         row |= {"heldout_causal_loss": causal.loss, "heldout_causal_accuracy": causal.accuracy}
     return row
 
@@ -413,7 +415,8 @@ def _finish(job: Job, position: PhasePosition, log: MetricsLog | None, beat: Bea
     }
 
     beat("outputs")
-    weights = job.backend.weights()
+    with job.backend.averaged():
+        weights = job.backend.weights()
 
     def write() -> None:
         assert log is not None

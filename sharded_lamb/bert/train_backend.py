@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,6 +48,9 @@ class TrainBackend(Protocol):
 
     def layer_norms(self) -> dict[str, LayerNorms]:
         """{BERT's own name: norms and ratio} of the last step."""
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, parameters hold the averages of their values, if there are any (`optimizer.ema_decay`)."""
 
     def weights(self) -> dict[str, Tensor] | None:
         """Copies of the unsharded parameters, in the training dtype, on the first rank's CPU; None elsewhere."""

@@ -15,6 +15,11 @@ from sharded_lamb.optim.registration import RegisteringOptimizer
 class AveragingOptimizer(RegisteringOptimizer):
     """A `RegisteringOptimizer` whose parameters can hold the average of their values for a while."""
 
+    @property
+    def ema_decay(self) -> float | None:
+        """The option."""
+        return self._settings.ema_decay
+
     @contextmanager
     def averaged(self, model: nn.Module | None = None) -> Iterator[None]:
         """Inside, parameters hold the average of their values: for evaluation, and to save ``model.state_dict()``.

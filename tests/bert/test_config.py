@@ -8,6 +8,8 @@ import torch
 import yaml
 
 from sharded_lamb.bert import optim
+from sharded_lamb.bert.batch import plan_batches
+from sharded_lamb.bert.config import CosineConfig
 from sharded_lamb.bert.config_io import build_config, load_config
 from sharded_lamb.bert.dryrun import describe
 from sharded_lamb.recipes.training.config_io import dump_config
@@ -151,6 +153,29 @@ def test_the_published_settings_of_bert_large() -> None:
     assert "336,232,258 parameters" in describe(one, 8)
     paper = load_config(CONFIGS / "bert-large-64k-paper.yaml")
     assert sum(phase.steps for phase in paper.phases) == 8599
+
+
+def test_the_published_settings_of_gpt_bert() -> None:
+    """arXiv 2410.24159, table 3 (STRICT) and section 2.2; the batch of its script at each step, within 2 %."""
+    config = load_config(CONFIGS / "bert-gpt-bert-babylm.yaml")
+    shape = config.model
+    assert (shape.layers, shape.hidden_size, shape.intermediate_size, shape.heads) == (12, 768, 2560, 12)
+    assert (config.masking.causal_fraction, config.tokenizer.vocab_size) == (1 / 16, 16384)
+    assert config.cosine == CosineConfig(lr=0.01, warmup_fraction=0.016, final_fraction=0.1)
+    rule = config.optimizer
+    assert (rule.betas, rule.eps, rule.weight_decay, rule.max_grad_norm) == ((0.9, 0.98), 1e-8, 0.1, 2.0)
+    step, total = 0, sum(phase.steps for phase in config.phases)
+    assert total == 15625
+    for number, phase in enumerate(config.phases):
+        plan = plan_batches(config, phase, 64)
+        for at in range(0, phase.steps, 97):
+            full = 32768 * 128 / phase.sequence_length
+            published = full / 4 * (1 - (step + at) / total) + full * (step + at) / total
+            assert abs(plan.batch_at(at) / published - 1) < 0.02, (number, at)
+        step += phase.steps
+    described = describe(config, 64)
+    assert "averages 5 MiB" in described
+    assert "cosine to 0.001 after 15,625 steps of all phases" in described
 
 
 def test_formats_of_state_and_gathers_reach_the_optimizer(tree: dict[str, Any]) -> None:

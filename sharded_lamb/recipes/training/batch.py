@@ -30,20 +30,26 @@ class BatchPlan:
     max_micro_batch: int
     ramp_start: int
     ramp_steps: int  # 0: no ramp
+    ramp_multiple: int | None = None  # batches of the ramp are multiples of it; None: of its start
 
     def __post_init__(self) -> None:
         if self.global_batch % self.world_size:
             raise ValueError(_does_not_fit("global_batch", self.global_batch, self.world_size))
-        if self.ramp_steps and self.ramp_start % self.world_size:
-            raise ValueError(_does_not_fit("ramp.start", self.ramp_start, self.world_size))
+        name = "ramp.multiple_of" if self.ramp_multiple else "ramp.start"
+        if self.ramp_steps and self._multiple % self.world_size:
+            raise ValueError(_does_not_fit(name, self._multiple, self.world_size))
+
+    @property
+    def _multiple(self) -> int:
+        return self.ramp_multiple or self.ramp_start
 
     def batch_at(self, step: int) -> int:
-        """Global batch of a step. It grows linearly over the ramp, in multiples of the ramp's start."""
+        """Global batch of a step. It grows linearly over the ramp, rounded down to multiples."""
         if step >= self.ramp_steps:
             return self.global_batch
-        # Multiples of the start, not of the world size: a run resumed on other ranks must see the same batches.
+        # Not multiples of the world size: a run resumed on other ranks must see the same batches.
         grown = self.ramp_start + (self.global_batch - self.ramp_start) * step // self.ramp_steps
-        return max(self.ramp_start, grown // self.ramp_start * self.ramp_start)
+        return max(self.ramp_start, grown // self._multiple * self._multiple)
 
     def samples_before(self, step: int) -> int:
         """Sample index of a step's first sample."""

@@ -44,6 +44,13 @@ class OptimizerBackend:
         norms: dict[str, LayerNorms] = self.optimizer.layer_norms()
         return norms
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, parameters hold the averages of their values, if the optimizer keeps them. Collective."""
+        if self.optimizer.ema_decay is None:
+            return nullcontext()
+        context: AbstractContextManager[None] = self.optimizer.averaged(self.losses)
+        return context
+
     def save(self, checkpoints: Checkpoints, step: int, extra: dict[str, Any]) -> None:
         checkpoints.save(step, self.model, self.optimizer, extra)
 

@@ -327,7 +327,7 @@ def scores(job: _Job, split: str, beat: Beat) -> dict[str, Any]:
         f"{prefix}_broken_images": broken,
     }
     if job.config.optimizer.ema_decay is not None:
-        with job.backend.optimizer.averaged(job.backend.model):
+        with job.backend.averaged():
             row[f"{prefix}_ema_loss"], row[f"{prefix}_ema_accuracy"] = score()[:2]
     return row
 

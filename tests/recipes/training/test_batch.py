@@ -52,3 +52,11 @@ def test_a_ramp_grows_to_the_batch_and_counts_its_samples() -> None:
 @given(step=st.integers(0, 49), world=st.sampled_from([1, 2, 3, 4, 6, 12]))
 def test_the_ramp_does_not_depend_on_the_world_size(step: int, world: int) -> None:
     assert plan(48, world, start=12, ramp=10).batch_at(step) == plan(48, 1, start=12, ramp=10).batch_at(step)
+
+
+def test_a_ramp_grows_in_its_multiples() -> None:
+    plan = BatchPlan(10, 30, 3, 4, 6, 8, ramp_multiple=3)
+    assert [plan.batch_at(step) for step in range(10)] == [6, 9, 12, 15, 18, 21, 24, 27, 30, 30]
+    assert plan.samples_before(4) == 42
+    with pytest.raises(ValueError, match=r"ramp\.multiple_of=3 can't be split evenly over 2 ranks"):
+        BatchPlan(10, 30, 2, 4, 6, 8, ramp_multiple=3)
