@@ -13,6 +13,9 @@ from typing import Any
 Runs = Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]
 """{label: [rows of metrics.jsonl of each of its runs]}."""
 
+HELDOUT = {"heldout_loss": "heldout_curve", "heldout_causal_loss": "heldout_causal_curve"}
+"""Losses of metrics.jsonl → their keys in the JSON."""
+
 WINDOW = 50
 """Points of a curve: each is the mean of a fiftieth of the steps."""
 
@@ -53,6 +56,12 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
     return [(piece[-1][0], fmean(loss for _, loss in piece)) for piece in pieces]
 
 
+def evaluations(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    """(step, held-out loss ``name``) wherever it was evaluated."""
+    found = {row["step"]: row[name] for row in rows if row.get(name) is not None}
+    return sorted(found.items())
+
+
 def table(runs: Runs) -> str:
     lines = ["| runs | held-out loss | mean | lowest to highest |", "|---|---|---|---|"]
     for label, each in runs.items():
@@ -71,8 +80,10 @@ def draw(runs: Runs, path: Path) -> None:
         for index, rows in enumerate(each):
             steps, losses = zip(*curve(rows), strict=True)
             axis.plot(steps, losses, color=f"C{number}", linewidth=1, label=None if index else label)
-            axis.plot([steps[-1]], [heldout(rows)], color=f"C{number}", marker="o", linestyle="")
-    axis.set(xlabel="step", ylabel="training loss; held-out loss at the end (dots)")
+            for name, marker in zip(HELDOUT, "ox", strict=True):
+                points = [*zip(*evaluations(rows, name), strict=True)]
+                axis.plot(*points, color=f"C{number}", marker=marker, markersize=4, linestyle="")
+    axis.set(xlabel="step", ylabel="loss: training (lines), held-out (dots), of causal samples (crosses)")
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=120)
@@ -93,7 +104,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(runs))
     if chosen.json:
         content = {
-            label: [{"heldout_loss": heldout(rows), "curve": curve(rows)} for rows in each]
+            label: [
+                {
+                    "heldout_loss": heldout(rows),
+                    "curve": curve(rows),
+                    **{
+                        key: evaluations(rows, name)
+                        for name, key in HELDOUT.items()
+                        if evaluations(rows, name)
+                    },
+                }
+                for rows in each
+            ]
             for label, each in runs.items()
         }
         rounded = json.loads(json.dumps(content), parse_float=lambda text: round(float(text), 4))

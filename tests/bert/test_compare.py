@@ -32,6 +32,19 @@ def test_it_compares_held_out_losses_and_draws_curves(
     assert first["curve"][-1] == [100, 10 - 0.995]
 
 
+def test_evaluations_on_the_way_are_points_of_a_curve(tmp_path: Path) -> None:
+    folder, out = Path(run_folder(tmp_path / "a", 5.0)), tmp_path / "runs.json"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["step"] in (50, 100):
+            row |= {"heldout_loss": row["step"] / 10, "heldout_causal_loss": row["step"] / 5}
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main([f"mixed={folder}", "--json", str(out), "--png", str(tmp_path / "runs.png")]) == 0
+    [run] = json.loads(out.read_text())["mixed"]
+    assert run["heldout_curve"] == [[50, 5.0], [100, 10.0]]
+    assert run["heldout_causal_curve"] == [[50, 10.0], [100, 20.0]]
+
+
 @pytest.mark.parametrize("argument", ["runs/a", "=runs/a", "fp32=", "fp32=nowhere"])
 def test_what_is_no_run_is_named(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([argument]) == 1

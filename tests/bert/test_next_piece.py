@@ -17,8 +17,12 @@ from sharded_lamb.bert.data import BatchSource, MicroBatch
 from sharded_lamb.bert.evaluate import fill_mask
 from sharded_lamb.bert.model import Losses, build_bert
 from sharded_lamb.bert.padding import PaddedLosses
+from sharded_lamb.bert.prepare import prepare
+from sharded_lamb.bert.shards import PackedSamples
 from sharded_lamb.bert.tokenizer import load_tokenizer
 from sharded_lamb.recipes.training.batch import BatchPlan
+from sharded_lamb.recipes.training.stateless_rng import key_of
+from tests.bert.conftest import LENGTH
 from tests.bert.test_attention import documents_of, qkv
 from tests.bert.test_data import source_of, split
 from tests.bert.test_train import OFTEN, Ended, cut_off, distance, losses, trained
@@ -255,6 +259,45 @@ def test_world_size_and_sharding_change_nothing(
     for name in ("heldout_loss", "heldout_causal_loss", "heldout_causal_accuracy"):
         assert again[-1][name] == pytest.approx(rows[-1][name], rel=1e-5)
     assert rows[-1]["heldout_loss"] != pytest.approx(rows[-1]["heldout_causal_loss"], rel=1e-3)
+
+
+def test_objectives_are_weighted_by_samples_and_evaluated_apart(
+    tree: dict[str, Any], tmp_path: Path, one_rank: Ended
+) -> None:
+    rows, weights = one_rank
+    config, vocabulary = build_config(tree, RAMPED), source_of(tree)[1]
+    folder = prepare(config, LENGTH)
+
+    def source_with(split: str, *key: str | int, **changed: Any) -> BatchSource:
+        own = key_of(config.seed, *key)
+        masker = replace(train.masker_of(config, 0, vocabulary, key_of(own, "mask")), **changed)
+        return BatchSource(PackedSamples(folder, split), vocabulary, masker, own)
+
+    source, theirs = source_with("train", "train", 0), build_bert(config, vocabulary)
+    masked, causal = dense_sums(theirs, source, np.arange(12))
+    batch = source.micro_batch(np.arange(12))
+    share = batch.causal_samples / 12
+    means = masked / (len(batch.labels) - batch.causal_labels), causal / batch.causal_labels
+    loss = (1 - share) * means[0] + share * means[1]
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in theirs.parameters() if p.grad is not None]).norm()
+    assert 0 < share < 1
+    assert rows[0]["masked_loss"] == pytest.approx(means[0].item(), rel=1e-5)
+    assert rows[0]["causal_loss"] == pytest.approx(means[1].item(), rel=1e-5)
+    assert rows[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert rows[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+    for name, p in theirs.eval().named_parameters():
+        p.data.copy_(weights[name])
+    for name, fraction in (("heldout_loss", 0.0), ("heldout_causal_loss", 1.0)):
+        changed = {"probability": 0.3, "change": 0.0, "causal_fraction": fraction}
+        source = source_with("heldout", "heldout", 0, **changed)
+        source.sample_numbers = lambda indices: indices  # type: ignore[method-assign]
+        indices = np.arange(len(source.samples))
+        with torch.no_grad():
+            total = dense_sums(theirs, source, indices).sum()
+        count = len(source.micro_batch(indices).labels)
+        assert rows[-1][name] == pytest.approx(float(total) / count, rel=1e-5)
 
 
 def test_a_resumed_run_ends_with_the_same_bits(tree: dict[str, Any], tmp_path: Path) -> None:
