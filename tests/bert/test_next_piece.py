@@ -53,7 +53,7 @@ def dense_sums(theirs: Any, source: BatchSource, indices: Any) -> Tensor:
             for i in range(n):
                 for j in range(n):
                     sees[i, j] = j <= i or not causal
-            ids = torch.from_numpy(inputs[first:last])[None]
+            ids = torch.from_numpy((row if causal else inputs)[first:last])[None]
             logits = theirs(input_ids=ids, attention_mask=sees[None, None]).logits[0].float()
             for i in range(n - 1):  # position i predicts piece i + 1
                 piece = int(row[first + i + 1])
@@ -219,6 +219,12 @@ def test_the_mask_probability_moves_linearly_over_all_phases(tree: dict[str, Any
         masker = train.masker_of(config, 1, vocabulary, 1).at(step)
         share = 0.15 + 0.01 * (6 + step)
         assert np.array_equal(masker(rows, np.arange(50))[1].sum(1), np.rint(ordinary.sum(1) * share))
+    source = mixed_source(tree, None, change=0.05)
+    source._masker = replace(source._masker, max_predictions=LENGTH)
+    for data in source.steps(BatchPlan(3, 12, 1, 12, 12, 0), 0, 0):
+        samples = source.samples.rows(source.sample_numbers(data.first_sample + np.arange(12)))
+        share = 0.15 + 0.05 * data.step
+        assert data.predicted == np.rint((~np.isin(samples, vocabulary.special)).sum(1) * share).sum()
 
 
 def test_a_blank_is_filled_at_the_position_before_it(tree: dict[str, Any], models: tuple[Any, Any]) -> None:
