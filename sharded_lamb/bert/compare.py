@@ -83,7 +83,7 @@ def draw(runs: Runs, path: Path) -> None:
             for name, marker in zip(HELDOUT, "ox", strict=True):
                 points = [*zip(*evaluations(rows, name), strict=True)]
                 axis.plot(*points, color=f"C{number}", marker=marker, markersize=4, linestyle="")
-    axis.set(xlabel="step", ylabel="loss: training (lines), held-out (dots), of causal samples (crosses)")
+    axis.set(xlabel="step", ylabel="loss: training (lines), held-out (o), causal (x)")
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=120)
