@@ -1,5 +1,6 @@
 """GPT-BERT's objectives: a piece is predicted at the position before it, in masked and in causal samples."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sharded_lamb import faults
 from sharded_lamb.bert import attention, train
 from sharded_lamb.bert.attention import Documents, attend
 from sharded_lamb.bert.config_io import build_config
@@ -25,7 +27,9 @@ from sharded_lamb.recipes.training.stateless_rng import key_of
 from tests.bert.conftest import LENGTH
 from tests.bert.test_attention import documents_of, qkv
 from tests.bert.test_data import source_of, split
-from tests.bert.test_train import OFTEN, Ended, cut_off, distance, losses, trained
+from tests.bert.test_train import OFTEN, Ended, distance, losses, trained
+from tests.bert.test_train import train as run_to_end
+from tests.harness import RankErrors, run_ranks
 
 MIXED = "masking.causal_fraction=0.4"
 INDICES = np.arange(24)
@@ -306,11 +310,20 @@ def test_objectives_are_weighted_by_samples_and_evaluated_apart(
         assert rows[-1][name] == pytest.approx(float(total) / count, rel=1e-5)
 
 
-def test_a_resumed_run_ends_with_the_same_bits(tree: dict[str, Any], tmp_path: Path) -> None:
+def killed(rank: int, tree: dict[str, Any], run_dir: str, overrides: list[str]) -> None:
+    os.environ[faults.VARIABLE] = "kill@mid-backward:rank=1:step=3"
+    faults.injector.cache_clear()  # an earlier case of this process may have read it
+    run_to_end(rank, tree, run_dir, overrides)
+
+
+def test_killed_and_resumed_a_run_ends_with_the_same_bits(tree: dict[str, Any], tmp_path: Path) -> None:
     overrides = [*RAMPED, "model.dropout=0.1", OFTEN]
     rows, whole = trained(2, tree, tmp_path / "whole", *overrides)
-    copy = cut_off(tmp_path / "whole", tmp_path / "cut", 2)
-    again, weights = trained(2, tree, copy, *overrides, resume="auto")
+    with pytest.raises(RankErrors) as error:
+        run_ranks(2, killed, tree, str(tmp_path / "killed"), overrides)
+    assert error.value.errors[1].kind == "Died"
+    assert [path.name for path in (tmp_path / "killed" / "checkpoints").glob("step-*")] == ["step-00000002"]
+    again, weights = trained(2, tree, tmp_path / "killed", *overrides, resume="auto")
     assert all(torch.equal(weights[name], whole[name]) for name in whole)
     assert losses(again) == losses(rows)
     assert again[-1]["heldout_causal_loss"] == rows[-1]["heldout_causal_loss"]
