@@ -155,9 +155,8 @@ class OptimizerConfig:
 
 
 _STORAGE = {
-    "bucket_mb": 32,
-    **dict.fromkeys(("gather_dtype", "reduce_dtype", "ema_decay")),
-    "state_dtype": "float32",
+    **{"bucket_mb": 32, "state_dtype": "float32", "gather_dtype": None, "reduce_dtype": None},
+    "ema_decay": None,
 }
 """Settings of `OptimizerConfig` outside of the LAMB rule → their defaults."""
 
