@@ -9,7 +9,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests import fork_server
+from tests import fork_server, rewriting
 
 # Imports and pytest's collection free nothing; Python's collector would spend two seconds on finding that out.
 gc.disable()
@@ -78,6 +78,7 @@ COMPUTING = (
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         fork_server.start()
+        rewriting.write(config, TESTS)
 
 
 def file_of(item: pytest.Item) -> str:
