@@ -54,8 +54,13 @@ def assert_same(run: Ended, expected: Ended) -> None:
     [
         (["speed.precision=bf16"], 2e-4),
         (["speed.precision=bf16_autocast"], 2e-4),
-        (["data.nsp=true", "speed.activation_checkpointing=true", "model.dropout=0.1"], SAME),
-        (["optimizer.exclude_from_weight_decay=['^bert\\.']", "optimizer.weight_decay=0.3"], SAME),
+        (
+            [
+                *("data.nsp=true", "speed.activation_checkpointing=true", "model.dropout=0.1"),
+                *("optimizer.exclude_from_weight_decay=['^bert\\.']", "optimizer.weight_decay=0.3"),
+            ],
+            SAME,
+        ),
     ],
 )
 def test_settings_mean_the_same(

@@ -245,11 +245,7 @@ class Jobs:
 STEPS = 60
 # LAUNCH, and to whom USR1 goes: to the tasks alone, as `scancel --signal=USR1 JOB` sends it, or to the script
 # alone, as SLURM does before the time is up.
-STOPPED = {
-    "tasks": ("torchrun", []),
-    "script": ("torchrun", ["--batch"]),
-    "ranks": ("srun", []),
-}
+STOPPED = {"torchrun": ("torchrun", []), "ranks": ("srun", ["--batch"])}
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +271,7 @@ def jobs(cluster: Cluster, tree: dict[str, Any], tmp_path_factory: pytest.TempPa
             cluster.call("scancel", "--signal=USR1", *left.pop(name)[1], results.numbers[name])
         return not left
 
-    results.wait("5 steps of each job", "tasks", all_signalled)
+    results.wait("5 steps of each job", "torchrun", all_signalled)
     return results
 
 
