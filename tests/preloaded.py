@@ -6,7 +6,8 @@ import importlib
 import sys
 from pathlib import Path
 
-# None of these starts a thread. Those that are not installed are left out.
+# None of these starts a thread but pyarrow, which datasets imports: its allocator's, which it handles at a fork.
+# Those that are not installed are left out.
 NAMES = [
     "pytest",
     "torch",
@@ -23,6 +24,9 @@ NAMES = [
     "transformers.models.bert.modeling_bert",
     "lightning.fabric",
     "lightning.pytorch",
+    "hypothesis",
+    "datasets",
+    "sharded_lamb.bert.train",
 ]
 if not Path("/dev/nvidiactl").exists():
     NAMES.append("deepspeed")  # it asks CUDA for devices, after which no fork can use them

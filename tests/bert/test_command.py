@@ -183,7 +183,7 @@ def test_bad_input_is_a_clear_error_on_every_rank(
 def test_under_torchrun_bad_input_is_an_error_without_our_traceback(
     tree: dict[str, Any], tmp_path: Path
 ) -> None:
-    ranks, override, message = BAD_INPUT[-1]
+    ranks, override, message = BAD_INPUT[1]
     failed = call(torchrun(ranks, write_config(tree, tmp_path), override, python=sys.executable))
     assert failed.returncode != 0
     for rank in range(ranks):

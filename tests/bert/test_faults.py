@@ -30,7 +30,6 @@ from tests.training import assert_same_bits
 
 STEPS = 8
 KILLS = {
-    "kill@mid-backward:rank=1:step=2": 2,
     "kill@checkpoint-manifest:rank=0:step=3": 2,
     "kill@mid-all-gather:rank=0:step=5": 4,
     "kill@checkpoint-latest:rank=0:step=7": 6,

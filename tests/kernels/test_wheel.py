@@ -52,7 +52,9 @@ def launch(folder: Path, *programs: Path, **environment: str) -> subprocess.Comp
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    done = launch(tmp_path_factory.mktemp("dist"))
+    verify = f'[[ "$1 $2" != "-m sharded_lamb" ]] || exec {interpreter.python()} "$@"'
+    python = stand_in(tmp_path_factory.mktemp("python"), "python", f'{verify}\nexec {sys.executable} "$@"')
+    done = launch(tmp_path_factory.mktemp("dist"), python)
     assert done.returncode == 0, done.stderr + done.stdout
     *_, verdict, path = done.stdout.splitlines()
     assert verdict == "PASS"
@@ -292,7 +294,7 @@ def run_without_compiler(package: Path, folder: Path) -> subprocess.CompletedPro
     }
     where = {"PATH": "/nowhere", "PYTHONPATH": str(package), compiling.CACHE: str(folder / "cache")}
     return subprocess.run(
-        [sys.executable, "-c", RUN],
+        [interpreter.python(), "-c", RUN],
         cwd=folder / "elsewhere",
         env={**environment, **where},
         capture_output=True,

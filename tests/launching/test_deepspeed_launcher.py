@@ -241,8 +241,13 @@ def test_the_end_of_the_script_is_the_end_of_its_ranks(job: Path) -> None:
         "import os, time\nopen('pid', 'w').write(f'{os.getpid()} ')\ntime.sleep(90)\n"
     )
     (job / "hostfile").write_text("localhost slots=1\n")
+    (job / "without").mkdir()
+    (job / "without" / "mlflow.py").write_text(
+        "raise ImportError\n"
+    )  # DeepSpeed would import it for two seconds
     # The launcher kills its children, which the forks of `interpreter` are not.
     settings = {**settings_of(job), "VIRTUAL_ENV": sys.prefix, "PREFLIGHT": "0", "NODE_RANK": "0"}
+    settings["PYTHONPATH"] = f"{job / 'without'}:{ROOT}"
     process = subprocess.Popen(
         [SCRIPT, "train.py"],
         env=environment(**settings),
