@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 
 from sharded_lamb import Lamb
 from sharded_lamb.core import rule
@@ -207,6 +207,7 @@ UNCLAMPED_DEEPSPEED = Case(
 )
 
 
+@settings(max_examples=40)
 @given(case=cases())
 @example(case=UNCLIPPED_APEX)
 @example(case=UNCLAMPED_DEEPSPEED)

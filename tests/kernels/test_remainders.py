@@ -193,7 +193,7 @@ def one_of_many(rank: int, world: int, bits: int) -> dict[str, Tensor]:
     params = training.parameters(dtype=BF16)
     opt = training.grouped(params, 1, store_param_remainders=bits)
     same = {"gradients": lambda rank, step: training.own_gradients(0, step)}
-    training.train(opt, params, stage=1, rank=rank, world=world, steps=range(20), **same)  # type: ignore[arg-type]
+    training.train(opt, params, stage=1, rank=rank, world=world, steps=range(8), **same)  # type: ignore[arg-type]
     return training.copies(params)
 
 

@@ -69,7 +69,7 @@ MIXED = Form(False, (700,), torch.float32, None, torch.float32, torch.float32, t
 """Moments of two dtypes."""
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(form_lists(), st.integers(0, 99), st.booleans())
 @example([MIXED], 0, False)
 def test_bits_are_the_references(forms: list[Form], seed: int, bad: bool) -> None:

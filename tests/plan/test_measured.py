@@ -38,9 +38,10 @@ def shardings_of(world: int) -> list[Sharding]:
 
 
 def compared(rank: int, world: int) -> list[tuple[str, str, int, int]]:
-    results = []
-    for sharding in shardings_of(world):
-        for name, choices in list(CHOICES.items())[-1 if world == 6 else -2 if world == 4 else 0 :]:
+    """All choices on two ranks; on four the last two in turn, on six the last."""
+    results, last = [], list(CHOICES.items())[-2:]
+    for place, sharding in enumerate(shardings_of(world)):
+        for name, choices in CHOICES.items() if world == 2 else [last[place % 2 if world == 4 else 1]]:
             measured = measure(UGLY, choices, sharding, CPU, timed_steps=1)
             for row in compare(costs(UGLY, choices, sharding, rank), measured):
                 results.append((f"{sharding}, {name}", row.what, row.predicted, row.measured))
