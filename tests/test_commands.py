@@ -62,7 +62,10 @@ main()
     [
         ("sharded-lamb pre", ["preflight", "pretrain"]),
         ("sharded-lamb pretrain --dry-run --re", ["--resume"]),
-        ("sharded-lamb pretrain --config bert-quick", ["bert-quickstart", "bert-quickstart-adamw"]),
+        (
+            "sharded-lamb pretrain --config bert-quick",
+            ["bert-quickstart", "bert-quickstart-adamw", "bert-quickstart-gpt-bert"],
+        ),
         ("sharded-lamb pretrain --config ./mi", ["./mine.yaml"]),
         ("sharded-lamb configs --write deepspeed/zero1", ["deepspeed/zero1"]),
     ],

@@ -27,7 +27,9 @@ _COLLECTIVE_FILES = (
     "_functional_collectives.py",
     "_fsdp_collectives.py",
 )
-_OUR_COLLECTIVES = tuple(str(Path(_PACKAGE, "comm", name)) for name in ("collectives.py", "consistency.py"))
+_OUR_COLLECTIVES = tuple(
+    str(Path(_PACKAGE, "comm", name)) for name in ("collectives.py", "pending.py", "consistency.py")
+)
 _WAITING_CALL = re.compile(r"\.wait\(|\bbarrier\(|\bdist\.\w+\(")
 # Where the host waits for a GPU, it may wait for a collective on it.
 _DEVICE_CALL = re.compile(r"\.(item|tolist|cpu|synchronize|numpy)\(")

@@ -173,7 +173,8 @@ def test_ranks_on_a_gpu_meet_on_nccl_beside_gloo(launched: bool, monkeypatch: py
     monkeypatch.setattr(
         dist, "init_process_group", lambda backend, **options: seen.update(options, backend=backend)
     )
-    monkeypatch.setattr(dist, "new_group", lambda **options: None)
+    monkeypatch.setattr(dist, "new_group", lambda **options: mock.Mock(group_name="control"))
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", dist.HashStore)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda: 1)
     for name in ("RANK", "LOCAL_RANK"):
