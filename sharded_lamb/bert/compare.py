@@ -108,11 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 {
                     "heldout_loss": heldout(rows),
                     "curve": curve(rows),
-                    **{
-                        key: evaluations(rows, name)
-                        for name, key in HELDOUT.items()
-                        if evaluations(rows, name)
-                    },
+                    **{key: found for name, key in HELDOUT.items() if (found := evaluations(rows, name))},
                 }
                 for rows in each
             ]

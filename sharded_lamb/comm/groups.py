@@ -40,7 +40,7 @@ def next_meeting(ranks: Sequence[int]) -> str:
 class Messages:
     """Point-to-point messages that were started together, and the memory that they send.
 
-    A message of gloo whose work is deleted before its peer is ready is never sent, and nobody is told.
+    gloo drops a message whose work is deleted before the peer receives it, without an error on either side.
     """
 
     works: list[dist.Work]
