@@ -41,6 +41,8 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", metavar="auto|FOLDER", help="resume from the newest complete checkpoint, or a named one"
     )
     parser.add_argument("--batches", help="study: global batches, such as 32,64,128")
+    parser.add_argument("--optimizers", help="study: some of lamb,lans,adamw,lars")
+    parser.add_argument("--seeds", type=int, help="study: seeds of each tuned run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override FILE")
     return parser
 
@@ -106,14 +108,14 @@ def _prepare(config: RunConfig) -> int:
 def _on_ranks(parsed: argparse.Namespace, config: RunConfig) -> int:
     import torch.distributed as dist
 
-    from sharded_lamb.bert.study import study
+    from sharded_lamb.bert.study import study, study_options
     from sharded_lamb.bert.train import run
     from sharded_lamb.recipes.training.ranks import Ranks
 
     ranks = Ranks.start()
     try:
         if parsed.command == "study":
-            study(config, parsed.batches, ranks)
+            study(config, study_options(parsed.batches, parsed.optimizers, parsed.seeds), ranks)
             return 0
         if parsed.command == "trainer":
             from sharded_lamb.bert.beside_trainer import compare

@@ -8,16 +8,20 @@ from typing import Any
 
 
 def draw_study(results: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Held-out loss over the batch, one line for each optimizer."""
+    """Held-out loss over the batch: one line for each optimizer, the mean of its seeds, and bars over their range."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for optimizer in sorted({row["optimizer"] for row in results}):
-        points = sorted(
-            (row["batch"], row["heldout_loss"]) for row in results if row["optimizer"] == optimizer
-        )
-        axis.plot(*zip(*points, strict=True), marker="o", label=optimizer)
+        of_batch: dict[int, list[float]] = {}
+        for row in results:
+            if row["optimizer"] == optimizer:
+                of_batch.setdefault(row["batch"], []).append(row["heldout_loss"])
+        means = [sum(losses) / len(losses) for losses in of_batch.values()]
+        below = [mean - min(losses) for mean, losses in zip(means, of_batch.values(), strict=True)]
+        above = [max(losses) - mean for mean, losses in zip(means, of_batch.values(), strict=True)]
+        axis.errorbar(list(of_batch), means, yerr=[below, above], marker="o", capsize=3, label=optimizer)
     if results:
         axis.axhline(results[0]["unigram_entropy"], linestyle="--", color="grey", label="unigram entropy")
     axis.set_xscale("log", base=2)

@@ -1,14 +1,16 @@
-"""The batch-scaling study: LAMB, LANS, LARS and AdamW at the same number of examples, batches 32 … 1024.
+"""The batch-scaling study: optimizers after the same number of examples, each tuned at every batch.
 
-Each optimizer's lr is tuned at the smallest batch and then scaled by the square root of the batch.
+The peak rate and then the warmup are searched by factors of two with the first seed, and the best pair is trained with
+further seeds.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,117 +23,153 @@ from sharded_lamb.recipes.training.ranks import Ranks
 
 Row = dict[str, Any]
 
-BATCHES = (32, 64, 128, 256, 512, 1024)
-# Peak rates at the smallest batch. Common rates show whether two are different optimizers.
-_TRIED = {
-    "lamb": (2e-3, 5e-3, 1e-2, 2e-2),
-    "adamw": (5e-4, 1e-3, 2e-3, 4e-3),
-    "lans": (2e-3, 5e-3, 1e-2, 2e-2),
-    "lars": (0.5, 1.0, 2.0, 4.0),
-}
+BATCHES = (64, 256, 1024, 4096)
+OPTIMIZERS = ("lamb", "lans", "adamw")
+SEEDS = 3
+# The peak rate with which the search begins at the smallest batch.
+_FIRST_LR = {"lamb": 1e-2, "lans": 1e-2, "adamw": 2e-3, "lars": 2.0}
+_WARMUPS = (0.05, 0.1, 0.2, 0.4)  # fractions of the steps; the search begins at the second
 
 
-def study(config: RunConfig, batches: str | None, ranks: Ranks) -> Path:
-    """Train the runs missing from study.json, then write study.json, study.md and study.png. Collective.
+@dataclass(frozen=True)
+class StudyOptions:
+    """What the study compares."""
 
-    The number of examples of every run is the first phase's steps x global_batch.
+    batches: tuple[int, ...] = BATCHES  # ascending
+    optimizers: tuple[str, ...] = OPTIMIZERS
+    seeds: int = SEEDS
+
+
+def study_options(batches: str | None, optimizers: str | None, seeds: int | None) -> StudyOptions:
+    """The options of a command line; None is the default.
 
     Raises:
-        ValueError: batches that are not numbers, or do not divide by the ranks; settings or results by which the two
-            optimizers are one.
+        ValueError: batches that are not positive numbers with commas, an unknown optimizer, or no seed.
     """
-    sizes = _batches(batches)
-    _refuse_equal_options(config)
-    folder = Path(config.run_dir)
-    runs = _Runs(config, folder, ranks, ranks.from_first(lambda: _read(folder)))
-    chosen: list[Row] = []
-    for optimizer, tried in _TRIED.items():
-        best = min((runs.row(optimizer, sizes[0], lr) for lr in tried), key=lambda row: row["heldout_loss"])
-        scaled = [(batch, best["lr"] * math.sqrt(batch / sizes[0])) for batch in sizes[1:]]
-        chosen += [best, *(runs.row(optimizer, batch, lr) for batch, lr in scaled)]
+    parts = [part.strip() for part in (batches or ",".join(map(str, BATCHES))).split(",")]
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise ValueError(f"--batches {batches!r}: expected whole numbers with commas, such as 32,64,128")
+    names = [name.strip() for name in (optimizers or ",".join(OPTIMIZERS)).split(",")]
+    if not set(names) <= _FIRST_LR.keys():
+        raise ValueError(f"--optimizers {optimizers!r}: expected some of {','.join(_FIRST_LR)} with commas")
+    if seeds is not None and seeds < 1:
+        raise ValueError(f"--seeds {seeds}: expected 1 or more")
+    return StudyOptions(
+        tuple(sorted({int(part) for part in parts})), tuple(dict.fromkeys(names)), seeds or SEEDS
+    )
+
+
+def study(config: RunConfig, options: StudyOptions, ranks: Ranks) -> Path:
+    """Train the runs whose result.json is missing, then write study.json, study.md and study.png. Collective.
+
+    The number of examples of every run is the first phase's steps x global_batch, and its first seed is `config.seed`.
+    Processes with other optimizers may work on the same folder; a last one of all optimizers trains nothing.
+
+    Raises:
+        ValueError: batches that do not divide by the ranks; settings or results by which two optimizers are one.
+    """
+    _refuse_equal_options(config, options.optimizers)
+    runs = _Runs(config, Path(config.run_dir), ranks)
+    best: list[Row] = []
+    for optimizer in options.optimizers:
+        lr, warmup = _FIRST_LR[optimizer], _WARMUPS[1]
+        for before, batch in pairwise((options.batches[0], *options.batches)):
+            lr *= 2.0 ** round(math.log2(batch / before) / 2)  # √(batch / before), to a power of two
+            lr, warmup = _tuned(runs, optimizer, batch, lr, warmup)
+            seeds = range(config.seed, config.seed + options.seeds)
+            best += [runs.row(optimizer, batch, lr, warmup, seed) for seed in seeds]
     if ranks.is_first:
-        draw_study(chosen, folder / "study.png")
-        (folder / "study.md").write_text(_table(chosen))
-        print(_table(chosen), flush=True)
-    return folder
+        runs.folder.mkdir(parents=True, exist_ok=True)
+        chosen = [{**row, "chosen": row in best} for row in runs.used]
+        write_atomically(runs.folder / "study.json", json.dumps(chosen, indent=1).encode())
+        draw_study(best, runs.folder / "study.png")
+        (runs.folder / "study.md").write_text(_table(best))
+        print(_table(best), flush=True)
+    return runs.folder
 
 
-def _batches(text: str | None) -> tuple[int, ...]:
-    if text is None:
-        return BATCHES
-    if not all(part.strip().isdigit() for part in text.split(",")):
-        raise ValueError(f"--batches {text!r}: expected whole numbers with commas, such as 32,64,128")
-    return tuple(sorted(int(part) for part in text.split(",")))
+def _tuned(runs: _Runs, optimizer: str, batch: int, lr: float, warmup: float) -> tuple[float, float]:
+    """(peak rate, warmup) with the least held-out loss of the first seed; the search begins with those given.
+
+    Half and twice the rate are worse than the rate, and the warmups beside the warmup worse at that rate.
+    """
+    seed = runs.config.seed
+    lr *= 2.0 ** _descended(lambda k: runs.loss(optimizer, batch, lr * 2.0**k, warmup, seed))
+    begin = _WARMUPS.index(warmup)
+
+    def with_warmup(k: int) -> float:
+        inside = 0 <= begin + k < len(_WARMUPS)
+        return runs.loss(optimizer, batch, lr, _WARMUPS[begin + k], seed) if inside else math.inf
+
+    return lr, _WARMUPS[begin + _descended(with_warmup)]
 
 
-def _read(folder: Path) -> list[Row]:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "study.json"
-    rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
-    return rows
+def _descended(loss: Callable[[int], float]) -> int:
+    """The integer, reached from 0 by steps of 1 that lessen ``loss``, both of whose neighbors are no better."""
+    here = 0
+    for step in (1, -1):
+        while loss(here + step) < loss(here):
+            here += step
+    return here
 
 
 @dataclass
 class _Runs:
-    """The study's runs, each trained once."""
+    """The study's runs, each trained once, in a folder whose name has the digest of its configuration."""
 
     config: RunConfig
     folder: Path
     ranks: Ranks
-    saved: list[Row]  # the rows of study.json
-    used: list[Row] = field(default_factory=list)  # the rows of this configuration
+    used: list[Row] = field(default_factory=list)  # each once
 
-    def row(self, optimizer: str, batch: int, lr: float) -> Row:
-        """One run's results: from study.json if its row has the digest of this configuration, else by training.
+    def loss(self, optimizer: str, batch: int, lr: float, warmup: float, seed: int) -> float:
+        """The held-out loss of a run; infinite where it is not a number."""
+        loss = self.row(optimizer, batch, lr, warmup, seed)["heldout_loss"]
+        return loss if math.isfinite(loss) else math.inf
+
+    def row(self, optimizer: str, batch: int, lr: float, warmup: float, seed: int) -> Row:
+        """One run's results: from its folder, else by training or by going on with it. Collective.
 
         Raises:
             ValueError: another optimizer has the same result, or a signal stopped the run.
         """
-        one = self._config_of(optimizer, batch, lr)
-        digest = one.digest()
-        same_run = [row for row in self.saved if _is_of(row, batch, lr) and row["optimizer"] == optimizer]
-        result = next((row for row in same_run if row.get("config_digest") == digest), None)
-        if result is None:
-            if same_run and self.ranks.is_first:
-                print(
-                    f"study.json: {_label(same_run[0])} has another configuration: trains it again",
-                    flush=True,
-                )
+        one = self._config_of(optimizer, batch, lr, warmup, seed)
+        path = Path(one.run_dir, "result.json")
+        row: Row | None = self.ranks.from_first(
+            lambda: json.loads(path.read_text()) if path.exists() else None
+        )
+        if row is None:
             metrics = run(one, "auto", self.ranks).metrics
             if metrics is None:
-                raise ValueError("a signal stopped the study; start it again to train the missing runs")
-            head = {"optimizer": optimizer, "batch": batch, "lr": lr, "steps": one.phases[0].steps}
-            result = {**head, "config_digest": digest, **metrics}
-            self.saved = [row for row in self.saved if row not in same_run] + [result]
+                raise ValueError("a signal stopped the study; start it again to go on")
+            head = {"optimizer": optimizer, "batch": batch, "lr": lr, "warmup": warmup, "seed": seed}
+            row = {**head, "steps": one.phases[0].steps, "config_digest": one.digest(), **metrics}
             if self.ranks.is_first:
-                write_atomically(self.folder / "study.json", json.dumps(self.saved, indent=1).encode())
-        _refuse_equal_results(result, self.used)
-        self.used.append(result)
-        return result
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, json.dumps(row, indent=1).encode())
+        _refuse_equal_results(row, self.used)
+        if row not in self.used:
+            self.used.append(row)
+        return row
 
-    def _config_of(self, optimizer: str, batch: int, lr: float) -> RunConfig:
+    def _config_of(self, optimizer: str, batch: int, lr: float, warmup: float, seed: int) -> RunConfig:
         phase = self.config.phases[0]
         steps = max(1, phase.steps * phase.global_batch // batch)
-        return replace(
-            self.config,
-            run_dir=str(self.folder / f"{optimizer}-{batch}-{lr:.4g}"),
-            phases=(replace(phase, steps=steps, global_batch=batch, lr=lr, ramp=None),),
-            optimizer=replace(self.config.optimizer, variant=optimizer),
-        )
-
-
-def _is_of(row: Row, batch: int, lr: float) -> bool:
-    return row["batch"] == batch and math.isclose(row["lr"], lr, rel_tol=1e-9)
+        phase = replace(phase, steps=steps, global_batch=batch, lr=lr, warmup_fraction=warmup, ramp=None)
+        variant = replace(self.config.optimizer, variant=optimizer)
+        one = replace(self.config, seed=seed, phases=(phase,), optimizer=variant)
+        name = f"{optimizer}-{batch}-{lr:.4g}-{warmup:g}-{seed}-{one.digest()[:8]}"
+        return replace(one, run_dir=str(self.folder / name))
 
 
 def _label(row: Row) -> str:
     return f"{row['optimizer']} (batch {row['batch']}, lr {row['lr']:.4g})"
 
 
-def _refuse_equal_options(config: RunConfig) -> None:
+def _refuse_equal_options(config: RunConfig, optimizers: Sequence[str]) -> None:
     """Raises ValueError if settings of ``optimizer`` make two optimizers equal."""
     rules: dict[str, dict[str, Any]] = {}
-    for name in _TRIED:
+    for name in optimizers:
         rule = {**VARIANTS[name], **replace(config.optimizer, variant=name).keywords()}
         del rule["variant"]
         equal = [other for other, its in rules.items() if its == rule]
@@ -144,10 +182,14 @@ def _refuse_equal_options(config: RunConfig) -> None:
 
 
 def _refuse_equal_results(row: Row, others: Sequence[Row]) -> None:
-    """Raises ValueError if another optimizer has the same result at the same batch and rate."""
+    """Raises ValueError if another optimizer has the same result at the same batch, rate, warmup and seed."""
     for other in others:
-        same_run = other["optimizer"] != row["optimizer"] and _is_of(other, row["batch"], row["lr"])
-        if same_run and other["heldout_loss"] == row["heldout_loss"]:
+        same_run = all(other[name] == row[name] for name in ("batch", "lr", "warmup", "seed"))
+        if (
+            same_run
+            and other["optimizer"] != row["optimizer"]
+            and other["heldout_loss"] == row["heldout_loss"]
+        ):
             raise ValueError(
                 f"{_label(other)} and {_label(row)} have the same held-out loss to the last digit, "
                 f"{row['heldout_loss']!r}: expected two optimizers to differ, so both runs trained the same one; "
@@ -156,11 +198,17 @@ def _refuse_equal_results(row: Row, others: Sequence[Row]) -> None:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    lines = ["| optimizer | batch | steps | lr | held-out loss | accuracy |", "|---|---|---|---|---|---|"]
-    for row in sorted(rows, key=lambda r: (r["optimizer"], r["batch"])):
+    """One line for each optimizer and batch; ``rows`` are of the chosen rates, one for each seed."""
+    lines = [
+        "| optimizer | batch | steps | lr | warmup | held-out loss, mean (of each seed) | accuracy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for optimizer, batch in sorted({(row["optimizer"], row["batch"]) for row in rows}):
+        of_seeds = [row for row in rows if (row["optimizer"], row["batch"]) == (optimizer, batch)]
+        losses, first = [row["heldout_loss"] for row in of_seeds], of_seeds[0]
+        accuracy = sum(row["heldout_accuracy"] for row in of_seeds) / len(of_seeds)
         lines.append(
-            f"| {row['optimizer']} | {row['batch']} | {row['steps']} | {row['lr']:.3g} | "
-            f"{row['heldout_loss']:.3f} "
-            f"| {row['heldout_accuracy']:.1%} |"
+            f"| {optimizer} | {batch} | {first['steps']} | {first['lr']:.3g} | {first['warmup']:g} "
+            f"| {sum(losses) / len(losses):.3f} ({', '.join(f'{loss:.3f}' for loss in losses)}) | {accuracy:.1%} |"
         )
     return "\n".join(lines) + "\n"
