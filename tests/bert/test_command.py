@@ -19,7 +19,6 @@ import pytest
 import torch
 import yaml
 
-from sharded_lamb.bert import study
 from sharded_lamb.bert.__main__ import main
 from sharded_lamb.checkpoint import problem_with, read_contents
 from sharded_lamb.recipes.training import picture
@@ -228,25 +227,21 @@ def test_the_quickstart_leaves_all_it_promises(tmp_path: Path, tree: dict[str, A
     assert tokenizer("a [MASK]")["input_ids"][2] == tokenizer.mask_token_id
 
 
-def call_study(rank: int, arguments: list[str]) -> tuple[int, str]:
-    """`call_main` of a study of LAMB and LARS alone: every optimizer is five runs."""
-    two = {name: study._TRIED[name] for name in ("lamb", "lars")}
-    with mock.patch.object(study, "_TRIED", two):
-        return call_main(rank, arguments)
-
-
-def test_the_study_compares_optimizers_at_the_same_examples(tree: dict[str, Any], tmp_path: Path) -> None:
+def test_the_study_tunes_at_every_batch_on_the_same_examples(tree: dict[str, Any], tmp_path: Path) -> None:
     config = write_config(tree, tmp_path)
-    arguments = ["study", "--config", str(config), "--batches", "6,24"]
-    assert run_ranks(1, call_study, [*arguments, "phases.0.steps=2", "phases.0.global_batch=12"]) == [(0, "")]
+    options = ["--batches", "24", "--optimizers", "lamb", "--seeds", "2"]
+    arguments = ["study", "--config", str(config), *options, "phases.0.steps=4", "phases.0.global_batch=12"]
+    assert run_ranks(1, call_main, arguments) == [(0, "")]
     results = json.loads((tmp_path / "run" / "study.json").read_text())
-    assert {row["steps"] * row["batch"] for row in results} == {24}
-    for optimizer in ("lamb", "lars"):
-        tuned = [row for row in results if (row["optimizer"], row["batch"]) == (optimizer, 6)]
-        (scaled,) = (row for row in results if (row["optimizer"], row["batch"]) == (optimizer, 24))
-        best = min(tuned, key=lambda row: row["heldout_loss"])
-        assert len(tuned) > 2
-        assert scaled["lr"] == pytest.approx(best["lr"] * 2)
+    assert {(row["steps"], row["batch"]) for row in results} == {(2, 24)}
+    best, again = (row for row in results if row["chosen"])
+    assert [again[name] for name in ("lr", "warmup", "seed")] == [
+        best["lr"],
+        best["warmup"],
+        best["seed"] + 1,
+    ]
+    tuned = [row for row in results if row["seed"] == best["seed"]]
+    assert len([row for row in tuned if row["lr"] in (best["lr"] / 2, best["lr"] * 2)]) == 2
+    assert all(row["heldout_loss"] >= best["heldout_loss"] for row in tuned)
     assert (tmp_path / "run" / "study.png").exists()
-    table = (tmp_path / "run" / "study.md").read_text()
-    assert [table.count(f"| {name} |") for name in ("lamb", "lars")] == [2, 2]
+    assert (tmp_path / "run" / "study.md").read_text().count("| lamb |") == 1

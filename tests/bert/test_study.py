@@ -1,6 +1,7 @@
-"""The study: whose rows are used again, and contestants that are one optimizer."""
+"""The study: its search for rate and warmup, results that are used again, contestants that are one optimizer."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,84 +10,129 @@ import pytest
 from sharded_lamb.bert import study as module
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.config_io import build_config
+from sharded_lamb.bert.study import study_options
 from sharded_lamb.bert.train import Outcome
 from sharded_lamb.recipes.training.ranks import Ranks
 from tests.harness import run_ranks
 
-BATCHES = "6,24"
+BEST = {6: (2e-2, 0.1), 24: (1e-2, 0.4)}  # rate and warmup of the least loss at each batch
+
+Trained = tuple[str, int, float, float, int]
+
+
+def loss_of(trained: Trained, same: bool) -> float:
+    """Least at `BEST`; a rate four times as large diverges. ``same``: of every optimizer alike."""
+    optimizer, batch, lr, warmup, seed = trained
+    rate = math.log2(lr / (BEST[batch][0] * (0.1 if optimizer == "adamw" and not same else 1)))
+    if rate > 1.5:
+        return math.nan
+    offset = 0 if same else sum(map(ord, optimizer)) / 1e5
+    return 5 + rate**2 + math.log2(warmup / BEST[batch][1]) ** 2 / 10 + seed / 1000 + offset
 
 
 def studied(
-    rank: int, tree: dict[str, Any], overrides: list[str], same: bool
-) -> tuple[list[tuple[str, int, float]], str]:
-    """(what was trained, the error if there was one) of a study whose runs take no time.
-
-    ``same``: both optimizers' losses depend on the batch and the rate alone.
-    """
-    trained = []
+    rank: int, tree: dict[str, Any], overrides: list[str], optimizers: str, same: bool = False
+) -> tuple[list[Trained], str]:
+    """(what was trained, the error if there was one) of a study whose runs take no time."""
+    trained: list[Trained] = []
 
     def at_once(config: RunConfig, resume: str | None, ranks: Ranks) -> Outcome:
         (phase,), variant = config.phases, config.optimizer.variant
         assert resume == "auto"
-        lr = float(phase.lr)
-        trained.append((variant, phase.global_batch, lr))
-        loss = (
-            5 + (lr - 3e-3) ** 2 + phase.global_batch / 1000 + (0 if same else sum(map(ord, variant)) / 1e5)
+        assert phase.steps * phase.global_batch == 72
+        trained.append(
+            (variant, phase.global_batch, float(phase.lr), float(phase.warmup_fraction), config.seed)
         )
-        metrics = {"heldout_loss": loss, "heldout_accuracy": 0.1, "unigram_entropy": 6.0}
-        return Outcome(Path(config.run_dir), metrics)
+        loss = loss_of(trained[-1], same)
+        return Outcome(
+            Path(config.run_dir), {"heldout_loss": loss, "heldout_accuracy": 0.1, "unigram_entropy": 6.0}
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "run", at_once)
         try:
-            module.study(build_config(tree, overrides), BATCHES, Ranks.start())
+            module.study(build_config(tree, overrides), study_options("24,6", optimizers, 2), Ranks.start())
         except ValueError as error:
             return trained, str(error)
     return trained, ""
 
 
+def test_rate_and_warmup_are_tuned_at_every_batch_and_trained_with_further_seeds(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    ((trained, error),) = run_ranks(1, studied, tree, [f"run_dir={tmp_path}"], "lamb")
+    assert error == ""
+    assert trained == [  # the config's seed is 3
+        ("lamb", 6, 2e-2, 0.1, 3),
+        ("lamb", 6, 1e-2, 0.1, 3),
+        ("lamb", 6, 4e-2, 0.1, 3),
+        ("lamb", 6, 2e-2, 0.2, 3),
+        ("lamb", 6, 2e-2, 0.05, 3),
+        ("lamb", 6, 2e-2, 0.1, 4),
+        ("lamb", 24, 8e-2, 0.1, 3),  # twice √(24 / 6) times the rate diverges, and so does that rate
+        ("lamb", 24, 4e-2, 0.1, 3),
+        ("lamb", 24, 2e-2, 0.1, 3),
+        ("lamb", 24, 1e-2, 0.1, 3),
+        ("lamb", 24, 5e-3, 0.1, 3),
+        ("lamb", 24, 1e-2, 0.2, 3),
+        ("lamb", 24, 1e-2, 0.4, 3),
+        ("lamb", 24, 1e-2, 0.4, 4),
+    ]
+    chosen = [row for row in json.loads((tmp_path / "study.json").read_text()) if row["chosen"]]
+    assert [(row["batch"], row["lr"], row["warmup"], row["seed"]) for row in chosen] == [
+        (batch, *best, seed) for batch, best in BEST.items() for seed in (3, 4)
+    ]
+    assert (
+        "| lamb | 24 | 3 | 0.01 | 0.4 | 5.008 (5.007, 5.008) | 10.0% |" in (tmp_path / "study.md").read_text()
+    )
+
+
+def test_results_in_the_folder_are_used_again_by_runs_of_the_same_configuration(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = [f"run_dir={tmp_path}"]
+    alone = [run_ranks(1, studied, tree, settings, optimizer)[0] for optimizer in ("lamb", "adamw")]
+    assert [error for _, error in alone] == ["", ""]
+    assert run_ranks(1, studied, tree, settings, "lamb,adamw") == [([], "")]
+    rows = json.loads((tmp_path / "study.json").read_text())
+    key = ("optimizer", "batch", "lr", "warmup", "seed")
+    assert sorted(tuple(row[name] for name in key) for row in rows) == sorted(alone[0][0] + alone[1][0])
+
+    changed = [*settings, "optimizer.eps=1e-8"]
+    assert run_ranks(1, studied, tree, changed, "lamb") == [alone[0]]
+    assert run_ranks(1, studied, tree, settings, "lamb") == [([], "")]
+
+
 def test_optimizers_with_the_same_result_are_refused_on_every_rank(
     tree: dict[str, Any], tmp_path: Path
 ) -> None:
-    for again in (False, True):  # the second time from study.json
-        for trained, error in run_ranks(2, studied, tree, [f"run_dir={tmp_path}"], True):
-            assert "lamb (batch 6, lr 0.002) and adamw (batch 6, lr 0.002)" in error
-            assert "same held-out loss to the last digit, 5.0" in error
-            assert ("adamw", 6, 2e-3) not in trained if again else ("adamw", 6, 2e-3) in trained
-            assert ("adamw", 6, 4e-3) not in trained
-
-
-def test_a_row_is_used_again_if_its_configuration_is_the_same(tree: dict[str, Any], tmp_path: Path) -> None:
-    settings = [f"run_dir={tmp_path}"]
-    ((first, error),) = run_ranks(1, studied, tree, settings, False)
-    assert error == ""
-    assert len(first) == len(set(first)) == 20
-    file = tmp_path / "study.json"
-    rows = json.loads(file.read_text())
-    assert run_ranks(1, studied, tree, settings, False) == [([], "")]
-    assert json.loads(file.read_text()) == rows
-
-    # Those of before rows had a digest; one of another optimizer with the same loss must not matter either.
-    old = [{key: value for key, value in row.items() if key != "config_digest"} for row in rows]
-    for row in old:
-        row["heldout_loss"] = next(
-            r["heldout_loss"] for r in rows if (r["batch"], r["optimizer"]) == (row["batch"], "lamb")
-        )
-    file.write_text(json.dumps(old))
-    assert run_ranks(1, studied, tree, settings, False) == [(first, "")]
-    assert json.loads(file.read_text()) == rows
-
-    # Those of other settings: each run stands there once.
-    assert run_ranks(1, studied, tree, [*settings, "optimizer.eps=1e-8"], False) == [(first, "")]
-    changed = json.loads(file.read_text())
-    assert len(changed) == len(rows)
-    assert not {row["config_digest"] for row in changed} & {row["config_digest"] for row in rows}
+    for again in (False, True):  # the second time from the folder
+        for trained, error in run_ranks(2, studied, tree, [f"run_dir={tmp_path}"], "lamb,lans", True):
+            assert "lamb (batch 6, lr 0.02) and lans (batch 6, lr 0.02)" in error
+            assert "same held-out loss to the last digit, 5.003" in error
+            assert [run for run in trained if run[0] == "lans"] == (
+                [] if again else [("lans", 6, 2e-2, 0.1, 3)]
+            )
 
 
 def test_settings_that_make_both_one_optimizer_are_refused(tree: dict[str, Any], tmp_path: Path) -> None:
     for value in ("[]", "null", "['^cls']"):
         settings = [f"run_dir={tmp_path}", f"optimizer.exclude_from_layer_adaptation={value}"]
-        ((trained, error),) = run_ranks(1, studied, tree, settings, False)
+        ((trained, error),) = run_ranks(1, studied, tree, settings, "lamb,adamw")
         assert trained == []
         assert "makes lamb and adamw the same optimizer" in error
         assert "optimizer.exclude_from_layer_adaptation=" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("32,", None, None), "--batches '32,': expected whole numbers"),
+        (("0,32", None, None), "--batches '0,32': expected whole numbers"),
+        ((None, "lamb,sgd", None), "--optimizers 'lamb,sgd': expected some of lamb,lans,adamw,lars"),
+        ((None, None, 0), "--seeds 0: expected 1 or more"),
+    ],
+)
+def test_bad_options_are_refused(options: tuple[Any, Any, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        study_options(*options)
