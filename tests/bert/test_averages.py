@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from sharded_lamb.bert.config import CosineConfig
 from sharded_lamb.bert.config_io import build_config
+from sharded_lamb.bert.finetune.encoder import read_encoder
 from sharded_lamb.bert.schedule import Cosine, schedule_of
 from sharded_lamb.checkpoint import read_contents
 from tests.bert.test_train import cut_off, losses, trained
@@ -59,6 +60,10 @@ def test_exported_and_evaluated_weights_are_averages_over_all_phases(
     for name, average in exported.items():
         torch.testing.assert_close(average.double(), expected[name], rtol=1e-5, atol=1e-7)
     assert any(not torch.equal(average, last[name]) for name, average in exported.items())
+    for source in (folder, folder / "hf"):
+        weights = read_encoder(source).weights
+        assert weights is not None
+        assert all(torch.equal(weights[name], exported[f"bert.{name}"]) for name in weights)
     # The same averages as a run's initial weights, which a step of no size leaves as they are.
     start = [
         f"model.pretrained={folder / 'hf'}",

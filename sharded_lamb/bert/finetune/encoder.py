@@ -15,7 +15,7 @@ from sharded_lamb.bert.attention import use_documents
 from sharded_lamb.bert.config_io import load_config
 from sharded_lamb.bert.model import build_bert
 from sharded_lamb.bert.tokenizer import load_tokenizer, vocabulary_of
-from sharded_lamb.checkpoint import Checkpoints
+from sharded_lamb.checkpoint import Checkpoints, read_contents
 from sharded_lamb.recipes.training.stateless_rng import key_of
 
 _TOKENIZERS = ("tokenizer.json", "vocab.txt")
@@ -55,6 +55,8 @@ class Encoder:
 def read_encoder(folder: Path, *, with_weights: bool = True) -> Encoder:
     """The encoder of a run's newest checkpoint, else of its folder ``hf``, or of a Hugging Face folder.
 
+    Averages of the weights are read where the run keeps them: they are what it evaluates and exports.
+
     Raises:
         ValueError: the folder is neither, or has no weights (if they are wanted) or no tokenizer.
         CheckpointError: the run's newest checkpoint is damaged.
@@ -78,10 +80,15 @@ def read_encoder(folder: Path, *, with_weights: bool = True) -> Encoder:
 
 def _of_run(folder: Path, saved: Path | None) -> Encoder:
     tokenizer = _tokenizer(folder / "tokenizer")
-    bert = build_bert(load_config(str(folder / "config.yaml"), []), vocabulary_of(tokenizer))
+    config = load_config(str(folder / "config.yaml"), [])
+    bert = build_bert(config, vocabulary_of(tokenizer))
     if saved is None:
         return Encoder(str(folder), bert.config, None, tokenizer)
     checkpoint.load(saved, bert)
+    if config.optimizer.ema_decay:
+        states = read_contents(saved).states
+        averages = {name: state["ema"] for name, state in states.items() if "ema" in state}
+        bert.load_state_dict(averages, strict=False)
     return Encoder(str(saved), bert.config, _values(bert.bert), tokenizer)
 
 

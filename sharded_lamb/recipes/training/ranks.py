@@ -58,9 +58,8 @@ class Ranks:
             dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=bound)
         control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        store = PrefixStore(f"connected/{control.group_name}", dist.distributed_c10d._get_default_store())
-        store.set(str(rank), "")
-        store.wait([str(other) for other in range(world_size)], timedelta(seconds=_MEETING_S))
+        default = dist.distributed_c10d._get_default_store()
+        wait_for_all(PrefixStore(f"connected/{control.group_name}", default), rank, world_size)
         return Ranks(rank, world_size, device, control)
 
     @property
@@ -116,6 +115,17 @@ def threads_per_rank() -> int:
 def use_threads(threads: int) -> None:
     """Sets torch's CPU threads; 0: this rank's share of the cores."""
     torch.set_num_threads(threads or threads_per_rank())
+
+
+def wait_for_all(store: Store, rank: int, world_size: int) -> None:
+    """Returns once every rank has called it; on rank 0, which may serve the store, once no other reads it any more."""
+    ranks, limit = range(world_size), timedelta(seconds=_MEETING_S)
+    store.set(f"here/{rank}", "")
+    store.wait([f"here/{other}" for other in ranks], limit)
+    if rank:
+        store.set(f"left/{rank}", "")
+    else:
+        store.wait([f"left/{other}" for other in ranks[1:]], limit)
 
 
 def of_this_attempt(shared: Store, rank: int, world_size: int, timeout_s: float = _MEETING_S) -> PrefixStore:

@@ -1,5 +1,6 @@
 """Ranks that meet, in a store that earlier attempts have used, and connect."""
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +10,7 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from sharded_lamb.recipes.training.ranks import Ranks, of_this_attempt
+from sharded_lamb.recipes.training.ranks import Ranks, of_this_attempt, wait_for_all
 from tests.harness import run_ranks
 
 
@@ -63,3 +64,25 @@ def connected(rank: int) -> bool:
 def test_no_rank_goes_on_before_all_are_connected() -> None:
     """A rank that ends at once, as after bad input, breaks the connections of those that still connect."""
     assert run_ranks(3, connected) == [True] * 3
+
+
+def test_rank_0_which_may_serve_the_store_is_the_last_to_go_on() -> None:
+    store, order, late = dist.HashStore(), [], threading.Event()  # type: ignore[attr-defined]
+
+    def first_waits(keys: list[str], limit: Any) -> None:
+        if "left/1" in keys:
+            late.set()
+        store.wait(keys, limit)
+
+    def other_waits(keys: list[str], limit: Any) -> None:
+        store.wait(keys, limit)
+        assert late.wait(30)  # its answer comes once rank 0 waits for it, or has gone on
+        order.append("rank 1")
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(wait_for_all, mock.Mock(wraps=store, wait=other_waits), 1, 2)
+        wait_for_all(mock.Mock(wraps=store, wait=first_waits), 0, 2)
+        order.append("rank 0")
+        late.set()
+        other.result(30)
+    assert order == ["rank 1", "rank 0"]
