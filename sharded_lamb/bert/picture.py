@@ -16,14 +16,15 @@ def draw_study(results: Sequence[Mapping[str, Any]], path: Path) -> Path:
     for optimizer in sorted({row["optimizer"] for row in results}):
         of_batch: dict[int, list[float]] = {}
         for row in results:
-            if row["optimizer"] == optimizer:
+            if row["optimizer"] == optimizer and row["heldout_loss"] is not None:
                 of_batch.setdefault(row["batch"], []).append(row["heldout_loss"])
         means = [sum(losses) / len(losses) for losses in of_batch.values()]
         below = [mean - min(losses) for mean, losses in zip(means, of_batch.values(), strict=True)]
         above = [max(losses) - mean for mean, losses in zip(means, of_batch.values(), strict=True)]
         axis.errorbar(list(of_batch), means, yerr=[below, above], marker="o", capsize=3, label=optimizer)
-    if results:
-        axis.axhline(results[0]["unigram_entropy"], linestyle="--", color="grey", label="unigram entropy")
+    entropies = [row["unigram_entropy"] for row in results if "unigram_entropy" in row]
+    if entropies:
+        axis.axhline(entropies[0], linestyle="--", color="grey", label="unigram entropy")
     axis.set_xscale("log", base=2)
     axis.set(xlabel="global batch (same number of examples)", ylabel="held-out loss")
     axis.grid(alpha=0.3)

@@ -19,6 +19,7 @@ from sharded_lamb.bert.picture import draw_study
 from sharded_lamb.bert.shards import write_atomically
 from sharded_lamb.bert.train import run
 from sharded_lamb.core.hyperparams import VARIANTS
+from sharded_lamb.optim.skips import DivergedError
 from sharded_lamb.recipes.training.ranks import Ranks
 
 Row = dict[str, Any]
@@ -27,8 +28,10 @@ BATCHES = (64, 256, 1024, 4096)
 OPTIMIZERS = ("lamb", "lans", "adamw")
 SEEDS = 3
 # The peak rate with which the search begins at the smallest batch.
-_FIRST_LR = {"lamb": 1e-2, "lans": 1e-2, "adamw": 2e-3, "lars": 2.0}
+_FIRST_LR = {"lamb": 5e-3, "lans": 5e-3, "adamw": 1e-3, "lars": 1.0}
+_HALVINGS = 10  # of a rate that diverges
 _WARMUPS = (0.05, 0.1, 0.2, 0.4)  # fractions of the steps; the search begins at the second
+_DIVERGED = {"heldout_loss": None, "heldout_accuracy": None}
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,13 @@ def _tuned(runs: _Runs, optimizer: str, batch: int, lr: float, warmup: float) ->
 
 
 def _descended(loss: Callable[[int], float]) -> int:
-    """The integer, reached from 0 by steps of 1 that lessen ``loss``, both of whose neighbors are no better."""
+    """The integer, reached from 0 by steps of 1 that lessen ``loss``, both of whose neighbors are no better.
+
+    From an infinite loss it goes down to a finite one.
+    """
     here = 0
+    while math.isinf(loss(here)) and here > -_HALVINGS:
+        here -= 1
     for step in (1, -1):
         while loss(here + step) < loss(here):
             here += step
@@ -123,12 +131,14 @@ class _Runs:
     used: list[Row] = field(default_factory=list)  # each once
 
     def loss(self, optimizer: str, batch: int, lr: float, warmup: float, seed: int) -> float:
-        """The held-out loss of a run; infinite where it is not a number."""
+        """The held-out loss of a run; infinite if it diverged."""
         loss = self.row(optimizer, batch, lr, warmup, seed)["heldout_loss"]
-        return loss if math.isfinite(loss) else math.inf
+        return math.inf if loss is None else loss
 
     def row(self, optimizer: str, batch: int, lr: float, warmup: float, seed: int) -> Row:
         """One run's results: from its folder, else by training or by going on with it. Collective.
+
+        The held-out loss of a run that diverged is None.
 
         Raises:
             ValueError: another optimizer has the same result, or a signal stopped the run.
@@ -139,9 +149,7 @@ class _Runs:
             lambda: json.loads(path.read_text()) if path.exists() else None
         )
         if row is None:
-            metrics = run(one, "auto", self.ranks).metrics
-            if metrics is None:
-                raise ValueError("a signal stopped the study; start it again to go on")
+            metrics = self._trained(one)
             head = {"optimizer": optimizer, "batch": batch, "lr": lr, "warmup": warmup, "seed": seed}
             row = {**head, "steps": one.phases[0].steps, "config_digest": one.digest(), **metrics}
             if self.ranks.is_first:
@@ -151,6 +159,15 @@ class _Runs:
         if row not in self.used:
             self.used.append(row)
         return row
+
+    def _trained(self, config: RunConfig) -> dict[str, Any]:
+        try:
+            metrics = run(config, "auto", self.ranks).metrics
+        except DivergedError:
+            return _DIVERGED
+        if metrics is None:
+            raise ValueError("a signal stopped the study; start it again to go on")
+        return metrics if math.isfinite(metrics["heldout_loss"]) else {**metrics, **_DIVERGED}
 
     def _config_of(self, optimizer: str, batch: int, lr: float, warmup: float, seed: int) -> RunConfig:
         phase = self.config.phases[0]
@@ -184,12 +201,9 @@ def _refuse_equal_options(config: RunConfig, optimizers: Sequence[str]) -> None:
 def _refuse_equal_results(row: Row, others: Sequence[Row]) -> None:
     """Raises ValueError if another optimizer has the same result at the same batch, rate, warmup and seed."""
     for other in others:
-        same_run = all(other[name] == row[name] for name in ("batch", "lr", "warmup", "seed"))
-        if (
-            same_run
-            and other["optimizer"] != row["optimizer"]
-            and other["heldout_loss"] == row["heldout_loss"]
-        ):
+        same = ("batch", "lr", "warmup", "seed", "heldout_loss")
+        is_equal = row["heldout_loss"] is not None and all(other[name] == row[name] for name in same)
+        if is_equal and other["optimizer"] != row["optimizer"]:
             raise ValueError(
                 f"{_label(other)} and {_label(row)} have the same held-out loss to the last digit, "
                 f"{row['heldout_loss']!r}: expected two optimizers to differ, so both runs trained the same one; "
@@ -200,15 +214,18 @@ def _refuse_equal_results(row: Row, others: Sequence[Row]) -> None:
 def _table(rows: Sequence[Row]) -> str:
     """One line for each optimizer and batch; ``rows`` are of the chosen rates, one for each seed."""
     lines = [
-        "| optimizer | batch | steps | lr | warmup | held-out loss, mean (of each seed) | accuracy |",
-        "|---|---|---|---|---|---|---|",
+        "| optimizer | batch | steps | lr | warmup | held-out loss, mean (of each seed) |",
+        "|---|---|---|---|---|---|",
     ]
     for optimizer, batch in sorted({(row["optimizer"], row["batch"]) for row in rows}):
         of_seeds = [row for row in rows if (row["optimizer"], row["batch"]) == (optimizer, batch)]
-        losses, first = [row["heldout_loss"] for row in of_seeds], of_seeds[0]
-        accuracy = sum(row["heldout_accuracy"] for row in of_seeds) / len(of_seeds)
+        losses = [row["heldout_loss"] for row in of_seeds if row["heldout_loss"] is not None]
+        each = ", ".join(
+            "diverged" if row["heldout_loss"] is None else f"{row['heldout_loss']:.3f}" for row in of_seeds
+        )
+        mean = f"{sum(losses) / len(losses):.3f}" if losses else "-"
+        first = of_seeds[0]
         lines.append(
-            f"| {optimizer} | {batch} | {first['steps']} | {first['lr']:.3g} | {first['warmup']:g} "
-            f"| {sum(losses) / len(losses):.3f} ({', '.join(f'{loss:.3f}' for loss in losses)}) | {accuracy:.1%} |"
+            f"| {optimizer} | {batch} | {first['steps']} | {first['lr']:.3g} | {first['warmup']:g} | {mean} ({each}) |"
         )
     return "\n".join(lines) + "\n"

@@ -92,7 +92,7 @@ class ShardedLamb(AveragingOptimizer):
         overlap: stage 2: reduce buckets as backward fills them; False: all at the end of backward.
         skip_nonfinite: a non-finite gradient on any rank skips the step on every rank, which changes nothing. (Stage 1:
             a non-finite averaged gradient; each rank checks its own slices of it.)
-        max_consecutive_skips: after so many skips in a row, `step` raises RuntimeError on every rank.
+        max_consecutive_skips: after so many skips in a row `step` raises DivergedError, a RuntimeError, on every rank.
         kernel: "cpp" (CPU; from the wheel, else compiled on first use), "triton" (GPU), "torch" (stock operations, any
             device), or "auto": the kernel that the environment variable SHARDED_LAMB_KERNEL names, else the fastest
             that works. The same bits in each; the same kernel on all ranks.

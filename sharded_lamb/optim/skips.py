@@ -7,6 +7,10 @@ from sharded_lamb.optim.explanation import explain
 from sharded_lamb.optim.step_results import StepResults
 
 
+class DivergedError(RuntimeError):
+    """Gradients were not finite in `max_consecutive_skips` steps in a row."""
+
+
 class SkipCounter:
     """Skipped steps, counted on the device; the host reads the counts one step late, so that no step waits.
 
@@ -55,7 +59,7 @@ class SkipCounter:
         """Settle ``results``. Returns whether the options of the previous step differed over ranks.
 
         Raises:
-            RuntimeError: ``limit`` steps in a row were skipped; on every rank, with `explain`'s findings.
+            DivergedError: ``limit`` steps in a row were skipped; on every rank, with `explain`'s findings.
         """
         if self._arrived is not None:
             if torch.cuda.is_current_stream_capturing():
@@ -63,7 +67,7 @@ class SkipCounter:
             self._arrived.synchronize()  # recorded in the previous step, so complete by now
         total, in_a_row, differs = self._host_counts.tolist()
         if in_a_row >= self.limit:
-            raise RuntimeError(self._message(total, in_a_row, results))
+            raise DivergedError(self._message(total, in_a_row, results))
         results.settle(was_skipped=in_a_row > 0)
         self._host_counts[2] = 0
         return bool(differs)

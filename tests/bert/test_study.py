@@ -12,18 +12,21 @@ from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.config_io import build_config
 from sharded_lamb.bert.study import study_options
 from sharded_lamb.bert.train import Outcome
+from sharded_lamb.optim.skips import DivergedError
 from sharded_lamb.recipes.training.ranks import Ranks
 from tests.harness import run_ranks
 
-BEST = {6: (2e-2, 0.1), 24: (1e-2, 0.4)}  # rate and warmup of the least loss at each batch
+BEST = {6: (1e-2, 0.1), 24: (2.5e-3, 0.4)}  # rate and warmup of the least loss at each batch
 
 Trained = tuple[str, int, float, float, int]
 
 
 def loss_of(trained: Trained, same: bool) -> float:
-    """Least at `BEST`; a rate four times as large diverges. ``same``: of every optimizer alike."""
+    """Least at `BEST`; a rate four times as large, or larger, diverges. ``same``: of every optimizer alike."""
     optimizer, batch, lr, warmup, seed = trained
     rate = math.log2(lr / (BEST[batch][0] * (0.1 if optimizer == "adamw" and not same else 1)))
+    if rate > 2.5:
+        raise DivergedError("10 steps in a row had non-finite gradients")
     if rate > 1.5:
         return math.nan
     offset = 0 if same else sum(map(ord, optimizer)) / 1e5
@@ -63,28 +66,26 @@ def test_rate_and_warmup_are_tuned_at_every_batch_and_trained_with_further_seeds
     ((trained, error),) = run_ranks(1, studied, tree, [f"run_dir={tmp_path}"], "lamb")
     assert error == ""
     assert trained == [  # the config's seed is 3
-        ("lamb", 6, 2e-2, 0.1, 3),
+        ("lamb", 6, 5e-3, 0.1, 3),
         ("lamb", 6, 1e-2, 0.1, 3),
-        ("lamb", 6, 4e-2, 0.1, 3),
-        ("lamb", 6, 2e-2, 0.2, 3),
-        ("lamb", 6, 2e-2, 0.05, 3),
-        ("lamb", 6, 2e-2, 0.1, 4),
-        ("lamb", 24, 8e-2, 0.1, 3),  # twice √(24 / 6) times the rate diverges, and so does that rate
-        ("lamb", 24, 4e-2, 0.1, 3),
-        ("lamb", 24, 2e-2, 0.1, 3),
+        ("lamb", 6, 2e-2, 0.1, 3),
+        ("lamb", 6, 1e-2, 0.2, 3),
+        ("lamb", 6, 1e-2, 0.05, 3),
+        ("lamb", 6, 1e-2, 0.1, 4),
+        ("lamb", 24, 2e-2, 0.1, 3),  # √(24 / 6) times the rate diverges, and so does the rate
         ("lamb", 24, 1e-2, 0.1, 3),
         ("lamb", 24, 5e-3, 0.1, 3),
-        ("lamb", 24, 1e-2, 0.2, 3),
-        ("lamb", 24, 1e-2, 0.4, 3),
-        ("lamb", 24, 1e-2, 0.4, 4),
+        ("lamb", 24, 2.5e-3, 0.1, 3),
+        ("lamb", 24, 1.25e-3, 0.1, 3),
+        ("lamb", 24, 2.5e-3, 0.2, 3),
+        ("lamb", 24, 2.5e-3, 0.4, 3),
+        ("lamb", 24, 2.5e-3, 0.4, 4),
     ]
     chosen = [row for row in json.loads((tmp_path / "study.json").read_text()) if row["chosen"]]
     assert [(row["batch"], row["lr"], row["warmup"], row["seed"]) for row in chosen] == [
         (batch, *best, seed) for batch, best in BEST.items() for seed in (3, 4)
     ]
-    assert (
-        "| lamb | 24 | 3 | 0.01 | 0.4 | 5.008 (5.007, 5.008) | 10.0% |" in (tmp_path / "study.md").read_text()
-    )
+    assert "| lamb | 24 | 3 | 0.0025 | 0.4 | 5.008 (5.007, 5.008) |" in (tmp_path / "study.md").read_text()
 
 
 def test_results_in_the_folder_are_used_again_by_runs_of_the_same_configuration(
@@ -108,10 +109,10 @@ def test_optimizers_with_the_same_result_are_refused_on_every_rank(
 ) -> None:
     for again in (False, True):  # the second time from the folder
         for trained, error in run_ranks(2, studied, tree, [f"run_dir={tmp_path}"], "lamb,lans", True):
-            assert "lamb (batch 6, lr 0.02) and lans (batch 6, lr 0.02)" in error
-            assert "same held-out loss to the last digit, 5.003" in error
+            assert "lamb (batch 6, lr 0.005) and lans (batch 6, lr 0.005)" in error
+            assert "same held-out loss to the last digit, 6.003" in error
             assert [run for run in trained if run[0] == "lans"] == (
-                [] if again else [("lans", 6, 2e-2, 0.1, 3)]
+                [] if again else [("lans", 6, 5e-3, 0.1, 3)]
             )
 
 
