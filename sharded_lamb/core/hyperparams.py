@@ -70,8 +70,11 @@ DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
 )
 """Options with a default per variant; all but `OPTIMIZER_WIDE` may differ between groups."""
 
-OPTIMIZER_WIDE: Final = ("max_grad_norm", "ratio_blocks")
-"""The options that no parameter group has."""
+OPTIMIZER_WIDE: Final = {
+    "max_grad_norm": "clipping is by the global norm over all groups",
+    "ratio_blocks": "its patterns select parameters of all groups, and it is fixed at construction",
+}
+"""The options that no parameter group has, and why."""
 
 GROUP_OPTIONS: Final = tuple(name for name in DEFAULTS if name not in OPTIMIZER_WIDE)
 OPTIONS: Final = (*SCALAR_DEFAULTS, "variant", *GROUP_OPTIONS)

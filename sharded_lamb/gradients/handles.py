@@ -4,6 +4,7 @@ Its 2-norm is the averaged gradient's. Scaling by a number, zeroing and ``GradSc
 results that follow from its values are NaN; those that cannot be NaN, and every other edit, raise RuntimeError.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -316,7 +317,7 @@ def _unscaled(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def _item(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> float:
-    _note_nan(args)
+    _note_nan(func, args)
     return torch.nan
 
 
@@ -374,6 +375,7 @@ def _without_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> A
         written = _written(func, args, kwargs)
         if not all(isinstance(t, ReducedGradient) and _is_free(t) for t in written):
             raise refusal
+        _note_nan(func, handles)
         for tensor in written:
             tensor.mark = None
         return args[0] if len(written) == 1 else None
@@ -388,14 +390,22 @@ def _without_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> A
     if any(returned.alias_info is not None for returned in func._schema.returns):
         viewed = handles[0]
         return tree_map(lambda leaf: ReducedGradient(leaf, viewed.mark, device, is_part=True), results)
-    _note_nan(handles)
+    _note_nan(func, handles)
     return tree_map(lambda leaf: _nan(leaf, device), results)
 
 
-def _note_nan(handles: Sequence[Any]) -> None:
-    for handle in handles:
-        if handle.mark is not None:
-            handle.mark.origin.gave_nan = True
+def _note_nan(func: Any, handles: Sequence[Any]) -> None:
+    """Warns of NaN that ``func`` computes from gradients, once for each operation."""
+    marks = [handle.mark for handle in handles if handle.mark is not None]
+    for mark in marks:
+        mark.origin.gave_nan = True
+    if marks:
+        warnings.warn(
+            f"{func} reads the values of a gradient that stage=2 has reduced and freed: the result is NaN. Programs "
+            f"that compute with gradients need stage=1 and DistributedDataParallel",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _is_free(handle: ReducedGradient) -> bool:

@@ -19,6 +19,7 @@ from sharded_lamb.core.hyperparams import (
     FIXED,
     FP32_MAX,
     GROUP_OPTIONS,
+    OPTIMIZER_WIDE,
     OPTIONS,
     PATTERN_OPTIONS,
     RuleOptions,
@@ -192,7 +193,7 @@ class LambOptimizer(StepReports, Optimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a parameter group must be a dict, got {type(param_group).__name__}")
-        group = dict(param_group)
+        group = {name: value for name, value in param_group.items() if not self._is_own(name, value)}
         self._check_keys(group)
         if group.get("variant", self.defaults["variant"]) != self.defaults["variant"]:
             self._fill_from_variant(group)
@@ -208,18 +209,17 @@ class LambOptimizer(StepReports, Optimizer):
                 raise
             self._accept_options()
 
+    def _is_own(self, name: str, value: Any) -> bool:
+        """Whether this optimizer, not a group, has the option: SAM and others repeat keywords in their groups."""
+        return name == "max_grad_norm" and value == self.max_grad_norm
+
     def _check_keys(self, group: Mapping[str, Any]) -> None:
         """Raises ValueError for a misspelt option, or one of `OPTIMIZER_WIDE`."""
-        if "max_grad_norm" in group:
-            raise ValueError(
-                f"max_grad_norm={group['max_grad_norm']!r} in a parameter group: clipping is by the global norm "
-                f"over all groups, so pass max_grad_norm to the optimizer instead"
-            )
-        if "ratio_blocks" in group:
-            raise ValueError(
-                f"ratio_blocks={group['ratio_blocks']!r} in a parameter group: its patterns select parameters of all "
-                f"groups, and it is fixed at construction, so pass ratio_blocks to the optimizer instead"
-            )
+        for name, reason in OPTIMIZER_WIDE.items():
+            if name in group:
+                raise ValueError(
+                    f"{name}={group[name]!r} in a parameter group: {reason}, so pass {name} to the optimizer instead"
+                )
         if "state_dtype" in group and "state_dtype" not in self.registered_keys:
             raise ValueError(
                 f"state_dtype={group['state_dtype']} in a parameter group: ShardedLamb alone stores moments in other "

@@ -152,7 +152,7 @@ class Lamb(LambOptimizer):
         for row in rows:
             devices.setdefault(params[row].device, []).append(row)
             state = self.state[params[row]]
-            if not state:
+            if "step" not in state:  # wrappers keep tensors of their own there
                 state.update(new_state(params[row], self.moments))
         by_device = []
         for device, own in devices.items():

@@ -175,6 +175,11 @@ class ShardedLamb(AveragingOptimizer):
         self._build()
         self._close_on_deletion()
 
+    def _is_own(self, name: str, value: Any) -> bool:
+        if name in SETTINGS - {*self.registered_keys, *self.defaults}:
+            return bool(getattr(self._settings, name) == value)
+        return super()._is_own(name, value)
+
     def _check_keys(self, group: Mapping[str, Any]) -> None:
         super()._check_keys(group)
         for name in SETTINGS - {*self.registered_keys, *self.defaults}:

@@ -50,6 +50,28 @@ class Forwarding:
         return getattr(self._inner, name)
 
 
+class Sharpness(torch.optim.Optimizer):
+    """As the published SAM (arXiv 2010.01412): the base optimizer's keywords become defaults of the wrapper, and its
+    groups the base's.
+    """
+
+    def __init__(self, params: Any, base: type, rho: float, **options: Any) -> None:
+        super().__init__(params, {"rho": rho, **options})
+        self.base = base(self.param_groups, **options)
+        self.param_groups = self.base.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any]) -> None:  # type: ignore[override]
+        params = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.stack([p.grad.norm() for p in params]).norm()
+        moved = [p.grad * (self.param_groups[0]["rho"] / norm) for p in params]
+        torch._foreach_add_(params, moved)
+        with torch.enable_grad():
+            closure()
+        torch._foreach_sub_(params, moved)
+        self.base.step()
+
+
 WRAPPERS = (Subclassing, Copying, Forwarding)
 MAKERS: dict[str, Callable[..., Any]] = {
     "Lamb": Lamb,
@@ -193,3 +215,56 @@ def test_accelerates_optimizer(made: str) -> None:
         follow(oracle, gradients(step))
     training.assert_follows(params, oracle)
     assert not opt.step_was_skipped
+
+
+@pytest.mark.parametrize("base", [Lamb, ShardedLamb])
+def test_a_wrapper_that_repeats_the_keywords_in_its_groups(base: type) -> None:
+    options = {
+        "lr": LR,
+        "max_grad_norm": 1.0,
+        **({"stage": 1, "bucket_mb": 1.0} if base is ShardedLamb else {}),
+    }
+    params = training.parameters(SHAPES)
+    oracle = oracle_of(params, max_grad_norm=1.0)
+    opt = Sharpness(list(params.values()), base, rho=0.05, **options)
+    assert not {"stage", "bucket_mb", "max_grad_norm"} & opt.base.param_groups[0].keys()
+
+    def square() -> None:
+        opt.zero_grad()
+        backward({name: p**2 for name, p in params.items()}, gradients(0), same)
+
+    for _ in range(3):
+        square()
+        values = {name: p.detach().double() for name, p in params.items()}
+        grads = {name: 2 * value * gradients(0)[name] for name, value in values.items()}
+        norm = torch.stack([grad.norm() for grad in grads.values()]).norm()
+        moved = {name: value + 0.05 * grads[name] / norm for name, value in values.items()}
+        follow(oracle, {name: 2 * value * gradients(0)[name] for name, value in moved.items()})
+        opt.step(square)
+    training.assert_follows(params, oracle)
+
+
+def test_another_value_of_the_optimizers_own_option_in_a_group_is_refused() -> None:
+    group = {"params": [nn.Parameter(torch.ones(3))], "stage": 2}
+    with pytest.raises(ValueError, match="stage=2 in a parameter group: it is of the whole optimizer"):
+        ShardedLamb([group], stage=1)
+    with pytest.raises(
+        ValueError, match=r"max_grad_norm=2\.0 in a parameter group: clipping is by the global norm"
+    ):
+        Lamb([{**group, "stage": 1, "max_grad_norm": 2.0}], max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize("made", MAKERS)
+def test_state_that_a_wrapper_adds_before_the_first_step_changes_nothing(made: str) -> None:
+    """As schedulefree's wrapper, whose z is in the base optimizer's state."""
+    params = training.parameters(SHAPES)
+    opt, oracle = MAKERS[made](params.items(), lr=LR), oracle_of(params)
+    for p in params.values():
+        opt.state[p]["z"] = p.detach().clone()
+    for step in range(2):
+        backward(params, gradients(step), same)
+        opt.step()
+        opt.zero_grad()
+        follow(oracle, gradients(step))
+    training.assert_follows(params, oracle)
+    assert all("z" in opt.state[p] for p in params.values())
