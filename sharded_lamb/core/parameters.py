@@ -33,7 +33,7 @@ def check_parameter(name: str, p: Tensor) -> None:
 
     Raises:
         TypeError: not a real floating-point, dense parameter.
-        ValueError: a flat parameter of FSDP1.
+        ValueError: a parameter of FSDP1.
     """
     if p.is_complex():
         raise TypeError(
@@ -43,11 +43,13 @@ def check_parameter(name: str, p: Tensor) -> None:
         raise TypeError(f"parameter {name!r} is {p.dtype}: LAMB updates floating-point parameters")
     if p.layout is not torch.strided:
         raise TypeError(f"parameter {name!r} has layout {p.layout}: LAMB needs dense (strided) parameters")
-    if getattr(p, "_is_flat_param", False) or type(p).__name__ == "FlatParameter":
+    is_flat = getattr(p, "_is_flat_param", False) or type(p).__name__ == "FlatParameter"
+    if is_flat or getattr(p, "_fsdp_flattened", False):  # the latter with use_orig_params
         raise ValueError(
-            f"parameter {name!r} is a flat parameter of FSDP1: it mixes many parameters in one tensor, so a trust "
-            f"ratio per parameter does not exist in it (use_orig_params=True shards within it and is as wrong). "
-            f"Use torch.distributed.fsdp.fully_shard, or ShardedLamb(stage=2) on the bare model"
+            f"parameter {name!r} is {'a flat parameter' if is_flat else 'a view of a flat parameter'} of FSDP1, which "
+            f"mixes parameters in one tensor and shards it anywhere: a rank cannot know a parameter's norm, so its "
+            f"trust ratio would be wrong. Use torch.distributed.fsdp.fully_shard, or ShardedLamb(stage=2) on the bare "
+            f"model"
         )
 
 

@@ -23,6 +23,15 @@ from sharded_lamb.optim.whole_tensors import State, WholeTensors, new_state
 from sharded_lamb.sharding.dtensors import is_dtensor
 
 
+def _check_whole(name: str, p: Tensor) -> None:
+    """Raises TypeError or ValueError for a parameter that is not one whole tensor."""
+    check_parameter(name, p)
+    if is_dtensor(p):
+        raise TypeError(
+            f"parameter {name!r} is a DTensor: Lamb updates whole tensors on one device; ShardedLamb updates DTensors"
+        )
+
+
 class Lamb(LambOptimizer):
     """LAMB (You et al., arXiv 1904.00962, Algorithm 2) on one device, over whole parameters.
 
@@ -98,12 +107,7 @@ class Lamb(LambOptimizer):
         self._tables.clear()
         try:
             for name, p in named(self.param_groups[-1]):
-                check_parameter(str(name), p)
-                if is_dtensor(p):
-                    raise TypeError(
-                        f"parameter {str(name)!r} is a DTensor: Lamb updates whole tensors on one device; "
-                        f"ShardedLamb updates DTensors"
-                    )
+                _check_whole(str(name), p)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -149,7 +153,9 @@ class Lamb(LambOptimizer):
     def _find(self, params: list[Tensor], rows: list[int]) -> "_Found":
         """The parameters of ``rows`` by device; creates the state of a parameter at its first gradient."""
         devices: dict[torch.device, list[int]] = {}
+        names = [name for name, _, _ in self._named_parameters()]
         for row in rows:
+            _check_whole(names[row], params[row])  # a wrapper may have sharded it since construction
             devices.setdefault(params[row].device, []).append(row)
             state = self.state[params[row]]
             if "step" not in state:  # wrappers keep tensors of their own there

@@ -343,13 +343,25 @@ def test_fsdp1_flat_parameter_raises(cls: Any) -> None:
         cls([("flat", fake_flat_parameter())])
 
 
-def fsdp1(rank: int) -> None:
-    model = FullyShardedDataParallel(nn.Linear(7, 5), device_id=torch.device("cpu"))
-    ShardedLamb(model.named_parameters())
+def fsdp1(rank: int, cls: Any, views: bool, before: bool) -> None:
+    """``before``: the optimizer is constructed before the parameters are sharded."""
+    model = nn.Linear(7, 5)
+    opt = cls(model.named_parameters()) if before else None
+    sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=views)
+    opt = opt or cls(sharded.named_parameters())
+    sharded(torch.ones(2, 7)).sum().backward()
+    opt.step()
 
 
-def test_real_fsdp1_raises() -> None:
-    all_say(errors_of(2, fsdp1), "ValueError", "flat parameter of FSDP1", "fully_shard")
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+@pytest.mark.parametrize("views", [False, True])
+def test_real_fsdp1_raises(cls: Any, views: bool) -> None:
+    all_say(errors_of(2, fsdp1, cls, views, False), "ValueError", "flat parameter of FSDP1", "fully_shard")
+
+
+def test_parameters_that_fsdp1_shards_after_construction_raise() -> None:
+    all_say(errors_of(2, fsdp1, Lamb, True, True), "ValueError", "flat parameter of FSDP1", "fully_shard")
+    all_say(errors_of(2, fsdp1, ShardedLamb, True, True), "RuntimeError", "is no longer in its bucket")
 
 
 @pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
