@@ -18,6 +18,7 @@ from sharded_lamb.optim.agreed_options import collective
 from sharded_lamb.optim.base import States
 from sharded_lamb.optim.parts import Consolidated, PartsOptimizer
 from sharded_lamb.sharding import state
+from sharded_lamb.sharding.dcp_tensors import asked_by_dcp
 from sharded_lamb.sharding.shard_plan import Settings
 from sharded_lamb.timeline import Timeline
 
@@ -184,16 +185,16 @@ class ShardedOptimizer(PartsOptimizer):
 
         Slices are for this rank of as many ranks: save every rank's. Warns about slices, since a framework that saves
         one rank's loses the others'; `local_state_dict` does not. torch.distributed.checkpoint receives slices and
-        saves all ranks'. Tensors are the memory that steps update, but
-        copies where it holds no values: fp32 of masters stored as remainders, bfloat16 of 8-bit moments.
-
-        Raises:
-            TypeError: torch.distributed.checkpoint asks for whole tensors of plain parameters.
+        saves all ranks', or gathers whole tensors (``full_state_dict=True``; collective). Tensors are the memory that
+        steps update, but copies where it holds no values: fp32 of masters stored as remainders, bfloat16 of 8-bit
+        moments.
         """
-        wants_whole = asked_by_dcp()
-        if wants_whole is not None:
+        asked = asked_by_dcp()
+        if asked is not None:
             self.register_replaced()  # torch.distributed.checkpoint asks every rank
-        if wants_whole is None and self._live.consolidated is not None:
+            if asked.whole and self._store.buckets:
+                return self._whole(range(1 if asked.on_first else self._collectives.world_size))
+        elif self._live.consolidated is not None:
             if self._live.consolidated.whole is None:
                 return self.local_state_dict()
             whole = {position: dict(entry) for position, entry in self._live.consolidated.whole.items()}
@@ -201,25 +202,21 @@ class ShardedOptimizer(PartsOptimizer):
         packed = self.local_state_dict()
         if self._collectives.world_size == 1:
             return packed
-        if wants_whole is None and not self._live.is_new and not asked_by_accelerates_prepare():
+        if asked is None and not self._live.is_new and not asked_by_accelerates_prepare():
             warnings.warn(
                 f"state_dict() of a ShardedLamb over {self._collectives.world_size} ranks is this rank's slices, and "
                 f"the slices of rank 0 alone cannot resume a run: save every rank's, or {state.REMEDY}",
                 UserWarning,
                 stacklevel=2,
             )
-        if wants_whole:
-            if self._store.buckets:
-                raise TypeError(
-                    "StateDictOptions(full_state_dict=True) would read this rank's slices as whole tensors: use "
-                    "ShardedLamb.full_state_dict() and load_full_state_dict(), or omit the option"
-                )
-            # A stamp identifies a slice; the result will be whole.
-            packed["state"] = {
-                position: {key: value for key, value in entry.items() if key != "shard"}
-                for position, entry in packed["state"].items()
-            }
+        if asked is not None and asked.whole:
+            return _without_stamps(packed)  # torch makes the slices whole
         return packed
+
+    def _whole(self, ranks: range) -> dict[str, Any]:
+        """`state_dict` with whole tensors on ``ranks``, and without state on others. Collective."""
+        gathered = [whole for whole in map(self._gathered, ranks) if whole is not None]
+        return {**super().state_dict(), "state": gathered[0] if gathered else {}}
 
     def local_state_dict(self) -> dict[str, Any]:
         """This rank's slices, as `state_dict`, whoever asks for them."""
@@ -243,6 +240,9 @@ class ShardedOptimizer(PartsOptimizer):
         """
         self._follow()
         topology = self._store.topology
+        asked = asked_by_dcp()
+        if asked is not None and asked.whole and self._store.buckets:
+            state_dict = _without_stamps(state_dict)  # torch leaves this rank's beside whole tensors
         with propagate_errors(
             topology, always=True, what="load_state_dict", timeout_s=LOAD_TIMEOUT_S
         ) as description:
@@ -426,16 +426,12 @@ class ShardedOptimizer(PartsOptimizer):
         self.load_full_state_dict(pickled["full"])
 
 
-def asked_by_dcp() -> bool | None:
-    """Whether torch.distributed.checkpoint, which calls, asks for whole tensors; None: it does not call."""
-    frame, found = sys._getframe(1), False
-    while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        if name == "torch.distributed.checkpoint.state_dict":
-            return bool(getattr(frame.f_locals.get("info"), "full_state_dict", False))
-        found = found or name.startswith("torch.distributed.checkpoint.")
-        frame = frame.f_back  # type: ignore[assignment]
-    return False if found else None
+def _without_stamps(state_dict: dict[str, Any]) -> dict[str, Any]:
+    states = {
+        position: {key: value for key, value in entry.items() if key != "shard"}
+        for position, entry in state_dict["state"].items()
+    }
+    return {**state_dict, "state": states}
 
 
 def asked_by_accelerates_prepare() -> bool:

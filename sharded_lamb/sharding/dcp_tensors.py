@@ -14,9 +14,10 @@ and operations, pickle and deepcopy return plain tensors.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -208,3 +209,25 @@ class Stamp(_CheckpointTensor):
 
     def __get_tensor_shard__(self, index: "MetadataIndex") -> Tensor:
         return self.version
+
+
+class Asked(NamedTuple):
+    """What torch.distributed.checkpoint asks of an optimizer."""
+
+    whole: bool  # whole tensors: ``full_state_dict=True``
+    on_first: bool  # of the first rank alone: ``cpu_offload=True`` beside it
+
+
+def asked_by_dcp() -> Asked | None:
+    """What torch.distributed.checkpoint asks of the optimizer's method that calls this; None: another calls it."""
+    frame, found = sys._getframe(1), False
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name == "torch.distributed.checkpoint.state_dict":
+            info = frame.f_locals.get("info")
+            return Asked(
+                bool(getattr(info, "full_state_dict", False)), bool(getattr(info, "cpu_offload", False))
+            )
+        found = found or name.startswith("torch.distributed.checkpoint.")
+        frame = frame.f_back  # type: ignore[assignment]
+    return Asked(whole=False, on_first=False) if found else None
