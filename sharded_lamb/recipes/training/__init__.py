@@ -3,5 +3,5 @@
 Imports between modules run one way::
 
     settings, shipped, stateless_rng, batch, step_clock, picture -> config_io, precision, ranks, metrics
-           -> sharded_backend, checkpoint
+           -> sharded_backend -> checkpoint -> loop
 """

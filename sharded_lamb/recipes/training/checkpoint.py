@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from sharded_lamb.checkpoint import CheckpointError, Checkpoints
 from sharded_lamb.recipes.training.config_io import load_config
 from sharded_lamb.recipes.training.ranks import Ranks
+from sharded_lamb.recipes.training.sharded_backend import TrainBackend
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,6 @@ class Settings(Protocol):
         """The settings that determine the training's numbers."""
 
 
-class Backend(Protocol):
-    """The part of a sharded model with its optimizer that checkpoints need. Its methods are collective."""
-
-    def save(self, checkpoints: Checkpoints, step: int, extra: dict[str, Any]) -> None:
-        """As `Checkpoints.save`."""
-
-    def load(self, path: Path, *, options: bool) -> dict[str, Any]:
-        """As `sharded_lamb.checkpoint.load`; returns ``extra``."""
-
-
 class StopRequested:
     """Records SIGTERM or SIGUSR1, which SLURM sends before it ends a job."""
 
@@ -67,7 +58,7 @@ class StopRequested:
         self.signal = number
 
 
-def save(folder: Path, keep: int, position: Position, backend: Backend) -> None:
+def save(folder: Path, keep: int, position: Position, backend: TrainBackend) -> None:
     """Write one checkpoint. Collective.
 
     Raises:
@@ -105,7 +96,7 @@ def choose(folder: Path, resume: str | None, ranks: Ranks) -> list[Path]:
     return [Path(name) for name in ranks.from_first(pick)]
 
 
-def load(kind: type[Where], candidates: Sequence[Path], backend: Backend, ranks: Ranks) -> Where:
+def load(kind: type[Where], candidates: Sequence[Path], backend: TrainBackend, ranks: Ranks) -> Where:
     """Restore weights, state and options from the first complete checkpoint of ``candidates``. Collective.
 
     Raises:

@@ -91,15 +91,15 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def summarize_ratios(ratios: Mapping[str, float], layer_of: Callable[[str], str]) -> dict[str, Any]:
-    """Quantiles over tensors, and the median of each layer. ``layer_of``: the layer of a parameter's name."""
-    if not ratios:
+def summarize_ratios(norms: Mapping[str, LayerNorms], layer_of: Callable[[str], str]) -> dict[str, Any]:
+    """Quantiles of trust ratios, and the median of each layer. ``layer_of``: the layer of a parameter's name."""
+    if not norms:
         return {}
     by_layer: dict[str, list[float]] = {}
-    for name, ratio in ratios.items():
-        by_layer.setdefault(layer_of(name), []).append(ratio)
+    for name, own in norms.items():
+        by_layer.setdefault(layer_of(name), []).append(own.ratio)
     return {
-        "trust_ratio_quantiles": _quantiles(list(ratios.values())),
+        "trust_ratio_quantiles": _quantiles([own.ratio for own in norms.values()]),
         "trust_ratio_by_layer": {layer: _quantiles(values)[2] for layer, values in by_layer.items()},
     }
 

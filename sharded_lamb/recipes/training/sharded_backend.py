@@ -1,11 +1,11 @@
-"""A model under ShardedLamb, stage 1 or 2: what a training loop does with it."""
+"""What a training loop does with a model and its optimizer; a model under ShardedLamb, stage 1 or 2."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,54 @@ from sharded_lamb.telemetry import LayerNorms
 
 Entered = Callable[[str], None]
 """Called with the name of a section of the step as it begins: `StepClock.enter`."""
+
+
+class TrainBackend(Protocol):
+    """A sharded model with its optimizer. Every method is collective: all ranks call it, in the same order.
+
+    Whether a method communicates depends on the backend.
+    """
+
+    model: Any  # without wrappers; its parameters may be empty or sharded
+    losses: Any  # the module for evaluation; all ranks call it equally often
+
+    def accumulate(self, batch: Any, scale: Tensor, *, last: bool, entered: Entered) -> Tensor:
+        """Forward and backward of one micro-batch. The step's ``last`` one averages gradients over ranks.
+
+        Args:
+            scale: [n] factors of the first n elements of what ``losses`` returns, whose sum is the loss.
+            entered: called with "backward" as backward begins.
+
+        Returns:
+            What ``losses`` returned, detached: sums over the micro-batch.
+        """
+
+    def step(self, lr: float) -> None:
+        """Update the weights and clear the gradients."""
+
+    def restart_steps(self) -> None:
+        """Begin a phase as BERT's phase 2 does: moments stay, step counts (and bias corrections) restart."""
+
+    def grad_norm(self) -> float | None:
+        """Norm of the last step's averaged gradients, before clipping."""
+
+    def layer_norms(self) -> dict[str, LayerNorms]:
+        """{the model's own name: norms and ratio} of the last step."""
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, parameters hold the averages of their values, if there are any (`optimizer.ema_decay`)."""
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """Copies of the unsharded parameters, in the training dtype, on the first rank's CPU; None elsewhere."""
+
+    def save(self, checkpoints: Checkpoints, step: int, extra: dict[str, Any]) -> None:
+        """As `Checkpoints.save`. All backends write one format."""
+
+    def load(self, path: Path, *, options: bool) -> dict[str, Any]:
+        """As `sharded_lamb.checkpoint.load`, from a checkpoint of any backend; returns ``extra``."""
+
+    def close(self) -> None:
+        """Release process-wide resources."""
 
 
 class OptimizerBackend:
@@ -72,15 +120,6 @@ class ShardedBackend(OptimizerBackend):
         self._unsynchronized = self.optimizer.no_sync if stage == 2 else self._wrapped.no_sync
 
     def accumulate(self, batch: Any, scale: Tensor, *, last: bool, entered: Entered) -> Tensor:
-        """Forward and backward of one micro-batch. The step's ``last`` one averages gradients over ranks.
-
-        Args:
-            scale: [n] factors of the first n elements of what ``losses`` returns, whose sum is the loss.
-            entered: called with "backward" as backward begins.
-
-        Returns:
-            What ``losses`` returned, detached.
-        """
         context: AbstractContextManager[Any] = nullcontext() if last else self._unsynchronized()
         with context:
             out: Tensor = self._wrapped(batch)
