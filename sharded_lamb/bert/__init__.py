@@ -2,7 +2,7 @@
 
 What is not about BERT is in `recipes/training`. Imports between modules run one way::
 
-    config -> config_io, schedule, batch -> corpus, tokenizer -> shards -> prepare -> masking, data -> model, metrics
+    config -> schedule -> corpus, tokenizer -> shards -> prepare -> masking, data -> model, metrics
            -> optim, ds_config -> engine -> train_backend -> train -> study, beside_trainer, __main__ -> pretrain
            -> quickstart
 

@@ -8,8 +8,7 @@ import sys
 from collections.abc import Sequence
 
 try:
-    from sharded_lamb.bert.config import RunConfig
-    from sharded_lamb.bert.config_io import load_config
+    from sharded_lamb.bert.config import RunConfig, load_config
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from sharded_lamb.core.hyperparams import VARIANTS
+from sharded_lamb.recipes.training import config_io
+from sharded_lamb.recipes.training.batch import BatchPlan
 from sharded_lamb.recipes.training.settings import (
     STRICT,
     CheckpointConfig,
@@ -327,6 +331,19 @@ class RunConfig:
     def max_micro_batch(self, phase: PhaseConfig) -> int:
         return phase.max_micro_batch or self.batch.max_micro_batch
 
+    def plan_batches(self, phase: PhaseConfig, world_size: int) -> BatchPlan:
+        """Raises: ValueError that lists the world sizes and batches that fit."""
+        ramp = phase.ramp
+        return BatchPlan(
+            steps=phase.steps,
+            global_batch=phase.global_batch,
+            world_size=world_size,
+            max_micro_batch=self.max_micro_batch(phase),
+            ramp_start=ramp.start if ramp else phase.global_batch,
+            ramp_steps=ramp.steps if ramp else 0,
+            ramp_multiple=ramp.multiple_of if ramp else None,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         return plain(self)
 
@@ -362,3 +379,13 @@ class RunConfig:
                 phase["ramp"].pop("multiple_of")
         kept.pop("batch")
         return kept
+
+
+def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), origin: str = "config") -> RunConfig:
+    """As `training.config_io.build_config`."""
+    return config_io.build_config(RunConfig, tree, overrides, origin)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """As `training.config_io.load_config`."""
+    return config_io.load_config(RunConfig, path, overrides)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from sharded_lamb.bert.batch import plan_batches
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.model import hf_config, model_size, parameters_to_train
 from sharded_lamb.bert.optim import STAGES
@@ -36,7 +35,7 @@ def describe(config: RunConfig, world_size: int) -> str:
     steps = samples = flops = 0
     causal = config.masking.causal_fraction or 0.0
     for number, phase in enumerate(config.phases):
-        plan, schedule = plan_batches(config, phase, world_size), schedule_of(config, number)
+        plan, schedule = config.plan_batches(phase, world_size), schedule_of(config, number)
         begin, end = plan.step_plan(phase.steps - 1, 0, 0).micro_batches[-1]
         count = plan.samples_before(phase.steps)
         tokens = count * phase.sequence_length

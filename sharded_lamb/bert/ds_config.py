@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sharded_lamb.bert.batch import plan_batches
 from sharded_lamb.bert.config import OptimizerConfig, RunConfig
 from sharded_lamb.core.hyperparams import VARIANTS
 from sharded_lamb.recipes.training.config_io import merged_over
@@ -38,7 +37,7 @@ def ds_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """
     file = {} if config.deepspeed.config is None else _read(Path(config.deepspeed.config))
     _refuse_decided(file, config)
-    plans = [plan_batches(config, phase, world_size) for phase in config.phases]
+    plans = [config.plan_batches(phase, world_size) for phase in config.phases]
     bf16 = config.speed.precision == "bf16"
     elements = int(config.optimizer.bucket_mb * 2**20) // (2 if bf16 else 4)
     bucket = max(2, elements // 2 * 2)  # DeepSpeed requires an even number

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from sharded_lamb.bert import outputs
-from sharded_lamb.bert.batch import plan_batches
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.data import BatchSource, MicroBatch, StepData
 from sharded_lamb.bert.evaluate import HeldOut, held_out
@@ -69,7 +68,7 @@ def run(config: RunConfig, resume: str | None, ranks: Ranks) -> Outcome:
 
 def _set_up(config: RunConfig, ranks: Ranks) -> _Pretraining:
     check_parallel(config, ranks.world_size)
-    plans = [plan_batches(config, phase, ranks.world_size) for phase in config.phases]
+    plans = [config.plan_batches(phase, ranks.world_size) for phase in config.phases]
     lengths = [phase.sequence_length for phase in config.phases]
     folders = ranks.from_first(lambda: [prepare(config, length) for length in lengths])
     manifests = [PackedSamples(folder, "train").manifest for folder in folders]

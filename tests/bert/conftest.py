@@ -63,7 +63,7 @@ def tree(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
 def run_folder(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run leaves behind, by its own writers: settings, tokenizer, a checkpoint, a Hugging Face folder."""
     from sharded_lamb.bert import outputs
-    from sharded_lamb.bert.config_io import build_config
+    from sharded_lamb.bert.config import build_config
     from sharded_lamb.bert.model import build_bert
     from sharded_lamb.bert.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer, vocabulary_of
     from sharded_lamb.checkpoint import Checkpoints

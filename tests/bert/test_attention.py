@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from sharded_lamb.bert import attention
 from sharded_lamb.bert.__main__ import main
 from sharded_lamb.bert.attention import Documents, attend
-from sharded_lamb.bert.config_io import build_config
+from sharded_lamb.bert.config import build_config
 from sharded_lamb.bert.data import BatchSource
 from sharded_lamb.bert.model import Losses, build_bert, compile_layers
 from sharded_lamb.bert.padding import PaddedLosses

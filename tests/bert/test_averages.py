@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sharded_lamb.bert.config import CosineConfig
-from sharded_lamb.bert.config_io import build_config
+from sharded_lamb.bert.config import CosineConfig, build_config
 from sharded_lamb.bert.finetune.encoder import read_encoder
 from sharded_lamb.bert.schedule import Cosine, schedule_of
 from sharded_lamb.checkpoint import read_contents

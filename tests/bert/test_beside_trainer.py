@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sharded_lamb.bert import beside_trainer
-from sharded_lamb.bert.config_io import build_config
+from sharded_lamb.bert.config import build_config
 from sharded_lamb.bert.model import build_bert, hf_config
 from sharded_lamb.bert.prepare import prepare
 from sharded_lamb.bert.tokenizer import load_tokenizer, vocabulary_of

@@ -8,9 +8,7 @@ import torch
 import yaml
 
 from sharded_lamb.bert import optim
-from sharded_lamb.bert.batch import plan_batches
-from sharded_lamb.bert.config import CosineConfig
-from sharded_lamb.bert.config_io import build_config, load_config
+from sharded_lamb.bert.config import CosineConfig, build_config, load_config
 from sharded_lamb.bert.dryrun import describe
 from sharded_lamb.recipes.training.config_io import dump_config
 
@@ -167,7 +165,7 @@ def test_the_published_settings_of_gpt_bert() -> None:
     step, total = 0, sum(phase.steps for phase in config.phases)
     assert total == 15625
     for number, phase in enumerate(config.phases):
-        plan = plan_batches(config, phase, 64)
+        plan = config.plan_batches(phase, 64)
         for at in range(0, phase.steps, 97):
             full = 32768 * 128 / phase.sequence_length
             published = full / 4 * (1 - (step + at) / total) + full * (step + at) / total

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sharded_lamb.bert.config_io import build_config
+from sharded_lamb.bert.config import build_config
 from sharded_lamb.bert.data import BatchSource, MicroBatch
 from sharded_lamb.bert.masking import Masker
 from sharded_lamb.bert.model import Losses, build_bert, model_size

@@ -13,8 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sharded_lamb.bert.config import RunConfig
-from sharded_lamb.bert.config_io import build_config
+from sharded_lamb.bert.config import RunConfig, build_config
 from sharded_lamb.bert.dryrun import describe
 from sharded_lamb.bert.ds_config import DECIDED, ds_config
 from sharded_lamb.checkpoint import read_contents, write_contents

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sharded_lamb.bert.config_io import load_config
+from sharded_lamb.bert.config import load_config
 from sharded_lamb.bert.schedule import build_schedule
 from tests.harness import run_ranks
 

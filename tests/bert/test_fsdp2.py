@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from sharded_lamb.bert.config_io import build_config
+from sharded_lamb.bert.config import build_config
 from sharded_lamb.bert.dryrun import describe
 from sharded_lamb.checkpoint import read_contents
 from tests.bert.test_train import Ended, distance, losses, train

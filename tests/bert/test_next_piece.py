@@ -14,7 +14,7 @@ from torch import Tensor
 from sharded_lamb import faults
 from sharded_lamb.bert import attention, train
 from sharded_lamb.bert.attention import Documents, attend
-from sharded_lamb.bert.config_io import build_config
+from sharded_lamb.bert.config import build_config
 from sharded_lamb.bert.data import BatchSource, MicroBatch
 from sharded_lamb.bert.evaluate import fill_mask
 from sharded_lamb.bert.model import Losses, build_bert

@@ -9,8 +9,7 @@ import pytest
 
 from sharded_lamb.bert import corpus
 from sharded_lamb.bert import prepare as module
-from sharded_lamb.bert.config import RunConfig
-from sharded_lamb.bert.config_io import build_config
+from sharded_lamb.bert.config import RunConfig, build_config
 from sharded_lamb.bert.corpus import check_files, count_documents, find_files
 from sharded_lamb.bert.packing import Packer
 from sharded_lamb.bert.prepare import _sampled, prepare

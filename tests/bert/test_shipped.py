@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sharded_lamb.__main__ import main
-from sharded_lamb.bert.config_io import load_config
+from sharded_lamb.bert.config import load_config
 from sharded_lamb.recipes.training.shipped import names, path_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 
 from sharded_lamb.bert import study as module
-from sharded_lamb.bert.config import RunConfig
-from sharded_lamb.bert.config_io import build_config
+from sharded_lamb.bert.config import RunConfig, build_config
 from sharded_lamb.bert.study import study_options
-from sharded_lamb.recipes.training.loop import Outcome
 from sharded_lamb.optim.skips import DivergedError
+from sharded_lamb.recipes.training.loop import Outcome
 from sharded_lamb.recipes.training.ranks import Ranks
 from tests.harness import run_ranks
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sharded_lamb.bert.config_io import build_config
+from sharded_lamb.bert.config import build_config
 from sharded_lamb.bert.train import run
 from sharded_lamb.checkpoint import problem_with, read_contents
 from sharded_lamb.recipes.training import picture

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from sharded_lamb.bert.config_io import build_config, load_config
+from sharded_lamb.bert.config import build_config, load_config
 from sharded_lamb.bert.data import MicroBatch
 from sharded_lamb.bert.model import build_bert
 from sharded_lamb.bert.train import run

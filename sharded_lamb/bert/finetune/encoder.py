@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sharded_lamb import checkpoint
 from sharded_lamb.bert.attention import use_documents
-from sharded_lamb.bert.config_io import load_config
+from sharded_lamb.bert.config import load_config
 from sharded_lamb.bert.model import build_bert
 from sharded_lamb.bert.tokenizer import load_tokenizer, vocabulary_of
 from sharded_lamb.checkpoint import Checkpoints, read_contents
