@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from sharded_lamb.recipes.training.loop import Beat, Measured, Recipe, Row, Step
 from sharded_lamb.recipes.training.metrics import MetricsLog
 from sharded_lamb.recipes.training.ranks import Ranks
 from sharded_lamb.recipes.training.settings import CheckpointConfig, FaultsConfig
-from sharded_lamb.recipes.training.sharded_backend import ShardedBackend
+from sharded_lamb.recipes.training.sharded_backend import Entered, ShardedBackend
 from tests.harness import run_ranks
 
 STEPS, BATCH, LR = 6, 12, 0.05
@@ -104,17 +104,32 @@ class LeastSquares(Recipe):
         return {} if position.total_step % 3 else {"bias": float(self.backend.model.bias)}
 
     def finish(self, position: Position, log: MetricsLog | None, beat: Beat) -> Row:
-        row = {"step": position.total_step, "bias": float(self.backend.model.bias)}
+        assert isinstance(self.backend, Noted)
+        row = {
+            "step": position.total_step,
+            "bias": float(self.backend.model.bias),
+            "last": self.backend.lasts,
+        }
         self.ranks.from_first(lambda: log.final(row) if log is not None else None)
         return row
 
 
+class Noted(ShardedBackend):
+    """Keeps which micro-batches were said to be the last of their step."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.lasts: list[bool] = []
+
+    def accumulate(self, batch: Tensor, scale: Tensor, *, last: bool, entered: Entered) -> Tensor:
+        self.lasts.append(last)
+        return super().accumulate(batch, scale, last=last, entered=entered)
+
+
 def set_up(config: Config, ranks: Ranks) -> LeastSquares:
     errors = Errors()
-    model = errors.line
-    backend = ShardedBackend(
-        model, errors, 2, lambda: ShardedLamb(model.named_parameters(), lr=0.0, stage=2, ema_decay=None)
-    )
+    weights = errors.line.named_parameters()
+    backend = Noted(errors.line, errors, 2, lambda: ShardedLamb(weights, lr=0.0, stage=2))
     return LeastSquares(config, ranks, backend, Position(0, 0, "settings", "data", ranks.world_size), STEPS)
 
 
@@ -164,7 +179,7 @@ def test_a_run_trains_saves_evaluates_and_writes_a_row_a_step(tmp_path: Path) ->
             torch.testing.assert_close(own[name], value, rtol=1e-5, atol=1e-6)
     evaluated = {row["step"]: row["bias"] for row in rows if "bias" in row}
     assert evaluated == {done: pytest.approx(float(steps[done - 1][1]["bias"]), rel=1e-5) for done in (3, 6)}
-    assert ended == [last, last] == [{"step": 6, "bias": evaluated[6]}] * 2
+    assert ended == [last, last] == [{"step": 6, "bias": evaluated[6], "last": [False, False, True] * 6}] * 2
 
 
 def test_a_signal_to_one_rank_stops_all_after_a_save_and_the_resumed_run_has_the_same_bits(
@@ -175,7 +190,8 @@ def test_a_signal_to_one_rank_stops_all_after_a_save_and_the_resumed_run_has_the
     assert trained(stopped)[0] == [None, None]
     assert list(saved(stopped)) == [3]
     again, resumed = trained(replace(stopped, stop_at=None), "auto")
-    assert again == ended
+    assert [row["bias"] for row in again if row] == [row["bias"] for row in ended if row]
+    assert [len(row["last"]) for row in again if row] == [3 * 3] * 2  # three steps remained
     assert [row.get("loss") for row in resumed] == [row.get("loss") for row in rows]
     assert all(torch.equal(saved(stopped)[6][name], value) for name, value in saved(whole)[6].items())
 
