@@ -1,4 +1,4 @@
-"""A run: resumed, trained step by step, saved, stopped by a signal, evaluated. A `Recipe` provides what it trains."""
+"""Runs a training: resumes, steps, saves, evaluates, stops on a signal. A `Recipe` provides what is its own."""
 
 from __future__ import annotations
 
@@ -54,21 +54,21 @@ class Step:
 
 @dataclass(frozen=True)
 class Measured:
-    """A step's numbers, of all ranks."""
+    """The numbers of a step over all ranks."""
 
     sums: list[float]  # of what `TrainBackend.accumulate` returned
     grad_norm: float | None
     seconds: float  # of the slowest rank
     timing: Row
     ranks: Row  # their memory, and which is slowest
-    norms: dict[str, LayerNorms]  # {} but every log.trust_ratio_steps
+    norms: dict[str, LayerNorms]  # of every log.trust_ratio_steps-th step; {} of others
 
 
 @dataclass(frozen=True)
 class Recipe(ABC):
     """What a run trains. All ranks call every method but `row`, in the same order."""
 
-    config: Any
+    config: Any  # a dataclass, with `run_dir`, `checkpoint`, `faults`, `log.trust_ratio_steps`, `speed` as in BERT's
     ranks: Ranks
     backend: TrainBackend
     start: Any  # the `Position`, or a subclass, of a run that is not resumed; others are of its class
@@ -85,11 +85,12 @@ class Recipe(ABC):
 
     @abstractmethod
     def data(self, position: Any) -> Iterator[Any]:
-        """This rank's part of every remaining step. A phase is begun when the data of its first step are requested."""
+        """This rank's part of every remaining step. A request for the first of a phase begins that phase."""
 
     @abstractmethod
     def step(self, data: Any, position: Any, *, stop: bool, due: bool) -> Step:
-        """Sums counts over ranks, and with them whether a signal asked this rank to stop, or a save is due."""
+        """The step after ``position``. Sums its counts over ranks, and ``stop`` (a signal asked this rank to stop) and
+        ``due`` (rank 0 should save)."""
 
     @abstractmethod
     def batch(self, data: Any, step: Any, index: int) -> Any:
@@ -97,11 +98,11 @@ class Recipe(ABC):
 
     @abstractmethod
     def row(self, step: Any, measured: Measured) -> Row:
-        """The row of a step. Called by rank 0 only."""
+        """The row of a step: step, loss, lr, `{counted}_per_s`, ``measured.timing`` and more. Called by rank 0 only."""
 
     @abstractmethod
     def evaluation(self, position: Any, beat: Beat) -> Row:
-        """Numbers of held-out data for the row of the last step; {} if they are not due."""
+        """Numbers of held-out data for the row of the step before ``position``; {} if they are not due."""
 
     @abstractmethod
     def finish(self, position: Any, log: MetricsLog | None, beat: Beat) -> Row:
