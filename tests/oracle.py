@@ -183,6 +183,10 @@ class OracleLamb:
         for name, (weight, update, _, ratio) in self.norms.items():
             self.norms[name] = weight, update, l2(present[name]), ratio
 
+    def stored(self, kind: str, name: str, exact: Array) -> Array:
+        """What is stored of a new moment, of which the update is made."""
+        return exact
+
     def _update(self, name: str, g: Array) -> float:
         opt, w = self.options[name], self.params[name]
         (beta1, beta2), eps = opt["betas"], opt["eps"]
@@ -201,8 +205,8 @@ class OracleLamb:
         if not opt["adam_w_mode"]:
             g = g + decay * w
         of_gradient = 1 - beta1 if opt["grad_averaging"] else 1.0
-        m = self.m[name] = beta1 * self.m[name] + of_gradient * g
-        v = self.v[name] = beta2 * self.v[name] + (1 - beta2) * g * g
+        m = self.m[name] = self.stored("exp_avg", name, beta1 * self.m[name] + of_gradient * g)
+        v = self.v[name] = self.stored("exp_avg_sq", name, beta2 * self.v[name] + (1 - beta2) * g * g)
 
         m_hat, v_hat, step_size = m, v, opt["lr"]
         if opt["bias_correction"] == "lr":
@@ -237,7 +241,7 @@ class OracleLamb:
         entering = (1 - momentum if opt["grad_averaging"] else 1.0) * ratio * (g + decay * w)
         if opt["momentum_includes_lr"]:
             entering, lr = lr * entering, 1.0
-        m = self.m[name] = momentum * self.m[name] + entering
+        m = self.m[name] = self.stored("exp_avg", name, momentum * self.m[name] + entering)
         self.norms[name] = l2(w), math.nan, l2(g), ratio
         self.params[name] = np.asarray(w - lr * (momentum * m + entering if opt["nesterov"] else m))
         return ratio

@@ -188,13 +188,16 @@ class ShardedOptimizer(PartsOptimizer):
         saves all ranks', or gathers whole tensors (``full_state_dict=True``; collective). Tensors are the memory that
         steps update, but copies where it holds no values: fp32 of masters stored as remainders, bfloat16 of 8-bit
         moments.
+
+        Raises:
+            RuntimeError: parameters were replaced in the groups of several ranks.
         """
         asked = asked_by_dcp()
-        if asked is not None:
+        if asked is not None or self._collectives.world_size == 1:
             self.register_replaced()  # torch.distributed.checkpoint asks every rank
-            if asked.whole and self._store.buckets:
-                return self._whole(range(1 if asked.on_first else self._collectives.world_size))
-        elif self._live.consolidated is not None:
+        if asked is not None and asked.whole and self._store.buckets:
+            return self._whole(range(1 if asked.on_first else self._collectives.world_size))
+        if asked is None and self._live.consolidated is not None:
             if self._live.consolidated.whole is None:
                 return self.local_state_dict()
             whole = {position: dict(entry) for position, entry in self._live.consolidated.whole.items()}
@@ -220,6 +223,11 @@ class ShardedOptimizer(PartsOptimizer):
 
     def local_state_dict(self) -> dict[str, Any]:
         """This rank's slices, as `state_dict`, whoever asks for them."""
+        if self._successors():
+            raise RuntimeError(
+                "parameters were replaced in the groups, and a local call cannot move their state to the new ones: "
+                "call register_replaced() on every rank before it"
+            )
         packed = super().local_state_dict()
         self._decode(packed["state"])
         return packed

@@ -1,7 +1,9 @@
 """Draws a program from a seed: operations at random, of which `Replay` drops those that the contract leaves open."""
 
 import random
+import re
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 from tests.fuzz import program as data
@@ -9,8 +11,28 @@ from tests.fuzz.program import Group, Op, Phase, Program, Slot
 from tests.fuzz.replay import Replay, Undefined, replayed
 
 MOST_OPERATIONS = 40
-SHAPES = [(), (1,), (7,), (0, 3), (13, 5), (31,), (17, 3, 2), (64, 9), (300,), (2, 2), (5, 0, 2), (257,)]
-SHARDABLE = [(7,), (13, 5), (31,), (17, 3, 2), (64, 9), (1,), (3, 4), (257,)]
+MOST_BLOCKS = 17  # each is a layer to the oracle
+SHAPES = [
+    (),
+    (1,),
+    (7,),
+    (0, 3),
+    (13, 5),
+    (31,),
+    (17, 3, 2),
+    (64, 9),
+    (300,),
+    (2, 2),
+    (5, 0, 2),
+    (257,),
+    (6, 256),
+]
+SHARDABLE = [(7,), (13, 5), (31,), (17, 3, 2), (64, 9), (1,), (3, 4), (257,), (6, 256)]
+STATE_DTYPES = ["float32", "bfloat16", "int8", "int8"]
+WIRE_DTYPES = [None, "bfloat16", "float8_e4m3fn"]
+PLAIN_VARIANTS = ["lamb", "paper_v3", "paper_v1", "deepspeed", "timm"]
+"""Those that ``caution`` goes with."""
+VARIANTS = [*PLAIN_VARIANTS, "lans", "lans", "lars", "torch_lars"]
 PATTERNS = [[], [r"\.a$"], [r"^layers\.0\."], [r"layers"]]
 
 
@@ -44,12 +66,14 @@ class _Generator:
         self.seed, self.rng, self.without = seed, random.Random(seed), without
         self.key = 0
         self.saved = 0
+        self.follows = self.rng.random() < 0.5
+        self.variant = self.rng.choice(VARIANTS) if self.rng.random() < 0.4 else "lamb"
 
     # -- the model and its optimizers -----------------------------------------------------------------
 
     def program(self) -> Program:
         rng = self.rng
-        hows = [self._how() for _ in range(2 if rng.random() < 0.2 else 1)]
+        hows = [self._how() for _ in range(2 if rng.random() < (0.35 if self.follows else 0.15) else 1)]
         resumes = len(hows) > 1
         sharded = any(how in data.WITH_DTENSORS for how in hows)
         layers = self._layers(sharded)
@@ -63,22 +87,29 @@ class _Generator:
         optimizers = self._optimizers(
             numbers, two=not resumes and len(numbers) > 1 and rng.random() < 0.2 and "two" not in self.without
         )
-        low = any(slot.dtype == "bfloat16" for layer in layers for slot in layer)
+        self.low = any(slot.dtype == "bfloat16" for layer in layers for slot in layer)
         settings = {
             "bucket_mb": rng.choice([0.001, 0.004, 32]),
             "overlap": rng.random() < 0.8,
-            "store_param_remainders": low and rng.random() < 0.5,
+            "ema_decay": rng.choice([None, 0.5, 0.9]) if self.follows else None,
         }
         plain = not bare and not resumes
         wrapper = rng.choice(["accelerate", "inherits", "copies"])
         program = Program(
             seed=self.seed,
             layers=layers,
-            options={**self._options(), "max_grad_norm": rng.choice([None, None, 0.5, 5.0])},
+            options={
+                **self._options(),
+                **self._rule(),
+                "max_grad_norm": rng.choice([None, None, 0.5, 5.0]),
+                "ratio_blocks": self._ratio_blocks(optimizers, layers) if rng.random() < 0.5 else None,
+            },
             settings=settings,
             wrapper=wrapper if rng.random() < 0.25 and wrapper not in self.without else "",
             overlap_forward=plain and rng.random() < 0.1,
             phases=(),
+            follows=self.follows,
+            same=rng.random() < 0.2,
         )
         self.held_out = held_out
         replay = Replay(program)
@@ -86,17 +117,23 @@ class _Generator:
             if number:
                 optimizers = tuple(
                     tuple(
-                        Group(tuple(dict.fromkeys(int(n.split(".")[1]) for n in names))) for names in o.groups
+                        Group(
+                            tuple(dict.fromkeys(int(n.split(".")[1]) for n in names)),
+                            {key: value for key, value in options.items() if key == "caution"},
+                        )
+                        for names, options in zip(o.groups, o.options, strict=True)
                     )
                     for o in replay.optimizers
                 )
                 frozen = tuple(sorted(replay.frozen)) if how in ("averaged", "stage2") else ()
             if replay.ended or replay.refusal is not None:
                 break
-            phase = Phase(self._world(), how, optimizers, frozen, ())
+            phase = Phase(self._world(), how, optimizers, frozen, (), self._formats(how))
             replay.start(phase)
             ops = self._operations(replay, last=number == len(hows) - 1)
             program = replace(program, phases=(*program.phases, replace(phase, ops=tuple(ops))))
+            if ops[-1].kind != "end_phase":
+                break
         return program
 
     def _how(self) -> str:
@@ -108,7 +145,9 @@ class _Generator:
 
     def _layers(self, sharded: bool) -> tuple[tuple[Slot, ...], ...]:
         rng = self.rng
-        one_dtype = rng.choices(["float32", "bfloat16", "float64"], [8, 1, 1])[0]
+        one_dtype = rng.choices(["float32", "bfloat16", "float64"], [6, 3, 1] if self.follows else [8, 1, 1])[
+            0
+        ]
         layers: list[tuple[Slot, ...]] = []
         for i in range(rng.randint(2, 4)):
             dtype = one_dtype
@@ -134,21 +173,67 @@ class _Generator:
             return (Group(tuple(numbers[:cut])),), (Group(tuple(numbers[cut:])),)
         if len(numbers) > 1 and rng.random() < 0.4:
             cut = rng.randint(1, len(numbers) - 1)
-            return ((Group(tuple(numbers[:cut])), Group(tuple(numbers[cut:]), self._options())),)
+            return ((Group(tuple(numbers[:cut])), Group(tuple(numbers[cut:]), self._group_options())),)
         return ((Group(tuple(numbers)),),)
 
     def _options(self) -> dict[str, Any]:
         rng = self.rng
-        return {
+        options = {
             "lr": rng.choice([0.02, 0.05, 0.1]),
             "betas": rng.choice([(0.9, 0.999), (0.8, 0.9), (0.0, 0.99)]),
             "weight_decay": rng.choice([0.0, 0.01, 0.3]),
         }
+        if self.variant in PLAIN_VARIANTS and rng.random() < 0.2:
+            options["caution"] = True
+        return options
+
+    def _group_options(self) -> dict[str, Any]:
+        own = self.follows and self.rng.random() < 0.4
+        return {**self._options(), **({"state_dtype": self.rng.choice(STATE_DTYPES)} if own else {})}
+
+    def _rule(self) -> dict[str, Any]:
+        return {"variant": self.variant, **({"trust_coefficient": 0.2} if "lars" in self.variant else {})}
+
+    def _formats(self, how: str) -> dict[str, Any]:
+        """The formats of a phase: of state, and of messages where the optimizer sends them."""
+        rng = self.rng
+        remainders = rng.choice([False, True, 8] if self.follows else [False, True]) if self.low else False
+        if not self.follows:
+            return {"store_param_remainders": remainders}
+        formats = {"state_dtype": rng.choice(STATE_DTYPES), "store_param_remainders": remainders}
+        if how not in data.WITH_DTENSORS:
+            formats["gather_dtype"] = rng.choice(WIRE_DTYPES)
+            if formats["gather_dtype"] == "float8_e4m3fn":
+                formats["store_param_remainders"] = False
+        if how == "stage2":
+            formats["reduce_dtype"] = rng.choice(WIRE_DTYPES)
+        return formats
+
+    def _ratio_blocks(
+        self, optimizers: tuple[tuple[Group, ...], ...], layers: tuple[tuple[Slot, ...], ...]
+    ) -> dict[str, Any] | None:
+        """Every pattern matches a parameter that is there at construction, and perhaps some that are added later."""
+        chosen: dict[str, Any] = {}
+        for slot in {slot.name: slot for layer in layers for slot in layer}.values():
+            rows, row = (slot.shape[0], prod(slot.shape[1:])) if slot.shape else (1, 1)
+            counts = [n for n in range(2, max(rows, 2) + 1) if rows % n == 0]
+            # A ratio block of 8-bit moments begins at a multiple of 256 elements.
+            if counts and rows <= MOST_BLOCKS and not slot.transposed and not (self.follows and row % 256):
+                chosen[slot.name] = self.rng.choice(counts)
+        there = {s.name for group in optimizers[0] for number in group.layers for s in layers[number]}
+        if len(optimizers) > 1 or not there & set(chosen):
+            return None
+        if self.rng.random() < 0.5:
+            return {f"^({'|'.join(map(re.escape, chosen))})$": "dim0"}
+        return {f"^{re.escape(name)}$": count for name, count in chosen.items() if name in there}
 
     # -- operations -----------------------------------------------------------------------------------
 
     def _operations(self, replay: Replay, last: bool) -> list[Op]:
         ops: list[Op] = []
+        if replay.phase and self.follows:
+            replay.apply(Op("look"))
+            ops.append(Op("look"))
         length = self.rng.randint(4, MOST_OPERATIONS - 2)
 
         def add(op: Op) -> bool:
@@ -178,7 +263,10 @@ class _Generator:
                 add(Op("zero_grad", {"who": "model", "set_to_none": True}))
                 add(self._backward(replay))
                 add(Op("step"))
-            else:
+            elif not add(Op("end_phase")):  # what was written has no step yet
+                add(Op("zero_grad", {"who": "model", "set_to_none": True}))
+                add(self._backward(replay))
+                add(Op("step"))
                 add(Op("end_phase"))
         return ops
 
@@ -202,6 +290,9 @@ class _Generator:
             args = {**self._backward(replay).args, "unscale": clip is not None or rng.random() < 0.5}
             args.pop("collective", None)
             return [Op("amp_step", {**args, "clip": clip, "nan": nan})]
+        if rng.random() < 0.1:
+            args = self._backward(replay).args
+            return [Op("closure_step", {"parts": args["parts"], "key": args["key"]})]
         ops = [self._zero(replay)] if rng.random() < 0.85 else []
         ops.append(self._backward(replay))
         if rng.random() < 0.3:
@@ -329,9 +420,23 @@ class _Generator:
         if self.held_out is not None and not self._is_in_use(replay, self.held_out) and rng.random() < 0.4:
             optimizer = rng.randrange(len(replay.optimizers))
             return [
-                Op("add_group", {"optimizer": optimizer, "layer": self.held_out, "options": self._options()})
+                Op(
+                    "add_group",
+                    {"optimizer": optimizer, "layer": self.held_out, "options": self._group_options()},
+                )
             ]
-        kinds = ["freeze", "rewrite", "copy", "model", "share", "to", "evaluate", "evaluate"]
+        kinds = [
+            "freeze",
+            "rewrite",
+            "copy",
+            "model",
+            "share",
+            "to",
+            "evaluate",
+            "evaluate",
+            "replace",
+            "averages",
+        ]
         kind = rng.choice(kinds)
         layer = rng.randrange(len(replay.program.layers))
         if kind == "freeze":
@@ -344,6 +449,10 @@ class _Generator:
         if kind == "copy" and (replay.world == 1 or rng.random() < 0.2):
             zero = Op("zero_grad", {"who": "model", "set_to_none": True})
             return [zero, Op("copy", {"way": rng.choice(["deepcopy", "pickle"])})]
+        if kind == "averages" and self.follows:
+            return [Op("averages")]
+        if kind == "replace":
+            return [Op("zero_grad", {"who": "model", "set_to_none": True}), Op("replace")]
         if kind == "model":
             return [Op("zero_grad", {"who": "model", "set_to_none": True}), Op("copy_model")]
         if kind == "share" and rng.random() < 0.3:

@@ -89,7 +89,7 @@ class Net(nn.Module):
             if index == fail:
                 x = _Raise.apply(x)  # type: ignore[no-untyped-call]
             if index in part:
-                values = [data.gradient(slot, index, rank, key) for slot in slots]
+                values = [data.gradient(slot, index, self.program.source_of(rank), key) for slot in slots]
                 x = self.layers[index](
                     x, [torch.from_numpy(value) * (torch.nan if nan else 1) for value in values]
                 )

@@ -6,6 +6,7 @@ sum cancels and rounding stays small. Every drawn number is exact in bfloat16.
 """
 
 import json
+import re
 import zlib
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -64,6 +65,7 @@ class Phase:
     optimizers: tuple[tuple[Group, ...], ...]
     frozen: tuple[int, ...]  # layers that do not require gradients at the start
     ops: tuple[Op, ...]
+    settings: dict[str, Any] = field(default_factory=dict)  # keywords of ShardedLamb alone; dtypes by name
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,14 @@ class Program:
     seed: int
     layers: tuple[tuple[Slot, ...], ...]
     options: dict[str, Any]  # of the rule
-    settings: dict[str, Any]  # keywords of ShardedLamb alone
+    settings: dict[str, Any]  # keywords of ShardedLamb alone, in all phases
     wrapper: str  # "", "accelerate", "inherits", "copies"
     overlap_forward: bool
     phases: tuple[Phase, ...]
+    follows: bool = (
+        False  # some state or message is rounded: the oracle continues from what the run has stored
+    )
+    same: bool = False  # all ranks have the first one's gradients
 
     @property
     def operations(self) -> int:
@@ -91,19 +97,36 @@ class Program:
     def is_dtensor(self, how: str, name: str) -> bool:
         return how == "sharded" or (how in WITH_DTENSORS and int(name.split(".")[1]) % 2 == 1)
 
+    def source_of(self, rank: int) -> int:
+        """The rank by which gradients are drawn."""
+        return 0 if self.same else rank
+
+    def blocks(self) -> dict[str, int]:
+        """The number of ratio blocks of the parameters that have several."""
+        ratio_blocks = self.options.get("ratio_blocks") or {}
+        counts = {
+            name: slot.shape[0] if count == "dim0" else count
+            for name, slot in self.slots().items()
+            for pattern, count in ratio_blocks.items()
+            if re.search(pattern, name)
+        }
+        return {name: count for name, count in counts.items() if count > 1}
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     def __str__(self) -> str:
         lines = [f"seed {self.seed}: {self.options} {self.settings}"]
-        lines += [f"  wrapper {self.wrapper!r}, overlap_forward={self.overlap_forward}"]
+        lines += [f"  wrapper {self.wrapper!r}, overlap_forward={self.overlap_forward}, same={self.same}"]
         for i, layer in enumerate(self.layers):
             shown = [
                 f"{s.name} {s.dtype} {list(s.shape)}{' transposed' if s.transposed else ''}" for s in layer
             ]
             lines.append(f"  layer {i}: " + "; ".join(shown))
         for phase in self.phases:
-            lines.append(f"  {phase.how} on {phase.world} ranks, frozen {list(phase.frozen)}")
+            lines.append(
+                f"  {phase.how} on {phase.world} ranks, frozen {list(phase.frozen)} {phase.settings}"
+            )
             lines += [
                 f"    optimizer: {[(list(g.layers), g.options) for g in groups]}"
                 for groups in phase.optimizers

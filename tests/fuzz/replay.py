@@ -16,7 +16,8 @@ import numpy as np
 
 from tests.fuzz import program as data
 from tests.fuzz.program import Array, Op, Phase, Program
-from tests.oracle import PLAIN, OracleLamb
+from tests.fuzz.stored import REDUCED, State, Stored, StoredLamb
+from tests.oracle import VARIANT_FACTS
 
 REFUSALS: dict[str, str] = {
     "lr": r"\blr\b|learning rate",
@@ -70,6 +71,9 @@ class Observation:
     terms: float = 0.0  # the sum of the absolute values that ``number`` sums
     norms: dict[str, float] | None = None  # of .grad
     is_rough: bool = False  # weights are as exact as those of the roughest dtype
+    loose: float = 0.0  # relative error of gradients that were rounded
+    are_ratios_loose: bool = False  # ratios have it too
+    state: State | None = None  # of a program that is followed; of a run only
 
 
 @dataclass
@@ -110,14 +114,18 @@ class Replay:
 
     def __init__(self, program: Program) -> None:
         self.program, self.slots = program, program.slots()
-        self.lamb = OracleLamb({name: data.weight(slot) for name, slot in self.slots.items()})
+        weights = {name: data.weight(slot) for name, slot in self.slots.items()}
+        self.lamb = StoredLamb(weights, program.blocks())
+        self.stored = Stored(self.lamb, self.slots) if program.follows else None
+        self.seen: Observation | None = None
+        self.are_ratios_loose = False
+        self.is_replaced = False  # state_dict() cannot follow
         self.observations: dict[tuple[int, int], Observation] = {}
         self.refusal: Refusal | None = None
         self.ended = False
         self.phase = self.index = -1
         self.skipped = [0] * 9
         self.is_rough = False
-        self.is_low_precision = any(slot.dtype == "bfloat16" for slot in self.slots.values())
 
     def start(self, phase: Phase) -> None:
         self.phase, self.index = self.phase + 1, -1
@@ -137,8 +145,27 @@ class Replay:
         for optimizer, old in zip(self.optimizers, before or [], strict=False):
             optimizer.options, optimizer.max_grad_norm = old.options, old.max_grad_norm
             optimizer.skipped = old.skipped
+        self.settings = {**self.program.settings, **phase.settings}
+        formats = {
+            name: self._format(name, group.options)
+            for groups in phase.optimizers
+            for group in groups
+            for name in self.program.names_of(group.layers)
+        }
+        if self.stored is not None:
+            self.stored.begin(self.settings, formats)
         for optimizer in self.optimizers:
             self._register(optimizer)
+
+    def _format(self, name: str, options: dict[str, Any]) -> str:
+        """``state_dtype`` of a parameter of a group with these options."""
+        own = options.get("state_dtype", self.settings.get("state_dtype", "float32"))
+        return "float32" if self.slots[name].dtype == "float64" else str(own)
+
+    def follow(self, seen: Observation | None) -> None:
+        """Take what a run has seen after the operation that is applied next; the oracle continues from its state."""
+        self.seen = seen
+        self.lamb.state = None if seen is None else seen.state
 
     def apply(self, op: Op) -> None:
         """Raises Undefined before it changes anything."""
@@ -147,6 +174,7 @@ class Replay:
         getattr(self, op.kind)(**op.args)
         self.index += 1
         if self._observation is not None:
+            self._observation.loose = self._looseness()
             self.observations[self.phase, self.index] = self._observation
         self._observation = None
 
@@ -164,6 +192,8 @@ class Replay:
 
     def _register(self, optimizer: _Optimizer) -> None:
         optimizer.registered |= {n for n in optimizer.names if self._layer(n) not in self.frozen}
+        if self.stored is not None:
+            self.stored.register(optimizer.registered)
 
     @staticmethod
     def _layer(name: str) -> int:
@@ -241,7 +271,7 @@ class Replay:
                     name = slot.name
                     if self._layer(name) in self.frozen or name in lost:
                         continue
-                    value = data.gradient(slot, layer, rank, key)
+                    value = data.gradient(slot, layer, self.program.source_of(rank), key)
                     if rank == nan:
                         value = value * np.nan
                     self.zeroed.discard(name)
@@ -427,7 +457,7 @@ class Replay:
                 return
         for name in names:
             for rank in range(self.world):
-                at = rank if self.how in data.REDUCED_HERE else 0
+                at = self.program.source_of(rank) if self.how in data.REDUCED_HERE else 0
                 value = data.gradient(self.slots[name], self._layer(name), at, key)
                 if self.how in data.REDUCED_HERE:
                     self.local[rank][name] = value
@@ -516,6 +546,21 @@ class Replay:
             self._step(optimizer)
         self._observation = self._after_step()
 
+    def closure_step(self, parts: list[list[int]], key: int) -> None:
+        """A step whose closure makes zero_grad and backward."""
+        self._no_clip()
+        _ensure(len(self.optimizers) == 1 and self.refusal is None)
+        kept = copy.deepcopy((self.averaged, self.local, self.zeroed, self.optimizers))
+        try:
+            self._zero(list(self.slots), True)
+            self.backward(parts, key)
+            self._check_step()
+            _ensure(not any(map(self._is_uneven, self.optimizers)))
+        except Undefined:
+            self.averaged, self.local, self.zeroed, self.optimizers = kept
+            raise
+        self.step()
+
     def _check_step(self) -> None:
         for optimizer in self.optimizers:
             names = [n for n in optimizer.names if self._layer(n) not in self.frozen]
@@ -526,14 +571,33 @@ class Replay:
 
     def _after_step(self) -> Observation:
         return Observation(
-            weights={name: value.copy() for name, value in self.lamb.params.items()},
+            weights={name: self._held(name).copy() for name in self.slots},
             ratios=[optimizer.ratios for optimizer in self.optimizers],
             skipped=[optimizer.skipped for optimizer in self.optimizers],
             is_rough=self.is_rough,
+            are_ratios_loose=self.are_ratios_loose,
         )
+
+    def _held(self, name: str) -> Array:
+        """A parameter as the ranks hold it."""
+        return (
+            self.lamb.of_whole(self.lamb.params, name) if self.stored is None else self.stored.weights[name]
+        )
+
+    def _looseness(self) -> float:
+        """The relative error of gradients, of their norm and of the weights' norms."""
+        loose = 2 * REDUCED[self.settings.get("reduce_dtype")]
+        if self.stored is not None and self._is_low_precision:
+            loose += 2.0**-7
+        return loose
+
+    @property
+    def _is_low_precision(self) -> bool:
+        return any(slot.dtype == "bfloat16" for slot in self.slots.values())
 
     def _step(self, optimizer: _Optimizer) -> None:
         self._register(optimizer)
+        self.is_replaced = False
         self._fold(optimizer.registered)
         self._settled(optimizer)
         gradients = self._gradients(optimizer)
@@ -545,27 +609,32 @@ class Replay:
             optimizer.skipped += 1
             optimizer.skips_in_a_row += 1
             optimizer.ratios = {}
+            if self.stored is not None:
+                self.stored.check(optimizer.registered)
             return
         optimizer.skips_in_a_row = 0
         self.is_rough |= clip < 1 and self._mixes(gradients)
         lamb = self.lamb
         for names, group in zip(optimizer.groups, optimizer.options, strict=True):
-            for name in names:
-                options = {k: v for k, v in group.items() if k in ("lr", "betas", "weight_decay")}
-                lamb.options[name] = {
-                    **{k: v for k, v in PLAIN.items() if k in lamb.options[name]},
-                    "eps": 1e-6,
-                    **options,
-                }
+            facts = {**VARIANT_FACTS[group.get("variant", "lamb")], **group, "eps": 1e-6}
+            for part in (part for name in names for part in lamb.parts[name]):
+                lamb.options[part] = {key: facts[key] for key in lamb.options[part]}
                 for excluded, key in (
                     (lamb.no_decay, "exclude_from_weight_decay"),
                     (lamb.no_adapt, "exclude_from_layer_adaptation"),
                 ):
-                    excluded.discard(name)
-                    if any(re.search(pattern, name) for pattern in group.get(key, ())):
-                        excluded.add(name)
+                    excluded.discard(part)
+                    if any(re.search(pattern, lamb.whole[part]) for pattern in group.get(key, ())):
+                        excluded.add(part)
         lamb.max_grad_norm = optimizer.max_grad_norm
+        lamb.loose = self._looseness()
+        is_first = not any(lamb.steps[part] for name in optimizer.registered for part in lamb.parts[name])
         lamb.step({name: g * clip for name, g in gradients.items()})
+        if self.stored is not None:
+            self.are_ratios_loose = self.stored.rounds_written or "lars" in str(
+                self.program.options["variant"]
+            )
+            self.stored.stepped(optimizer.registered, gradients, is_first)
         limit = lamb.max_grad_norm
         self.is_rough |= limit is not None and lamb.grad_norm > 0.9 * limit and self._mixes(gradients)
         optimizer.ratios = dict(lamb.ratios)
@@ -680,6 +749,7 @@ class Replay:
         chosen.lagging = set(range(self.world))
         chosen.groups.append(names)
         chosen.options.append(self._group_options(options))
+        self.lamb.formats.update({name: self._format(name, options) for name in names})
         self._register(chosen)
 
     def rewrite(self, names: list[str], factor: float, way: str) -> None:
@@ -691,27 +761,49 @@ class Replay:
             way != "vector" or (len({s.dtype for s in slots}) == 1 and not any(s.transposed for s in slots))
         )
         for name in names:
-            self.lamb.params[name] = self.lamb.params[name] * factor
+            if self.stored is not None:
+                registered = any(name in optimizer.registered for optimizer in self.optimizers)
+                self.stored.write(name, self._held(name) * factor, registered)
+            for part in self.lamb.parts[name] if self.stored is None else ():
+                self.lamb.params[part] = self.lamb.params[part] * factor
 
     def evaluate(self, key: int) -> None:
         """The loss of all layers, without gradients."""
         terms = np.concatenate(
             [
-                np.ravel(self.lamb.params[slot.name] * data.gradient(slot, layer, 0, key))
+                np.ravel(self._held(slot.name) * data.gradient(slot, layer, 0, key))
                 for layer, slots in enumerate(self.program.layers)
                 for slot in slots
             ]
         )
         self._observation = Observation(number=float(terms.sum()), terms=float(np.abs(terms).sum()))
 
+    def averages(self) -> None:
+        """The averages of the weights, as parameters hold them in ``averaged``."""
+        _ensure(self.stored is not None and self.settings.get("ema_decay") is not None)
+        _ensure(self.refusal is None and not self.zeroed)
+        assert self.stored is not None
+        for optimizer in self.optimizers:
+            _ensure(any(self.lamb.steps[self.lamb.parts[name][0]] for name in optimizer.registered))
+            _ensure(all(n in optimizer.registered or self._layer(n) in self.frozen for n in optimizer.names))
+        registered = {name for optimizer in self.optimizers for name in optimizer.registered}
+        self.stored.check(registered)
+        self._observation = Observation(
+            weights={
+                n: self.stored.average(n) if n in registered else self._held(n).copy() for n in self.slots
+            }
+        )
+
     # -- state --------------------------------------------------------------------------------------
 
     def save(self, number: int, form: str) -> None:
         """``form``: "local", "full", "whole" (as "full", loaded by load_state_dict) or "checkpoint"."""
         _ensure(form != "checkpoint" or len(self.optimizers) == 1)
+        _ensure(form != "local" or not self.is_replaced)
+        held = self.stored and (self.stored.weights, self.stored.averages, self.stored.written)
         self.snapshots[number] = (
             form,
-            copy.deepcopy((self.lamb.params, self.lamb.m, self.lamb.v, self.lamb.steps)),
+            copy.deepcopy((self.lamb.params, self.lamb.m, self.lamb.v, self.lamb.steps, held)),
             [
                 (
                     copy.deepcopy(o.groups),
@@ -728,8 +820,9 @@ class Replay:
         """Load a snapshot; all but "checkpoint" leave the weights unless ``weights``."""
         _ensure(number in self.snapshots and self.refusal is None)
         _ensure(not any(optimizer.changed for optimizer in self.optimizers))
-        form, (params, m, v, steps), saved = self.snapshots[number]
-        _ensure(weights or (form != "checkpoint" and not self.is_low_precision))
+        form, (params, m, v, steps, held), saved = self.snapshots[number]
+        has_masters = self._is_low_precision or self.settings.get("gather_dtype") is not None
+        _ensure(weights or (form != "checkpoint" and not has_masters))
         for optimizer, (groups, _, _, _, registered) in zip(self.optimizers, saved, strict=True):
             _ensure(
                 groups == optimizer.groups and registered == optimizer.registered and optimizer.clip is None
@@ -738,15 +831,35 @@ class Replay:
             optimizer.options, optimizer.skips_in_a_row = copy.deepcopy(options), 0
             if form == "checkpoint":
                 optimizer.max_grad_norm, optimizer.skipped = clip, skipped
-            for name in optimizer.names:
-                self.lamb.m[name], self.lamb.v[name] = m[name].copy(), v[name].copy()
-                self.lamb.steps[name] = steps[name]
+            for part in (part for name in optimizer.names for part in self.lamb.parts[name]):
+                self.lamb.m[part], self.lamb.v[part] = m[part].copy(), v[part].copy()
+                self.lamb.steps[part] = steps[part]
         if weights:
             self.lamb.params = {name: value.copy() for name, value in params.items()}
+        if self.stored is not None:
+            if weights:
+                self.stored.weights, self.stored.written = copy.deepcopy((held[0], held[2]))
+            self.stored.averages = copy.deepcopy(held[1])
+            self._look()
+
+    def look(self) -> None:
+        """After a checkpoint was loaded at the start of a phase."""
+        _ensure(self.stored is not None)
+        assert self.stored is not None
+        if self.seen is not None:
+            assert self.seen.weights is not None
+            self.stored.resumed({n for o in self.optimizers for n in o.registered}, self.seen.weights)
+        self._look()
+
+    def _look(self) -> None:
+        assert self.stored is not None
+        self.stored.check({name for optimizer in self.optimizers for name in optimizer.registered})
+        self._observation = Observation(weights={name: self._held(name).copy() for name in self.slots})
 
     def end_phase(self) -> None:
         """Write the checkpoint from which the next phase resumes."""
         _ensure(len(self.optimizers) == 1 and self.refusal is None)
+        _ensure(self.stored is None or not self.stored.written)
 
     # -- what frameworks do to models ---------------------------------------------------------------
 
@@ -766,6 +879,16 @@ class Replay:
     def copy_model(self) -> None:
         """Copy the model, and continue with the original."""
         _ensure(self.how in ("averaged", "stage2") and not self.averaged and not self._has_local())
+
+    def replace(self) -> None:
+        """New parameters with the values of the old ones, in the model and in the groups."""
+        _ensure(self.how in ("averaged", "stage2") and not self.program.wrapper)
+        _ensure(not self.averaged and not self._has_local() and not self.program.overlap_forward)
+        _ensure(not self.zeroed and not self.frozen and self.refusal is None)
+        self._no_clip()
+        self.is_replaced = self.world > 1
+        for optimizer in self.optimizers:
+            optimizer.skips_in_a_row = 0
 
     def share_memory(self) -> None:
         _ensure(self.how not in data.WITH_DTENSORS)

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,40 +27,75 @@ from tests.fuzz import program as data
 from tests.fuzz.compare import compare
 from tests.fuzz.net import Net, Planned
 from tests.fuzz.program import Program
-from tests.fuzz.replay import Observation
+from tests.fuzz.replay import Observation, Replay
+from tests.fuzz.stored import State
 from tests.fuzz.wrappers import unwrap_all, wrapped
 
-Expected = dict[tuple[int, int], Observation]
+DTYPES = ("state_dtype", "gather_dtype", "reduce_dtype")
 
 
 class AtOperation(Exception):
     """An exception with the number of its operation, as JSON."""
 
 
-def execute(rank: int, program: Program, number: int, folder: str, expected: Expected) -> str:
-    """Run phase ``number``. Returns a digest of all observations, to be equal on all ranks.
+@dataclass(frozen=True)
+class Ran:
+    """``digest``: of all observations, to be equal on all ranks; ``bits``: of weights, ratios and state, by operation,
+    to be equal at every world size; ``replay``: the oracle at the end of the phase."""
+
+    digest: str
+    bits: list[str]
+    replay: Replay
+
+
+def execute(rank: int, program: Program, number: int, folder: str, replay: Replay) -> Ran:
+    """Run phase ``number``. ``replay``: the oracle at its beginning.
 
     Raises:
         AtOperation: an operation raised, or saw another number than expected.
     """
     index, run = -1, None
-    digest = hashlib.sha256()
+    digest, bits = hashlib.sha256(), []
     patience = mock.patch.multiple(stalls, PATIENCE=0.4, PERIOD=0.3)
     try:
         patience.start()
         run = Run(rank, program, number, Path(folder))
+        replay.start(program.phases[number])
         for index, op in enumerate(program.phases[number].ops):
             seen = getattr(run, op.kind)(**op.args)
-            if seen is not None and (number, index) in expected:
-                digest.update(pickle.dumps(seen))
-                compare(program, program.phases[number].how, seen, expected[number, index])
+            replay.follow(seen)
+            replay.apply(op)
+            right = replay.observations.pop((number, index), None)
+            if seen is not None and right is not None:
+                digest.update(repr(_plain(vars(seen))).encode())
+                compare(program, program.phases[number].how, seen, right)
+                if seen.weights is not None:
+                    plain = _plain([seen.weights, seen.ratios, seen.state])
+                    bits.append(hashlib.sha256(repr(plain).encode()).hexdigest())
+        replay.follow(None)
     except Exception as error:
         where = {"at": [number, index], "kind": type(error).__name__, "message": str(error)}
         raise AtOperation(json.dumps(where)) from error
     finally:
         patience.stop()
         unwrap_all()
-    return digest.hexdigest()
+    return Ran(digest.hexdigest(), bits, replay)
+
+
+def _plain(value: Any) -> Any:
+    """Whose ``repr`` has every bit."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in sorted(value.items())}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value.tobytes() if hasattr(value, "tobytes") else value
+
+
+def _with_dtypes(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: getattr(torch, value) if key in DTYPES and value is not None else value
+        for key, value in settings.items()
+    }
 
 
 class Run:
@@ -82,9 +118,9 @@ class Run:
         stage = 2 if self.how in data.REDUCED_HERE else 1
         self.inner = [
             ShardedLamb(
-                [{"params": self._named(g.layers), **g.options} for g in groups],
+                [{"params": self._named(g.layers), **_with_dtypes(g.options)} for g in groups],
                 stage=stage,
-                **{**program.options, **program.settings},
+                **{**program.options, **_with_dtypes({**program.settings, **phase.settings})},
             )
             for groups in phase.optimizers
         ]
@@ -196,7 +232,7 @@ class Run:
 
     @torch.no_grad()
     def grad_assign(self, names: list[str], key: int) -> None:
-        rank = self.rank if self.how in data.REDUCED_HERE else 0
+        rank = self.program.source_of(self.rank) if self.how in data.REDUCED_HERE else 0
         for name, p in zip(names, self._params(names), strict=True):
             value = data.gradient(self.program.slots()[name], int(name.split(".")[1]), rank, key)
             p.grad = torch.empty_like(p).copy_(torch.from_numpy(value))
@@ -228,19 +264,63 @@ class Run:
             opt.step()
         return None if missing is not None else self._after_step()
 
+    def closure_step(self, parts: list[list[int]], key: int) -> Observation:
+        def closure() -> float:
+            self.zero_grad("model", True)
+            self.backward(parts, key)
+            return 1.0
+
+        for opt in self.optimizers:
+            opt.step(closure)
+        return self._after_step()
+
+    def averages(self) -> Observation:
+        with contextlib.ExitStack() as stack:
+            for opt in self.inner:
+                stack.enter_context(opt.averaged(self.net))
+            inside = self._weights()
+        return Observation(weights=inside, state=self._state(self._weights()))
+
     def _after_step(self) -> Observation:
         if self.program.overlap_forward:
             for opt in self.inner:
                 opt.synchronize()
-        weights = {}
-        for name, p in self.net.named_parameters():
-            whole = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
-            weights[name] = whole.double().numpy().copy()
+        weights = self._weights()
         return Observation(
             weights=weights,
             ratios=[opt.trust_ratios() for opt in self.inner],
             skipped=[opt.skipped_steps for opt in self.inner],
+            state=self._state(weights),
         )
+
+    def _weights(self) -> dict[str, Any]:
+        weights = {}
+        for name, p in self.net.named_parameters():
+            whole = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+            weights[name] = whole.double().numpy().copy()
+        return weights
+
+    def _state(self, weights: dict[str, Any]) -> State | None:
+        """Every rank has the first one's, which has it all."""
+        if not self.program.follows:
+            return None
+        states: State = {}
+        for opt in self.inner:
+            full = opt.full_state_dict()
+            names = [name for name, _, _ in opt._named_parameters()]
+            for index, entry in (full or {"state": {}})["state"].items():
+                values = {kind: value.double().numpy() for kind, value in entry.items()}
+                states[names[index]] = {"master": weights[names[index]], **values}
+        shared = [states]
+        dist.broadcast_object_list(shared)
+        return shared[0]
+
+    def look(self) -> Observation:
+        if self.program.overlap_forward:
+            for opt in self.inner:
+                opt.synchronize()
+        weights = self._weights()
+        return Observation(weights=weights, state=self._state(weights))
 
     def amp_step(
         self,
@@ -288,7 +368,8 @@ class Run:
         self._freeze([layer], False)
 
     def add_group(self, optimizer: int, layer: int, options: dict[str, Any]) -> None:
-        self.optimizers[optimizer].add_param_group({"params": self._named([layer]), **options})
+        group = {"params": self._named([layer]), **_with_dtypes(options)}
+        self.optimizers[optimizer].add_param_group(group)
 
     @torch.no_grad()
     def rewrite(self, names: list[str], factor: float, way: str) -> None:
@@ -332,7 +413,11 @@ class Run:
                 dist.broadcast_object_list(states)
         self.saved[number] = form, weights, states
 
-    def load(self, number: int, weights: bool) -> None:
+    def load(self, number: int, weights: bool) -> Observation | None:
+        self._load(number, weights)
+        return self.look() if self.program.follows else None
+
+    def _load(self, number: int, weights: bool) -> None:
         form, values, states = self.saved[number]
         if form == "checkpoint":
             checkpoint.load(self.folder / f"{self.number}-{number}", self.net, self.inner[0])
@@ -357,6 +442,17 @@ class Run:
 
     def copy_model(self) -> None:
         copy.deepcopy(self.net)
+
+    def replace(self) -> None:
+        new = {
+            p: nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in self.net.parameters()
+        }
+        for layer in self.net.layers:
+            for attribute, p in list(layer.named_parameters()):
+                setattr(layer, attribute, new[p])
+        for opt in self.optimizers:
+            for group in opt.param_groups:
+                group["params"] = [new[p] for p in group["params"]]
 
     def share_memory(self) -> None:
         self.net.share_memory()

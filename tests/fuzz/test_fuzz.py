@@ -10,22 +10,60 @@ import pytest
 
 from sharded_lamb import ShardedLamb
 from tests.fuzz import compact, endurance
+from tests.fuzz import outcome as outcomes
 from tests.fuzz.compact import PER_LINE
-from tests.fuzz.compare import WrongNumber, compare
+from tests.fuzz.compare import compare
 from tests.fuzz.generate import generate
-from tests.fuzz.outcome import outcome_of
+from tests.fuzz.outcome import Outcome, alone_of, outcome_of
 from tests.fuzz.program import Group, Op, Phase, Program, Slot
-from tests.fuzz.replay import Observation, Undefined, replayed
+from tests.fuzz.replay import Observation, Replay, Undefined, replayed
 from tests.fuzz.runner import Run, execute
 from tests.fuzz.shrink import shrunk
+from tests.fuzz.stored import WrongNumber
 from tests.harness import run_ranks
 
-# A subset of the first hundred programs for which `shown` sees as much as for the hundred.
-SEEDS = [0, 1, 2, 4, 6, 7, 8, 13, 14, 15, 16, 17, 18, 21, 23, 24, 25, 26, 31, 32, 33, 34, 35, 36, 38, 41]
-SEEDS += [42, 43, 50, 51, 52, 54, 55, 57, 60, 61, 65, 66, 68, 72, 74, 75, 77, 79, 82, 91, 92, 93, 94, 98, 99]
+# Programs for which `shown` sees as much as for the first forty.
+SEEDS = [
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    9,
+    13,
+    15,
+    16,
+    17,
+    18,
+    20,
+    21,
+    23,
+    27,
+    28,
+    29,
+    31,
+    35,
+    36,
+    37,
+    38,
+    39,
+    42,
+    62,
+    104,
+    117,
+]
+SEEDS += [150, 175, 235, 254, 258, 259, 275, 293]
 TIMEOUT_S = 100.0  # a loaded machine is no hang
-OPTIONS: dict[str, Any] = {"lr": 0.05, "betas": (0.9, 0.99), "weight_decay": 0.01, "max_grad_norm": None}
-SETTINGS = {"bucket_mb": 0.001, "overlap": True, "store_param_remainders": False}
+OPTIONS: dict[str, Any] = {
+    "variant": "lamb",
+    "lr": 0.05,
+    "betas": (0.9, 0.99),
+    "weight_decay": 0.01,
+    "max_grad_norm": None,
+}
+SETTINGS: dict[str, Any] = {"bucket_mb": 0.001, "overlap": True, "ema_decay": None}
 LAYERS = ((Slot("layers.0.a", (13, 5)),), (Slot("layers.1.a", (31,)), Slot("layers.1.b", (7,))))
 
 
@@ -52,11 +90,16 @@ def test_a_seed_gives_one_program() -> None:
 
 def shown(program: Program) -> set[tuple[Any, ...]]:
     """Operations by world size, by how gradients are reduced on one rank and on many, by settings that are words,
-    and by the operation before.
+    and by the operation before. Options and formats by how gradients are reduced, on many ranks.
     """
     seen: set[tuple[Any, ...]] = set()
     for phase in program.phases:
         before = "start"
+        options = {"variant": program.options["variant"], "blocks": bool(program.options["ratio_blocks"])}
+        options |= {"averages": program.settings["ema_decay"] is not None, **phase.settings}
+        options |= {"caution": any("caution" in group.options for group in phase.optimizers[0])}
+        many = [phase.how] if phase.world > 1 and program.follows else []
+        seen |= {(*item, *many) for item in options.items()}
         for op in phase.ops:
             words = {k: v for k, v in op.args.items() if v is None or isinstance(v, str | bool)}
             seen |= {(op.kind, phase.how, phase.world > 1), (op.kind, phase.world), (before, op.kind)}
@@ -65,9 +108,10 @@ def shown(program: Program) -> set[tuple[Any, ...]]:
     return seen
 
 
-def test_the_programs_show_what_a_hundred_do() -> None:
-    programs = [generate(seed) for seed in range(100)]
-    assert set().union(*(shown(programs[seed]) for seed in SEEDS)) == set().union(*map(shown, programs))
+def test_the_programs_show_what_forty_do() -> None:
+    programs = [generate(seed) for seed in SEEDS]
+    first = [generate(seed) for seed in range(40) if seed not in SEEDS]
+    assert set().union(*map(shown, first)) <= set().union(*map(shown, programs))
     drawn = {op.kind for p in programs for phase in p.phases for op in phase.ops}
     methods = {name for name, value in vars(Run).items() if callable(value) and not name.startswith("_")}
     assert drawn == methods
@@ -85,7 +129,7 @@ def altered_step(rank: int, smaller: float, plan: Program) -> str:
 
     ShardedLamb.step = wrong  # type: ignore[method-assign]
     try:
-        return execute(rank, plan, 0, "", replayed(plan).observations)
+        return execute(rank, plan, 0, "", Replay(plan)).digest
     finally:
         ShardedLamb.step = step  # type: ignore[method-assign]
 
@@ -95,6 +139,86 @@ def test_a_wrong_step_is_seen() -> None:
     run_ranks(1, altered_step, 1.0, plan)
     with pytest.raises(Exception, match="weights of layers"):
         run_ranks(1, altered_step, 1.01, plan)
+
+
+def altered_state(rank: int, kind: str, factor: float, plan: Program) -> str:
+    """A fault planted after every step: state, or a weight, is another one."""
+    step = ShardedLamb.step
+
+    def wrong(self: ShardedLamb, closure: Any = None) -> Any:
+        loss = step(self, closure)
+        for p in self.param_groups[0]["params"]:
+            values = p.data if kind == "weight" else self.state[p][kind]
+            values.mul_(factor)
+        return loss
+
+    ShardedLamb.step = wrong  # type: ignore[method-assign]
+    try:
+        return execute(rank, plan, 0, "", Replay(plan)).digest
+    finally:
+        ShardedLamb.step = step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("kind", "off", "message"),
+    [
+        ("exp_avg", 1.02, "exp_avg of layers"),
+        ("exp_avg_sq", 1.02, "exp_avg_sq of layers"),
+        ("master", 1 + 1e-5, "the master of layers"),
+        ("ema", 1 + 1e-5, "the average of layers"),
+        ("weight", 1 + 2.0**-7, "the weight layers"),
+    ],
+)
+def test_wrong_state_is_seen(kind: str, off: float, message: str) -> None:
+    formats = {"state_dtype": "bfloat16", "gather_dtype": "bfloat16"}
+    plan = replace(
+        made(backward(1), Op("step")), follows=True, settings={**SETTINGS, **formats, "ema_decay": 0.5}
+    )
+    run_ranks(1, altered_state, kind, 1.0, plan)
+    with pytest.raises(Exception, match=message):
+        run_ranks(1, altered_state, kind, off, plan)
+
+
+def test_state_that_no_step_updates_keeps_its_bits() -> None:
+    """The second step updates one layer alone."""
+    plan = made(
+        backward(1), Op("step"), Op("zero_grad", {"who": "model", "set_to_none": True}), reached([1]), STEP
+    )
+    plan = replace(plan, follows=True, settings={**SETTINGS, "state_dtype": "int8"})
+    replay = Replay(plan)
+    replay.start(plan.phases[0])
+    for op in plan.phases[0].ops:
+        replay.apply(op)
+    assert replay.stored is not None
+    name = LAYERS[0][0].name
+    state = {"exp_avg": replay.lamb.m[name], "exp_avg_sq": replay.lamb.v[name], "step": np.array(1.0)}
+    state["master"] = replay.lamb.params[name]
+    replay.lamb.state = {name: state}
+    replay.stored.check([name])
+    for kind, wrong in (("exp_avg", state["exp_avg"] * (1 + 1e-15)), ("step", np.array(2.0))):
+        replay.lamb.state = {name: {**state, kind: wrong}}
+        with pytest.raises(WrongNumber):
+            replay.stored.check([name])
+
+
+def test_bits_of_one_rank_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    nan = Op("backward", {"parts": [[0, 1]] * 2, "key": 2, "nan": 1})
+    program = replace(made(backward(1, 2), STEP, nan, STEP, how="stage2", world=2), same=True)
+    alone = alone_of(program)
+    assert alone is not None
+    assert (alone.phases[0].world, alone.phases[0].ops[0]) == (1, backward(1))
+    assert alone.phases[0].ops[2].args == {"parts": [[0, 1]], "key": 2, "nan": 0}
+    for other in (
+        replace(program, same=False),
+        replace(program, phases=(replace(program.phases[0], how="sharded"),)),
+        replace(made(reached([0], [1]), STEP, how="stage2", world=2), same=True),
+        alone,
+    ):
+        assert alone_of(other) is None
+    runs = [(Outcome("equal"), ["a", "b"]), (Outcome("equal"), ["a", "c"])]
+    monkeypatch.setattr(outcomes, "_run", lambda *_: runs.pop(0))
+    outcome = outcome_of(program)
+    assert (outcome.kind, outcome.reason) == ("FAULT", "one rank has other bits, from observation 1 on")
 
 
 def test_a_missing_refusal_is_a_fault() -> None:

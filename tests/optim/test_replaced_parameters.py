@@ -102,6 +102,30 @@ def test_state_is_saved_and_loaded_right_after_parameters_were_replaced(how: str
     run_ranks(2, resume_after_replacing_parameters, str(tmp_path / "saved"), how)
 
 
+def state_dict_after_replacing_parameters(rank: int) -> None:
+    model = models.block()
+    opt = ShardedLamb(model.named_parameters(), lr=0.02)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    opt.param_groups[0]["params"] = [Parameter(p.detach().clone()) for p in model.parameters()]
+    if dist.get_world_size() > 1:
+        for read in (opt.state_dict, opt.local_state_dict):
+            with pytest.raises(RuntimeError, match=r"register_replaced\(\) on every rank"):
+                read()
+        opt.register_replaced()
+    state = opt.state_dict()["state"]
+    assert sorted(state) == list(range(len(opt.param_groups[0]["params"])))
+    assert {float(entry["step"]) for entry in state.values()} == {1.0}
+
+
+@pytest.mark.filterwarnings("ignore:state_dict")
+@pytest.mark.parametrize("world", [1, 2])
+def test_state_dict_of_replaced_parameters_names_the_collective_call(world: int) -> None:
+    """It is local, and moving state to the new parameters is not; one rank moves it by itself."""
+    run_ranks(world, state_dict_after_replacing_parameters)
+
+
 def step_after_exchanging_parameters(rank: int, kind: str) -> None:
     model = models.block()
     opt = ShardedLamb(model.named_parameters(), lr=0.02)
