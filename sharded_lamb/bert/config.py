@@ -27,7 +27,9 @@ from sharded_lamb.recipes.training.settings import (
     Positive,
     PositiveFloat,
     Precision,
+    RatioBlocks,
     Seed,
+    check_ratio_blocks,
     digest_of,
     plain,
     require,
@@ -134,6 +136,7 @@ class OptimizerConfig:
     exclude_from_layer_adaptation: tuple[str, ...] | Literal["variant"] | None = "variant"
     adapt_without_decay: bool | None = None  # null: as the variant has it
     bias_correction: bool | None = None  # null: as the variant has it
+    ratio_blocks: RatioBlocks | None = None  # parameters with several ratios: {qkv: 3, experts: dim0}
     bucket_mb: float = 32
     state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of the moments
     gather_dtype: Literal["bfloat16", "float8_e4m3fn"] | None = None  # of updated parameters on the wire
@@ -148,6 +151,7 @@ class OptimizerConfig:
             self.variant,
             f"one of {', '.join(sorted(VARIANTS))}",
         )
+        check_ratio_blocks("optimizer.ratio_blocks", self.ratio_blocks)
 
     def keywords(self) -> dict[str, Any]:
         """The options of the LAMB rule that are set here, for every way of sharding; the variant fills the others."""
@@ -170,6 +174,7 @@ _LEFT_TO_VARIANT = {
     "exclude_from_layer_adaptation": "variant",
     "adapt_without_decay": None,
     "bias_correction": None,
+    "ratio_blocks": None,
 }
 """Settings of `OptimizerConfig` → the value with which the variant fills them."""
 
@@ -365,6 +370,8 @@ class RunConfig:
         for name in (*_NOT_DEEPSPEEDS, "reduce_dtype"):
             if kept["optimizer"][name] == _STORAGE[name]:
                 kept["optimizer"].pop(name)
+        if not kept["optimizer"]["ratio_blocks"]:
+            kept["optimizer"].pop("ratio_blocks")
         for name in ("final_probability", "causal_fraction"):
             if kept["masking"][name] is None:
                 kept["masking"].pop(name)

@@ -157,12 +157,13 @@ def measure(
     """Train synthetic weights for some steps. Collective over the default group."""
     choices = choices.of_stage(sharding.stage)
     gc.collect()  # frees the previous model: modules and their hooks refer to each other
-    model = Weights(trainable(shapes, sharding).values(), choices.model_dtype, device)
+    shapes = trainable(shapes, sharding)
+    model = Weights(shapes.values(), choices.model_dtype, device)
     mesh = _mesh(sharding, device)
     if sharding.stage == 3:
         fully_shard(model, mesh=mesh)
     optimizer = ShardedLamb(
-        model.named_parameters(),
+        zip(shapes, model.parameters(), strict=True),
         stage=2 if sharding.stage == 2 else 1,
         mesh=mesh,
         bucket_mb=choices.bucket_mb,
@@ -172,6 +173,7 @@ def measure(
         gather_dtype=choices.gather_dtype,
         store_param_remainders=choices.store_param_remainders,
         overlap=choices.overlap,
+        ratio_blocks=choices.ratio_blocks,
     )
     for _ in range(WARM_STEPS):
         _train(model, optimizer)

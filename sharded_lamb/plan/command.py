@@ -18,6 +18,8 @@ from sharded_lamb import shapes
 from sharded_lamb.comm import devices
 from sharded_lamb.comm.progress import with_progress
 from sharded_lamb.comm.wire_formats import GATHER_DTYPES
+from sharded_lamb.core.layers import RatioBlocks, count_blocks, validate_ratio_blocks
+from sharded_lamb.core.names import matching
 from sharded_lamb.plan.costs import Shapes, costs
 from sharded_lamb.plan.machine import PRESETS, Machine, calibrated
 from sharded_lamb.plan.models import shapes_of_config
@@ -83,6 +85,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=(8, 16),
         help="of a bfloat16 parameter's master: 16 bits, or 8 of 24",
     )
+    memory.add_argument(
+        "--ratio-blocks",
+        nargs="+",
+        default=[],
+        metavar="PATTERN=N",
+        help="parameters with several ratios: qkv=3 experts=dim0; counts their norms on the wire",
+    )
     memory.add_argument("--bucket-mb", type=float, default=32)
     memory.add_argument("--backend", choices=("nccl", "gloo"), default="nccl", help="staging differs")
     _add_time_arguments(parser.add_argument_group("time"))
@@ -133,10 +142,12 @@ def run(chosen: argparse.Namespace, device: torch.device) -> int:
     if chosen.check:
         from sharded_lamb.plan.check import check
 
-        return check(_shapes(chosen, "tiny"), _choices(chosen), _known_machine(chosen), device, chosen.stages)
+        parameters = _shapes(chosen, "tiny")
+        return check(parameters, _choices(chosen, parameters), _known_machine(chosen), device, chosen.stages)
     if dist.is_initialized() and dist.get_rank():
         return 0
-    parameters, choices, machine = _shapes(chosen, "bert-large"), _choices(chosen), _machine(chosen)
+    parameters, machine = _shapes(chosen, "bert-large"), _machine(chosen)
+    choices = _choices(chosen, parameters)
     computation = Computation(chosen.forward_ms / 1e3, chosen.backward_ms / 1e3)
     rows = []
     planned = shardings(chosen.world_sizes, chosen.stages, chosen.shard, machine.ranks_per_node)
@@ -165,7 +176,23 @@ def _shapes(chosen: argparse.Namespace, default: str) -> Shapes:
     return parameters
 
 
-def _choices(chosen: argparse.Namespace) -> Choices:
+def _ratio_blocks(given: Sequence[str], parameters: Shapes) -> RatioBlocks:
+    """``--ratio-blocks`` as the optimizer's option. Raises ValueError if it is malformed or matches no parameter."""
+    blocks: dict[str, Any] = {}
+    for text in given:
+        pattern, equals, count = text.rpartition("=")
+        if not (equals and pattern and (count == "dim0" or (count.isdecimal() and int(count)))):
+            raise ValueError(f"--ratio-blocks must be PATTERN=N with N >= 1, or PATTERN=dim0, got {text!r}")
+        blocks[pattern] = count if count == "dim0" else int(count)
+    for pattern in validate_ratio_blocks(blocks):
+        if not any(matching([pattern], name, len(shape)) for name, shape in parameters.items()):
+            raise ValueError(
+                f"--ratio-blocks: {pattern!r} matches no parameter; the first is {next(iter(parameters))!r}"
+            )
+    return blocks
+
+
+def _choices(chosen: argparse.Namespace, parameters: Shapes) -> Choices:
     if not chosen.bucket_mb > 0:
         raise ValueError(f"--bucket-mb must be > 0, got {chosen.bucket_mb:g}")
     reduce, gather, splits = chosen.reduce_dtype, chosen.gather_dtype, chosen.store_param_remainders
@@ -178,6 +205,7 @@ def _choices(chosen: argparse.Namespace) -> Choices:
             f"--store-param-remainders needs bfloat16 parameters with float32 masters, got --dtype "
             f"{chosen.dtype} --master-dtype {chosen.master_dtype}: leave it out"
         )
+    ratio_blocks = _ratio_blocks(chosen.ratio_blocks, parameters)
     return Choices(
         model_dtype=getattr(torch, chosen.dtype),
         master_dtype=getattr(torch, chosen.master_dtype),
@@ -185,6 +213,7 @@ def _choices(chosen: argparse.Namespace) -> Choices:
         reduce_dtype=None if reduce is None else getattr(torch, reduce),
         gather_dtype=GATHER_DTYPES.get(gather),
         store_param_remainders=splits,
+        ratio_blocks=ratio_blocks,
         bucket_mb=chosen.bucket_mb,
         overlap=not chosen.no_overlap,
         overlap_forward=chosen.overlap_forward,
@@ -231,8 +260,10 @@ def _described(parameters: Shapes, choices: Choices) -> str:
     )
     if precision.reduce is not None:
         gather += f", reduced as {str(choices.reduce_dtype).removeprefix('torch.')}"
+    layers = sum(count_blocks(name, shape, choices.ratio_blocks) for name, shape in parameters.items())
+    tensors = f"{len(parameters):,} tensors" + (f" of {layers:,} layers" if choices.ratio_blocks else "")
     return (
-        f"{len(parameters):,} tensors, {sum(map(prod, parameters.values())):,} elements, {names[0]} with {names[1]} "
+        f"{tensors}, {sum(map(prod, parameters.values())):,} elements, {names[0]} with {names[1]} "
         f"masters{remainders} and {precision.moments[0].name} moments{gather}, buckets of {choices.bucket_mb:g} MiB"
     )
 

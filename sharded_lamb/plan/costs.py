@@ -6,11 +6,13 @@ from math import prod
 
 from sharded_lamb.comm.step_agreement import SLOTS
 from sharded_lamb.core.footprint import Widths, large_sends, small_sends, staging_bytes, update_bytes
+from sharded_lamb.core.layers import count_blocks
 from sharded_lamb.core.layout import Bucket, chunk_numel, plan_buckets
 from sharded_lamb.core.rule import SUMS
 from sharded_lamb.gradients.reducer import IN_FLIGHT
 from sharded_lamb.kernels.state_format import nbytes
 from sharded_lamb.plan.sharding import Choices, Sharding
+from sharded_lamb.sharding.layer_parts import check_coded_unit
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -55,6 +57,9 @@ def costs(shapes: Shapes, choices: Choices, sharding: Sharding, rank: int = 0) -
     """The costs of ``rank`` if every parameter has a gradient; equal on all ranks in stages 1 and 2.
 
     In stage 3 the first rank has the highest; see `trainable`.
+
+    Raises:
+        ValueError: ratio blocks do not divide a parameter, or begin inside a block of 8-bit moments.
     """
     choices = choices.of_stage(sharding.stage)
     widths = choices.precision.widths
@@ -70,6 +75,18 @@ def trainable(shapes: Shapes, sharding: Sharding) -> dict[str, tuple[int, ...]]:
     return {name: tuple(shape) or (1,) for name, shape in shapes.items() if prod(shape)}
 
 
+def layers_of(shapes: Shapes, choices: Choices, stage: int) -> int:
+    """The number of layers: parameters, and their ratio blocks instead of those that have some. Raises as `costs`."""
+    counts = {name: count_blocks(name, shape, choices.ratio_blocks) for name, shape in shapes.items()}
+    for name, blocks in counts.items():
+        shape = shapes[name]
+        # fully_shard's shards may begin at any row.
+        unit = prod(shape[1:]) if stage == 3 else prod(shape) // blocks
+        if blocks > 1:
+            check_coded_unit(name, shape, blocks, unit, choices.precision)
+    return sum(counts.values())
+
+
 def buckets_of(shapes: Iterable[Sequence[int]], choices: Choices, ranks: int) -> tuple[Bucket, ...]:
     """The buckets that `ShardedLamb` plans for a model of one dtype on one device."""
     numels = [prod(shape) for shape in shapes]
@@ -82,7 +99,7 @@ def buckets_of(shapes: Iterable[Sequence[int]], choices: Choices, ranks: int) ->
 def _of_buckets(shapes: Shapes, widths: Widths, choices: Choices, sharding: Sharding) -> Costs:
     buckets = buckets_of(shapes.values(), choices, sharding.shard)
     flat = [(bucket, widths) for bucket in buckets]
-    numels = [prod(shape) for shape in shapes.values()]
+    numels, layers = [prod(shape) for shape in shapes.values()], layers_of(shapes, choices, sharding.stage)
     full, shard = sum(bucket.numel for bucket in buckets), sum(bucket.shard_numel for bucket in buckets)
     reduces = sharding.stage == 2
     staging = staging_bytes(flat, in_flight=IN_FLIGHT, sums_here=choices.sums_here) if reduces else 0
@@ -101,7 +118,7 @@ def _of_buckets(shapes: Shapes, widths: Widths, choices: Choices, sharding: Shar
             "staging": staging,
         },
         large=large_sends(flat, reduces=reduces, replicas=sharding.replicate),
-        small=small_sends(len(shapes), len(shapes), len(SUMS), digest=SLOTS, agreements=1)
+        small=small_sends(len(shapes), layers, len(SUMS), digest=SLOTS, agreements=1)
         if sharding.world_size > 1
         else [],
         around=around,
@@ -116,7 +133,8 @@ def _update_in_place(numel: int, widths: Widths) -> int:
 
 
 def _of_chunks(shapes: Shapes, widths: Widths, choices: Choices, sharding: Sharding, rank: int) -> Costs:
-    placed = list(trainable(shapes, sharding).values())
+    shapes = trainable(shapes, sharding)
+    layers, placed = layers_of(shapes, choices, sharding.stage), list(shapes.values())
     parts = [chunk_numel(shape, sharding.shard, rank % sharding.shard) for shape in placed]
     own = sum(parts)
     padded = sum(chunk_numel(shape, sharding.shard, 0) for shape in placed)
@@ -131,7 +149,7 @@ def _of_chunks(shapes: Shapes, widths: Widths, choices: Choices, sharding: Shard
             "staging": 0,
         },
         large={},
-        small=small_sends(len(placed), len(placed), len(SUMS), digest=SLOTS, agreements=1)
+        small=small_sends(len(placed), layers, len(SUMS), digest=SLOTS, agreements=1)
         if sharding.world_size > 1
         else [],
         around=_around_chunks(placed, widths, choices, sharding),

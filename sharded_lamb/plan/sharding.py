@@ -1,10 +1,11 @@
 """How an optimizer is sharded over ranks and which dtypes it has: the subject of one row of the table."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from sharded_lamb.core.layers import RatioBlocks
 from sharded_lamb.kernels.formats import FLOATS
 from sharded_lamb.sharding.buckets import Precision
 from sharded_lamb.sharding.shard_plan import remainder_bits
@@ -38,6 +39,7 @@ class Choices:
     reduce_dtype: torch.dtype | None = None
     gather_dtype: torch.dtype | None = None  # stages 1 and 2
     store_param_remainders: bool | int = False
+    ratio_blocks: RatioBlocks = field(default_factory=dict)
     bucket_mb: float = 32
     overlap: bool = True
     overlap_forward: bool = False

@@ -1,5 +1,6 @@
 """Which elements of a rank's part of a parameter belong to which layer (`sharded_lamb.core.layers`)."""
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -27,15 +28,19 @@ def check_blocks(name: str, p: Tensor, ratio_blocks: RatioBlocks) -> None:
 
 def check_coded_blocks(name: str, p: Tensor, ratio_blocks: RatioBlocks, precision: Precision) -> None:
     """Raises ValueError where a ratio block would begin inside a block of 8-bit moments, which has one scale."""
-    form = precision.moments[0]
-    blocks = count_blocks(name, shape_of(p), ratio_blocks)
-    if blocks == 1 or len(form.shape(BLOCK)) == 1:
-        return
+    shape = shape_of(p)
+    blocks = count_blocks(name, shape, ratio_blocks)
     part = local_part(p) if is_dtensor(p) else p
-    unit = part[:1].numel() if is_dtensor(p) else part.numel() // blocks  # where a block can begin
-    if unit % BLOCK:
+    if blocks > 1:
+        unit = part[:1].numel() if is_dtensor(p) else part.numel() // blocks
+        check_coded_unit(name, shape, blocks, unit, precision)
+
+
+def check_coded_unit(name: str, shape: Sequence[int], blocks: int, unit: int, precision: Precision) -> None:
+    """`check_coded_blocks` where ratio blocks begin at multiples of ``unit`` elements."""
+    if len(precision.moments[0].shape(BLOCK)) > 1 and unit % BLOCK:
         raise ValueError(
-            f"parameter {name!r} of shape {tuple(p.shape)} has {blocks} ratio blocks and 8-bit moments, which share a "
+            f"parameter {name!r} of shape {tuple(shape)} has {blocks} ratio blocks and 8-bit moments, which share a "
             f"scale between {BLOCK} elements: a ratio block would begin at a multiple of {unit}. Give its group "
             f"state_dtype=torch.bfloat16, or a pattern of ratio_blocks that does not match it"
         )

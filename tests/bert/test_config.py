@@ -10,6 +10,7 @@ import yaml
 from sharded_lamb.bert import optim
 from sharded_lamb.bert.config import CosineConfig, build_config, load_config
 from sharded_lamb.bert.dryrun import describe
+from sharded_lamb.bert.ds_config import ds_config
 from sharded_lamb.recipes.training.config_io import dump_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -200,3 +201,43 @@ def test_formats_are_not_deepspeeds_and_runs_without_them_keep_their_digest(tree
     for parallel in ("deepspeed", "fsdp2", "ddp+zero1"):
         with pytest.raises(ValueError, match=r"null with parallel: .*, where gradients are reduced outside"):
             build_config(tree, [override, f"parallel={parallel}"])
+
+
+BLOCKS = "optimizer.ratio_blocks={weight: 2, ^bias: dim0}"
+
+
+def test_ratio_blocks_reach_the_optimizer_and_deepspeed(tree: dict[str, Any]) -> None:
+    config = build_config(tree, [BLOCKS])
+    model = torch.nn.Linear(3, 2)
+    with mock.patch.object(optim, "parameters_to_train", torch.nn.Module.named_parameters):
+        optimizer = optim.build_optimizer(config, model, 1)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert sorted(optimizer.trust_ratios()) == ["bias[0]", "bias[1]", "weight[0]", "weight[1]"]
+        optimizer.close()
+        inside = build_config(tree, [BLOCKS, "optimizer.state_dtype=int8"])
+        with pytest.raises(ValueError, match=r"'weight' .* has 2 ratio blocks and 8-bit moments"):
+            optim.build_optimizer(inside, model, 1)
+    params = ds_config(build_config(tree, [BLOCKS, "parallel=deepspeed"]), 1)["optimizer"]["params"]
+    assert params["ratio_blocks"] == {"weight": 2, "^bias": "dim0"}
+    plain = build_config(tree, [])
+    assert "ratio_blocks" not in plain.trained_settings()["optimizer"]
+    assert config.digest() != plain.digest() == build_config(tree, ["optimizer.ratio_blocks={}"]).digest()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "says"),
+    [
+        ("{qkv: 0}", r"optimizer.ratio_blocks.qkv=0: expected a number of blocks >= 1, or dim0"),
+        ("{qkv: rows}", r"optimizer.ratio_blocks.qkv='rows': expected a number of blocks"),
+        ("{qkv: true}", r"optimizer.ratio_blocks.qkv=True: expected"),
+        ("{'(': 2}", r"optimizer.ratio_blocks: '\(' is not a regular expression"),
+        ("[qkv]", "optimizer.ratio_blocks="),
+    ],
+)
+def test_ratio_blocks_that_no_model_can_have_are_refused(
+    tree: dict[str, Any], blocks: str, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        build_config(tree, [f"optimizer.ratio_blocks={blocks}"])

@@ -23,10 +23,11 @@ CHOICES = {
     "bf16": Choices(model_dtype=torch.bfloat16, bucket_mb=10 * KIB, sums_here=True),
     "fp32, gathered in 8 bits": Choices(gather_dtype=torch.float8_e4m3fn, bucket_mb=10 * KIB, sums_here=True),
     "fp32, reduced in 8 bits": Choices(reduce_dtype=torch.float8_e4m3fn, bucket_mb=10 * KIB, sums_here=True),
-    "bf16, wide wire, narrow state": Choices(
+    "bf16, wide wire, narrow state, ratio blocks": Choices(
         model_dtype=torch.bfloat16,
         state_dtype=torch.bfloat16,
         reduce_dtype=torch.float32,
+        ratio_blocks={"^odd$": "dim0", "rows": 3},
         bucket_mb=32,
         overlap=False,
         sums_here=True,

@@ -79,6 +79,7 @@ def held_and_sent(rank: int, stage: int, choices: Choices) -> tuple[dict[str, in
         reduce_dtype=choices.reduce_dtype,
         gather_dtype=choices.gather_dtype,
         store_param_remainders=choices.store_param_remainders,
+        ratio_blocks=choices.ratio_blocks,
     )
 
     def step() -> None:

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from sharded_lamb.core.names import validate_patterns
+
 STRICT = ConfigDict(extra="forbid")
 
 Positive = Annotated[int, Field(gt=0, description="a positive number")]
@@ -22,6 +24,19 @@ Precision = Literal["auto", "fp32", "bf16_autocast", "bf16"]
 def require(holds: bool, name: str, value: object, expectation: str, remedy: str = "") -> None:
     if not holds:
         raise ValueError(f"{name}={value!r}: expected {expectation}" + (f"; {remedy}" if remedy else ""))
+
+
+RatioBlocks = dict[str, Any]
+"""``ratio_blocks`` of `ShardedLamb`: {pattern of names: number of blocks, or dim0}; see `check_ratio_blocks`."""
+
+
+def check_ratio_blocks(name: str, blocks: RatioBlocks | None) -> None:
+    """Raises ValueError for a setting that no model can have; the optimizer compares it with the parameters."""
+    for pattern, count in (blocks or {}).items():
+        is_number = isinstance(count, int) and not isinstance(count, bool) and count >= 1
+        expected = "a number of blocks >= 1, or dim0 (one for each index of the first dimension)"
+        require(is_number or count == "dim0", f"{name}.{pattern}", count, expected)
+    validate_patterns(name, [*(blocks or {})])
 
 
 @dataclass(frozen=True, config=STRICT)

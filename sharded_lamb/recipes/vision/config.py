@@ -16,7 +16,9 @@ from sharded_lamb.recipes.training.settings import (
     Fraction,
     Positive,
     PositiveFloat,
+    RatioBlocks,
     Seed,
+    check_ratio_blocks,
     digest_of,
     plain,
     require,
@@ -112,10 +114,12 @@ class OptimizerConfig:
     exclude_from_weight_decay: tuple[str, ...] = ("ndim<=1",)  # and what the model's no_weight_decay() names
     layer_decay: Annotated[float, Field(gt=0, le=1, description="a number in (0, 1]")] | None = None
     ema_decay: Annotated[float, Field(gt=0, lt=1, description="a number in (0, 1)")] | None = None
+    ratio_blocks: RatioBlocks | None = None  # parameters with several ratios: {qkv: 3}
 
     def __post_init__(self) -> None:
         known = ", ".join(sorted(VARIANTS))
         require(self.variant in VARIANTS, "optimizer.variant", self.variant, f"one of {known}")
+        check_ratio_blocks("optimizer.ratio_blocks", self.ratio_blocks)
 
     def keywords(self) -> dict[str, Any]:
         """Of ShardedLamb, for every parameter."""
@@ -191,4 +195,6 @@ class VisionConfig:
         kept["data"] = {
             k: v for k, v in kept["data"].items() if k not in ("source", "test", "cache", "workers")
         }
+        if not kept["optimizer"]["ratio_blocks"]:  # runs before this setting have the same digest
+            kept["optimizer"].pop("ratio_blocks")
         return kept

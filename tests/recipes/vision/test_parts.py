@@ -15,7 +15,7 @@ from sharded_lamb.recipes.training.config_io import build_config
 from sharded_lamb.recipes.vision.batches import TrainBatches
 from sharded_lamb.recipes.vision.config import DataConfig, LossConfig, ScheduleConfig, VisionConfig
 from sharded_lamb.recipes.vision.images import open_splits
-from sharded_lamb.recipes.vision.model import Batch, Losses, build_model, layer_of
+from sharded_lamb.recipes.vision.model import Batch, Losses, build_model, build_optimizer, layer_of
 from sharded_lamb.recipes.vision.schedule import Schedule
 from sharded_lamb.recipes.vision.transforms import preprocess
 
@@ -131,9 +131,29 @@ def test_the_small_vit_s_options_and_layers() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_ratio_blocks_reach_the_optimizer() -> None:
+    model_options = {"options": {"width": 16, "depth": 1, "patch": 4}}
+    config = config_of(model=model_options, optimizer={"ratio_blocks": {"in_proj_weight": 3}})
+    model = build_model(config, 10)
+    optimizer = build_optimizer(config, model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    fused = [name for name in optimizer.trust_ratios() if "in_proj_weight" in name]
+    assert fused == [f"blocks.0.self_attn.in_proj_weight[{i}]" for i in range(3)]
+    optimizer.close()
+    plain = config_of(model=model_options)
+    assert "ratio_blocks" not in plain.trained_settings()["optimizer"]
+    assert config.digest() != plain.digest()
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
+        (
+            "optimizer.ratio_blocks.qkv=0",
+            "optimizer.ratio_blocks.qkv=0: expected a number of blocks >= 1, or dim0",
+        ),
         ("optimizer.variant=lamp", "optimizer.variant='lamp': expected one of"),
         ("loss.target_threshold=0.2", "loss.target_threshold=0.2: expected null unless loss.kind is bce"),
         ("model.drop_path=0.1", "model.drop_path=0.1: expected 0 with small-vit"),
