@@ -26,6 +26,9 @@ from sharded_lamb.sharding.buckets import FlatBucket, GradientsInPlace
 from sharded_lamb.sharding.local_shards import DTensorShards
 from sharded_lamb.sharding.placements import Replicas
 
+Stamp = tuple[int, int]
+"""The version and the address of a gradient."""
+
 CHECKED_STEPS = 2
 """On so many first steps, ranks that hold the same part of a gradient compare it."""
 
@@ -46,7 +49,7 @@ class AveragedGradients:
         self._in_place, self._by_bucket = GradientsInPlace([]), list[GradientsInPlace]()
         self._shards: list[Shard] = []
         self._summary: GradientSummary | None = None
-        self._summarized_grads: tuple[list[Tensor | None], list[int]] = [], []  # gradients and their versions
+        self._summarized_grads: tuple[list[Tensor | None], list[Stamp]] = [], []
 
     def extend(self, added: Registration) -> None:
         """See `GradientSource`."""
@@ -79,8 +82,8 @@ class AveragedGradients:
             grads = self._grads()
             if faults.point("gradient"):
                 inject_nan(grads)
-            self._summarized_grads = grads, [0 if grad is None else grad._version for grad in grads]
             square_sums = self._collect(grads) * self._owner_mask
+            self._summarized_grads = grads, self._stamps(grads)
             if may_defer and not self.buckets and not self._compares():
                 return local_summary(square_sums, [grad is not None for grad in grads])
             self._summary = self._agree(grads, square_sums, found_inf)
@@ -97,17 +100,23 @@ class AveragedGradients:
         ]
 
     def _unchanged(self) -> bool:
-        """Whether every ``.grad`` is the tensor, at the version, that the summary was computed from.
+        """Whether every ``.grad`` is the tensor, at the version and address, that the summary was computed from.
 
         False with DTensors: in-place changes of them (torch's clip_grad_norm_) leave the version unchanged.
         """
-        grads, versions = self._summarized_grads
+        grads, stamps = self._summarized_grads
         return (
             not self.dtensors.local
             and len(grads) == len(self.params)
             and all(map(operator.is_, self._grads(), grads))
-            and versions == [0 if grad is None else grad._version for grad in grads]
+            and stamps == self._stamps(grads)
         )
+
+    def _stamps(self, grads: Sequence[Tensor | None]) -> list[Stamp]:
+        """``grad.data = …``, as in ``module.to()``, frees the memory that shards point to, and no version shows it."""
+        if self.dtensors.local:
+            return []
+        return [(0, 0) if grad is None else (grad._version, grad.data_ptr()) for grad in grads]
 
     def _collect(self, grads: Sequence[Tensor | None]) -> Tensor:
         """Find this rank's parts of gradients. Returns [L] fp64: Σg² of them, replicas included."""

@@ -128,7 +128,14 @@ class _Generator:
                 frozen = tuple(sorted(replay.frozen)) if how in ("averaged", "stage2") else ()
             if replay.ended or replay.refusal is not None:
                 break
-            phase = Phase(self._world(), how, optimizers, frozen, (), self._formats(how))
+            phase = Phase(
+                self._world(),
+                how,
+                optimizers,
+                frozen,
+                (),
+                self._formats(how, is_whole=replay.form == "whole"),
+            )
             replay.start(phase)
             ops = self._operations(replay, last=number == len(hows) - 1)
             program = replace(program, phases=(*program.phases, replace(phase, ops=tuple(ops))))
@@ -194,7 +201,7 @@ class _Generator:
     def _rule(self) -> dict[str, Any]:
         return {"variant": self.variant, **({"trust_coefficient": 0.2} if "lars" in self.variant else {})}
 
-    def _formats(self, how: str) -> dict[str, Any]:
+    def _formats(self, how: str, *, is_whole: bool) -> dict[str, Any]:
         """The formats of a phase: of state, and of messages where the optimizer sends them."""
         rng = self.rng
         remainders = rng.choice([False, True, 8] if self.follows else [False, True]) if self.low else False
@@ -203,6 +210,8 @@ class _Generator:
         formats = {"state_dtype": rng.choice(STATE_DTYPES), "store_param_remainders": remainders}
         if how not in data.WITH_DTENSORS:
             formats["gather_dtype"] = rng.choice(WIRE_DTYPES)
+            if is_whole:
+                formats["gather_dtype"] = None
             if formats["gather_dtype"] == "float8_e4m3fn":
                 formats["store_param_remainders"] = False
         if how == "stage2":
@@ -231,6 +240,9 @@ class _Generator:
 
     def _operations(self, replay: Replay, last: bool) -> list[Op]:
         ops: list[Op] = []
+        # A weight that another gather_dtype rounded would be taken for one that the user wrote.
+        is_whole = replay.settings.get("gather_dtype") is None and self.seed % 2
+        end = Op("end_phase", {"form": "whole" if is_whole else "checkpoint"})
         if replay.phase and self.follows:
             replay.apply(Op("look"))
             ops.append(Op("look"))
@@ -263,11 +275,11 @@ class _Generator:
                 add(Op("zero_grad", {"who": "model", "set_to_none": True}))
                 add(self._backward(replay))
                 add(Op("step"))
-            elif not add(Op("end_phase")):  # what was written has no step yet
+            elif not add(end):  # what was written has no step yet
                 add(Op("zero_grad", {"who": "model", "set_to_none": True}))
                 add(self._backward(replay))
                 add(Op("step"))
-                add(Op("end_phase"))
+                add(end)
         return ops
 
     def _lead_to_error(self, replay: Replay, add: Any) -> None:

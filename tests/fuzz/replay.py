@@ -119,7 +119,7 @@ class Replay:
         self.stored = Stored(self.lamb, self.slots) if program.follows else None
         self.seen: Observation | None = None
         self.are_ratios_loose = False
-        self.is_replaced = False  # state_dict() cannot follow
+        self.form = "checkpoint"  # from which the next phase resumes
         self.observations: dict[tuple[int, int], Observation] = {}
         self.refusal: Refusal | None = None
         self.ended = False
@@ -143,8 +143,9 @@ class Replay:
             names = [self.program.names_of(group.layers) for group in groups]
             self.optimizers.append(_Optimizer(names, options, clip))
         for optimizer, old in zip(self.optimizers, before or [], strict=False):
-            optimizer.options, optimizer.max_grad_norm = old.options, old.max_grad_norm
-            optimizer.skipped = old.skipped
+            optimizer.options = old.options
+            if self.form == "checkpoint":
+                optimizer.max_grad_norm, optimizer.skipped = old.max_grad_norm, old.skipped
         self.settings = {**self.program.settings, **phase.settings}
         formats = {
             name: self._format(name, group.options)
@@ -597,7 +598,6 @@ class Replay:
 
     def _step(self, optimizer: _Optimizer) -> None:
         self._register(optimizer)
-        self.is_replaced = False
         self._fold(optimizer.registered)
         self._settled(optimizer)
         gradients = self._gradients(optimizer)
@@ -799,7 +799,6 @@ class Replay:
     def save(self, number: int, form: str) -> None:
         """``form``: "local", "full", "whole" (as "full", loaded by load_state_dict) or "checkpoint"."""
         _ensure(form != "checkpoint" or len(self.optimizers) == 1)
-        _ensure(form != "local" or not self.is_replaced)
         held = self.stored and (self.stored.weights, self.stored.averages, self.stored.written)
         self.snapshots[number] = (
             form,
@@ -856,9 +855,10 @@ class Replay:
         self.stored.check({name for optimizer in self.optimizers for name in optimizer.registered})
         self._observation = Observation(weights={name: self._held(name).copy() for name in self.slots})
 
-    def end_phase(self) -> None:
-        """Write the checkpoint from which the next phase resumes."""
+    def end_phase(self, form: str) -> None:
+        """Write that from which the next phase resumes: a "checkpoint", or weights and `full_state_dict`, "whole"."""
         _ensure(len(self.optimizers) == 1 and self.refusal is None)
+        self.form = form
         _ensure(self.stored is None or not self.stored.written)
 
     # -- what frameworks do to models ---------------------------------------------------------------
@@ -881,12 +881,12 @@ class Replay:
         _ensure(self.how in ("averaged", "stage2") and not self.averaged and not self._has_local())
 
     def replace(self) -> None:
-        """New parameters with the values of the old ones, in the model and in the groups."""
+        """New parameters with the values of the old ones, in the model and in the groups; then `zero_grad`, by which
+        optimizers register them. (Otherwise stage 2 would reduce the next gradients at the step.)"""
         _ensure(self.how in ("averaged", "stage2") and not self.program.wrapper)
         _ensure(not self.averaged and not self._has_local() and not self.program.overlap_forward)
         _ensure(not self.zeroed and not self.frozen and self.refusal is None)
         self._no_clip()
-        self.is_replaced = self.world > 1
         for optimizer in self.optimizers:
             optimizer.skips_in_a_row = 0
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -135,7 +135,7 @@ class Run:
         self.group = dist.new_group() if collectives else None
         self.saved: dict[int, Any] = {}
         if number:
-            checkpoint.load(folder / f"phase{number - 1}", self.net, self.inner[0])
+            self._resume(folder / f"phase{number - 1}")
 
     def _shard(self) -> None:
         if self.how not in data.WITH_DTENSORS:
@@ -430,8 +430,28 @@ class Run:
             else:
                 opt.load_state_dict(copy.deepcopy(state))
 
-    def end_phase(self) -> None:
-        checkpoint.save(self.folder / f"phase{self.number}", self.net, self.inner[0])
+    def end_phase(self, form: str) -> None:
+        path = self.folder / f"phase{self.number}"
+        if form == "checkpoint":
+            checkpoint.save(path, self.net, self.inner[0])
+            return
+        weights = {name: torch.from_numpy(value) for name, value in self._weights().items()}
+        whole = self.inner[0].full_state_dict()
+        if whole is not None:
+            torch.save((weights, whole), path.with_suffix(".pt"))
+
+    def _resume(self, path: Path) -> None:
+        if path.is_dir():
+            checkpoint.load(path, self.net, self.inner[0])
+            return
+        weights, whole = torch.load(path.with_suffix(".pt"), weights_only=True)
+        with torch.no_grad():
+            for name, p in self.net.named_parameters():
+                value = weights[name].to(p.dtype)
+                if isinstance(p, DTensor):
+                    value = distribute_tensor(value, p.device_mesh, p.placements)
+                p.copy_(value)
+        self.inner[0].load_full_state_dict(whole if self.rank == 0 else None)
 
     # -- what frameworks do to models ---------------------------------------------------------------
 
@@ -453,6 +473,7 @@ class Run:
         for opt in self.optimizers:
             for group in opt.param_groups:
                 group["params"] = [new[p] for p in group["params"]]
+            opt.zero_grad()
 
     def share_memory(self) -> None:
         self.net.share_memory()

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from sharded_lamb import ShardedLamb
@@ -98,6 +98,16 @@ def zeroed_and_added(opt: ShardedLamb, params: dict[str, Parameter], rank: int, 
     return {name: grad + averaged(2)[name] for name, grad in averaged(1).items()}  # type: ignore[operator]
 
 
+def moved(opt: ShardedLamb, params: dict[str, Parameter], rank: int, stage: int) -> Gradients:
+    """`module.to` copies gradients; what was their memory then holds other values."""
+    opt.clip_grad_norm_(LIMIT)
+    before = [p.grad.data for p in params.values() if p.grad is not None and stage == 1]
+    nn.ParameterDict({name.replace(".", "_"): p for name, p in params.items()}).to("cpu:0")
+    for values in before:
+        values.fill_(7.0)
+    return clipped(averaged(0))
+
+
 Change = Callable[[ShardedLamb, dict[str, Parameter], int, int], Gradients]
 
 
@@ -112,7 +122,7 @@ def run(rank: int, change: Change, stage: int) -> tuple[dict[str, Tensor], Gradi
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize(
-    "change", [twice, zeroed, one_zeroed, zeroed_and_added, zeroed_and_clipped, zeroed_in_place]
+    "change", [twice, zeroed, one_zeroed, zeroed_and_added, zeroed_and_clipped, zeroed_in_place, moved]
 )
 def test_the_step_clips_the_gradients_that_were_clipped(change: Change, stage: int) -> None:
     for stepped, expected in run_ranks(2, run, change, stage):
