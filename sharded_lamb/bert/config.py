@@ -139,6 +139,8 @@ class OptimizerConfig:
     ratio_blocks: RatioBlocks | None = None  # parameters with several ratios: {qkv: 3, experts: dim0}
     bucket_mb: float = 32
     state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of the moments
+    # bits beside each bf16 weight that make its fp32 master (8: of 24 bits); 0: whole masters
+    store_param_remainders: Literal[0, 8, 16] = 0
     gather_dtype: Literal["bfloat16", "float8_e4m3fn"] | None = None  # of updated parameters on the wire
     reduce_dtype: Literal["bfloat16", "float8_e4m3fn"] | None = None  # of gradients on the wire, in zero2
     # evaluate and export averages of the weights over the steps; over those of a phase, without `cosine`
@@ -165,10 +167,11 @@ class OptimizerConfig:
 _STORAGE = {
     **{"bucket_mb": 32, "state_dtype": "float32", "gather_dtype": None, "reduce_dtype": None},
     "ema_decay": None,
+    "store_param_remainders": 0,
 }
 """Settings of `OptimizerConfig` outside of the LAMB rule → their defaults."""
 
-_NOT_DEEPSPEEDS = ("state_dtype", "gather_dtype", "ema_decay")
+_NOT_DEEPSPEEDS = ("state_dtype", "store_param_remainders", "gather_dtype", "ema_decay")
 
 _LEFT_TO_VARIANT = {
     "exclude_from_layer_adaptation": "variant",
@@ -321,6 +324,12 @@ class RunConfig:
                 value,
                 f"{_STORAGE[name]} with parallel: deepspeed, which stores and gathers by itself",
             )
+        require(
+            self.speed.precision == "bf16" or not self.optimizer.store_param_remainders,
+            "optimizer.store_param_remainders",
+            self.optimizer.store_param_remainders,
+            f"0 with speed.precision: {self.speed.precision}, whose weights are no bf16 halves of masters",
+        )
         require(
             self.parallel == "zero2" or self.optimizer.reduce_dtype is None,
             "optimizer.reduce_dtype",

@@ -88,6 +88,7 @@ def memory(config: RunConfig, bert: Any, world_size: int) -> dict[str, int]:
         model_dtype=model_dtype,
         bucket_mb=settings.bucket_mb,
         state_dtype=getattr(torch, settings.state_dtype),
+        store_param_remainders=settings.store_param_remainders,
         gather_dtype=settings.gather_dtype and getattr(torch, settings.gather_dtype),
         reduce_dtype=settings.reduce_dtype and getattr(torch, settings.reduce_dtype),
     )

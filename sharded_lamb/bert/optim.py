@@ -32,6 +32,7 @@ def build_optimizer(config: RunConfig, bert: Any, stage: Literal[1, 2]) -> Any:
         stage=stage,
         bucket_mb=settings.bucket_mb,
         state_dtype=getattr(torch, settings.state_dtype),
+        store_param_remainders=settings.store_param_remainders,
         gather_dtype=settings.gather_dtype and getattr(torch, settings.gather_dtype),
         reduce_dtype=settings.reduce_dtype and getattr(torch, settings.reduce_dtype),
         ema_decay=settings.ema_decay,

@@ -179,11 +179,13 @@ def test_the_published_settings_of_gpt_bert() -> None:
 
 def test_formats_of_state_and_gathers_reach_the_optimizer(tree: dict[str, Any]) -> None:
     formats = ["optimizer.state_dtype=int8", "optimizer.gather_dtype=bfloat16"]
-    config = build_config(tree, [*formats, "optimizer.reduce_dtype=float8_e4m3fn"])
-    model = torch.nn.Linear(3, 2)
+    remainders = ["optimizer.store_param_remainders=8", "speed.precision=bf16"]
+    config = build_config(tree, [*formats, *remainders, "optimizer.reduce_dtype=float8_e4m3fn"])
+    model = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
     with mock.patch.object(optim, "parameters_to_train", torch.nn.Module.named_parameters):
         optimizer = optim.build_optimizer(config, model, 2)
     assert optimizer.memory()["moments"] == 2 * 2 * 260
+    assert optimizer.memory()["masters"] == 2 * 256
     assert optimizer.gather_dtype == torch.bfloat16
     assert optimizer._settings.reduce_dtype == torch.float8_e4m3fn
     optimizer.close()
@@ -191,8 +193,14 @@ def test_formats_of_state_and_gathers_reach_the_optimizer(tree: dict[str, Any]) 
 
 def test_formats_are_not_deepspeeds_and_runs_without_them_keep_their_digest(tree: dict[str, Any]) -> None:
     plain = build_config(tree, [])
-    assert not {"state_dtype", "gather_dtype", "reduce_dtype"} & plain.trained_settings()["optimizer"].keys()
-    for override in ("optimizer.state_dtype=int8", "optimizer.gather_dtype=bfloat16"):
+    named = {"state_dtype", "store_param_remainders", "gather_dtype", "reduce_dtype"}
+    assert not named & plain.trained_settings()["optimizer"].keys()
+    with pytest.raises(ValueError, match=r"store_param_remainders=16.*0 with speed\.precision: fp32"):
+        build_config(tree, ["optimizer.store_param_remainders=16"])
+    tree = {**tree, "speed": {**tree["speed"], "precision": "bf16"}}
+    plain = build_config(tree, [])
+    formats = ("state_dtype=int8", "gather_dtype=bfloat16", "store_param_remainders=16")
+    for override in (f"optimizer.{name}" for name in formats):
         assert build_config(tree, [override]).digest() != plain.digest()
         with pytest.raises(ValueError, match="with parallel: deepspeed, which stores and gathers by itself"):
             build_config(tree, [override, "parallel=deepspeed"])
