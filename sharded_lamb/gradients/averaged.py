@@ -49,7 +49,7 @@ class AveragedGradients:
         self._in_place, self._by_bucket = GradientsInPlace([]), list[GradientsInPlace]()
         self._shards: list[Shard] = []
         self._summary: GradientSummary | None = None
-        self._summarized_grads: tuple[list[Tensor | None], list[Stamp]] = [], []
+        self._summarized_grads: tuple[list[Tensor | None], list[Stamp] | None] = [], None
 
     def extend(self, added: Registration) -> None:
         """See `GradientSource`."""
@@ -70,7 +70,9 @@ class AveragedGradients:
     def settle(self) -> None:
         """Does nothing: no reduction is ever in flight."""
 
-    def ready(self, found_inf: Tensor | None, *, may_defer: bool = False) -> GradientSummary:
+    def ready(
+        self, found_inf: Tensor | None, *, may_defer: bool = False, keep: bool = False
+    ) -> GradientSummary:
         """See `GradientSource`. With ``may_defer`` and DTensors alone, returns this rank's own summary.
 
         Raises:
@@ -83,7 +85,7 @@ class AveragedGradients:
             if faults.point("gradient"):
                 inject_nan(grads)
             square_sums = self._collect(grads) * self._owner_mask
-            self._summarized_grads = grads, self._stamps(grads)
+            self._summarized_grads = grads, self._stamps(grads) if keep else None
             if may_defer and not self.buckets and not self._compares():
                 return local_summary(square_sums, [grad is not None for grad in grads])
             self._summary = self._agree(grads, square_sums, found_inf)
@@ -106,7 +108,8 @@ class AveragedGradients:
         """
         grads, stamps = self._summarized_grads
         return (
-            not self.dtensors.local
+            stamps is not None
+            and not self.dtensors.local
             and len(grads) == len(self.params)
             and all(map(operator.is_, self._grads(), grads))
             and stamps == self._stamps(grads)
@@ -195,7 +198,7 @@ class AveragedGradients:
 
     def zero(self) -> None:
         """See `GradientSource`."""
-        self._summary, self._summarized_grads, self._shards = None, ([], []), []
+        self._summary, self._summarized_grads, self._shards = None, ([], None), []
 
     def close(self) -> None:
         """See `GradientSource`."""

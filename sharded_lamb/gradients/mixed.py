@@ -56,14 +56,16 @@ class MixedGradients:
             self.reducer.catch_up()
             self.reducer.settle()
 
-    def ready(self, found_inf: Tensor | None, *, may_defer: bool = False) -> GradientSummary:
+    def ready(
+        self, found_inf: Tensor | None, *, may_defer: bool = False, keep: bool = False
+    ) -> GradientSummary:
         """See `GradientSource`."""
         if not self._has_dtensors:
             return self.reducer.ready(found_inf)
         if not self.reducer.buckets:
-            return self.averaged.ready(found_inf, may_defer=may_defer)
+            return self.averaged.ready(found_inf, may_defer=may_defer, keep=keep)
         reduced = self.reducer.ready(found_inf)
-        return reduced.joined(self.averaged.ready(found_inf))
+        return reduced.joined(self.averaged.ready(found_inf, keep=keep))
 
     def shards(self) -> list[Shard]:
         """See `GradientSource`."""

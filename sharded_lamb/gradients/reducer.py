@@ -363,7 +363,9 @@ class BackwardReducer:
         if not holds or self.may_lag or self.attached.has_own_gradients([*self.bucket_of]):
             self._open_round()
 
-    def ready(self, found_inf: Tensor | None, *, may_defer: bool = False) -> GradientSummary:
+    def ready(
+        self, found_inf: Tensor | None, *, may_defer: bool = False, keep: bool = False
+    ) -> GradientSummary:
         """See `GradientSource`: the summary of the last round, or of a new one.
 
         GradScaler computed ``found_inf`` from the handles, so it is equal on all ranks.

@@ -62,13 +62,16 @@ class GradientSource(Protocol):
     def settle(self) -> None:
         """Finish reductions in flight, also those of other ranks that this rank has not started."""
 
-    def ready(self, found_inf: Tensor | None, *, may_defer: bool = False) -> GradientSummary:
+    def ready(
+        self, found_inf: Tensor | None, *, may_defer: bool = False, keep: bool = False
+    ) -> GradientSummary:
         """Put gradients into their shards and return their summary; all-reduce (a), unless the last one is still valid.
 
         Args:
             found_inf: GradScaler's, if one is in use.
             may_defer: no decision needs the summary before norms are summed: it may be this rank's own
                 (`GradientSummary.agreed`), to be summed with the norms.
+            keep: a later call returns the same summary if gradients did not change in between; a step needs none.
 
         Raises:
             ValueError, TypeError, RuntimeError: unusable gradients; see the implementations.

@@ -376,7 +376,7 @@ class ShardedLamb(AveragingOptimizer):
         self._register_changed()
         if not self._store.params:
             return torch.zeros((), device="cpu")
-        summary = self._gradients.ready(None)
+        summary = self._gradients.ready(None, keep=True)
         unscaled = self._gradients.unscale_factor()
         one = torch.ones((), dtype=torch.float64, device=self._store.device)
         before = self._clip_factor(for_step=False)
