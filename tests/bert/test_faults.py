@@ -165,8 +165,10 @@ def test_a_node_leaves_and_training_goes_on_with_fewer_ranks(
             wait_for_rows(tmp_path / "run", 5, agents[0])
             node = processes_with(f"NODE={tmp_path} 1")
             assert len(node) > 1, "its agent and its rank"
-            for process in node:
-                os.kill(process, signal.SIGKILL)
+            # Stopped first: an agent that outlives its rank joins a rendezvous, which waits for it when it is dead.
+            for sent in (signal.SIGSTOP, signal.SIGKILL):
+                for process in node:
+                    os.kill(process, sent)
             assert agents[0].wait(100) == 0, (tmp_path / "log").read_text()
         finally:
             for agent in agents:
