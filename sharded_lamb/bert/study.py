@@ -136,7 +136,7 @@ class _Runs:
         return math.inf if loss is None else loss
 
     def row(self, optimizer: str, batch: int, lr: float, warmup: float, seed: int) -> Row:
-        """One run's results: from its folder, else by training or by going on with it. Collective.
+        """One run's results: from its folder, else by training it, or by resuming. Collective.
 
         The held-out loss of a run that diverged is None.
 
@@ -166,7 +166,7 @@ class _Runs:
         except DivergedError:
             return _DIVERGED
         if metrics is None:
-            raise ValueError("a signal stopped the study; start it again to go on")
+            raise ValueError("a signal stopped the study; start it again to resume")
         return metrics if math.isfinite(metrics["heldout_loss"]) else {**metrics, **_DIVERGED}
 
     def _config_of(self, optimizer: str, batch: int, lr: float, warmup: float, seed: int) -> RunConfig:

@@ -211,7 +211,7 @@ class LambOptimizer(StepReports, Optimizer):
 
     def _is_own(self, name: str, value: Any) -> bool:
         """Whether this optimizer, not a group, has the option: SAM and others repeat keywords in their groups."""
-        return name == "max_grad_norm" and value == self.max_grad_norm
+        return name in OPTIMIZER_WIDE and (value or None) == (getattr(self, name) or None)
 
     def _check_keys(self, group: Mapping[str, Any]) -> None:
         """Raises ValueError for a misspelt option, or one of `OPTIMIZER_WIDE`."""

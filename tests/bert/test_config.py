@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from sharded_lamb.bert import optim
+from sharded_lamb.bert import dryrun, optim
 from sharded_lamb.bert.config import CosineConfig, build_config, load_config
 from sharded_lamb.bert.dryrun import describe
 from sharded_lamb.bert.ds_config import ds_config
@@ -209,6 +209,18 @@ def test_formats_are_not_deepspeeds_and_runs_without_them_keep_their_digest(tree
     for parallel in ("deepspeed", "fsdp2", "ddp+zero1"):
         with pytest.raises(ValueError, match=r"null with parallel: .*, where gradients are reduced outside"):
             build_config(tree, [override, f"parallel={parallel}"])
+
+
+def test_a_dry_run_counts_masters_of_24_bits(tree: dict[str, Any]) -> None:
+    bits = ("store_param_remainders=8", "store_param_remainders=16", "store_param_remainders=0")
+    sizes = []
+    for name in bits:
+        config = build_config(tree, [f"optimizer.{name}", "speed.precision=bf16"])
+        bert = torch.nn.Module()
+        bert.weight = torch.nn.Parameter(torch.zeros(4, 256, dtype=torch.bfloat16))
+        with mock.patch.object(dryrun, "parameters_to_train", torch.nn.Module.named_parameters):
+            sizes.append(dryrun.memory(config, bert, 1)["optimizer state"])
+    assert [size - 1024 * 8 for size in sizes] == [1024, 2048, 4096]
 
 
 BLOCKS = "optimizer.ratio_blocks={weight: 2, ^bias: dim0}"

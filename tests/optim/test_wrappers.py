@@ -244,6 +244,20 @@ def test_a_wrapper_that_repeats_the_keywords_in_its_groups(base: type) -> None:
     training.assert_follows(params, oracle)
 
 
+@pytest.mark.parametrize("base", [Lamb, ShardedLamb])
+@pytest.mark.parametrize("blocks", [{"weight": 2}, None])
+def test_ratio_blocks_repeated_in_groups_are_the_optimizers(
+    base: type, blocks: dict[str, Any] | None
+) -> None:
+    group = {"params": [("weight", nn.Parameter(torch.ones(4, 3)))], "ratio_blocks": blocks}
+    opt = base([group], ratio_blocks=blocks)
+    assert opt.ratio_blocks == (blocks or {})
+    assert "ratio_blocks" not in opt.param_groups[0]
+    opt.zero_grad()
+    with pytest.raises(ValueError, match=r"ratio_blocks=\{'bias': 2\} in a parameter group"):
+        base([{**group, "ratio_blocks": {"bias": 2}}], ratio_blocks=blocks)
+
+
 def test_another_value_of_the_optimizers_own_option_in_a_group_is_refused() -> None:
     group = {"params": [nn.Parameter(torch.ones(3))], "stage": 2}
     with pytest.raises(ValueError, match="stage=2 in a parameter group: it is of the whole optimizer"):
