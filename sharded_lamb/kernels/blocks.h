@@ -54,6 +54,7 @@ struct Wide {
   typedef typename Lanes<uint32_t, LANES>::V Bits;
   typedef typename Lanes<int32_t, LANES>::V Ints;
   typedef typename Lanes<uint16_t, LANES>::V Halves;
+  typedef typename Lanes<int16_t, LANES>::V SignedHalves;
   typedef typename Lanes<int8_t, LANES>::V Bytes;
 };
 
@@ -78,9 +79,10 @@ INLINE V root(V x) {
 
 template <typename Mask>
 INLINE bool any(Mask mask) {
-  bool set = false;
-  for (size_t i = 0; i < sizeof(mask) / sizeof(mask[0]); i++) set |= mask[i] != 0;
-  return set;
+  uint64_t words[sizeof(mask) / 8], set = 0;
+  std::memcpy(words, &mask, sizeof(mask));
+  for (uint64_t word : words) set |= word;
+  return set != 0;
 }
 
 // N sums side by side: Σw², and Σu² of each direction, or those of caution.
@@ -145,6 +147,25 @@ INLINE typename Wide<T>::Halves packed(typename Wide<T>::Bits x) {
     return (typename Wide<T>::Halves)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
 #endif
   return __builtin_convertvector(x, typename Wide<T>::Halves);
+}
+
+// Signed halves, sign-extended.
+template <typename T>
+INLINE typename Wide<T>::Ints sign_extended(typename Wide<T>::SignedHalves x) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(x) == 16 && sizeof(T) == 4) return (typename Wide<T>::Ints)_mm256_cvtepi16_epi32((__m128i)x);
+#endif
+  return __builtin_convertvector(x, typename Wide<T>::Ints);
+}
+
+// `x`, at least -0x8000, as halves; larger numbers than 0x7fff become that.
+template <typename T>
+INLINE typename Wide<T>::SignedHalves saturated(typename Wide<T>::Ints x) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(x) == 32)
+    return (typename Wide<T>::SignedHalves)_mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+#endif
+  return __builtin_convertvector(x > 0x7fff ? x * 0 + 0x7fff : x, typename Wide<T>::SignedHalves);
 }
 
 template <typename T>
@@ -258,67 +279,72 @@ INLINE typename Wide<T>::V rounded(int64_t dtype, typename Wide<T>::V x) {
   return store<T>(dtype, x, &memory, 0);
 }
 
-// A vector of remainders, as low bits of masters.
-template <typename T>
-INLINE typename Wide<T>::Ints load_remainders(int64_t dtype, const void *memory, int j) {
-  typedef typename Wide<T>::Ints Ints;
-  if (dtype == REMAINDER) return ((Ints)unpacked<T>(at<uint16_t, Wide<T>::LANES>(memory, j)) << 16) >> 16;
-  const auto bytes = at<int8_t, Wide<T>::LANES>(memory, j);
-#if defined(__AVX2__)
-  if constexpr (sizeof(bytes) == 8 && sizeof(T) == 4) {
-    int64_t packed;
-    std::memcpy(&packed, &bytes, sizeof(packed));
-    return (Ints)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(packed)) << 8;
-  }
+// A vector of remainders, as low bits of masters; those of 8 bits shifted.
+INLINE typename Lanes<int16_t, WIDTH / 2>::V load_remainders(int64_t dtype, const void *memory, int j) {
+  typedef typename Lanes<int16_t, WIDTH / 2>::V Halves;
+  if (dtype == REMAINDER) return at<int16_t, WIDTH / 2>(memory, j);
+  const auto bytes = at<int8_t, WIDTH / 2>(memory, j);
+#if defined(__AVX512BW__)
+  return (Halves)_mm512_cvtepi8_epi16((__m256i)bytes) << 8;
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  return (Halves)_mm256_cvtepi8_epi16((__m128i)bytes) << 8;
+#else
+  return __builtin_convertvector(bytes, Halves) << 8;
 #endif
-  return __builtin_convertvector(bytes, Ints) << 8;
 }
 
-// `lower`: from -0x8000 to 0x7fff; rounded to nearest, ties to even.
+// remainders.joined for a block, except for the sum: `to`, [BLOCK] int16, is what is added to weights shifted by 16 bits,
+// so that each master rounds to its weight.
+INLINE void clamp_remainders(const void *model, int64_t dtype, const void *remainders, void *to) {
+  typedef typename Lanes<int16_t, WIDTH / 2>::V Halves;
+#pragma GCC unroll 2
+  for (int j = 0; j < 2 * BLOCK / WIDTH; j++) {
+    const Halves upper = at<int16_t, WIDTH / 2>(model, j), magnitude = upper & 0x7fff;
+    const Halves lowest = magnitude == 0 ? Halves{} : (upper & 1) | int16_t(-0x8000);
+    const Halves highest = magnitude == 0x7f80 ? Halves{} : Halves{} + 0x7fff;
+    Halves lower = load_remainders(dtype, remainders, j);
+    lower = lower < lowest ? lowest : lower;
+    put(lower > highest ? highest : lower, to, j);
+  }
+}
+
+// Stores `lower`, from -0x8000 to 0x8000, as the nearest remainders; of 8 bits, ties to even.
 template <typename T>
 INLINE void store_remainders(int64_t dtype, typename Wide<T>::Ints lower, void *memory, int j) {
-  typedef typename Wide<T>::Ints Ints;
   if (dtype == REMAINDER) {
-    put(packed<T>((typename Wide<T>::Bits)lower & 0xffffu), memory, j);
+    put(saturated<T>(lower), memory, j);
     return;
   }
-  Ints rounded = (lower + 0x7f + ((lower >> 8) & 1)) >> 8;
-  rounded = rounded > 0x7f ? Ints{} + 0x7f : rounded;
+  const typename Wide<T>::Ints rounded = (lower + 0x7f + ((lower >> 8) & 1)) >> 8;
 #if defined(__AVX2__)
   if constexpr (sizeof(rounded) == 32) {
-    const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)rounded), _mm256_extracti128_si256((__m256i)rounded, 1));
+    const __m128i halves = (__m128i)saturated<T>(rounded);
     const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(halves, halves));
-    put(bytes, memory, j);
+    std::memcpy((char *)memory + j * sizeof(bytes), &bytes, sizeof(bytes));
     return;
   }
 #endif
-  put(__builtin_convertvector(rounded, typename Wide<T>::Bytes), memory, j);
+  put(__builtin_convertvector(rounded > 0x7f ? rounded * 0 + 0x7f : rounded, typename Wide<T>::Bytes), memory, j);
 }
 
-// remainders.joined: for any remainder, the master rounds to the model's weight.
+// Masters of weights and clamped remainders.
 template <typename T>
-INLINE typename Wide<T>::V joined(const void *model, int64_t dtype, const void *remainder, int j) {
+INLINE typename Wide<T>::V joined(const void *model, const void *clamped, int j) {
   typedef typename Wide<T>::Ints Ints;
-  const Ints upper = (Ints)unpacked<T>(at<uint16_t, Wide<T>::LANES>(model, j)), magnitude = upper & 0x7fff;
-  Ints lower = load_remainders<T>(dtype, remainder, j);
-  const Ints lowest = magnitude == 0 ? Ints{} : (upper & 1) - 0x8000;
-  const Ints highest = magnitude == 0x7f80 ? Ints{} : Ints{} + 0x7fff;
-  lower = lower < lowest ? lowest : lower;
-  lower = lower > highest ? highest : lower;
+  const Ints upper = (Ints)unpacked<T>(at<uint16_t, Wide<T>::LANES>(model, j));
+  const Ints lower = sign_extended<T>(at<int16_t, Wide<T>::LANES>(clamped, j));
   return __builtin_convertvector((typename Wide<T>::Floats)((upper << 16) + lower), typename Wide<T>::V);
 }
 
 // remainders.split: the rounded master, and the master minus that, both as bits.
 template <typename T>
 INLINE void split(typename Wide<T>::V x, void *model, int64_t dtype, void *remainder, int j) {
-  typedef typename Wide<T>::Ints Ints;
+  typedef typename Wide<T>::Bits Bits;
   const typename Wide<T>::Floats master = __builtin_convertvector(x, typename Wide<T>::Floats);
-  const typename Wide<T>::Bits upper = to_bf16<T>(master);
-  Ints lower = (Ints)master - (Ints)(upper << 16);
-  lower = lower > 0x7fff ? Ints{} + 0x7fff : lower;
-  lower = master != master ? Ints{} : lower;
+  const Bits bits = master != master ? Bits{} + 0x7fc00000u : (Bits)master;
+  const Bits upper = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   put(packed<T>(upper), model, j);
-  store_remainders<T>(dtype, lower, remainder, j);
+  store_remainders<T>(dtype, (typename Wide<T>::Ints)(bits - (upper << 16)), remainder, j);
 }
 
 // A vector of bytes, as integers.

@@ -22,14 +22,21 @@ INLINE typename Wide<T>::Bits random_bits(typename Wide<T>::Floats moment, uint3
 
 // Stores a moment in bfloat16, rounded with the 16 highest of `random`'s 19 bits. Returns it as it reads back.
 template <typename T>
-INLINE typename Wide<T>::V store_bf16_randomly(typename Wide<T>::V x, typename Wide<T>::Bits random, void *memory, int j) {
+INLINE typename Wide<T>::Floats store_bf16_randomly(typename Wide<T>::Floats x, typename Wide<T>::Bits random, void *memory,
+                                                    int j) {
   typedef typename Wide<T>::Floats Floats;
   typedef typename Wide<T>::Bits Bits;
-  const Floats single = __builtin_convertvector(x, Floats);
-  const Bits bits = ((Bits)single + (random >> 3)) >> 16;
-  const Bits rounded = single - single == Floats{} ? bits : to_bf16<T>(single);
+  const Bits added = (Bits)(x - x == Floats{}) & random >> 3;
+  const Bits rounded = ((x != x ? Bits{} + 0x7fc00000u : (Bits)x) + added) >> 16;
   put(packed<T>(rounded), memory, j);
-  return __builtin_convertvector((Floats)(rounded << 16), typename Wide<T>::V);
+  return (Floats)(rounded << 16);
+}
+
+// The larger magnitudes, as bits.
+template <typename T>
+INLINE typename Wide<T>::Ints larger(typename Wide<T>::Ints top, typename Wide<T>::Floats x) {
+  const auto bits = (typename Wide<T>::Ints)x & NO_SIGN;
+  return bits > top ? bits : top;
 }
 
 // The bits of a block's origin. `top`: the largest magnitude of each lane, as bits.
@@ -67,7 +74,7 @@ INLINE typename Wide<T>::V decoded(const char *block, int j) {
 // Stores vector `j` of a block whose origin is stored. Returns it as it reads back. `random`: below 2¹⁹. Where the origin
 // is a nan, x is.
 template <typename T, bool SIGNED>
-INLINE typename Wide<T>::V encoded(typename Wide<T>::Floats x, typename Wide<T>::Bits random, int32_t origin, char *block, int j) {
+INLINE typename Wide<T>::Floats encoded(typename Wide<T>::Floats x, typename Wide<T>::Bits random, int32_t origin, char *block, int j) {
   typedef typename Wide<T>::Floats Floats;
   typedef typename Wide<T>::Ints Ints;
   typedef typename Wide<T>::Bits Bits;
@@ -76,14 +83,14 @@ INLINE typename Wide<T>::V encoded(typename Wide<T>::Floats x, typename Wide<T>:
   // As if e were at least 1, with an implicit 1 before the fraction: its highest bits are the code.
   Ints bits = (Ints)(number + (Floats)raised) + (Ints)random;
   if (!SIGNED) {
-    const Ints lowest = raised + (1 << SHIFT) & (Ints)(number > Floats{}) & below;
+    const Ints lowest = (raised + (1 << SHIFT)) & (Ints)(number > Floats{}) & below;
     bits = bits > lowest ? bits : lowest;
   }
   const Ints code = (bits >> SHIFT) - (below ? Ints{} + ((origin >> SHIFT) + (1 << FRACTION_BITS)) : Ints{} + (origin >> SHIFT));
   const Floats rounded = (Floats)(bits & -(1 << SHIFT)) - (Floats)raised;
   const Bits sign = SIGNED ? (Bits)x & (Bits)(code > Ints{}) & 0x80000000u : Bits{};  // no -0
   store_bytes<T>((Bits)code | sign >> 24, block + ORIGIN_BYTES, j);
-  return __builtin_convertvector((Floats)((Bits)rounded | sign), typename Wide<T>::V);
+  return (Floats)((Bits)rounded | sign);
 }
 
 }  // namespace

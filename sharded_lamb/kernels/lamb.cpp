@@ -24,11 +24,10 @@ INLINE V denominator(V v, const Coefficients<T> &k) {
   return root(v * k.unbias2 + k.eps_inside) + k.eps_outside;
 }
 
-// The gradient times its scale, plus l2 w; 0 x nan would be nan.
-template <typename T, typename AnyDtypes, typename V = typename Wide<T>::V>
-INLINE V scaled_gradient(const AnyDtypes &dtypes, const Places &places, V w, const Coefficients<T> &k, int j) {
-  const V g = k.grad_scale != T(0) ? load<T>(dtypes.grad, places.grad.block, j) : V{};
-  return g * k.grad_scale + w * k.l2;
+// The gradient times its scale, plus l2 w.
+template <typename T, typename V = typename Wide<T>::V>
+INLINE V scaled_gradient(const T *grads, V w, const Coefficients<T> &k, int j) {
+  return at<T, Wide<T>::LANES>(grads, j) * k.grad_scale + w * k.l2;
 }
 
 // μ: 1 where the update and the gradient agree in sign, else k.opposed.
@@ -54,76 +53,96 @@ INLINE Sums<T, 1 + D> terms(V w, V scaled, V m, V v, const Coefficients<T> &k) {
 }
 
 // Pass 1 of one block: updates moments, computes Σw² and D more sums.
-template <typename T, int D, typename AnyDtypes>
-INLINE void first_pass(const AnyDtypes &dtypes, const Places &places, const Coefficients<T> k, T *sums) {
+template <typename T, int D>
+INLINE void first_pass(const Places &places, const Coefficients<T> k, T *sums) {
   typedef typename Wide<T>::V V;
-  typename Wide<T>::Mask written{};
-  NewMoments<T, D> next;
-  auto updated = [&](int j) __attribute__((always_inline)) {
-    const V w = load_resynced<T>(dtypes, places, j, written);
-    const V scaled = scaled_gradient<T>(dtypes, places, w, k, j);
-    const V m = load_moment<T, true>(dtypes, places.exp_avg, j) * k.beta1 + scaled * k.c1;
-    const V v = load_moment<T, false>(dtypes, places.exp_avg_sq, j) * k.beta2 + (scaled * scaled) * k.c2;
-    return Updated<T>{w, scaled, m, v};
+  constexpr int LANES = Wide<T>::LANES, COUNT = Wide<T>::COUNT;
+  alignas(64) T copies[4][BLOCK];
+  T *w = masters(places, copies[0]), *m = moments<T, true>(places.exp_avg, copies[1]),
+    *v = moments<T, false>(places.exp_avg_sq, copies[2]);
+  const T *g = gradients(places.grad, k.grad_scale, copies[3]);
+  resync(w, places);
+  auto update = [&](V scaled, int j) __attribute__((always_inline)) {
+    put(at<T, LANES>(m, j) * k.beta1 + scaled * k.c1, m, j);
+    put(at<T, LANES>(v, j) * k.beta2 + (scaled * scaled) * k.c2, v, j);
   };
-  if (dtypes.state == CODES) next.start_blocks(places, updated);
-  const Sums<T, 1 + D> total = by_halving<Wide<T>::COUNT>([&](int j) __attribute__((always_inline)) {
-    if (dtypes.state == CODES) {
-      const Updated<T> x = next.store(places, k.salt, j);
-      return terms<T, D>(x.w, x.scaled, x.m, x.v, k);
-    }
-    const Updated<T> x = store_moments<T, true>(dtypes, places, updated(j), k.salt, j);
-    return terms<T, D>(x.w, x.scaled, x.m, x.v, k);
-  });
-  if (dtypes.state == CODES) next.end_blocks(places);
-  store_resynced<T>(dtypes, places, written);
+  auto pass = [&](auto with) __attribute__((always_inline)) {
+    return by_halving<COUNT>([&](int j) __attribute__((always_inline)) {
+      const V weight = at<T, LANES>(w, j), scaled = scaled_gradient(g, weight, k, j);
+      with(scaled, j);
+      return terms<T, D>(weight, scaled, at<T, LANES>(m, j), at<T, LANES>(v, j), k);
+    });
+  };
+  Sums<T, 1 + D> total;
+  if (in_place<T>(places.exp_avg)) {
+    total = pass(update);
+  } else {
+    vectors<T>([&](int j) __attribute__((always_inline)) { update(scaled_gradient(g, at<T, LANES>(w, j), k, j), j); });
+    store_moments<T, true>(m, v, places, k.salt);
+    total = pass([](V, int) __attribute__((always_inline)) {});
+  }
   for (int i = 0; i < 1 + D; i++) sums[i] = across_lanes<T>(total.of[i]);
 }
 
 // Pass 2 of one block; `step_sizes`: of each direction.
-template <typename T, int D, typename AnyDtypes>
-INLINE void second_pass(const AnyDtypes &dtypes, const Places &places, const Coefficients<T> k, const T *step_sizes) {
+template <typename T, int D>
+INLINE void second_pass(const Places &places, const Coefficients<T> k, const T *step_sizes) {
   typedef typename Wide<T>::V V;
+  constexpr int LANES = Wide<T>::LANES;
+  alignas(64) T copies[4][BLOCK];
+  T *masters_ = masters(places, copies[0]);
+  const T *moments_ = moments<T, true>(places.exp_avg, copies[1]), *squares = moments<T, false>(places.exp_avg_sq, copies[2]);
+  const T *g = D == 1 ? nullptr : gradients(places.grad, k.grad_scale, copies[3]);
   for (int j = 0; j < Wide<T>::COUNT; j++) {
-    const V w = load_masters<T>(dtypes, places, j), m = load_moment<T, true>(dtypes, places.exp_avg, j),
-            v = load_moment<T, false>(dtypes, places.exp_avg_sq, j);
+    const V w = at<T, LANES>(masters_, j), m = at<T, LANES>(moments_, j), v = at<T, LANES>(squares, j);
     const V below = denominator<T>(v, k), decayed = w * k.decay;
     V adaptive = (m * k.unbias1) / below;
-    if constexpr (D == CAUTION) adaptive *= agreement<T>(adaptive, scaled_gradient<T>(dtypes, places, w, k, j), k);
+    if constexpr (D == CAUTION) adaptive *= agreement<T>(adaptive, scaled_gradient(g, w, k, j), k);
     V next = w - (adaptive + decayed) * step_sizes[0];
-    if constexpr (D == 2) next = next - (scaled_gradient<T>(dtypes, places, w, k, j) / below + decayed) * step_sizes[1];
-    store_masters<T>(dtypes, places, next, j);
+    if constexpr (D == 2) next = next - (scaled_gradient(g, w, k, j) / below + decayed) * step_sizes[1];
+    put(next, masters_, j);
   }
+  store_masters(masters_, places);
 }
 
 // LARS's pass 1 of one block: Σw².
-template <typename T, typename AnyDtypes>
-INLINE T weight_norm(const AnyDtypes &dtypes, const Places &places) {
-  typename Wide<T>::Mask written{};
-  const auto total = by_halving<Wide<T>::COUNT>([&](int j) __attribute__((always_inline)) {
-    const auto w = load_resynced<T>(dtypes, places, j, written);
-    return w * w;
-  });
-  store_resynced<T>(dtypes, places, written);
-  return across_lanes<T>(total);
+template <typename T>
+INLINE T weight_norm(const Places &places) {
+  alignas(64) T copy[BLOCK];
+  T *w = masters(places, copy);
+  resync(w, places);
+  return across_lanes<T>(by_halving<Wide<T>::COUNT>([&](int j) __attribute__((always_inline)) {
+    const auto x = at<T, Wide<T>::LANES>(w, j);
+    return x * x;
+  }));
 }
 
 // LARS's pass 2 of one block; `step_sizes`: of the momentum, and of what enters it.
-template <typename T, typename AnyDtypes>
-INLINE void momentum_pass(const AnyDtypes &dtypes, const Places &places, const Coefficients<T> k, const T *step_sizes) {
+template <typename T>
+INLINE void momentum_pass(const Places &places, const Coefficients<T> k, const T *step_sizes) {
   typedef typename Wide<T>::V V;
-  NewMoments<T, 0> next;
-  auto updated = [&](int j) __attribute__((always_inline)) {
-    const V w = load_masters<T>(dtypes, places, j), scaled = scaled_gradient<T>(dtypes, places, w, k, j);
-    return Updated<T>{w, scaled, load_moment<T, true>(dtypes, places.exp_avg, j) * k.beta1 + scaled * k.c1, V{}};
+  constexpr int LANES = Wide<T>::LANES;
+  alignas(64) T copies[3][BLOCK];
+  T *w = masters(places, copies[0]), *m = moments<T, true>(places.exp_avg, copies[1]);
+  const T *g = gradients(places.grad, k.grad_scale, copies[2]);
+  auto update = [&](V scaled, int j) __attribute__((always_inline)) {
+    put(at<T, LANES>(m, j) * k.beta1 + scaled * k.c1, m, j);
   };
-  if (dtypes.state == CODES) next.start_blocks(places, updated);
-  for (int j = 0; j < Wide<T>::COUNT; j++) {
-    const Updated<T> x = dtypes.state == CODES ? next.store(places, k.salt, j)
-                                               : store_moments<T, false>(dtypes, places, updated(j), k.salt, j);
-    store_masters<T>(dtypes, places, (x.w - x.m * step_sizes[0]) - x.scaled * step_sizes[1], j);
+  auto pass = [&](auto with) __attribute__((always_inline)) {
+    for (int j = 0; j < Wide<T>::COUNT; j++) {
+      const V weight = at<T, LANES>(w, j), scaled = scaled_gradient(g, weight, k, j);
+      with(scaled, j);
+      put((weight - at<T, LANES>(m, j) * step_sizes[0]) - scaled * step_sizes[1], w, j);
+    }
+  };
+  if (in_place<T>(places.exp_avg)) {
+    pass(update);
+  } else {
+    vectors<T>([&](int j) __attribute__((always_inline)) { update(scaled_gradient(g, at<T, LANES>(w, j), k, j), j); });
+    store_moments<T, false>(m, nullptr, places, k.salt);
+    pass([](V, int) __attribute__((always_inline)) {});
   }
-  if (dtypes.state == CODES) next.end_blocks(places);
+  store_masters(w, places);
 }
 
 // -- all blocks ---------------------------------------------------------------------------------------
@@ -191,7 +210,7 @@ void square_sums(const Run *runs, int64_t count, int64_t parameters, double *sum
     Copy copy;
     with_known(run.grad_dtype, [&](auto dtype) __attribute__((always_inline)) {
       for (int64_t block = first; block < end; block++) {
-        const Place g(run.grad, dtype, block, size_of_block(run.numel, block), copy.bytes);
+        const Place g(Kind(run.grad, dtype), block, size_of_block(run.numel, block), copy);
         out[block - first] = across_lanes<T>(by_halving<Wide<T>::COUNT>([&](int j) __attribute__((always_inline)) {
           const auto x = load<T>(dtype, g.block, j);
           return x * x;
@@ -206,68 +225,59 @@ void moments_and_norms(const Run *runs, int64_t count, const Coefficients<T> *ta
                        T *of_blocks, int64_t threads) {
   constexpr int K = 1 + D;
   summed<K>(runs, count, parameters, sums, of_blocks, threads, [&](const Run &run, int64_t first, int64_t end, T *out) OUTLINE {
-    Copy copies[5];
-    with_known<T, D>(Dtypes(run), [&](const auto &dtypes) __attribute__((always_inline)) {
-      for (int64_t block = first; block < end; block++) {
-        const Places places(run, dtypes, block, size_of_block(run.numel, block), copies);
-        first_pass<T, D>(dtypes, places, table[run.owner(block)], out + K * (block - first));
-        places.weight.write_back(), places.exp_avg.write_back(), places.exp_avg_sq.write_back();
-      }
-    });
+    const Kinds kinds(run);
+    for (int64_t block = first; block < end; block++) {
+      const Places places(kinds, block);
+      first_pass<T, D>(places, table[run.owner(block)], out + K * (block - first));
+      places.write_back();
+    }
   });
 }
 
 template <typename T>
 void weight_norms(const Run *runs, int64_t count, int64_t parameters, double *sums, T *of_blocks, int64_t threads) {
   summed<1>(runs, count, parameters, sums, of_blocks, threads, [&](const Run &run, int64_t first, int64_t end, T *out) OUTLINE {
-    Copy copies[5];
-    with_known<T, 2>(Dtypes(run), [&](const auto &dtypes) __attribute__((always_inline)) {
+    const Kinds kinds(run);
+    for (int64_t block = first; block < end; block++) {
+      const Places places(kinds, block);
+      out[block - first] = weight_norm<T>(places);
+      places.write_back();
+    }
+  });
+}
+
+// Calls visit(places, layer) on all blocks, each by one thread, which may change weights and the first moment.
+template <typename Visit>
+INLINE void changed(const Run *runs, int64_t count, int64_t threads, Visit visit) {
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+  for (int64_t thread = 0; thread < threads; thread++)
+    for_each_run(runs, count, thread, threads, [&](const Run &run, int64_t first, int64_t end, int64_t) {
+      const Kinds kinds(run);
       for (int64_t block = first; block < end; block++) {
-        const Places places(run, dtypes, block, size_of_block(run.numel, block), copies);
-        out[block - first] = weight_norm<T>(dtypes, places);
-        places.weight.write_back();
+        const Places places(kinds, block);
+        visit(places, run.owner(block));
+        places.write_back();
       }
     });
-  });
 }
 
 template <typename T>
 void apply_momentum(const Run *runs, int64_t count, const Coefficients<T> *table, int64_t parameters, const T *step_sizes,
                     int64_t threads) {
-#pragma omp parallel for schedule(static, 1) num_threads(threads)
-  for (int64_t thread = 0; thread < threads; thread++)
-    for_each_run(runs, count, thread, threads, [&](const Run &run, int64_t first, int64_t end, int64_t) {
-      Copy copies[5];
-      with_known<T, 2>(Dtypes(run), [&](const auto &dtypes) __attribute__((always_inline)) {
-        for (int64_t block = first; block < end; block++) {
-          const Places places(run, dtypes, block, size_of_block(run.numel, block), copies);
-          const int64_t owner = run.owner(block);
-          const T sizes[2] = {step_sizes[owner], step_sizes[parameters + owner]};
-          momentum_pass<T>(dtypes, places, table[owner], sizes);
-          places.weight.write_back(), places.model.write_back(), places.exp_avg.write_back();
-        }
-      });
-    });
+  changed(runs, count, threads, [&](const Places &places, int64_t owner) __attribute__((always_inline)) {
+    const T sizes[2] = {step_sizes[owner], step_sizes[parameters + owner]};
+    momentum_pass<T>(places, table[owner], sizes);
+  });
 }
 
 template <typename T, int D>
 void apply(const Run *runs, int64_t count, const Coefficients<T> *table, int64_t parameters, const T *step_sizes,
            int64_t threads) {
-#pragma omp parallel for schedule(static, 1) num_threads(threads)
-  for (int64_t thread = 0; thread < threads; thread++)
-    for_each_run(runs, count, thread, threads, [&](const Run &run, int64_t first, int64_t end, int64_t) {
-      Copy copies[5];
-      with_known<T, D>(Dtypes(run), [&](const auto &dtypes) __attribute__((always_inline)) {
-        for (int64_t block = first; block < end; block++) {
-          const Places places(run, dtypes, block, size_of_block(run.numel, block), copies);
-          const int64_t owner = run.owner(block);
-          T sizes[directions(D)];
-          for (int i = 0; i < directions(D); i++) sizes[i] = step_sizes[i * parameters + owner];
-          second_pass<T, D>(dtypes, places, table[owner], sizes);
-          places.weight.write_back(), places.model.write_back();
-        }
-      });
-    });
+  changed(runs, count, threads, [&](const Places &places, int64_t owner) __attribute__((always_inline)) {
+    T sizes[directions(D)];
+    for (int i = 0; i < directions(D); i++) sizes[i] = step_sizes[i * parameters + owner];
+    second_pass<T, D>(places, table[owner], sizes);
+  });
 }
 
 // A parameter's segment of a shard, and the address of this rank's own gradient of it.
@@ -301,7 +311,7 @@ INLINE T averaged(T *grad, const Slice &slice, int64_t block, const Parts &parts
   alignas(64) T total[BLOCK];
   Copy copy, part_copy;
   const int n = size_of_block(slice.numel, block);
-  const Place to((char *)(grad + slice.start), sizeof(T) == 4 ? F32 : F64, block, n, copy.bytes);
+  const Place to(Kind((char *)(grad + slice.start), own_dtype<T>()), block, n, copy);
   const bool past_cache = n == BLOCK && !add && reinterpret_cast<uintptr_t>(to.block) % WIDTH == 0;
   const int64_t last = parts.count() - 1;
   T square_sum = 0;
@@ -309,7 +319,7 @@ INLINE T averaged(T *grad, const Slice &slice, int64_t block, const Parts &parts
     const bool own = row == parts.own_row, zeros = own && !slice.from;  // x + 0, as in a sum of tensors: -0 becomes 0
     char *start = zeros ? ZEROS : own ? slice.from : parts.row(row) + slice.start * size_of(parts.dtype);
     const int64_t dtype = zeros ? F32 : own ? slice.dtype : parts.dtype;
-    const Place part(start, dtype, zeros ? 0 : block, n, part_copy.bytes);
+    const Place part(Kind(start, dtype), zeros ? 0 : block, n, part_copy);
     with_known(dtype, [&](auto known) __attribute__((always_inline)) {
       auto sum = [&](int j) __attribute__((always_inline)) {
         const V next = load<T>(known, part.block, j);
@@ -331,7 +341,7 @@ INLINE T averaged(T *grad, const Slice &slice, int64_t block, const Parts &parts
       }));
     });
   }
-  to.write_back();
+  to.write_back(n);
   return square_sum;
 }
 

@@ -1,4 +1,5 @@
-// A rank's memory as runs of blocks: their dtypes, known when compiled where they are common, and masters beside weights.
+// A rank's memory as runs of blocks, and the formats of a block's memory: what is not stored as the compute dtype is
+// converted in loops of its own, before and after the arithmetic. A processor overlaps more vectors of short loops.
 
 #pragma once
 
@@ -20,48 +21,7 @@ struct Run {
   int64_t owner(int64_t block) const { return block_param ? block_param[block] : param; }
 };
 
-// -- dtypes, known when compiled where they are common ------------------------------------------------
-
-struct Dtypes {
-  int64_t weight, model, grad, state;  // model: NONE without separate masters
-
-  explicit Dtypes(const Run &run)
-      : weight(run.weight_dtype), model(run.model ? run.model_dtype : NONE), grad(run.grad_dtype), state(run.state_dtype) {}
-};
-
-template <int64_t WEIGHT, int64_t MODEL, int64_t STATE, int64_t GRAD = NONE>
-struct Known {  // without GRAD, gradients of any dtype
-  static constexpr int64_t weight = WEIGHT, model = MODEL, state = STATE;
-  const int64_t grad;
-
-  explicit Known(const Dtypes &dtypes) : grad(GRAD == NONE ? dtypes.grad : GRAD) {}
-  static bool are(const Dtypes &dtypes) {
-    return dtypes.weight == WEIGHT && dtypes.model == MODEL && dtypes.state == STATE && (GRAD == NONE || dtypes.grad == GRAD);
-  }
-};
-
-template <typename... Each, typename Function>
-INLINE void with_first_of(const Dtypes &dtypes, Function function) {
-  if (!((Each::are(dtypes) && (function(Each(dtypes)), true)) || ...)) function(dtypes);
-}
-
-// Calls function(dtypes), `Known` if they are common in such updates; LARS's are those of 2 directions.
-template <typename T, int D, typename Function>
-INLINE void with_known(const Dtypes &dtypes, Function function) {
-  if constexpr (sizeof(T) == 8)
-    with_first_of<Known<F64, NONE, F64, F64>>(dtypes, function);
-  else if constexpr (D > 1)
-    with_first_of<Known<F32, NONE, F32, F32>, Known<F32, BF16, F32>>(dtypes, function);
-  else
-    with_first_of<Known<F32, NONE, F32, F32>, Known<F32, NONE, F32>, Known<F32, BF16, F32>, Known<F32, F16, F32>,
-                  Known<REMAINDER, BF16, F32>, Known<REMAINDER8, BF16, F32>, Known<BF16, NONE, F32>, Known<F32, NONE, BF16>,
-                  Known<F32, NONE, CODES, F32>, Known<F32, BF16, CODES, BF16>, Known<REMAINDER, BF16, CODES, BF16>,
-                  Known<REMAINDER8, BF16, CODES, BF16>,
-                  Known<F32, BF16, BF16>, Known<REMAINDER, BF16, BF16>, Known<REMAINDER8, BF16, BF16>,
-                  Known<BF16, NONE, BF16>>(dtypes, function);
-}
-
-// Calls function(dtype) with a gradient's dtype, known when compiled.
+// Calls function(dtype) with a floating-point dtype, known when compiled.
 template <typename Function>
 INLINE void with_known(int64_t dtype, Function function) {
   switch (dtype) {
@@ -76,63 +36,195 @@ INLINE void with_known(int64_t dtype, Function function) {
   }
 }
 
-// -- a block ------------------------------------------------------------------------------------------
-
 INLINE int size_of_block(int64_t numel, int64_t block) {
   const int64_t left = numel - block * BLOCK;
   return left < BLOCK ? int(left) : BLOCK;
 }
 
-// The memory of a block: in place, or a copy of a short one, padded with zeros.
-struct Place {
-  char *memory, *block;
-  int bytes = 0;
+INLINE int64_t block_bytes(int64_t dtype) { return dtype == CODES ? CODED_BLOCK : BLOCK * size_of(dtype); }
 
-  INLINE Place(char *start, int64_t dtype, int64_t number, int n, char *copy) {
-    if (dtype == CODES) {  // whole blocks
-      memory = block = start + number * CODED_BLOCK;
-      return;
-    }
-    memory = block = start + number * BLOCK * size_of(dtype);
-    if (n == BLOCK || !start) return;
-    bytes = n * size_of(dtype);
-    block = copy;
-    std::memcpy(block, memory, bytes);
-    std::memset(block + bytes, 0, BLOCK * size_of(dtype) - bytes);
-  }
-  INLINE void write_back() const {
-    if (block != memory) std::memcpy(memory, block, bytes);
-  }
+// One kind of a run's memory, and the bytes of its blocks.
+struct Kind {
+  char *start;
+  int64_t dtype, bytes;
+
+  INLINE Kind(char *start, int64_t dtype)
+      : start(start), dtype(dtype), bytes(!start ? 0 : dtype == CODES ? CODED_BLOCK : BLOCK * size_of(dtype)) {}
+};
+
+struct Kinds {
+  Kind weight, model, grad, exp_avg, exp_avg_sq;
+  int64_t numel;
+
+  explicit INLINE Kinds(const Run &run)
+      : weight(run.weight, run.weight_dtype),
+        model(run.model, run.model_dtype),
+        grad(run.grad, run.grad_dtype),
+        exp_avg(run.exp_avg, run.state_dtype),
+        exp_avg_sq(run.exp_avg_sq, run.state_dtype),
+        numel(run.numel) {}
 };
 
 struct Copy {
   alignas(64) char bytes[BLOCK * 8];
 };
 
+// The memory of a block: in place, or a copy of a short one, padded with zeros.
+struct Place {
+  char *memory, *block;
+  int64_t dtype;
+
+  INLINE Place(const Kind &kind, int64_t number)
+      : memory(kind.start + number * kind.bytes), block(memory), dtype(kind.dtype) {}
+  INLINE Place(const Kind &kind, int64_t number, int n, Copy &copy) : Place(kind, number) {
+    if (n < BLOCK) move_to(copy, n);
+  }
+  INLINE void move_to(Copy &copy, int n) {
+    if (dtype == CODES || !memory) return;  // codes are whole blocks
+    block = copy.bytes;
+    std::memcpy(block, memory, n * size_of(dtype));
+    std::memset(block + n * size_of(dtype), 0, (BLOCK - n) * size_of(dtype));
+  }
+  INLINE void write_back(int n) const {
+    if (block != memory) std::memcpy(memory, block, n * size_of(dtype));
+  }
+};
+
 struct Places {
   Place weight, model, grad, exp_avg, exp_avg_sq;
+  const int n;
+  Copy copies[5];
 
-  template <typename AnyDtypes>
-  INLINE Places(const Run &run, const AnyDtypes &dtypes, int64_t block, int n, Copy *copies)
-      : weight(run.weight, dtypes.weight, block, n, copies[0].bytes),
-        model(run.model, dtypes.model, block, n, copies[1].bytes),
-        grad(run.grad, dtypes.grad, block, n, copies[2].bytes),
-        exp_avg(run.exp_avg, dtypes.state, block, n, copies[3].bytes),
-        exp_avg_sq(run.exp_avg_sq, dtypes.state, block, n, copies[4].bytes) {}
+  INLINE Places(const Kinds &kinds, int64_t number)
+      : weight(kinds.weight, number),
+        model(kinds.model, number),
+        grad(kinds.grad, number),
+        exp_avg(kinds.exp_avg, number),
+        exp_avg_sq(kinds.exp_avg_sq, number),
+        n(size_of_block(kinds.numel, number)) {
+    if (n == BLOCK) return;
+    weight.move_to(copies[0], n), model.move_to(copies[1], n), grad.move_to(copies[2], n);
+    exp_avg.move_to(copies[3], n), exp_avg_sq.move_to(copies[4], n);
+  }
+  INLINE void write_back() const {
+    if (n == BLOCK) return;
+    weight.write_back(n), model.write_back(n), exp_avg.write_back(n), exp_avg_sq.write_back(n);
+  }
 };
 
-// A moment, `SIGNED`: the first.
-template <typename T, bool SIGNED, typename AnyDtypes>
-INLINE typename Wide<T>::V load_moment(const AnyDtypes &dtypes, const Place &place, int j) {
-  if (dtypes.state == CODES) return decoded<T, SIGNED>(place.block, j);
-  return load<T>(dtypes.state, place.block, j);
+// -- values of the compute dtype, in place or in a copy, [BLOCK] --------------------------------------
+
+template <typename T>
+INLINE bool in_place(const Place &place) {
+  return place.dtype == own_dtype<T>();
 }
 
-// A vector of both passes: the master, the gradient as it enters moments, and new moments.
+// Calls visit(j) for every vector of a block.
+template <typename T, typename Visit>
+INLINE void vectors(Visit visit) {
+#pragma GCC unroll 4
+  for (int j = 0; j < Wide<T>::COUNT; j++) visit(j);
+}
+
+// Puts value(j) of every vector in `to`. Returns `to`.
+template <typename T, typename Value>
+INLINE T *filled(T *to, Value value) {
+  vectors<T>([&](int j) __attribute__((always_inline)) { put(value(j), to, j); });
+  return to;
+}
+
 template <typename T>
-struct Updated {
-  typename Wide<T>::V w, scaled, m, v;
-};
+INLINE T *values(const Place &place, T *copy) {
+  if (in_place<T>(place)) return (T *)place.block;
+  with_known(place.dtype, [&](auto dtype) __attribute__((always_inline)) {
+    filled(copy, [&](int j) __attribute__((always_inline)) { return load<T>(dtype, place.block, j); });
+  });
+  return copy;
+}
+
+template <typename T>
+INLINE void store_values(const T *values, const Place &place) {
+  if ((char *)values == place.block) return;
+  with_known(place.dtype, [&](auto dtype) __attribute__((always_inline)) {
+    vectors<T>([&](int j) __attribute__((always_inline)) {
+      store<T>(dtype, at<T, Wide<T>::LANES>(values, j), place.block, j);
+    });
+  });
+}
+
+// Gradients; zeros if their `scale` is 0, since 0 x nan would be nan.
+template <typename T>
+INLINE const T *gradients(const Place &place, T scale, T *copy) {
+  if (scale != T(0)) return values(place, copy);
+  return filled(copy, [](int) __attribute__((always_inline)) { return typename Wide<T>::V{}; });
+}
+
+// A moment, `SIGNED`: the first.
+template <typename T, bool SIGNED>
+INLINE T *moments(const Place &place, T *copy) {
+  if (place.dtype != CODES) return values(place, copy);
+  return filled(copy, [&](int j) __attribute__((always_inline)) { return decoded<T, SIGNED>(place.block, j); });
+}
+
+// Masters: stored as such, or joined from weights and remainders.
+template <typename T>
+INLINE T *masters(const Places &places, T *copy) {
+  if (!is_remainder(places.weight.dtype)) return values(places.weight, copy);
+  alignas(64) int16_t clamped[BLOCK];
+  clamp_remainders(places.model.block, places.weight.dtype, places.weight.block, clamped);
+  return filled(copy, [&](int j) __attribute__((always_inline)) { return joined<T>(places.model.block, clamped, j); });
+}
+
+// Stores masters, and the model's weights if masters are separate.
+template <typename T>
+INLINE void store_masters(const T *masters, const Places &places) {
+  const Place &weight = places.weight, &model = places.model;
+  auto split_with = [&](int64_t dtype) __attribute__((always_inline)) {
+    vectors<T>([&](int j) __attribute__((always_inline)) {
+      split<T>(at<T, Wide<T>::LANES>(masters, j), model.block, dtype, weight.block, j);
+    });
+  };
+  if (weight.dtype == REMAINDER) return split_with(REMAINDER);
+  if (weight.dtype == REMAINDER8) return split_with(REMAINDER8);
+  if (places.model.memory) store_values(masters, model);
+  store_values(masters, weight);
+}
+
+// Whether each of a block's weights surely is its master's rounding: a tie, a nan or a zero of the other sign may look as
+// if the user had written the weight.
+template <typename T>
+INLINE bool are_roundings(const T *masters, const Place &model) {
+  constexpr int LANES = Wide<T>::LANES;
+  typename Wide<T>::Mask differs{};
+  typename Wide<T>::Bits furthest{};
+  with_known(model.dtype, [&](auto dtype) __attribute__((always_inline)) {
+    vectors<T>([&](int j) __attribute__((always_inline)) {
+      const auto master = at<T, LANES>(masters, j);
+      if (dtype == BF16) {  // nearer than half the distance of bfloat16 numbers
+        typedef typename Wide<T>::Bits Bits;
+        const Bits weight = unpacked<T>(at<uint16_t, LANES>(model.block, j)) << 16;
+        const Bits distance = (Bits)__builtin_convertvector(master, typename Wide<T>::Floats) - weight + 0x7fffu;
+        furthest = distance > furthest ? distance : furthest;
+      } else {
+        differs |= rounded<T>(dtype, master) != load<T>(dtype, model.block, j);
+      }
+    });
+  });
+  return !any(differs) && !any(furthest > 0xfffeu);
+}
+
+// Makes masters of weights that their masters no longer round to, which the user therefore wrote.
+template <typename T>
+INLINE void resync(T *masters, const Places &places) {
+  if (!places.model.memory || is_remainder(places.weight.dtype) || are_roundings(masters, places.model)) return;
+  with_known(places.model.dtype, [&](auto dtype) __attribute__((always_inline)) {
+    filled(masters, [&](int j) __attribute__((always_inline)) {
+      const auto w = at<T, Wide<T>::LANES>(masters, j), model = load<T>(dtype, places.model.block, j);
+      return rounded<T>(dtype, w) != model ? model : w;
+    });
+  });
+  store_values(masters, places.weight), values(places.weight, masters);
+}
 
 template <typename T>
 INLINE uint32_t key_of(T step) {
@@ -142,125 +234,50 @@ INLINE uint32_t key_of(T step) {
   return key;
 }
 
-// Stores new moments, the first or both, in a floating-point dtype. Returns `x` with moments as they read back.
-template <typename T, bool HAS_V, typename AnyDtypes>
-INLINE Updated<T> store_moments(const AnyDtypes &dtypes, const Places &places, Updated<T> x, T step, int j) {
-  if (dtypes.state == BF16) {
-    const auto random = random_bits<T>(__builtin_convertvector(x.m, typename Wide<T>::Floats), key_of(step));
-    x.m = store_bf16_randomly<T>(x.m, random & 0x7ffffu, places.exp_avg.block, j);
-    if constexpr (HAS_V) x.v = store_bf16_randomly<T>(x.v, random >> 13, places.exp_avg_sq.block, j);
-  } else {
-    x.m = store<T>(dtypes.state, x.m, places.exp_avg.block, j);
-    if constexpr (HAS_V) x.v = store<T>(dtypes.state, x.v, places.exp_avg_sq.block, j);
-  }
-  return x;
-}
-
-// A block's new moments until its largest is known: then they are encoded. D: see `terms`, 0: LARS's.
-template <typename T, int D>
-struct NewMoments {
-  typedef Wide<T> W;
-  typedef typename W::Floats Floats;
-  typedef typename W::Ints Ints;
-  static constexpr bool HAS_V = D > 0, KEEPS_SCALED = D != 1;
-
-  alignas(64) T w[BLOCK], scaled[KEEPS_SCALED ? BLOCK : 1];
-  alignas(64) float m[BLOCK], v[HAS_V ? BLOCK : 1];
-  int32_t origin_m, origin_v;
-
-  static INLINE Ints larger(Ints top, Floats x) {
-    const Ints bits = (Ints)x & NO_SIGN;
-    return bits > top ? bits : top;
-  }
-  // Stores the origin of one moment's block. All values of a block with a nan or an infinity become nan.
-  static INLINE int32_t start(char *block, Ints top, bool is_signed, float *values) {
-    const int32_t origin = origin_of<T>(top, is_signed);
-    std::memcpy(block, &origin, sizeof(origin));
-    if (origin == NOT_A_NUMBER) std::fill_n(values, BLOCK, float_of(NOT_A_NUMBER));
-    return origin;
-  }
-  // Keeps `updated(j)` of every vector, and stores the blocks' origins.
-  template <typename Next>
-  INLINE void start_blocks(const Places &places, Next updated) {
-    Ints top_m{}, top_v{};
-    for (int j = 0; j < W::COUNT; j++) {
-      const Updated<T> x = updated(j);
-      put(x.w, w, j);
-      if constexpr (KEEPS_SCALED) put(x.scaled, scaled, j);
-      const Floats first = __builtin_convertvector(x.m, Floats);
-      put(first, m, j);
-      top_m = larger(top_m, first);
-      if constexpr (HAS_V) {
-        const Floats second = __builtin_convertvector(x.v, Floats);
-        put(second, v, j);
-        top_v = larger(top_v, second);
-      }
-    }
-    origin_m = start(places.exp_avg.block, top_m, true, m);
-    if constexpr (HAS_V) origin_v = start(places.exp_avg_sq.block, top_v, false, v);
-  }
-  // Encodes vector `j`. Returns it with moments as they read back.
-  INLINE Updated<T> store(const Places &places, T step, int j) {
-    Updated<T> x{at<T, W::LANES>(w, j)};
-    if constexpr (KEEPS_SCALED) x.scaled = at<T, W::LANES>(scaled, j);
-    const Floats first = at<float, W::LANES>(m, j);
-    const auto random = random_bits<T>(first, key_of(step));
-    x.m = encoded<T, true>(first, random & 0x7ffffu, origin_m, places.exp_avg.block, j);
-    if constexpr (HAS_V) x.v = encoded<T, false>(at<float, W::LANES>(v, j), random >> 13, origin_v, places.exp_avg_sq.block, j);
-    return x;
-  }
-  INLINE void end_blocks(const Places &places) {
-    if (origin_m == NOT_A_NUMBER) std::memset(places.exp_avg.block + ORIGIN_BYTES, 0, BLOCK);
-    if constexpr (HAS_V)
-      if (origin_v == NOT_A_NUMBER) std::memset(places.exp_avg_sq.block + ORIGIN_BYTES, 0, BLOCK);
-  }
-};
-
-// Masters: stored as such, or joined from weights and remainders.
-template <typename T, typename AnyDtypes>
-INLINE typename Wide<T>::V load_masters(const AnyDtypes &dtypes, const Places &places, int j) {
-  if (is_remainder(dtypes.weight)) return joined<T>(places.model.block, dtypes.weight, places.weight.block, j);
-  return load<T>(dtypes.weight, places.weight.block, j);
-}
-
-// Stores masters, and the model's weights if masters are separate.
-template <typename T, typename AnyDtypes>
-INLINE void store_masters(const AnyDtypes &dtypes, const Places &places, typename Wide<T>::V x, int j) {
-  if (is_remainder(dtypes.weight)) {
-    split<T>(x, places.model.block, dtypes.weight, places.weight.block, j);
+// Stores a moment that `random(j)` rounds, in bfloat16 or codes. Values become what they read back as.
+template <typename T, bool SIGNED, typename Random>
+INLINE void store_randomly(T *values, const Place &place, Random random) {
+  typedef typename Wide<T>::Floats Floats;
+  auto single = [&](int j) __attribute__((always_inline)) {
+    return __builtin_convertvector(at<T, Wide<T>::LANES>(values, j), Floats);
+  };
+  auto all = [&](auto store) __attribute__((always_inline)) {
+    filled(values, [&](int j) __attribute__((always_inline)) {
+      return __builtin_convertvector(store(single(j), random(j), j), typename Wide<T>::V);
+    });
+  };
+  if (place.dtype == BF16) {
+    all([&](Floats x, auto bits, int j) __attribute__((always_inline)) { return store_bf16_randomly<T>(x, bits, place.block, j); });
     return;
   }
-  if (dtypes.model != NONE) store<T>(dtypes.model, x, places.model.block, j);
-  store<T>(dtypes.weight, x, places.weight.block, j);
+  typename Wide<T>::Ints top{};
+  vectors<T>([&](int j) __attribute__((always_inline)) { top = larger<T>(top, single(j)); });
+  const int32_t origin = origin_of<T>(top, SIGNED);
+  std::memcpy(place.block, &origin, sizeof(origin));
+  if (origin == NOT_A_NUMBER) {  // a nan or an infinity: all values of the block become nan
+    std::fill_n(values, BLOCK, T(float_of(NOT_A_NUMBER)));
+    std::memset(place.block + ORIGIN_BYTES, 0, BLOCK);
+    return;
+  }
+  all([&](Floats x, auto bits, int j) __attribute__((always_inline)) { return encoded<T, SIGNED>(x, bits, origin, place.block, j); });
 }
 
-template <typename AnyDtypes>
-INLINE bool resyncs(const AnyDtypes &dtypes) {
-  return dtypes.model != NONE && !is_remainder(dtypes.weight);
-}
-
-// Masters; a weight that its master no longer rounds to was written by the user: it replaces the master.
-template <typename T, typename AnyDtypes>
-INLINE typename Wide<T>::V load_resynced(const AnyDtypes &dtypes, const Places &places, int j,
-                                         typename Wide<T>::Mask &written) {
-  typedef typename Wide<T>::V V;
-  const V w = load_masters<T>(dtypes, places, j);
-  if (!resyncs(dtypes)) return w;
-  const V model = load<T>(dtypes.model, places.model.block, j);
-  const auto differs = rounded<T>(dtypes.model, w) != model;
-  written |= differs;
-  return differs ? rounded<T>(dtypes.weight, model) : w;
-}
-
-// Stores masters of weights that the user wrote.
-template <typename T, typename AnyDtypes>
-INLINE void store_resynced(const AnyDtypes &dtypes, const Places &places, typename Wide<T>::Mask written) {
-  typedef typename Wide<T>::V V;
-  if (resyncs(dtypes) && any(written))
-    for (int j = 0; j < Wide<T>::COUNT; j++) {
-      const V w = load_masters<T>(dtypes, places, j), model = load<T>(dtypes.model, places.model.block, j);
-      store<T>(dtypes.weight, rounded<T>(dtypes.model, w) != model ? model : w, places.weight.block, j);
-    }
+// Stores new moments, the first or both, that are not in place. They become what they read back as.
+template <typename T, bool HAS_V>
+INLINE void store_moments(T *m, T *v, const Places &places, T step) {
+  if (places.exp_avg.dtype != BF16 && places.exp_avg.dtype != CODES) {
+    store_values(m, places.exp_avg), values(places.exp_avg, m);
+    if (HAS_V) store_values(v, places.exp_avg_sq), values(places.exp_avg_sq, v);
+    return;
+  }
+  alignas(64) uint32_t random[BLOCK];
+  const uint32_t key = key_of(step);
+  vectors<T>([&](int j) __attribute__((always_inline)) {
+    put(random_bits<T>(__builtin_convertvector(at<T, Wide<T>::LANES>(m, j), typename Wide<T>::Floats), key), random, j);
+  });
+  auto bits = [&](int j) __attribute__((always_inline)) { return at<uint32_t, Wide<T>::LANES>(random, j); };
+  store_randomly<T, true>(m, places.exp_avg, [&](int j) __attribute__((always_inline)) { return bits(j) & 0x7ffffu; });
+  if (HAS_V) store_randomly<T, false>(v, places.exp_avg_sq, [&](int j) __attribute__((always_inline)) { return bits(j) >> 13; });
 }
 
 }  // namespace
