@@ -139,7 +139,7 @@ INLINE typename Wide<T>::Bits unpacked(typename Wide<T>::Halves x) {
   return __builtin_convertvector(x, typename Wide<T>::Bits);
 }
 
-// The lower halves of `x`, whose upper halves are 0 or copies of the sign.
+// The lower halves of `x`, whose upper halves are 0.
 template <typename T>
 INLINE typename Wide<T>::Halves packed(typename Wide<T>::Bits x) {
 #if defined(__AVX2__)
@@ -149,6 +149,17 @@ INLINE typename Wide<T>::Halves packed(typename Wide<T>::Bits x) {
   return __builtin_convertvector(x, typename Wide<T>::Halves);
 }
 
+// The same of two vectors.
+template <typename T>
+INLINE typename Lanes<uint16_t, 2 * Wide<T>::LANES>::V packed(typename Wide<T>::Bits x, typename Wide<T>::Bits y) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(x) == 32)
+    return (typename Lanes<uint16_t, 16>::V)_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)x, (__m256i)y), 0xd8);
+#endif
+  const typename Wide<T>::Halves both[2] = {packed<T>(x), packed<T>(y)};
+  return at<uint16_t, 2 * Wide<T>::LANES>(both, 0);
+}
+
 // Signed halves, sign-extended.
 template <typename T>
 INLINE typename Wide<T>::Ints sign_extended(typename Wide<T>::SignedHalves x) {
@@ -156,16 +167,6 @@ INLINE typename Wide<T>::Ints sign_extended(typename Wide<T>::SignedHalves x) {
   if constexpr (sizeof(x) == 16 && sizeof(T) == 4) return (typename Wide<T>::Ints)_mm256_cvtepi16_epi32((__m128i)x);
 #endif
   return __builtin_convertvector(x, typename Wide<T>::Ints);
-}
-
-// `x`, at least -0x8000, as halves; larger numbers than 0x7fff become that.
-template <typename T>
-INLINE typename Wide<T>::SignedHalves saturated(typename Wide<T>::Ints x) {
-#if defined(__AVX2__)
-  if constexpr (sizeof(x) == 32)
-    return (typename Wide<T>::SignedHalves)_mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
-#endif
-  return __builtin_convertvector(x > 0x7fff ? x * 0 + 0x7fff : x, typename Wide<T>::SignedHalves);
 }
 
 template <typename T>
@@ -308,25 +309,6 @@ INLINE void clamp_remainders(const void *model, int64_t dtype, const void *remai
   }
 }
 
-// Stores `lower`, from -0x8000 to 0x8000, as the nearest remainders; of 8 bits, ties to even.
-template <typename T>
-INLINE void store_remainders(int64_t dtype, typename Wide<T>::Ints lower, void *memory, int j) {
-  if (dtype == REMAINDER) {
-    put(saturated<T>(lower), memory, j);
-    return;
-  }
-  const typename Wide<T>::Ints rounded = (lower + 0x7f + ((lower >> 8) & 1)) >> 8;
-#if defined(__AVX2__)
-  if constexpr (sizeof(rounded) == 32) {
-    const __m128i halves = (__m128i)saturated<T>(rounded);
-    const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(halves, halves));
-    std::memcpy((char *)memory + j * sizeof(bytes), &bytes, sizeof(bytes));
-    return;
-  }
-#endif
-  put(__builtin_convertvector(rounded > 0x7f ? rounded * 0 + 0x7f : rounded, typename Wide<T>::Bytes), memory, j);
-}
-
 // Masters of weights and clamped remainders.
 template <typename T>
 INLINE typename Wide<T>::V joined(const void *model, const void *clamped, int j) {
@@ -336,15 +318,42 @@ INLINE typename Wide<T>::V joined(const void *model, const void *clamped, int j)
   return __builtin_convertvector((typename Wide<T>::Floats)((upper << 16) + lower), typename Wide<T>::V);
 }
 
-// remainders.split: the rounded master, and the master minus that, both as bits.
+// Numbers from -0x80 to 0x7f.
+template <int N>
+INLINE void store_signed_bytes(typename Lanes<int16_t, N>::V x, void *memory, int j) {
+#if defined(__AVX2__)
+  if constexpr (N == 16) {
+    put(_mm_packs_epi16(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1)), memory, j);
+    return;
+  }
+#endif
+  put(__builtin_convertvector(x, typename Lanes<int8_t, N>::V), memory, j);
+}
+
+// remainders.split for a block, in lanes of 16 bits.
 template <typename T>
-INLINE void split(typename Wide<T>::V x, void *model, int64_t dtype, void *remainder, int j) {
+INLINE void split(const T *masters, void *model, int64_t dtype, void *remainders) {
+  constexpr int N = 2 * Wide<T>::LANES;
+  typedef typename Lanes<int16_t, N>::V Halves;
   typedef typename Wide<T>::Bits Bits;
-  const typename Wide<T>::Floats master = __builtin_convertvector(x, typename Wide<T>::Floats);
-  const Bits bits = master != master ? Bits{} + 0x7fc00000u : (Bits)master;
-  const Bits upper = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  put(packed<T>(upper), model, j);
-  store_remainders<T>(dtype, (typename Wide<T>::Ints)(bits - (upper << 16)), remainder, j);
+  auto bits = [&](int j) __attribute__((always_inline)) {
+    const auto x = __builtin_convertvector(at<T, Wide<T>::LANES>(masters, j), typename Wide<T>::Floats);
+    return x != x ? Bits{} + 0x7fc00000u : (Bits)x;
+  };
+#pragma GCC unroll 2
+  for (int j = 0; j < BLOCK / N; j++) {
+    const Bits first = bits(2 * j), second = bits(2 * j + 1);
+    const Halves upper = (Halves)packed<T>(first >> 16, second >> 16);
+    Halves lower = (Halves)packed<T>(first & 0xffffu, second & 0xffffu);
+    lower += (lower == int16_t(-0x8000)) & ((upper & 1) - 1);  // a tie above an even weight: 0x7fff
+    put(upper - (lower >> 15), model, j);
+    if (dtype == REMAINDER) {
+      put(lower, remainders, j);
+    } else {  // to nearest, ties to even
+      lower = lower > 0x7f7f ? Halves{} + 0x7f7f : lower;
+      store_signed_bytes<N>((lower + 0x7f + ((lower >> 8) & 1)) >> 8, remainders, j);
+    }
+  }
 }
 
 // A vector of bytes, as integers.

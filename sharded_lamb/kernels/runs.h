@@ -179,14 +179,9 @@ INLINE T *masters(const Places &places, T *copy) {
 template <typename T>
 INLINE void store_masters(const T *masters, const Places &places) {
   const Place &weight = places.weight, &model = places.model;
-  auto split_with = [&](int64_t dtype) __attribute__((always_inline)) {
-    vectors<T>([&](int j) __attribute__((always_inline)) {
-      split<T>(at<T, Wide<T>::LANES>(masters, j), model.block, dtype, weight.block, j);
-    });
-  };
-  if (weight.dtype == REMAINDER) return split_with(REMAINDER);
-  if (weight.dtype == REMAINDER8) return split_with(REMAINDER8);
-  if (places.model.memory) store_values(masters, model);
+  if (weight.dtype == REMAINDER) return split(masters, model.block, REMAINDER, weight.block);
+  if (weight.dtype == REMAINDER8) return split(masters, model.block, REMAINDER8, weight.block);
+  if (model.memory) store_values(masters, model);
   store_values(masters, weight);
 }
 
