@@ -82,6 +82,7 @@ INLINE void first_pass(const Places &places, const Coefficients<T> k, T *sums) {
     total = pass([](V, int) __attribute__((always_inline)) {});
   }
   for (int i = 0; i < 1 + D; i++) sums[i] = across_lanes<T>(total.of[i]);
+  write_back(places.n, places.weight, places.exp_avg, places.exp_avg_sq);
 }
 
 // Pass 2 of one block; `step_sizes`: of each direction.
@@ -90,19 +91,19 @@ INLINE void second_pass(const Places &places, const Coefficients<T> k, const T *
   typedef typename Wide<T>::V V;
   constexpr int LANES = Wide<T>::LANES;
   alignas(64) T copies[4][BLOCK];
-  T *masters_ = masters(places, copies[0]);
-  const T *moments_ = moments<T, true>(places.exp_avg, copies[1]), *squares = moments<T, false>(places.exp_avg_sq, copies[2]);
+  T *w = masters(places, copies[0]);
+  const T *m = moments<T, true>(places.exp_avg, copies[1]), *v = moments<T, false>(places.exp_avg_sq, copies[2]);
   const T *g = D == 1 ? nullptr : gradients(places.grad, k.grad_scale, copies[3]);
   for (int j = 0; j < Wide<T>::COUNT; j++) {
-    const V w = at<T, LANES>(masters_, j), m = at<T, LANES>(moments_, j), v = at<T, LANES>(squares, j);
-    const V below = denominator<T>(v, k), decayed = w * k.decay;
-    V adaptive = (m * k.unbias1) / below;
-    if constexpr (D == CAUTION) adaptive *= agreement<T>(adaptive, scaled_gradient(g, w, k, j), k);
-    V next = w - (adaptive + decayed) * step_sizes[0];
-    if constexpr (D == 2) next = next - (scaled_gradient(g, w, k, j) / below + decayed) * step_sizes[1];
-    put(next, masters_, j);
+    const V weight = at<T, LANES>(w, j), below = denominator<T>(at<T, LANES>(v, j), k), decayed = weight * k.decay;
+    V adaptive = (at<T, LANES>(m, j) * k.unbias1) / below;
+    if constexpr (D == CAUTION) adaptive *= agreement<T>(adaptive, scaled_gradient(g, weight, k, j), k);
+    V next = weight - (adaptive + decayed) * step_sizes[0];
+    if constexpr (D == 2) next = next - (scaled_gradient(g, weight, k, j) / below + decayed) * step_sizes[1];
+    put(next, w, j);
   }
-  store_masters(masters_, places);
+  store_masters(w, places);
+  write_back(places.n, places.weight, places.model);
 }
 
 // LARS's pass 1 of one block: Σw².
@@ -111,6 +112,7 @@ INLINE T weight_norm(const Places &places) {
   alignas(64) T copy[BLOCK];
   T *w = masters(places, copy);
   resync(w, places);
+  write_back(places.n, places.weight);
   return across_lanes<T>(by_halving<Wide<T>::COUNT>([&](int j) __attribute__((always_inline)) {
     const auto x = at<T, Wide<T>::LANES>(w, j);
     return x * x;
@@ -143,6 +145,7 @@ INLINE void momentum_pass(const Places &places, const Coefficients<T> k, const T
     pass([](V, int) __attribute__((always_inline)) {});
   }
   store_masters(w, places);
+  write_back(places.n, places.weight, places.model, places.exp_avg);
 }
 
 // -- all blocks ---------------------------------------------------------------------------------------
@@ -229,7 +232,6 @@ void moments_and_norms(const Run *runs, int64_t count, const Coefficients<T> *ta
     for (int64_t block = first; block < end; block++) {
       const Places places(kinds, block);
       first_pass<T, D>(places, table[run.owner(block)], out + K * (block - first));
-      places.write_back();
     }
   });
 }
@@ -241,14 +243,13 @@ void weight_norms(const Run *runs, int64_t count, int64_t parameters, double *su
     for (int64_t block = first; block < end; block++) {
       const Places places(kinds, block);
       out[block - first] = weight_norm<T>(places);
-      places.write_back();
     }
   });
 }
 
-// Calls visit(places, layer) on all blocks, each by one thread, which may change weights and the first moment.
+// Calls visit(places, layer) on all blocks, each by one thread.
 template <typename Visit>
-INLINE void changed(const Run *runs, int64_t count, int64_t threads, Visit visit) {
+INLINE void for_each_block(const Run *runs, int64_t count, int64_t threads, Visit visit) {
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
   for (int64_t thread = 0; thread < threads; thread++)
     for_each_run(runs, count, thread, threads, [&](const Run &run, int64_t first, int64_t end, int64_t) {
@@ -256,15 +257,14 @@ INLINE void changed(const Run *runs, int64_t count, int64_t threads, Visit visit
       for (int64_t block = first; block < end; block++) {
         const Places places(kinds, block);
         visit(places, run.owner(block));
-        places.write_back();
-      }
+        }
     });
 }
 
 template <typename T>
 void apply_momentum(const Run *runs, int64_t count, const Coefficients<T> *table, int64_t parameters, const T *step_sizes,
                     int64_t threads) {
-  changed(runs, count, threads, [&](const Places &places, int64_t owner) __attribute__((always_inline)) {
+  for_each_block(runs, count, threads, [&](const Places &places, int64_t owner) __attribute__((always_inline)) {
     const T sizes[2] = {step_sizes[owner], step_sizes[parameters + owner]};
     momentum_pass<T>(places, table[owner], sizes);
   });
@@ -273,7 +273,7 @@ void apply_momentum(const Run *runs, int64_t count, const Coefficients<T> *table
 template <typename T, int D>
 void apply(const Run *runs, int64_t count, const Coefficients<T> *table, int64_t parameters, const T *step_sizes,
            int64_t threads) {
-  changed(runs, count, threads, [&](const Places &places, int64_t owner) __attribute__((always_inline)) {
+  for_each_block(runs, count, threads, [&](const Places &places, int64_t owner) __attribute__((always_inline)) {
     T sizes[directions(D)];
     for (int i = 0; i < directions(D); i++) sizes[i] = step_sizes[i * parameters + owner];
     second_pass<T, D>(places, table[owner], sizes);
@@ -341,7 +341,7 @@ INLINE T averaged(T *grad, const Slice &slice, int64_t block, const Parts &parts
       }));
     });
   }
-  to.write_back(n);
+  write_back(n, to);
   return square_sum;
 }
 

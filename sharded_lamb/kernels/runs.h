@@ -85,10 +85,14 @@ struct Place {
     std::memcpy(block, memory, n * size_of(dtype));
     std::memset(block + n * size_of(dtype), 0, (BLOCK - n) * size_of(dtype));
   }
-  INLINE void write_back(int n) const {
-    if (block != memory) std::memcpy(memory, block, n * size_of(dtype));
-  }
 };
+
+// Returns to memory what copies of a block of `n` elements hold.
+template <typename... Changed>
+INLINE void write_back(int n, const Changed &...changed) {
+  if (n == BLOCK) return;
+  ((changed.block == changed.memory || std::memcpy(changed.memory, changed.block, n * size_of(changed.dtype))), ...);
+}
 
 struct Places {
   Place weight, model, grad, exp_avg, exp_avg_sq;
@@ -105,10 +109,6 @@ struct Places {
     if (n == BLOCK) return;
     weight.move_to(copies[0], n), model.move_to(copies[1], n), grad.move_to(copies[2], n);
     exp_avg.move_to(copies[3], n), exp_avg_sq.move_to(copies[4], n);
-  }
-  INLINE void write_back() const {
-    if (n == BLOCK) return;
-    weight.write_back(n), model.write_back(n), exp_avg.write_back(n), exp_avg_sq.write_back(n);
   }
 };
 
