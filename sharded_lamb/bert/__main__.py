@@ -109,6 +109,7 @@ def _on_ranks(parsed: argparse.Namespace, config: RunConfig) -> int:
 
     from sharded_lamb.bert.study import study, study_options
     from sharded_lamb.bert.train import run
+    from sharded_lamb.recipes.training.checkpoint import resumed_from
     from sharded_lamb.recipes.training.ranks import Ranks
 
     ranks = Ranks.start()
@@ -121,15 +122,7 @@ def _on_ranks(parsed: argparse.Namespace, config: RunConfig) -> int:
 
             compare(config, ranks)
             return 0
-        resume = parsed.resume
-        if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-            resume = "auto"  # torchrun restarted the ranks after one died
-        outcome = run(config, resume, ranks)
-        if outcome.metrics is None:
-            return config.checkpoint.requeue_exit_code
-        if ranks.is_first:
-            print(f"results in {outcome.run_dir}", flush=True)
-        return 0
+        return run(config, resumed_from(parsed.resume), ranks).exit_code(config, ranks)
     finally:
         dist.destroy_process_group()
 

@@ -7,6 +7,7 @@ state too; the schedule is a function of the step.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -56,6 +57,12 @@ class StopRequested:
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
+
+
+def resumed_from(chosen: str | None) -> str | None:
+    """The ``--resume`` of a command line; without one, "auto" where torchrun restarted the ranks after one died."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return "auto" if chosen is None and restarted else chosen
 
 
 def save(folder: Path, keep: int, position: Position, backend: TrainBackend) -> None:

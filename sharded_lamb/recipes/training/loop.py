@@ -37,6 +37,15 @@ class Outcome:
     run_dir: Path
     metrics: Row | None
 
+    def exit_code(self, config: Any, ranks: Ranks) -> int:
+        """`checkpoint.requeue_exit_code` if a signal stopped the run; else 0, and rank 0 prints where results are."""
+        if self.metrics is None:
+            requeue: int = config.checkpoint.requeue_exit_code
+            return requeue
+        if ranks.is_first:
+            print(f"results in {self.run_dir}", flush=True)
+        return 0
+
 
 @dataclass(frozen=True)
 class Step:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from sharded_lamb.recipes.training import shipped
@@ -37,6 +36,7 @@ def run(chosen: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: bad settings or input.
     """
+    from sharded_lamb.recipes.training.checkpoint import resumed_from
     from sharded_lamb.recipes.training.config_io import load_config
     from sharded_lamb.recipes.training.ranks import Ranks
     from sharded_lamb.recipes.vision.config import VisionConfig
@@ -47,13 +47,5 @@ def run(chosen: argparse.Namespace) -> int:
         compare(Path(_OUT) if chosen.task is None else chosen.out, Ranks.start())
         return 0
     config = load_config(VisionConfig, chosen.config, chosen.overrides)
-    resume = chosen.resume
-    if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        resume = "auto"  # torchrun restarted the ranks after one died
     ranks = Ranks.start()
-    outcome = train(config, resume, ranks)
-    if outcome.metrics is None:
-        return config.checkpoint.requeue_exit_code
-    if ranks.is_first:
-        print(f"results in {outcome.run_dir}", flush=True)
-    return 0
+    return train(config, resumed_from(chosen.resume), ranks).exit_code(config, ranks)
