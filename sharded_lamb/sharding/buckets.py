@@ -269,10 +269,6 @@ class FlatBucket:
             if state.kind in OF_WEIGHTS:
                 state.reset()
 
-    def weight_of(self, param: int) -> Tensor:
-        """[segment] this rank's segment of a parameter, a view of the model's own memory."""
-        return self.slice_of(param, self.own_weights)
-
     def segment_of_whole(self, param: int, whole: Tensor) -> Tensor:
         """[segment] this rank's segment of a tensor in the parameter's shape."""
         segment = self.segment_of(param)
