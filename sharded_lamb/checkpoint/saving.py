@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import platform
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -85,7 +86,7 @@ def save(
 
 
 class AsyncSave:
-    """A save in progress. Only `result` raises its errors: call it before the next save or load."""
+    """A save in progress. Only `result` raises its errors, which the first rank logs: call it before the next save."""
 
     def __init__(self, future: "Future[Any]", writer: Writer, ranks: RankGroup) -> None:
         self._future, self._writer, self._ranks = future, writer, ranks
@@ -132,7 +133,9 @@ def async_save(
     writer = Writer(path, snapshot.header, written)
     _quieten()  # permanently: filters are per process, and training may change them meanwhile
     thread = ThreadPoolExecutor(1, thread_name_prefix="sharded_lamb checkpoint")
-    future = thread.submit(_write, replace(snapshot, tensors=staged), writer, snapshot.ranks.async_group())
+    future = thread.submit(
+        _write_behind, replace(snapshot, tensors=staged), writer, snapshot.ranks.async_group()
+    )
     thread.shutdown(wait=False)
     return AsyncSave(future, writer, snapshot.ranks)
 
@@ -156,6 +159,22 @@ def _write(snapshot: _Snapshot, writer: Writer, group: dist.ProcessGroup | None)
         process_group=group,
         no_dist=group is None,
     )
+
+
+def _write_behind(snapshot: _Snapshot, writer: Writer, group: dist.ProcessGroup | None) -> None:
+    """`_write` for a save whose errors the program may never ask for."""
+    try:
+        _write(snapshot, writer, group)
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
+        failures = unwrapped(error) if isinstance(error, CheckpointException) else {}
+        if snapshot.ranks.rank == 0:
+            why = next(iter(failures.values()), error)
+            logger.error("checkpoint %s failed, and AsyncSave.result() raises why: %s", writer.target, why)
+        # Frames of tracebacks hold the process group, whose threads must end before the interpreter finalizes.
+        for raised in (error, *failures.values()):
+            traceback.clear_frames(raised.__traceback__)
+        del group
+        raise
 
 
 def _quieten() -> None:

@@ -309,7 +309,8 @@ INLINE T averaged(T *grad, const Slice &slice, int64_t block, const Parts &parts
   typedef typename Wide<T>::V V;
   constexpr int COUNT = Wide<T>::COUNT;
   alignas(64) T total[BLOCK];
-  Copy copy, part_copy;
+  const T *before = total;  // the sum of rows before
+  Copy copy, first_copy, part_copy;
   const int n = size_of_block(slice.numel, block);
   const Place to(Kind((char *)(grad + slice.start), own_dtype<T>()), block, n, copy);
   const bool past_cache = n == BLOCK && !add && reinterpret_cast<uintptr_t>(to.block) % WIDTH == 0;
@@ -319,14 +320,18 @@ INLINE T averaged(T *grad, const Slice &slice, int64_t block, const Parts &parts
     const bool own = row == parts.own_row, zeros = own && !slice.from;  // x + 0, as in a sum of tensors: -0 becomes 0
     char *start = zeros ? ZEROS : own ? slice.from : parts.row(row) + slice.start * size_of(parts.dtype);
     const int64_t dtype = zeros ? F32 : own ? slice.dtype : parts.dtype;
-    const Place part(Kind(start, dtype), zeros ? 0 : block, n, part_copy);
+    const Place part(Kind(start, dtype), zeros ? 0 : block, n, row == 0 ? first_copy : part_copy);
+    if (row == 0 && last > 0) {
+      before = values(part, total);
+      continue;
+    }
     with_known(dtype, [&](auto known) __attribute__((always_inline)) {
       auto sum = [&](int j) __attribute__((always_inline)) {
         const V next = load<T>(known, part.block, j);
-        return row == 0 ? next : at<T, Wide<T>::LANES>(total, j) + next;
+        return row == 0 ? next : at<T, Wide<T>::LANES>(before, j) + next;
       };
       if (row < last) {
-        for (int j = 0; j < COUNT; j++) put(sum(j), total, j);
+        before = filled(total, sum);
         return;
       }
       square_sum = across_lanes<T>(by_halving<COUNT>([&](int j) __attribute__((always_inline)) {

@@ -1,7 +1,8 @@
 """How processes end after training: ``python -m tests.checkpoint.exits RUNS KIND…`` prints {kind: {exit code: ranks}}.
 
 Every run forks two ranks, which end as programs do. KIND joins "save", "async", "unasked" (an async save whose result
-is never read) and "destroy" (the program destroys the process groups) by +; "step" alone: only steps. Exit code 99:
+is never read), "failed" (such a save, which fails) and "destroy" (the program destroys the process groups) by +;
+"step" alone: only steps. Exit code 99:
 threads of the package's process groups outlived the exit handlers, and could abort the process (exit code -6).
 """
 
@@ -10,6 +11,7 @@ import collections
 import gc
 import json
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -37,7 +39,11 @@ import torch.distributed as dist  # noqa: E402
 import torch.distributed.checkpoint  # noqa: E402
 
 from sharded_lamb import ShardedLamb  # noqa: E402
-from sharded_lamb.checkpoint import Checkpoints  # noqa: E402
+from sharded_lamb.checkpoint import Checkpoints, async_save  # noqa: E402
+
+
+def _fail(folder: Path) -> None:
+    raise OSError(f"{folder} is as it should be")
 
 
 def program(acts: list[str], folder: str) -> object:
@@ -54,6 +60,8 @@ def program(acts: list[str], folder: str) -> object:
         checkpoints.async_save(1, model, opt).result()
     if "unasked" in acts:
         checkpoints.async_save(1, model, opt)
+    if "failed" in acts:
+        async_save(folder, model, opt, written=_fail)
     if "destroy" in acts:
         dist.destroy_process_group()
     return model, opt, checkpoints
@@ -94,13 +102,13 @@ def main() -> None:
     gc.freeze()  # collections in the forks look at what they make, not at all of torch
     codes: dict[str, collections.Counter[int]] = {kind: collections.Counter() for kind in kinds}
     for kind in kinds * runs:
-        with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
+        with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-            probe.close()
-            codes[kind].update(
-                ended([start(rank, port, kind.split("+"), f"{folder}/run") for rank in range(2)])
-            )
+        # Not a TemporaryDirectory: a fork that ends would remove it, while its thread writes.
+        folder = tempfile.mkdtemp()
+        codes[kind].update(ended([start(rank, port, kind.split("+"), f"{folder}/run") for rank in range(2)]))
+        shutil.rmtree(folder)
     print(json.dumps(codes), flush=True)
 
 

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 
-KINDS = ("step", "save", "save+destroy", "async+destroy", "unasked")
+KINDS = ("step", "save", "save+destroy", "async+destroy", "unasked", "failed")
 RUNS = 1
 
 
