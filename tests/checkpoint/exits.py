@@ -1,9 +1,9 @@
 """How processes end after training: ``python -m tests.checkpoint.exits RUNS KIND…`` prints {kind: {exit code: ranks}}.
 
 Every run forks two ranks, which end as programs do. KIND joins "save", "async", "unasked" (an async save whose result
-is never read), "failed" (such a save, which fails) and "destroy" (the program destroys the process groups) by +;
-"step" alone: only steps. Exit code 99:
-threads of the package's process groups outlived the exit handlers, and could abort the process (exit code -6).
+is never read), "failed" (such a save, which fails) and "destroy" (the program destroys the process groups) by +; "step"
+alone: only steps. Exit code 99: threads of the package's process groups outlived the exit handlers, and could abort the
+process (exit code -6).
 """
 
 import atexit

@@ -16,3 +16,4 @@ def test_processes_end_with_0() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {kind: {"0": 2 * RUNS} for kind in KINDS}, done.stderr
+    assert done.stderr.count("is as it should be") == RUNS, "the first rank logs the error"
