@@ -266,6 +266,23 @@ def test_split_masters_at_the_edges(name: str, bits: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["torch", *OTHERS])
+@pytest.mark.parametrize("distance", [-0x8001, -0x8000, -0x7FFF, 0, 0x7FFF, 0x8000, 0x8001])
+def test_masters_follow_weights_that_they_do_not_round_to(name: str, distance: int) -> None:
+    """All finite bfloat16 weights, each so many fp32 numbers below its master; halves round to the even weight."""
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32)
+    upper = upper[((upper & 0x7FFF) > 0) & ((upper & 0x7FFF) < 0x7F80)]
+    rounds = abs(distance) < 0x8000 or (abs(distance) == 0x8000) & (upper & 1 == 0)
+    master = ((upper << 16) + distance).view(F32)
+    shard = piece_shard([len(upper)], Dtypes(F32, BF16, F32, F32), 0)
+    assert shard.model is not None
+    shard.model[0].copy_(upper.to(torch.int16).view(BF16))
+    shard.weight[0].copy_(master)
+    kernels.load(name).weight_norms([shard], torch.zeros(1, dtype=F64))
+    expected = torch.where(torch.as_tensor(rounds), master, (upper << 16).view(F32))
+    assert torch.equal(shard.weight[0].view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.parametrize("name", ["torch", *OTHERS])
 def test_a_tie_above_an_even_weight_is_nudged(name: str) -> None:
     """w - u is halfway between a weight and the next."""
     shard = flat_shard([5000], Dtypes(SPLIT, BF16, F32, F32), 0)
