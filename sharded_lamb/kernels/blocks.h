@@ -55,7 +55,6 @@ struct Wide {
   typedef typename Lanes<int32_t, LANES>::V Ints;
   typedef typename Lanes<uint16_t, LANES>::V Halves;
   typedef typename Lanes<int16_t, LANES>::V SignedHalves;
-  typedef typename Lanes<int8_t, LANES>::V Bytes;
 };
 
 // Vector `j` of a block in memory, of any alignment.
