@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from enum import IntEnum
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,24 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_lamb import faults
-from sharded_lamb.comm.groups import OwnedGroup, has_backend
+from sharded_lamb.comm.groups import OwnedGroup, Tag, has_backend
 from sharded_lamb.comm.pending import Pending
 from sharded_lamb.comm.stalls import Entered, Stalls, explained
 from sharded_lamb.comm.topology import Topology
 from sharded_lamb.timeline import COMPUTE, Flight, Timeline
 
 T = TypeVar("T")
-
-
-class Tag(IntEnum):
-    """Tags of point-to-point messages: gloo matches those between two ranks by tag and order.
-
-    A rank may have sent gradients of a reduction that another has not started when both transfer state.
-    """
-
-    GRADIENTS = 0
-    PARAMETERS = 1
-    STATE = 2
 
 
 @dataclass
@@ -211,13 +199,14 @@ class Collectives:
                 dist.P2POp(dist.isend, x, group=group, tag=tag, group_peer=rank) for rank, x in outgoing
             ]
             faults.point("mid-reduce-scatter")
-            return Pending(dist.batch_isend_irecv(batch), flight, sends=outgoing)
+            return Pending(dist.batch_isend_irecv(batch), flight, memory=outgoing)
         entered = self._entered("reduce-scatter of backward, number", self.topology.shard_ranks)
         with explained(entered):
             works = [dist.irecv(tensor, group=group, tag=tag, group_src=rank) for rank, tensor in incoming]
             faults.point("mid-reduce-scatter")
             works += [dist.isend(tensor, group=group, tag=tag, group_dst=rank) for rank, tensor in outgoing]
-        return Pending(works, flight, messages_of=self._shard, sends=outgoing, entered=entered)
+        peers = [rank for rank, _ in [*incoming, *outgoing]]
+        return Pending(works, flight, messages=(self._shard, peers), memory=outgoing, entered=entered)
 
     def received_numel(self, full_numel: int) -> int:
         """The number of elements of ``received`` for a `reduce_scatter` of ``full_numel`` elements."""
@@ -273,16 +262,16 @@ class Collectives:
         # by distance, so that no rank is the first peer of all others.
         works: list[dist.Work | None] = []
         group, tag = self._shard.pg, Tag.PARAMETERS
-        for distance in range(1, self.shard_count):
-            source = (rank - distance) % self.shard_count
-            part = flat[source * size : (source + 1) * size]
-            works.append(dist.irecv(part, group=group, tag=tag, group_src=source))
-        faults.point("mid-all-gather")
-        for distance in range(1, self.shard_count):
-            target = (rank + distance) % self.shard_count
-            works.append(dist.isend(shard, group=group, tag=tag, group_dst=target))
-        # Every rank that has summed the norms starts it, so that no rank waits in vain.
-        return Pending(works, flight, messages_of=self._shard)
+        sources = [(rank - distance) % self.shard_count for distance in range(1, self.shard_count)]
+        targets = sources[::-1]
+        entered = self._entered("all-gather of parameters, number", self.topology.shard_ranks)
+        with explained(entered):
+            for source in sources:
+                part = flat[source * size : (source + 1) * size]
+                works.append(dist.irecv(part, group=group, tag=tag, group_src=source))
+            faults.point("mid-all-gather")
+            works += [dist.isend(shard, group=group, tag=tag, group_dst=target) for target in targets]
+        return Pending(works, flight, messages=(self._shard, [*sources, *targets]), entered=entered)
 
     def gather_to(self, shard: Tensor, to: int) -> list[Tensor] | None:
         """Gather all shards of a bucket to the CPU of the ``to``-th rank of everyone; None on the other ranks.
@@ -327,7 +316,8 @@ class Collectives:
         """
         assert self.everyone is not None
         works = dist.batch_isend_irecv([dist.P2POp(start, tensor, peer, self.everyone.pg, Tag.STATE)])
-        Pending(works, messages_of=self.everyone, sends=tensor, entered=entered).wait()
+        messages = self.everyone, [self.topology.everyone.index(peer)]
+        Pending(works, messages=messages, memory=tensor, entered=entered).wait()
 
 
 def _completes(work: "dist.Work", seconds: float) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -34,6 +35,18 @@ def next_meeting(ranks: Sequence[int]) -> str:
     key = hashlib.sha256(",".join(map(str, ranks)).encode()).hexdigest()[:16]
     counts[key] += 1
     return f"{key}/{counts[key]}"
+
+
+class Tag(IntEnum):
+    """Tags of point-to-point messages: gloo matches those between two ranks by tag and order.
+
+    A rank may have sent gradients of a reduction that another has not started when both transfer state.
+    """
+
+    GRADIENTS = 0
+    PARAMETERS = 1
+    STATE = 2
+    PROBE = 3  # of messages that are never sent
 
 
 @dataclass(eq=False)
@@ -85,6 +98,10 @@ class OwnedGroup:
             raise RuntimeError(
                 "this process group was closed with the optimizer or checkpoint that it served"
             )
+
+    def check_connection(self, peer: int) -> None:
+        """Raises gloo's RuntimeError once it has closed the connection to ``peer`` (a rank in the group)."""
+        dist.irecv(torch.empty(1, device="cpu"), group=self.pg, group_src=peer, tag=Tag.PROBE)
 
     @property
     def pg(self) -> dist.ProcessGroup:

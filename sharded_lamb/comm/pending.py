@@ -13,6 +13,8 @@ from sharded_lamb.timeline import Flight
 
 POLL_SECONDS = 5e-5
 """Between two looks at whether a collective has completed."""
+COMPLETION_SECONDS = 1.0
+"""In which a work that has completed ends its wait."""
 
 
 class Pending:
@@ -23,18 +25,25 @@ class Pending:
         works: Sequence["dist.Work | None"],
         flight: Flight | None = None,
         *,
-        messages_of: OwnedGroup | None = None,
-        sends: object = None,
+        messages: tuple[OwnedGroup, Sequence[int]] | None = None,
+        memory: object = None,
         entered: Entered | None = None,
     ) -> None:
-        """``messages_of``: the group whose point-to-point messages ``works`` are; they live as long as it does.
-        ``sends``: the memory that they send."""
-        self._messages = Messages([work for work in works if work is not None], sends)
-        self._group = messages_of
-        if messages_of is not None:
-            messages_of.in_flight.add(self._messages)
+        """
+        Args:
+            messages: the group whose point-to-point messages ``works`` are, and the peer of each (a rank in the
+                group). They live as long as the group does.
+            memory: what they send.
+            entered: the collective, where its wait blocks the host.
+        """
+        self._messages = Messages([work for work in works if work is not None], memory)
+        self._group: OwnedGroup | None
+        self._peers: Sequence[int]
+        self._group, self._peers = messages or (None, ())
+        if self._group is not None:
+            self._group.in_flight.add(self._messages)
         self._flight = flight
-        self._entered = entered  # of a collective whose wait blocks the host
+        self._entered = entered
         self._waiter: _Waiter | None = None
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -51,7 +60,7 @@ class Pending:
                 return False
             with nullcontext() if self._flight is None else self._flight.landing(begin):
                 if self._entered is not None and timeout is None:
-                    self._entered.wait(self._arrives)
+                    self._entered.wait(self._arrives, self._check_connection)
                 if self._waiter is not None:
                     self._waiter.finishes()
                 else:
@@ -75,6 +84,21 @@ class Pending:
             self._waiter = _Waiter(self._messages.works)
         return self._waiter.finishes(timeout)
 
+    def _check_connection(self) -> None:
+        """Raise if the message that is waited for cannot arrive, since its connection has closed.
+
+        gloo fails the receives that have not begun to arrive when it closes a connection. Of a message that is under
+        way, in either direction, it forgets the work (`Pair::signalException`), whose wait would end by the timeout.
+        """
+        assert self._group is not None
+        assert self._waiter is not None
+        at = self._waiter.at
+        try:
+            self._group.check_connection(self._peers[at])
+        except RuntimeError:
+            if not self._waiter.finishes(COMPLETION_SECONDS) and self._waiter.at == at:
+                raise
+
 
 class _Waiter(threading.Thread):
     """Waits for works beside the main thread, and ends."""
@@ -82,12 +106,14 @@ class _Waiter(threading.Thread):
     def __init__(self, works: Sequence["dist.Work"]) -> None:
         super().__init__(name="sharded_lamb-wait", daemon=True)
         self._works = works
+        self.at = 0  # the index of the work for which it waits
         self._error: Exception | None = None
         self.start()
 
     def run(self) -> None:
         try:
-            for work in self._works:
+            for at, work in enumerate(self._works):
+                self.at = at
                 work.wait()
         except Exception as error:
             self._error = error.with_traceback(None)

@@ -138,8 +138,11 @@ class Entered:
     number: int
     ranks: Sequence[int]
 
-    def wait(self, arrives: Callable[[float], bool]) -> None:
+    def wait(self, arrives: Callable[[float], bool], check: Callable[[], None] = lambda: None) -> None:
         """Wait until ``arrives(seconds)``, which waits at most so long, returns True.
+
+        Args:
+            check: called between two waits; raises if the collective can no longer complete.
 
         Raises:
             RuntimeError: this rank and others wait for each other in different collectives, or for a rank that has
@@ -150,6 +153,7 @@ class Entered:
         try:
             if not arrives(PATIENCE):
                 while not stuck and not arrives(PERIOD):
+                    check()
                     before, posts = posts, self._look()
                     stuck = stuck_ranks(posts)
                     if self.stalls.rank not in stuck or any(
