@@ -94,6 +94,11 @@ def processes_with(setting: str) -> list[int]:
     return pids
 
 
+def parent_of(pid: int) -> int:
+    (line,) = re.findall(r"^PPid:\s+(\d+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return int(line)
+
+
 def call_main(rank: int, arguments: list[str]) -> tuple[int, str]:
     """`python -m sharded_lamb.bert` on a rank of the harness: (exit code, what it writes to stderr as errors).
 

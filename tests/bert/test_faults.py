@@ -18,6 +18,7 @@ from tests import interpreter
 from tests.bert.test_command import (
     ROOT,
     environment,
+    parent_of,
     processes_with,
     rows_of,
     torchrun,
@@ -163,12 +164,10 @@ def test_a_node_leaves_and_training_goes_on_with_fewer_ranks(
                 _wait_until_it_listens(endpoint, agent)
         try:
             wait_for_rows(tmp_path / "run", 5, agents[0])
-            node = processes_with(f"NODE={tmp_path} 1")
-            assert len(node) > 1, "its agent and its rank"
-            # Stopped first: an agent that outlives its rank joins a rendezvous, which waits for it when it is dead.
-            for sent in (signal.SIGSTOP, signal.SIGKILL):
-                for process in node:
-                    os.kill(process, sent)
+            (rank,) = set(processes_with(f"NODE={tmp_path} 1")) - {agents[1].pid}
+            # The agent first, which is the rank's parent: it would join the next rendezvous if it outlived its rank.
+            for process in (parent_of(rank), rank):
+                os.kill(process, signal.SIGKILL)
             assert agents[0].wait(100) == 0, (tmp_path / "log").read_text()
         finally:
             for agent in agents:
