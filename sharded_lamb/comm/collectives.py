@@ -243,8 +243,10 @@ class Collectives:
         for part in parts[1:]:
             total += part
         flight = self.traffic.launched("all_reduce_replicas", total.nbytes)
-        work: dist.Work | None = dist.all_reduce(total, group=self._replica.pg, async_op=True)
-        return total.view(1, -1), Pending([work], flight)
+        entered = self._entered("sum over replicas, number", self.topology.replica_ranks)
+        with explained(entered):
+            work: dist.Work | None = dist.all_reduce(total, group=self._replica.pg, async_op=True)
+        return total.view(1, -1), Pending([work], flight, entered=entered)
 
     def all_gather(self, flat: Tensor) -> Pending:
         """Start an in-place all-gather of ``flat``: rank r's shard is the r-th equal part."""

@@ -102,15 +102,19 @@ class Stalls:
             _store().set(str(self.rank), "")
 
 
-def raised(error: Exception) -> None:
-    """Let ranks that wait for this one, on gloo or in the store, raise ``error`` too. Not collective."""
+def raised(error: Exception, *, again: bool = False) -> None:
+    """Let ranks that wait for this one, on gloo or in the store, raise ``error`` too. Not collective.
+
+    ``again``: this rank has entered collectives since, which withdrew it, to complete what was in flight.
+    """
     if not dist.is_initialized():
         return
     this_rank = _this_rank()
     for stalls in [*this_rank.live][:1]:
         name, text = type(error).__name__, str(error)
         kind = _OURS if text.startswith(_OURS) else name
-        this_rank.errors[:] = [*this_rank.errors[1 - MOST_ERRORS :], (kind, set())]
+        if not again:
+            this_rank.errors[:] = [*this_rank.errors[1 - MOST_ERRORS :], (kind, set())]
         with suppress(RuntimeError):
             stalls.post(raised=[kind, f"{name}: {text}"])
 

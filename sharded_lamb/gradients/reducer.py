@@ -188,6 +188,7 @@ class BackwardReducer:
             with suppress(RuntimeError), self._stream.entered():
                 while self._in_flight and self._land_oldest(GRACE):
                     pass
+            raised(error, again=True)
             raise
 
     def _close_round(self) -> None:

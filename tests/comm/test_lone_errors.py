@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_lamb import ShardedLamb
@@ -19,12 +20,12 @@ ODD = 1
 class Case:
     """A step that ends well; then `PLACES` gives the call in which rank `ODD` raises alone."""
 
-    def __init__(self, rank: int, stage: int) -> None:
+    def __init__(self, rank: int, stage: int, mesh: DeviceMesh | None = None) -> None:
         self.is_odd = rank == ODD
         model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20))
         self.weight = model[1].weight
         self.model = DistributedDataParallel(model) if stage == 1 else model
-        self.opt = ShardedLamb(model.named_parameters(), stage=stage, bucket_mb=0.001)
+        self.opt = ShardedLamb(model.named_parameters(), stage=stage, bucket_mb=0.001, mesh=mesh)
         self.backward()
         self.opt.step()
         self.opt.zero_grad()
@@ -121,6 +122,29 @@ def alone(rank: int, stage: int, place: str) -> None:
 def test_an_error_on_one_rank_is_raised_on_every_rank(place: str, stage: int, ranks: int) -> None:
     for kind, message in run_ranks_expecting_errors(ranks, alone, stage, place, timeout=40).values():
         assert kind in ("RuntimeError", "ValueError", "TypeError", "ArithmeticError")
+        assert PLACES[place][2] in message
+
+
+_kept: list[Exception] = []
+
+
+def beside_replicas(rank: int, place: str, is_kept: bool) -> None:
+    """``is_kept``: the program keeps its error, whose traceback holds the optimizer and its connections."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    with mock.patch.object(stalls, "PATIENCE", 0.4), mock.patch.object(stalls, "PERIOD", 0.3):
+        try:
+            PLACES[place][0](Case(rank, 2, mesh))
+        except Exception as error:
+            if is_kept:
+                _kept.append(error)
+            raise
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+@pytest.mark.parametrize("place", ["clip", "second backward"])
+def test_replicas_of_shards_raise_too(place: str, is_kept: bool) -> None:
+    for kind, message in run_ranks_expecting_errors(4, beside_replicas, place, is_kept, timeout=40).values():
+        assert kind in ("RuntimeError", "ValueError")
         assert PLACES[place][2] in message
 
 
