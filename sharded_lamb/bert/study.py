@@ -1,7 +1,7 @@
 """The batch-scaling study: optimizers after the same number of examples, each tuned at every batch.
 
-The peak rate and then the warmup are searched by factors of two with the first seed, and the best pair is trained with
-further seeds.
+The peak rate and the warmup are searched in turn, by factors of two, with the first seed, and the best pair is trained
+with further seeds.
 """
 
 from __future__ import annotations
@@ -94,17 +94,23 @@ def study(config: RunConfig, options: StudyOptions, ranks: Ranks) -> Path:
 def _tuned(runs: _Runs, optimizer: str, batch: int, lr: float, warmup: float) -> tuple[float, float]:
     """(peak rate, warmup) with the least held-out loss of the first seed; the search begins with those given.
 
-    Half and twice the rate are worse than the rate, and the warmups beside the warmup worse at that rate.
+    Half and twice the rate are worse at that warmup, and the warmups beside it are worse at that rate.
     """
     seed = runs.config.seed
-    lr *= 2.0 ** _descended(lambda k: runs.loss(optimizer, batch, lr * 2.0**k, warmup, seed))
-    begin = _WARMUPS.index(warmup)
+
+    def with_rate(k: int) -> float:
+        return runs.loss(optimizer, batch, lr * 2.0**k, warmup, seed)
 
     def with_warmup(k: int) -> float:
         inside = 0 <= begin + k < len(_WARMUPS)
         return runs.loss(optimizer, batch, lr, _WARMUPS[begin + k], seed) if inside else math.inf
 
-    return lr, _WARMUPS[begin + _descended(with_warmup)]
+    while True:
+        lr *= 2.0 ** _descended(with_rate)
+        begin = _WARMUPS.index(warmup)
+        warmup = _WARMUPS[begin + _descended(with_warmup)]
+        if warmup == _WARMUPS[begin]:
+            return lr, warmup
 
 
 def _descended(loss: Callable[[int], float]) -> int:
