@@ -26,11 +26,12 @@ COUNTED = (
     "Each function on one contiguous range, one rank. Bytes: every kind of memory that it reads, and once more every "
     "kind that it writes, per element. Roofline: the stock operation on torch's memory that moves bytes likewise: an "
     "in-place scale (8 an element) for the passes, a sum (4) for norms, an addition of two tensors into a third "
-    "(12) for average. In cache: the same on 16,384 elements, again and again."
+    "(12) for average. a += b c reads three tensors and writes one, as pass 2 of fp32 does; a scale writes as much as "
+    "it reads. In cache: the same on 16,384 elements, again and again."
 )
 
-SCALE, SUM, ADDITION = "in-place scale", "sum", "a + b into c"
-ROOFLINES = {SCALE: 8, SUM: 4, ADDITION: 12}
+SCALE, SUM, ADDITION, PRODUCT = "in-place scale", "sum", "a + b into c", "a += b c"
+ROOFLINES = {SCALE: 8, SUM: 4, ADDITION: 12, PRODUCT: 16}
 
 LANES = ("weight", "model", "exp_avg", "exp_avg_sq")
 """Kinds that are in flat memory, as in training; gradients and received parts are in torch's."""
@@ -204,6 +205,7 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         SCALE: lambda: a.mul_(1.0000001),
         SUM: lambda: a.sum(),
         ADDITION: lambda: torch.add(a, b, out=c),
+        PRODUCT: lambda: a.addcmul_(b, c, value=1e-9),
     }
     for name, case in CASES.items():
         actions[name] = partial(case.run, large)

@@ -132,8 +132,10 @@ INLINE T across_lanes(typename Wide<T>::V x) {
 
 template <typename T>
 INLINE typename Wide<T>::Bits unpacked(typename Wide<T>::Halves x) {
-#if defined(__AVX2__)
-  if constexpr (sizeof(x) == 16 && sizeof(T) == 4) return (typename Wide<T>::Bits)_mm256_cvtepu16_epi32((__m128i)x);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(x) == 32) return (typename Wide<T>::Bits)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(x) == 16) return (typename Wide<T>::Bits)_mm256_cvtepu16_epi32((__m128i)x);
 #endif
   return __builtin_convertvector(x, typename Wide<T>::Bits);
 }
@@ -141,7 +143,9 @@ INLINE typename Wide<T>::Bits unpacked(typename Wide<T>::Halves x) {
 // The lower halves of `x`, whose upper halves are 0.
 template <typename T>
 INLINE typename Wide<T>::Halves packed(typename Wide<T>::Bits x) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  if constexpr (sizeof(x) == 64) return (typename Wide<T>::Halves)_mm512_cvtepi32_epi16((__m512i)x);
+#elif defined(__AVX2__)
   if constexpr (sizeof(x) == 32)
     return (typename Wide<T>::Halves)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
 #endif
@@ -151,7 +155,12 @@ INLINE typename Wide<T>::Halves packed(typename Wide<T>::Bits x) {
 // The same of two vectors.
 template <typename T>
 INLINE typename Lanes<uint16_t, 2 * Wide<T>::LANES>::V packed(typename Wide<T>::Bits x, typename Wide<T>::Bits y) {
-#if defined(__AVX2__)
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(x) == 64) {
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    return (typename Lanes<uint16_t, 32>::V)_mm512_permutexvar_epi64(order, _mm512_packus_epi32((__m512i)x, (__m512i)y));
+  }
+#elif defined(__AVX2__) && !defined(__AVX512F__)
   if constexpr (sizeof(x) == 32)
     return (typename Lanes<uint16_t, 16>::V)_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)x, (__m256i)y), 0xd8);
 #endif
@@ -162,8 +171,10 @@ INLINE typename Lanes<uint16_t, 2 * Wide<T>::LANES>::V packed(typename Wide<T>::
 // Signed halves, sign-extended.
 template <typename T>
 INLINE typename Wide<T>::Ints sign_extended(typename Wide<T>::SignedHalves x) {
-#if defined(__AVX2__)
-  if constexpr (sizeof(x) == 16 && sizeof(T) == 4) return (typename Wide<T>::Ints)_mm256_cvtepi16_epi32((__m128i)x);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(x) == 32) return (typename Wide<T>::Ints)_mm512_cvtepi16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(x) == 16) return (typename Wide<T>::Ints)_mm256_cvtepi16_epi32((__m128i)x);
 #endif
   return __builtin_convertvector(x, typename Wide<T>::Ints);
 }
