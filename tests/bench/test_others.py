@@ -68,8 +68,9 @@ def test_functions(
     assert main(["bench", "functions", *given]) == 0
     results = json.loads(where.read_text())
     times, summary = recorded(results["rounds_ms"]), results["summary"]
-    assert set(summary) == {"in-place scale", "sum", "a + b into c", *functions.CASES}
+    assert set(summary) == {"in-place scale", "sum", "a + b into c", "a += b c", *functions.CASES}
     assert summary["sum"]["gb_per_s"] == spread(4 * 4096 / times["sum"] / 1e6)
+    assert summary["a += b c"]["gb_per_s"] == spread(16 * 4096 / times["a += b c"] / 1e6)
     expected = spread(100 * (24 / times["pass 1, fp32"]) / (8 / times["in-place scale"]))
     assert summary["pass 1, fp32"]["roofline_percent"] == expected
     expected = spread(100 * (8 / times["average of 2, bf16"]) / (12 / times["a + b into c"]))
