@@ -1,14 +1,18 @@
 """What an optimizer made in the process goes with it: groups, threads, descriptors, hooks, handles in ``.grad``."""
 
+import contextlib
 import gc
 import os
 import time
+from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import init_device_mesh
 
 from sharded_lamb import ShardedLamb
@@ -248,6 +252,31 @@ def use_an_ended_group(rank: int) -> None:
 
 def test_collectives_of_a_closed_optimizer() -> None:
     run_ranks(2, use_an_ended_group)
+
+
+def connected_late(rank: int) -> bool:
+    """Whether rank 1 has a group while rank 0, which has heard from it, is still connecting."""
+    store, make = c10d._get_default_store(), c10d._new_process_group_helper
+    seen = [False]
+
+    def made(*args: Any, **kwargs: Any) -> Any:
+        result = make(*args, **kwargs)
+        with contextlib.suppress(RuntimeError):
+            store.wait(["has a group"], timedelta(seconds=1))
+            seen[0] = True
+        return result
+
+    with mock.patch.object(c10d, "_new_process_group_helper", made if rank == 0 else make):
+        group = OwnedGroup([0, 1])
+    if rank == 1:
+        store.set("has a group", "")
+    group.end()
+    return seen[0]
+
+
+def test_no_rank_has_a_group_before_all_have_connected() -> None:
+    """One that ended it sooner would break the others' construction."""
+    assert run_ranks(2, connected_late) == [False, False]
 
 
 def destroyed_first(rank: int) -> int:
