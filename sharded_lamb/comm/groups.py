@@ -176,9 +176,8 @@ def _new_group(ranks: list[int], backend: str | None, timeout: timedelta | None)
             device_id=default.bound_device_id,
         )
     c10d._world.pg_group_ranks[pg] = {rank: index for index, rank in enumerate(ranks)}
-    if (
-        "gloo" in chosen
-    ):  # a rank that ended the group before others have connected would break their construction
+    if "gloo" in chosen:
+        # A rank that ended the group before others have connected would break their construction.
         gloo: Any = pg._get_backend(torch.device("cpu"))
         gloo.barrier().wait()
     return pg
