@@ -9,6 +9,9 @@ For every parameter w with gradient g at its step t::
     r = φ(‖w‖) / ‖u‖         1 where a raw norm is 0 or adaptation is off
     w ← w - η r u
 
+Subnormal m and v become 0 (`flush_subnormals`). Without gradients they would not decay further than to a few times the
+smallest number, since β times it rounds to it, and processors take many times as long on them.
+
 LANS: g is divided by ‖g‖ first (``normalize_grad``), and the update has a second direction, along the gradient, with a
 ratio of its own (``nesterov``)::
 
@@ -128,12 +131,20 @@ def update_moments(m: list[Tensor], v: list[Tensor], g: list[Tensor], k: PerTens
     torch._foreach_mul_(squares, k.c2)
     torch._foreach_mul_(v, k.beta2)
     torch._foreach_add_(v, squares)
+    flush_subnormals(v)
 
 
 def update_momentum(m: list[Tensor], g: list[Tensor], k: PerTensor) -> None:
     """m ← β1 m + c1 g, in place."""
     torch._foreach_mul_(m, k.beta1)
     torch._foreach_add_(m, _mul(g, k.c1))
+    flush_subnormals(m)
+
+
+def flush_subnormals(moments: list[Tensor]) -> None:
+    """Numbers of a smaller magnitude than the smallest normal one become 0, in place."""
+    for x in moments:
+        x.masked_fill_(x.abs() < torch.finfo(x.dtype).tiny, 0)
 
 
 def root(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
@@ -74,6 +75,14 @@ template <typename V>
 INLINE V root(V x) {
   for (size_t i = 0; i < sizeof(x) / sizeof(x[0]); i++) x[i] = std::sqrt(x[i]);
   return x;
+}
+
+// rule.flush_subnormals: 0 where the exponent's bits, those of infinity, are 0.
+template <typename T>
+INLINE typename Wide<T>::V flushed(typename Wide<T>::V x) {
+  typedef typename Wide<T>::Mask Mask;
+  const Mask exponent = (Mask)x & (Mask)(typename Wide<T>::V{} + std::numeric_limits<T>::infinity());
+  return (typename Wide<T>::V)((Mask)x & (exponent != 0));
 }
 
 template <typename Mask>

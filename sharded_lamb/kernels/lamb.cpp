@@ -63,8 +63,8 @@ INLINE void first_pass(const Places &places, const Coefficients<T> k, T *sums) {
   const T *g = gradients(places.grad, k.grad_scale, copies[3]);
   resync(w, places);
   auto update = [&](V scaled, int j) __attribute__((always_inline)) {
-    put(at<T, LANES>(m, j) * k.beta1 + scaled * k.c1, m, j);
-    put(at<T, LANES>(v, j) * k.beta2 + (scaled * scaled) * k.c2, v, j);
+    put(flushed<T>(at<T, LANES>(m, j) * k.beta1 + scaled * k.c1), m, j);
+    put(flushed<T>(at<T, LANES>(v, j) * k.beta2 + (scaled * scaled) * k.c2), v, j);
   };
   auto pass = [&](auto with) __attribute__((always_inline)) {
     return by_halving<COUNT>([&](int j) __attribute__((always_inline)) {
@@ -128,7 +128,7 @@ INLINE void momentum_pass(const Places &places, const Coefficients<T> k, const T
   T *w = masters(places, copies[0]), *m = moments<T, true>(places.exp_avg, copies[1]);
   const T *g = gradients(places.grad, k.grad_scale, copies[2]);
   auto update = [&](V scaled, int j) __attribute__((always_inline)) {
-    put(at<T, LANES>(m, j) * k.beta1 + scaled * k.c1, m, j);
+    put(flushed<T>(at<T, LANES>(m, j) * k.beta1 + scaled * k.c1), m, j);
   };
   auto pass = [&](auto with) __attribute__((always_inline)) {
     for (int j = 0; j < Wide<T>::COUNT; j++) {

@@ -88,6 +88,13 @@ def _root(x, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def _flushed(x, COMPUTE: tl.constexpr):
+    """`sharded_lamb.core.rule.flush_subnormals`."""
+    smallest = tl.full((1, 1), 2.0**-126 if COMPUTE == tl.float32 else 2.0**-1022, COMPUTE)
+    return tl.where(tl.abs(x) < smallest, tl.zeros_like(x), x)
+
+
+@triton.jit
 def _denominator(v, table, params, COMPUTE: tl.constexpr):
     """`sharded_lamb.core.rule.denominators`."""
     inside = v * _coefficient(table, params, UNBIAS2) + _coefficient(table, params, EPS_INSIDE)
@@ -239,7 +246,7 @@ def apply_momentum(
     w = load_masters(stored, row, start, offsets, mask, WEIGHT, MODEL, COMPUTE, ALIGNED)
 
     g = _scaled_gradient(g, w, table, params)
-    m = m * _coefficient(table, params, BETA1) + g * _coefficient(table, params, C1)
+    m = _flushed(m * _coefficient(table, params, BETA1) + g * _coefficient(table, params, C1), COMPUTE)
     random, _ = _random(m, table, params)
     m = store_moment(m, random, row, EXP_AVG_AT, start, offsets, mask, EXP_AVG, True, COMPUTE, ALIGNED)
     w = w - m * tl.load(step_sizes + params)[:, None]
@@ -285,8 +292,8 @@ def moments_and_norms(
     w = load_resynced(weight, stored, row, start, offsets, mask, WEIGHT, MODEL, COMPUTE, ALIGNED)
 
     g = _scaled_gradient(g, w, table, params)
-    m = m * _coefficient(table, params, BETA1) + g * _coefficient(table, params, C1)
-    v = v * _coefficient(table, params, BETA2) + g * g * _coefficient(table, params, C2)
+    m = _flushed(m * _coefficient(table, params, BETA1) + g * _coefficient(table, params, C1), COMPUTE)
+    v = _flushed(v * _coefficient(table, params, BETA2) + g * g * _coefficient(table, params, C2), COMPUTE)
     random, random_2 = _random(m, table, params)
     m = store_moment(m, random, row, EXP_AVG_AT, start, offsets, mask, EXP_AVG, True, COMPUTE, ALIGNED)
     v = store_moment(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -171,6 +172,34 @@ def both_passes(kernel: Kernel, shards: Sequence[Shard], count: int) -> None:
     kernel.square_sums(shards, torch.zeros(count, dtype=torch.float64))
     kernel.moments_and_norms(shards, table, torch.zeros(2, count, dtype=torch.float64))
     kernel.apply(shards, table, torch.ones(count)[None])
+
+
+def assert_subnormal_moments_become_zero(kernel: Kernel, dtype: torch.dtype, update: int) -> None:
+    """Moments on both sides of the smallest normal number, infinite and nan, after a step without gradients, beside
+    numpy's. ``update``: see `passes`.
+    """
+    limits = np.finfo(np.float32 if dtype == torch.float32 else np.float64)
+    tiny = limits.smallest_normal
+    near = tiny * np.array([0.5, 1 - limits.eps, 1, 1 + limits.eps, 1.11, 1.12, 2, 2.5, 1e3], limits.dtype)
+    few = np.arange(600, dtype=limits.dtype) * limits.smallest_subnormal
+    values = np.concatenate([few, near, np.array([1e-3, 1, np.inf, np.nan], limits.dtype)])
+    values = np.concatenate([values, -values])
+    ones, beta1, beta2 = torch.ones(len(values), dtype=dtype), 0.9, 0.5
+    row = {"grad_scale": 1.0, "beta1": beta1, "beta2": beta2, "c1": 0.1, "c2": 0.5, "eps_outside": 1e-6}
+    table = torch.tensor([[row.get(column, 0.0) for column in COLUMNS]], dtype=dtype)
+    moments = [torch.from_numpy(values.copy()), torch.from_numpy(np.abs(values))]
+    pieces = [[x] for x in (ones, torch.zeros_like(ones), *moments)]
+    shard = ScatteredShard(
+        (0,), **dict(zip(("weight", "grad", "exp_avg", "exp_avg_sq"), pieces, strict=True))
+    )
+    passes(kernel, [shard], table, torch.zeros(2, 1, dtype=dtype), update)
+    for moment, before, beta in zip(moments, (values, np.abs(values)), (beta1, beta2), strict=True):
+        expected = before * limits.dtype.type(beta)
+        assert (np.abs(expected) < tiny).sum() > 1000
+        expected[np.abs(expected) < tiny] = 0
+        np.testing.assert_array_equal(moment.numpy(), expected)
+        if update % 4 == 3:
+            return  # LARS has one moment
 
 
 def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

@@ -26,6 +26,7 @@ from tests.kernels.kernel_memory import (
     SPLIT8,
     Form,
     assert_same,
+    assert_subnormal_moments_become_zero,
     contents,
     in_whole_gradients,
     made,
@@ -132,6 +133,12 @@ def test_every_dtype_in_every_place(flat: bool) -> None:
 
 def special(values: Sequence[float], dtype: torch.dtype) -> Form:
     return Form(False, (len(values),), torch.float32, dtype, torch.float32, dtype, dtype)
+
+
+@pytest.mark.parametrize("update", [0, 3], ids=["lamb", "lars"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_only_subnormal_moments_become_zero(dtype: torch.dtype, update: int) -> None:
+    assert_subnormal_moments_become_zero(TritonKernel(), dtype, update)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
