@@ -77,7 +77,7 @@ INLINE V root(V x) {
   return x;
 }
 
-// rule.flush_subnormals: 0 where the exponent's bits, those of infinity, are 0.
+// `x`, and 0 instead of subnormal numbers: where the exponent's bits, those of infinity, are 0.
 template <typename T>
 INLINE typename Wide<T>::V flushed(typename Wide<T>::V x) {
   typedef typename Wide<T>::Mask Mask;

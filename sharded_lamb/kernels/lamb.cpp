@@ -17,6 +17,7 @@ struct Coefficients {  // rule.Coefficients, a row of rule.table
 
 // `D` of the functions below is the number of sums beside Σw²: of each direction's Σu², or with caution Σu², Σu w and Σμ.
 constexpr int CAUTION = 3;
+constexpr int FLUSH_STEPS = 64;  // rule.FLUSH_STEPS
 constexpr int directions(int D) { return D == CAUTION ? 1 : D; }
 
 template <typename T, typename V = typename Wide<T>::V>
@@ -52,6 +53,13 @@ INLINE Sums<T, 1 + D> terms(V w, V scaled, V m, V v, const Coefficients<T> &k) {
   }
 }
 
+// rule.flush_subnormals of a block's moments.
+template <typename T, typename... Moments>
+INLINE void flush_subnormals(const Coefficients<T> &k, Moments... moments) {
+  if (int64_t(k.salt) % FLUSH_STEPS) return;
+  vectors<T>([&](int j) __attribute__((always_inline)) { (put(flushed<T>(at<T, Wide<T>::LANES>(moments, j)), moments, j), ...); });
+}
+
 // Pass 1 of one block: updates moments, computes Σw² and D more sums.
 template <typename T, int D>
 INLINE void first_pass(const Places &places, const Coefficients<T> k, T *sums) {
@@ -62,9 +70,10 @@ INLINE void first_pass(const Places &places, const Coefficients<T> k, T *sums) {
     *v = moments<T, false>(places.exp_avg_sq, copies[2]);
   const T *g = gradients(places.grad, k.grad_scale, copies[3]);
   resync(w, places);
+  flush_subnormals(k, m, v);
   auto update = [&](V scaled, int j) __attribute__((always_inline)) {
-    put(flushed<T>(at<T, LANES>(m, j) * k.beta1 + scaled * k.c1), m, j);
-    put(flushed<T>(at<T, LANES>(v, j) * k.beta2 + (scaled * scaled) * k.c2), v, j);
+    put(at<T, LANES>(m, j) * k.beta1 + scaled * k.c1, m, j);
+    put(at<T, LANES>(v, j) * k.beta2 + (scaled * scaled) * k.c2, v, j);
   };
   auto pass = [&](auto with) __attribute__((always_inline)) {
     return by_halving<COUNT>([&](int j) __attribute__((always_inline)) {
@@ -127,8 +136,9 @@ INLINE void momentum_pass(const Places &places, const Coefficients<T> k, const T
   alignas(64) T copies[3][BLOCK];
   T *w = masters(places, copies[0]), *m = moments<T, true>(places.exp_avg, copies[1]);
   const T *g = gradients(places.grad, k.grad_scale, copies[2]);
+  flush_subnormals(k, m);
   auto update = [&](V scaled, int j) __attribute__((always_inline)) {
-    put(flushed<T>(at<T, LANES>(m, j) * k.beta1 + scaled * k.c1), m, j);
+    put(at<T, LANES>(m, j) * k.beta1 + scaled * k.c1, m, j);
   };
   auto pass = [&](auto with) __attribute__((always_inline)) {
     for (int j = 0; j < Wide<T>::COUNT; j++) {

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from sharded_lamb.core import layout
-from sharded_lamb.core.rule import COLUMNS
+from sharded_lamb.core.rule import COLUMNS, FLUSH_STEPS
 from sharded_lamb.kernels.triton_codes import load_moment, random_bits, store_moment
 from sharded_lamb.kernels.triton_memory import (
     BLOCK,
@@ -58,6 +58,7 @@ EPS_OUTSIDE = tl.constexpr(COLUMNS.index("eps_outside"))
 DECAY = tl.constexpr(COLUMNS.index("decay"))
 OPPOSED = tl.constexpr(COLUMNS.index("opposed"))
 SALT = tl.constexpr(COLUMNS.index("salt"))
+FLUSH_EVERY = tl.constexpr(FLUSH_STEPS)
 
 
 @triton.jit
@@ -88,10 +89,11 @@ def _root(x, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _flushed(x, COMPUTE: tl.constexpr):
+def _flushed(moment, table, params, COMPUTE: tl.constexpr):
     """`sharded_lamb.core.rule.flush_subnormals`."""
     smallest = tl.full((1, 1), 2.0**-126 if COMPUTE == tl.float32 else 2.0**-1022, COMPUTE)
-    return tl.where(tl.abs(x) < smallest, tl.zeros_like(x), x)
+    is_due = _coefficient(table, params, SALT).to(tl.int64) % FLUSH_EVERY == 0
+    return tl.where((tl.abs(moment) < smallest) & is_due, tl.zeros_like(moment), moment)
 
 
 @triton.jit
@@ -246,7 +248,8 @@ def apply_momentum(
     w = load_masters(stored, row, start, offsets, mask, WEIGHT, MODEL, COMPUTE, ALIGNED)
 
     g = _scaled_gradient(g, w, table, params)
-    m = _flushed(m * _coefficient(table, params, BETA1) + g * _coefficient(table, params, C1), COMPUTE)
+    m = _flushed(m, table, params, COMPUTE)
+    m = m * _coefficient(table, params, BETA1) + g * _coefficient(table, params, C1)
     random, _ = _random(m, table, params)
     m = store_moment(m, random, row, EXP_AVG_AT, start, offsets, mask, EXP_AVG, True, COMPUTE, ALIGNED)
     w = w - m * tl.load(step_sizes + params)[:, None]
@@ -292,8 +295,10 @@ def moments_and_norms(
     w = load_resynced(weight, stored, row, start, offsets, mask, WEIGHT, MODEL, COMPUTE, ALIGNED)
 
     g = _scaled_gradient(g, w, table, params)
-    m = _flushed(m * _coefficient(table, params, BETA1) + g * _coefficient(table, params, C1), COMPUTE)
-    v = _flushed(v * _coefficient(table, params, BETA2) + g * g * _coefficient(table, params, C2), COMPUTE)
+    m = _flushed(m, table, params, COMPUTE)
+    m = m * _coefficient(table, params, BETA1) + g * _coefficient(table, params, C1)
+    v = _flushed(v, table, params, COMPUTE)
+    v = v * _coefficient(table, params, BETA2) + g * g * _coefficient(table, params, C2)
     random, random_2 = _random(m, table, params)
     m = store_moment(m, random, row, EXP_AVG_AT, start, offsets, mask, EXP_AVG, True, COMPUTE, ALIGNED)
     v = store_moment(
