@@ -89,7 +89,7 @@ LARS_MOMENTS = ("exp_avg",)
 """`MOMENTS` of LARS: torch.optim.SGD's ``momentum_buffer``."""
 
 FLUSH_STEPS = 64
-"""Steps of a parameter between flushes of subnormal moments. With AVX2 a flush at every step takes 5 to 13 % of pass 1."""
+"""Steps of a parameter between flushes of subnormal moments. At every step they take 5 to 13 % of pass 1 with AVX2."""
 
 CAUTION_SUMS = (*SUMS, "update weight", "mask")
 """`SUMS` of an optimizer with a ``caution`` parameter: also Σu w and Σμ. With caution pass 1's u is μ a, since c is not
