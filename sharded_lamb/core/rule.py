@@ -148,7 +148,8 @@ def flush_subnormals(moments: list[Tensor], k: PerTensor) -> None:
     """At every `FLUSH_STEPS`-th step, numbers below the smallest normal one in magnitude become 0, in place."""
     for x, step in zip(moments, k.salt, strict=True):
         is_due = step.to(torch.int64) % FLUSH_STEPS == 0
-        x.masked_fill_((x.abs() < torch.finfo(x.dtype).tiny) & is_due, 0)
+        if x.device.type != "cpu" or is_due.any():  # elsewhere the question would wait for the device
+            x.masked_fill_((x.abs() < torch.finfo(x.dtype).tiny) & is_due, 0)
 
 
 def root(x: Tensor) -> Tensor:
