@@ -240,6 +240,7 @@ class ReferenceKernel(StockIncoming):
             chunk.resync_masters()
             w, m, v = chunk.load_masters(), chunk.load_moment("exp_avg"), chunk.load_moment("exp_avg_sq")
             scaled = _scaled_gradients(chunk, w)
+            rule.flush_subnormals([m, v], chunk.k.salt[0])
             rule.update_moments([m], [v], scaled, chunk.k)
             m, v = chunk.store_moments([m, v])
             if len(sums) == len(rule.CAUTION_SUMS):
@@ -262,6 +263,7 @@ class ReferenceKernel(StockIncoming):
         for chunk in _chunks(shards, table):
             w, m = chunk.load_masters(), chunk.load_moment("exp_avg")
             scaled = rule.scaled_gradients([_gradients(chunk)], [w], chunk.k)
+            rule.flush_subnormals([m], chunk.k.salt[0])
             rule.update_momentum([m], scaled, chunk.k)
             (m,) = chunk.store_moments([m])
             for direction, sizes in zip(([m], scaled), step_sizes, strict=True):
