@@ -10,8 +10,8 @@ For every parameter w with gradient g at its step t::
     w ← w - η r u
 
 At every `FLUSH_STEPS`-th step of a parameter, subnormal m and v count as 0. Without gradients they would not decay
-further than to a few times the smallest number, since β times it rounds to it, and processors take many times as long
-on them.
+further than to about 1 / (2 - 2β) times the smallest number: β times that rounds to it, and processors take many times
+as long on them.
 
 LANS: g is divided by ‖g‖ first (``normalize_grad``), and the update has a second direction, along the gradient, with a
 ratio of its own (``nesterov``)::
@@ -261,7 +261,7 @@ class ParameterOptions:
 def coefficients(options: ParameterOptions, step: Tensor, active: Tensor, grad_scale: Tensor) -> Vectors:
     """The coefficients of both passes.
 
-    Where ``active`` is False they leave moments unchanged: m x 1 + g x 0.
+    Where ``active`` is False they leave moments unchanged: m x 1 + g x 0, at a step that flushes none.
 
     Args:
         step: [P] fp64, each parameter's step, this one included.
@@ -285,7 +285,7 @@ def coefficients(options: ParameterOptions, step: Tensor, active: Tensor, grad_s
         eps_outside=options.eps_outside,
         decay=options.decay * ~options.decoupled * options.opposed,
         opposed=options.opposed,
-        salt=step,
+        salt=torch.where(active, step, one),
     )
 
 

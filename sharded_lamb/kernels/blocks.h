@@ -364,7 +364,7 @@ INLINE void split(const T *masters, void *model, int64_t dtype, void *remainders
     const Bits first = bits(2 * j), second = bits(2 * j + 1);
     const Halves upper = (Halves)packed<T>(first >> 16, second >> 16);
     Halves lower = (Halves)packed<T>(first & 0xffffu, second & 0xffffu);
-    lower += (lower == int16_t(-0x8000)) & ((upper & 1) - 1);  // a tie above an even weight: 0x7fff
+    lower ^= (lower == int16_t(-0x8000)) & ((upper & 1) - 1);  // a tie above an even weight: 0x7fff
     put(upper - (lower >> 15), model, j);
     if (dtype == REMAINDER) {
       put(lower, remainders, j);
