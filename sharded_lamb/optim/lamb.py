@@ -21,6 +21,7 @@ from sharded_lamb.optim.base import LambOptimizer, Live, States, receives_grad_s
 from sharded_lamb.optim.step_results import LastStep, StepResults
 from sharded_lamb.optim.whole_tensors import State, WholeTensors, new_state
 from sharded_lamb.sharding.dtensors import is_dtensor
+from sharded_lamb.sharding.state import check_full
 
 
 def _check_whole(name: str, p: Tensor) -> None:
@@ -225,14 +226,8 @@ class Lamb(LambOptimizer):
         return self._live.results.grad_norm
 
     def _check_states(self, states: States) -> None:
-        for p, saved in states.items():
-            for key in self.moments:
-                if saved[key].shape != p.shape:
-                    raise ValueError(
-                        f"{key} of shape {tuple(saved[key].shape)} cannot be loaded for a parameter of shape "
-                        f"{tuple(p.shape)}: the state dict is of another model, or one rank's slices of it "
-                        f"(ShardedLamb.full_state_dict() gives whole tensors)"
-                    )
+        rows = ((name, p.shape, states[p]) for name, p, _ in self._named_parameters() if p in states)
+        check_full(rows, self.moments)
 
     def _load_states(self, states: States) -> None:
         self.state.clear()

@@ -176,6 +176,7 @@ def check_local(
     missing = {"step", *(state.kind for state in states)} - {"ema"} - begins - saved.keys()
     if missing:
         raise ValueError(f"the state of {name!r} lacks {sorted(missing)}: it was saved with other dtypes")
+    check_step(name, saved)
 
 
 def load_local(p: Tensor, own: State, states: Sequence[StoredState], saved: Mapping[str, Any]) -> None:
@@ -212,11 +213,17 @@ def steps_of(saved: Mapping[str, Any]) -> float:
     return float(as_tensor(saved["step"]))
 
 
+def check_step(name: str, saved: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the step of one parameter's saved state is a count. Reads the device."""
+    step = as_tensor(saved.get("step", ()))
+    if step.numel() != 1 or not (0 <= float(step) < 2.0**53 and float(step).is_integer()):
+        raise ValueError(f"step of {name!r}: expected a whole number >= 0, got {saved.get('step')!r}")
+
+
 def check_full(rows: Iterable[tuple[str, Sequence[int], Mapping[str, Any]]], moments: Sequence[str]) -> None:
     """Raises ValueError if a whole state does not fit its parameter. ``rows``: (name, shape, saved state)."""
     for name, shape, saved in rows:
-        if "step" not in saved or as_tensor(saved["step"]).numel() != 1:
-            raise ValueError(f"step of {name!r}: expected one number, got {saved.get('step')!r}")
+        check_step(name, saved)
         for key in (*moments, *(kind for kind in OF_WEIGHTS if kind in saved)):
             if key not in saved or tuple(saved[key].shape) != tuple(shape):
                 actual = tuple(saved[key].shape) if key in saved else "nothing"

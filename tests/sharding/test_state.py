@@ -165,8 +165,30 @@ def test_slices_do_not_load_as_whole_tensors() -> None:
     half["state"][0] = {key: value for key, value in half["state"][0].items() if key != "shard"}
     with pytest.raises(ValueError, match=r"'embed.weight' has no stamp of a rank and others have one"):
         sharded.load_state_dict(half)
-    with pytest.raises(ValueError, match=r"exp_avg of shape.*full_state_dict\(\) gives whole tensors"):
+    with pytest.raises(
+        ValueError, match=r"expected a whole tensor of shape \(.*result of full_state_dict\(\)"
+    ):
         Lamb(whole.items()).load_state_dict(sharded.state_dict())
+
+
+@pytest.mark.parametrize("step", [float("nan"), float("inf"), -1.0, 10.5, 1e30, [1.0, 2.0], None], ids=str)
+def test_a_saved_step_that_is_no_count_is_rejected(step: Any) -> None:
+    params = training.parameters()
+    sharded, whole = ShardedLamb(params.items()), Lamb(training.parameters().items())
+    training.train(sharded, params, steps=range(2), stage=1, rank=0, world=1)
+    for opt, load, saved in (
+        (sharded, sharded.load_state_dict, sharded.state_dict()),
+        (sharded, sharded.load_full_state_dict, sharded.full_state_dict()),
+        (whole, whole.load_state_dict, sharded.full_state_dict()),
+    ):
+        edited = copy.deepcopy(saved)
+        edited["param_groups"][0]["lr"] = 0.7
+        edited["state"][1]["step"] = torch.tensor(0.0 if step is None else step)
+        if step is None:
+            del edited["state"][1]["step"]
+        with pytest.raises(ValueError, match=r"lacks \['step'\]|expected a whole number >= 0, got"):
+            load(edited)
+        assert opt.param_groups[0]["lr"] != 0.7
 
 
 def test_other_dtypes_are_rejected() -> None:
