@@ -109,7 +109,6 @@ def _on_ranks(parsed: argparse.Namespace, config: RunConfig) -> int:
 
     from sharded_lamb.bert.study import study, study_options
     from sharded_lamb.bert.train import run
-    from sharded_lamb.recipes.training.checkpoint import resumed_from
     from sharded_lamb.recipes.training.ranks import Ranks
 
     ranks = Ranks.start()
@@ -122,7 +121,7 @@ def _on_ranks(parsed: argparse.Namespace, config: RunConfig) -> int:
 
             compare(config, ranks)
             return 0
-        return run(config, resumed_from(parsed.resume), ranks).exit_code(config, ranks)
+        return run(config, parsed.resume, ranks).exit_code(config, ranks)
     finally:
         dist.destroy_process_group()
 

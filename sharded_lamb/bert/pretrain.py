@@ -38,41 +38,54 @@ def add_launching(parser: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace) -> int:
     """Returns the exit code of the recipe or of its ranks."""
     arguments = ["--config", chosen.config, *chosen.overrides]
+    is_rank = "RANK" in os.environ
     if chosen.dry_run:
-        return _recipe([*arguments, "--dry-run"])
-    if chosen.resume is not None:
-        arguments += ["--resume", chosen.resume]
-    if "RANK" in os.environ:
-        return _recipe(arguments)
-    return launch(arguments, chosen.ranks, chosen.max_restarts)
+        world = os.environ["WORLD_SIZE"] if is_rank else str(_ranks(chosen.ranks))
+        return _recipe([*arguments, "--dry-run", "--world-size", world])
+    if is_rank:
+        resume = [] if chosen.resume is None else ["--resume", chosen.resume]
+        return _recipe([*arguments, *resume])
+    return launch(chosen, chosen.config, chosen.overrides, chosen.resume)
 
 
-def launch(arguments: Sequence[str], ranks: int | None, max_restarts: int) -> int:
-    """Runs the recipe on ``ranks`` processes of this machine. Returns its exit code; 130 after Ctrl-C.
+def launch(chosen: argparse.Namespace, config: str, overrides: Sequence[str], resume: str | None) -> int:
+    """Runs the recipe on ranks of this machine, ``chosen`` by `add_launching`. Returns its exit code; 130 after Ctrl-C.
 
     Raises:
-        ValueError: ``ranks`` is not > 0.
+        ValueError, OSError: there are no ranks; settings or the run to resume are not valid.
     """
-    import torch  # not for help and completion
+    from sharded_lamb.bert.config import load_config
+    from sharded_lamb.recipes.training import checkpoint
+    from sharded_lamb.recipes.training.precision import resolved
 
-    if ranks is None:
-        ranks = torch.accelerator.device_count() if torch.accelerator.is_available() else 2
-    if ranks < 1:
-        raise ValueError(f"--ranks must be >= 1, got {ranks}")
+    ranks = _ranks(chosen.ranks)
     # Rejects invalid settings and input once, before torchrun starts ranks, which it would restart.
+    checkpoint.candidates(resolved(load_config(config, overrides)), resume)
+    arguments = ["--config", config, *overrides]
     code = _recipe(["prepare", *arguments])
     if code:
         return code
+    arguments += ["--resume", resume or "auto"]  # ranks that are restarted resume
     threads = max(1, (os.cpu_count() or 1) // ranks)
     environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true", **os.environ}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [f"--max-restarts={max_restarts}", "-m", "sharded_lamb.bert", *arguments]
+    command += [f"--max-restarts={chosen.max_restarts}", "-m", "sharded_lamb.bert", *arguments]
     with subprocess.Popen(command, env=environment) as ranks_of_torchrun:
         try:
             return ranks_of_torchrun.wait()
         except KeyboardInterrupt:  # the ranks got it too
             ranks_of_torchrun.wait()
             return 130
+
+
+def _ranks(chosen: int | None) -> int:
+    import torch  # not for help and completion
+
+    if chosen is None:
+        return torch.accelerator.device_count() if torch.accelerator.is_available() else 2
+    if chosen < 1:
+        raise ValueError(f"--ranks must be >= 1, got {chosen}")
+    return chosen
 
 
 def _recipe(arguments: Sequence[str]) -> int:

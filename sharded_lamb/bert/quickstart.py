@@ -19,8 +19,7 @@ def run(chosen: argparse.Namespace) -> int:
     run_dir = f"runs/bert-quickstart-{datetime.now():%Y%m%d-%H%M%S}"
     for setting in chosen.overrides:
         run_dir = setting.removeprefix("run_dir=") if setting.startswith("run_dir=") else run_dir
-    arguments = ["--config", "bert-quickstart", *chosen.overrides, f"run_dir={run_dir}"]
-    code = launch(arguments, chosen.ranks, chosen.max_restarts)
+    code = launch(chosen, "bert-quickstart", [*chosen.overrides, f"run_dir={run_dir}"], None)
     if code == 0:
         print(f"run: {run_dir}", flush=True)
     return code

@@ -4,7 +4,7 @@ from sharded_lamb.checkpoint.errors import CheckpointError
 from sharded_lamb.checkpoint.folder import Checkpoints, Resumed
 from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint, read_contents, write_contents
 from sharded_lamb.checkpoint.loading import load
-from sharded_lamb.checkpoint.manifest import problem_with
+from sharded_lamb.checkpoint.manifest import problem_with, read_manifest
 from sharded_lamb.checkpoint.rank_group import RankGroup
 from sharded_lamb.checkpoint.saving import AsyncSave, async_save, save
 from sharded_lamb.checkpoint.storage import Reader, Writer
@@ -22,6 +22,7 @@ __all__ = [
     "load",
     "problem_with",
     "read_contents",
+    "read_manifest",
     "save",
     "write_contents",
 ]

@@ -3,16 +3,19 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from sharded_lamb import faults
+from sharded_lamb.__main__ import main as sharded_lamb_command
 from sharded_lamb.checkpoint import problem_with, read_contents
 from tests import interpreter
 from tests.bert.test_command import (
@@ -120,6 +123,38 @@ def test_killed_or_hung_torchrun_starts_it_again_and_it_ends_with_the_same_bits(
     for rank in (0, 1):
         assert f"sharded_lamb watchdog (on rank {rank}): rank 1 hangs while others wait for it" in said
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_ranks_that_are_restarted_continue_the_run_that_they_began_and_no_earlier_one(
+    tree: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without --resume, which refuses a folder that has a run, also in the ranks that torchrun starts after that."""
+    config = write_config(tree, tmp_path, checkpoint={"every_steps": 2, "keep": 0})
+
+    def run(fault: str) -> subprocess.CompletedProcess[str]:
+        command = torchrun(1, config, restarts=1)
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 240, "check": False}
+        return subprocess.run(command, env=environment(**{faults.VARIABLE: fault}), cwd=ROOT, **options)
+
+    done = run("kill@step:step=3")
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"from step (\d+)", done.stdout) == ["2"]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(checkpoints / "step-00000006")
+    before = sorted(checkpoints.rglob("*"))
+    refused = run("")
+    assert refused.returncode == 1
+    assert refused.stderr.count("already contains a run: continue it with --resume auto") == 2
+    assert sorted(checkpoints.rglob("*")) == before
+
+    with mock.patch.object(subprocess, "Popen", side_effect=AssertionError("it has started ranks")):
+        for resume, message in (
+            ([], "already contains a run: continue it with --resume auto"),
+            (["--resume", "auto", "model.layers=2"], "model.layers: 1 there, 2 now"),
+            (["--resume", str(tmp_path / "none")], f"{tmp_path / 'none'} "),
+        ):
+            assert sharded_lamb_command(["pretrain", "--config", str(config), *resume]) == 2
+            assert message in capfd.readouterr().err
 
 
 def _wait_until_it_listens(endpoint: str, process: subprocess.Popen[bytes]) -> None:

@@ -59,7 +59,7 @@ def test_unknown_names_list_what_is_shipped(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_pretrain_rejects_settings_before_it_starts_ranks(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["pretrain", "--config", "bert-quickstart", "--ranks", "1", "phases.0.lr=-1"]) == 1
+    assert main(["pretrain", "--config", "bert-quickstart", "--ranks", "1", "phases.0.lr=-1"]) == 2
     assert "lr" in capsys.readouterr().err
     assert main(["pretrain", "--config", "bert-quickstart", "--ranks", "0"]) == 2
     assert "--ranks must be >= 1, got 0" in capsys.readouterr().err

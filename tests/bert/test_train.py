@@ -169,7 +169,17 @@ def test_a_run_is_not_overwritten_or_continued_as_another(tree: dict[str, Any], 
             "auto",
             "with other settings.*\n  phases.0.lr: 0.01 there, 0.5 now\n  seed: 3 there, 9 now",
         ),
-        (["model.layers=2"], "auto", "is of another model"),
+        (["model.layers=2"], "auto", "with other settings.*\n  model.layers: 1 there, 2 now"),
+        (
+            ["optimizer.variant=lans"],
+            "auto",
+            "with other settings.*\n  optimizer.variant: 'lamb' there, 'lans' now",
+        ),
+        (
+            ["optimizer.variant=lars"],
+            "auto",
+            "with other settings.*\n  optimizer.variant: 'lamb' there, 'lars' now",
+        ),
     ):
         failed = run_ranks_expecting_errors(2, train, tree, str(tmp_path), overrides, resume)
         assert all(re.search(message, text, re.DOTALL) for _, text in failed.values()), failed

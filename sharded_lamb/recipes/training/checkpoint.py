@@ -15,9 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from sharded_lamb.checkpoint import CheckpointError, Checkpoints
+from sharded_lamb.checkpoint import CheckpointError, Checkpoints, read_manifest
 from sharded_lamb.recipes.training.config_io import load_config
-from sharded_lamb.recipes.training.ranks import Ranks
+from sharded_lamb.recipes.training.ranks import Ranks, launch_store
 from sharded_lamb.recipes.training.sharded_backend import TrainBackend
 
 
@@ -37,8 +37,14 @@ class Position:
 Where = TypeVar("Where", bound=Position)
 
 
+_CONSEQUENCE = "resuming would not continue the same training; restore the changed settings"
+
+
 class Settings(Protocol):
     """A recipe's settings, a dataclass."""
+
+    @property
+    def run_dir(self) -> str: ...
 
     def digest(self) -> str:
         """Hash of `trained_settings`."""
@@ -59,12 +65,6 @@ class StopRequested:
         self.signal = number
 
 
-def resumed_from(chosen: str | None) -> str | None:
-    """The ``--resume`` of a command line; without one, "auto" where torchrun restarted the ranks after one died."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    return "auto" if chosen is None and restarted else chosen
-
-
 def save(folder: Path, keep: int, position: Position, backend: TrainBackend) -> None:
     """Write one checkpoint. Collective.
 
@@ -81,24 +81,53 @@ def save(folder: Path, keep: int, position: Position, backend: TrainBackend) -> 
         ) from error
 
 
-def choose(folder: Path, resume: str | None, ranks: Ranks) -> list[Path]:
-    """The checkpoints to resume from, best first: the named one, or with `auto` every one in the folder.
+def candidates(config: Settings, resume: str | None) -> list[Path]:
+    """The checkpoints to resume from, best first: the named one, or with `auto` every one of the run. On one process.
 
     Raises:
-        ValueError: the folder already contains a run, and `resume` is None.
+        ValueError: the run folder already contains a run, and `resume` is None; or its settings were others.
+        CheckpointError: the named one, or every one, is incomplete.
+    """
+    run_dir = Path(config.run_dir)
+    if resume is None or resume == "auto":
+        checkpoints = Checkpoints(run_dir / "checkpoints")
+        checkpoints.recover()
+        found = checkpoints.candidates()
+    else:
+        found = [Path(resume)]
+    if found and resume is None:
+        raise ValueError(
+            f"{run_dir} already contains a run: continue it with --resume auto, or set another run_dir"
+        )
+    for path in found:
+        try:
+            saved = (read_manifest(path).extra or {}).get("position")
+        except CheckpointError:
+            if path == found[-1]:
+                raise
+            continue  # `load` says so
+        if isinstance(saved, dict) and "config_digest" in saved:
+            _check_settings(saved["config_digest"], config, path)
+        break
+    return found
+
+
+def choose(config: Settings, resume: str | None, ranks: Ranks) -> list[Path]:
+    """`candidates` on rank 0, for all. Ranks that torchrun has restarted resume the run that they began.
+
+    Raises:
+        ValueError: as `candidates`. Ranks that torchrun restarts after that get the same error.
     """
 
     def pick() -> list[str]:
-        if resume is not None and resume != "auto":
-            return [resume]
-        checkpoints = Checkpoints(folder)
-        checkpoints.recover()
-        candidates = checkpoints.candidates()
-        if candidates and resume is None:
-            raise ValueError(
-                f"{folder.parent} already contains a run: continue it with --resume auto, or set another run_dir"
-            )
-        return [str(path) for path in candidates]
+        launch, refused = launch_store(), f"refused/{config.run_dir}"
+        is_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        resumes = resume is None and is_restarted and not launch.check([refused])
+        try:
+            return [str(path) for path in candidates(config, "auto" if resumes else resume)]
+        except ValueError:
+            launch.set(refused, "")
+            raise
 
     return [Path(name) for name in ranks.from_first(pick)]
 
@@ -132,19 +161,23 @@ def check_position(position: Position, config: Settings, data_digest: str, check
     Raises:
         ValueError: settings or data differ from those of the saved run; names the settings.
     """
-    consequence = "resuming would not continue the same training; restore the changed settings"
-    if position.config_digest != config.digest():
-        saved = checkpoint.parent.parent / "config.yaml"
-        changed = _changed(saved, config)
-        listed = "\n  ".join(changed) if changed else f"unknown: {saved} is missing or not that run's"
-        raise ValueError(
-            f"{checkpoint} was trained with other settings: {consequence}, or set a new run_dir\n  {listed}"
-        )
+    _check_settings(position.config_digest, config, checkpoint)
     if position.data_digest != data_digest:
         raise ValueError(
             f"the prepared data of {checkpoint} is {position.data_digest} and this run's is {data_digest}: "
-            f"{consequence} (config.yaml in the run folder has them), or set a new run_dir"
+            f"{_CONSEQUENCE} (config.yaml in the run folder has them), or set a new run_dir"
         )
+
+
+def _check_settings(saved_digest: str, config: Settings, checkpoint: Path) -> None:
+    if saved_digest == config.digest():
+        return
+    saved = checkpoint.parent.parent / "config.yaml"
+    changed = _changed(saved, config)
+    listed = "\n  ".join(changed) if changed else f"unknown: {saved} is missing or not that run's"
+    raise ValueError(
+        f"{checkpoint} was trained with other settings: {_CONSEQUENCE}, or set a new run_dir\n  {listed}"
+    )
 
 
 def _changed(saved: Path, config: Settings) -> list[str]:

@@ -16,7 +16,7 @@ from sharded_lamb import faults
 from sharded_lamb.recipes.training import checkpoint
 from sharded_lamb.recipes.training.checkpoint import Position, StopRequested
 from sharded_lamb.recipes.training.metrics import MetricsLog, peak_memory
-from sharded_lamb.recipes.training.precision import resolve_precision
+from sharded_lamb.recipes.training.precision import resolved
 from sharded_lamb.recipes.training.ranks import Ranks, use_threads
 from sharded_lamb.recipes.training.sharded_backend import TrainBackend
 from sharded_lamb.recipes.training.step_clock import SECTIONS, StepClock
@@ -129,8 +129,8 @@ def train(config: Any, resume: str | None, ranks: Ranks, set_up: Callable[[Any, 
         ValueError, OSError: bad input, on every rank. Earlier checkpoints stay.
     """
     stop = StopRequested()
-    config = replace(config, speed=replace(config.speed, precision=resolve_precision(config.speed.precision)))
-    candidates = checkpoint.choose(Path(config.run_dir) / "checkpoints", resume, ranks)
+    config = resolved(config)
+    candidates = checkpoint.choose(config, resume, ranks)
     use_threads(config.speed.threads)
     recipe = set_up(config, ranks)
     try:

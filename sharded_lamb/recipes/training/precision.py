@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from dataclasses import replace
+from typing import Any, Literal, overload
 
 import torch
 
@@ -22,3 +23,8 @@ def resolve_precision(precision: Precision) -> Precision:
     cpu = torch.cpu.get_capabilities()
     fast = torch.cuda.is_available() or cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
     return "bf16_autocast" if fast else "fp32"
+
+
+def resolved(config: Any) -> Any:
+    """A recipe's settings with `resolve_precision` of theirs."""
+    return replace(config, speed=replace(config.speed, precision=resolve_precision(config.speed.precision)))

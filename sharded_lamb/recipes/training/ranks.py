@@ -107,6 +107,14 @@ class Ranks:
             )
 
 
+def launch_store() -> Store:
+    """The store below that of the default process group: torchrun's, which it keeps while it restarts ranks."""
+    store = dist.distributed_c10d._get_default_store()
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return store
+
+
 def threads_per_rank() -> int:
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(1, len(os.sched_getaffinity(0)) // ranks)

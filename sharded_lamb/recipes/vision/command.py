@@ -36,7 +36,6 @@ def run(chosen: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: bad settings or input.
     """
-    from sharded_lamb.recipes.training.checkpoint import resumed_from
     from sharded_lamb.recipes.training.config_io import load_config
     from sharded_lamb.recipes.training.ranks import Ranks
     from sharded_lamb.recipes.vision.config import VisionConfig
@@ -48,4 +47,4 @@ def run(chosen: argparse.Namespace) -> int:
         return 0
     config = load_config(VisionConfig, chosen.config, chosen.overrides)
     ranks = Ranks.start()
-    return train(config, resumed_from(chosen.resume), ranks).exit_code(config, ranks)
+    return train(config, chosen.resume, ranks).exit_code(config, ranks)
