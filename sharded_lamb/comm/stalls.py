@@ -4,7 +4,8 @@ A rank that waits for longer than `PATIENCE` writes to the rendezvous store how 
 entered and in which it waits, and reads what other ranks wrote. A rank that raises an error (`raised`) writes that. A
 rank is stuck if it waits for a rank that has not entered the same collective, and that rank has raised, or waits as
 well, perhaps in another optimizer, for one that is stuck. A slow rank or a slow network is never stuck: one rank of
-those that wait for each other makes progress. Where ranks raise alike, none is stuck: see `ThisRank.errors`.
+those that wait for each other makes progress. Where ranks raise alike, none is stuck: see `ThisRank.errors`. The first
+rank to find others stuck also writes each of them a verdict, since it may continue with other collectives at once.
 """
 
 import json
@@ -154,29 +155,43 @@ class Entered:
         """
         posts: dict[int, Post] = {}
         stuck: set[int] = set()
+        verdict = ""
         try:
             if not arrives(PATIENCE):
-                while not stuck and not arrives(PERIOD):
+                while not (stuck or verdict or arrives(PERIOD)):
                     check()
                     before, posts = posts, self._look()
-                    stuck = stuck_ranks(posts)
+                    stuck, verdict = stuck_ranks(posts), self._verdict()
                     if self.stalls.rank not in stuck or any(
                         before.get(rank) != posts[rank] for rank in stuck
                     ):
                         stuck = set()
         finally:
-            if not stuck and self.stalls.this_rank.has_posted:
+            if not (stuck or verdict) and self.stalls.this_rank.has_posted:
                 self.stalls.unpost()  # also if the backend raises: it may continue with another optimizer
-        if not stuck:
+        if not (stuck or verdict):
             for _, since in self.stalls.this_rank.errors:
                 since.update(self.ranks)
             return
         waited = {self.stalls.name} | {posts[rank]["in"][0] for rank in stuck if "in" in posts[rank]}
         for stalls in [each for each in self.stalls.this_rank.live if each.name in waited]:
             stalls.abandon()
-        error = RuntimeError(_message(posts, stuck))
+        error = RuntimeError(verdict or _message(posts, stuck))
+        for rank in stuck - {self.stalls.rank}:
+            if "in" in posts[rank]:
+                where = [*posts[rank]["in"], posts[rank]["number"]]
+                _store().set(f"verdict/{rank}", json.dumps([where, str(error)]))
         raised(error)
         raise error
+
+    def _verdict(self) -> str:
+        """The error of another rank that has found this one stuck in this collective, or "".
+
+        That rank may have continued since, so that its post no longer says so.
+        """
+        store, key = _store(), f"verdict/{self.stalls.rank}"
+        where, text = json.loads(store.get(key)) if store.check([key]) else ([], "")
+        return text if where == [self.stalls.name, self.collective, self.number] else ""
 
     def _look(self) -> dict[int, Post]:
         where = {"in": [self.stalls.name, self.collective], "number": self.number}

@@ -89,6 +89,31 @@ def test_a_call_that_moves_state_or_parameters_on_one_rank_is_an_error(reads: bo
         assert "ranks wait for each other" in message
 
 
+def retry(rank: int, quicker: int) -> None:
+    """A rank makes one backward less; both catch the error, and construct another optimizer at once."""
+    model = nn.Linear(40, 30)
+    opt = ShardedLamb(model.named_parameters(), stage=2)
+
+    def train() -> None:
+        for _ in range(3 - rank):
+            model(torch.ones(2, 40)).square().mean().backward()
+        opt.step()
+
+    patience = 0.4 if rank == quicker else 0.6
+    with mock.patch.multiple(stalls, PATIENCE=patience, PERIOD=0.3):
+        with pytest.raises(RuntimeError, match="ranks wait for each other in different collectives"):
+            train()
+        again = nn.Linear(4, 3)
+        opt = ShardedLamb(again.parameters(), stage=2)
+        again(torch.ones(2, 4)).sum().backward()
+        opt.step()
+
+
+@pytest.mark.parametrize("quicker", [0, 1])
+def test_ranks_may_continue_at_once_after_such_an_error(quicker: int) -> None:
+    run_ranks(2, retry, quicker, timeout=60)
+
+
 def post(collective: str, number: int, ranks: int = 2, group: str = "", **entered: int) -> Post:
     return {
         "entered": {group: entered},
