@@ -8,6 +8,8 @@
 #   PREFLIGHT       0 skips the preflight (1)                            PREFLIGHT_ARGS  more of its arguments
 # Hosts receive this shell's NCCL_* and PYTHON*, the variables that INTERFACE sets, and the lines NAME=VALUE of ~/.deepspeed_env and ./.deepspeed_env.
 set -euo pipefail
+# shellcheck source=launch/_help.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/_help.sh"
 # shellcheck source=launch/_env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/_env.sh"
 # shellcheck source=launch/_ranks.sh

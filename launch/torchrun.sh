@@ -9,6 +9,8 @@
 #   MAX_RESTARTS    after a rank has failed (3)                  LOG_DIR         torchrun's logs per rank
 #   PREFLIGHT       0 skips the preflight (1)                    PREFLIGHT_ARGS  more of its arguments
 set -euo pipefail
+# shellcheck source=launch/_help.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/_help.sh"
 # shellcheck source=launch/_env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/_env.sh"
 # shellcheck source=launch/_ranks.sh

@@ -88,7 +88,7 @@ def checkpoint_of(path: Path) -> Path:
         if replaced(path).is_dir():
             read_sums(path)  # raises with the remedy
         raise ValueError(
-            f"{path} is not a folder: name a checkpoint's folder, such as RUN/step-00001000, or the run's"
+            f"{path} is not a folder: name a checkpoint's folder, such as RUN/checkpoints/step-00001000, or the run's"
         )
     if (path / MANIFEST).exists() or (path / SUMS).exists():
         return path

@@ -27,7 +27,8 @@ def stamp(root: Path, *, active: bool) -> list[str]:
 
 
 def copy_of_launch(root: Path) -> Path:
-    for name in ("launch/test", "launch/_env.sh", "configs/constraints.txt", "pyproject.toml"):
+    files = ("launch/test", "launch/_help.sh", "launch/_env.sh", "configs/constraints.txt", "pyproject.toml")
+    for name in files:
         (root / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, root / name)
     return root

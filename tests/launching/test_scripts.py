@@ -86,6 +86,24 @@ def test_scripts_are_executable(script: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "script",
+    [p for p in SCRIPTS if p.parent.name == "launch" and p.name[0] != "_"],
+    ids=lambda path: path.name,
+)
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_is_the_header_and_installs_nothing(checkout: Checkout, script: Path, option: str) -> None:
+    nowhere = {**os.environ, "PYTHON": "/nowhere/python3", "CC": "/nowhere/cc", "CXX": "/nowhere/c++"}
+    path = checkout.root / "launch" / script.name
+    helped = subprocess.run(
+        [path, option], cwd=checkout.root, env=nowhere, capture_output=True, text=True, timeout=60
+    )
+    assert (helped.returncode, helped.stderr) == (0, "")
+    header = [line for line in script.read_text().split("\nset -")[0].splitlines()[1:] if line[:2] == "# "]
+    assert helped.stdout.splitlines() == [line[2:] for line in header]
+    assert not list(checkout.root.glob(".venv*"))
+
+
+@pytest.mark.parametrize(
     ("change", "env", "message"),
     [
         ("'import sys; sys.version_info = (3, 9, 1)'", {}, "Python 3.11 or newer is needed"),
