@@ -336,6 +336,8 @@ def test_command_line_alone(capsys: pytest.CaptureFixture[str]) -> None:
         (["--model", "nowhere"], "module:function"),
         (["--model", "json:dumps"], "dumps"),
         (["--steps", "0"], "steps must be >= 1"),
+        (["--bucket-mb", "0"], "--bucket-mb must be > 0, got 0"),
+        (["--reduce-dtype", "bfloat16", "--stage", "1"], "--reduce-dtype bfloat16 needs --stage 2"),
     ],
 )
 def test_command_line_mistakes(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,7 @@ from sharded_lamb.recipes.training.settings import (
     plain,
     require,
 )
+from sharded_lamb.recipes.training.shipped import check_user
 
 Auto = Literal["auto"]
 OpenFraction = Annotated[float, Field(gt=0, lt=1, description="a number in (0, 1)")]
@@ -404,4 +405,5 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), origin:
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """As `training.config_io.load_config`."""
+    check_user(path, "bert")
     return config_io.load_config(RunConfig, path, overrides)

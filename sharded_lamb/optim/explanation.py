@@ -71,7 +71,11 @@ CAUSES = {
         "the gradient (or what caution leaves of the update) and decay are 0",
         "check that the loss uses the parameter",
     ),
-    "ratio 1: excluded": ("exclude_from_layer_adaptation matches (None: the patterns of decay)", ""),
+    "ratio 1: excluded": ("exclude_from_layer_adaptation matches", ""),
+    "ratio 1: excluded as from decay": (
+        "exclude_from_layer_adaptation is None, and exclude_from_weight_decay matches",
+        "",
+    ),
     "ratio 1: no decay": ("adapt_without_decay=False, and there is no decay", ""),
 }
 """{cause: (its meaning, what helps)}, the most urgent first."""
@@ -196,7 +200,7 @@ def _causes_of_ratio(name: str, p: Any, group: Mapping[str, Any], norms: LayerNo
         return
     decay = 0.0 if excluded("exclude_from_weight_decay") else group["weight_decay"]
     if excluded("exclude_from_layer_adaptation"):
-        yield "ratio 1: excluded"
+        yield "ratio 1: excluded" + " as from decay" * (group["exclude_from_layer_adaptation"] is None)
     elif not decay and not group["adapt_without_decay"]:
         yield "ratio 1: no decay"
     elif norms.weight == 0:

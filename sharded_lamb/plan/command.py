@@ -154,7 +154,8 @@ def run(chosen: argparse.Namespace, device: torch.device) -> int:
     for sharding in with_progress(planned, "plan", lambda one: f"stage {one.stage}, {one.mesh} ranks"):
         cost = costs(parameters, choices, sharding)
         rows.append(Row(cost, times(cost, choices, machine, computation)))
-    title = f"{chosen.config or chosen.shapes or 'bert-large'}: {_described(parameters, choices)}"
+    described = _described(parameters, choices, chosen.stages)
+    title = f"{chosen.config or chosen.shapes or 'bert-large'}: {described}"
     if chosen.json:
         chosen.json.write_text(json.dumps(_content(title, rows, machine, computation), indent=1) + "\n")
     if chosen.png:
@@ -196,6 +197,10 @@ def _choices(chosen: argparse.Namespace, parameters: Shapes) -> Choices:
     if not chosen.bucket_mb > 0:
         raise ValueError(f"--bucket-mb must be > 0, got {chosen.bucket_mb:g}")
     reduce, gather, splits = chosen.reduce_dtype, chosen.gather_dtype, chosen.store_param_remainders
+    if gather and {*chosen.stages} == {3}:
+        raise ValueError(
+            f"--gather-dtype {gather} has no effect in stage 3, where fully_shard gathers: leave it out"
+        )
     if gather == "float8_e4m3fn" and splits:
         raise ValueError(
             "--gather-dtype float8_e4m3fn leaves no weight beside a remainder: leave one of them out"
@@ -245,7 +250,14 @@ def _given(chosen: argparse.Namespace, option: str) -> bool:
     return getattr(chosen, option) is not None
 
 
-def _described(parameters: Shapes, choices: Choices) -> str:
+def _not_applied(option: str, choices: Choices, stages: Sequence[int]) -> str:
+    """ " (not applied to stage 3)" if ``choices`` has the option and some of ``stages`` do not."""
+    without = [stage for stage in sorted({*stages}) if getattr(choices.of_stage(stage), option) is None]
+    plural = "s" * (len(without) > 1)
+    return f" (not applied to stage{plural} {' and '.join(map(str, without))})" if without else ""
+
+
+def _described(parameters: Shapes, choices: Choices, stages: Sequence[int]) -> str:
     precision = choices.precision
     masters = precision.masters
     names = [
@@ -253,18 +265,16 @@ def _described(parameters: Shapes, choices: Choices) -> str:
         for dtype in (precision.model, masters.value if masters else precision.model)
     ]
     remainders = " as remainders" if masters and masters.beside_weight else ""
-    gather = (
-        ""
-        if precision.gather is None
-        else f", gathered as {str(choices.gather_dtype).removeprefix('torch.')}"
-    )
-    if precision.reduce is not None:
-        gather += f", reduced as {str(choices.reduce_dtype).removeprefix('torch.')}"
+    wire = ""
+    for option, verb in (("gather", "gathered"), ("reduce", "reduced")):
+        if getattr(precision, option) is not None:
+            dtype = str(getattr(choices, f"{option}_dtype")).removeprefix("torch.")
+            wire += f", {verb} as {dtype}{_not_applied(f'{option}_dtype', choices, stages)}"
     layers = sum(count_blocks(name, shape, choices.ratio_blocks) for name, shape in parameters.items())
     tensors = f"{len(parameters):,} tensors" + (f" of {layers:,} layers" if choices.ratio_blocks else "")
     return (
         f"{tensors}, {sum(map(prod, parameters.values())):,} elements, {names[0]} with {names[1]} "
-        f"masters{remainders} and {precision.moments[0].name} moments{gather}, buckets of {choices.bucket_mb:g} MiB"
+        f"masters{remainders} and {precision.moments[0].name} moments{wire}, buckets of {choices.bucket_mb:g} MiB"
     )
 
 

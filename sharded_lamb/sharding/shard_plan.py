@@ -81,7 +81,8 @@ class Settings:
         for name, value in plain.items():
             object.__setattr__(self, name, value)
         if self.stage not in (1, 2):
-            raise ValueError(f"stage must be {_STAGE}, got {self.stage!r}")
+            fsdp = "; stage 3 is FSDP2: call fully_shard(model) and leave stage out" * (self.stage == 3)
+            raise ValueError(f"stage must be {_STAGE}, got {self.stage!r}{fsdp}")
         if self.kernel not in kernels.NAMES:
             raise ValueError(f"kernel must be one of {kernels.NAMES}, got {self.kernel!r}")
         for name in ("master_dtype", "state_dtype", "reduce_dtype"):

@@ -58,6 +58,12 @@ def run(chosen: argparse.Namespace, device: torch.device) -> int:
     parameters = _model(chosen.model) if chosen.model else shapes.load(chosen.shapes)
     if chosen.steps < 1:
         raise ValueError(f"--steps must be >= 1, got {chosen.steps}")
+    if not chosen.bucket_mb > 0:
+        raise ValueError(f"--bucket-mb must be > 0, got {chosen.bucket_mb:g}")
+    if chosen.reduce_dtype and chosen.stage == 1:
+        raise ValueError(
+            f"--reduce-dtype {chosen.reduce_dtype} needs --stage 2: in stage 1 DistributedDataParallel reduces"
+        )
     report = verify(
         parameters,
         steps=chosen.steps,

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from sharded_lamb.__main__ import main
 from sharded_lamb.bert import dryrun, optim
 from sharded_lamb.bert.config import CosineConfig, build_config, load_config
 from sharded_lamb.bert.dryrun import describe
@@ -50,6 +51,9 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(
         ("phases.1.lr=1", r"phases\.1\.lr=1: expected an index below 1"),
         ("seed.value=1", r"'seed' is a value, it has no keys"),
         ("layers", r"override='layers': expected key=value"),
+        ("data.source=my.txt", r"data\.source='my\.txt': expected a list: data\.source=\[my\.txt\]$"),
+        ("optimizer.betas=0.9", r"optimizer\.betas=0\.9: expected a list$"),
+        ("phases={lr: 1}", r"phases=\{'lr': 1\}: expected a list$"),
         ("phases[0].lr=1", r"override='phases\[0\]\.lr=1': expected key=value, .* or phases\.0\.lr"),
         ("phases.0.lr=-1", r"phases\.0\.lr=-1: expected 'auto' or a positive number$"),
         ("phases.0.ramp={start: 0, steps: 3}", r"phases\.0\.ramp\.start=0: expected a positive number$"),
@@ -91,6 +95,22 @@ def test_settings_are_checked_wherever_they_come_from(tree: dict[str, Any]) -> N
 def test_the_resolved_configuration_reads_back(tree: dict[str, Any]) -> None:
     config = build_config(tree, ["phases.0.lr=auto", "log.fill_mask=['a [MASK]']"])
     assert build_config(yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("command", "config", "user"),
+    [
+        (["pretrain"], "vision-rsb-a2", "`sharded-lamb vision train`"),
+        (["vision", "train"], "bert-quickstart", "`sharded-lamb pretrain`"),
+        (["vision", "train"], "deepspeed/zero1", "DeepSpeed"),
+    ],
+)
+def test_a_configuration_of_another_command_is_named(
+    command: list[str], config: str, user: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--config", config]) == 2
+    said = f"sharded-lamb {command[0]}: --config {config}: {config} is a configuration of {user}\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_missing_file_names_a_near_one() -> None:

@@ -443,6 +443,22 @@ def test_bad_arguments_are_errors_in_one_line(
     assert message in error
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--lrs", "a", "numbers separated by commas, got 'a'"),
+        ("--seeds", "0,x", "integers separated by commas, got '0,x'"),
+        ("--epochs", "0", "an integer >= 1, got '0'"),
+    ],
+)
+def test_values_that_are_no_numbers(
+    option: str, value: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["finetune", "--from", "runs/mine", option, value])
+    assert f"argument {option}: expected {expected}" in capsys.readouterr().err
+
+
 def test_help_is_the_command_s_own(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["finetune", "--help"])

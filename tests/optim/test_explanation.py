@@ -186,6 +186,10 @@ def times(name: str, weight: float = 1.0, gradient: float = 1.0) -> Planted:
             lambda: explained(times("0.bias", 1e-4), exclude_from_layer_adaptation=["bias$"]),
         ),
         (
+            {"ratio 1: excluded as from decay": ["0.bias"]},
+            lambda: explained(exclude_from_weight_decay=["0.bias"], exclude_from_layer_adaptation=None),
+        ),
+        (
             {"ratio 1: no decay": ["0.bias"]},
             lambda: explained(
                 exclude_from_weight_decay=["bias$"],

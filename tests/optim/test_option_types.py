@@ -180,6 +180,7 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"skip_nonfinite": 0}, r"skip_nonfinite must be True or False"),
     ({"stage": 1.5}, r"stage must be 1 .* or 2"),
     ({"stage": True}, r"stage must be 1 .* or 2"),
+    ({"stage": 3}, r"got 3; stage 3 is FSDP2: call fully_shard\(model\) and leave stage out$"),
     ({"bucket_mb": "32"}, r"bucket_mb must be > 0"),
     ({"bucket_mb": math.inf}, r"bucket_mb must be > 0"),
     ({"max_consecutive_skips": 1.5}, r"max_consecutive_skips must be >= 1"),

@@ -192,6 +192,10 @@ def test_calibration_goes_over_the_preset_and_options_over_it(tmp_path: Path) ->
         (["--shard", "8", "--world-sizes", "4"], "no world size has as many ranks"),
         (["--ranks-per-node", "0"], "--ranks-per-node must be >= 1, got 0"),
         (["--bucket-mb", "0"], "--bucket-mb must be > 0"),
+        (
+            ["--stages", "3", "--gather-dtype", "bfloat16"],
+            "has no effect in stage 3, where fully_shard gathers",
+        ),
         (["--intra-gb-s", "0"], "intra_bytes_per_second must be > 0"),
         (["--inter-us", "-1"], "inter_latency must be >= 0"),
         (["--forward-ms", "-1"], "--forward-ms must be >= 0"),
@@ -244,6 +248,16 @@ def test_argparse_refuses_with_the_same_code() -> None:
         with pytest.raises(SystemExit) as left:
             main(["plan", *arguments])
         assert left.value.code == 2
+
+
+def test_the_title_says_where_an_option_is_not_applied(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--world-sizes", "2", "--gather-dtype", "bfloat16", "--reduce-dtype", "float8_e4m3fn"]
+    assert main(["plan", *arguments]) == 0
+    title = capsys.readouterr().out.splitlines()[0]
+    assert "gathered as bfloat16 (not applied to stage 3), " in title
+    assert "reduced as float8_e4m3fn (not applied to stages 1 and 3), " in title
+    assert main(["plan", *arguments, "--stages", "2"]) == 0
+    assert "not applied" not in capsys.readouterr().out
 
 
 def check_printed(rank: int) -> tuple[int, str]:

@@ -69,6 +69,12 @@ def _locate(root: Any, location: Sequence[int | str]) -> tuple[str, Sequence[str
     return ".".join(parts), names, annotation
 
 
+def _as_list(name: str, annotation: Any, value: Any) -> str:
+    """`: data.source=[my.txt]` for a single value of a list of any length."""
+    has_any_length = any(Ellipsis in get_args(inner) for inner in (annotation, *get_args(annotation)))
+    return f": {name}=[{value}]" if has_any_length and isinstance(value, str | int | float) else ""
+
+
 def _readable(error: ValidationError, settings: Any, origin: str) -> ValueError:
     errors = [(*_locate(settings, item["loc"]), item) for item in error.errors()]
     out_of_range = {name for name, _, _, item in errors if item["type"] in _RANGE_ERRORS}
@@ -80,6 +86,10 @@ def _readable(error: ValidationError, settings: Any, origin: str) -> ValueError:
             lines.append(f"key {name!r} is required but not set")
         elif item["type"] == "value_error":
             lines.append(str(item["ctx"]["error"]))
+        elif item["type"] == "tuple_type":
+            lines.append(
+                f"{name}={item['input']!r}: expected a list{_as_list(name, annotation, item['input'])}"
+            )
         elif item["type"] in _RANGE_ERRORS:
             lines.append(f"{name}={item['input']!r}: expected {_expectation(annotation)}")
         elif name not in out_of_range:  # else an error of another member of the same union

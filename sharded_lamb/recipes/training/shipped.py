@@ -1,6 +1,7 @@
 """``sharded-lamb configs``: the configurations that the package ships, for the recipe and for DeepSpeed."""
 
 import argparse
+import re
 import textwrap
 from itertools import takewhile
 from pathlib import Path
@@ -14,6 +15,18 @@ def names() -> list[str]:
     """Of the recipe's, then of DeepSpeed's: ``bert-base``, ``deepspeed/zero1``, …"""
     recipe = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     return recipe + sorted(f"deepspeed/{path.stem}" for path in (FOLDER / "deepspeed").glob("*.json"))
+
+
+USERS = {"bert": "`sharded-lamb pretrain`", "vision": "`sharded-lamb vision train`", "deepspeed": "DeepSpeed"}
+"""{how names begin: who reads the configurations}."""
+
+
+def check_user(config: str | Path, family: str) -> None:
+    """Raises ValueError if ``config`` is the name of a shipped configuration of another of `USERS` than ``family``."""
+    name = str(config)
+    own = re.split("[-/]", name)[0]
+    if own != family and own in USERS and name in names() and not Path(name).exists():
+        raise ValueError(f"--config {name}: {name} is a configuration of {USERS[own]}")
 
 
 def path_of(name: str) -> Path:

@@ -45,6 +45,7 @@ def run(chosen: argparse.Namespace) -> int:
     if chosen.task != "train":
         compare(Path(_OUT) if chosen.task is None else chosen.out, Ranks.start())
         return 0
+    shipped.check_user(chosen.config, "vision")
     config = load_config(VisionConfig, chosen.config, chosen.overrides)
     ranks = Ranks.start()
     return train(config, chosen.resume, ranks).exit_code(config, ranks)
