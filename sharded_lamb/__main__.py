@@ -33,6 +33,20 @@ COMMANDS = {
 """{command: (its module, help)}. A module has ``add_arguments(parser)`` and ``run(chosen)``; only that of the chosen
 command is imported, so that help and typing errors do not wait for torch."""
 
+
+class HelpWithDefaults(argparse.HelpFormatter):
+    """Adds its default to the help of every option that has one and does not name it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help, action.default
+        is_given = default is not None and default is not False and default not in (argparse.SUPPRESS, [])
+        has_default = action.option_strings and is_given
+        if not text or not has_default or "default" in text:
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+        return f"{text} (default: {shown.replace('%', '%%')})"
+
+
 COLLECTIVE = {"verify", "plan", "bench"}
 """Commands for which torchrun's ranks are joined: ``run(chosen, device)``."""
 
@@ -80,7 +94,7 @@ def _parser(named: str | None) -> tuple[argparse.ArgumentParser, Any]:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     module: Any = None
     for name, (path, text) in COMMANDS.items():
-        own = commands.add_parser(name, help=text)
+        own = commands.add_parser(name, help=text, formatter_class=HelpWithDefaults)
         if name == named:
             module = importlib.import_module(f"sharded_lamb.{path}")
             module.add_arguments(own)

@@ -127,6 +127,26 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     assert f"usage: sharded-lamb {name}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("verify", "--seed SEED of weights and gradients (default: 0)"),
+        ("bench step", "--rounds ROUNDS turns of every candidate (default: 3)"),
+        ("preflight", "seconds to wait for ranks (default: 60.0)"),
+        (
+            "preflight",
+            "--writes WRITES the run's folder, which is created if missing; all ranks must see it --",
+        ),
+    ],
+)
+def test_help_shows_defaults(command: str, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([*command.split(), "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert shown in text
+    assert "default: None" not in text
+
+
 @pytest.mark.parametrize("name", ["verify", "plan"])
 def test_a_device_that_is_not_there_is_an_error_in_one_line(
     name: str, capsys: pytest.CaptureFixture[str]

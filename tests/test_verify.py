@@ -48,6 +48,7 @@ def verify_here(rank: int, stage: int, dtype: str, bucket_mb: float = 0.02, step
 def test_passes_on_what_is_right(world_size: int, stage: int, dtype: str) -> None:
     for passed, text, _ in run_ranks(world_size, verify_here, stage, dtype):
         assert passed, text
+        assert ("bits of the parameters: equal on all" in text) == (world_size > 1)
 
 
 def verify_lans(rank: int, stage: int, forgets: bool) -> Verdict:
@@ -325,7 +326,9 @@ def test_shapes_are_the_published_ones(name: str) -> None:
 
 def test_command_line_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--steps", "2", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out.rstrip().endswith("PASS")
+    shown = capsys.readouterr().out
+    assert shown.rstrip().endswith("PASS")
+    assert re.search(r"relative error of +\nparameter +elements +weight +m +v +trust ratio\n", shown)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ _HELP = {
     "formats": "bytes a parameter and time of a step for every format of state, beside other 8-bit optimizers",
 }
 
+_ROUNDS = "turns of every candidate"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the benchmarks as subcommands of ``parser``."""
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     for name, text in _HELP.items():
-        one = benchmarks.add_parser(name, help=text, description=text)
+        one = benchmarks.add_parser(name, help=text, description=text, formatter_class=parser.formatter_class)
         _ARGUMENTS[name](one)
         one.add_argument("--device", help=devices.OF_HERE)
         add_output_arguments(one)
@@ -43,12 +45,12 @@ def _add_candidates(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--peers", help="comma-separated names; default: all that can run here")
     parser.add_argument("--stage", choices=("1", "2", "both"), default="both", help="of ours")
-    parser.add_argument("--bucket-mb", type=float, default=32, help="of ours")
+    parser.add_argument("--bucket-mb", type=float, default=32, help="MiB of parameters a bucket, of ours")
 
 
 def _add_step(parser: argparse.ArgumentParser) -> None:
     _add_candidates(parser)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help=_ROUNDS)
     parser.add_argument("--iterations", type=int, default=3, help="timed iterations of a turn")
     parser.add_argument(
         "--alive", choices=("auto", "all", "one"), default="auto", help="candidates in memory at once"
@@ -61,36 +63,36 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backends", help="comma-separated names; default: all that run here")
     parser.add_argument("--threads", default="1", help="comma-separated numbers (CPU)")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9, help=_ROUNDS)
 
 
 def _add_functions(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", default="cpp")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--backend", default="cpp", help="the kernel")
+    parser.add_argument("--rounds", type=int, default=9, help=_ROUNDS)
 
 
 def _add_host(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tensors", type=int, default=384)
+    parser.add_argument("--tensors", type=int, default=384, help="number of tensors")
     parser.add_argument("--elements", type=int, default=1024, help="of each tensor")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9, help=_ROUNDS)
     parser.add_argument("--iterations", type=int, default=10, help="timed steps of a turn")
 
 
 def _add_comm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mb", default="1,2,4,8,16,32,64,128", help="comma-separated bucket sizes in MB")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help=_ROUNDS)
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:
     _add_candidates(parser)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="steps of each candidate")
 
 
 def _add_formats(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", default="bert-base", help="tiny, bert-base, …, or a JSON file {name: shape}"
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help=_ROUNDS)
     parser.add_argument("--iterations", type=int, default=2, help="timed steps of a turn")
 
 

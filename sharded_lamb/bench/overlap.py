@@ -36,12 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rate", type=float, default=1e9, help="rate of a host's link, bits a second each way"
     )
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=4, help="of the model")
     parser.add_argument("--hidden", type=int, default=256, help="a multiple of 64")
-    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--vocabulary", type=int, default=4096, help="pieces")
     parser.add_argument("--batch", type=int, default=8, help="sequences a rank")
     parser.add_argument("--sequence", type=int, default=64, help="tokens of a sequence")
-    parser.add_argument("--bucket-mb", type=float, default=2)
+    parser.add_argument("--bucket-mb", type=float, default=2, help="MiB of parameters a bucket")
     parser.add_argument(
         "--gather-dtype",
         choices=("none", *GATHER_DTYPES),
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of every configuration")
     parser.add_argument("--iterations", type=int, default=4, help="of a turn")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data")
     parser.add_argument(
         "--traces", type=Path, metavar="FOLDER", help="write Chrome traces of all ranks to FOLDER"
     )

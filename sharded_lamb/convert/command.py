@@ -13,7 +13,7 @@ from torch import Tensor
 from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint, read_contents, write_contents
 from sharded_lamb.comm.progress import with_progress
 from sharded_lamb.convert import adam, apex, files, lamb, sgd, timm
-from sharded_lamb.convert.common import Converted, Note
+from sharded_lamb.convert.common import Converted
 from sharded_lamb.convert.deepspeed import WHY, read_deepspeed
 from sharded_lamb.convert.inspect import checkpoint_of
 from sharded_lamb.convert.tensorflow import from_tensorflow
@@ -21,7 +21,8 @@ from sharded_lamb.convert.weights import from_weights, read_weights, to_weights
 from sharded_lamb.core.hyperparams import VARIANTS, check_max_grad_norm, validate_group
 
 Read = Callable[[argparse.Namespace], Converted[InMemoryCheckpoint]]
-Write = Callable[[Path, InMemoryCheckpoint], list[Note]]
+Write = Callable[[Path, InMemoryCheckpoint], Converted[str]]
+"""Returns a line about what it wrote, and notes about what it could not write."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ def _weights(path: Path) -> Mapping[str, Tensor]:
 
 
 def _to_torch(convert: Callable[[InMemoryCheckpoint], Converted[dict[str, Any]]]) -> Write:
-    def write(target: Path, contents: InMemoryCheckpoint) -> list[Note]:
+    def write(target: Path, contents: InMemoryCheckpoint) -> Converted[str]:
         content, notes = convert(contents)
         files.write_torch(target, content)
-        return notes
+        return described(contents, content["optimizer"]), notes
 
     return write
 
@@ -68,10 +69,10 @@ def _read_folder(chosen: argparse.Namespace) -> Converted[InMemoryCheckpoint]:
     return read_contents(checkpoint_of(Path(chosen.source))), []
 
 
-def _write_folder(target: Path, contents: InMemoryCheckpoint) -> list[Note]:
+def _write_folder(target: Path, contents: InMemoryCheckpoint) -> Converted[str]:
     target.parent.mkdir(parents=True, exist_ok=True)
     write_contents(target, contents)
-    return []
+    return described(contents), []
 
 
 def _read_deepspeed(chosen: argparse.Namespace) -> Converted[InMemoryCheckpoint]:
@@ -86,10 +87,10 @@ def _read_tensorflow(chosen: argparse.Namespace) -> Converted[InMemoryCheckpoint
     return from_tensorflow(files.read_npz(Path(chosen.source)), renames, chosen.variant)
 
 
-def _write_weights(target: Path, contents: InMemoryCheckpoint) -> list[Note]:
+def _write_weights(target: Path, contents: InMemoryCheckpoint) -> Converted[str]:
     weights, notes = to_weights(contents)
     files.write_safetensors(target, weights)
-    return notes
+    return described(replace(contents, weights=weights, states={})), notes
 
 
 _POSITIONAL_OPTIONS = ("names", "weights", "variant")
@@ -242,11 +243,12 @@ def run(chosen: argparse.Namespace) -> int:
         raise ValueError(f"{chosen.source} holds weights only: convert it to sharded_lamb or safetensors")
     contents = _set(contents, [_pair(given, "--set", "KEY=VALUE") for given in chosen.set])
     next(work)
-    notes += target.write(chosen.target, contents)
+    written, more = target.write(chosen.target, contents)
+    notes += more
     work.close()
     for note in notes:
         print(f"note: {note}")
-    print(f"wrote {chosen.target} ({chosen.to}): {described(contents)}")
+    print(f"wrote {chosen.target} ({chosen.to}): {written}")
     return 0
 
 
@@ -307,13 +309,16 @@ def _over(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     return {**own, **both, **given}
 
 
-def described(contents: InMemoryCheckpoint) -> str:
-    """Returns a one-line summary."""
+def described(contents: InMemoryCheckpoint, written: Mapping[str, Any] | None = None) -> str:
+    """Returns a one-line summary; ``written``: the optimizer's state dict that was made of it."""
     elements = sum(value.numel() for value in contents.weights.values())
     steps = sorted({int(state["step"]) for state in contents.states.values()})
-    masters = sum("master" in state for state in contents.states.values())
+    states = contents.states if written is None else written["state"]
+    groups = contents.groups if written is None else written["param_groups"]
+    masters = sum("master" in state for state in states.values())
     said = f"{len(contents.weights)} tensors of {elements:,} elements"
     if not contents.states:
         return f"{said}, weights only"
     at = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
-    return f"{said}, {len(contents.states)} with moments ({masters} with masters), {at}, {len(contents.groups)} groups"
+    ending = "s" * (len(groups) != 1)
+    return f"{said}, {len(states)} with moments ({masters} with masters), {at}, {len(groups)} group{ending}"

@@ -91,7 +91,8 @@ def _run(chosen: argparse.Namespace, names: list[str]) -> int:
     print(f"\n{results.publish(names)}")
     failed = results.failed()
     missing = [name for name in names if not results.is_complete(name)]
-    print(f"FAIL: {', '.join(failed)}" if failed else "PASS", end="")
+    part = f" ({len(names) - len(missing)} of {len(names)} sections)" if missing else ""
+    print(f"FAIL: {', '.join(failed)}" if failed else f"PASS{part}", end="")
     print(f"; without a result: {', '.join(missing)}" if missing else "")
     return 1 if failed else 0
 

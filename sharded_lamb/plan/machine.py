@@ -67,8 +67,7 @@ def calibrated(machine: Machine, paths: Sequence[str]) -> Machine:
     If two files have the same key, the later one counts.
 
     Raises:
-        ValueError: a file has none of `CALIBRATED`, or one of them is not a number > 0.
-        OSError: a file cannot be read.
+        ValueError: a file cannot be read, has none of `CALIBRATED`, or one of them is not a number > 0.
     """
     read: dict[str, float] = {}
     for path in paths:
@@ -85,7 +84,12 @@ def calibrated(machine: Machine, paths: Sequence[str]) -> Machine:
 
 
 def _read(path: str) -> dict[str, float]:
-    content = read_json(Path(path))
+    try:
+        content = read_json(Path(path))
+    except OSError as error:
+        raise ValueError(
+            f"--calibrate {path}: {error.strerror}; write it with sharded-lamb bench kernels or comm, and --json"
+        ) from None
     read = {key: content[key] for key in CALIBRATED if key in content} if isinstance(content, dict) else {}
     if not read:
         raise ValueError(

@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="a folder whose files and manifests must be equal on all ranks",
     )
-    parser.add_argument("--writes", type=Path, help="the run's folder; all ranks must see it")
+    parser.add_argument(
+        "--writes", type=Path, help="the run's folder, which is created if missing; all ranks must see it"
+    )
     parser.add_argument("--free-gb", type=float, default=1.0, help="free space that --writes needs")
     parser.add_argument("--world-size", type=int, help="the expected number of ranks")
     parser.add_argument("--timeout-s", type=float, default=60.0, help="seconds to wait for ranks")

@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--model", help="module:function that returns a torch.nn.Module, e.g. mypackage.models:build"
     )
-    parser.add_argument("--stage", type=int, choices=(1, 2), default=2)
-    parser.add_argument("--variant", choices=("lamb", "lans", "lars"), default="lamb")
-    parser.add_argument("--state-dtype", choices=STATE_DTYPES, default="float32")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=2, help="of ZeRO")
+    parser.add_argument("--variant", choices=("lamb", "lans", "lars"), default="lamb", help="of the rule")
+    parser.add_argument("--state-dtype", choices=STATE_DTYPES, default="float32", help="of the moments")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the parameters")
     parser.add_argument(
         "--gather-dtype", choices=sorted(GATHER_DTYPES), help="of updated parameters on the wire"
     )
@@ -43,9 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reduce-dtype", choices=sorted(GATHER_DTYPES), help="of gradients on the wire, in stage 2"
     )
     parser.add_argument("--device", help=devices.OF_HERE)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--bucket-mb", type=float, default=32)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=20, help="steps to compare")
+    parser.add_argument("--bucket-mb", type=float, default=32, help="MiB of parameters a bucket")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and gradients")
 
 
 def run(chosen: argparse.Namespace, device: torch.device) -> int:

@@ -65,6 +65,7 @@ class Report:
     problems: tuple[str, ...]
     parameters: tuple[ParameterError, ...] = ()
     per_step: Mapping[str, float] = field(default_factory=dict)  # calls and bytes a step by collective
+    bits: str = ""  # whether parameters have the same bits on all ranks; "": not compared
 
     @property
     def passed(self) -> bool:
@@ -73,17 +74,21 @@ class Report:
     def __str__(self) -> str:
         lines = [f"verify: {self.setting}", ""]
         if self.parameters:
-            lines.append(f"{'parameter':<52} {'elements':>11} {'weight':>8} {'m':>8} {'v':>8} {'ratio':>10}")
+            lines.append(f"{'':<65}{'relative error of':^26}")
+            lines.append(
+                f"{'parameter':<52} {'elements':>11} {'weight':>8} {'m':>8} {'v':>8} {'trust ratio':>12}"
+            )
             worst = sorted(self.parameters, key=lambda p: -max(p.weight, p.exp_avg, p.exp_avg_sq))
             for p in worst[:20]:
                 lines.append(
                     f"{p.name:<52.52} {p.numel:>11,} {p.weight:>8.1e} {p.exp_avg:>8.1e} {p.exp_avg_sq:>8.1e} "
-                    f"{p.ratio:>10.4g}"
+                    f"{p.ratio:>12.4g}"
                 )
             if len(worst) > 20:
                 lines.append(f"… and {len(worst) - 20} more with smaller errors")
             lines.append("")
-        lines += [f"{name:<28} {value:>16,.10g}" for name, value in self.per_step.items()]
+        lines += [f"{name + ' a step':<35} {value:>16,.10g}" for name, value in self.per_step.items()]
+        lines += [f"bits of the parameters: {self.bits}"] if self.bits else []
         lines += [f"problem: {problem}" for problem in self.problems]
         return "\n".join([*lines, "PASS" if self.passed else "FAIL"])
 
@@ -133,7 +138,8 @@ def verify(
         )
     except (ValueError, RuntimeError) as error:
         problems, rows, per_step = [f"{type(error).__name__}: {error}"], [], {}
-    return Report(setting, tuple(comparison.all_problems(problems)), tuple(rows), per_step)
+    problems = comparison.all_problems(problems)
+    return Report(setting, tuple(problems), tuple(rows), per_step, comparison.bits)
 
 
 class _Comparison:
@@ -158,6 +164,7 @@ class _Comparison:
                 for index, (name, shape) in enumerate(parameters.items())
             }
         self.names, self.params = list(named), list(named.values())
+        self.bits = ""
 
     def _random(self, what: str, index: int, shape: tuple[int, ...]) -> Tensor:
         """[shape] fp32 random numbers, the same on every rank; each parameter has a scale of its own."""
@@ -333,6 +340,8 @@ class _Comparison:
             bits.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         digests = self._gathered(bits.hexdigest())
         mismatched = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if self.world_size > 1:
+            self.bits = "not equal" if mismatched else f"equal on all {self.world_size} ranks"
         return [f"rank {mismatched} holds other bits than rank 0"] if mismatched else []
 
     def _gathered(self, value: Any) -> list[Any]:

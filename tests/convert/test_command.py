@@ -244,6 +244,22 @@ def test_losses_are_noted(
         assert any(message in note for note in notes), (message, notes)
 
 
+@pytest.mark.parametrize(
+    ("to", "ending"),
+    [
+        ("sharded_lamb", "7 with moments (0 with masters), step 4, 1 group"),
+        ("timm", "7 with moments (0 with masters), step 4, 2 groups"),
+        ("safetensors", "elements, weights only"),
+    ],
+)
+def test_the_last_line_is_of_what_was_written(
+    to: str, ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = cases.saved(tmp_path / "ours", *cases.trained(exclude_from_weight_decay=["bias"]))
+    cases.convert(ours, tmp_path / "file", "sharded_lamb", to)
+    assert capsys.readouterr().out.splitlines()[-1].endswith(ending)
+
+
 @pytest.mark.parametrize("to", ["timm", "apex"])
 def test_steps_that_differ_are_noted(to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, optimizer = cases.trained(2)

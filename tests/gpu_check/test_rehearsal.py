@@ -228,6 +228,16 @@ def test_a_later_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert runs == ["bad"]
 
 
+def test_the_verdict_on_some_sections_says_how_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections(monkeypatch, first=passes, second=passes)
+    assert rehearse(tmp_path, "first") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "PASS (1 of 2 sections); without a result: second"
+    assert rehearse(tmp_path) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "PASS"
+
+
 def test_a_section_that_needs_more_than_is_left_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -199,7 +199,10 @@ def test_calibration_goes_over_the_preset_and_options_over_it(tmp_path: Path) ->
         (["--intra-gb-s", "0"], "intra_bytes_per_second must be > 0"),
         (["--inter-us", "-1"], "inter_latency must be >= 0"),
         (["--forward-ms", "-1"], "--forward-ms must be >= 0"),
-        (["--calibrate", "missing.json"], "missing.json"),
+        (
+            ["--calibrate", "missing.json"],
+            "--calibrate missing.json: No such file or directory; write it with",
+        ),
         (["--check", "--device", "cpu"], "torchrun"),
     ],
 )
