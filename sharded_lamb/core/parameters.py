@@ -1,5 +1,6 @@
 """Parameters passed to an optimizer: names, groups, and the checks that LAMB can update them."""
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,27 @@ def named(group: Mapping[str, Any]) -> Iterable[tuple[str | None, Tensor]]:
     params: list[Tensor] = group["params"]
     names: list[str | None] = group.get("param_names") or [None] * len(params)
     return zip(names, params, strict=True)
+
+
+class Grouping:
+    """The groups and their parameters at one time: a program may replace, move or remove any of them.
+
+    Attributes:
+        params: all groups' parameters, in order.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        self._groups, self._sizes = [*groups], [len(group["params"]) for group in groups]
+        self.params: list[Tensor] = [p for group in groups for p in group["params"]]
+
+    def equals(self, other: "Grouping | None") -> bool:
+        """Whether both have the same objects."""
+        return (
+            other is not None
+            and self._sizes == other._sizes
+            and all(map(operator.is_, self._groups, other._groups))
+            and all(map(operator.is_, self.params, other.params))
+        )
 
 
 def shape_of(p: Tensor) -> Sequence[int]:

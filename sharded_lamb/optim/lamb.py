@@ -14,7 +14,7 @@ from sharded_lamb.core.host_values import as_tensor
 from sharded_lamb.core.hyperparams import RuleOptions
 from sharded_lamb.core.layers import Layers
 from sharded_lamb.core.options import OptionTable
-from sharded_lamb.core.parameters import all_strided, check_gradients, check_parameter, named
+from sharded_lamb.core.parameters import Grouping, all_strided, check_gradients, check_parameter, named
 from sharded_lamb.kernels import ScatteredShard
 from sharded_lamb.kernels.engine import Update, gradient_square_sums
 from sharded_lamb.optim.base import LambOptimizer, Live, States, receives_grad_scale, run_eagerly
@@ -105,7 +105,6 @@ class Lamb(LambOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        self._tables.clear()
         try:
             for name, p in named(self.param_groups[-1]):
                 _check_whole(str(name), p)
@@ -126,7 +125,11 @@ class Lamb(LambOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_options()
-        params = [p for group in self.param_groups for p in group["params"]]
+        grouping = Grouping(self.param_groups)
+        if not grouping.equals(self._live.grouping):
+            self._tables.clear()
+            self._live.grouping, self._live.found = grouping, None
+        params = grouping.params
         grads = [p.grad for p in params]
         found_inf = self._live.found_inf
         if any(grad is not None for grad in grads) and not (found_inf is not None and found_inf.item()):
@@ -138,7 +141,7 @@ class Lamb(LambOptimizer):
             check_gradients([name for name, _, _ in self._named_parameters()], grads)
         found = self._live.found
         rows = [row for row, grad in enumerate(grads) if grad is not None]
-        if found is None or not found.serves(params, rows, self.state.values()):
+        if found is None or not found.serves(rows, self.state.values()):
             found = self._live.found = self._find(params, rows)
         parts = [_Part(whole, whole.shards([grads[row] for row in whole.rows])) for whole in found.by_device]  # type: ignore[misc]
         inverse, grad_norm, gradient_sums = self._gradient_norm(parts)
@@ -167,7 +170,7 @@ class Lamb(LambOptimizer):
             kernel = kernels.choose("auto", device)
             states, table = [self.state[p] for p in members], self._table(device)
             by_device.append(WholeTensors(kernel, device, own, members, states, self.moments, table))
-        return _Found(params, rows, list(self.state.values()), by_device)
+        return _Found(rows, list(self.state.values()), by_device)
 
     def _update_part(self, part: "_Part", sums: Tensor, inverse: Tensor, grad_norm: Tensor) -> LastStep:
         """Update one device's parameters. ``sums``: [L] Σg²; the other two: `_gradient_norm`, on the device."""
@@ -242,18 +245,15 @@ class Lamb(LambOptimizer):
 class _Found:
     """The parameters that the last step found with a gradient."""
 
-    params: list[Tensor]  # of all groups
-    rows: list[int]  # those with a gradient
+    rows: list[int]  # those with a gradient, among all groups'
     states: list[State]  # of the optimizer, all of them
     by_device: list[WholeTensors]
 
-    def serves(self, params: list[Tensor], rows: list[int], states: Collection[State]) -> bool:
-        """Whether these are the parameters and states of this step too."""
+    def serves(self, rows: list[int], states: Collection[State]) -> bool:
+        """Whether these are the rows and states of this step too."""
         return (
             rows == self.rows
-            and len(params) == len(self.params)
             and len(states) == len(self.states)
-            and all(map(operator.is_, params, self.params))
             and all(map(operator.is_, states, self.states))
         )
 
@@ -268,6 +268,7 @@ class _Part:
 
 @dataclass(slots=True)
 class _Live(Live):
+    grouping: Grouping | None = None  # of the last step, which the tables are of
     found: _Found | None = None
     results: StepResults = field(default_factory=StepResults)
 

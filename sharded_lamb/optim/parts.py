@@ -9,6 +9,7 @@ from torch import Tensor
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.comm.forward_gathers import ForwardGathers
 from sharded_lamb.core.options import OptionTable
+from sharded_lamb.core.parameters import Grouping
 from sharded_lamb.gradients.source import GradientSource, Identity
 from sharded_lamb.kernels import Kernel
 from sharded_lamb.optim.agreed_options import AgreedLive, AgreedOptions
@@ -40,9 +41,10 @@ class ShardedLive(AgreedLive):
     clip: Tensor | None = None  # the factor of `clip_grad_norm_` for the next step
     clip_of: list[Identity | None] = field(default_factory=list)  # the clipped gradients
     max_norm: tuple[float | None, ...] = ()  # its arguments
-    scanned_params: list[Tensor] = field(default_factory=list)  # all groups' parameters at the last scan
+    scanned: Grouping | None = None  # at the last scan
     frozen_params: list[Tensor] = field(default_factory=list)  # those of them that the store lacked
     removed: list[int] = field(default_factory=list)  # registered parameters that were then in no group
+    grouped: int = 0  # a hash of the index of each registered parameter's group
     own_weights: list[Tensor] | None = None  # this rank's, while parameters hold their averages
     results: StepResults = field(default_factory=StepResults)
     is_summarized: bool = False

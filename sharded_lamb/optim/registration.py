@@ -10,6 +10,7 @@ from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.comm.consistency import Description, check_consistency, describe_groups, propagate_errors
 from sharded_lamb.comm.step_agreement import StepAgreement
 from sharded_lamb.core.options import OptionTable
+from sharded_lamb.core.parameters import Grouping
 from sharded_lamb.gradients.averaged import AveragedGradients
 from sharded_lamb.gradients.mixed import MixedGradients
 from sharded_lamb.gradients.reducer import BackwardReducer
@@ -63,7 +64,7 @@ class RegisteringOptimizer(JoinableOptimizer):
         live.collectives.close()
         live.gathers.forget_buckets()
         live.store = ParamStore(store.optimizer, store.topology, self._settings, self._ratio_blocks)
-        live.results, live.scanned_params = StepResults(), []
+        live.results, live.scanned = StepResults(), None
         self._drop_clip()
         self.state.clear()
         self._build()
@@ -73,15 +74,27 @@ class RegisteringOptimizer(JoinableOptimizer):
             self._scatter(None if whole is None else {registered[i]: saved for i, saved in whole.items()})
 
     def _scan(self) -> None:
-        """Note which parameters of the groups are not registered, and which registered ones are in no group."""
-        store, live = self._store, self._live
-        now = [p for group in self.param_groups for p in group["params"]]
-        scanned = live.scanned_params
-        if len(now) == len(scanned) and all(map(operator.is_, now, scanned)):
+        """Note which parameters of the groups are not registered, and the group of each registered one, if any.
+
+        Those in no group keep the options that they had, for reports: no step updates them.
+        """
+        store, live, now = self._store, self._live, Grouping(self.param_groups)
+        if now.equals(live.scanned):
             return
-        grouped = set(now)
-        live.scanned_params, live.frozen_params = now, [p for p in now if p not in store.index]
-        live.removed = [i for i, p in enumerate(store.params) if p not in grouped]
+        group_of = {p: index for index, group in enumerate(self.param_groups) for p in group["params"]}
+        live.scanned, live.frozen_params = now, [p for p in now.params if p not in store.index]
+        live.removed = [i for i, p in enumerate(store.params) if p not in group_of]
+        live.grouped = hash(tuple(group_of.get(p, -1) for p in store.params))
+        before = [group for _, _, group in store.rows]
+        store.rows[:] = [
+            (name, p, self.param_groups[group_of[p]] if p in group_of else group)
+            for name, p, group in store.rows
+        ]
+        if not all(map(operator.is_, before, (group for _, _, group in store.rows))):
+            live.table = OptionTable(store.rows, store.layers, store.device)
+
+    def _step_facts(self) -> Description:
+        return [*super()._step_facts(), ("hash of the parameters' groups", self._live.grouped)]
 
     def _successors(self) -> dict[int, Tensor]:
         """{registered parameter: the new one of its name and shape in its place}; empty unless all removed have one.
@@ -133,7 +146,7 @@ class RegisteringOptimizer(JoinableOptimizer):
         """Register parameters that moved to another device, or that were unfrozen. Collective if there are any."""
         self._follow()
         store, live = self._store, self._live
-        if not live.scanned_params:  # all parameters were registered anew
+        if live.scanned is None:  # all parameters were registered anew
             self._scan()
         if any(p.requires_grad for p in live.frozen_params):
             if live.removed:
@@ -147,7 +160,7 @@ class RegisteringOptimizer(JoinableOptimizer):
 
     def _register_new(self) -> None:
         self._register(self._agreed_plan()[0])
-        self._live.scanned_params = []
+        self._live.scanned = None
 
     def _register(self, plan: ShardPlan) -> None:
         """Register the plan's parameters. Collective: broadcasts the first rank's weights."""

@@ -234,6 +234,7 @@ class ShardedLamb(AveragingOptimizer):
             self._agree_at_once([store.step.new_zeros(layers + len(store.step))], problem)
         # Ranks without a change to may_defer=True wait for (a) now.
         summary = self._gradients.ready(live.found_inf, may_defer=may_defer and live.may_defer)
+        summary = summary.without(live.removed, (), store.layers)
         live.may_defer, live.has_deferred = may_defer, not summary.agreed
         self._update(summary, problem)
         self._gradients.stepped()
@@ -376,7 +377,7 @@ class ShardedLamb(AveragingOptimizer):
         self._register_changed()
         if not self._store.params:
             return torch.zeros((), device="cpu")
-        summary = self._gradients.ready(None, keep=True)
+        summary = self._gradients.ready(None, keep=True).without(self._live.removed, (), self._store.layers)
         unscaled = self._gradients.unscale_factor()
         one = torch.ones((), dtype=torch.float64, device=self._store.device)
         before = self._clip_factor(for_step=False)

@@ -1,0 +1,192 @@
+"""Groups that a program replaces, shrinks or reorders after construction, as torch's optimizers allow."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from sharded_lamb import Lamb, ShardedLamb
+from tests.harness import run_ranks, run_ranks_expecting_errors
+
+Edit = Callable[[Optimizer], None]
+LRS = (0.02, 0.005)
+
+
+def replace_dicts(opt: Optimizer) -> None:
+    opt.param_groups = [dict(group) for group in opt.param_groups]
+    opt.param_groups[0]["lr"] = 0.0
+
+
+def replace_one(opt: Optimizer) -> None:
+    opt.param_groups[1] = {**opt.param_groups[1], "lr": 0.0, "weight_decay": 0.3}
+
+
+def replace_lists(opt: Optimizer) -> None:
+    opt.param_groups[0]["params"] = list(opt.param_groups[0]["params"])
+    opt.param_groups[0]["weight_decay"] = 0.7
+
+
+def pop_group(opt: Optimizer) -> None:
+    opt.param_groups.pop()
+
+
+def pop_first_group(opt: Optimizer) -> None:
+    opt.param_groups.pop(0)
+
+
+def pop_parameter(opt: Optimizer) -> None:
+    opt.param_groups[0]["params"].pop(0)
+
+
+def move_parameter(opt: Optimizer) -> None:
+    opt.param_groups[1]["params"].append(opt.param_groups[0]["params"].pop(0))
+
+
+def reverse_groups(opt: Optimizer) -> None:
+    opt.param_groups.reverse()
+
+
+def pop_and_return(opt: Optimizer) -> None:
+    group = opt.param_groups.pop()
+    step(opt, 5)
+    opt.param_groups.append(group)
+
+
+EDITS = (
+    replace_dicts,
+    replace_one,
+    replace_lists,
+    pop_group,
+    pop_first_group,
+    pop_parameter,
+    move_parameter,
+    reverse_groups,
+    pop_and_return,
+)
+SHAPES = ((30, 20), (20,), (7, 5), (600,))
+
+
+def parameters() -> list[Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    return [Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+def groups(params: list[Parameter]) -> list[dict[str, Any]]:
+    return [{"params": params[:2], "lr": LRS[0]}, {"params": params[2:], "lr": LRS[1], "weight_decay": 0.2}]
+
+
+def all_params(opt: Optimizer) -> list[Parameter]:
+    return opt.every  # type: ignore[attr-defined, no-any-return]
+
+
+def gradient_of(p: Parameter, number: int, index: int) -> torch.Tensor:
+    return torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * number + index))
+
+
+def step(opt: Optimizer, number: int) -> None:
+    """Gradients of all parameters that the optimizer began with, whatever its groups have now."""
+    opt.zero_grad()
+    loss = torch.zeros(())
+    for index, p in enumerate(all_params(opt)):
+        p.grad = None
+        loss = loss + (p * gradient_of(p, number, index)).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    opt.step()
+
+
+def alone(edit: Edit) -> list[torch.Tensor]:
+    """The weights by `Lamb`, constructed anew with the edited groups; moments move there by state dict."""
+    params = parameters()
+    opt = Lamb(groups(params))
+    opt.every = params  # type: ignore[attr-defined]
+    step(opt, 0)
+    step(opt, 1)
+    edit(opt)
+    kept = {id(p): opt.state[p] for p in params}
+    anew = Lamb([{**group, "params": [*group["params"]]} for group in opt.param_groups])
+    anew.every = params  # type: ignore[attr-defined]
+    for group in anew.param_groups:
+        for p in group["params"]:
+            anew.state[p] = {key: value.clone() for key, value in kept[id(p)].items()}
+    step(anew, 2)
+    step(anew, 3)
+    return [p.detach() for p in params]
+
+
+def edited(rank: int, edit: Edit, stage: int, clips: bool) -> None:
+    params = parameters()
+    before = [p.detach().clone() for p in params]
+    limit = 0.05 if clips else None
+    opt: Optimizer = Lamb(groups(params)) if stage == 0 else ShardedLamb(groups(params), stage=stage)
+    opt.every = params  # type: ignore[attr-defined]
+    step(opt, 0)
+    step(opt, 1)
+    edit(opt)
+    now = [p.detach().clone() for p in params]
+    assert not any(map(torch.equal, before, now))
+    opt.max_grad_norm = limit  # type: ignore[attr-defined]
+    step(opt, 2)
+    step(opt, 3)
+    grouped = {id(p): group for group in opt.param_groups for p in group["params"]}
+    for p, old in zip(params, now, strict=True):
+        group = grouped.get(id(p), {"lr": 0.0})
+        assert torch.equal(p, old) == (group["lr"] == 0.0)
+    if clips:
+        norms = [
+            gradient_of(p, 3, index).norm().double() for index, p in enumerate(params) if id(p) in grouped
+        ]
+        assert opt.grad_norm == pytest.approx(torch.stack(norms).norm().item(), rel=1e-6)  # type: ignore[attr-defined]
+    else:
+        for p, expected in zip(params, alone(edit), strict=True):
+            torch.testing.assert_close(p.detach(), expected, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+@pytest.mark.parametrize(("stage", "world"), [(0, 1), (1, 1), (2, 1), (1, 2), (2, 2)])
+def test_edited_groups_are_obeyed(edit: Edit, stage: int, world: int) -> None:
+    run_ranks(world, edited, edit, stage, False)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_parameters_without_a_group_count_in_no_norm(stage: int) -> None:
+    run_ranks(1, edited, pop_group, stage, True)
+
+
+def disagree(rank: int, stage: int) -> None:
+    params = parameters()
+    opt = ShardedLamb(groups(params), stage=stage)
+    opt.every = params  # type: ignore[attr-defined]
+    step(opt, 0)
+    (pop_parameter, move_parameter)[rank](opt)
+    step(opt, 1)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_ranks_that_edit_groups_differently_raise(stage: int) -> None:
+    for kind, message in run_ranks_expecting_errors(2, disagree, stage).values():
+        assert kind == "ValueError"
+        assert "groups" in message
+
+
+def test_a_model_that_gets_a_new_head_for_each_task() -> None:
+    body, opt = nn.Linear(6, 5), None
+    heads = [nn.Linear(5, 1) for _ in range(3)]
+    opt = Lamb([{"params": list(body.parameters())}, {"params": list(heads[0].parameters())}])
+    for head in heads:
+        opt.param_groups.pop()
+        opt.add_param_group({"params": list(head.parameters())})
+        before = [p.detach().clone() for each in heads for p in each.parameters()]
+        for each in heads:
+            each(body(torch.ones(2, 6))).sum().backward()
+        opt.step()
+        moved = [
+            not torch.equal(p, old)
+            for p, old in zip((p for each in heads for p in each.parameters()), before, strict=True)
+        ]
+        assert moved == [
+            p is q for each in heads for p, q in zip(each.parameters(), head.parameters(), strict=True)
+        ]
