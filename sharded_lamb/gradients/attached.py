@@ -197,6 +197,29 @@ class AttachedGradients:
         self.zeroed.clear()
         self.forget_rounds()
 
+    def zero(self) -> list[int]:
+        """Zero handles in place, and drop gradients that ``.grad`` adds to or replaces: callers zero that too.
+
+        Returns:
+            As `collect_edits`.
+        """
+        for param in [*self._marked()]:
+            grad = self.params[param].grad
+            if (
+                param not in self._aside
+                and isinstance(grad, ReducedGradient)
+                and self._is_handle(param, grad)
+            ):
+                grad.zero_()
+            elif grad is not None:
+                self.drop(param)
+        self.forget_rounds()
+        return self.collect_edits()
+
+    @property
+    def has_marks(self) -> bool:
+        return any(mark is not None for mark in self._marks)
+
     def _marked(self) -> Iterator[int]:
         return (param for param, mark in enumerate(self._marks) if mark is not None)
 

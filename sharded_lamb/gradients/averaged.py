@@ -194,15 +194,19 @@ class AveragedGradients:
     def stepped(self) -> None:
         """See `GradientSource`."""
         self._steps_seen += 1
-        self.zero()
+        self.forget()
 
-    def zero(self) -> None:
+    def zero(self, *, set_to_none: bool) -> None:
         """See `GradientSource`."""
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the gradients that were read."""
         self._summary, self._summarized_grads, self._shards = None, ([], None), []
 
     def close(self) -> None:
         """See `GradientSource`."""
-        self.zero()
+        self.forget()
 
     def staging_bytes(self) -> int:
         """0: gradients need no staging memory."""

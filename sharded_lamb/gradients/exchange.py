@@ -18,7 +18,7 @@ from sharded_lamb.comm.pending import Pending
 from sharded_lamb.core.layers import repeated
 from sharded_lamb.core.layout import BLOCK, Segment
 from sharded_lamb.gradients.compressed import CompressedExchange
-from sharded_lamb.kernels import LocalContribution, ReceivedShards
+from sharded_lamb.kernels import Kernel, LocalContribution, ReceivedShards
 from sharded_lamb.sharding.buckets import FlatBucket, flattened, in_memory_order
 
 GAP_ELEMENTS = 10_000
@@ -269,3 +269,12 @@ def _zero(views: Sequence[Tensor]) -> None:
 def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     if pairs:
         torch._foreach_copy_([view for view, _ in pairs], [grad for _, grad in pairs])
+
+
+def average(kernel: Kernel, bucket: FlatBucket, received: ReceivedShards, sums: Tensor, *, add: bool) -> None:
+    """grad ← average, and adds Σg² to ``sums`` [L]: in one sweep where layers begin at the shard's blocks."""
+    is_flat = bucket.kernel_shards[0] is bucket.shard
+    own_sums = sums if is_flat else torch.zeros_like(sums)
+    kernel.average(bucket.shard, bucket.layer_segments, received, own_sums, add=add)
+    if not is_flat:
+        kernel.square_sums(bucket.kernel_shards, sums)

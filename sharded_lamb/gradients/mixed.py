@@ -102,11 +102,11 @@ class MixedGradients:
             self.reducer.stepped()
         self.averaged.stepped()
 
-    def zero(self) -> None:
+    def zero(self, *, set_to_none: bool) -> None:
         """See `GradientSource`."""
         if self.reducer.buckets:
-            self.reducer.zero()
-        self.averaged.zero()
+            self.reducer.zero(set_to_none=set_to_none)
+        self.averaged.forget()
 
     def close(self) -> None:
         """See `GradientSource`."""

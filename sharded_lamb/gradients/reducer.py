@@ -25,7 +25,7 @@ from sharded_lamb.core.layers import Layers
 from sharded_lamb.core.parameters import check_gradient
 from sharded_lamb.gradients.attached import AttachedGradients, Kept, apply_edits
 from sharded_lamb.gradients.ddp import reject_ddp
-from sharded_lamb.gradients.exchange import FreeStaging
+from sharded_lamb.gradients.exchange import FreeStaging, average
 from sharded_lamb.gradients.handles import Mark, ReducedGradient
 from sharded_lamb.gradients.hooks import AccumulationHooks
 from sharded_lamb.gradients.source import Identity, Registration
@@ -285,17 +285,9 @@ class BackwardReducer:
         self._in_flight.popleft()
         with self.collectives.traffic.computing("average"):
             adds = apply_edits(bucket, oldest.kept)
-            self._average(bucket, oldest.received, oldest.square_sums, add=adds)
+            average(self.kernel, bucket, oldest.received, oldest.square_sums, add=adds)
         self._staging.give_back(oldest.staging)
         return True
-
-    def _average(self, bucket: FlatBucket, received: ReceivedShards, sums: Tensor, *, add: bool) -> None:
-        """grad ← average, and adds Σg² to ``sums`` [L]: in one sweep where layers begin at the shard's blocks."""
-        is_flat = bucket.kernel_shards[0] is bucket.shard
-        own_sums = sums if is_flat else torch.zeros_like(sums)
-        self.kernel.average(bucket.shard, bucket.layer_segments, received, own_sums, add=add)
-        if not is_flat:
-            self.kernel.square_sums(bucket.kernel_shards, sums)
 
     def _drain(self) -> None:
         with self._stream.entered():
@@ -411,13 +403,18 @@ class BackwardReducer:
         self.attached.forget_rounds()
         self._enter(ReducerState.USED)
 
-    def zero(self) -> None:
-        """Wait for exchanges in flight, on every rank, and drop reduced gradients."""
+    def zero(self, *, set_to_none: bool) -> None:
+        """See `GradientSource`. Waits for exchanges in flight, on every rank."""
         self.settle()  # after an exception in backward; ranks without one have closed the round and wait for this one
-        self.attached.clear()
+        if set_to_none:
+            self.attached.clear()
+            self._summary = None
+        else:
+            for param in self._late_grads:
+                self.present[param] = True
+            self._zero(self.attached.zero())
         self._late_grads.clear()
-        self._summary = None
-        self._enter(ReducerState.EMPTY)
+        self._enter(ReducerState.USED if self.attached.has_marks else ReducerState.EMPTY)
 
     def close(self) -> None:
         """See `GradientSource`. Exchanges in flight are abandoned."""

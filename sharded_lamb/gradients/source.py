@@ -104,8 +104,8 @@ class GradientSource(Protocol):
     def stepped(self) -> None:
         """Mark the gradients as used by a step."""
 
-    def zero(self) -> None:
-        """Drop the gradients in this source; the caller clears ``.grad``."""
+    def zero(self, *, set_to_none: bool) -> None:
+        """Drop the gradients in this source, or zero them; the caller does the same to ``.grad``."""
 
     def close(self) -> None:
         """Drop the gradients in this source, and remove its hooks. Not collective."""

@@ -30,16 +30,17 @@ class ReducerState(Enum):
     USED     ROUND                                               USED       EMPTY
     ======== ================ =============== ================== ========== ==========================
 
-    Zeroing or setting ``.grad`` to None changes no state: the next round, or `catch_up`, sees it.
+    `zero` in place ends in USED instead of EMPTY if there are gradients. Zeroing or setting ``.grad`` to None changes no
+    state: the next round, or `catch_up`, sees it.
     """
 
-    EMPTY = auto()  # no reduced gradients: none yet, or they were zeroed
+    EMPTY = auto()  # no reduced gradients: none yet, or they were set to None
     ROUND = auto()  # a round is open: buckets launch as their gradients arrive
     LAUNCHED = (
         auto()
     )  # every bucket was launched; some are in flight, and ranks have not agreed on the summary
     REDUCED = auto()  # every gradient is in its shard, and no step has used it
-    USED = auto()  # a step has used the gradients; the next round adds to them unless they are zeroed
+    USED = auto()  # a step has used the gradients, which the next round adds to, or they are zeros
 
 
 TRANSITIONS = {

@@ -131,7 +131,8 @@ class JoinableOptimizer(ClosableOptimizer, Joinable):
                 p.grad = sent if has_gradient else None
         if self._live.has_joined:
             self._note_clipped()  # the same gradients, received again
-        self._gradients.zero()  # the summary that an earlier clip_grad_norm_ made; the joined ranks have new gradients
+        # Drops the summary that an earlier clip_grad_norm_ made: the joined ranks have new gradients.
+        self._gradients.zero(set_to_none=True)
         return clip
 
     def _announced(self, clip: float | None) -> tuple[Any, ...]:

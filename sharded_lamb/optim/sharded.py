@@ -338,12 +338,22 @@ class ShardedLamb(AveragingOptimizer):
 
     @collective
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zero gradients: ``.grad`` and, in stage 2, reduced ones, after waiting for exchanges in flight."""
+        """Zero gradients: ``.grad`` and, in stage 2, reduced ones, after waiting for exchanges in flight.
+
+        Args:
+            set_to_none: False: the next step uses gradients of 0 where backward adds no other.
+        """
         self._check_open()
-        self._gradients.zero()
+        moved = []
+        if self._settings.stage == 2 and not set_to_none and self._store.has_moved:
+            moved = [p for p in self._store.params if p.grad is not None]
+        in_place = not set_to_none and not moved and not self._successors()
+        self._gradients.zero(set_to_none=not in_place)
         self._drop_clip()
-        super().zero_grad(set_to_none)
+        super().zero_grad(set_to_none or bool(moved))
         self._follow()
+        for p in moved:
+            p.grad = torch.zeros_like(p)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -133,7 +133,7 @@ class Replay:
         self.frozen = set(phase.frozen)
         self.averaged: dict[str, Array] = {}
         self.local: list[dict[str, Array]] = [{} for _ in range(self.world)]
-        self.zeroed: set[str] = set()  # in stage 2, by zero_grad(set_to_none=False)
+        self.zeroed: set[str] = set()  # in stage 2, by zero_grad(set_to_none=False), and not reached since
         self.snapshots: dict[int, Any] = {}
         before = self.optimizers if self.phase else None
         self.optimizers = []
@@ -376,12 +376,12 @@ class Replay:
                     )
         for name in names:
             for own in [self.averaged, *self.local]:
-                if name in own and (set_to_none or self._is_reduced_here(name)):
+                if name in own and set_to_none:
                     del own[name]
-                    if not set_to_none:
-                        self.zeroed.add(name)
                 elif name in own:
                     own[name] = np.zeros_like(own[name])
+                    if self._is_reduced_here(name):
+                        self.zeroed.add(name)
             if set_to_none:
                 self.zeroed.discard(name)
 
@@ -489,7 +489,7 @@ class Replay:
             self.averaged = {name: g * factor for name, g in self.averaged.items()}
             self._read(self.optimizers)
         else:
-            _ensure(not self.zeroed and not chosen.is_clip_stale)
+            _ensure(not chosen.is_clip_stale)
             _ensure(self.how in data.REDUCED_HERE or not self._has_local(chosen.names))
             _ensure(not chosen.is_zeroed_between)
             if not self._catches_up(chosen):
@@ -565,7 +565,7 @@ class Replay:
     def _check_step(self) -> None:
         for optimizer in self.optimizers:
             names = [n for n in optimizer.names if self._layer(n) not in self.frozen]
-            _ensure(not (self.zeroed & set(names)) and not optimizer.is_clip_stale)
+            _ensure(not optimizer.is_clip_stale)
             local = self._has_local(n for n in names if not self._is_reduced_here(n))
             _ensure(not local and optimizer.skips_in_a_row < MOST_SKIPS)
             _ensure(not (optimizer.is_used and optimizer.clip is not None))
