@@ -153,9 +153,9 @@ def of_gather(gather_dtype: torch.dtype | None, model: torch.dtype) -> WireForma
     return _FORMATS[gather_dtype]
 
 
-def of_reduce(reduce_dtype: torch.dtype | None, model: torch.dtype) -> WireFormat | None:
-    """The format of gradients of parameters of dtype ``model``; None: they are not encoded."""
-    if reduce_dtype not in _FORMATS or model.itemsize <= reduce_dtype.itemsize:
+def of_reduce(reduce_dtype: torch.dtype | None, grads: torch.dtype) -> WireFormat | None:
+    """The format of gradients of dtype ``grads``; None: they are not encoded."""
+    if reduce_dtype not in _FORMATS or grads.itemsize <= reduce_dtype.itemsize:
         return None
     return _FORMATS[reduce_dtype]
 

@@ -50,11 +50,21 @@ def ndim_of(p: Tensor) -> int:
     return len(shape_of(p))
 
 
+GRAD_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes of gradients that kernels read."""
+
+
+def grad_dtype_of(p: Tensor) -> torch.dtype:
+    """The dtype of gradients of ``p``; its own one where it takes any. torch before 2.10 has no `Tensor.grad_dtype`."""
+    dtype: torch.dtype | None = getattr(p, "grad_dtype", None)
+    return dtype or p.dtype
+
+
 def check_parameter(name: str, p: Tensor) -> None:
     """Reject a parameter whose LAMB step would be silently wrong.
 
     Raises:
-        TypeError: not a real floating-point, dense parameter.
+        TypeError: not a real floating-point, dense parameter, or its gradients have a dtype out of `GRAD_DTYPES`.
         ValueError: a parameter of FSDP1.
     """
     if p.is_complex():
@@ -65,6 +75,10 @@ def check_parameter(name: str, p: Tensor) -> None:
         raise TypeError(f"parameter {name!r} is {p.dtype}: LAMB updates floating-point parameters")
     if p.layout is not torch.strided:
         raise TypeError(f"parameter {name!r} has layout {p.layout}: LAMB needs dense (strided) parameters")
+    if (given := getattr(p, "grad_dtype", None)) is not None and given not in GRAD_DTYPES:
+        raise TypeError(
+            f"parameter {name!r} has grad_dtype={given}: LAMB reads gradients of {', '.join(map(str, GRAD_DTYPES))}"
+        )
     is_flat = getattr(p, "_is_flat_param", False) or type(p).__name__ == "FlatParameter"
     if is_flat or getattr(p, "_fsdp_flattened", False):  # the latter with use_orig_params
         raise ValueError(

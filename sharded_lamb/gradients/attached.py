@@ -6,6 +6,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from sharded_lamb.core.parameters import grad_dtype_of
 from sharded_lamb.gradients.handles import Factors, Mark, ReducedGradient, ReducedGradients, version_of
 from sharded_lamb.sharding.buckets import FlatBucket
 
@@ -158,7 +159,7 @@ class AttachedGradients:
         if mark is None or renew:
             mark = self._marks[param] = Mark(self._owner, self.names[param], param, self._factors)
         if p.grad is None or not self._is_handle(param, p.grad):
-            p.grad = ReducedGradient(p, mark)
+            p.grad = ReducedGradient(p, mark, dtype=grad_dtype_of(p))
         elif isinstance(p.grad, ReducedGradient):
             p.grad.mark = mark
 

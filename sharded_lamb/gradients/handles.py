@@ -104,7 +104,7 @@ class Mark:
 
 
 class ReducedGradient(Tensor):
-    """A tensor of a parameter's shape, dtype and strides, without memory.
+    """A tensor of a parameter's shape, strides and gradients' dtype, without memory.
 
     Attributes:
         mark: None: all NaN, a result of other operations.
@@ -117,18 +117,30 @@ class ReducedGradient(Tensor):
 
     @staticmethod
     def __new__(
-        cls, like: Tensor, mark: Mark | None, device: torch.device | None = None, *, is_part: bool = False
+        cls,
+        like: Tensor,
+        mark: Mark | None,
+        device: torch.device | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        is_part: bool = False,
     ) -> "ReducedGradient":
         handle: ReducedGradient = torch.Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device or like.device
+            cls, like.shape, strides=like.stride(), dtype=dtype or like.dtype, device=device or like.device
         )
         handle.mark, handle.is_part = mark, is_part
         return handle
 
     def __init__(
-        self, like: Tensor, mark: Mark | None, device: torch.device | None = None, *, is_part: bool = False
+        self,
+        like: Tensor,
+        mark: Mark | None,
+        device: torch.device | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        is_part: bool = False,
     ) -> None:
-        """See the class; sized as ``like``, on its device if ``device`` is None."""
+        """See the class; sized as ``like``, with its device and dtype where they are None."""
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         of = "NaN" if self.mark is None else f"of {self.mark.name!r}, reduced and freed by stage=2"

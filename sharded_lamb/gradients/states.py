@@ -30,8 +30,8 @@ class ReducerState(Enum):
     USED     ROUND                                               USED       EMPTY
     ======== ================ =============== ================== ========== ==========================
 
-    `zero` in place ends in USED instead of EMPTY if there are gradients. Zeroing or setting ``.grad`` to None changes no
-    state: the next round, or `catch_up`, sees it.
+    `zero` in place ends in USED instead of EMPTY if there are gradients. Zeroing or setting ``.grad`` to None changes
+    no state: the next round, or `catch_up`, sees it.
     """
 
     EMPTY = auto()  # no reduced gradients: none yet, or they were set to None

@@ -26,6 +26,7 @@ from sharded_lamb.comm.forward_gathers import Watch
 from sharded_lamb.comm.topology import Topology
 from sharded_lamb.core import rule
 from sharded_lamb.core.hyperparams import RuleOptions, check_max_grad_norm, fill, flag
+from sharded_lamb.core.parameters import grad_dtype_of
 from sharded_lamb.gradients.summary import GradientSummary, check_present
 from sharded_lamb.kernels.engine import Update
 from sharded_lamb.optim.agreed_options import collective
@@ -83,12 +84,13 @@ class ShardedLamb(AveragingOptimizer):
         state_dtype: dtype of the moments; not float16, in which second moments underflow. (float64 parameters have
             float64 masters and moments.) torch.int8: 8 bits, with a scale for 256 elements
             (`sharded_lamb.kernels.block_codes`). A parameter group's ``state_dtype`` counts for its parameters.
-        reduce_dtype: dtype of gradients on the wire in stage 2; None: the parameters' dtype. NCCL sums in it, and
-            averages 16-bit gradients; on gloo sums are fp32. A narrower one than the parameters', torch.bfloat16 or
-            torch.float8_e4m3fn with a power of two per 256 elements, rounds every rank's gradient, the owner's and a
-            single rank's too; the owner sums in fp32 and in rank order on every backend
-            (`sharded_lamb.gradients.compressed`). A non-finite element stays non-finite, and changes no other. Refused
-            in stage 1 and for DTensors, whose gradients DistributedDataParallel and FSDP2 reduce.
+        reduce_dtype: dtype of gradients on the wire in stage 2; None: their own, which is the parameters' dtype unless
+            ``p.grad_dtype`` is another one. NCCL sums in it, and averages 16-bit gradients; on gloo sums are fp32. A
+            narrower one than the gradients', torch.bfloat16 or torch.float8_e4m3fn with a power of two per 256
+            elements, rounds every rank's gradient, the owner's and a single rank's too; the owner sums in fp32 and in
+            rank order on every backend (`sharded_lamb.gradients.compressed`). A non-finite element stays non-finite,
+            and changes no other. Refused in stage 1 and for DTensors, whose gradients DistributedDataParallel and FSDP2
+            reduce.
         overlap: stage 2: reduce buckets as backward fills them; False: all at the end of backward.
         skip_nonfinite: a non-finite gradient on any rank skips the step on every rank, which changes nothing. (Stage 1:
             a non-finite averaged gradient; each rank checks its own slices of it.)
@@ -353,7 +355,7 @@ class ShardedLamb(AveragingOptimizer):
         super().zero_grad(set_to_none or bool(moved))
         self._follow()
         for p in moved:
-            p.grad = torch.zeros_like(p)
+            p.grad = torch.zeros_like(p, dtype=grad_dtype_of(p))
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

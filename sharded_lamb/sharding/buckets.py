@@ -54,8 +54,9 @@ class Precision:
         averages: bool = False,
         second_moment: bool = True,
         gather: torch.dtype | None = None,
+        grads: torch.dtype | None = None,
     ) -> "Precision":
-        """The precision for `ShardedLamb`'s keywords and the parameters' dtype ``model``."""
+        """The precision for `ShardedLamb`'s keywords and parameters of dtype ``model``, gradients of ``grads``."""
         if model == torch.float64:
             master = state = model
         masters, wire_format = (
@@ -69,12 +70,12 @@ class Precision:
             model,
             masters,
             formats.of_moments(state),
-            reduce or model,
+            reduce or grads or model,
             compute,
             averages,
             second_moment,
             wire_format,
-            of_reduce(reduce, model),
+            of_reduce(reduce, grads or model),
         )
 
     @property

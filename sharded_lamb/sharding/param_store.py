@@ -98,7 +98,7 @@ class ParamStore:
             self.settings.check_gather(name, p)
             self.settings.check_reduce(name, p)
             check_blocks(name, p, self.ratio_blocks)
-            check_coded_blocks(name, p, self.ratio_blocks, self.settings.of_group(group).precision(p.dtype))
+            check_coded_blocks(name, p, self.ratio_blocks, self.settings.of_group(group).precision(p))
         release_claims(new, self._optimizer())
         check_new(new, self.names, self.params)
         return plan_shards(new, self.layout, self.topology, self.settings, self.device)

@@ -16,7 +16,7 @@ from sharded_lamb.comm.topology import Topology
 from sharded_lamb.comm.wire_formats import check_gather_dtype, of_reduce
 from sharded_lamb.core.hyperparams import flag, integer, number
 from sharded_lamb.core.layout import Bucket, ShardLayout, plan_buckets
-from sharded_lamb.core.parameters import NamedParameter, check_parameter
+from sharded_lamb.core.parameters import NamedParameter, check_parameter, grad_dtype_of
 from sharded_lamb.kernels.formats import FLOATS, STATE_DTYPES
 from sharded_lamb.kernels.remainders import STORAGE
 from sharded_lamb.sharding.buckets import Precision
@@ -135,7 +135,7 @@ class Settings:
 
     def check_reduce(self, name: str, p: Tensor) -> None:
         """Raises ValueError for parameter ``p`` whose gradients ``reduce_dtype`` would encode, and others reduce."""
-        if of_reduce(self.reduce_dtype, p.dtype) is None or (self.stage == 2 and not is_dtensor(p)):
+        if of_reduce(self.reduce_dtype, grad_dtype_of(p)) is None or (self.stage == 2 and not is_dtensor(p)):
             return
         reason = (
             "a DTensor: FSDP2 reduces its gradients, in the reduce_dtype of fully_shard(…, "
@@ -158,10 +158,10 @@ class Settings:
             return self
         return replace(self, state_dtype=group["state_dtype"])
 
-    def precision(self, model: torch.dtype) -> Precision:
-        """The precision of parameters of dtype ``model``."""
+    def precision(self, p: Tensor) -> Precision:
+        """The precision of parameter ``p``."""
         return Precision.of(
-            model,
+            p.dtype,
             self.master_dtype,
             self.state_dtype,
             self.reduce_dtype,
@@ -169,6 +169,7 @@ class Settings:
             averages=self.ema_decay is not None,
             second_moment=not self.lars,
             gather=self.gather_dtype,
+            grads=grad_dtype_of(p),
         )
 
 
@@ -195,6 +196,8 @@ class ShardPlan:
             zip(self.rows, self.precisions, strict=True), start=first
         ):
             row: list[Any] = [name, list(p.shape), str(p.dtype), p.device.type, precision.moments[0].name]
+            if grad_dtype_of(p) != p.dtype:
+                row.append(f"grad_dtype={grad_dtype_of(p)}")
             if i in self.specs:
                 row.append({**self.specs[i].described(), "spec": order.index(self.specs[i])})
             described.append((f"parameter {i}", row))
@@ -217,9 +220,10 @@ def plan_shards(
         ValueError: a DTensor with unsupported placements, or whose mesh has ranks outside ``topology``.
     """
     indexed = list(enumerate(rows, start=len(layout.numels)))
-    precisions = [settings.of_group(group).precision(p.dtype) for _, p, group in rows]
+    precisions = [settings.of_group(group).precision(p) for _, p, group in rows]
     kinds: list[Hashable] = [
-        (p.dtype, precision.moments) for (_, p, _), precision in zip(rows, precisions, strict=True)
+        (p.dtype, precision.moments, grad_dtype_of(p))
+        for (_, p, _), precision in zip(rows, precisions, strict=True)
     ]
     specs = {i: _shard_spec(name, p, topology) for i, (name, p, _) in indexed if is_dtensor(p)}
     plain = [(i, p) for i, (_, p, _) in indexed if i not in specs]
