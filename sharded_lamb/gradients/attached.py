@@ -1,6 +1,6 @@
 """Which gradients stage 2 holds reduced, by the handles that it attaches to ``.grad``, and users' edits of them."""
 
-import weakref
+import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 import torch
@@ -38,16 +38,22 @@ class AttachedGradients:
             int, int
         ] = {}  # of gradients that backward accumulated and no reduction includes
         self._owner, self._factors = owner, Factors()
-        self._references: list[weakref.ref[Tensor]] = []
-        weakref.finalize(self, _detach, self._references).atexit = False
 
-    def extend(self, names: Sequence[str], params: Sequence[Tensor], reduced: Sequence[Tensor]) -> None:
-        """Add parameters, without gradients. ``reduced``: those that will get handles, no DTensors."""
+    def __del__(self) -> None:
+        """Free the handles of an optimizer that is deleted. No weak references to parameters: torch swaps none with."""
+        if sys.is_finalizing():
+            return
+        for p in self.params:
+            grad = p.grad
+            if isinstance(grad, ReducedGradient) and (grad.mark is None or grad.mark.owner is self._owner):
+                p.grad = None
+
+    def extend(self, names: Sequence[str], params: Sequence[Tensor]) -> None:
+        """Add parameters, without gradients."""
         self.names.extend(names)
         self.params.extend(params)
         self._marks.extend([None] * len(params))
         self.kept_rounds.extend([0] * len(params))
-        self._references.extend(map(weakref.ref, reduced))
 
     def holds(self, mark: Mark) -> bool:
         """Whether ``mark`` stands for the gradient in the shards."""
@@ -369,11 +375,3 @@ def apply_edits(bucket: FlatBucket, kept: Sequence[Kept]) -> bool:
         elif factor is not None:
             bucket.slice_of(param, bucket.shard.grad).mul_(factor.to(bucket.shard.grad.dtype))
     return True
-
-
-def _detach(references: Sequence["weakref.ref[Tensor]"]) -> None:
-    """Free the handles of an optimizer that no longer exists."""
-    for reference in references:
-        p = reference()
-        if p is not None and isinstance(p.grad, ReducedGradient):
-            p.grad = None

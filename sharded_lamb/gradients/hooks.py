@@ -13,18 +13,22 @@ class AccumulationHooks:
 
     A model may outlive its optimizer. The hook before is on the AccumulateGrad node, not on the tensor, where it would
     fire under torch.autograd.grad too. A parameter that is converted or moved, and perhaps back, gets another node: its
-    first gradient after that comes without ``before``, and `after` puts the hook on the new node.
+    first gradient after that comes without ``before``, and `after` puts the hook on the new node. A swapped parameter
+    (``torch.utils.swap_tensors``) loses both hooks until `renew`.
     """
 
     def __init__(self, before: Callable[[int], None], after: Callable[[int], None]) -> None:
         """``before``, ``after``: methods of one object."""
         self._before, self._after = weakref.WeakMethod(before), weakref.WeakMethod(after)
         self._handles: list[Any] = []
+        self._params: dict[int, Tensor] = {}
         self._nodes: dict[int, tuple[Any, Any]] = {}  # with their hooks; parameters reference them weakly
+        self._swappable: dict[int, int] = {}  # addresses of what torch swaps; nodes keep that alive
         self._announced: set[int] = set()
 
     def register(self, param: int, p: Tensor) -> None:
         """Register both hooks of parameter number ``param``."""
+        self._params[param] = p
         self._register_before(param, p)
         this = weakref.ref(self)
 
@@ -41,8 +45,21 @@ class AccumulationHooks:
         untyped: Any = p
         self._handles.append(untyped.register_post_accumulate_grad_hook(after_accumulation))
 
+    def renew(self) -> list[int]:
+        """Register the hooks of parameters again that were swapped, and return these parameters."""
+        swapped = []
+        for param, p in self._params.items():
+            if p._cdata != self._swappable[param] and p.requires_grad:
+                swapped.append(param)
+                untyped: Any = p
+                # Registers all that the dictionary holds, which torch keeps, but calls no longer.
+                untyped._post_accumulate_grad_hooks = untyped._post_accumulate_grad_hooks
+                self._register_before(param, p)
+        return swapped
+
     def _register_before(self, param: int, p: Tensor) -> None:
         this = weakref.ref(self)
+        self._swappable[param] = p._cdata
 
         def before_accumulation(grads: tuple[Tensor | None, ...]) -> None:
             hooks = this()
@@ -62,3 +79,4 @@ class AccumulationHooks:
             handle.remove()
         self._handles.clear()
         self._nodes.clear()
+        self._params.clear()

@@ -29,9 +29,10 @@ from sharded_lamb.gradients.exchange import FreeStaging, average
 from sharded_lamb.gradients.handles import Mark, ReducedGradient
 from sharded_lamb.gradients.hooks import AccumulationHooks
 from sharded_lamb.gradients.source import Identity, Registration
-from sharded_lamb.gradients.states import TRANSITIONS, InFlight, ReducerState, Round, warn_of_late_buckets
+from sharded_lamb.gradients.states import TRANSITIONS, InFlight, ReducerState, Round
 from sharded_lamb.gradients.streams import ReductionStream
 from sharded_lamb.gradients.summary import GradientSummary, agree, inject_nan
+from sharded_lamb.gradients.warn import warn_of_late_buckets, warn_of_swapped
 from sharded_lamb.kernels import Kernel, ReceivedShards
 from sharded_lamb.kernels.incoming import with_local_contribution
 from sharded_lamb.sharding.buckets import FlatBucket
@@ -62,12 +63,11 @@ class BackwardReducer:
         self.enabled = True
         self.state = ReducerState.EMPTY
         self.buckets: list[FlatBucket] = []
-        self.names: list[str] = []
-        self.params: list[Tensor] = []
         self.bucket_of: dict[int, int] = {}  # members only
         self.present: list[bool] = []  # [P] whether this rank had a gradient since zeroing
         self.late: set[int] = set()  # parameters whose hook fires more than once in a backward
         self.attached = AttachedGradients(weakref.ref(self))
+        self.names, self.params = self.attached.names, self.attached.params  # the same lists
         self.rounds = 0
         self.may_lag = False  # whether other ranks may have gradients that no round includes
         self._summary: GradientSummary | None = None
@@ -86,18 +86,15 @@ class BackwardReducer:
         assert self._round is None, "parameters cannot be added during a round"
         if self._summary is not None:
             self._summary = self._summary.padded(added.layers)
-        self.names.extend(added.names)
-        self.params.extend(added.params)
         self.present.extend([False] * len(added.params))
-        members = {param: self.params[param] for param in sorted(added.members)}
-        self.attached.extend(added.names, added.params, list(members.values()))
+        self.attached.extend(added.names, added.params)
         self._layers, self._owner_mask, self._steps = added.layers, added.owner_mask, added.steps
         for index, bucket in enumerate(added.buckets, start=len(self.buckets)):
             self.bucket_of.update(dict.fromkeys(bucket.plan.params, index))
         self.buckets.extend(added.buckets)
         self._staging.resize()
-        for param, p in members.items():
-            self._hooks.register(param, p)
+        for param in sorted(added.members):
+            self._hooks.register(param, self.params[param])
         self.may_lag = True
 
     def _enter(self, state: ReducerState) -> None:
@@ -351,6 +348,9 @@ class BackwardReducer:
         """
         if self._round is not None:
             self._close_round()
+        swapped = self._hooks.renew()
+        if self.collectives.world_size > 1:
+            warn_of_swapped(self.attached, swapped)
         self._guarded(partial(self.attached.check, used=self._used))
         holds = self.state is not ReducerState.EMPTY and self.attached.holds_any()
         if not holds or self.may_lag or self.attached.has_own_gradients([*self.bucket_of]):
@@ -414,6 +414,7 @@ class BackwardReducer:
                 self.present[param] = True
             self._zero(self.attached.zero())
         self._late_grads.clear()
+        self._hooks.renew()
         self._enter(ReducerState.USED if self.attached.has_marks else ReducerState.EMPTY)
 
     def close(self) -> None:

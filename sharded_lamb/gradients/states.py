@@ -1,6 +1,5 @@
 """The states of stage 2's reducer, and its records of a round and of exchanges in flight."""
 
-import warnings
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -87,14 +86,3 @@ class Round:
         """
         self.is_abandoned = True
         self.awaited.update(filter(attached.expect, members))
-
-
-def warn_of_late_buckets(rounds: int, seconds: float) -> None:
-    """Tell that backward waits for buckets no longer, after ``rounds`` in which one took longer than ``seconds``."""
-    warnings.warn(
-        f"in {rounds} backward passes a bucket of stage=2 did not arrive within {seconds} s, since another rank is "
-        f"late or waits in a collective of backward for this one: from now on backward does not wait for buckets, and "
-        f"staging memory grows up to the size of all gradients",
-        UserWarning,
-        stacklevel=4,
-    )

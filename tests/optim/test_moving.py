@@ -5,6 +5,7 @@ told that it is elsewhere.
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -255,11 +256,19 @@ def test_parameters_on_the_cpu_have_a_group_of_their_own_under_nccl() -> None:
     assert run_ranks(2, on_nccl_alone) == [("gloo", True)] * 2
 
 
-@pytest.mark.parametrize("clips", [False, True], ids=["", "clip_grad_norm_"])
-def test_a_model_whose_parameters_are_swapped(clips: bool) -> None:
+@contextlib.contextmanager
+def swapping() -> Iterator[None]:
     """``torch.__future__.set_swap_module_params_on_conversion``: module.to() swaps; weak references bar it."""
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
+        yield
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("clips", [False, True], ids=["", "clip_grad_norm_"])
+def test_a_model_whose_parameters_are_swapped(clips: bool) -> None:
+    with swapping():
         model = nn.Linear(3, 2)
         optimizer = ShardedLamb(model.named_parameters(), lr=0.1)
         for _ in range(2):
@@ -276,5 +285,69 @@ def test_a_model_whose_parameters_are_swapped(clips: bool) -> None:
         optimizer.step()
         moved = (before - model.weight.detach()).norm() / before.norm()
         assert moved.item() == pytest.approx(0.1, rel=1e-4)  # a step's length: lr ‖w‖
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def to_double_and_back(model: nn.Module) -> None:
+    model.double()
+    model.float()
+
+
+def load_itself(model: nn.Module) -> None:
+    model.load_state_dict(model.state_dict())
+
+
+SWAPS: dict[str, Callable[[nn.Module], Any]] = {
+    "to": lambda model: model.to("cpu"),
+    "float": lambda model: model.float(),
+    "double and float": to_double_and_back,
+    "load_state_dict": load_itself,
+}
+
+
+def train_swapped(rank: int, stage: int, way: str | None, when: str) -> tuple[list[Tensor], list[int]]:
+    """Weights, and the reductions that every backward has started."""
+    model, optimizer = made(rank, stage, "fp32")
+    started = []
+    with swapping():
+        for step in range(4):
+            if way is not None and when == "before zero_grad":
+                SWAPS[way](model)
+            optimizer.zero_grad(set_to_none=step != 2 or when == "before backward")
+            if way is not None and when == "before backward":
+                SWAPS[way](model)
+            for part in range(2):
+                backward(rank, model, 2 * step + part, stage)
+                if stage == 2:
+                    reducer: Any = optimizer._gradients
+                    started.append(reducer.rounds)
+            if way in ("to", "float") and when == "before the step":
+                SWAPS[way](model)
+            optimizer.step()
+    return [p.detach().clone() for p in model.parameters()], started
+
+
+@pytest.mark.parametrize("way", SWAPS)
+@pytest.mark.parametrize("world", [1, 2])
+def test_stage_2_reduces_gradients_of_swapped_parameters_in_backward(world: int, way: str) -> None:
+    expected = run_ranks(world, train_swapped, 2, None, "")
+    for when in ("before zero_grad", "before the step"):
+        assert_equal(run_ranks(world, train_swapped, 2, way, when), expected)
+
+
+def warned_of(rank: int, way: str) -> tuple[list[Tensor], list[str]]:
+    """Swaps after zero_grad: the hooks are lost for one backward, of which the step reduces the gradients."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        weights, _ = train_swapped(rank, 2, way, "before backward")
+    return weights, [str(warning.message) for warning in caught if "swap" in str(warning.message)]
+
+
+@pytest.mark.parametrize("way", SWAPS)
+@pytest.mark.parametrize("world", [1, 2])
+def test_stage_2_reduces_gradients_in_the_step_where_swaps_removed_hooks(world: int, way: str) -> None:
+    expected = run_ranks(world, train_swapped, 2, None, "before backward")
+    for (weights, messages), (same, _) in zip(run_ranks(world, warned_of, way), expected, strict=True):
+        for ours, theirs in zip(weights, same, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        assert len(messages) == (4 if world > 1 else 0)
+        assert all("the gradient of '0.weight' is reduced in this step" in message for message in messages)
