@@ -1,11 +1,14 @@
 """Hooks around the accumulation of gradients in ``.grad``."""
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sharded_lamb.core.eager import run_eagerly
 
 
 class AccumulationHooks:
@@ -32,6 +35,7 @@ class AccumulationHooks:
         self._register_before(param, p)
         this = weakref.ref(self)
 
+        @run_eagerly
         def after_accumulation(p: Tensor) -> None:
             hooks = this()
             after = None if hooks is None else hooks._after()
@@ -61,6 +65,7 @@ class AccumulationHooks:
         this = weakref.ref(self)
         self._swappable[param] = p._cdata
 
+        @run_eagerly
         def before_accumulation(grads: tuple[Tensor | None, ...]) -> None:
             hooks = this()
             before = None if hooks is None else hooks._before()
@@ -80,3 +85,14 @@ class AccumulationHooks:
         self._handles.clear()
         self._nodes.clear()
         self._params.clear()
+
+
+def reject_compiled_autograd() -> None:
+    """Raises RuntimeError inside a backward that torch.compile compiles, which drops callbacks at its end."""
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+    if compiled is not None and compiled.in_compiled_autograd_region:
+        raise RuntimeError(
+            "stage=2 reduces gradients during backward, and compiled autograd does not tell when it ends: compile the "
+            "forward only (torch.compile(model), loss.backward() outside), or set "
+            "torch._dynamo.config.compiled_autograd = False"
+        )

@@ -21,13 +21,14 @@ from torch import Tensor
 from sharded_lamb import faults
 from sharded_lamb.comm.collectives import Collectives
 from sharded_lamb.comm.stalls import raised
+from sharded_lamb.core.eager import run_eagerly
 from sharded_lamb.core.layers import Layers
 from sharded_lamb.core.parameters import check_gradient
 from sharded_lamb.gradients.attached import AttachedGradients, Kept, apply_edits
 from sharded_lamb.gradients.ddp import reject_ddp
 from sharded_lamb.gradients.exchange import FreeStaging, average
 from sharded_lamb.gradients.handles import Mark, ReducedGradient
-from sharded_lamb.gradients.hooks import AccumulationHooks
+from sharded_lamb.gradients.hooks import AccumulationHooks, reject_compiled_autograd
 from sharded_lamb.gradients.source import Identity, Registration
 from sharded_lamb.gradients.states import TRANSITIONS, InFlight, ReducerState, Round
 from sharded_lamb.gradients.streams import ReductionStream
@@ -149,6 +150,7 @@ class BackwardReducer:
         self.attached.accumulated(param)
         if not self.enabled:
             return
+        reject_compiled_autograd()
         current = self._open_round()
         task = torch._C._current_graph_task_id()
         if task not in current.callbacks:
@@ -168,6 +170,7 @@ class BackwardReducer:
                 current.next += 1
                 self._launch(current.next - 1, current)
 
+    @run_eagerly
     def _end_of_backward(self, task: int) -> None:
         if self._round is not None:
             self._round.callbacks[task] = None
@@ -348,9 +351,7 @@ class BackwardReducer:
         """
         if self._round is not None:
             self._close_round()
-        swapped = self._hooks.renew()
-        if self.collectives.world_size > 1:
-            warn_of_swapped(self.attached, swapped)
+        warn_of_swapped(self.attached, self._hooks.renew(), self.collectives.world_size)
         self._guarded(partial(self.attached.check, used=self._used))
         holds = self.state is not ReducerState.EMPTY and self.attached.holds_any()
         if not holds or self.may_lag or self.attached.has_own_gradients([*self.bucket_of]):

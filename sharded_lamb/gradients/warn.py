@@ -17,9 +17,9 @@ def warn_of_late_buckets(rounds: int, seconds: float) -> None:
     )
 
 
-def warn_of_swapped(attached: AttachedGradients, swapped: Sequence[int]) -> None:
+def warn_of_swapped(attached: AttachedGradients, swapped: Sequence[int], world_size: int) -> None:
     """Warn if backward came between swaps of parameters and `AccumulationHooks.renew`: no hook reduced gradients."""
-    if attached.has_own_gradients(swapped):
+    if world_size > 1 and attached.has_own_gradients(swapped):
         warnings.warn(
             f"after zero_grad() the model was converted, moved or loaded with torch.__future__.set_swap_module_params_"
             f"on_conversion(True), which removes hooks: the gradient of {attached.names[swapped[0]]!r} is reduced in "

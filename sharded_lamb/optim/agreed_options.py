@@ -10,7 +10,8 @@ from torch import Tensor
 from sharded_lamb.comm.consistency import Description, describe_groups
 from sharded_lamb.comm.stalls import raised
 from sharded_lamb.comm.step_agreement import StepAgreement
-from sharded_lamb.optim.base import LambOptimizer, Live, run_eagerly
+from sharded_lamb.core.eager import run_eagerly
+from sharded_lamb.optim.base import LambOptimizer, Live
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -11,10 +11,10 @@ from types import FrameType
 from typing import Any, ClassVar
 
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from sharded_lamb.core.eager import run_eagerly as run_eagerly
 from sharded_lamb.core.hyperparams import (
     FIXED,
     FP32_MAX,
@@ -37,9 +37,6 @@ from sharded_lamb.core.parameters import NamedParameter, named, ndim_of
 from sharded_lamb.core.rule import moments_of, sums_of
 from sharded_lamb.optim.reports import StepReports
 from sharded_lamb.sharding.layer_parts import check_blocks
-
-run_eagerly = _disable_dynamo
-"""Decorator: under torch.compile the method runs uncompiled (``torch.compiler.disable``, without importing dynamo)."""
 
 States = Mapping[Tensor, Mapping[str, Any]]
 """{parameter: its saved state}."""
