@@ -55,7 +55,7 @@ GRAD_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def grad_dtype_of(p: Tensor) -> torch.dtype:
-    """The dtype of gradients of ``p``; its own one where it takes any. torch before 2.10 has no `Tensor.grad_dtype`."""
+    """The dtype of gradients of ``p``; its own one where it takes any. Older versions of torch have no other one."""
     dtype: torch.dtype | None = getattr(p, "grad_dtype", None)
     return dtype or p.dtype
 
