@@ -14,6 +14,7 @@ from sharded_lamb.gradients.source import GradientSource, Identity
 from sharded_lamb.kernels import Kernel
 from sharded_lamb.optim.agreed_options import AgreedLive, AgreedOptions
 from sharded_lamb.optim.skips import SkipCounter
+from sharded_lamb.optim.state_entries import StateEntries
 from sharded_lamb.optim.step_results import StepResults
 from sharded_lamb.sharding import state
 from sharded_lamb.sharding.param_store import ParamStore
@@ -47,6 +48,8 @@ class ShardedLive(AgreedLive):
     grouped: int = 0  # a hash of the index of each registered parameter's group
     own_weights: list[Tensor] | None = None  # this rank's, while parameters hold their averages
     results: StepResults = field(default_factory=StepResults)
+    entries: StateEntries = field(default_factory=StateEntries)
+    edits: int = 0  # a hash of what was edited in ``optimizer.state`` since the last step
     is_summarized: bool = False
     closed: str | None = None  # why
     ddp: "list[weakref.ref[Any]] | None" = None  # models that hold parameters of this optimizer
@@ -63,6 +66,10 @@ class PartsOptimizer(AgreedOptions):
     _settings: Settings
     _live: ShardedLive
     _live_class = ShardedLive
+
+    def _take_state_edits(self) -> None:
+        """See `StateEntries.take_edits`."""
+        self._live.edits += self._live.entries.take_edits(self._store, self.state)
 
     @property
     def _store(self) -> ParamStore:

@@ -67,6 +67,7 @@ class RegisteringOptimizer(JoinableOptimizer):
         live.results, live.scanned = StepResults(), None
         self._drop_clip()
         self.state.clear()
+        live.entries.forget()
         self._build()
         live.skips.set_total(skipped)
         if has_state:
@@ -93,8 +94,19 @@ class RegisteringOptimizer(JoinableOptimizer):
         if not all(map(operator.is_, before, (group for _, _, group in store.rows))):
             live.table = OptionTable(store.rows, store.layers, store.device)
 
+    def _check_options(self) -> None:
+        """Also bring edits of ``optimizer.state`` into the memory that steps update."""
+        super()._check_options()
+        self._take_state_edits()
+
     def _step_facts(self) -> Description:
-        return [*super()._step_facts(), ("hash of the parameters' groups", self._live.grouped)]
+        live = self._live
+        return [
+            *super()._step_facts(),
+            ("max_norm of clip_grad_norm_", live.max_norm),
+            ("hash of the parameters' groups", live.grouped),
+            ("hash of edits of optimizer.state", live.edits),
+        ]
 
     def _successors(self) -> dict[int, Tensor]:
         """{registered parameter: the new one of its name and shape in its place}; empty unless all removed have one.

@@ -239,6 +239,7 @@ class ShardedLamb(AveragingOptimizer):
         summary = summary.without(live.removed, (), store.layers)
         live.may_defer, live.has_deferred = may_defer, not summary.agreed
         self._update(summary, problem)
+        live.edits = 0
         self._gradients.stepped()
         self._drop_clip()
         if not live.is_summarized and store.topology.rank == 0:

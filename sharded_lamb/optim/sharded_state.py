@@ -29,9 +29,6 @@ LOAD_TIMEOUT_S = 900.0
 class ShardedOptimizer(PartsOptimizer):
     """State dicts and reports of a `ShardedLamb`, without its step."""
 
-    def _step_facts(self) -> Description:
-        return [*super()._step_facts(), ("max_norm of clip_grad_norm_", self._live.max_norm)]
-
     def _gradient_edits(self) -> Tensor | None:
         return self._gradients.edits()
 
@@ -92,22 +89,24 @@ class ShardedOptimizer(PartsOptimizer):
         states |= state.dtensor_states(
             store.layout, store.dtensors, store.specs, topology.rank, len(topology.everyone), store.step
         )
-        for param, entry in sorted(states.items()):
-            self.state[store.params[param]] = entry
+        self._live.entries.write(store, self.state, states)
 
     def _check_states(self, states: States) -> None:
         if self._settings.gather_dtype is None:
             state.warn_of_masters(states)
         if state.is_whole(states.values()):
-            named = self._named_parameters()
-            rows = ((name, p.shape, states[p]) for name, p, _ in named if p in states)
+            rows = ((name, p.shape, states[p]) for name, p, _ in self._named_parameters() if p in states)
             state.check_full(rows, self.moments)
             return
         store = self._store
+        self._take_state_edits()
         for param, (name, p) in enumerate(zip(store.names, store.params, strict=True)):
-            if p not in states:
+            if p in states:
+                state.check_local(name, p, self.state[p], store.states_of(param), states[p])
+            elif (
+                p.requires_grad
+            ):  # torch.distributed.checkpoint may leave out frozen ones, whose state remains
                 raise ValueError(f"the state dict has no state of {name!r}: it is of another model")
-            state.check_local(name, p, self.state[p], store.states_of(param), states[p])
         absent = [name for name, p, _ in self._named_parameters() if p in states and p not in store.index]
         if absent:
             raise ValueError(
@@ -119,8 +118,9 @@ class ShardedOptimizer(PartsOptimizer):
         if self._settings.ema_decay is None:
             state.warn_of_average(states.values())
         if not state.is_whole(states.values()):
-            for p in store.params:
-                state.load_local(p, self.state[p], store.states_of(store.index[p]), states[p])
+            for param, p in enumerate(store.params):
+                if p in states:
+                    state.load_local(p, self.state[p], store.states_of(param), states[p])
             return
         self.register_stateful([p for p, saved in states.items() if state.steps_of(saved)])
         for param, p in enumerate(store.params):
@@ -238,8 +238,8 @@ class ShardedOptimizer(PartsOptimizer):
 
         Whole tensors are those of `full_state_dict`, of `state_dict` after `consolidate_state_dict`, and of
         `Lamb.state_dict`; every rank passes them, and any number of ranks may have saved them. State of frozen
-        parameters is kept for the steps after they are unfrozen. Collectives: a comparison of steps and options over
-        ranks; those of a registration if frozen parameters have state.
+        parameters is kept for the steps after they are unfrozen, also where slices lack it. Collectives: a comparison
+        over ranks; those of a registration if frozen parameters have state.
 
         Raises:
             ValueError: groups, parameters or shapes differ from this optimizer's, slices are another rank's or of
@@ -255,8 +255,8 @@ class ShardedOptimizer(PartsOptimizer):
             topology, always=True, what="load_state_dict", timeout_s=LOAD_TIMEOUT_S
         ) as description:
             groups, states = self._checked(self._after_pre_hooks(state_dict))
-            description.append(("step counts", [state.steps_of(saved) for saved in states.values()]))
-            description += [(f"saved group {i}", len(group["params"])) for i, group in enumerate(groups)]
+            sizes = ((f"saved group {i}", len(group["params"])) for i, group in enumerate(groups))
+            description += [("step counts", [state.steps_of(saved) for saved in states.values()]), *sizes]
         self._load(groups, states)
 
     @collective

@@ -165,17 +165,21 @@ class ParamStore:
 
     def load_whole(self, param: int, saved: Mapping[str, Any] | None) -> None:
         """Store this rank's part of a parameter's whole, checked state; None: the state of a new optimizer."""
-        bucket = self._bucket_of.get(param)
         for state in self.states_of(param):
             if saved is not None and state.kind in saved:
-                whole = saved[state.kind]
-                local = self.dtensors.local
-                state.store(
-                    bucket.segment_of_whole(param, whole) if bucket else local[param].part_of_whole(whole)
-                )
+                state.store(self.part_of_whole(param, saved[state.kind]))
             else:
                 state.reset()
         self.step[param] = 0 if saved is None else as_tensor(saved["step"]).reshape(())
+
+    def part_of_whole(self, param: int, whole: Tensor) -> Tensor:
+        """This rank's part of a whole tensor of a parameter's shape."""
+        bucket = self._bucket_of.get(param)
+        return (
+            bucket.segment_of_whole(param, whole)
+            if bucket
+            else self.dtensors.local[param].part_of_whole(whole)
+        )
 
     def replicas(self) -> Replicas:
         """Which ranks must hold equal gradients: in stage 1 all of them, for plain parameters."""

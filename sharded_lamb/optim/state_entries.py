@@ -1,0 +1,117 @@
+"""The entries of ``optimizer.state``, which a program may remove or replace, as of any optimizer of torch."""
+
+import operator
+import zlib
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_lamb.core.host_values import as_tensor
+from sharded_lamb.sharding.buckets import flattened, memory_strides
+from sharded_lamb.sharding.dtensors import is_dtensor
+from sharded_lamb.sharding.param_store import ParamStore
+from sharded_lamb.sharding.placements import local_part
+from sharded_lamb.sharding.state import State, check_step
+
+States = MutableMapping[Tensor, dict[str, Any]]
+
+
+class StateEntries:
+    """What a `ShardedLamb` wrote: an entry for each registered parameter, whose tensors are views of its memory."""
+
+    def __init__(self) -> None:
+        self._own: dict[int, State] = {}
+        self._entries: list[Any] = []
+        self._values: list[Any] = []
+
+    def write(self, store: ParamStore, states: States, own: Mapping[int, State]) -> None:
+        """Write the entries ``own`` of all registered parameters."""
+        self._own = {param: dict(entry) for param, entry in sorted(own.items())}
+        for param in self._own:
+            states[store.params[param]] = own[param]
+        self._note(states)
+
+    def forget(self) -> None:
+        """Hold no memory any more."""
+        self._own, self._entries, self._values = {}, [], []
+
+    def take_edits(self, store: ParamStore, states: States) -> int:
+        """Bring what a program removed or replaced into the memory of ``store``: removed state begins anew.
+
+        Returns:
+            A hash of what was edited, 0 if nothing was. Ranks must edit alike.
+
+        Raises:
+            ValueError: a tensor of another shape, or a step that is no count; nothing was changed.
+        """
+        if self._is_unchanged(states):
+            return 0
+        edits: dict[tuple[int, str], Any] = {}
+        for param, own in self._own.items():
+            entry: Mapping[str, Any] = states.get(store.params[param], {})
+            edits |= {(param, key): entry.get(key) for key in own if entry.get(key) is not own[key]}
+        for (param, key), value in edits.items():
+            _check(store, param, key, value, self._own[param][key])
+        for (param, key), value in edits.items():
+            _take(store, param, key, value)
+            p = store.params[param]
+            if p not in states:
+                states[p] = {}
+            states[p][key] = self._own[param][key]
+        self._note(states)
+        edited = [(*place, value is None) for place, value in edits.items()]
+        return (
+            zlib.crc32(repr(edited).encode()) if edits else 0
+        )  # hash() of a string differs between processes
+
+    def _note(self, states: States) -> None:
+        self._entries = [*states.values()]
+        self._values = _values(self._entries)
+
+    def _is_unchanged(self, states: States) -> bool:
+        entries = [*states.values()]
+        if len(entries) != len(self._entries) or not all(map(operator.is_, entries, self._entries)):
+            return False
+        values = _values(entries)
+        return len(values) == len(self._values) and all(map(operator.is_, values, self._values))
+
+
+def _values(entries: list[Any]) -> list[Any]:
+    return [value for entry in entries if isinstance(entry, dict) for value in entry.values()]
+
+
+def _check(store: ParamStore, param: int, key: str, value: Any, own: Tensor) -> None:
+    if value is None or key == "shard":
+        return
+    name, p = store.names[param], store.params[param]
+    if key == "step":
+        check_step(name, {"step": value})
+    elif not isinstance(value, Tensor) or value.shape not in (p.shape, own.shape, torch.Size([own.numel()])):
+        actual = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"optimizer.state has {actual} as {key} of {name!r}, which has shape {tuple(p.shape)}: write a tensor of "
+            f"that shape, or this rank's slice of {own.numel()} elements"
+        )
+
+
+def _take(store: ParamStore, param: int, key: str, value: Any) -> None:
+    """``value``: None, or as checked."""
+    if key == "step":
+        store.step[param] = 0 if value is None else as_tensor(value).reshape(())
+    for state in store.states_of(param):
+        if state.key != key:
+            continue
+        if value is None:
+            state.reset()
+        elif value.shape == state.stored.shape and value.dtype == state.stored.dtype:
+            state.stored.copy_(value)
+        elif is_dtensor(value):
+            p = store.params[param]
+            assert is_dtensor(p)
+            state.store(flattened(local_part(value), memory_strides(local_part(p))))
+        elif value.shape == store.params[param].shape and state.is_by_element:
+            state.store(store.part_of_whole(param, value))
+        else:
+            state.store(value.reshape(-1))

@@ -1,0 +1,173 @@
+"""``optimizer.state`` that a program resets or replaces between steps, as of torch's optimizers."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from sharded_lamb import Lamb, ShardedLamb
+from tests.harness import run_ranks, run_ranks_expecting_errors
+
+Edit = Callable[[Any, list[torch.Tensor]], None]
+
+
+def rebind(opt: Any, params: list[torch.Tensor]) -> None:
+    opt.state = defaultdict(dict)
+
+
+def clear(opt: Any, params: list[torch.Tensor]) -> None:
+    opt.state.clear()
+
+
+def pop(opt: Any, params: list[torch.Tensor]) -> None:
+    opt.state.pop(params[1])
+
+
+def restart_count(opt: Any, params: list[torch.Tensor]) -> None:
+    opt.state[params[0]]["step"] = torch.tensor(0.0)
+
+
+def replace_moment(opt: Any, params: list[torch.Tensor]) -> None:
+    opt.state[params[0]]["exp_avg"] = torch.zeros_like(opt.state[params[0]]["exp_avg"])
+
+
+def replace_by_whole(opt: Any, params: list[torch.Tensor]) -> None:
+    shape = params[0].shape
+    opt.state[params[0]]["exp_avg"] = torch.linspace(-1, 1, shape.numel()).view(shape)
+
+
+def reset_in_loop(opt: Any, params: list[torch.Tensor]) -> None:
+    for p in params:
+        opt.state[p] = {}
+
+
+def mark(opt: Any, params: list[torch.Tensor]) -> None:
+    """As wrappers do; no edit."""
+    opt.state[params[0]]["slow"] = torch.ones(3)
+
+
+EDITS = (rebind, clear, pop, restart_count, replace_moment, replace_by_whole, reset_in_loop, mark)
+
+
+def model_of(sharded: bool) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(31, 24), torch.nn.Linear(24, 5))
+    if sharded:
+        fully_shard(model)
+    return model
+
+
+def run(opt: Any, model: torch.nn.Module, edit: Edit) -> list[torch.Tensor]:
+    for step in range(5):
+        if step == 3:
+            edit(opt, list(model.parameters()))
+        opt.zero_grad()
+        generator = torch.Generator().manual_seed(step)
+        model(torch.randn(8, 31, generator=generator)).square().mean().backward()
+        opt.step()
+    return [p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in model.parameters()]
+
+
+def edited(rank: int, edit: Edit, kind: str) -> None:
+    model, alone = model_of(kind == "fsdp2"), model_of(False)
+    options = {} if kind == "fsdp2" else {"stage": int(kind)}
+    opt = ShardedLamb(model.named_parameters(), lr=0.02, **options)  # type: ignore[arg-type]
+    lamb = Lamb(alone.named_parameters(), lr=0.02)
+    expected = run(lamb, alone, edit)
+    for p, q in zip(run(opt, model, edit), expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=3e-6, atol=1e-7)
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        assert float(opt.state[p]["step"]) == float(lamb.state[q]["step"])
+    assert len(opt.local_state_dict()["state"]) == 4
+    if edit is mark:
+        assert torch.equal(opt.state[next(model.parameters())]["slow"], torch.ones(3))
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+@pytest.mark.parametrize(("kind", "world"), [("1", 1), ("2", 1), ("1", 2), ("2", 2), ("fsdp2", 2)])
+def test_edits_of_state_are_obeyed(edit: Edit, kind: str, world: int) -> None:
+    run_ranks(world, edited, edit, kind)
+
+
+def disagree(rank: int) -> None:
+    model = model_of(False)
+    opt = ShardedLamb(model.named_parameters(), lr=0.02, stage=2)
+    run(opt, model, (clear, mark)[rank])
+
+
+def test_ranks_that_edit_state_differently_raise() -> None:
+    for kind, message in run_ranks_expecting_errors(2, disagree).values():
+        assert kind == "ValueError"
+        assert "optimizer.state" in message
+
+
+def misshapen(rank: int, edit: str) -> None:
+    model = model_of(False)
+    opt = ShardedLamb(model.named_parameters(), lr=0.02)
+
+    def replace(opt: Any, params: list[torch.Tensor]) -> None:
+        if rank == 0:
+            opt.state[params[0]][edit] = torch.full((7,), -1.0)
+
+    run(opt, model, replace)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ("exp_avg", r"optimizer.state has \(7,\) as exp_avg of '0.weight'"),
+        ("step", "expected a whole number"),
+    ],
+)
+def test_state_that_does_not_fit_is_an_error_on_every_rank(edit: str, message: str) -> None:
+    failed = run_ranks_expecting_errors(2, misshapen, edit)
+    assert {kind for kind, _ in failed.values()} == {"ValueError"}
+    assert any(message.replace("\\", "") in text for _, text in failed.values())
+
+
+def frozen_round_trip(rank: int, stage: int) -> None:
+    """torch's AdamW and `Lamb` load what get_state_dict(ignore_frozen_params=True) gives; so does `ShardedLamb`."""
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+    def start() -> tuple[torch.nn.Module, ShardedLamb]:
+        model = model_of(False)
+        opt = ShardedLamb(model.named_parameters(), lr=0.02, stage=stage)
+        model[0].requires_grad_(False)  # type: ignore[operator, index]
+        return model, opt
+
+    model, opt = start()
+    run(opt, model, mark)
+    weights, state = get_state_dict(model, opt, options=options)
+    again, resumed = start()
+    set_state_dict(again, resumed, model_state_dict=weights, optim_state_dict=state, options=options)
+    for p, q in zip(run(resumed, again, mark), run(opt, model, mark), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("world", [1, 2])
+def test_state_without_frozen_parameters_is_loaded(stage: int, world: int) -> None:
+    run_ranks(world, frozen_round_trip, stage)
+
+
+def load_after_reset(rank: int) -> None:
+    model = model_of(False)
+    opt = ShardedLamb(model.named_parameters(), lr=0.02)
+    run(opt, model, mark)
+    saved = copy.deepcopy(opt.state_dict())
+    opt.state = defaultdict(dict)
+    opt.load_state_dict(saved)
+    for key, entry in saved["state"].items():
+        assert torch.equal(opt.state_dict()["state"][key]["exp_avg"], entry["exp_avg"])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_state_is_loaded_after_a_reset(world: int) -> None:
+    run_ranks(world, load_after_reset)
