@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from sharded_lamb.core.eager import run_eagerly as run_eagerly
 from sharded_lamb.core.hyperparams import (
     FIXED,
     FP32_MAX,
@@ -211,7 +210,7 @@ class LambOptimizer(StepReports, Optimizer):
         return name in OPTIMIZER_WIDE and (value or None) == (getattr(self, name) or None)
 
     def _check_keys(self, group: Mapping[str, Any]) -> None:
-        """Raises ValueError for a misspelt option, or one of `OPTIMIZER_WIDE`."""
+        """Raises ValueError for a misspelt option, one of `OPTIMIZER_WIDE`, or torch's that would change the update."""
         for name, reason in OPTIMIZER_WIDE.items():
             if name in group:
                 raise ValueError(
@@ -222,6 +221,11 @@ class LambOptimizer(StepReports, Optimizer):
                 f"state_dtype={group['state_dtype']} in a parameter group: ShardedLamb alone stores moments in other "
                 f"dtypes than {type(self).__name__}'s"
             )
+        for key in ("maximize", "amsgrad", "differentiable"):
+            if group.get(key):
+                raise ValueError(
+                    f"{key}={group[key]!r} in a parameter group: this LAMB does not have it; leave it out"
+                )
         for key in group.keys() - self.defaults.keys():
             known = [*self.defaults, *self.registered_keys, "params"]
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)

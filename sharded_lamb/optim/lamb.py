@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sharded_lamb import kernels
 from sharded_lamb.core import rule
+from sharded_lamb.core.eager import run_eagerly
 from sharded_lamb.core.host_values import as_tensor
 from sharded_lamb.core.hyperparams import RuleOptions
 from sharded_lamb.core.layers import Layers
@@ -17,7 +18,7 @@ from sharded_lamb.core.options import OptionTable
 from sharded_lamb.core.parameters import Grouping, all_strided, check_gradients, check_parameter, named
 from sharded_lamb.kernels import ScatteredShard
 from sharded_lamb.kernels.engine import Update, gradient_square_sums
-from sharded_lamb.optim.base import LambOptimizer, Live, States, receives_grad_scale, run_eagerly
+from sharded_lamb.optim.base import LambOptimizer, Live, States, receives_grad_scale
 from sharded_lamb.optim.step_results import LastStep, StepResults
 from sharded_lamb.optim.whole_tensors import State, WholeTensors, new_state
 from sharded_lamb.sharding.dtensors import is_dtensor
@@ -107,7 +108,8 @@ class Lamb(LambOptimizer):
         super().add_param_group(param_group)
         try:
             for name, p in named(self.param_groups[-1]):
-                _check_whole(str(name), p)
+                if p.requires_grad:  # a step checks those that it finds with a gradient
+                    _check_whole(str(name), p)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise

@@ -69,7 +69,11 @@ class PartsOptimizer(AgreedOptions):
 
     def _take_state_edits(self) -> None:
         """See `StateEntries.take_edits`."""
-        self._live.edits += self._live.entries.take_edits(self._store, self.state)
+        live, removed = self._live, {*self._live.removed}
+        edits = live.entries.take_edits(self._store, self.state, lambda param: param not in removed)
+        if edits:
+            live.edits += edits
+            live.consolidated = None
 
     @property
     def _store(self) -> ParamStore:

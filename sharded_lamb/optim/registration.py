@@ -1,6 +1,7 @@
 """Registers parameters: at construction, once they are unfrozen, and where the model moves to."""
 
 import operator
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -75,6 +76,12 @@ class RegisteringOptimizer(JoinableOptimizer):
             self._scatter(None if whole is None else {registered[i]: saved for i, saved in whole.items()})
 
     def _scan(self) -> None:
+        """Note edits of the groups, and take over those of ``optimizer.state``."""
+        self._note_groups()
+        with suppress(ValueError):  # `_check_options` raises it, so that every rank does
+            self._take_state_edits()
+
+    def _note_groups(self) -> None:
         """Note which parameters of the groups are not registered, and the group of each registered one, if any.
 
         Those in no group keep the options that they had, for reports: no step updates them.
@@ -85,6 +92,7 @@ class RegisteringOptimizer(JoinableOptimizer):
         group_of = {p: index for index, group in enumerate(self.param_groups) for p in group["params"]}
         live.scanned, live.frozen_params = now, [p for p in now.params if p not in store.index]
         live.removed = [i for i, p in enumerate(store.params) if p not in group_of]
+        live.entries.look_again()
         live.grouped = hash(tuple(group_of.get(p, -1) for p in store.params))
         before = [group for _, _, group in store.rows]
         store.rows[:] = [

@@ -2,7 +2,7 @@
 
 import operator
 import zlib
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -37,8 +37,14 @@ class StateEntries:
         """Hold no memory any more."""
         self._own, self._entries, self._values = {}, [], []
 
-    def take_edits(self, store: ParamStore, states: States) -> int:
+    def look_again(self) -> None:
+        """Compare all entries next time: other parameters may have a group."""
+        self._entries = []
+
+    def take_edits(self, store: ParamStore, states: States, grouped: Callable[[int], bool]) -> int:
         """Bring what a program removed or replaced into the memory of ``store``: removed state begins anew.
+
+        ``grouped``: whether a parameter has a group; others need no entry.
 
         Returns:
             A hash of what was edited, 0 if nothing was. Ranks must edit alike.
@@ -51,10 +57,14 @@ class StateEntries:
         edits: dict[tuple[int, str], Any] = {}
         for param, own in self._own.items():
             entry: Mapping[str, Any] = states.get(store.params[param], {})
+            if not entry and not grouped(param):
+                continue
             edits |= {(param, key): entry.get(key) for key in own if entry.get(key) is not own[key]}
         for (param, key), value in edits.items():
             _check(store, param, key, value, self._own[param][key])
-        for (param, key), value in edits.items():
+        # An entry of another parameter is memory that is written here.
+        copies = {at: value.clone() if isinstance(value, Tensor) else value for at, value in edits.items()}
+        for (param, key), value in copies.items():
             _take(store, param, key, value)
             p = store.params[param]
             if p not in states:

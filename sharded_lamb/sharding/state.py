@@ -223,9 +223,14 @@ def check_step(name: str, saved: Mapping[str, Any]) -> None:
 def check_full(rows: Iterable[tuple[str, Sequence[int], Mapping[str, Any]]], moments: Sequence[str]) -> None:
     """Raises ValueError if a whole state does not fit its parameter. ``rows``: (name, shape, saved state)."""
     for name, shape, saved in rows:
+        lacking = [key for key in moments if key not in saved]
+        if lacking:
+            raise ValueError(
+                f"the state of {name!r} has {sorted(saved)} and lacks {lacking}: it is of another optimizer or variant"
+            )
         for key in (*moments, *(kind for kind in OF_WEIGHTS if kind in saved)):
-            if key not in saved or tuple(saved[key].shape) != tuple(shape):
-                actual = tuple(saved[key].shape) if key in saved else "nothing"
+            if tuple(saved[key].shape) != tuple(shape):
+                actual = tuple(saved[key].shape)
                 raise ValueError(
                     f"{key} of {name!r}: expected a whole tensor of shape {tuple(shape)}, got {actual}; load the "
                     f"result of full_state_dict(), Lamb.state_dict(), or state_dict() after consolidate_state_dict()"

@@ -190,3 +190,27 @@ def test_a_model_that_gets_a_new_head_for_each_task() -> None:
         assert moved == [
             p is q for each in heads for p, q in zip(each.parameters(), head.parameters(), strict=True)
         ]
+
+
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+@pytest.mark.parametrize("option", ["maximize", "amsgrad", "differentiable"])
+def test_options_of_torch_that_would_change_the_update_are_refused(cls: Any, option: str) -> None:
+    cls([{"params": parameters(), option: False}])
+    with pytest.raises(ValueError, match=f"{option}=True in a parameter group"):
+        cls([{"params": parameters(), option: True}])
+
+
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+def test_frozen_parameters_may_have_any_dtype_and_layout(cls: Any) -> None:
+    """As quantized weights beside adapters."""
+    frozen = [
+        Parameter(torch.ones(4, dtype=dtype), requires_grad=False)
+        for dtype in (torch.uint8, torch.bool, torch.complex64)
+    ]
+    frozen.append(Parameter(torch.ones(3, 3).to_sparse(), requires_grad=False))
+    p = Parameter(torch.ones(5))
+    opt = cls([*frozen, p], lr=0.1)
+    p.grad = torch.ones(5)
+    opt.step()
+    assert not torch.equal(p, torch.ones(5))
+    assert len(opt.state) == 1
