@@ -361,7 +361,7 @@ def test_the_first_commands_run_from_the_wheel_in_an_empty_folder(installed: Pat
     run = tmp_path / "runs/mine"
     said = []
     for command in COMMANDS.splitlines():
-        if any(part in command for part in ELSEWHERE):
+        if command.startswith("pip install") or any(part in command for part in ELSEWHERE):
             continue
         if "--resume" in command:  # as after an interruption
             first = losses(run)
@@ -386,7 +386,7 @@ def test_the_wheel_has_the_recipe_s_configurations(installed: Path, tmp_path: Pa
 
 
 def test_commands_that_others_run_are_in_the_wheel(wheel: Path, installed: Path) -> None:
-    assert f"pip install '{wheel.name}[bert]'\n{COMMANDS}" in README
+    assert f"pip install 'dist/{wheel.name}[bert]'\n{COMMANDS}" in README
     assert all((ROOT / "tests" / file).is_file() for file in ELSEWHERE.values())
     assert (installed / "sharded_lamb/integrations/examples/trainer.py").is_file()
     assert any("sharded-lamb quickstart" in command for command in COMMANDS.splitlines())
