@@ -1,7 +1,6 @@
 """Registers parameters: at construction, once they are unfrozen, and where the model moves to."""
 
 import operator
-from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -78,8 +77,11 @@ class RegisteringOptimizer(JoinableOptimizer):
     def _scan(self) -> None:
         """Note edits of the groups, and take over those of ``optimizer.state``."""
         self._note_groups()
-        with suppress(ValueError):  # `_check_options` raises it, so that every rank does
+        self._live.bad_state = None
+        try:
             self._take_state_edits()
+        except ValueError as error:
+            self._live.bad_state = error
 
     def _note_groups(self) -> None:
         """Note which parameters of the groups are not registered, and the group of each registered one, if any.
@@ -103,9 +105,10 @@ class RegisteringOptimizer(JoinableOptimizer):
             live.table = OptionTable(store.rows, store.layers, store.device)
 
     def _check_options(self) -> None:
-        """Also bring edits of ``optimizer.state`` into the memory that steps update."""
+        """Also raises what the last scan found in ``optimizer.state``, so that every rank raises it."""
         super()._check_options()
-        self._take_state_edits()
+        if self._live.bad_state is not None:
+            raise self._live.bad_state
 
     def _step_facts(self) -> Description:
         live = self._live
