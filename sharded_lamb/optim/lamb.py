@@ -164,15 +164,16 @@ class Lamb(LambOptimizer):
             _check_whole(names[row], params[row])  # a wrapper may have sharded it since construction
             devices.setdefault(params[row].device, []).append(row)
             state = self.state[params[row]]
-            if "step" not in state:  # wrappers keep tensors of their own there
-                state.update(new_state(params[row], self.moments))
+            if not {"step", *self.moments} <= state.keys():  # wrappers keep tensors of their own there
+                state.update({**new_state(params[row], self.moments), **state})
         by_device = []
         for device, own in devices.items():
             members = [params[row] for row in own]
             kernel = kernels.choose("auto", device)
             states, table = [self.state[p] for p in members], self._table(device)
             by_device.append(WholeTensors(kernel, device, own, members, states, self.moments, table))
-        return _Found(rows, list(self.state.values()), by_device)
+        states = list(self.state.values())
+        return _Found(rows, states, list(map(len, states)), by_device)
 
     def _update_part(self, part: "_Part", sums: Tensor, inverse: Tensor, grad_norm: Tensor) -> LastStep:
         """Update one device's parameters. ``sums``: [L] Σg²; the other two: `_gradient_norm`, on the device."""
@@ -249,6 +250,7 @@ class _Found:
 
     rows: list[int]  # those with a gradient, among all groups'
     states: list[State]  # of the optimizer, all of them
+    sizes: list[int]  # of these
     by_device: list[WholeTensors]
 
     def serves(self, rows: list[int], states: Collection[State]) -> bool:
@@ -257,6 +259,7 @@ class _Found:
             rows == self.rows
             and len(states) == len(self.states)
             and all(map(operator.is_, states, self.states))
+            and list(map(len, states)) == self.sizes
         )
 
 

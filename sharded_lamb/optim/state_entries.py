@@ -1,5 +1,6 @@
 """The entries of ``optimizer.state``, which a program may remove or replace, as of any optimizer of torch."""
 
+import functools
 import operator
 import zlib
 from collections.abc import Callable, Mapping, MutableMapping
@@ -18,28 +19,75 @@ from sharded_lamb.sharding.state import State, check_step
 States = MutableMapping[Tensor, dict[str, Any]]
 
 
+class _Edits:
+    """Whether a program has written to entries."""
+
+    __slots__ = ("were_made",)
+
+    def __init__(self) -> None:
+        self.were_made = False
+
+
+def _noting(edit: Callable[..., Any]) -> Any:
+    @functools.wraps(edit)
+    def noted(entry: "_Entry", *args: Any, **keywords: Any) -> Any:
+        if entry.edits is not None:
+            entry.edits.were_made = True
+        return edit(entry, *args, **keywords)
+
+    return noted
+
+
+class _Entry(dict[str, Any]):
+    """A parameter's entry, which notes edits: to compare all values at each step would read each into the cache.
+
+    Copies and pickles are plain dicts.
+    """
+
+    __slots__ = ("edits",)
+
+    def __init__(self, items: Mapping[str, Any], edits: _Edits | None = None) -> None:
+        """``edits``: None where other code makes one of this type, as some copy nested dicts."""
+        super().__init__(items)
+        self.edits = edits
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
+        return dict, (dict(self),)
+
+    __setitem__ = _noting(dict.__setitem__)
+    __delitem__ = _noting(dict.__delitem__)
+    __ior__ = _noting(dict.__ior__)
+    clear = _noting(dict.clear)
+    pop = _noting(dict.pop)
+    popitem = _noting(dict.popitem)
+    setdefault = _noting(dict.setdefault)
+    update = _noting(dict.update)
+
+
 class StateEntries:
     """What a `ShardedLamb` wrote: an entry for each registered parameter, whose tensors are views of its memory."""
 
     def __init__(self) -> None:
         self._own: dict[int, State] = {}
-        self._entries: list[Any] = []
-        self._values: list[Any] = []
+        self._entries: list[Any] = []  # all that optimizer.state had when they were last compared
+        self._foreign: list[Any] = []  # those of them that a program made
+        self._values: list[Any] = []  # of these
+        self._edits = _Edits()  # of the others
 
     def write(self, store: ParamStore, states: States, own: Mapping[int, State]) -> None:
         """Write the entries ``own`` of all registered parameters."""
         self._own = {param: dict(entry) for param, entry in sorted(own.items())}
-        for param in self._own:
-            states[store.params[param]] = own[param]
+        for param, entry in self._own.items():
+            states[store.params[param]] = _Entry(entry, self._edits)
         self._note(states)
 
     def forget(self) -> None:
         """Hold no memory any more."""
-        self._own, self._entries, self._values = {}, [], []
+        self._own, self._entries, self._foreign, self._values = {}, [], [], []
 
     def look_again(self) -> None:
-        """Compare all entries next time: other parameters may have a group."""
-        self._entries = []
+        """Compare all entries next time: one was edited, or other parameters have a group."""
+        self._edits.were_made = True
 
     def take_edits(self, store: ParamStore, states: States, grouped: Callable[[int], bool]) -> int:
         """Bring what a program removed or replaced into the memory of ``store``: removed state begins anew.
@@ -68,23 +116,24 @@ class StateEntries:
             _take(store, param, key, value)
             p = store.params[param]
             if p not in states:
-                states[p] = {}
+                states[p] = _Entry({}, self._edits)
             states[p][key] = self._own[param][key]
         self._note(states)
         edited = [(*place, value is None) for place, value in edits.items()]
-        return (
-            zlib.crc32(repr(edited).encode()) if edits else 0
-        )  # hash() of a string differs between processes
+        # hash() of a string differs between processes.
+        return zlib.crc32(repr(edited).encode()) if edits else 0
 
     def _note(self, states: States) -> None:
         self._entries = [*states.values()]
-        self._values = _values(self._entries)
+        self._foreign = [entry for entry in self._entries if getattr(entry, "edits", None) is not self._edits]
+        self._values, self._edits.were_made = _values(self._foreign), False
 
     def _is_unchanged(self, states: States) -> bool:
-        entries = [*states.values()]
-        if len(entries) != len(self._entries) or not all(map(operator.is_, entries, self._entries)):
+        if self._edits.were_made or len(states) != len(self._entries):
             return False
-        values = _values(entries)
+        if not all(map(operator.is_, states.values(), self._entries)):
+            return False
+        values = _values(self._foreign)
         return len(values) == len(self._values) and all(map(operator.is_, values, self._values))
 
 

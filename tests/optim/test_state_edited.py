@@ -1,6 +1,7 @@
 """``optimizer.state`` that a program resets or replaces between steps, as of torch's optimizers."""
 
 import copy
+import pickle
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -203,3 +204,69 @@ def save_after_reset(rank: int) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_state_dicts_after_a_reset_hold_the_new_state(world: int) -> None:
     run_ranks(world, save_after_reset)
+
+
+def by_each_method(opt: Any, params: list[torch.Tensor], method: str) -> None:
+    """Edit one entry through one method of dict; those that remove a key remove the moments' first."""
+    entry = opt.state[params[1]]
+    zeros = {"exp_avg": torch.zeros_like(entry["exp_avg"])}
+    match method:
+        case "pop" | "popitem":
+            while "exp_avg" in entry:
+                entry.pop("exp_avg") if method == "pop" else entry.popitem()
+        case "clear":
+            entry.clear()
+        case "delitem":
+            del entry["exp_avg"]
+        case "setdefault":
+            del entry["exp_avg"]
+            entry.setdefault("exp_avg", zeros["exp_avg"])
+        case "update":
+            entry.update(zeros)
+        case "ior":
+            entry |= zeros
+        case "foreign":  # an entry that the program made and keeps
+            own = opt.state[params[1]] = {**entry, "exp_avg": entry["exp_avg"].clone()}
+            opt.step()
+            own["exp_avg"] = zeros["exp_avg"]
+        case "again":  # after a reset the entries are new ones
+            opt.state.clear()
+            opt.step()
+            opt.state[params[1]]["exp_avg"] = zeros["exp_avg"]
+
+
+METHODS = ("pop", "popitem", "clear", "delitem", "setdefault", "update", "ior", "foreign", "again")
+
+
+def edited_by(rank: int, method: str) -> None:
+    edited(rank, lambda opt, params: by_each_method(opt, params, method), "1")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_way_to_edit_an_entry_is_noticed(method: str) -> None:
+    run_ranks(1, edited_by, method)
+
+
+def copied(rank: int) -> None:
+    model = model_of(False)
+    opt = ShardedLamb(model.named_parameters(), lr=0.02)
+    run(opt, model, mark)
+    entry = opt.state[next(model.parameters())]
+    for copied_entry in (
+        copy.copy(entry),
+        copy.deepcopy(entry),
+        pickle.loads(pickle.dumps(entry)),
+        {**entry},
+    ):
+        assert type(copied_entry) is dict
+        assert copied_entry.keys() == entry.keys()
+    assert {type(entry) for entry in opt.local_state_dict()["state"].values()} == {dict}
+    other = type(entry)({"exp_avg": entry["exp_avg"]})  # as code that maps nested containers does
+    other["exp_avg"] = torch.zeros(3)
+    before = opt.state[next(model.parameters())]["exp_avg"].clone()
+    opt._take_state_edits()
+    assert torch.equal(opt.state[next(model.parameters())]["exp_avg"], before)
+
+
+def test_copies_of_an_entry_are_plain_dicts() -> None:
+    run_ranks(1, copied)
