@@ -41,7 +41,7 @@ def _noting(edit: Callable[..., Any]) -> Any:
 class _Entry(dict[str, Any]):
     """A parameter's entry, which notes edits: to compare all values at each step would read each into the cache.
 
-    Copies and pickles are plain dicts.
+    Copies and pickles are plain dicts. ``setdefault`` needs no note: what it may replace was removed before.
     """
 
     __slots__ = ("edits",)
@@ -60,7 +60,6 @@ class _Entry(dict[str, Any]):
     clear = _noting(dict.clear)
     pop = _noting(dict.pop)
     popitem = _noting(dict.popitem)
-    setdefault = _noting(dict.setdefault)
     update = _noting(dict.update)
 
 

@@ -218,9 +218,6 @@ def by_each_method(opt: Any, params: list[torch.Tensor], method: str) -> None:
             entry.clear()
         case "delitem":
             del entry["exp_avg"]
-        case "setdefault":
-            del entry["exp_avg"]
-            entry.setdefault("exp_avg", zeros["exp_avg"])
         case "update":
             entry.update(zeros)
         case "ior":
@@ -235,7 +232,7 @@ def by_each_method(opt: Any, params: list[torch.Tensor], method: str) -> None:
             opt.state[params[1]]["exp_avg"] = zeros["exp_avg"]
 
 
-METHODS = ("pop", "popitem", "clear", "delitem", "setdefault", "update", "ior", "foreign", "again")
+METHODS = ("pop", "popitem", "clear", "delitem", "update", "ior", "foreign", "again")
 
 
 def edited_by(rank: int, method: str) -> None:
