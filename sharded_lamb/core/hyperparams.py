@@ -76,6 +76,9 @@ OPTIMIZER_WIDE: Final = {
 }
 """The options that no parameter group has, and why."""
 
+OPTIONS_OF_TORCH: Final = ("maximize", "amsgrad", "differentiable")
+"""Options of torch's optimizers that would change the update: a group may have them, but not on."""
+
 GROUP_OPTIONS: Final = tuple(name for name in DEFAULTS if name not in OPTIMIZER_WIDE)
 OPTIONS: Final = (*SCALAR_DEFAULTS, "variant", *GROUP_OPTIONS)
 """The options that every parameter group holds."""
@@ -327,6 +330,11 @@ def validate_group(group: Mapping[str, Any]) -> dict[str, Any]:
     missing = [name for name in OPTIONS if name not in group]
     if missing:
         raise ValueError(f"a parameter group lacks the option {missing[0]!r}: it was deleted, or never set")
+    for name in OPTIONS_OF_TORCH:
+        if group.get(name):
+            raise ValueError(
+                f"{name}={group[name]!r} in a parameter group: this LAMB does not have it; leave it out"
+            )
     eps = "a finite number > 0, normal in fp32 (an element whose gradients were all 0 would divide 0 by 0)"
     bias_correction = group["bias_correction"]
     if not isinstance(bias_correction, str) or bias_correction != "lr":

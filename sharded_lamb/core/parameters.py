@@ -39,6 +39,37 @@ class Grouping:
         )
 
 
+def follow_names(
+    groups: Sequence[dict[str, Any]], known: Mapping[Tensor, str | None]
+) -> dict[Tensor, str | None]:
+    """Bring ``param_names`` to the parameters that a program added, removed or moved without them.
+
+    A parameter keeps its name in ``known``; a new one has the name in its place, if its group has a name for each
+    parameter, else none.
+
+    Returns:
+        {parameter of ``groups``: its name}.
+
+    Raises:
+        ValueError: a parameter is in two places.
+    """
+    now: dict[Tensor, str | None] = {}
+    for index, group in enumerate(groups):
+        params, names = group["params"], group.get("param_names") or []
+        in_place = names if len(names) == len(params) else [None] * len(params)
+        found = [known.get(p, name) for p, name in zip(params, in_place, strict=True)]
+        for position, (name, p) in enumerate(zip(found, params, strict=True)):
+            if p in now:
+                shown = name or f"group{index}.param{position}"
+                raise ValueError(
+                    f"parameter {shown!r} is passed twice: pass each parameter once, in one group"
+                )
+            now[p] = name
+        if any(found) and found != names:
+            group["param_names"] = found
+    return now
+
+
 def shape_of(p: Tensor) -> Sequence[int]:
     """The shape of the full parameter: DeepSpeed's ZeRO-3 replaces ``p.data`` by an empty tensor."""
     shape: Sequence[int] = getattr(p, "ds_shape", p.shape)

@@ -4,14 +4,11 @@ import copy
 import difflib
 import hashlib
 import operator
-import sys
 from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, ClassVar
 
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from sharded_lamb.core.hyperparams import (
@@ -20,6 +17,7 @@ from sharded_lamb.core.hyperparams import (
     GROUP_OPTIONS,
     OPTIMIZER_WIDE,
     OPTIONS,
+    OPTIONS_OF_TORCH,
     PATTERN_OPTIONS,
     RuleOptions,
     check_max_grad_norm,
@@ -32,7 +30,7 @@ from sharded_lamb.core.hyperparams import (
 )
 from sharded_lamb.core.layers import RatioBlocks, validate_ratio_blocks
 from sharded_lamb.core.names import check_use, matching, needs_names, normalize, unique
-from sharded_lamb.core.parameters import NamedParameter, named, ndim_of
+from sharded_lamb.core.parameters import NamedParameter, follow_names, named, ndim_of
 from sharded_lamb.core.rule import moments_of, sums_of
 from sharded_lamb.optim.reports import StepReports
 from sharded_lamb.sharding.layer_parts import check_blocks
@@ -40,7 +38,11 @@ from sharded_lamb.sharding.layer_parts import check_blocks
 States = Mapping[Tensor, Mapping[str, Any]]
 """{parameter: its saved state}."""
 
-_CHECKED = (*(name for name in OPTIONS if name != "lr"), "state_dtype")  # a schedule writes lr at every step
+_CHECKED = (
+    *OPTIONS[1:],
+    *OPTIONS_OF_TORCH,
+    "state_dtype",
+)  # without lr, which a schedule writes at every step
 
 
 @dataclass(slots=True)
@@ -55,6 +57,7 @@ class Live:
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     checked: list["_CheckedGroup"] = field(default_factory=list)
+    names: dict[Tensor, str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,22 +78,6 @@ class _CheckedGroup:
 
     def __getitem__(self, option: str) -> Any:
         return self.values[_CHECKED.index(option)]
-
-
-def receives_grad_scale(optimizer: object) -> bool:
-    """Whether GradScaler's attributes reach ``optimizer``; read as ``_step_supports_amp_scaling``.
-
-    True where GradScaler.step reads it, of a LambOptimizer or a wrapper with its class. A wrapper of another class
-    forwards the read and keeps ``grad_scale`` and ``found_inf`` for itself: GradScaler must unscale gradients and skip
-    steps, as for any optimizer. False for everyone else: frameworks that read it as "gradients cannot be unscaled
-    before the step" (Lightning, Fabric) refuse to clip, and gradients can be.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(4):  # past the wrapper's __getattr__
-        if frame is not None and frame.f_code is GradScaler.step.__code__:
-            return isinstance(frame.f_locals["optimizer"], LambOptimizer)
-        frame = frame.f_back if frame is not None else None
-    return False
 
 
 class LambOptimizer(StepReports, Optimizer):
@@ -116,6 +103,7 @@ class LambOptimizer(StepReports, Optimizer):
         self._ratio_blocks: RatioBlocks = validate_ratio_blocks(options.pop("ratio_blocks"))
         self._constructed = False
         super().__init__(params, validate_group({**scalars, "variant": variant, **options}))
+        self._follow_names()
         self._check_patterns(self.param_groups, self.param_groups)
         self._check_ratio_blocks(self.param_groups)
         self._constructed = True
@@ -190,6 +178,7 @@ class LambOptimizer(StepReports, Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"a parameter group must be a dict, got {type(param_group).__name__}")
         group = {name: value for name, value in param_group.items() if not self._is_own(name, value)}
+        self._follow_names()
         self._check_keys(group)
         if group.get("variant", self.defaults["variant"]) != self.defaults["variant"]:
             self._fill_from_variant(group)
@@ -198,6 +187,7 @@ class LambOptimizer(StepReports, Optimizer):
         super().add_param_group(group)
         if self._constructed:
             try:
+                self._follow_names()
                 self._check_patterns(self.param_groups[-1:], self.param_groups[-1:], param_group.keys())
                 self._check_ratio_blocks(self.param_groups[-1:])
             except ValueError:
@@ -210,7 +200,7 @@ class LambOptimizer(StepReports, Optimizer):
         return name in OPTIMIZER_WIDE and (value or None) == (getattr(self, name) or None)
 
     def _check_keys(self, group: Mapping[str, Any]) -> None:
-        """Raises ValueError for a misspelt option, one of `OPTIMIZER_WIDE`, or torch's that would change the update."""
+        """Raises ValueError for a misspelt option or one of `OPTIMIZER_WIDE`."""
         for name, reason in OPTIMIZER_WIDE.items():
             if name in group:
                 raise ValueError(
@@ -221,11 +211,6 @@ class LambOptimizer(StepReports, Optimizer):
                 f"state_dtype={group['state_dtype']} in a parameter group: ShardedLamb alone stores moments in other "
                 f"dtypes than {type(self).__name__}'s"
             )
-        for key in ("maximize", "amsgrad", "differentiable"):
-            if group.get(key):
-                raise ValueError(
-                    f"{key}={group[key]!r} in a parameter group: this LAMB does not have it; leave it out"
-                )
         for key in group.keys() - self.defaults.keys():
             known = [*self.defaults, *self.registered_keys, "params"]
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
@@ -290,6 +275,10 @@ class LambOptimizer(StepReports, Optimizer):
                 f"ratio_blocks: {[*unused]} matches no parameter. Patterns are searched with re.search in the names "
                 f"that named_parameters() gives, wrappers' prefixes removed"
             )
+
+    def _follow_names(self) -> None:
+        """After groups were edited. Raises ValueError for a parameter that is in two places."""
+        self._live.names = follow_names(self.param_groups, self._live.names)
 
     def _members(self, group: Mapping[str, Any]) -> Iterable[tuple[str | None, Tensor]]:
         """(name or None, parameter) of every parameter of a group."""
@@ -373,8 +362,14 @@ class LambOptimizer(StepReports, Optimizer):
         self.load_local_state_dict(state_dict)
 
     def local_state_dict(self) -> dict[str, Any]:
-        """This rank's state, in the memory that steps update."""
-        return super().state_dict()
+        """This rank's state, in the memory that steps update; without that of parameters that are in no group."""
+        grouped = {p for group in self.param_groups for p in group["params"]}
+        hidden = [key for key in self.state if isinstance(key, Tensor) and key not in grouped]
+        kept = {p: self.state.pop(p) for p in hidden}  # torch's state_dict fails on them
+        try:
+            return super().state_dict()
+        finally:
+            self.state.update(kept)
 
     def load_local_state_dict(self, state_dict: dict[str, Any]) -> None:
         """`load_state_dict` of this rank alone."""
@@ -433,7 +428,7 @@ class LambOptimizer(StepReports, Optimizer):
             if names is None or own is None:
                 continue
             for saved_name, own_name in zip(names, own, strict=True):
-                if normalize(saved_name) != normalize(own_name):
+                if None not in (saved_name, own_name) and normalize(saved_name) != normalize(own_name):
                     raise ValueError(
                         f"the state dict's group {index} has {saved_name!r} where this optimizer has {own_name!r}: "
                         f"pass the parameters in the order in which they were saved"

@@ -18,7 +18,8 @@ from sharded_lamb.core.options import OptionTable
 from sharded_lamb.core.parameters import Grouping, all_strided, check_gradients, check_parameter, named
 from sharded_lamb.kernels import ScatteredShard
 from sharded_lamb.kernels.engine import Update, gradient_square_sums
-from sharded_lamb.optim.base import LambOptimizer, Live, States, receives_grad_scale
+from sharded_lamb.optim.base import LambOptimizer, Live, States
+from sharded_lamb.optim.grad_scaler import receives_grad_scale
 from sharded_lamb.optim.step_results import LastStep, StepResults
 from sharded_lamb.optim.whole_tensors import State, WholeTensors, new_state
 from sharded_lamb.sharding.dtensors import is_dtensor
@@ -126,11 +127,12 @@ class Lamb(LambOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_options()
         grouping = Grouping(self.param_groups)
         if not grouping.equals(self._live.grouping):
+            self._follow_names()
             self._tables.clear()
             self._live.grouping, self._live.found = grouping, None
+        self._check_options()
         params = grouping.params
         grads = [p.grad for p in params]
         found_inf = self._live.found_inf

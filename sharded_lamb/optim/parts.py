@@ -49,7 +49,7 @@ class ShardedLive(AgreedLive):
     own_weights: list[Tensor] | None = None  # this rank's, while parameters hold their averages
     results: StepResults = field(default_factory=StepResults)
     entries: StateEntries = field(default_factory=StateEntries)
-    bad_state: ValueError | None = None  # of an edit that does not fit
+    bad_edit: ValueError | None = None  # an edit of the groups or of ``optimizer.state`` that does not fit
     edits: int = 0  # a hash of what was edited in ``optimizer.state`` since the last step
     is_summarized: bool = False
     closed: str | None = None  # why

@@ -76,12 +76,12 @@ class RegisteringOptimizer(JoinableOptimizer):
 
     def _scan(self) -> None:
         """Note edits of the groups, and take over those of ``optimizer.state``."""
-        self._note_groups()
-        self._live.bad_state = None
+        self._live.bad_edit = None
         try:
+            self._note_groups()
             self._take_state_edits()
         except ValueError as error:
-            self._live.bad_state = error
+            self._live.bad_edit = error
 
     def _note_groups(self) -> None:
         """Note which parameters of the groups are not registered, and the group of each registered one, if any.
@@ -91,6 +91,7 @@ class RegisteringOptimizer(JoinableOptimizer):
         store, live, now = self._store, self._live, Grouping(self.param_groups)
         if now.equals(live.scanned):
             return
+        self._follow_names()
         group_of = {p: index for index, group in enumerate(self.param_groups) for p in group["params"]}
         live.scanned, live.frozen_params = now, [p for p in now.params if p not in store.index]
         live.removed = [i for i, p in enumerate(store.params) if p not in group_of]
@@ -105,10 +106,10 @@ class RegisteringOptimizer(JoinableOptimizer):
             live.table = OptionTable(store.rows, store.layers, store.device)
 
     def _check_options(self) -> None:
-        """Also raises what the last scan found in ``optimizer.state``, so that every rank raises it."""
+        """Also raises what the last scan found wrong, so that every rank raises it."""
         super()._check_options()
-        if self._live.bad_state is not None:
-            raise self._live.bad_state
+        if self._live.bad_edit is not None:
+            raise self._live.bad_edit
 
     def _step_facts(self) -> Description:
         live = self._live
@@ -169,7 +170,7 @@ class RegisteringOptimizer(JoinableOptimizer):
         """Register parameters that moved to another device, or that were unfrozen. Collective if there are any."""
         self._follow()
         store, live = self._store, self._live
-        if live.scanned is None:  # all parameters were registered anew
+        if live.scanned is None and live.bad_edit is None:  # all parameters were registered anew
             self._scan()
         if any(p.requires_grad for p in live.frozen_params):
             if live.removed:

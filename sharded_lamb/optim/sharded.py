@@ -31,7 +31,7 @@ from sharded_lamb.gradients.summary import GradientSummary, check_present
 from sharded_lamb.kernels.engine import Update
 from sharded_lamb.optim.agreed_options import collective
 from sharded_lamb.optim.averages import AveragingOptimizer
-from sharded_lamb.optim.base import receives_grad_scale
+from sharded_lamb.optim.grad_scaler import receives_grad_scale
 from sharded_lamb.optim.step_results import LastStep
 from sharded_lamb.sharding.param_store import ParamStore
 from sharded_lamb.sharding.placements import materialized, root_ranks

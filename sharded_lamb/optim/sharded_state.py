@@ -98,14 +98,14 @@ class ShardedOptimizer(PartsOptimizer):
             rows = ((name, p.shape, states[p]) for name, p, _ in self._named_parameters() if p in states)
             state.check_full(rows, self.moments)
             return
-        store = self._store
+        store, grouped = self._store, {p for group in self.param_groups for p in group["params"]}
         self._take_state_edits()
         for param, (name, p) in enumerate(zip(store.names, store.params, strict=True)):
             if p in states:
                 state.check_local(name, p, self.state[p], store.states_of(param), states[p])
             elif (
-                p.requires_grad
-            ):  # torch.distributed.checkpoint may leave out frozen ones, whose state remains
+                p.requires_grad and p in grouped
+            ):  # get_state_dict may leave out frozen ones, whose state remains
                 raise ValueError(f"the state dict has no state of {name!r}: it is of another model")
         absent = [name for name, p, _ in self._named_parameters() if p in states and p not in store.index]
         if absent:
@@ -201,7 +201,7 @@ class ShardedOptimizer(PartsOptimizer):
             if self._live.consolidated.whole is None:
                 return self.local_state_dict()
             whole = {position: dict(entry) for position, entry in self._live.consolidated.whole.items()}
-            return {**super().state_dict(), "state": whole}
+            return {**super().local_state_dict(), "state": whole}
         packed = self.local_state_dict()
         if self._collectives.world_size == 1:
             return packed
@@ -219,7 +219,7 @@ class ShardedOptimizer(PartsOptimizer):
     def _whole(self, ranks: range) -> dict[str, Any]:
         """`state_dict` with whole tensors on ``ranks``, and without state on others. Collective."""
         gathered = [whole for whole in map(self._gathered, ranks) if whole is not None]
-        return {**super().state_dict(), "state": gathered[0] if gathered else {}}
+        return {**super().local_state_dict(), "state": gathered[0] if gathered else {}}
 
     def local_state_dict(self) -> dict[str, Any]:
         """This rank's slices, as `state_dict`, whoever asks for them."""
@@ -303,6 +303,7 @@ class ShardedOptimizer(PartsOptimizer):
             named = {kinds.get(key, key): value for key, value in entries[position].items()}
             entries[position] = {**named, **decoded[param]}
 
+    @collective
     def full_state_dict(self) -> dict[str, Any] | None:
         """Whole state tensors on the first rank's CPU, in the format of `Lamb.load_state_dict`; None elsewhere.
 
@@ -313,7 +314,7 @@ class ShardedOptimizer(PartsOptimizer):
         whole = self._gathered(0)
         if whole is None:
             return None
-        return {"state": whole, "param_groups": super().state_dict()["param_groups"]}
+        return {"state": whole, "param_groups": super().local_state_dict()["param_groups"]}
 
     @collective
     def load_full_state_dict(self, state_dict: dict[str, Any] | None) -> None:

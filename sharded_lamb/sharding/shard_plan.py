@@ -265,11 +265,6 @@ def check_new(new: Sequence[NamedParameter], names: Sequence[str], params: Seque
     Raises:
         TypeError, ValueError: see `check_shardable`; two parameters share memory.
     """
-    first: dict[Tensor, str] = {}
-    for name, p, _ in new:
-        if p in first:
-            raise ValueError(f"parameter {first[p]!r} is passed twice: pass each parameter once")
-        first[p] = name
     for name, p, _ in new:
         check_shardable(name, p, params[0].device if params else new[0][1].device)
     check_separate([*names, *(name for name, _, _ in new)], [*params, *(p for _, p, _ in new)])

@@ -1,6 +1,8 @@
 """Groups that a program replaces, shrinks or reorders after construction, as torch's optimizers allow."""
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,8 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from sharded_lamb import Lamb, ShardedLamb
+from sharded_lamb import Lamb, ShardedLamb, checkpoint
+from tests import training
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
 Edit = Callable[[Optimizer], None]
@@ -214,3 +217,171 @@ def test_frozen_parameters_may_have_any_dtype_and_layout(cls: Any) -> None:
     opt.step()
     assert not torch.equal(p, torch.ones(5))
     assert len(opt.state) == 1
+
+
+def leave_name(opt: Optimizer) -> None:
+    """The name remains where the parameter was."""
+    opt.param_groups[1]["params"].append(opt.param_groups[0]["params"].pop(0))
+
+
+def drop(opt: Optimizer) -> None:
+    opt.param_groups[0]["params"].pop(0)
+
+
+def reverse(opt: Optimizer) -> None:
+    opt.param_groups[0]["params"].reverse()
+
+
+def rebuild(opt: Optimizer) -> None:
+    """Groups without names."""
+    opt.param_groups = [
+        {key: value for key, value in group.items() if key != "param_names"} for group in opt.param_groups
+    ]
+
+
+def add_again(opt: Optimizer) -> None:
+    p = opt.param_groups[0]["params"].pop(0)
+    opt.add_param_group({"params": [("a.bias", p)]})
+
+
+def named_parameters() -> dict[str, Parameter]:
+    return dict(zip(("a.bias", "a.weight", "b.bias", "b.weight"), parameters(), strict=True))
+
+
+def decayed(rank: int, edit: Edit, stage: int) -> None:
+    """Biases, excluded by name, do not decay: with gradients of 0 they stay, and the others shrink."""
+    params = named_parameters()
+    every = [*params.items()]
+    grouped: Any = [{"params": every[:2]}, {"params": every[2:]}]
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.5, "exclude_from_weight_decay": ["bias"]}
+    opt: Any = Lamb(grouped, **options) if stage == 0 else ShardedLamb(grouped, stage=stage, **options)
+    edit(opt)
+    start = {name: p.detach().clone() for name, p in params.items()}
+    for _ in range(2):
+        opt.zero_grad()
+        for p in params.values():
+            p.grad = None
+        torch.stack([p.sum() * 0 for p in params.values()]).sum().backward()
+        opt.step()
+    here = {p for group in opt.param_groups for p in group["params"]}
+    for name, p in params.items():
+        assert torch.equal(p, start[name]) == ("bias" in name or p not in here), name
+    names = {p: name for name, p in params.items()}
+    for group in opt.param_groups:
+        assert group["param_names"] == [names[p] for p in group["params"]]
+    states = dict(opt.state)
+    saved = opt.local_state_dict()
+    assert [group["param_names"] for group in saved["param_groups"]] == [
+        group["param_names"] for group in opt.param_groups
+    ]
+    assert len(saved["state"]) == len(here)
+    assert {p: id(entry) for p, entry in opt.state.items()} == {p: id(entry) for p, entry in states.items()}
+    opt.load_local_state_dict(saved)
+    opt.add_param_group({"params": [("new", Parameter(torch.ones(3)))]})
+
+
+@pytest.mark.parametrize(
+    "edit", [leave_name, drop, reverse, rebuild, add_again], ids=lambda edit: edit.__name__
+)
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_names_follow_parameters(edit: Edit, stage: int) -> None:
+    run_ranks(1, decayed, edit, stage)
+
+
+def repeat(rank: int, stage: int, ranks_with: int) -> None:
+    params = named_parameters()
+    every = [*params.items()]
+    grouped: Any = [{"params": every[:2]}, {"params": every[2:]}]
+    opt: Any = Lamb(grouped) if stage == 0 else ShardedLamb(grouped, stage=stage)
+    opt.every = [*params.values()]
+    step(opt, 0)
+    if rank < ranks_with:
+        opt.param_groups[1]["params"].append(params["a.weight"])
+    for _ in range(2):  # it stays an error
+        with pytest.raises(ValueError, match=r"'a\.weight' is passed twice|groups"):
+            opt.step()
+    if rank < ranks_with:
+        opt.param_groups[1]["params"].pop()
+    step(opt, 1)
+
+
+@pytest.mark.parametrize(("stage", "world", "ranks_with"), [(0, 1, 1), (1, 1, 1), (2, 2, 2), (1, 2, 1)])
+def test_a_parameter_in_two_groups_is_an_error_until_it_is_removed(
+    stage: int, world: int, ranks_with: int
+) -> None:
+    run_ranks(world, repeat, stage, ranks_with)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+def test_a_parameter_twice_in_a_group_is_an_error(cls: Any) -> None:
+    p, new = Parameter(torch.ones(3)), Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"'group0\.param1' is passed twice"):
+        cls([p, p])
+    opt = cls([p])
+    with pytest.raises(ValueError, match=r"'group1\.param1' is passed twice"):
+        opt.add_param_group({"params": [new, new]})
+    assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+def test_options_of_torch_are_refused_when_edited_and_when_loaded(cls: Any) -> None:
+    opt = cls([{"params": parameters(), "maximize": False}])
+    saved = opt.local_state_dict()
+    opt.param_groups[0]["maximize"] = True
+    for p in opt.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="parameter group 0: maximize=True"):
+        opt.step()
+    opt.param_groups[0]["maximize"] = False
+    opt.step()
+    saved["param_groups"][0]["amsgrad"] = True
+    with pytest.raises(ValueError, match="amsgrad=True"):
+        opt.load_local_state_dict(saved)
+
+
+def saved_without(rank: int, folder: str, stage: int) -> None:
+    """A group is removed; then its parameters are in no state dict or checkpoint, and the others train alike."""
+
+    def start() -> tuple[nn.Module, Any]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+        named = [list(layer.named_parameters(prefix=str(index))) for index, layer in enumerate(model)]
+        return model, ShardedLamb([{"params": params} for params in named], lr=0.1, stage=stage)
+
+    def train(model: nn.Module, opt: Any) -> None:
+        opt.zero_grad()
+        model(torch.ones(2, 5)).sum().backward()
+        opt.step()
+
+    model, opt = start()
+    train(model, opt)
+    removed = opt.param_groups.pop(0)
+    train(model, opt)
+    checkpoint.save(folder, model, opt)
+    full, local = opt.full_state_dict(), copy.deepcopy(opt.local_state_dict())
+    opt.consolidate_state_dict()
+    whole = opt.state_dict()
+    assert [len(each["state"]) for each in (local, whole)] == [2, 2]
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    train(model, opt)
+    for load in (
+        lambda model, opt: checkpoint.load(folder, model, opt),
+        lambda model, opt: opt.load_full_state_dict(full),
+        lambda model, opt: opt.load_state_dict(local),
+        lambda model, opt: opt.load_local_state_dict(local),
+    ):
+        other, into = start()
+        into.param_groups.pop(0)
+        train(other, into)
+        other.load_state_dict(weights)
+        load(other, into)
+        train(other, into)
+        training.assert_same_bits(other.state_dict(), model.state_dict())
+    opt.param_groups.insert(0, removed)  # its state is still there
+    assert float(opt.state[removed["params"][0]]["step"]) == 1.0
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_state_is_saved_and_loaded_without_removed_parameters(stage: int, tmp_path: Path) -> None:
+    run_ranks(2, saved_without, str(tmp_path / "checkpoint"), stage)

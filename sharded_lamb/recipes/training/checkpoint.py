@@ -115,14 +115,21 @@ def candidates(config: Settings, resume: str | None) -> list[Path]:
 def choose(config: Settings, resume: str | None, ranks: Ranks) -> list[Path]:
     """`candidates` on rank 0, for all. Ranks that torchrun has restarted resume the run that they began.
 
+    With a named checkpoint that is from the newest that they saved, or the named one if they saved none.
+
     Raises:
         ValueError: as `candidates`. Ranks that torchrun restarts after that get the same error.
     """
 
     def pick() -> list[str]:
-        launch, refused = launch_store(), f"refused/{config.run_dir}"
-        is_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        resumes = resume is None and is_restarted and not launch.check([refused])
+        launch, refused, began = launch_store(), f"refused/{config.run_dir}", f"began/{config.run_dir}"
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+            launch.set(began, _last_save(config))
+            resumes = False
+        elif resume is None:
+            resumes = not launch.check([refused])
+        else:
+            resumes = launch.check([began]) and launch.get(began).decode() != _last_save(config)
         try:
             return [str(path) for path in candidates(config, "auto" if resumes else resume)]
         except ValueError:
@@ -130,6 +137,12 @@ def choose(config: Settings, resume: str | None, ranks: Ranks) -> list[Path]:
             raise
 
     return [Path(name) for name in ranks.from_first(pick)]
+
+
+def _last_save(config: Settings) -> str:
+    """Differs after every save of the run."""
+    saved = Checkpoints(Path(config.run_dir, "checkpoints")).candidates()
+    return f"{saved[0].name}, {saved[0].stat().st_mtime_ns}" if saved else "none"
 
 
 def load(kind: type[Where], candidates: Sequence[Path], backend: TrainBackend, ranks: Ranks) -> Where:
