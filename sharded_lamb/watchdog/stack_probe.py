@@ -1,16 +1,16 @@
 """The training thread's position, whether it waits for other ranks there, and whether a process is alive."""
 
+import faulthandler
 import linecache
 import os
 import re
 import socket
-import sys
+import tempfile
 import threading
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from typing import BinaryIO
 
 import torch
 
@@ -43,80 +43,118 @@ class Location:
     waits: int  # COMPUTES, MAY_WAIT or WAITS
 
 
+@dataclass(frozen=True)
+class Frame:
+    """One call on a thread's stack."""
+
+    file: str
+    line: int  # 0: none, or unknown
+    function: str
+
+    def __str__(self) -> str:
+        return f"{'/'.join(Path(self.file).parts[-2:])}:{self.line} {self.function}"
+
+    @property
+    def source(self) -> str:
+        """The line's text, "" if the file cannot be read."""
+        return linecache.getline(self.file, self.line)
+
+
 def locate_thread(ident: int) -> Location:
     """The thread's current position."""
-    frames = sys._current_frames()
-    frame = frames.pop(ident, None)
-    if frame is None:
-        return Location("a thread that has ended", COMPUTES)
-    location = _locate(list(_outwards(frame)))
+    stacks, is_whole = _stacks()
+    frames = stacks.pop(ident, None)
+    if frames is None:
+        unseen = "a thread that has ended" if is_whole else "a thread among too many to show"
+        return Location(unseen, COMPUTES if is_whole else MAY_WAIT)
+    location = _locate(frames)
     if location.waits == MAY_WAIT and "backward" in location.at:
         # On a GPU autograd runs hooks in threads of its own.
-        own = threading.get_ident()
-        for other, other_frame in frames.items():
-            hook = _locate(list(_outwards(other_frame)))
-            if other != own and hook.waits == WAITS:
+        stacks.pop(threading.get_ident(), None)
+        for hook in map(_locate, stacks.values()):
+            if hook.waits == WAITS:
                 return Location(f"{hook.at}, in {location.at}", WAITS)
     return location
 
 
 def stack_of_thread(ident: int) -> str:
     """The thread's stack as in a traceback; "" once it has ended."""
-    frame = sys._current_frames().get(ident)
-    return "".join(traceback.format_stack(frame)) if frame is not None else ""
+    frames = _stacks()[0].get(ident, [])
+    calls = [(frame.file, frame.line, frame.function, frame.source.strip()) for frame in reversed(frames)]
+    return "".join(traceback.format_list(calls))
 
 
-def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
-    """From the innermost; skips the watchdog's own frames, where the thread locates itself."""
-    while frame is not None:
-        if not _file(frame).startswith(_WATCHDOG):
-            yield frame
-        frame = frame.f_back
+def _stacks() -> tuple[dict[int, list[Frame]], bool]:
+    """({ident: the thread's frames, from the innermost}, whether that is all threads).
+
+    faulthandler writes at most 100 threads and 100 frames of each, the innermost. It does not release the GIL: to walk
+    the frames of a thread that continues meanwhile (``sys._current_frames``, ``f_back``) can end the process by SIGSEGV
+    in CPython 3.11.
+    """
+    with _memory_file() as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return parsed(file.read().decode("ascii", "replace"))
 
 
-def _locate(frames: list[FrameType]) -> Location:
-    """``frames``: from the innermost."""
-    caller = next((at for at, frame in enumerate(frames) if _file(frame) != threading.__file__), 0)
-    if frames and _file(frames[caller]) in _OUR_COLLECTIVES:  # it waits for a thread that waits in C++
+def _memory_file() -> BinaryIO:
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("stacks"), "w+b")
+    return tempfile.TemporaryFile()
+
+
+_THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+)")
+_FRAME = re.compile(r'  File (?:"(.*)"|\?\?\?), line (\d+|\?\?\?) in (.*)')
+_ESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4})|U([0-9a-f]{8}))")
+
+
+def parsed(dump: str) -> tuple[dict[int, list[Frame]], bool]:
+    """`_stacks` from faulthandler's text, which escapes what is not ASCII."""
+    stacks: dict[int, list[Frame]] = {}
+    frames: list[Frame] = []
+    text = _ESCAPE.sub(lambda code: chr(int(code[1] or code[2] or code[3], 16)), dump)
+    for line in text.split("\n"):
+        if thread := _THREAD.match(line):
+            frames = stacks.setdefault(int(thread[1], 16), [])
+        elif call := _FRAME.fullmatch(line):
+            frames.append(Frame(call[1] or "???", int(call[2]) if call[2].isdecimal() else 0, call[3]))
+    return stacks, "..." not in text.split("\n")
+
+
+def _locate(frames: list[Frame]) -> Location:
+    """``frames``: from the innermost, without the watchdog's own, where the thread locates itself."""
+    frames = [frame for frame in frames if not frame.file.startswith(_WATCHDOG)]
+    caller = next((at for at, frame in enumerate(frames) if frame.file != threading.__file__), 0)
+    if frames and frames[caller].file in _OUR_COLLECTIVES:  # it waits for a thread that waits in C++
         frames = frames[caller:]
     if not frames:
         return Location("the end of the program", COMPUTES)
     inside = []
     for frame in frames:
-        if not _file(frame).startswith(_TORCH):
+        if not frame.file.startswith(_TORCH):
             break
         inside.append(frame)
     outside = frames[len(inside)] if len(inside) < len(frames) else frames[-1]
-    at = _named(outside)
-    if _file(outside).startswith(_PACKAGE):
-        user = next((f for f in frames if not _file(f).startswith((_TORCH, _PACKAGE, "<"))), None)
-        at += f", from {_named(user)}" if user is not None else ""
+    at = str(outside)
+    if outside.file.startswith(_PACKAGE):
+        user = next((f for f in frames if not f.file.startswith((_TORCH, _PACKAGE, "<"))), None)
+        at += f", from {user}" if user is not None else ""
     return Location(at, _waits(inside, outside))
 
 
-def _waits(inside: list[FrameType], outside: FrameType) -> int:
+def _waits(inside: list[Frame], outside: Frame) -> int:
     """``inside``: torch's frames below ``outside``; empty if ``outside`` calls C code or nothing."""
-    if any(os.path.basename(_file(frame)) in _COLLECTIVE_FILES for frame in inside):
+    if any(os.path.basename(frame.file) in _COLLECTIVE_FILES for frame in inside):
         return WAITS
-    if any(frame.f_code.co_name == "_engine_run_backward" for frame in inside[:1]):
+    if any(frame.function == "_engine_run_backward" for frame in inside[:1]):
         return MAY_WAIT  # DistributedDataParallel waits below it
-    innermost = inside[0] if inside else outside
-    line = linecache.getline(_file(innermost), innermost.f_lineno)
+    line = (inside[0] if inside else outside).source
     if inside:  # DistributedDataParallel broadcasts buffers, ZeroRedundancyOptimizer waits
         return WAITS if _WAITING_CALL.search(line) else COMPUTES
-    if _file(outside) in _OUR_COLLECTIVES or _WAITING_CALL.search(line):
+    if outside.file in _OUR_COLLECTIVES or _WAITING_CALL.search(line):
         return WAITS
     on_device = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return MAY_WAIT if on_device and _DEVICE_CALL.search(line) else COMPUTES
-
-
-def _file(frame: FrameType) -> str:
-    return frame.f_code.co_filename
-
-
-def _named(frame: FrameType) -> str:
-    path = Path(_file(frame))
-    return f"{'/'.join(path.parts[-2:])}:{frame.f_lineno} {frame.f_code.co_name}"
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,8 @@ class StoreChannel:
                         f"watchdog: the ranks' store is gone ({error}): each rank now watches only itself"
                     )
                 return
+            except Exception:  # a fault here must not end the watch over the others
+                logger.exception("watchdog: one report of this rank failed; the next follows")
 
     def _round(self) -> None:
         self._post()

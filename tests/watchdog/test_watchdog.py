@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from sharded_lamb.watchdog import EXIT_CODE, Watchdog, store_channel
 from sharded_lamb.watchdog.diagnosis import DONE, Ledger, Report, rank_ranges
-from sharded_lamb.watchdog.stack_probe import COMPUTES, MAY_WAIT, WAITS, Member, locate_thread
+from sharded_lamb.watchdog.stack_probe import COMPUTES, MAY_WAIT, WAITS, Frame, Member, locate_thread, parsed
 from tests import fork_server
 from tests.forked import Forked, forked
 from tests.harness import run_ranks
@@ -237,6 +240,28 @@ def test_a_store_that_stops_for_longer_than_its_timeout_and_resumes(monkeypatch:
         channel.close(None)
 
 
+def test_a_report_that_fails_is_logged_and_the_next_one_follows(caplog: pytest.LogCaptureFixture) -> None:
+    calls = 0
+
+    def fails_at_first() -> Report:
+        nonlocal calls
+        calls += 1
+        if calls == 2:  # the first is `announce`'s
+            raise TypeError("no line")
+        return report(0)
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    members, periods = [Member.here(0)], {"period_s": 0.02, "silent_s": 10.0, "timeout_s": 30.0}
+    channel = store_channel.StoreChannel(store, "test", members, 0, fails_at_first, time.monotonic, **periods)
+    channel.announce()
+    started_at = channel.answered_at
+    channel.start()
+    wait_for(lambda: channel.answered_at > started_at)
+    channel.close(None)
+    assert "one report of this rank failed" in caplog.text
+    assert "TypeError: no line" in caplog.text
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     for _ in range(600):
         if condition():
@@ -417,6 +442,66 @@ def _barrier() -> None:
 
     work = Work()
     work.wait(2)
+
+
+DUMP = r"""Thread 0x00007fcc20d8e6c0 (most recent call first):
+  File "/srv/\u6a21\xe9/train.py", line 12 in forward
+  File ???, line ??? in ???
+  ...
+
+Current thread 0x00007fcc41d21b80 [main] (most recent call first):
+  File "<string>", line 7 in <module>
+
+Thread 0x00007fcc00000000 (most recent call first):
+  <no Python frame>
+"""
+
+
+def test_stacks_are_those_of_faulthandler() -> None:
+    forward, unknown = Frame("/srv/\u6a21\xe9/train.py", 12, "forward"), Frame("???", 0, "???")
+    stacks = {
+        0x7FCC20D8E6C0: [forward, unknown],
+        0x7FCC41D21B80: [Frame("<string>", 7, "<module>")],
+        0x7FCC00000000: [],
+    }
+    assert parsed(DUMP) == (stacks, True)
+    assert parsed(f"{DUMP}...\n") == (stacks, False)
+    assert str(forward) == "\u6a21\xe9/train.py:12 forward"
+    assert (forward.source, unknown.source) == ("", "")
+
+
+def test_another_threads_frames_are_not_walked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That can end the process by SIGSEGV where the thread continues meanwhile (CPython 3.11)."""
+    monkeypatch.delattr(sys, "_current_frames")
+    at, _ = where(_sleeps)
+    assert at.split()[1] == "_sleeps"
+    assert f"{Path(__file__).name}:{_sleeps.__code__.co_firstlineno + 1}" in at
+
+
+def test_a_thread_among_too_many_to_show_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    threads = [threading.Thread(target=over.wait) for _ in range(101)]
+    for thread in threads:
+        thread.start()
+    first = threading.main_thread().ident  # faulthandler begins with the newest
+    assert first is not None
+    location = locate_thread(first)
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert (location.at, location.waits) == ("a thread among too many to show", MAY_WAIT)
+    assert locate_thread(first).at != location.at
+
+
+def test_the_source_of_a_file_that_is_not_ascii_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "\u6a21\xe9.py"
+    file.write_text("def naps(work):\n    work.wait(2)\n")
+    code: dict[str, Any] = {}
+    exec(compile(file.read_text(), str(file), "exec"), code)
+    assert where(code["naps"], SimpleNamespace(wait=time.sleep)) == (
+        f"{tmp_path.name}/{file.name}:2 naps",
+        WAITS,
+    )
 
 
 def test_a_member_here_is_alive_and_a_child_that_ended_is_not() -> None:
