@@ -91,7 +91,8 @@ class StateEntries:
     def take_edits(self, store: ParamStore, states: States, grouped: Callable[[int], bool]) -> int:
         """Bring what a program removed or replaced into the memory of ``store``: removed state begins anew.
 
-        ``grouped``: whether a parameter has a group; others need no entry.
+        ``grouped``: whether a parameter has a group; others need no entry. Where an entry has encoded state, values
+        under the kind's own key replace it ("exp_avg" beside "exp_avg_codes").
 
         Returns:
             A hash of what was edited, 0 if nothing was. Ranks must edit alike.
@@ -107,8 +108,10 @@ class StateEntries:
             if not entry and not grouped(param):
                 continue
             edits |= {(param, key): entry.get(key) for key in own if entry.get(key) is not own[key]}
+            encoded = [state.kind for state in store.states_of(param) if state.key != state.kind]
+            edits |= {(param, kind): entry[kind] for kind in encoded if kind in entry}
         for (param, key), value in edits.items():
-            _check(store, param, key, value, self._own[param][key])
+            _check(store, param, key, value)
         # An entry of another parameter is memory that is written here.
         copies = {at: value.clone() if isinstance(value, Tensor) else value for at, value in edits.items()}
         for (param, key), value in copies.items():
@@ -116,7 +119,10 @@ class StateEntries:
             p = store.params[param]
             if p not in states:
                 states[p] = _Entry({}, self._edits)
-            states[p][key] = self._own[param][key]
+            if key in self._own[param]:
+                states[p][key] = self._own[param][key]
+            else:
+                del states[p][key]
         self._note(states)
         edited = [(*place, value is None) for place, value in edits.items()]
         # hash() of a string differs between processes.
@@ -140,17 +146,25 @@ def _values(entries: list[Any]) -> list[Any]:
     return [value for entry in entries if isinstance(entry, dict) for value in entry.values()]
 
 
-def _check(store: ParamStore, param: int, key: str, value: Any, own: Tensor) -> None:
+def _check(store: ParamStore, param: int, key: str, value: Any) -> None:
+    """``key``: of an entry, or a kind of encoded state."""
     if value is None or key == "shard":
         return
     name, p = store.names[param], store.params[param]
     if key == "step":
         check_step(name, {"step": value})
-    elif not isinstance(value, Tensor) or value.shape not in (p.shape, own.shape, torch.Size([own.numel()])):
+        return
+    state = next(state for state in store.states_of(param) if key in (state.key, state.kind))
+    fitting = [p.shape, torch.Size([state.numel])]
+    if key == state.key:
+        fitting.append(state.stored.shape)
+    if is_dtensor(p):
+        fitting.append(local_part(p).shape)
+    if not isinstance(value, Tensor) or value.shape not in fitting:
         actual = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
             f"optimizer.state has {actual} as {key} of {name!r}, which has shape {tuple(p.shape)}: write a tensor of "
-            f"that shape, or this rank's slice of {own.numel()} elements"
+            f"that shape, or this rank's slice of {state.numel} elements"
         )
 
 
@@ -159,17 +173,16 @@ def _take(store: ParamStore, param: int, key: str, value: Any) -> None:
     if key == "step":
         store.step[param] = 0 if value is None else as_tensor(value).reshape(())
     for state in store.states_of(param):
-        if state.key != key:
+        if key not in (state.key, state.kind):
             continue
+        p = store.params[param]
         if value is None:
             state.reset()
-        elif value.shape == state.stored.shape and value.dtype == state.stored.dtype:
+        elif key == state.key and (value.shape, value.dtype) == (state.stored.shape, state.stored.dtype):
             state.stored.copy_(value)
-        elif is_dtensor(value):
-            p = store.params[param]
-            assert is_dtensor(p)
+        elif is_dtensor(value) and is_dtensor(p):
             state.store(flattened(local_part(value), memory_strides(local_part(p))))
-        elif value.shape == store.params[param].shape and state.is_by_element:
+        elif value.shape == p.shape:
             state.store(store.part_of_whole(param, value))
         else:
             state.store(value.reshape(-1))

@@ -267,3 +267,42 @@ def copied(rank: int) -> None:
 
 def test_copies_of_an_entry_are_plain_dicts() -> None:
     run_ranks(1, copied)
+
+
+def edited_values(rank: int, kind: str) -> None:
+    """Moments of 8 bits, replaced by values of the parameter's shape; only their codes remain in the entry."""
+    model, other = model_of(kind == "fsdp2"), model_of(kind == "fsdp2")
+    options = {} if kind == "fsdp2" else {"stage": int(kind)}
+    made: Any = [
+        ShardedLamb(each.named_parameters(), lr=0.02, state_dtype=torch.int8, **options)  # type: ignore[arg-type]
+        for each in (model, other)
+    ]
+    p = next(model.parameters())
+    values = torch.linspace(-1, 1, p.numel()).view(p.shape)
+
+    def write_values(opt: Any, params: list[torch.Tensor]) -> None:
+        opt.state[params[0]]["exp_avg"] = values
+        whole = opt.full_state_dict()
+        if rank == 0:
+            torch.testing.assert_close(whole["state"][0]["exp_avg"].float(), values, rtol=0.07, atol=0.001)
+        assert "exp_avg" not in opt.state[params[0]]
+        opt.state[params[0]]["exp_avg"] = values * 0
+        opt.state[params[2]] = {
+            "exp_avg": torch.zeros(params[2].shape)
+        }  # the second moment and the count begin anew
+
+    def write_codes(opt: Any, params: list[torch.Tensor]) -> None:
+        opt.state[params[0]]["exp_avg_codes"].zero_()
+        opt.state[params[2]] = {}
+
+    for p, q in zip(run(made[0], model, write_values), run(made[1], other, write_codes), strict=True):
+        assert torch.equal(p, q)
+    made[0].state[next(model.parameters())]["exp_avg"] = torch.zeros(3)
+    model(torch.ones(8, 31)).square().mean().backward()
+    with pytest.raises(ValueError, match=r"optimizer.state has \(3,\) as exp_avg of '0.weight'"):
+        made[0].step()
+
+
+@pytest.mark.parametrize(("kind", "world"), [("1", 1), ("2", 1), ("1", 2), ("fsdp2", 2)])
+def test_values_replace_encoded_moments(kind: str, world: int) -> None:
+    run_ranks(world, edited_values, kind)
