@@ -65,8 +65,11 @@ def locate_thread(ident: int) -> Location:
     stacks, is_whole = _stacks()
     frames = stacks.pop(ident, None)
     if frames is None:
-        unseen = "a thread that has ended" if is_whole else "a thread among too many to show"
-        return Location(unseen, COMPUTES if is_whole else MAY_WAIT)
+        return (
+            Location("a thread that has ended", COMPUTES)
+            if is_whole
+            else Location("an unknown place", MAY_WAIT)
+        )
     location = _locate(frames)
     if location.waits == MAY_WAIT and "backward" in location.at:
         # On a GPU autograd runs hooks in threads of its own.
@@ -91,10 +94,13 @@ def _stacks() -> tuple[dict[int, list[Frame]], bool]:
     the frames of a thread that continues meanwhile (``sys._current_frames``, ``f_back``) can end the process by SIGSEGV
     in CPython 3.11.
     """
-    with _memory_file() as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        return parsed(file.read().decode("ascii", "replace"))
+    try:
+        with _memory_file() as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            return parsed(file.read().decode("ascii", "replace"))
+    except OSError:  # too many files are open, say
+        return {}, False
 
 
 def _memory_file() -> BinaryIO:

@@ -1,6 +1,7 @@
 """The watchdog names the stuck rank, on every rank that can print, and no other; otherwise it prints nothing."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +20,16 @@ import torch.distributed as dist
 
 from sharded_lamb.watchdog import EXIT_CODE, Watchdog, store_channel
 from sharded_lamb.watchdog.diagnosis import DONE, Ledger, Report, rank_ranges
-from sharded_lamb.watchdog.stack_probe import COMPUTES, MAY_WAIT, WAITS, Frame, Member, locate_thread, parsed
+from sharded_lamb.watchdog.stack_probe import (
+    COMPUTES,
+    MAY_WAIT,
+    WAITS,
+    Frame,
+    Member,
+    locate_thread,
+    parsed,
+    stack_of_thread,
+)
 from tests import fork_server
 from tests.forked import Forked, forked
 from tests.harness import run_ranks
@@ -489,8 +499,18 @@ def test_a_thread_among_too_many_to_show_may_wait(monkeypatch: pytest.MonkeyPatc
     over.set()
     for thread in threads:
         thread.join()
-    assert (location.at, location.waits) == ("a thread among too many to show", MAY_WAIT)
+    assert (location.at, location.waits) == ("an unknown place", MAY_WAIT)
     assert locate_thread(first).at != location.at
+
+
+def test_a_process_that_can_open_no_file_is_at_an_unknown_place() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        location, stack = locate_thread(threading.get_ident()), stack_of_thread(threading.get_ident())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (location.at, location.waits, stack) == ("an unknown place", MAY_WAIT, "")
 
 
 def test_the_source_of_a_file_that_is_not_ascii_is_read(tmp_path: Path) -> None:
