@@ -24,6 +24,7 @@ from sharded_lamb.recipes.training.settings import (
     CheckpointConfig,
     FaultsConfig,
     Fraction,
+    LocalPath,
     Positive,
     PositiveFloat,
     Precision,
@@ -84,7 +85,7 @@ class DataConfig:
     source: tuple[str, ...] = ("builtin",)
     format: Literal["auto", "text", "jsonl", "parquet", "arrow"] = "auto"
     text_field: str = "text"
-    prepared: str = "runs/data"  # folder of prepared shards, one subfolder for each setting
+    prepared: LocalPath = "runs/data"  # folder of prepared shards, one subfolder for each setting
     on_bad: Literal["error", "skip"] = "error"  # reaction to a broken or empty file
     heldout_fraction: Fraction = 0.01
     nsp: bool = False
@@ -209,8 +210,8 @@ class PhaseConfig:
     warmup_fraction: Fraction | Auto = "auto"
     decay_power: float = 1.0
     ramp: RampConfig | None = None
-    max_predictions: int | None = None  # overrides masking.max_predictions
-    max_micro_batch: int | None = None  # overrides batch.max_micro_batch
+    max_predictions: Positive | None = None  # overrides masking.max_predictions
+    max_micro_batch: Positive | None = None  # overrides batch.max_micro_batch
 
     def __post_init__(self) -> None:
         if self.ramp is not None:
@@ -250,7 +251,7 @@ class SpeedConfig:
     activation_checkpointing: bool = False
     # CPU threads of a rank
     threads: Annotated[int, Field(ge=0, description="0 (cores / local ranks) or more")] = 0
-    peak_tflops: float | None = None  # for MFU; null: the GPU's data sheet, else a matmul's speed
+    peak_tflops: PositiveFloat | None = None  # for MFU; null: the GPU's data sheet, else a matmul's speed
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -259,7 +260,7 @@ class DeepSpeedConfig:
     contradicts other settings of this file is an error."""
 
     zero_stage: Literal[1, 2, 3] = 2
-    config: str | None = None
+    config: LocalPath | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -267,7 +268,7 @@ class LogConfig:
     """Records beyond the row of every step in metrics.jsonl."""
 
     trust_ratio_steps: Positive = 10
-    heldout_batches: int | None = None  # null: the whole held-out split
+    heldout_batches: Positive | None = None  # null: the whole held-out split
     heldout_steps: Positive | None = (
         None  # steps between evaluations of the held-out split; null: at the end only
     )
@@ -279,9 +280,9 @@ class RunConfig:
     """The whole run."""
 
     phases: tuple[PhaseConfig, ...]
-    run_dir: str = "runs/bert"
+    run_dir: LocalPath = "runs/bert"
     cosine: CosineConfig | None = None  # instead of a schedule of every phase
-    start_from: str | None = None  # a checkpoint with the run's initial weights and moments
+    start_from: LocalPath | None = None  # a checkpoint with the run's initial weights and moments
     seed: Seed = 1
     parallel: Parallel = "zero2"
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)

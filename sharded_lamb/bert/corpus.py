@@ -108,7 +108,7 @@ def _expand(source: str) -> list[str]:
     if filesystem.isdir(path):
         if _is_saved_dataset(filesystem, path):
             return [source]
-        paths = [p for p in filesystem.find(path) if Path(p).suffix in _FORMATS]
+        paths = [p for p in filesystem.find(path) if _suffix_of(p) in _FORMATS]
     elif any(c in path for c in "*?["):
         paths = [p for p in filesystem.glob(path) if filesystem.isfile(p) or _is_saved_dataset(filesystem, p)]
     else:
@@ -125,12 +125,19 @@ def _is_saved_dataset(filesystem: Any, folder: str) -> bool:
     return any(filesystem.exists(f"{folder}/{name}") for name in ("state.json", "dataset_dict.json"))
 
 
+def _suffix_of(path: str) -> str:
+    """That of the file in a compressed one."""
+    return Path(path.removesuffix(".gz")).suffix
+
+
 def _format_of(path: str, config: DataConfig) -> str:
-    if Path(path).is_dir() or not Path(path).suffix:
-        return "arrow_folder" if Path(path).is_dir() else "text"
+    if Path(path).is_dir():
+        return "arrow_folder"
     if config.format != "auto":
         return config.format
-    suffix = Path(path.removesuffix(".gz")).suffix
+    suffix = _suffix_of(path)
+    if not suffix:
+        return "text"
     if suffix not in _FORMATS:
         raise ValueError(
             f"data.source {path!r}: unknown format {suffix!r}; set data.format to one of {sorted(_LOADERS)}"

@@ -60,10 +60,26 @@ def held_out(
     return HeldOut(loss / max(1, predictions), right / max(1, predictions), int(predictions), nsp)
 
 
+def check_sentences(tokenizer: Any, sentences: tuple[str, ...], max_positions: int) -> None:
+    """Raises ValueError for a sentence that `fill_mask` cannot complete."""
+    for sentence in sentences:
+        ids = tokenizer(sentence)["input_ids"]
+        if tokenizer.mask_token_id not in ids:
+            raise ValueError(f"log.fill_mask {sentence!r}: expected {tokenizer.mask_token} in it")
+        if len(ids) > max_positions:
+            raise ValueError(
+                f"log.fill_mask {sentence!r}: it has {len(ids)} pieces, expected at most {max_positions} "
+                f"(model.max_positions)"
+            )
+
+
 def fill_mask(
     bert: Any, tokenizer: Any, sentences: tuple[str, ...], *, next_piece: bool, top: int = 5
 ) -> list[dict[str, Any]]:
-    """The `top` likeliest pieces for the first [MASK] of each sentence; ``next_piece``: at the position before it."""
+    """The `top` likeliest pieces for the first [MASK] of each sentence, as checked by `check_sentences`.
+
+    ``next_piece``: at the position before it.
+    """
     results: list[dict[str, Any]] = []
     device = next(bert.parameters()).device
     was_training = bert.training
@@ -71,8 +87,6 @@ def fill_mask(
     for sentence in sentences:
         ids = tokenizer(sentence, return_tensors="pt")["input_ids"].to(device)
         blanks = (ids[0] == tokenizer.mask_token_id).nonzero()
-        if not len(blanks):
-            raise ValueError(f"log.fill_mask {sentence!r}: expected {tokenizer.mask_token} in it")
         with torch.no_grad():
             hidden = bert.bert(input_ids=ids).last_hidden_state[0, blanks[0, 0] - int(next_piece)]
             chances = bert.cls.predictions(hidden[None]).float()[0, : len(tokenizer)].softmax(0)

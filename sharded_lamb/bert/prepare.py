@@ -137,7 +137,12 @@ def _ensure_tokenizer(
         trained = train_tokenizer(_sampled(files, config.tokenizer.sample_documents), config.tokenizer)
         aside = folder.with_name(f".{folder.name}.{os.getpid()}")
         save_tokenizer(trained, aside, config.tokenizer.lowercase, config.model.max_positions)
-        aside.rename(folder)
+        try:
+            aside.rename(folder)
+        except OSError:  # another run was faster
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(aside)
     return folder
 
 

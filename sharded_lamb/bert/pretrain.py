@@ -2,9 +2,11 @@
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 from sharded_lamb.recipes.training import shipped
 
@@ -49,7 +51,10 @@ def run(chosen: argparse.Namespace) -> int:
 
 
 def launch(chosen: argparse.Namespace, config: str, overrides: Sequence[str], resume: str | None) -> int:
-    """Runs the recipe on ranks of this machine, ``chosen`` by `add_launching`. Returns its exit code; 130 after Ctrl-C.
+    """Runs the recipe on ranks of this machine, ``chosen`` by `add_launching`.
+
+    Returns:
+        Its exit code; 130 after Ctrl-C; `checkpoint.requeue_exit_code` after SIGTERM or SIGUSR1, with which ranks save.
 
     Raises:
         ValueError, OSError: there are no ranks; settings or the run to resume are not valid.
@@ -60,7 +65,10 @@ def launch(chosen: argparse.Namespace, config: str, overrides: Sequence[str], re
 
     ranks = _ranks(chosen.ranks)
     # Rejects invalid settings and input once, before torchrun starts ranks, which it would restart.
-    checkpoint.candidates(resolved(load_config(config, overrides)), resume)
+    settings = resolved(load_config(config, overrides))
+    for phase in settings.phases:
+        settings.plan_batches(phase, ranks)
+    checkpoint.candidates(settings, resume)
     arguments = ["--config", config, *overrides]
     code = _recipe(["prepare", *arguments])
     if code:
@@ -69,13 +77,33 @@ def launch(chosen: argparse.Namespace, config: str, overrides: Sequence[str], re
     threads = max(1, (os.cpu_count() or 1) // ranks)
     environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true", **os.environ}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += [
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    ]  # torchrun hands them to its ranks
     command += [f"--max-restarts={chosen.max_restarts}", "-m", "sharded_lamb.bert", *arguments]
-    with subprocess.Popen(command, env=environment) as ranks_of_torchrun:
-        try:
-            return ranks_of_torchrun.wait()
-        except KeyboardInterrupt:  # the ranks got it too
-            ranks_of_torchrun.wait()
-            return 130
+    with subprocess.Popen(command, env=environment) as torchrun:
+        code, stopped = _waited(torchrun)
+    return settings.checkpoint.requeue_exit_code if stopped else code
+
+
+def _waited(torchrun: subprocess.Popen[bytes]) -> tuple[int, bool]:
+    """(its exit code, whether SIGTERM or SIGUSR1 stopped it). It gets the first of these signals."""
+    stopped: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        if not stopped:  # a second one would end the wait for the ranks' saves
+            torchrun.send_signal(number)
+        stopped.append(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        return torchrun.wait(), bool(stopped)
+    except KeyboardInterrupt:  # the ranks got it too
+        torchrun.wait()
+        return 130, False
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _ranks(chosen: int | None) -> int:

@@ -13,7 +13,7 @@ import torch
 from sharded_lamb.bert import outputs
 from sharded_lamb.bert.config import RunConfig
 from sharded_lamb.bert.data import BatchSource, MicroBatch, StepData
-from sharded_lamb.bert.evaluate import HeldOut, held_out
+from sharded_lamb.bert.evaluate import HeldOut, check_sentences, held_out
 from sharded_lamb.bert.masking import masker_of
 from sharded_lamb.bert.metrics import layer_of, peak_flops
 from sharded_lamb.bert.model import ModelSize, build_bert, model_size, whole_bert
@@ -75,6 +75,7 @@ def _set_up(config: RunConfig, ranks: Ranks) -> _Pretraining:
     digest = ",".join(manifest.digest() for manifest in manifests)
     ranks.agree("prepared data", digest, "data.prepared must be one folder that every node sees")
     tokenizer = load_tokenizer(folders[0] / "tokenizer")
+    check_sentences(tokenizer, config.log.fill_mask, config.model.max_positions)
     vocabulary = vocabulary_of(tokenizer)
     bert = build_bert(config, vocabulary, folders[0] / "unigram.npy").to(ranks.device)
     size = model_size(bert)

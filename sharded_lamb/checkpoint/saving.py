@@ -122,10 +122,11 @@ def async_save(
 ) -> AsyncSave:
     """Like `save`, but returns once this rank's parts are copied to CPU memory; a thread writes them. Collective.
 
-    One save at a time: call `AsyncSave.result` before the next save or load.
+    One save at a time: call `AsyncSave.result` before the next save or load, and before ``destroy_process_group``.
 
     Raises:
-        TypeError, ValueError, MemoryError: as `save`, before anything is written. `AsyncSave.result` raises the rest.
+        TypeError, ValueError, MemoryError: as `save`, before anything is written. `AsyncSave.result` raises the rest;
+        RuntimeError, if the process group was destroyed meanwhile.
     """
     snapshot = _snapshot(path, model, optimizer, extra, process_group)
     # Staging fails on all ranks or on none, before the thread communicates.
@@ -167,13 +168,22 @@ def _write_behind(snapshot: _Snapshot, writer: Writer, group: dist.ProcessGroup 
         _write(snapshot, writer, group)
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
         failures = unwrapped(error) if isinstance(error, CheckpointException) else {}
+        lost = None
+        if group is not None and not dist.is_initialized():
+            writer.abandon()
+            lost = RuntimeError(
+                f"checkpoint {writer.target} was not written: the process group was destroyed during the save; call "
+                f"AsyncSave.result(), or Checkpoints.wait(), before destroy_process_group()"
+            )
         if snapshot.ranks.rank == 0:
-            why = next(iter(failures.values()), error)
+            why = lost or next(iter(failures.values()), error)
             logger.error("checkpoint %s failed, and AsyncSave.result() raises why: %s", writer.target, why)
         # Frames of tracebacks hold the process group, whose threads must end before the interpreter finalizes.
         for raised in (error, *failures.values()):
             traceback.clear_frames(raised.__traceback__)
         del group
+        if lost is not None:
+            raise lost from None
         raise
 
 

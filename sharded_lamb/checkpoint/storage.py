@@ -115,6 +115,9 @@ class Writer(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        ranks = self.header.written_by.get("ranks", len(plans))
+        if len(plans) != ranks:  # torch saves each rank's parts alone once there is no process group
+            raise RuntimeError(f"the parts of {len(plans)} ranks came, of {ranks}")
         check_replaceable(self.target)
         self._part = part = aside(self.target, uuid.uuid4().hex[:8])
         durable.make_folder(part)

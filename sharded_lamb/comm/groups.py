@@ -8,6 +8,7 @@ while the interpreter finalizes aborts the process, so its threads are joined be
 import ctypes
 import gc
 import hashlib
+import os
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -79,7 +80,7 @@ class OwnedGroup:
         held = [_new_group(list(ranks), backend, timeout)]
         self._held = held  # the only lasting reference, so that `end` destroys the group
         self.in_flight: set[Messages] = set()
-        self.end = weakref.finalize(self, _end, held, self.in_flight)
+        self.end = weakref.finalize(self, _end, held, self.in_flight, os.getpid())
         """End the group on this rank. Not collective; does nothing the second time."""
 
     @classmethod
@@ -112,8 +113,7 @@ class OwnedGroup:
     def abandon(self) -> None:
         """Keep the group until the process ends: its end would wait for an operation that never completes."""
         if self.end.detach() is not None:
-            for held in (self._held[0], self.in_flight):
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
+            _keep_for_good(self._held, self.in_flight)
 
     @property
     def name(self) -> str:
@@ -198,11 +198,20 @@ def _device_unbound(default: dist.ProcessGroup) -> Iterator[None]:
         default.bound_device_id = bound
 
 
-def _end(held: list[dist.ProcessGroup], in_flight: set[Messages]) -> None:
+def _keep_for_good(*objects: object) -> None:
+    for each in objects:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
+
+
+def _end(held: list[dist.ProcessGroup], in_flight: set[Messages], process: int) -> None:
     """Destroy the group in ``held``, whose last reference this drops: that joins its threads.
 
-    A work that is left keeps gloo's connections open.
+    A work that is left keeps gloo's connections open. A process that was forked from ``process`` has none of the
+    threads, and would wait for them.
     """
+    if os.getpid() != process:
+        _keep_for_good(held, in_flight)
+        return
     while in_flight:
         messages = in_flight.pop()
         messages.works.clear()

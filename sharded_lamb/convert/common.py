@@ -143,6 +143,10 @@ def check_format(groups: Iterable[Mapping[str, Any]], form: str) -> None:
                 f"a parameter group has {_keys(group)} but no variant, which groups of Lamb and ShardedLamb have: give "
                 f"the file's format with --from"
             )
+        if form == "sgd" and "betas" in group:
+            raise ValueError(
+                f"a parameter group has {_keys(group)}, and SGD's have no 'betas': give the file's format with --from"
+            )
         if mark is not None and _MARKS[mark] != form:
             like = f"--from {_MARKS[mark]}" if _MARKS[mark] else "NAdam, which is not supported"
             raise ValueError(f"a parameter group has {mark!r} and looks like {like}, not like --from {form}")

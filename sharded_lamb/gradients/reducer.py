@@ -30,7 +30,7 @@ from sharded_lamb.gradients.exchange import FreeStaging, average
 from sharded_lamb.gradients.handles import Mark, ReducedGradient
 from sharded_lamb.gradients.hooks import AccumulationHooks, reject_compiled_autograd
 from sharded_lamb.gradients.source import Identity, Registration
-from sharded_lamb.gradients.states import TRANSITIONS, InFlight, ReducerState, Round
+from sharded_lamb.gradients.states import AFTER_INTERRUPT, TRANSITIONS, InFlight, ReducerState, Round
 from sharded_lamb.gradients.streams import ReductionStream
 from sharded_lamb.gradients.summary import GradientSummary, agree, inject_nan
 from sharded_lamb.gradients.warn import warn_of_late_buckets, warn_of_swapped
@@ -99,7 +99,8 @@ class BackwardReducer:
         self.may_lag = True
 
     def _enter(self, state: ReducerState) -> None:
-        assert state in TRANSITIONS[self.state], f"no transition from {self.state.name} to {state.name}"
+        known = TRANSITIONS[self.state] | AFTER_INTERRUPT.get(self.state, set())
+        assert state in known, f"no transition from {self.state.name} to {state.name}"
         self.state = state
 
     def identities(self) -> list[Identity | None]:
@@ -126,12 +127,12 @@ class BackwardReducer:
             for param in self.late:  # launch at the end: its gradient may be incomplete before
                 missing[self.bucket_of[param]] += 1
             sums = torch.zeros(len(self._layers), dtype=torch.float64, device=self.params[0].device)
-            self._round, self._summary, self._square_sums = Round(self._used, sums, missing), None, sums
+            opened = Round(self._used, sums, missing)
+            self._enter(ReducerState.ROUND)
+            self._round, self._summary, self._square_sums, self.may_lag = opened, None, sums, False
             self.attached.removed.clear()
             self.attached.zeroed.clear()
-            self.may_lag = False
-            self._enter(ReducerState.ROUND)
-        return self._round
+        return self._round.in_this_thread()
 
     def _before_gradient(self, param: int) -> None:
         self._guarded(self._set_aside, param)
@@ -193,8 +194,8 @@ class BackwardReducer:
 
     def _close_round(self) -> None:
         """Launch the remaining buckets, attach handles for late gradients, repeat edits since a failed backward."""
-        current = self._round
-        assert current is not None
+        assert self._round is not None
+        current = self._round.in_this_thread()
         edits = self.attached.edits_during(current.fired, current.awaited) if current.is_abandoned else None
         while current.next < len(self.buckets):
             current.next += 1
@@ -204,9 +205,9 @@ class BackwardReducer:
             if grad is not None and not isinstance(grad, ReducedGradient):
                 self._late_grads[param], self.params[param].grad = grad, None
                 self.attached.attach(param, renew=False)
+        self._enter(ReducerState.LAUNCHED)
         self._round, self.rounds = None, self.rounds + 1
         current.callbacks.clear()
-        self._enter(ReducerState.LAUNCHED)
         if edits is not None:
             self.attached.repeat(*edits)
 

@@ -1,5 +1,6 @@
 """The states of stage 2's reducer, and its records of a round and of exchanges in flight."""
 
+import threading
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -50,6 +51,12 @@ TRANSITIONS = {
     ReducerState.USED: {ReducerState.ROUND, ReducerState.USED, ReducerState.EMPTY},
 }
 
+AFTER_INTERRUPT = {
+    ReducerState.ROUND: {ReducerState.ROUND, ReducerState.EMPTY},
+    ReducerState.LAUNCHED: {ReducerState.LAUNCHED},
+}
+"""Transitions beside those, after a KeyboardInterrupt at the beginning or end of a round."""
+
 
 @dataclass(slots=True)
 class InFlight:
@@ -78,6 +85,18 @@ class Round:
     is_throttled: bool = True
     is_abandoned: bool = False  # an exception ended its backward
     awaited: set[int] = field(default_factory=set)  # then: parameters without a gradient, which got handles
+    thread: int = field(default_factory=threading.get_ident)  # in which gradients arrive
+
+    def in_this_thread(self) -> "Round":
+        """This round. Raises RuntimeError if gradients still arrive in another thread."""
+        if self.thread != (own := threading.get_ident()):
+            if any(callback is not None and callback() is not None for callback in self.callbacks.values()):
+                raise RuntimeError(
+                    "two threads run backward or step of a ShardedLamb of stage 2 at once, which reduces the gradients "
+                    "of one backward at a time: run them one after another, or use stage=1"
+                )
+            self.thread = own
+        return self
 
     def failed(self, attached: AttachedGradients, members: Iterable[int], _: Any) -> None:
         """Autograd has dropped a callback, so its backward failed: handles show what users remove or zero from now on.

@@ -3,6 +3,7 @@
 import operator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sharded_lamb import kernels
@@ -27,6 +28,7 @@ from sharded_lamb.sharding.shard_plan import ShardPlan
 class RegisteringOptimizer(JoinableOptimizer):
     """A `JoinableOptimizer` that builds its parts from its parameters."""
 
+    @torch.inference_mode(False)  # tensors made in it would make the model's parameters inference tensors
     def _build(self) -> None:
         """Register the parameters that require gradients in an empty store, on their device. Collective."""
         live, topology = self._live, self._store.topology
@@ -186,6 +188,7 @@ class RegisteringOptimizer(JoinableOptimizer):
         self._register(self._agreed_plan()[0])
         self._live.scanned = None
 
+    @torch.inference_mode(False)
     def _register(self, plan: ShardPlan) -> None:
         """Register the plan's parameters. Collective: broadcasts the first rank's weights."""
         store = self._store

@@ -157,7 +157,10 @@ class _Comparison:
         self.seed, self.device, self.gather_dtype = seed, device, gather_dtype
         self.reduce_dtype = reduce_dtype or torch.float32
         if isinstance(parameters, nn.Module):
-            named = dict(parameters.to(device, dtype).named_parameters())
+            trained = parameters.to(device, dtype).named_parameters()
+            named = {name: p for name, p in trained if p.requires_grad}
+            if not named:
+                raise ValueError("no parameter of the model requires gradients: there is nothing to compare")
         else:
             named = {
                 name: nn.Parameter(self._random("weights", index, tuple(shape)).to(device, dtype))

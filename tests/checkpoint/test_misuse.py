@@ -1,9 +1,11 @@
 """Mistakes of users raise an error on every rank, and lose none of their files."""
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sharded_lamb import Lamb, ShardedLamb, checkpoint
-from sharded_lamb.checkpoint import CheckpointError, Checkpoints, durable, plain, storage
+from sharded_lamb.checkpoint import CheckpointError, Checkpoints, durable, plain, saving, storage
 from tests import training
 from tests.harness import run_ranks, run_ranks_expecting_errors
 
@@ -411,3 +413,36 @@ def test_a_default_device_does_not_matter(tmp_path: Path) -> None:
         extra = checkpoint.load(tmp_path / "c", model)
     assert extra["rng"].tolist() == [0, 1, 2]
     assert float(model.weight.detach().mean()) == 1.0
+
+
+# -- a save behind, whose process group goes ------------------------------------------------------------------------
+
+
+def destroyed_behind(rank: int, folder: Path) -> None:
+    """The thread begins once the groups are gone: torch would save each rank's parts alone, as whole checkpoints."""
+    model = nn.Linear(8, 64)
+    opt = ShardedLamb(model.named_parameters())
+    model(torch.ones(2, 8)).sum().backward()
+    opt.step()
+    checkpoints, gone, write = Checkpoints(folder, keep=1), threading.Event(), saving._write
+
+    def late(*arguments: Any) -> None:
+        assert gone.wait(60)
+        write(*arguments)
+
+    checkpoints.save(1, model, opt)
+    with mock.patch.object(saving, "_write", late):
+        pending = checkpoints.async_save(2, model, opt)
+        dist.barrier()
+        dist.destroy_process_group()
+        gone.set()
+        with pytest.raises(
+            RuntimeError, match=r"step-00000002 was not written: .*before destroy_process_group\(\)"
+        ):
+            pending.result()
+
+
+def test_a_save_behind_commits_nothing_once_the_process_group_is_destroyed(tmp_path: Path) -> None:
+    run_ranks(2, destroyed_behind, tmp_path / "c")
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"latest", "step-00000001"}
+    assert checkpoint.problem_with(tmp_path / "c" / "step-00000001") is None

@@ -7,9 +7,11 @@ state too; the schedule is a function of the step.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import FrameType
@@ -79,6 +81,37 @@ def save(folder: Path, keep: int, position: Position, backend: TrainBackend) -> 
         raise OSError(
             error.errno, f"{error.strerror}. Free space or set run_dir, then restart with --resume auto"
         ) from error
+
+
+@contextmanager
+def claimed(run_dir: str, ranks: Ranks) -> Iterator[None]:
+    """Inside, no other run trains into ``run_dir``. Collective. Held by rank 0, whose end releases it.
+
+    File systems without locks let others in.
+
+    Raises:
+        ValueError: another run does; on every rank.
+    """
+    held: list[int] = []
+
+    def claim() -> None:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        held.append(os.open(Path(run_dir, ".lock"), os.O_WRONLY | os.O_CREAT))
+        try:
+            fcntl.lockf(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # forked workers do not inherit it
+        except (BlockingIOError, PermissionError):
+            raise ValueError(
+                f"another run trains into {run_dir} now: set another run_dir, or wait for its end"
+            ) from None
+        except OSError:  # not supported here
+            pass
+
+    try:
+        ranks.from_first(claim)
+        yield
+    finally:
+        for file in held:
+            os.close(file)
 
 
 def candidates(config: Settings, resume: str | None) -> list[Path]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from sharded_lamb.core.names import validate_patterns
@@ -18,6 +19,7 @@ Positive = Annotated[int, Field(gt=0, description="a positive number")]
 PositiveFloat = Annotated[float, Field(gt=0, description="a positive number")]
 Fraction = Annotated[float, Field(ge=0, lt=1, description="a number in [0, 1)")]
 Seed = Annotated[int, Field(ge=0, lt=2**63, description="a number in [0, 2^63)")]
+LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
 Precision = Literal["auto", "fp32", "bf16_autocast", "bf16"]
 
 

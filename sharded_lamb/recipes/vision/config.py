@@ -14,6 +14,7 @@ from sharded_lamb.recipes.training.settings import (
     CheckpointConfig,
     FaultsConfig,
     Fraction,
+    LocalPath,
     Positive,
     PositiveFloat,
     RatioBlocks,
@@ -166,7 +167,7 @@ class VisionConfig:
     """The whole run."""
 
     schedule: ScheduleConfig
-    run_dir: str = "runs/vision"
+    run_dir: LocalPath = "runs/vision"
     seed: Seed = 1
     stage: Literal[1, 2] = 2
     model: ModelConfig = field(default_factory=ModelConfig)
