@@ -183,6 +183,21 @@ def verify_model(rank: int) -> Verdict:
     return verdict(verify(model, steps=4))
 
 
+def verify_frozen(rank: int) -> Verdict:
+    model = nn.Sequential(nn.Embedding(11, 8), nn.BatchNorm1d(8), nn.Linear(8, 5))
+    model[0].weight.requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    return verdict(verify(model, steps=2))
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    for passed, text, _ in run_ranks(2, verify_frozen):
+        assert passed, text
+        assert "3 tensors" in text
+    with pytest.raises(ValueError, match="no parameter of the model requires gradients"):
+        verify(nn.Linear(3, 2).requires_grad_(False), steps=1)
+
+
 def test_takes_a_model() -> None:
     for passed, text, _ in run_ranks(2, verify_model):
         assert passed, text

@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 
+from sharded_lamb.__main__ import main as sharded_lamb_command
 from sharded_lamb.bert import study
 from sharded_lamb.bert.__main__ import main
 from sharded_lamb.checkpoint import problem_with, read_contents
@@ -146,6 +147,63 @@ def test_a_signal_saves_and_exits_with_the_code_that_requeues(tree: dict[str, An
         stopped_at.append(done)
     assert run_ranks(1, call_main, arguments) == [(0, "")]
     assert [row["step"] for row in rows_of(run)] == [*range(1, 61), 60]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_pretrain_hands_a_signal_to_its_ranks_and_ends_after_their_save(
+    number: signal.Signals, tree: dict[str, Any], tmp_path: Path
+) -> None:
+    config = write_config(
+        tree, tmp_path, **{**LONG, "checkpoint": {"every_steps": 1000, "requeue_exit_code": 85}}
+    )
+    command = [
+        interpreter.python(),
+        "-m",
+        "sharded_lamb",
+        "pretrain",
+        "--config",
+        str(config),
+        "--ranks",
+        "1",
+    ]
+    mark = f"{tmp_path}"
+    process = subprocess.Popen(
+        command,
+        env=environment(MARK=mark),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    wait_for_rows(tmp_path / "run", 5, process)
+    process.send_signal(number)
+    assert process.wait(120) == 85
+    assert processes_with(f"MARK={mark}") == []
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    assert problem_with(saved) is None
+
+
+def test_pretrain_rejects_once_what_no_rank_could_run(
+    tree: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tree, tmp_path)
+    with mock.patch.object(subprocess, "Popen", side_effect=AssertionError("it has started ranks")):
+        assert sharded_lamb_command(["pretrain", "--config", str(config), "--ranks", "5"]) == 2
+    assert "can't be split evenly over 5 ranks" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sentence", "message"),
+    [("no blank", "expected [MASK] in it"), ("a [MASK] " * 40, "expected at most 32 (model.max_positions)")],
+)
+def test_a_sentence_that_cannot_be_completed_is_refused_before_training(
+    sentence: str, message: str, tree: dict[str, Any], tmp_path: Path
+) -> None:
+    config = write_config(tree, tmp_path, log={"fill_mask": [sentence]})
+    ((code, said),) = run_ranks(1, call_main, ["--config", str(config)])
+    assert code == 1
+    assert message in said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_every_rank_and_loses_nothing(

@@ -62,6 +62,10 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(
         ("optimizer.max_grad_norm=0", r"=0: expected null or a positive number; null switches clipping off$"),
         ("checkpoint.requeue_exit_code=256", r"checkpoint\.requeue_exit_code=256: expected 1 to 255$"),
         ("run_dir=[", r"override 'run_dir=\[': the value is not valid YAML"),
+        ("phases.0.max_predictions=-1", r"phases\.0\.max_predictions=-1: expected null or a positive number"),
+        ("phases.0.max_micro_batch=0", r"phases\.0\.max_micro_batch=0: expected null or a positive number"),
+        ("log.heldout_batches=-1", r"log\.heldout_batches=-1: expected null or a positive number"),
+        ("speed.peak_tflops=0", r"speed\.peak_tflops=0: expected null or a positive number"),
         ("phases=[]", r"phases=\(\): expected at least one phase"),
         ("data.source=[]", r"data\.source=\(\): expected at least one"),
     ],
@@ -81,6 +85,16 @@ def test_overrides_reach_nested_and_listed_settings(tree: dict[str, Any]) -> Non
     assert config.data.source == ("a", "b")
     assert config.phases[0].ramp is not None
     assert config.phases[0].ramp.start == 2
+
+
+def test_a_tilde_is_the_home_folder(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = build_config(tree, ["run_dir=~/runs/a", "data.prepared='~/data'", "start_from='~/b'"])
+    assert (config.run_dir, config.data.prepared, config.start_from) == (
+        "/home/me/runs/a",
+        "/home/me/data",
+        "/home/me/b",
+    )
 
 
 def test_a_dollar_sign_is_text(tree: dict[str, Any]) -> None:

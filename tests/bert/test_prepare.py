@@ -1,4 +1,5 @@
 import ast
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,47 @@ def test_every_format_gives_the_same_documents(tree: dict[str, Any], tmp_path: P
     # Two text files are two units, so a row ends early between them; the words are the same.
     assert len(set(contents.values())) <= 2, by_length
     assert len({"".join(content.split()) for content in contents.values()}) == 1, by_length
+
+
+def test_the_configured_format_holds_for_files_without_a_suffix(tree: dict[str, Any], tmp_path: Path) -> None:
+    """As Spark writes them; without data.format they are text."""
+    (tmp_path / "part-00000").write_text("".join(json.dumps({"text": t}) + "\n" for t in paragraphs()[:20]))
+
+    def documents(form: str) -> int | str:
+        config = configured(tree, tmp_path, source=[str(tmp_path / "part-00000")], format=form)
+        (file,) = find_files(config.data, tmp_path)
+        return count_documents(file)
+
+    assert documents("jsonl") == 20
+    assert documents("auto") == documents("text") == 1
+    assert "part-00000" in str(documents("parquet")) or not isinstance(documents("parquet"), int)
+
+
+def test_a_folders_compressed_files_are_read(tree: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in paragraphs()[:20])
+    (tmp_path / "in" / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "in" / "b.txt").write_text("one\n\ntwo")
+    (tmp_path / "in" / "c.tar.gz").write_bytes(b"")
+    files = find_files(configured(tree, tmp_path, source=[str(tmp_path / "in")]).data, tmp_path / "cache")
+    assert [Path(file.path).name for file in files] == ["a.jsonl.gz", "b.txt"]
+    assert [count_documents(file) for file in files] == [20, 2]
+
+
+def test_two_runs_that_train_the_tokenizer_at_once_share_it(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other run's is there once this one is trained."""
+    config, save = configured(tree, tmp_path), module.save_tokenizer
+
+    def save_beside_another(tokenizer: Any, folder: Path, *options: Any) -> None:
+        save(tokenizer, folder, *options)
+        save(tokenizer, folder.with_name(folder.name.removeprefix(".").rsplit(".", 1)[0]), *options)
+
+    monkeypatch.setattr(module, "save_tokenizer", save_beside_another)
+    folder = prepare(config, LENGTH)
+    assert read_manifest(folder).documents > 0
+    assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
 
 
 def test_the_trained_tokenizer_and_the_rows_are_the_same_in_every_run(

@@ -63,6 +63,14 @@ def test_options_of_sgd_that_lars_lacks(
     assert message in cases.refused(capsys, file, tmp_path / "x", "--from", "sgd", "--to", "sharded_lamb")
 
 
+def test_adams_file_is_refused_as_sgds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would lose both moments."""
+    model = cases.net()
+    file = file_of(torch.optim.AdamW(model.parameters()), model, tmp_path / "file")
+    said = cases.refused(capsys, file, tmp_path / "x", "--from", "sgd", "--to", "sharded_lamb")
+    assert "SGD's have no 'betas': give the file's format with --from" in said
+
+
 def test_lars_and_lamb_are_refused_by_formats_of_the_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

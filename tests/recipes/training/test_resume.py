@@ -1,5 +1,6 @@
 """The checkpoint from which a run's ranks resume, also those that torchrun has restarted."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,26 @@ def chosen(rank: int, folder: str) -> None:
     Checkpoints(root, resumed=True).save(4, model)  # again
     assert choose(2, str(named)) == ["step-00000004", "step-00000003"]
     assert choose(2, "auto") == ["step-00000004", "step-00000003"]
+
+
+def claims(rank: int, folder: str) -> None:
+    """The other run is a process of its own, which fork gives no lock."""
+    ranks = Ranks.start()
+    with checkpoint.claimed(folder, ranks):
+        child = os.fork()
+        if child == 0:
+            try:
+                with checkpoint.claimed(folder, SimpleNamespace(from_first=lambda work: work())):  # type: ignore[arg-type]
+                    os._exit(1)
+            except ValueError as error:
+                os._exit(7 if "another run trains into" in str(error) else 2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    with checkpoint.claimed(folder, ranks):
+        pass
+
+
+def test_one_run_at_a_time_trains_into_a_folder(tmp_path: Path) -> None:
+    run_ranks(1, claims, str(tmp_path / "run"))
 
 
 def test_restarted_ranks_resume_from_the_newest_checkpoint_that_their_launch_has_saved(
