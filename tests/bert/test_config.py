@@ -88,12 +88,12 @@ def test_overrides_reach_nested_and_listed_settings(tree: dict[str, Any]) -> Non
 
 
 def test_a_tilde_is_the_home_folder(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/elsewhere")
     config = build_config(tree, ["run_dir=~/runs/a", "data.prepared='~/data'", "start_from='~/b'"])
     assert (config.run_dir, config.data.prepared, config.start_from) == (
-        "/home/me/runs/a",
-        "/home/me/data",
-        "/home/me/b",
+        "/elsewhere/runs/a",
+        "/elsewhere/data",
+        "/elsewhere/b",
     )
 
 
