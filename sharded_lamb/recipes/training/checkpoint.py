@@ -85,9 +85,10 @@ def save(folder: Path, keep: int, position: Position, backend: TrainBackend) -> 
 
 @contextmanager
 def claimed(run_dir: str, ranks: Ranks) -> Iterator[None]:
-    """Inside, no other run trains into ``run_dir``. Collective. Held by rank 0, whose end releases it.
+    """Inside, no other run trains into ``run_dir``. Collective. Rank 0 holds a lock, which its end releases.
 
-    File systems without locks let others in.
+    Ranks that torchrun restarts need no lock: a host that crashed may still have it. File systems without locks let
+    others in.
 
     Raises:
         ValueError: another run does; on every rank.
@@ -95,16 +96,20 @@ def claimed(run_dir: str, ranks: Ranks) -> Iterator[None]:
     held: list[int] = []
 
     def claim() -> None:
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
-        held.append(os.open(Path(run_dir, ".lock"), os.O_WRONLY | os.O_CREAT))
+        launch, own, lock = launch_store(), f"claimed/{run_dir}", Path(run_dir, ".lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held.append(os.open(lock, os.O_WRONLY | os.O_CREAT))
         try:
             fcntl.lockf(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # forked workers do not inherit it
         except (BlockingIOError, PermissionError):
-            raise ValueError(
-                f"another run trains into {run_dir} now: set another run_dir, or wait for its end"
-            ) from None
+            if not launch.check([own]):
+                raise ValueError(
+                    f"another run trains into {run_dir} now: set another run_dir, or wait for its end; delete {lock} "
+                    f"if its host has crashed"
+                ) from None
         except OSError:  # not supported here
             pass
+        launch.set(own, "")
 
     try:
         ranks.from_first(claim)

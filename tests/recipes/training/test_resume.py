@@ -1,6 +1,9 @@
 """The checkpoint from which a run's ranks resume, also those that torchrun has restarted."""
 
+import fcntl
 import os
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,23 +46,54 @@ def chosen(rank: int, folder: str) -> None:
 
 
 def claims(rank: int, folder: str) -> None:
-    """The other run is a process of its own, which fork gives no lock."""
+    """Beside a process that has the lock: another launch is refused, and restarted ranks of this one are not."""
+    holder = os.fork()
+    if holder == 0:
+        file = os.open(Path(folder, ".lock"), os.O_WRONLY | os.O_CREAT)
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        Path(folder, "locked").touch()
+        time.sleep(60)
+        os._exit(0)
     ranks = Ranks.start()
-    with checkpoint.claimed(folder, ranks):
-        child = os.fork()
-        if child == 0:
-            try:
-                with checkpoint.claimed(folder, SimpleNamespace(from_first=lambda work: work())):  # type: ignore[arg-type]
-                    os._exit(1)
-            except ValueError as error:
-                os._exit(7 if "another run trains into" in str(error) else 2)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    with checkpoint.claimed(folder, ranks):
-        pass
+    while not Path(folder, "locked").exists():
+        time.sleep(0.01)
+    try:
+        with (
+            pytest.raises(
+                ValueError, match=r"another run trains into .* delete .*/\.lock if its host has crashed"
+            ),
+            checkpoint.claimed(folder, ranks),
+        ):
+            pass
+        checkpoint.launch_store().set(f"claimed/{folder}", "")
+        with checkpoint.claimed(folder, ranks):
+            pass
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+
+
+def claims_of_one_launch(rank: int, folder: str) -> None:
+    ranks = Ranks.start()
+    for _ in range(2):
+        with checkpoint.claimed(folder, ranks):
+            child = os.fork()
+            if child == 0:
+                file = os.open(Path(folder, ".lock"), os.O_WRONLY)
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    os._exit(7)
+                os._exit(1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_a_run_holds_its_folder(tmp_path: Path) -> None:
+    run_ranks(1, claims_of_one_launch, str(tmp_path))
 
 
 def test_one_run_at_a_time_trains_into_a_folder(tmp_path: Path) -> None:
-    run_ranks(1, claims, str(tmp_path / "run"))
+    run_ranks(1, claims, str(tmp_path))
 
 
 def test_restarted_ranks_resume_from_the_newest_checkpoint_that_their_launch_has_saved(
