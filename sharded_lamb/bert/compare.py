@@ -24,7 +24,7 @@ def read(arguments: Sequence[str]) -> Runs:
     """The runs of ``LABEL=RUN,RUN`` arguments.
 
     Raises:
-        ValueError: an argument has another form, or a folder has no metrics.jsonl with a held-out loss.
+        ValueError: an argument has another form, or a folder has no whole metrics.jsonl with a held-out loss.
     """
     runs: dict[str, list[list[Mapping[str, Any]]]] = {}
     for argument in arguments:
@@ -37,7 +37,12 @@ def read(arguments: Sequence[str]) -> Runs:
 
 def _rows(folder: Path) -> list[Mapping[str, Any]]:
     path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: cut off, or no JSON ({error})") from None
     if not any(row.get("heldout_loss") is not None for row in rows):
         raise ValueError(f"{path}: no held-out loss; give the folders of runs that have ended")
     return rows
@@ -89,6 +94,23 @@ def draw(runs: Runs, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _content(runs: Runs) -> dict[str, Any]:
+    """Held-out losses and curves, rounded, as plain data."""
+    content = {
+        label: [
+            {
+                "heldout_loss": heldout(rows),
+                "curve": curve(rows),
+                **{key: found for name, key in HELDOUT.items() if (found := evaluations(rows, name))},
+            }
+            for rows in each
+        ]
+        for label, each in runs.items()
+    }
+    rounded: dict[str, Any] = json.loads(json.dumps(content), parse_float=lambda text: round(float(text), 4))
+    return rounded
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 with a line on stderr for a wrong argument."""
     parser = argparse.ArgumentParser(prog="python -m sharded_lamb.bert.compare", allow_abbrev=False)
@@ -98,26 +120,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         runs = read(chosen.runs)
-    except ValueError as error:
+        print(table(runs))
+        if chosen.json:
+            chosen.json.write_text(json.dumps(_content(runs)) + "\n")
+        if chosen.png:
+            draw(runs, chosen.png)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(table(runs))
-    if chosen.json:
-        content = {
-            label: [
-                {
-                    "heldout_loss": heldout(rows),
-                    "curve": curve(rows),
-                    **{key: found for name, key in HELDOUT.items() if (found := evaluations(rows, name))},
-                }
-                for rows in each
-            ]
-            for label, each in runs.items()
-        }
-        rounded = json.loads(json.dumps(content), parse_float=lambda text: round(float(text), 4))
-        chosen.json.write_text(json.dumps(rounded) + "\n")
-    if chosen.png:
-        draw(runs, chosen.png)
     return 0
 
 

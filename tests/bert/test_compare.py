@@ -45,6 +45,17 @@ def test_evaluations_on_the_way_are_points_of_a_curve(tmp_path: Path) -> None:
     assert run["heldout_causal_curve"] == [[50, 10.0], [100, 20.0]]
 
 
+def test_a_cut_off_line_and_a_file_that_cannot_be_written_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "heldout_loss": 3.0}\n{"step": 2, "lo')
+    assert main([f"a={tmp_path}"]) == 1
+    assert f"error: {tmp_path / 'metrics.jsonl'}, line 2: cut off" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "heldout_loss": 3.0}\n')
+    assert main([f"a={tmp_path}", "--json", str(tmp_path / "none" / "x.json")]) == 1
+    assert "none/x.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argument", ["runs/a", "=runs/a", "fp32=", "fp32=nowhere"])
 def test_what_is_no_run_is_named(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([argument]) == 1

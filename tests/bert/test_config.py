@@ -127,6 +127,18 @@ def test_a_configuration_of_another_command_is_named(
     assert capsys.readouterr().err == said
 
 
+def test_files_that_are_no_configuration_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml")
+    (tmp_path / "b.yaml").write_text("base: a.yaml")
+    with pytest.raises(
+        ValueError, match=r"--config .*a\.yaml: the `base` of .*b\.yaml leads back to .*a\.yaml"
+    ):
+        load_config(tmp_path / "a.yaml")
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"--config .*c\.yaml: not valid YAML"):
+        load_config(tmp_path / "c.yaml")
+
+
 def test_a_missing_file_names_a_near_one() -> None:
     with pytest.raises(
         ValueError, match=r"bert-quikstart\.yaml: no such file; did you mean .*bert-quickstart"

@@ -184,6 +184,10 @@ def run(chosen: argparse.Namespace) -> int:
     problem = _problem(chosen, dataset, next(iter(encoders.values())))
     settings = Settings(chosen.optimizer, chosen.epochs, chosen.batch, chosen.warmup)
     device = devices.of_this_rank()
+    out = chosen.out or chosen.source / f"finetune-{chosen.task}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise ValueError(f"--out {out}: expected a file in a folder that can be written")
     runs = list(_runs(chosen, problem, encoders, settings, device))
     best = {
         kind: best_rate([row for row in runs if row["weights"] == kind], problem.metrics) for kind in encoders
@@ -200,8 +204,6 @@ def run(chosen: argparse.Namespace) -> int:
         "best": best,
         "runs": runs,
     }
-    out = chosen.out or chosen.source / f"finetune-{chosen.task}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, json.dumps(without_nan(result), indent=1).encode())
     print(table(result), f"results in {out}", sep="\n", flush=True)
     return 0

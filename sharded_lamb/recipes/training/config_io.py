@@ -168,8 +168,13 @@ def load_config(settings: type[Settings], path: str | Path, overrides: Sequence[
     return build_config(settings, tree, overrides, origin=str(path))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The file as plain data, merged over the file in its key `base` (a list replaces the whole list)."""
+def read_yaml(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
+    """The file as plain data, merged over the file in its key `base` (a list replaces the whole list).
+
+    ``above``: the files whose `base` it is.
+    """
+    if path.resolve() in above:
+        raise ValueError(f"--config {above[0]}: the `base` of {above[-1]} leads back to {path}")
     if not path.is_file():
         beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, beside, n=1)
@@ -180,14 +185,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"--config {path}: no such file; {hint}")
     try:
         tree = _parse(path.read_text())
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: not valid YAML, or a malformed ${{…}}: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(
             f"--config {path}: expected a mapping of keys to values, found {type(tree).__name__}"
         )
     base = tree.pop("base", None)
-    return tree if base is None else merged_over(read_yaml(path.parent / str(base)), tree)
+    if base is None:
+        return tree
+    return merged_over(read_yaml(path.parent / str(base), [*above, path.resolve()]), tree)
 
 
 def merged_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
