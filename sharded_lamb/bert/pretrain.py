@@ -77,9 +77,8 @@ def launch(chosen: argparse.Namespace, config: str, overrides: Sequence[str], re
     threads = max(1, (os.cpu_count() or 1) // ranks)
     environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true", **os.environ}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [
-        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-    ]  # torchrun hands them to its ranks
+    # torchrun hands these signals to its ranks.
+    command += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     command += [f"--max-restarts={chosen.max_restarts}", "-m", "sharded_lamb.bert", *arguments]
     with subprocess.Popen(command, env=environment) as torchrun:
         code, stopped = _waited(torchrun)

@@ -172,7 +172,7 @@ def _write_behind(snapshot: _Snapshot, writer: Writer, group: dist.ProcessGroup 
         if group is not None and not dist.is_initialized():
             writer.abandon()
             lost = RuntimeError(
-                f"checkpoint {writer.target} was not written: the process group was destroyed during the save; call "
+                f"the save of {writer.target} was not completed here: the process group was destroyed during it; call "
                 f"AsyncSave.result(), or Checkpoints.wait(), before destroy_process_group()"
             )
         if snapshot.ranks.rank == 0:

@@ -437,7 +437,7 @@ def destroyed_behind(rank: int, folder: Path) -> None:
         dist.destroy_process_group()
         gone.set()
         with pytest.raises(
-            RuntimeError, match=r"step-00000002 was not written: .*before destroy_process_group\(\)"
+            RuntimeError, match=r"step-00000002 was not completed here: .*before destroy_process_group\(\)"
         ):
             pending.result()
 
