@@ -203,7 +203,7 @@ def test_a_sentence_that_cannot_be_completed_is_refused_before_training(
     ((code, said),) = run_ranks(1, call_main, ["--config", str(config)])
     assert code == 1
     assert message in said
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_every_rank_and_loses_nothing(

@@ -130,15 +130,16 @@ def train(config: Any, resume: str | None, ranks: Ranks, set_up: Callable[[Any, 
     """
     stop = StopRequested()
     config = resolved(config)
-    with checkpoint.claimed(config.run_dir, ranks):
-        candidates = checkpoint.choose(config, resume, ranks)
-        use_threads(config.speed.threads)
-        recipe = set_up(config, ranks)
-        try:
+    checkpoint.choose(config, resume, ranks)  # a run that is refused prepares nothing
+    use_threads(config.speed.threads)
+    recipe = set_up(config, ranks)
+    try:
+        with checkpoint.claimed(config.run_dir, ranks):
+            candidates = checkpoint.choose(config, resume, ranks)  # another run may have ended meanwhile
             with Watchdog(config.faults.hang_timeout_s) as watchdog:
                 return _train(recipe, candidates, stop, watchdog.beat)
-        finally:
-            recipe.backend.close()
+    finally:
+        recipe.backend.close()
 
 
 def _train(recipe: Recipe, candidates: list[Path], stop: StopRequested, beat: Beat) -> Outcome:
