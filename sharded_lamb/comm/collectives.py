@@ -317,7 +317,8 @@ class Collectives:
         As a batch of one: outside of batches NCCL makes a communicator for every pair of ranks.
         """
         assert self.everyone is not None
-        works = dist.batch_isend_irecv([dist.P2POp(start, tensor, peer, self.everyone.pg, Tag.STATE)])
+        with explained(entered):  # the connection may be closed already
+            works = dist.batch_isend_irecv([dist.P2POp(start, tensor, peer, self.everyone.pg, Tag.STATE)])
         messages = self.everyone, [self.topology.everyone.index(peer)]
         Pending(works, messages=messages, memory=tensor, entered=entered).wait()
 

@@ -1,5 +1,6 @@
 """An error that one rank alone finds is an error on every rank that waits for it, by name."""
 
+import time
 from collections.abc import Callable
 from unittest import mock
 
@@ -189,6 +190,35 @@ def test_a_closed_connection_is_explained(stage: int) -> None:
         assert message.startswith(
             "ranks wait for a rank that has raised:\n  rank 1 has raised ValueError: max_norm"
         )
+
+
+def closed_before(rank: int) -> None:
+    """Rank `ODD` raises and ends its groups; then another begins to send it state, or to receive some."""
+    case = Case(rank, 1)
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        if not case.is_odd:
+            store.wait(["closed"])
+            for _ in range(600):  # until gloo here has noticed
+                try:
+                    case.opt._collectives.everyone.check_connection(ODD)  # type: ignore[union-attr]
+                except RuntimeError:
+                    break
+                time.sleep(0.05)
+        case.consolidate()
+    except ValueError:
+        case.opt.close()
+        store.set("closed", "")
+        raise
+
+
+def test_a_connection_that_was_closed_before_a_transfer_is_explained() -> None:
+    failed = run_ranks_expecting_errors(2, closed_before, timeout=60)
+    assert failed.pop(ODD)[0] == "ValueError"
+    assert failed[0][0] == "RuntimeError"
+    assert failed[0][1].startswith(
+        "ranks wait for a rank that has raised:\n  rank 1 has raised ValueError: to must be"
+    )
 
 
 def caught(rank: int) -> list[str]:
