@@ -198,6 +198,13 @@ def test_frozen_parameters_are_left_out() -> None:
         verify(nn.Linear(3, 2).requires_grad_(False), steps=1)
 
 
+def test_complex_parameters_are_refused() -> None:
+    """A cast to --dtype would drop their imaginary parts, and pass."""
+    model = nn.ParameterDict({"real": torch.ones(3), "wave": torch.ones(3, dtype=torch.complex64)})
+    with pytest.raises(TypeError, match=r"'wave' is torch.complex64: LAMB is defined for real parameters"):
+        verify(model, steps=1)
+
+
 def test_takes_a_model() -> None:
     for passed, text, _ in run_ranks(2, verify_model):
         assert passed, text

@@ -17,6 +17,7 @@ from sharded_lamb.bert.config import TokenizerConfig
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _ALPHABET = 1000  # characters that get a piece of their own; rarer ones become [UNK]
 _COUNTED_CHARACTERS = 200_000_000
+_LONGEST_WORD = 100  # characters; WordPiece makes a longer word [UNK]
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,13 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Any:
     """A WordPiece tokenizer of exactly `vocab_size` pieces, the same in every run.
 
     The library's trainer numbers the first pieces in the order of a hash map, and the numbers break ties between
-    equally frequent merges. Passing the alphabet in sorted order, word-initial and continuing, fixes both.
+    equally frequent merges. Passing the alphabet in sorted order, word-initial and continuing, fixes both. Words that
+    become [UNK] for their length train no pieces: the trainer's time is quadratic in a word's length.
 
     Raises:
-        ValueError: the corpus has too few different words for the vocabulary.
+        ValueError: the corpus has too few different words for the vocabulary, or too many characters.
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     texts = list(documents)
     normalizer = normalizers.BertNormalizer(lowercase=config.lowercase)
@@ -58,7 +60,8 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Any:
         raise ValueError("the corpus is empty: its documents contain only whitespace; check data.source")
     scratch = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     scratch.normalizer = normalizer
-    scratch.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    long_words = pre_tokenizers.Split(Regex(f"^.{{{_LONGEST_WORD + 1},}}$"), "removed")
+    scratch.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), long_words])
     trainer = trainers.WordPieceTrainer(
         vocab_size=config.vocab_size,
         min_frequency=config.min_frequency,
@@ -70,12 +73,15 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Any:
     scratch.train_from_iterator(texts, trainer)
     vocabulary = scratch.get_vocab()
     if len(vocabulary) != config.vocab_size:
-        raise ValueError(
-            f"tokenizer.vocab_size={config.vocab_size}: this corpus gives {len(vocabulary)} pieces "
-            f"(seen at least {config.min_frequency} times); use {len(vocabulary) // 8 * 8} or fewer, or "
-            f"more text"
-        )
+        raise ValueError(f"tokenizer.vocab_size={config.vocab_size}: {_misfit(len(vocabulary), config)}")
     return _as_bert(vocabulary, normalizer)
+
+
+def _misfit(pieces: int, config: TokenizerConfig) -> str:
+    if pieces > config.vocab_size:
+        return f"the characters of this corpus alone take {pieces} pieces; use {-pieces // 8 * -8} or more"
+    remedy = f"use {pieces // 8 * 8} or fewer, or more text" if pieces >= 16 else "use more text"
+    return f"this corpus gives {pieces} pieces (seen at least {config.min_frequency} times); {remedy}"
 
 
 def _alphabet(texts: list[str], normalizer: Any) -> list[str]:
@@ -94,7 +100,9 @@ def _as_bert(vocabulary: dict[str, int], normalizer: Any) -> Any:
     """The vocabulary in a tokenizer whose only special pieces are BERT's five."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
+    tokenizer = Tokenizer(
+        models.WordPiece(vocab=vocabulary, unk_token="[UNK]", max_input_chars_per_word=_LONGEST_WORD)
+    )
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")

@@ -16,6 +16,7 @@ from sharded_lamb.comm.progress import with_progress
 from sharded_lamb.comm.wire_formats import of_reduce
 from sharded_lamb.core.host_values import as_tensor
 from sharded_lamb.core.layout import BLOCK
+from sharded_lamb.core.parameters import check_parameter
 from sharded_lamb.kernels.block_codes import random_bits
 from sharded_lamb.optim.sharded import ShardedLamb
 from sharded_lamb.sharding.buckets import flattened, memory_strides
@@ -123,6 +124,9 @@ def verify(
     Returns:
         A report with the same verdict on every rank. A ValueError or RuntimeError of the optimizer is one of its
         problems.
+
+    Raises:
+        TypeError: a parameter that LAMB cannot update, such as a complex one.
     """
     comparison = _Comparison(parameters, dtype, torch.device(device), seed, gather_dtype, reduce_dtype)
     if variant == "lars" and state_dtype != "float32":
@@ -157,6 +161,8 @@ class _Comparison:
         self.seed, self.device, self.gather_dtype = seed, device, gather_dtype
         self.reduce_dtype = reduce_dtype or torch.float32
         if isinstance(parameters, nn.Module):
+            for name, p in parameters.named_parameters():
+                check_parameter(name, p)  # .to(dtype) drops imaginary parts
             trained = parameters.to(device, dtype).named_parameters()
             named = {name: p for name, p in trained if p.requires_grad}
             if not named:

@@ -10,12 +10,12 @@ import pytest
 
 from sharded_lamb.bert import corpus
 from sharded_lamb.bert import prepare as module
-from sharded_lamb.bert.config import RunConfig, build_config
+from sharded_lamb.bert.config import RunConfig, TokenizerConfig, build_config
 from sharded_lamb.bert.corpus import check_files, count_documents, find_files
 from sharded_lamb.bert.packing import Packer
 from sharded_lamb.bert.prepare import _sampled, prepare
 from sharded_lamb.bert.shards import PackedSamples, read_manifest
-from sharded_lamb.bert.tokenizer import encode, load_tokenizer, vocabulary_of
+from sharded_lamb.bert.tokenizer import encode, load_tokenizer, train_tokenizer, vocabulary_of
 from tests import fork_server
 from tests.bert.conftest import LENGTH, paragraphs
 
@@ -242,6 +242,17 @@ class TestBadInput:
         ):
             prepare(config, LENGTH)
 
+    def test_a_corpus_with_less_than_eight_pieces(self) -> None:
+        with pytest.raises(ValueError, match=r"this corpus gives 7 pieces .*; use more text$"):
+            train_tokenizer(["a a a"], TokenizerConfig(vocab_size=16))
+
+    def test_a_corpus_with_more_characters_than_pieces(self) -> None:
+        letters = ["abcdefghijkl"]  # each begins and continues words: 24 pieces beside 5 special ones
+        message = r"vocab_size=16: the characters of this corpus alone take 29 pieces; use 32 or more$"
+        with pytest.raises(ValueError, match=message):
+            train_tokenizer(letters, TokenizerConfig(vocab_size=16))
+        train_tokenizer(letters * 3, TokenizerConfig(vocab_size=32, min_frequency=2))
+
     def test_a_shard_cut_short(self, tree: dict[str, Any], tmp_path: Path) -> None:
         config = configured(tree, tmp_path)
         folder = prepare(config, LENGTH)
@@ -251,6 +262,19 @@ class TestBadInput:
             ValueError, match=r"train-00000\.bin: expected \d+ bytes, but it is \d+ bytes long"
         ):
             prepare(config, LENGTH)
+
+
+def test_words_that_become_unknown_for_their_length_train_no_pieces() -> None:
+    """One of 2,000,000 characters took over 90 seconds."""
+    settings = TokenizerConfig(vocab_size=200, min_frequency=2)
+    texts = paragraphs()
+    word, longer = "qz" * 50, "qz" * 51
+    vocabulary = train_tokenizer(texts, settings).get_vocab()
+    assert train_tokenizer([*texts, *[longer] * 50], settings).get_vocab() == vocabulary
+    tokenizer = train_tokenizer([*texts, *[word] * 50], settings)
+    assert tokenizer.get_vocab() != vocabulary
+    assert tokenizer.encode(longer, add_special_tokens=False).tokens == ["[UNK]"]
+    assert "##qz" in tokenizer.encode(word, add_special_tokens=False).tokens
 
 
 def test_packed_documents_keep_their_pieces_in_order(tree: dict[str, Any], tmp_path: Path) -> None:
