@@ -11,11 +11,6 @@ find_python() {
         die "$python cannot import sharded_lamb; install it on every host: pip install -c '$CONSTRAINTS' -e '${REPO_ROOT}[bert]'"
 }
 
-# Whether torchrun has the option $1. Reads its source: --help would import torch.
-torchrun_has() {
-    grep -q -e "$1" "$("$python" -c 'import importlib.metadata as m; print(m.distribution("torch").locate_file("torch/distributed/run.py"))')"
-}
-
 count_devices() {
     if [[ -n ${dry_run:-} ]]; then
         command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus | wc -l || echo 1

@@ -75,7 +75,12 @@ def launch(chosen: argparse.Namespace, config: str, overrides: Sequence[str], re
         return code
     arguments += ["--resume", resume or "auto"]  # ranks that are restarted resume
     threads = max(1, (os.cpu_count() or 1) // ranks)
-    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true", **os.environ}
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "true",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "100",  # s in which ranks save after a signal; torch 2.11 has 30
+        **os.environ,
+    }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     # torchrun hands these signals to its ranks.
     command += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]

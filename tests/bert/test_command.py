@@ -176,6 +176,8 @@ def test_pretrain_hands_a_signal_to_its_ranks_and_ends_after_their_save(
         text=True,
     )
     wait_for_rows(tmp_path / "run", 5, process)
+    patient = processes_with("TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100")
+    assert {*processes_with(f"MARK={mark}")} & {*patient}
     process.send_signal(number)
     assert process.wait(120) == 85
     assert processes_with(f"MARK={mark}") == []

@@ -25,10 +25,11 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
 SETTINGS = ("LAUNCH", "INTERFACE", "CONTAINER", "CONTAINER_WITH", "SRUN_ARGS", "RESUME_ARGS", "REQUEUE_CODE")
 SETTINGS += ("NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT", "MAX_RESTARTS", "LOG_DIR", "VIRTUAL_ENV")
-SETTINGS += ("PREFLIGHT", "PREFLIGHT_ARGS", "SHARDED_LAMB_ROOT", "DRY_RUN")
+SETTINGS += ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "PREFLIGHT", "PREFLIGHT_ARGS", "SHARDED_LAMB_ROOT", "DRY_RUN")
 RECIPE = ("-m", "sharded_lamb.bert", "--config", "a b.yaml")
 STEP = "--distribution=block --kill-on-bad-exit=0 --wait=120"
-SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=100"
+SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+WAITS = "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100"
 TASK = f"bash {ROOT}/launch/slurm.sbatch --task"
 
 
@@ -73,6 +74,7 @@ def test_torchrun_on_every_node() -> None:
         f"{srun} {logs} {TASK} -m sharded_lamb.bert --config a b.yaml",
         "# where SLURM_NODEID=2 SLURM_PROCID=0 SLURM_LOCALID=0:",
         "export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 TP_SOCKET_IFNAME=ib0",
+        WAITS,
         "python -m torch.distributed.run --nnodes=3 --nproc-per-node=8 --node-rank=2 --master-addr=a "
         f"--master-port=14711 --max-restarts=3 {SIGNALS} -m sharded_lamb.bert --config a b.yaml",
     ]
