@@ -162,10 +162,8 @@ class Checkpoints:
         if not self.keep:
             return
         earlier = [path for path in self._steps() if _step_of(path) < _step_of(latest)]
-        kept = earlier[len(earlier) - (self.keep - 1) :] if self.keep > 1 else []
-        for path in earlier:
-            if path not in kept:
-                self._drop(path)
+        for path in earlier[: max(0, len(earlier) + 1 - self.keep)]:
+            self._drop(path)
 
     def _drop(self, path: Path) -> None:
         old = path.with_name(f".{path.name}.dropped")
