@@ -109,13 +109,19 @@ def _fingerprint(file: DocumentFile) -> str:
         import fsspec  # type: ignore[import-untyped]
 
         filesystem, path = fsspec.core.url_to_fs(file.path)
-        return f"{file.path} {filesystem.size(path)}"
+        try:
+            modified = filesystem.modified(path).timestamp()
+        except NotImplementedError:  # by HTTP
+            modified = 0.0
+        return f"{file.path} {filesystem.size(path)} {modified}"
     stat = os.stat(file.path)
     return f"{file.path} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def _tokenizer_key(config: RunConfig, fingerprint: Sequence[str]) -> str:
     parts = [asdict(config.tokenizer), list(fingerprint), config.data.text_field, config.data.format]
+    if config.tokenizer.path is not None:  # another one may have taken its place
+        parts.append(tokenizer_digest(load_tokenizer(config.tokenizer.path)))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
@@ -130,7 +136,6 @@ def _ensure_tokenizer(
 ) -> Path:
     """The tokenizer's folder: the configured one, or that of a tokenizer trained on the corpus (once)."""
     if config.tokenizer.path is not None:
-        load_tokenizer(config.tokenizer.path)
         return Path(config.tokenizer.path)
     folder = root / f"tokenizer-{_tokenizer_key(config, fingerprint)}"
     if not folder.is_dir():

@@ -1,6 +1,7 @@
 import ast
 import gzip
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from sharded_lamb.bert.corpus import check_files, count_documents, find_files
 from sharded_lamb.bert.packing import Packer
 from sharded_lamb.bert.prepare import _sampled, prepare
 from sharded_lamb.bert.shards import PackedSamples, read_manifest
-from sharded_lamb.bert.tokenizer import encode, load_tokenizer, train_tokenizer, vocabulary_of
+from sharded_lamb.bert.tokenizer import encode, load_tokenizer, save_tokenizer, train_tokenizer, vocabulary_of
 from tests import fork_server
 from tests.bert.conftest import LENGTH, paragraphs
 
@@ -140,6 +141,35 @@ def test_prepare_in_parallel_and_interrupted_gives_the_same_rows(
     assert prepare(configured(tree, tmp_path / "1", workers=1, **units), LENGTH) == alone
     assert np.array_equal(all_rows(alone), expected)
     assert (alone / "train-00000.bin").stat().st_mtime_ns == kept, "a finished unit was done again"
+
+
+def test_another_tokenizer_at_the_same_path_makes_another_folder(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """Also where the first one was interrupted: its units have the ids of its tokenizer."""
+    tokenizer, folders = tmp_path / "tokenizer", set()
+    for size in (300, 400):
+        settings = TokenizerConfig(vocab_size=size, min_frequency=2)
+        save_tokenizer(train_tokenizer(paragraphs(), settings), tokenizer, settings.lowercase, LENGTH)
+        folder = prepare(configured(tree, tmp_path, f"tokenizer.path={tokenizer}"), LENGTH)
+        assert read_manifest(folder).vocab_size == size
+        (folder / "manifest.json").unlink()
+        folders.add(folder)
+    assert len(folders) == 2
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_another_text_of_the_same_size_makes_another_folder(
+    scheme: str, tree: dict[str, Any], tmp_path: Path
+) -> None:
+    path, folders = tmp_path / "a.txt", set()
+    texts = paragraphs()
+    for number, text in enumerate((texts, texts[::-1], texts[::-1])):
+        path.write_text("\n\n".join(text))
+        os.utime(path, (0, 1_000_000_000 + min(number, 1)))
+        config = configured(tree, tmp_path, "tokenizer.vocab_size=512", source=[f"{scheme}{path}"])
+        folders.add(prepare(config, LENGTH))
+    assert len(folders) == 2
 
 
 def test_the_manifest_says_what_the_rows_are(tree: dict[str, Any], tmp_path: Path) -> None:
