@@ -10,6 +10,7 @@ from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert import positional
 from sharded_lamb.convert.common import (
     Converted,
+    Note,
     check_format,
     group_options,
     left_out,
@@ -39,18 +40,9 @@ def from_adam(
         notes.append("max_exp_avg_sq of amsgrad=True is left out: LAMB has no AMSGrad variant")
 
     def options(group: Mapping[str, Any]) -> dict[str, Any]:
-        own = scalars_of(group)
-        decoupled = bool(group.get("decoupled_weight_decay", not own["weight_decay"]))
-        return group_options(variant or "adamw", {**own, "adam_w_mode": decoupled})
+        return group_options(variant or "adamw", adam_options(group))
 
-    undecided = [
-        group for group in read.groups if group.get("weight_decay") and "decoupled_weight_decay" not in group
-    ]
-    if undecided:
-        notes.append(
-            "the file does not hold whether decay was decoupled (AdamW) or added to gradients (Adam): the latter is "
-            "assumed; --set adam_w_mode=true for AdamW"
-        )
+    notes += adam_notes(read.groups)
     contents = InMemoryCheckpoint(
         read.weights,
         read.states(lambda group, state: state.get("step", group.get("step"))),
@@ -60,6 +52,52 @@ def from_adam(
         read.aliases,
     )
     return contents, notes
+
+
+_BIAS = (
+    "bias_correction",
+    "correct_bias",
+)  # of the FusedAdam of apex and DeepSpeed, and of transformers' AdamW
+_KEYS = {
+    *("params", "param_names", "lr", "betas", "eps", "weight_decay", "step", "amsgrad", "maximize"),
+    *("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"),
+    *("initial_lr", "swa_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"),  # of schedulers
+    *_BIAS,
+}
+
+
+def adam_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a group of any Adam.
+
+    Those that hold whether they correct bias decouple decay by default, and do not hold whether they did.
+    """
+    own, corrects = scalars_of(group), [key for key in _BIAS if key in group]
+    if corrects:
+        own["bias_correction"] = all(group[key] for key in corrects)
+    decoupled = group.get("decoupled_weight_decay", bool(corrects) or not own["weight_decay"])
+    return {**own, "adam_w_mode": bool(decoupled)}
+
+
+def adam_notes(groups: Sequence[Mapping[str, Any]]) -> list[Note]:
+    """What `adam_options` assumes of these groups, and their keys that no Adam has."""
+    notes = []
+    undecided = [g for g in groups if g.get("weight_decay") and "decoupled_weight_decay" not in g]
+    modes = {adam_options(group)["adam_w_mode"] for group in undecided}
+    if modes:
+        assumed = "decoupled (--set adam_w_mode=false if it was not)"
+        if modes != {True}:
+            assumed = "added to gradients; --set adam_w_mode=true for AdamW"
+        notes.append(
+            f"the file does not hold whether decay was decoupled (AdamW) or added to gradients (Adam): assumed is "
+            f"{assumed}"
+        )
+    foreign = sorted({str(key) for group in groups for key in group} - _KEYS)
+    if foreign:
+        notes.append(
+            f"{', '.join(foreign)} of the groups left out, which Adam does not have: if its optimizer had another "
+            f"update rule, its moments do not serve here"
+        )
+    return notes
 
 
 def to_adam(contents: InMemoryCheckpoint) -> Converted[dict[str, Any]]:

@@ -8,6 +8,7 @@ saved.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
@@ -50,9 +51,8 @@ def from_apex(
 
     states = read.states(lambda group, state: group.get("step"))
     if MASTERS in file:
-        _add_masters(
-            list(file[MASTERS]), [name for group in read.names for name in group], read.weights, states
-        )
+        names = [name for group in read.names for name in group]
+        notes += _add_masters(list(file[MASTERS]), names, read.weights, states)
     contents = InMemoryCheckpoint(
         read.weights,
         states,
@@ -67,21 +67,30 @@ def from_apex(
 def _add_masters(
     masters: list[Tensor],
     names: list[str],
-    weights: Mapping[str, Tensor],
+    weights: dict[str, Tensor],
     states: dict[str, dict[str, Tensor]],
-) -> None:
+) -> list[Note]:
+    """amp's O2 saves weights in fp32 that are rounded to fp16: their masters replace them."""
     if len(masters) != len(names):
         raise ValueError(
             f"the file has {len(masters)} {MASTERS!r}, but its optimizer has {len(names)} parameters"
         )
+    replaced = 0
     for name, master in zip(names, masters, strict=True):
-        if master.shape != weights[name].shape:
+        master, weight = master.detach().contiguous(), weights[name]
+        if master.shape != weight.shape:
             raise ValueError(
-                f"the master of {name!r} has shape {tuple(master.shape)}, its weight {tuple(weights[name].shape)}: "
+                f"the master of {name!r} has shape {tuple(master.shape)}, its weight {tuple(weight.shape)}: "
                 f"{positional.HOW}"
             )
-        if name in states and master.dtype != weights[name].dtype:
-            states[name]["master"] = master.detach().contiguous()
+        if master.dtype == weight.dtype:
+            replaced += not torch.equal(master, weight.to(master.device))
+            weights[name] = master
+        elif name in states:
+            states[name]["master"] = master
+    return (
+        [f"{replaced} weights are replaced by amp's masters, of which they are roundings"] if replaced else []
+    )
 
 
 def to_apex(contents: InMemoryCheckpoint) -> Converted[dict[str, Any]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert import positional
+from sharded_lamb.convert.adam import adam_notes, adam_options
 from sharded_lamb.convert.common import (
     Converted,
     Note,
@@ -282,9 +283,9 @@ def _options(groups: Sequence[Mapping[str, Any]], variant: str | None) -> Conver
     note = (
         f"the optimizer is neither ShardedLamb nor DeepSpeed's Lamb: variant {taken} is assumed (--variant)"
     )
-    mode = "decoupled_weight_decay"  # torch's key; DeepSpeed's Adam decouples by default
-    own = [{**scalars_of(group), "adam_w_mode": bool(group.get(mode, True))} for group in groups]
-    return [group_options(taken, options) for options in own], [note]
+    # torch's key; DeepSpeed's Adam decouples by default.
+    filled = [{"decoupled_weight_decay": True, **group} for group in groups]
+    return [group_options(taken, adam_options(group)) for group in filled], [note, *adam_notes(filled)]
 
 
 def _of_their_lamb(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -112,6 +112,30 @@ def test_masters_of_amp(tmp_path: Path) -> None:
         assert torch.equal(contents.states[name]["master"], master)
 
 
+@pytest.mark.parametrize("to", ["sharded_lamb", "timm"])
+def test_masters_of_amp_replace_weights_that_it_saved_in_fp32(
+    to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """O2's state_dict() is fp32 with fp16's values. One parameter was never stepped, as a frozen one."""
+    file = apex_file(oracle_run("apex", range(4)), cases.net(), half=True)
+    file["model"] = {name: value.float() for name, value in file["model"].items()}
+    del file["optimizer"]["state"][0]
+    torch.save(file, tmp_path / "theirs")
+    named = [n for n, _ in cases.net().named_parameters() if "norm" not in n] + ["norm.weight", "norm.bias"]
+    (tmp_path / "names").write_text("\n".join(named))
+    cases.convert(tmp_path / "theirs", tmp_path / "to", "apex", to, "--names", f"{tmp_path}/names")
+    rounded = sum(
+        not torch.equal(file["model"][name], master)
+        for name, master in zip(named, file["master params"], strict=True)
+    )
+    assert rounded > 3
+    assert f"{rounded} weights are replaced by amp's masters" in capsys.readouterr().out
+    is_ours = to == "sharded_lamb"
+    weights = read_contents(tmp_path / "to").weights if is_ours else cases.load_file(tmp_path / "to")["model"]
+    for name, master in zip(named, file["master params"], strict=True):
+        assert torch.equal(weights[name], master), name
+
+
 def test_written_files_have_the_keys_of_fused_lamb(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

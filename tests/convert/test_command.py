@@ -296,6 +296,46 @@ def test_an_adam_is_not_taken_for_timms_lamb(tmp_path: Path, capsys: pytest.Capt
         assert "there is no step count of 'scale'" in cases.refused(capsys, *command)
 
 
+_OF_ANY_ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01}
+_UNSURE = "does not hold whether decay was decoupled"
+
+
+@pytest.mark.parametrize(
+    ("more", "corrects", "decouples", "says"),
+    [
+        ({"correct_bias": False}, False, True, f"{_UNSURE}.*assumed is decoupled"),  # transformers' AdamW
+        ({"bias_correction": False, "step": 2}, False, True, f"{_UNSURE}.*assumed is decoupled"),  # FusedAdam
+        ({"bias_correction": True, "step": 2}, True, True, f"{_UNSURE}.*assumed is decoupled"),
+        ({"amsgrad": False}, True, False, f"{_UNSURE}.*assumed is added to gradients"),  # torch before 2.6
+        ({"decoupled_weight_decay": True, "amsgrad": False}, True, True, None),
+        (
+            {"wd_ratio": 0.1, "delta": 0.1, "amsgrad": False},
+            True,
+            False,
+            "delta, wd_ratio of the groups left out",
+        ),
+    ],
+)
+def test_an_adam_keeps_its_own_rule(
+    more: dict[str, Any],
+    corrects: bool,
+    decouples: bool,
+    says: str | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = torch.load(theirs(tmp_path))
+    params = file["optimizer"]["param_groups"][0]["params"]
+    file["optimizer"]["param_groups"] = [{**_OF_ANY_ADAM, **more, "params": params}]
+    torch.save(file, tmp_path / "theirs")
+    cases.convert(tmp_path / "theirs", tmp_path / "ours", "adam", "sharded_lamb")
+    said = capsys.readouterr().out
+    assert re.search(says, said) if says else _UNSURE not in said
+    (group,) = read_contents(tmp_path / "ours").groups
+    assert group["options"]["bias_correction"] is corrects
+    assert group["options"]["adam_w_mode"] is decouples
+
+
 def test_an_sgd_is_not_taken_for_an_adam(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = cases.net()
     peer = torch.optim.SGD(model.parameters(), momentum=0.9)
