@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from sharded_lamb.recipes.training.batch import BatchPlan
 from sharded_lamb.recipes.training.stateless_rng import I64, Permutation, key_of
 from sharded_lamb.recipes.vision.config import VisionConfig
-from sharded_lamb.recipes.vision.images import BROKEN, Split
+from sharded_lamb.recipes.vision.images import Split
 from sharded_lamb.recipes.vision.model import Batch
 from sharded_lamb.recipes.vision.transforms import Transform, preprocess, seed_generators, training_transform
 
@@ -72,7 +72,7 @@ class Read(Dataset[tuple[Tensor, int, str]]):
             other = (number + tried) % count
             try:
                 image = self._split.image(other)
-            except BROKEN:
+            except Exception:  # damaged files make decoders raise almost any
                 broken = broken or self._split.name(other)
                 continue
             if self._is_random:

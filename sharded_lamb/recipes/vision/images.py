@@ -15,9 +15,6 @@ import numpy as np
 from sharded_lamb.recipes.training.stateless_rng import I64, Permutation, key_of
 from sharded_lamb.recipes.vision.config import DIGITS, DataConfig
 
-BROKEN: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, KeyError)
-"""What PIL raises for a file that is not an image, or is cut short."""
-
 _SPLIT_OF_DIGITS = {"train": (0.0, 0.6), "validation": (0.6, 0.8), "test": (0.8, 1.0)}
 _NAMED = 3  # of bad labels, in a message
 
@@ -28,7 +25,7 @@ class Split(Protocol):
     labels: I64  # [N] numbers of classes
 
     def image(self, number: int) -> Any:
-        """A PIL image, gray or RGB. Raises one of `BROKEN` for a file that is not an image."""
+        """A PIL image, gray or RGB. Raises for a file that is not an image, or is damaged: almost any exception."""
 
     def name(self, number: int) -> str:
         """Of the image, for messages."""

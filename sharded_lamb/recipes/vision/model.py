@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from sharded_lamb.recipes.training.sharded_backend import ShardedBackend
 from sharded_lamb.recipes.training.stateless_rng import key_of
 from sharded_lamb.recipes.vision.config import SMALL_VIT, LossConfig, VisionConfig
 from sharded_lamb.recipes.vision.small_vit import SmallViT
-from sharded_lamb.recipes.vision.timm import timm_for
+from sharded_lamb.recipes.vision.timm import timm_for, tried
 
 
 @dataclass(frozen=True)
@@ -31,26 +32,39 @@ def build_model(config: VisionConfig, classes: int) -> nn.Module:
     """The model with weights from `seed`, on the CPU.
 
     Raises:
-        ValueError: an unknown name or option, or timm is missing.
+        ValueError: an unknown name or option, timm is missing, or the model does not take images of the data's sizes.
     """
     torch.manual_seed(key_of(config.seed, "weights") >> 1)
     settings, channels = config.model, len(config.data.mean)
+    what = f"model.name={settings.name!r}, model.options={settings.options!r}"
     if settings.name == SMALL_VIT:
-        try:
-            return SmallViT(classes, channels, config.data.size, **settings.options)
-        except TypeError as error:
-            raise ValueError(f"model.options={settings.options!r}: {error}") from None
-    timm = timm_for(f"model.name={settings.name!r}", "timm")
-    if not timm.is_model(settings.name):
-        raise ValueError(f"model.name={settings.name!r}: expected {SMALL_VIT!r} or one of timm.list_models()")
-    drop_path = {"drop_path_rate": settings.drop_path} if settings.drop_path else {}
-    try:
-        model: nn.Module = timm.create_model(
-            settings.name, num_classes=classes, in_chans=channels, **drop_path, **settings.options
+        model: nn.Module = tried(
+            what, lambda: SmallViT(classes, channels, config.data.size, **settings.options)
         )
-    except TypeError as error:
-        raise ValueError(f"model {settings.name!r} does not take one of its options: {error}") from None
+    else:
+        timm = timm_for(f"model.name={settings.name!r}", "timm")
+        if not timm.is_model(settings.name):
+            raise ValueError(
+                f"model.name={settings.name!r}: expected {SMALL_VIT!r} or one of timm.list_models()"
+            )
+        drop_path = {"drop_path_rate": settings.drop_path} if settings.drop_path else {}
+        keywords = {"num_classes": classes, "in_chans": channels, **drop_path, **settings.options}
+        model = tried(what, lambda: timm.create_model(settings.name, **keywords))
+    for field in ("size", "validation_size"):
+        size = getattr(config.data, field)
+        if size is not None:
+            images = torch.zeros(1, channels, size, size, device="cpu")
+            tried(f"{what}, data.{field}={size}", partial(_try, model, images, classes))
     return model
+
+
+@torch.no_grad()
+def _try(model: nn.Module, images: Tensor, classes: int) -> None:
+    out = model.eval()(images)
+    model.train()
+    if not isinstance(out, Tensor) or out.shape != (len(images), classes):
+        found = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise TypeError(f"the model returns {found}, expected a tensor of shape [B, {classes}]")
 
 
 class Losses(nn.Module):

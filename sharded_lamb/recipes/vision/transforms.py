@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sharded_lamb.recipes.vision.config import DIGITS, DataConfig, VisionConfig
-from sharded_lamb.recipes.vision.timm import timm_for
+from sharded_lamb.recipes.vision.timm import timm_for, tried
 
 Transform = Callable[[Any], Tensor]
 """A PIL image → [C, size, size] fp32, normalized."""
@@ -43,7 +43,7 @@ def training_transform(config: VisionConfig) -> Transform | None:
     """timm's random transform; None if none is configured.
 
     Raises:
-        ValueError: the digits are augmented, timm is missing, or it does not know a keyword.
+        ValueError: the digits are augmented, timm is missing, or cannot make fp32 of an image with the keywords.
     """
     keywords, settings = config.augment.transform, config.data
     if keywords is None:
@@ -53,30 +53,46 @@ def training_transform(config: VisionConfig) -> Transform | None:
             f"augment.transform={keywords!r}: expected null for the digits, which are 8 x 8 and gray"
         )
     timm = timm_for("augment.transform", "timm.data")
-    try:
+
+    def trial() -> Transform:
+        from PIL import Image
+
         transform: Transform = timm.create_transform(
             settings.size, is_training=True, mean=settings.mean, std=settings.std, **keywords
         )
-    except (TypeError, AssertionError, ValueError) as error:
-        raise ValueError(f"augment.transform={keywords!r}: {error or 'refused by timm'}") from None
-    return transform
+        made = transform(Image.new("RGB" if len(settings.mean) == 3 else "L", (settings.size, settings.size)))
+        if not isinstance(made, Tensor) or made.dtype != torch.float32:
+            raise TypeError(
+                f"it makes {getattr(made, 'dtype', type(made))} of an image, expected torch.float32"
+            )
+        return transform
+
+    return tried(f"augment.transform={keywords!r}", trial)
 
 
 def mixing(config: VisionConfig, classes: int) -> Any:
     """timm's `Mixup`; None if it is off.
 
     Raises:
-        ValueError: timm is missing, or does not know a keyword.
+        ValueError: timm is missing, or cannot mix two images with the keywords.
     """
     keywords = config.augment.mix
     if keywords is None:
         return None
     timm = timm_for("augment.mix", "timm.data")
-    smoothing = config.loss.label_smoothing
-    try:
-        return timm.Mixup(num_classes=classes, label_smoothing=smoothing, **keywords)
-    except TypeError as error:
-        raise ValueError(f"augment.mix={keywords!r}: {error}") from None
+    smoothing, size = config.loss.label_smoothing, config.data.size
+
+    def trial() -> Any:
+        modes = ("batch", "pair", "elem")
+        if keywords.get("mode", modes[0]) not in modes:
+            raise ValueError(f"expected one of {', '.join(modes)} as mode")
+        mixup = timm.Mixup(num_classes=classes, label_smoothing=smoothing, **keywords)
+        always = timm.Mixup(num_classes=classes, label_smoothing=smoothing, **{**keywords, "prob": 1.0})
+        images = torch.zeros(2, len(config.data.mean), size, size, device="cpu")
+        always(images, torch.zeros(2, dtype=torch.int64, device="cpu"))
+        return mixup
+
+    return tried(f"augment.mix={keywords!r}", trial)
 
 
 def seed_generators(key: int) -> None:

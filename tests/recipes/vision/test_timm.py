@@ -1,5 +1,6 @@
 """timm's models, mixing, layer decay and transforms in the recipe; what becomes of a configuration without timm."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,19 @@ TIMM = [
     "optimizer.layer_decay=0.5",
     "schedule.epochs=1",
 ]
+
+
+UNUSABLE_MIX = {
+    "{mixup: 0.8}": "TypeError: ",
+    "{mixup_alpha: abc}": "TypeError: ",
+    "{mixup_alpha: -1, cutmix_alpha: 0}": "AssertionError: ",
+    "{mixup_alpha: 1, mode: foo}": "ValueError: expected one of batch, pair, elem as mode",
+}
+UNUSABLE_MODELS = {
+    "model={name: test_vit, options: {img_size: 16}}": "data.size=24: AssertionError: ",
+    "model={name: test_resnet, options: {features_only: true}}": "data.size=24: TypeError: the model returns a list",
+    "model={name: test_resnet, options: {global_pool: ''}}": "data.size=24: RuntimeError: ",
+}
 
 
 def vision(tree: dict[str, Any], *overrides: str) -> VisionConfig:
@@ -64,7 +78,7 @@ def drawn(config: VisionConfig) -> tuple[dict[str, Any], list[Tensor]]:
     """(keywords of `create_transform`, what places 0, 1 and 0 of one image become), by a transform that draws."""
     split = open_splits(config.data).splits["train"]
     with mock.patch("timm.data.create_transform") as create:
-        create.return_value = lambda image: torch.rand(2)
+        create.return_value = lambda image: torch.rand(3, 8, 8)
         read = Read(split, config, is_training=True)
         return {**create.call_args.kwargs, "size": create.call_args.args}, [
             read[(n, 7)][0] for n in (0, 1, 0)
@@ -77,9 +91,14 @@ def refusals(tree: dict[str, Any]) -> list[str]:
         with pytest.raises(ValueError, match="model") as caught:
             build_model(vision(tree, override), 3)
         found.append(str(caught.value))
-    with pytest.raises(ValueError, match="mix") as caught:
-        mixing(vision(tree, "augment.mix={mixup: 0.8}"), 3)
-    found.append(str(caught.value))
+    for keywords in UNUSABLE_MIX:
+        with pytest.raises(ValueError, match="mix") as caught:
+            mixing(vision(tree, f"augment.mix={keywords}"), 3)
+        found.append(str(caught.value))
+    for override in UNUSABLE_MODELS:
+        with pytest.raises(ValueError, match="model") as caught:
+            build_model(vision(tree, override, "data.size=24"), 3)
+        found.append(str(caught.value))
     odd = vision(tree, *TIMM, "schedule.max_micro_batch=3", "run_dir=unused")
     with pytest.raises(ValueError, match="augment") as caught:
         module.run(odd, None, Ranks.start())
@@ -143,14 +162,38 @@ def test_random_transforms_are_a_function_of_the_place(results: dict[str, Any]) 
     assert (keywords["auto_augment"], keywords["hflip"], keywords["mean"][0]) == ("3a", 0.5, 0.485)
 
 
-def test_what_timm_does_not_know_is_named(results: dict[str, Any]) -> None:
-    unknown, option, mix, odd = results["refusals"]
+def test_what_timm_does_not_know_or_cannot_use_is_named(results: dict[str, Any]) -> None:
+    unknown, option, *unusable, odd = results["refusals"]
     assert unknown.startswith("model.name='resnet51': expected 'small-vit' or one of timm.list_models()")
     assert "depht" in option
-    assert mix.startswith("augment.mix={'mixup': 0.8}: ")
+    for said, expected in zip(unusable, [*UNUSABLE_MIX.values(), *UNUSABLE_MODELS.values()], strict=True):
+        assert re.match(r"(augment.mix=\{.*\}: |model.name='\w+', model.options=.*, )", said)
+        assert expected in said
     assert odd.startswith(
         "augment.mix mixes pairs: expected micro-batches of even sizes, got [3]; change schedule.max"
     )
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (
+            lambda image: torch.zeros(3, 8, 8, dtype=torch.uint8),
+            "TypeError: it makes torch.uint8 of an image",
+        ),
+        ((lambda image: image,) * 3, "TypeError: 'tuple' object is not callable"),  # separate=True
+    ],
+)
+def test_transforms_that_make_no_images_are_refused(
+    tree: dict[str, Any], images: Path, made: Any, says: str
+) -> None:
+    data = mock.Mock(create_transform=mock.Mock(return_value=made))
+    config = vision(tree, f"data.source={images}", "augment.transform={hflip: 0.5}")
+    with (
+        mock.patch("sharded_lamb.recipes.vision.transforms.timm_for", return_value=data),
+        pytest.raises(ValueError, match=rf"augment.transform=\{{'hflip': 0.5\}}: {re.escape(says)}"),
+    ):
+        training_transform(config)
 
 
 def test_without_timm_one_line_says_what_to_install(tree: dict[str, Any]) -> None:
