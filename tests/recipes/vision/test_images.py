@@ -144,11 +144,14 @@ def test_a_broken_image_is_replaced_by_the_next_that_is_not(tree: dict[str, Any]
 
     for name in ("bee/2", "bee/3"):
         (copy / "train" / f"{name}.png").write_bytes(b"not an image")
-    header = b"IHDR" + struct.pack(
+    size = struct.pack(
         ">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0
-    )  # PIL refuses its size, as no OSError
-    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    (copy / "train" / "bee" / "4.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+    )  # PIL refuses it by an error that is no OSError
+    chunks = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in ((b"IHDR", size), (b"IDAT", b""))
+    ]
+    (copy / "train" / "bee" / "4.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
     config = build_config(VisionConfig, tree, [f"data.source={copy}"])
     read = Read(open_splits(config.data).splits["train"], config, is_training=True)
     image, label, broken = read[(0, 10)]  # bee/2
