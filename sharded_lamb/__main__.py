@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -58,6 +59,9 @@ EXTRAS = {"bert": "bert", "recipes.training": "bert", "recipes.vision": "vision"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 passed, 1 failed, 2 wrong usage, 130 Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whose locale may have no UTF-8
+            stream.reconfigure(errors="backslashreplace")
     is_completing = "_ARGCOMPLETE" in os.environ  # by the function of register-python-argcomplete
     words = os.environ.get("COMP_LINE", "").split()[1:] if is_completing else arguments
     named = next((word for word in words if not word.startswith("-")), None)

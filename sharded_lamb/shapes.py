@@ -86,7 +86,7 @@ def read_json(path: Path) -> Any:
         OSError: it cannot be read.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # also bytes that are no text
         raise ValueError(f"{path} is not JSON: {error}") from None
 

@@ -159,7 +159,7 @@ class Timeline:
         Raises:
             OSError: the path cannot be written.
         """
-        Path(path).write_text(json.dumps(self.trace()) + "\n")
+        Path(path).write_text(json.dumps(self.trace()) + "\n", encoding="utf-8")
 
     @staticmethod
     def merge(paths: Sequence[str | Path], into: str | Path) -> None:
@@ -181,7 +181,9 @@ class Timeline:
             events += of_rank
         first = min((event["ts"] for event in events if event["ph"] == "X"), default=0.0)
         moved = [{**event, "ts": event["ts"] - first} if event["ph"] == "X" else event for event in events]
-        Path(into).write_text(json.dumps({"traceEvents": moved, "displayTimeUnit": "ms"}) + "\n")
+        Path(into).write_text(
+            json.dumps({"traceEvents": moved, "displayTimeUnit": "ms"}) + "\n", encoding="utf-8"
+        )
 
     def draw(self, path: str | Path) -> None:
         """Write a picture (PNG) of the lanes.
@@ -274,7 +276,7 @@ def _named(kind: str, rank: int, thread: int, name: str) -> dict[str, Any]:
 
 def _events(path: str | Path) -> list[dict[str, Any]]:
     try:
-        events: list[dict[str, Any]] = json.loads(Path(path).read_text())["traceEvents"]
+        events: list[dict[str, Any]] = json.loads(Path(path).read_text(encoding="utf-8"))["traceEvents"]
         whole = all(event["ph"] in "MX" and {"name", "pid", "tid"} <= event.keys() for event in events)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import sharded_lamb
-from sharded_lamb.__main__ import COLLECTIVE, COMMANDS, main
+from sharded_lamb.__main__ import COLLECTIVE, COMMANDS, _parser, main
 from sharded_lamb.recipes.training import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +47,25 @@ def test_help_and_mistakes_do_not_import_torch(arguments: list[str]) -> None:
         timeout=60,
     )
     assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
+def test_a_locale_without_utf8_shows_escapes() -> None:
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "sharded_lamb", "configs"]
+    done = subprocess.run(command, env={**os.environ, **locale}, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u2026" in done.stdout
+    assert "deepspeed/zero1" in done.stdout
+
+
+@pytest.mark.parametrize("before", [[], ["seed=1"]])
+def test_settings_may_follow_options(before: list[str]) -> None:
+    for command in (["pretrain"], ["vision", "train"]):
+        arguments = [*command, "--config", "x", *before, "--resume", "auto", "a.b=2", "--resume=y", "c=[3]"]
+        chosen = _parser(command[0])[0].parse_args(arguments)
+        assert (chosen.resume, chosen.overrides) == ("y", [*before, "a.b=2", "c=[3]"])
+        with pytest.raises(SystemExit):
+            _parser(command[0])[0].parse_args([*arguments, "word"])
 
 
 COMPLETING = """

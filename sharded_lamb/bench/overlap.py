@@ -91,7 +91,7 @@ def run(chosen: argparse.Namespace) -> int:
         if any(codes):
             print(f"ranks ended with exit codes {codes}", file=sys.stderr)
             return 1
-        result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         _publish(chosen, work, result, folder)
     return 0 if result["same_weights"] else 1
 
@@ -131,7 +131,7 @@ def _publish(chosen: argparse.Namespace, work: Work, result: Mapping[str, Any], 
     if chosen.traces is not None:
         chosen.traces.mkdir(parents=True, exist_ok=True)
         for trace in folder.glob("*.trace.json"):
-            (chosen.traces / trace.name).write_text(trace.read_text())
+            (chosen.traces / trace.name).write_text(trace.read_text(encoding="utf-8"))
 
 
 def _command() -> str:

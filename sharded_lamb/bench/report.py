@@ -51,7 +51,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     features = torch.backends.cpu.get_cpu_capability()
     return f"{models[0] if models else platform.processor() or platform.machine()} ({features})"

@@ -38,7 +38,9 @@ def read(arguments: Sequence[str]) -> Runs:
 def _rows(folder: Path) -> list[Mapping[str, Any]]:
     path = folder / "metrics.jsonl"
     rows = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8").splitlines() if path.exists() else [], start=1
+    ):
         try:
             rows.append(json.loads(line))
         except ValueError as error:

@@ -74,7 +74,7 @@ def lamb_params(settings: OptimizerConfig) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        sections = json.loads(path.read_text())
+        sections = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(
             f"deepspeed.config={str(path)!r}: {error.strerror}; give the path of a JSON file"

@@ -219,7 +219,10 @@ def _finish(job: PrepareJob, units: Sequence[Unit], fingerprint: Sequence[str]) 
     folder = Path(job.folder)
     tokenizer = load_tokenizer(job.tokenizer)
     vocabulary = vocabulary_of(tokenizer)
-    done = [json.loads((folder / "units" / f"{unit.number:05d}.json").read_text()) for unit in units]
+    done = [
+        json.loads((folder / "units" / f"{unit.number:05d}.json").read_text(encoding="utf-8"))
+        for unit in units
+    ]
     counts = np.zeros(vocabulary.size, np.int64)
     for result in done:
         for piece, count in result["counts"].items():

@@ -34,7 +34,7 @@ def add_launching(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-restarts", type=int, default=2, help="of all ranks, if one dies; they resume bit-exactly"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
+    shipped.add_overrides(parser)
 
 
 def run(chosen: argparse.Namespace) -> int:

@@ -68,7 +68,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises: ValueError if the folder is not (fully) prepared, or a shard is missing or truncated."""
     path = folder / "manifest.json"
     try:
-        plain: dict[str, Any] = json.loads(path.read_text())
+        plain: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no manifest, the shards are incomplete; run `prepare` (again)") from None
     except json.JSONDecodeError as error:

@@ -86,7 +86,7 @@ def study(config: RunConfig, options: StudyOptions, ranks: Ranks) -> Path:
         chosen = [{**row, "chosen": row in best} for row in runs.used]
         write_atomically(runs.folder / "study.json", json.dumps(chosen, indent=1).encode())
         draw_study(best, runs.folder / "study.png")
-        (runs.folder / "study.md").write_text(_table(best))
+        (runs.folder / "study.md").write_text(_table(best), encoding="utf-8")
         print(_table(best), flush=True)
     return runs.folder
 
@@ -152,7 +152,7 @@ class _Runs:
         one = self._config_of(optimizer, batch, lr, warmup, seed)
         path = Path(one.run_dir, "result.json")
         row: Row | None = self.ranks.from_first(
-            lambda: json.loads(path.read_text()) if path.exists() else None
+            lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         )
         if row is None:
             metrics = self._trained(one)

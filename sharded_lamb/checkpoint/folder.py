@@ -203,7 +203,7 @@ class Checkpoints:
     def latest(self) -> Path | None:
         """Returns the checkpoint that ``latest`` names, unverified; None if it names none."""
         try:
-            name = (self.root / LATEST).read_text().strip()
+            name = (self.root / LATEST).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):
             return None
         return self.root / name if _NAME.fullmatch(name) else None

@@ -132,7 +132,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     folder = Path(folder)
     _check_hash(folder, MANIFEST, read_sums(folder))
     try:
-        whole = json.loads((folder / MANIFEST).read_text())
+        whole = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if whole["format"] != FORMAT:
             raise CheckpointError(f"{folder} has format {whole['format']!r}, expected {FORMAT!r}")
         if whole["version"] > VERSION:

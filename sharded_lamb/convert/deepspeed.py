@@ -77,7 +77,7 @@ def _tagged(source: Path) -> Path:
         raise ValueError(
             f"{source} is not a checkpoint of DeepSpeed: expected a folder with latest or *_model_states.pt"
         )
-    return source / (source / "latest").read_text().strip()
+    return source / (source / "latest").read_text(encoding="utf-8").strip()
 
 
 def _first_model_file(folder: Path) -> Path:

@@ -61,7 +61,7 @@ def read_names(path: Path) -> list[str]:
         ValueError: the JSON is damaged, or not a list of strings.
         OSError: the file cannot be read.
     """
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     if text.lstrip().startswith("["):
         try:
             names = json.loads(text)

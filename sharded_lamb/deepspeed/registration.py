@@ -76,7 +76,7 @@ def replace_lamb(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str
 def _read(config: str) -> dict[str, Any]:
     """Parse a path or base64-encoded JSON, as DeepSpeed does."""
     if os.path.exists(config):
-        with open(config) as stream:
+        with open(config, encoding="utf-8") as stream:
             return dict(hjson.load(stream))
     try:
         return dict(hjson.loads(base64.urlsafe_b64decode(config).decode()))

@@ -138,7 +138,7 @@ class Results:
         self.content: dict[str, Any] = {"device": device, "about": about, "sections": {}}
         folder.mkdir(parents=True, exist_ok=True)
         if self._json.exists():
-            self.content = json.loads(self._json.read_text())
+            self.content = json.loads(self._json.read_text(encoding="utf-8"))
             if self.content["device"] != device:
                 raise ValueError(
                     f"--out {folder} holds results of {self.content['device']}, not of {device}; choose another folder"
@@ -266,5 +266,5 @@ def _answers(setting: Setting) -> bool:
 def _replace(path: Path, text: str) -> None:
     """Write a file so that readers see the old or the new one."""
     aside = path.with_suffix(path.suffix + ".new")
-    aside.write_text(text)
+    aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)

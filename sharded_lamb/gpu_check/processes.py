@@ -47,7 +47,7 @@ def rows_of(module: str, device: torch.device, world_size: int, timeout: float) 
         ranks = []
         try:
             for rank, log in enumerate(logs):
-                with log.open("w") as file:
+                with log.open("w", encoding="utf-8") as file:
                     environment = os.environ | _environment(rank, world_size, port)
                     ranks.append(
                         subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)

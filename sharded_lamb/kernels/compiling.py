@@ -128,7 +128,7 @@ def sources(source: Path) -> list[Path]:
     """The file and, recursively, the files that it includes by relative paths."""
     paths = [source]
     for path in paths:  # grows while it is iterated
-        for name in re.findall(r'^\s*#include\s+"(.+)"', path.read_text(), re.MULTILINE):
+        for name in re.findall(r'^\s*#include\s+"(.+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
             if path.parent / name not in paths:
                 paths.append(path.parent / name)
     return paths
@@ -136,7 +136,7 @@ def sources(source: Path) -> list[Path]:
 
 def _processor() -> str:
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return "\n".join(
             sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
         )
@@ -158,7 +158,7 @@ def cache_folder() -> Path | None:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock; on a file system without locks several processes compile, and the last rename wins."""
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

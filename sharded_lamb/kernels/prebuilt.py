@@ -93,7 +93,7 @@ def path_of(source: Path, level: Level) -> Path:
 
 def _features() -> frozenset[str]:
     """The flags of the processor; none where they are unreadable, which leaves the level that needs none."""
-    with contextlib.suppress(OSError), open(CPUINFO) as file:
+    with contextlib.suppress(OSError), open(CPUINFO, encoding="utf-8") as file:
         for line in file:
             if line.startswith("flags"):
                 return frozenset(line.partition(":")[2].split())

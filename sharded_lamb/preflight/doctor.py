@@ -115,7 +115,7 @@ def _interfaces() -> list[tuple[int, str]]:
 
 def _text(path: str, *, whole: bool = False) -> str:
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except OSError:
         return "" if whole else "unknown"
     return text if whole else text.strip()

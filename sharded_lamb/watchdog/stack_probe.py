@@ -185,7 +185,7 @@ class Member:
             return None
         try:
             # pid (name) state …; a name may contain any character
-            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            state = Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
         except FileNotFoundError:
             return "has ended"
         except (OSError, IndexError):
@@ -195,7 +195,7 @@ class Member:
 
 def _machine() -> str:
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return f"unknown {socket.gethostname()} {os.getpid()}"  # equal to no other process's

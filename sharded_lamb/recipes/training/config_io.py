@@ -184,7 +184,7 @@ def read_yaml(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
         hint += "" if close else f" that is shipped ({', '.join(n for n in shipped_names() if '/' not in n)})"
         raise ValueError(f"--config {path}: no such file; {hint}")
     try:
-        tree = _parse(path.read_text())
+        tree = _parse(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: not valid YAML, or a malformed ${{…}}: {error}") from None
     if not isinstance(tree, dict):

@@ -83,7 +83,7 @@ class MetricsLog:
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """The complete rows, without a last line that a kill cut short."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

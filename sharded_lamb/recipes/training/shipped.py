@@ -5,6 +5,7 @@ import re
 import textwrap
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -19,6 +20,23 @@ def names() -> list[str]:
 
 USERS = {"bert": "`sharded-lamb pretrain`", "vision": "`sharded-lamb vision train`", "deepspeed": "DeepSpeed"}
 """{how names begin: who reads the configurations}."""
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument ``overrides``: words ``key=value``, before, between and after options.
+
+    argparse fills an argument of any number of words from the first of their places, and calls others unknown.
+    """
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
+    parse = parser.parse_known_args
+
+    def parse_all(*arguments: Any) -> tuple[argparse.Namespace, list[str]]:
+        chosen, rest = parse(*arguments)
+        further = [word for word in rest if "=" in word and not word.startswith("-")]
+        chosen.overrides = [*chosen.overrides, *further]
+        return chosen, [word for word in rest if word not in further]
+
+    parser.parse_known_args = parse_all  # type: ignore[method-assign,assignment]
 
 
 def check_user(config: str | Path, family: str) -> None:
@@ -77,7 +95,7 @@ def run(chosen: argparse.Namespace) -> int:
 
 def _summary(path: Path) -> str:
     """The beginning of a YAML file's first comment."""
-    comment = takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    comment = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
     return textwrap.shorten(" ".join(line.lstrip("# ") for line in comment), 90, placeholder=" …")
 
 
@@ -85,5 +103,5 @@ def _with_bases(path: Path) -> list[Path]:
     """The file and, in turn, those named by ``base``."""
     if path.suffix != ".yaml":
         return [path]
-    base = (yaml.safe_load(path.read_text()) or {}).get("base")
+    base = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("base")
     return [path] if base is None else [path, *_with_bases(path.parent / str(base))]

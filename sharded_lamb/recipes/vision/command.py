@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--resume", metavar="auto|FOLDER", help="resume from the newest complete checkpoint, or a named one"
     )
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
+    shipped.add_overrides(train)
     digits = commands.add_parser(
         "digits", help="LAMB beside AdamW on scikit-learn's digits, both tuned: no data, no timm, two minutes"
     )

@@ -88,7 +88,7 @@ def _trained(
 
 def _curve(path: Path) -> list[list[float]]:
     """[training loss, validation accuracy] of each epoch that was evaluated."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [
         [round(row["loss"], 4), round(row["heldout_accuracy"], 4)]
         for row in rows

@@ -108,7 +108,7 @@ class _Training(Recipe):
         def write() -> None:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "config.yaml").write_text(dump_config(self.config))
-            (self.run_dir / "classes.txt").write_text("\n".join(self.classes) + "\n")
+            (self.run_dir / "classes.txt").write_text("\n".join(self.classes) + "\n", encoding="utf-8")
 
         self.ranks.from_first(write)
 
