@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import os
 import re
 import sysconfig
 from collections import deque
@@ -165,7 +166,10 @@ def find_files(config: DataConfig, cache: Path) -> list[DocumentFile]:
 
 def count_documents(file: DocumentFile) -> int | str:
     """The number of documents in a file, or the reason why it cannot be used."""
+    empty = "contains no document"
     try:
+        if os.path.isfile(file.path) and not os.path.getsize(file.path):
+            return empty  # `datasets` speaks of its schema
         count = len(file.open())
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         return _reason(error)
@@ -173,7 +177,7 @@ def count_documents(file: DocumentFile) -> int | str:
         if type(error).__module__.split(".")[0] in ("datasets", "pyarrow", "fsspec"):
             return _reason(error)
         raise
-    return count if count else "contains no document"
+    return count or empty
 
 
 def _reason(error: BaseException) -> str:

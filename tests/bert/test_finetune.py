@@ -423,8 +423,10 @@ def test_the_same_seed_gives_the_same_bits(
         (["--task", "RTE", "--label", "y"], "takes no --label"),
         (["--data", "x"], "--task builtin takes no --data"),
         (["--weights", "pretrained"], "--weights ['pretrained']: expected trained or random"),
-        (["--lrs", "0"], "--lrs [0.0]: expected positive numbers"),
-        (["--seeds", "-1"], "--seeds [-1]: expected numbers from 0"),
+        (["--lrs", "0"], "--lrs [0.0]: expected different positive numbers"),
+        (["--seeds", "-1"], "--seeds [-1]: expected different numbers from 0"),
+        (["--seeds", "0,1,0"], "--seeds [0, 1, 0]: expected different numbers from 0"),
+        (["--lrs", "1e-4,1e-4"], "--lrs [0.0001, 0.0001]: expected different positive numbers"),
         (["--warmup", "1"], "--warmup 1.0: expected a number in [0, 1)"),
         (
             ["--task", "SST-2", "--data", "{folder}", "--max-length", "33"],

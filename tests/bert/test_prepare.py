@@ -232,7 +232,7 @@ class TestBadInput:
         source = [str(tmp_path / "*")]
         with pytest.raises(ValueError, match="2 of 3 input files are broken or empty") as error:
             prepare(configured(tree, tmp_path / "p", source=source), LENGTH)
-        assert "empty.txt" in str(error.value)
+        assert "empty.txt: contains no document" in str(error.value)
         assert "torn.parquet" in str(error.value)
         assert "data.on_bad=skip" in str(error.value)
         folder = prepare(configured(tree, tmp_path / "p", source=source, on_bad="skip"), LENGTH)

@@ -210,11 +210,24 @@ def run(chosen: argparse.Namespace) -> int:
 
 
 def _check(chosen: argparse.Namespace) -> None:
+    def unique(values: Sequence[float]) -> bool:
+        return len({*values}) == len(values)
+
     weights = chosen.weights
     expectations = (
         ("--weights", weights, bool(weights) and {*weights} <= {*_WEIGHTS}, " or ".join(_WEIGHTS)),
-        ("--lrs", chosen.lrs, all(0 < lr < math.inf for lr in chosen.lrs), "positive numbers"),
-        ("--seeds", chosen.seeds, all(seed >= 0 for seed in chosen.seeds), "numbers from 0"),
+        (
+            "--lrs",
+            chosen.lrs,
+            all(0 < lr < math.inf for lr in chosen.lrs) and unique(chosen.lrs),
+            "different positive numbers",
+        ),
+        (
+            "--seeds",
+            chosen.seeds,
+            all(seed >= 0 for seed in chosen.seeds) and unique(chosen.seeds),
+            "different numbers from 0",
+        ),
         (
             "--null-threshold",
             chosen.null_threshold,

@@ -181,7 +181,8 @@ def _tables(settings: DataConfig) -> dict[str, Any]:
             if column not in rows.features:
                 columns = ", ".join(rows.features)
                 raise ValueError(
-                    f"data.{setting}={column!r}: no such column in {split}; there are: {columns}"
+                    f"data.{setting}={column!r}: no such column in {split}; there are: {columns} (a folder of "
+                    f"images has labels if they are all in SPLIT/CLASS/IMAGE)"
                 )
         tables[field] = rows.cast_column(settings.image, datasets.Image(decode=False))
     return tables
