@@ -16,6 +16,7 @@ from sharded_lamb.convert import adam, apex, files, lamb, sgd, timm
 from sharded_lamb.convert.common import Converted
 from sharded_lamb.convert.deepspeed import WHY, read_deepspeed
 from sharded_lamb.convert.inspect import checkpoint_of
+from sharded_lamb.convert.positional import Unordered
 from sharded_lamb.convert.tensorflow import from_tensorflow
 from sharded_lamb.convert.weights import from_weights, read_weights, to_weights
 from sharded_lamb.core.hyperparams import VARIANTS, check_max_grad_norm, validate_group
@@ -51,7 +52,7 @@ def _positional(convert: Callable[..., Converted[InMemoryCheckpoint]]) -> Read:
 
 def _weights(path: Path) -> Mapping[str, Tensor]:
     if path.suffix == ".safetensors" or path.is_dir():
-        return read_weights(str(path))
+        return Unordered(read_weights(str(path)))
     file = files.read_torch(path)
     return file["model"] if isinstance(file.get("model"), Mapping) else file
 

@@ -20,6 +20,10 @@ HOW = (
 )
 
 
+class Unordered(dict[str, Tensor]):
+    """A model from a file that does not keep the order of its parameters, such as safetensors."""
+
+
 @dataclass(frozen=True)
 class PositionalFile:
     """A file's model and optimizer with named parameters."""
@@ -59,6 +63,12 @@ def read(file: Mapping[str, Any], names: Sequence[str] | None) -> Converted[Posi
     Raises:
         ValueError: the model or the optimizer is missing, or parameters cannot be named.
     """
+    if isinstance(many := file.get("optimizer_states"), list):  # Lightning's
+        if len(many) != 1:
+            raise ValueError(
+                f"the file has {len(many)} optimizers, expected one: save each in a file of its own"
+            )
+        file = {**file, "optimizer": many[0]}
     model, optimizer = _pick(file, MODEL_KEYS, "model"), _pick(file, OPTIMIZER_KEYS, "optimizer")
     if not {"state", "param_groups"} <= optimizer.keys():
         raise ValueError(
@@ -69,7 +79,8 @@ def read(file: Mapping[str, Any], names: Sequence[str] | None) -> Converted[Posi
     if not groups:
         raise ValueError("the optimizer's state dict has no parameter groups")
     places = [place for group in groups for place in group["params"]]
-    flat, how = _flat_names(groups, places, weights, names)
+    is_ordered = not isinstance(model, Unordered)
+    flat, how = _flat_names(groups, places, weights, names, is_ordered=is_ordered)
     flat = [aliases.get(normalize(name), normalize(name)) for name in flat]
     _check(flat, weights)
     by_place = dict(zip(places, flat, strict=True))
@@ -96,8 +107,10 @@ def _flat_names(
     places: Sequence[Any],
     weights: Mapping[str, Tensor],
     given: Sequence[str] | None,
+    *,
+    is_ordered: bool,
 ) -> tuple[list[str], list[Note]]:
-    """Returns names in the optimizer's order: the user's, the file's, or the model's if counts agree."""
+    """Returns names in the optimizer's order: the user's, the file's, or those of an ordered model if counts agree."""
     if given is not None:
         if len(given) != len(places):
             raise ValueError(
@@ -106,6 +119,12 @@ def _flat_names(
         return list(given), []
     if all(group.get("param_names") for group in groups):
         return [name for group in groups for name in group["param_names"]], []
+    if all(isinstance(place, str) for place in places):  # FSDP's, and torch.distributed.checkpoint's
+        return list(places), []
+    if not is_ordered:
+        raise ValueError(
+            f"neither the optimizer nor a file of weights alone has the parameters' order: {HOW}"
+        )
     if len(groups) > 1:
         raise ValueError(
             f"the file names no parameters, and its {len(groups)} groups are not in the model's order: {HOW}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sharded_lamb import Lamb, ShardedLamb, checkpoint
 from sharded_lamb.__main__ import main
@@ -105,6 +106,52 @@ def test_weights_of_an_optimizer_saved_alone(tmp_path: Path, capsys: pytest.Capt
     assert "give the weights with --weights" in cases.refused(capsys, *command)
     cases.convert(*command[:2], "adam", "sharded_lamb", "--weights", str(tmp_path / "model"))
     assert read_contents(tmp_path / "ours").states.keys() == {n for n, _ in cases.net().named_parameters()}
+
+
+def test_weights_of_safetensors_have_no_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its file is sorted by name: layers of one shape would exchange their moments from the tenth on."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2, bias=False) for _ in range(11)))
+    peer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.rand_like(p)
+    peer.step()
+    torch.save(peer.state_dict(), tmp_path / "alone")
+    names = [name for name, _ in model.named_parameters()]
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    assert list(load_file(tmp_path / "model.safetensors")) != names
+    command = (tmp_path / "alone", tmp_path / "ours", "--from", "adam", "--to", "sharded_lamb")
+    weights = ("--weights", str(tmp_path / "model.safetensors"))
+    assert "has the parameters' order: give --names FILE" in cases.refused(capsys, *command, *weights)
+    (tmp_path / "names").write_text("\n".join(names))
+    cases.convert(*command[:2], "adam", "sharded_lamb", *weights, "--names", f"{tmp_path}/names")
+    states = read_contents(tmp_path / "ours").states
+    for name, p in model.named_parameters():
+        assert torch.equal(states[name]["exp_avg"], peer.state[p]["exp_avg"]), name
+
+
+def test_an_optimizer_that_names_its_parameters_in_place_of_numbers(tmp_path: Path) -> None:
+    """FSDP.optim_state_dict() and torch.distributed.checkpoint's get_optimizer_state_dict() do, in any order."""
+    file = cases.load_file(theirs(tmp_path))
+    names = [name for name, _ in cases.net().named_parameters()]
+    state, (group,) = file["optimizer"]["state"], file["optimizer"]["param_groups"]
+    file["optimizer"]["state"] = {names[place]: state[place] for place in reversed(range(len(names)))}
+    group["params"] = names[::-1]
+    torch.save(file, tmp_path / "theirs")
+    cases.convert(tmp_path / "theirs", tmp_path / "ours", "adam", "sharded_lamb")
+    states = read_contents(tmp_path / "ours").states
+    for place, name in enumerate(names):
+        assert torch.equal(states[name]["exp_avg"], state[place]["exp_avg"]), name
+
+
+def test_a_checkpoint_of_lightning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = cases.load_file(theirs(tmp_path))
+    for optimizers in (1, 2):
+        states = [file["optimizer"]] * optimizers
+        torch.save({"state_dict": file["model"], "optimizer_states": states}, tmp_path / f"{optimizers}.ckpt")
+    cases.convert(tmp_path / "1.ckpt", tmp_path / "ours", "adam", "sharded_lamb")
+    assert read_contents(tmp_path / "ours").states.keys() == {n for n, _ in cases.net().named_parameters()}
+    command = (tmp_path / "2.ckpt", tmp_path / "two", "--from", "adam", "--to", "sharded_lamb")
+    assert "the file has 2 optimizers, expected one" in cases.refused(capsys, *command)
 
 
 # -- rejected files ------------------------------------------------------------------------------------------
