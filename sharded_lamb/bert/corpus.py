@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sharded_lamb.bert.config import DataConfig
+from sharded_lamb.recipes.training.bad_input import raise_if_of_machine
 
 BUILTIN = "builtin"
 _FORMATS = {
@@ -165,15 +166,20 @@ def find_files(config: DataConfig, cache: Path) -> list[DocumentFile]:
 
 
 def count_documents(file: DocumentFile) -> int | str:
-    """The number of documents in a file, or the reason why it cannot be used."""
+    """The number of documents in a file, or the reason why it cannot be used.
+
+    Raises:
+        OSError: the machine, not the file, is at fault: the cache's disk is full, or too many files are open.
+    """
     empty = "contains no document"
     try:
         if os.path.isfile(file.path) and not os.path.getsize(file.path):
             return empty  # `datasets` speaks of its schema
         count = len(file.open())
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        return _reason(error)
     except Exception as error:  # `datasets` raises its own and pyarrow's classes, derived from Exception
+        raise_if_of_machine(error, file.path)
+        if isinstance(error, OSError | ValueError | RuntimeError | KeyError):
+            return _reason(error)
         if type(error).__module__.split(".")[0] in ("datasets", "pyarrow", "fsspec"):
             return _reason(error)
         raise

@@ -1,13 +1,16 @@
 import ast
+import errno
 import gzip
 import json
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+from datasets.exceptions import DatasetGenerationError
 
 from sharded_lamb.bert import corpus
 from sharded_lamb.bert import prepare as module
@@ -238,6 +241,21 @@ class TestBadInput:
         folder = prepare(configured(tree, tmp_path / "p", source=source, on_bad="skip"), LENGTH)
         assert "skipped: 2 of 3" in capfd.readouterr().out
         assert read_manifest(folder).documents == len(paragraphs())
+
+    def test_a_full_disk_is_no_fault_of_a_file(self, tree: dict[str, Any], tmp_path: Path) -> None:
+        """data.on_bad=skip would leave out what is whole."""
+        (tmp_path / "good.txt").write_text("\n\n".join(paragraphs()))
+        source = [str(tmp_path / "good.txt"), "builtin"]
+        config = configured(tree, tmp_path / "p", source=source, on_bad="skip")
+        full = OSError(errno.ENOSPC, "No space left on device")
+        wrapped = DatasetGenerationError("An error occurred while generating the dataset")
+        wrapped.__cause__ = full
+        for error in (full, wrapped):
+            with (
+                mock.patch("datasets.load_dataset", side_effect=error),
+                pytest.raises(OSError, match=r"No space left on device, as .*good.txt was read"),
+            ):
+                prepare(config, LENGTH)
 
     def test_an_empty_corpus(self, tree: dict[str, Any], tmp_path: Path) -> None:
         (tmp_path / "empty.txt").write_text("")

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sharded_lamb.recipes.training.bad_input import raise_if_of_machine
 from sharded_lamb.recipes.training.batch import BatchPlan
 from sharded_lamb.recipes.training.stateless_rng import I64, Permutation, key_of
 from sharded_lamb.recipes.vision.config import VisionConfig
@@ -72,7 +73,8 @@ class Read(Dataset[tuple[Tensor, int, str]]):
             other = (number + tried) % count
             try:
                 image = self._split.image(other)
-            except Exception:  # damaged files make decoders raise almost any
+            except Exception as error:  # damaged files make decoders raise almost any
+                raise_if_of_machine(error, self._split.name(other))
                 broken = broken or self._split.name(other)
                 continue
             if self._is_random:

@@ -1,16 +1,19 @@
 """Folders: what is wrong with them is named and counted, and refused or left out as configured."""
 
+import errno
 import shutil
 import struct
 import zlib
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from sharded_lamb.recipes.training.config_io import build_config
+from sharded_lamb.recipes.vision.batches import Read
 from sharded_lamb.recipes.vision.config import DataConfig, VisionConfig
 from sharded_lamb.recipes.vision.images import open_splits
 from tests.harness import run_ranks, run_ranks_expecting_errors
@@ -140,8 +143,6 @@ def test_broken_images_raise_on_every_rank_or_are_replaced_and_counted(
 
 
 def test_a_broken_image_is_replaced_by_the_next_that_is_not(tree: dict[str, Any], copy: Path) -> None:
-    from sharded_lamb.recipes.vision.batches import Read
-
     for name in ("bee/2", "bee/3"):
         (copy / "train" / f"{name}.png").write_bytes(b"not an image")
     size = struct.pack(
@@ -158,3 +159,16 @@ def test_a_broken_image_is_replaced_by_the_next_that_is_not(tree: dict[str, Any]
     following, _, whole = read[(0, 13)]
     assert (image == following).all()
     assert (label, Path(broken).name, whole) == (1, "2.png", "")
+
+
+def test_an_image_is_not_broken_when_the_machine_is(tree: dict[str, Any], images: Path) -> None:
+    config = build_config(VisionConfig, tree, [f"data.source={images}", "data.on_bad=skip"])
+    read = Read(open_splits(config.data).splits["train"], config, is_training=True)
+    many = OSError(errno.EMFILE, "Too many open files")
+    with (
+        mock.patch("PIL.Image.open", side_effect=many),
+        pytest.raises(OSError, match=r"files, as .*\.png was read"),
+    ):
+        read[(0, 3)]
+    with mock.patch("PIL.Image.open", side_effect=MemoryError), pytest.raises(MemoryError):
+        read[(0, 3)]
