@@ -99,6 +99,7 @@ struct Sums {
   typename Wide<T>::V of[N];
   INLINE Sums operator+(const Sums &other) const {
     Sums sum;
+#pragma GCC unroll 4  // as a loop, g++ keeps all four in memory
     for (int i = 0; i < N; i++) sum.of[i] = of[i] + other.of[i];
     return sum;
   }

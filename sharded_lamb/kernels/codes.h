@@ -24,12 +24,11 @@ INLINE typename Wide<T>::Bits random_bits(typename Wide<T>::Floats moment, uint3
 template <typename T>
 INLINE typename Wide<T>::Floats store_bf16_randomly(typename Wide<T>::Floats x, typename Wide<T>::Bits random, void *memory,
                                                     int j) {
-  typedef typename Wide<T>::Floats Floats;
   typedef typename Wide<T>::Bits Bits;
-  const Bits added = (Bits)(x - x == Floats{}) & random >> 3;
-  const Bits rounded = ((x != x ? Bits{} + 0x7fc00000u : (Bits)x) + added) >> 16;
+  const Bits added = ((Bits)x + (random >> 3)) >> 16;  // infinities stay: their 16 lowest bits are 0
+  const Bits rounded = x != x ? Bits{} + 0x7fc0u : added;
   put(packed<T>(rounded), memory, j);
-  return (Floats)(rounded << 16);
+  return (typename Wide<T>::Floats)(rounded << 16);
 }
 
 // The larger magnitudes, as bits.
@@ -67,7 +66,7 @@ INLINE typename Wide<T>::V decoded(const char *block, int j) {
   const Floats at_e = (Floats)((code << SHIFT) + uint32_t(origin));
   const Ints missing = (Ints)(2 * float_of(origin) - at_e);
   Floats x = at_e - (Floats)(missing > 0 ? missing : Ints{});
-  if (SIGNED) x = (Floats)((Bits)x | byte >> 7 << 31);
+  if (SIGNED) x = (Floats)((Bits)x | (byte << 24 & 0x80000000u));
   return __builtin_convertvector(x, typename Wide<T>::V);
 }
 

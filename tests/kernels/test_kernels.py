@@ -237,6 +237,23 @@ def test_non_finite_gradients_with_scale_0_show_only_in_the_square_sums(name: st
     assert_same([shard.weight, shard.exp_avg, shard.exp_avg_sq], untouched, F32)
 
 
+@pytest.mark.parametrize("name", ["torch", *OTHERS])
+def test_moments_of_non_finite_gradients(name: str) -> None:
+    """Moments that are rounded at random: a carry would turn a nan whose bits are all 1 into a zero."""
+    bits = [0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000, 0x7F800000, -0x800000, 0x7F7FFFFF]
+    grad = torch.tensor(bits, dtype=torch.int32).view(F32).repeat(BLOCK)
+    moments = {kind: torch.zeros(len(grad), dtype=BF16) for kind in ("exp_avg", "exp_avg_sq")}
+    owners = torch.zeros(len(bits), dtype=torch.int64)
+    shard = FlatShard(weight=torch.ones_like(grad), model=None, grad=grad, **moments, block_param=owners)
+    table = rule.table(rule.Coefficients(*torch.ones(len(COLUMNS), 1, dtype=F64)), F32)
+    kernels.load(name).moments_and_norms([shard], table, torch.zeros(2, 1, dtype=F64))
+    assert moments["exp_avg"].isnan().tolist() == grad.isnan().tolist()
+    assert moments["exp_avg_sq"].isnan().tolist() == grad.isnan().tolist()
+    assert (moments["exp_avg"][4::7] == torch.inf).all()
+    assert (moments["exp_avg"][5::7] == -torch.inf).all()
+    assert (moments["exp_avg_sq"][4::7] == torch.inf).all()
+
+
 @pytest.mark.parametrize("bits", remainders.STORAGE)
 @pytest.mark.parametrize("name", ["torch", *OTHERS])
 def test_split_masters_at_the_edges(name: str, bits: int) -> None:
