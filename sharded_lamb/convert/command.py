@@ -16,7 +16,7 @@ from sharded_lamb.convert import adam, apex, files, lamb, sgd, timm
 from sharded_lamb.convert.common import Converted
 from sharded_lamb.convert.deepspeed import WHY, read_deepspeed
 from sharded_lamb.convert.inspect import checkpoint_of
-from sharded_lamb.convert.positional import Unordered
+from sharded_lamb.convert.positional import HOW, Unordered, in_order
 from sharded_lamb.convert.tensorflow import from_tensorflow
 from sharded_lamb.convert.weights import from_weights, read_weights, to_weights
 from sharded_lamb.core.hyperparams import VARIANTS, check_max_grad_norm, validate_group
@@ -34,6 +34,7 @@ class Format:
     read: Read | None
     write: Write | None
     is_folder: bool = False
+    is_numbered: bool = False  # whether parameters are written by their place in the optimizer, not by name
     takes: tuple[str, ...] = ()  # the options of reading that the format uses
 
 
@@ -67,7 +68,11 @@ def _to_torch(convert: Callable[[InMemoryCheckpoint], Converted[dict[str, Any]]]
 
 
 def _read_folder(chosen: argparse.Namespace) -> Converted[InMemoryCheckpoint]:
-    return read_contents(checkpoint_of(Path(chosen.source))), []
+    return _ordered(read_contents(checkpoint_of(Path(chosen.source))), chosen), []
+
+
+def _ordered(contents: InMemoryCheckpoint, chosen: argparse.Namespace) -> InMemoryCheckpoint:
+    return contents if chosen.names is None else in_order(contents, files.read_names(chosen.names))
 
 
 def _write_folder(target: Path, contents: InMemoryCheckpoint) -> Converted[str]:
@@ -85,7 +90,12 @@ def _read_deepspeed(chosen: argparse.Namespace) -> Converted[InMemoryCheckpoint]
 
 def _read_tensorflow(chosen: argparse.Namespace) -> Converted[InMemoryCheckpoint]:
     renames = [_pair(rename, "--rename", "REGEX=REPLACEMENT") for rename in chosen.rename]
-    return from_tensorflow(files.read_npz(Path(chosen.source)), renames, chosen.variant)
+    contents, notes = from_tensorflow(files.read_npz(Path(chosen.source)), renames, chosen.variant)
+    if chosen.names is None and FORMATS[chosen.to].is_numbered:
+        raise ValueError(
+            f"--to {chosen.to} numbers parameters, and TensorFlow's files do not keep a model's order: {HOW}"
+        )
+    return _ordered(contents, chosen), notes
 
 
 def _write_weights(target: Path, contents: InMemoryCheckpoint) -> Converted[str]:
@@ -97,36 +107,45 @@ def _write_weights(target: Path, contents: InMemoryCheckpoint) -> Converted[str]
 _POSITIONAL_OPTIONS = ("names", "weights", "variant")
 FORMATS: dict[str, Format] = {
     "sharded_lamb": Format(
-        "a folder of sharded_lamb.checkpoint: everything", _read_folder, _write_folder, is_folder=True
+        "a folder of sharded_lamb.checkpoint: everything",
+        _read_folder,
+        _write_folder,
+        is_folder=True,
+        takes=("names",),
     ),
     "lamb": Format(
         "a file {model, optimizer} for Lamb and ShardedLamb.load_full_state_dict: everything",
         _positional(lamb.from_lamb),
         _to_torch(lamb.to_lamb),
+        is_numbered=True,
         takes=("names", "weights"),
     ),
     "timm": Format(
         "a file {model, optimizer} of timm's Lamb: no masters",
         _positional(timm.from_timm),
         _to_torch(timm.to_timm),
+        is_numbered=True,
         takes=_POSITIONAL_OPTIONS,
     ),
     "adam": Format(
         "a file {model, optimizer} of torch.optim.Adam or AdamW: no masters, no ratio, no clipping",
         _positional(adam.from_adam),
         _to_torch(adam.to_adam),
+        is_numbered=True,
         takes=_POSITIONAL_OPTIONS,
     ),
     "sgd": Format(
         "a file {model, optimizer} of torch.optim.SGD under a LARS, or of timm's Lars: no masters, no steps",
         _positional(sgd.from_sgd),
         _to_torch(sgd.to_sgd),
+        is_numbered=True,
         takes=_POSITIONAL_OPTIONS,
     ),
     "apex": Format(
         "a file {model, optimizer} of apex's FusedLAMB, and amp's 'master params' when read",
         _positional(apex.from_apex),
         _to_torch(apex.to_apex),
+        is_numbered=True,
         takes=_POSITIONAL_OPTIONS,
     ),
     "deepspeed": Format(
@@ -140,7 +159,7 @@ FORMATS: dict[str, Format] = {
         "an .npz of LAMBOptimizer's variables, <var>/lamb_m, <var>/lamb_v and global_step: no options",
         _read_tensorflow,
         None,
-        takes=("rename", "variant"),
+        takes=("names", "rename", "variant"),
     ),
     "safetensors": Format(
         "weights only: a file; for reading also a folder or name of Hugging Face",

@@ -1,11 +1,12 @@
 """torch's optimizer state dicts, which number parameters: to names and back."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert.common import Converted, Note, moment_state, state_dict_of, weights_of
 from sharded_lamb.core.names import normalize
 from sharded_lamb.core.rule import MOMENTS, moments_of
@@ -18,6 +19,24 @@ HOW = (
     "names = {p: n for n, p in model.named_parameters()}; "
     "json.dump([names[p] for g in optimizer.param_groups for p in g['params']], open('names.json', 'w'))"
 )
+
+
+def in_order(contents: InMemoryCheckpoint, names: Sequence[str]) -> InMemoryCheckpoint:
+    """The contents with each group's parameters in the order of ``names``.
+
+    Raises:
+        ValueError: ``names`` are not those of the groups' parameters.
+    """
+    given = [contents.aliases.get(normalize(name), normalize(name)) for name in names]
+    own = [name for group in contents.groups for name in group["names"]]
+    for unmatched, what in ((set(own) - set(given), "lacks"), (set(given) - set(own), "has unknown")):
+        if unmatched:
+            raise ValueError(
+                f"--names {what} {', '.join(sorted(unmatched)[:3])} ({len(unmatched)} names): {HOW}"
+            )
+    place = {name: number for number, name in enumerate(given)}
+    groups = [{**group, "names": sorted(group["names"], key=place.__getitem__)} for group in contents.groups]
+    return replace(contents, groups=groups)
 
 
 class Unordered(dict[str, Tensor]):

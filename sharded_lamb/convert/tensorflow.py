@@ -46,8 +46,15 @@ def from_tensorflow(
     """{variable: array} → contents. ``renames``: (regex, replacement) for variables' names, before `BERT`.
 
     Raises:
-        ValueError: a variable has one slot only, two variables share a name, or there are no slots.
+        ValueError: a variable has one slot only, two variables share a name, there are no slots, or the file is of
+            tf.train.Checkpoint or Keras, whose names are paths through objects.
     """
+    if "_CHECKPOINTABLE_OBJECT_GRAPH" in arrays:
+        raise ValueError(
+            f"the file is of tf.train.Checkpoint or Keras, whose names are paths through objects, such as "
+            f"{next(iter(arrays))}: write an .npz of the variables under their own names, with their slots "
+            f"<var>/lamb_m and <var>/lamb_v, and global_step"
+        )
     variables = {
         name: array for name, array in arrays.items() if _slot(name) is None and name != "global_step"
     }

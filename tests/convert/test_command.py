@@ -209,7 +209,7 @@ def test_options_without_effect_are_rejected(
     ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = (ours, tmp_path / "x", "--from", "sharded_lamb", "--to", "lamb")
-    for option in (["--variant", "timm"], ["--trust-pickle"], ["--rename", "a=b"], ["--names", "x"]):
+    for option in (["--variant", "timm"], ["--trust-pickle"], ["--rename", "a=b"], ["--weights", "x"]):
         assert "has no effect with sharded_lamb" in cases.refused(capsys, *command, *option)
 
 

@@ -138,6 +138,39 @@ def test_a_bert_continues_like_in_tensorflow(
     cases.assert_close(weights, expected, 2e-6)
 
 
+def test_formats_that_number_parameters_need_their_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TensorFlow's readers list variables in any order; many have one shape, so that moments fit other layers."""
+    arrays, model = npz_of(tf_run()), tiny_bert()
+    shuffled = sorted(arrays, key=lambda name: name[::-1])
+    np.savez(tmp_path / "bert.npz", **{name: arrays[name] for name in shuffled})
+    names = [name for name, _ in model.named_parameters()]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    where = (tmp_path / "bert.npz", tmp_path / "numbered.pt", "--from", "tensorflow", "--to")
+    for form in ("lamb", "adam", "timm", "sgd", "apex"):
+        assert "do not keep a model's order: give --names" in cases.refused(capsys, *where, form)
+
+    cases.convert(tmp_path / "bert.npz", tmp_path / "ours", "tensorflow", "sharded_lamb")
+    ordered = ("--names", str(tmp_path / "names.txt"))
+    cases.convert(tmp_path / "bert.npz", tmp_path / "direct.pt", "tensorflow", "lamb", *ordered)
+    cases.convert(tmp_path / "ours", tmp_path / "chained.pt", "sharded_lamb", "lamb", *ordered)
+    for file in ("direct.pt", "chained.pt"):
+        saved = torch.load(tmp_path / file, weights_only=True)
+        assert saved["optimizer"]["param_groups"][0]["param_names"] == names
+        optimizer = Lamb(model.named_parameters())
+        optimizer.load_state_dict(saved["optimizer"])
+        for google, (_, here, _) in TABLE.items():
+            moment = optimizer.state[dict(model.named_parameters())[here]]["exp_avg"]
+            assert torch.equal(moment, ours(arrays[f"{google}/lamb_m"], google).float()), here
+
+    (tmp_path / "names.txt").write_text("\n".join([*names[1:], "other"]))
+    ours_to_lamb = (tmp_path / "ours", tmp_path / "x.pt", "--from", "sharded_lamb", "--to", "lamb", *ordered)
+    assert f"--names lacks {names[0]} (1 names)" in cases.refused(capsys, *ours_to_lamb)
+    (tmp_path / "names.txt").write_text("\n".join([*names, "other"]))
+    assert "--names has unknown other (1 names)" in cases.refused(capsys, *ours_to_lamb)
+
+
 def test_other_names_by_rename(tmp_path: Path) -> None:
     """--rename applies to TensorFlow's names, before kernels are renamed to weights."""
     arrays = {
@@ -171,6 +204,7 @@ def test_incomplete_variables_are_rejected(tmp_path: Path, capsys: pytest.Captur
         ({"a/kernel": whole["a/kernel"]}, "has no slots"),
         ({**whole, "a/gamma": np.ones(3)}, "would both be called 'a.weight'"),
         ({**whole, "a/kernel": np.array([["x"]])}, "expected numbers"),
+        ({"_CHECKPOINTABLE_OBJECT_GRAPH": np.array(b"x"), **whole}, "is of tf.train.Checkpoint or Keras"),
     ]
     for number, (arrays, message) in enumerate(broken):
         np.savez(tmp_path / f"{number}.npz", **arrays)
