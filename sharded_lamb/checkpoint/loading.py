@@ -198,7 +198,7 @@ class _Loading:
         """Raises ValueError if this model ties two parameters that were saved with different values."""
         for other, first in self.model_parts.aliases.items():
             saved = [self.manifest.aliases.get(name, name) for name in (first, other)]
-            if saved[0] != saved[1]:
+            if saved[0] != saved[1] and f"model.{saved[1]}" in self.manifest.tensors:
                 values = [read_tensor(folder, self.manifest.tensors[f"model.{name}"]) for name in saved]
                 if not torch.equal(*values):
                     raise ValueError(
@@ -232,11 +232,12 @@ class _Loading:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.where}: its options are damaged: {error!r}") from error
         if self.options:
-            for own, group in zip(decoded, optimizer.param_groups, strict=True):
-                try:
+            try:
+                for own, group in zip(decoded, optimizer.param_groups, strict=True):
                     check_fixed(group, own)
-                except ValueError as error:
-                    raise ValueError(f"{self.where}: {error}") from error
+                optimizer.check_names_of_patterns(decoded)
+            except ValueError as error:
+                raise ValueError(f"{self.where}: {error}") from error
 
     def _check_groups(self, names: list[list[str]]) -> None:
         if not self.manifest.groups:

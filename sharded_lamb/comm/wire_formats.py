@@ -111,7 +111,7 @@ def _rounded_by_chance(scaled: Tensor, random: Tensor) -> Tensor:
     Adding the smallest normal number to magnitudes below it gives them its exponent, hence the spacing of their codes.
     """
     magnitude = scaled.abs()
-    added = torch.where(magnitude < _SMALLEST_NORMAL, _SMALLEST_NORMAL, 0.0)
+    added = (magnitude < _SMALLEST_NORMAL).float() * _SMALLEST_NORMAL
     bits = (magnitude + added).view(torch.int32)
     codes = (bits + (random & _BELOW_CODES)).bitwise_and_(~_BELOW_CODES).view(torch.float32)
     return (codes - added).copysign_(scaled)

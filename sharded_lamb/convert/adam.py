@@ -11,13 +11,13 @@ from sharded_lamb.convert import positional
 from sharded_lamb.convert.common import (
     Converted,
     Note,
-    check_format,
     group_options,
     left_out,
     scalars_of,
     widest_weights,
 )
 from sharded_lamb.convert.grouping import lost_options, plain_groups
+from sharded_lamb.convert.recognition import check_format, check_states, foreign_keys
 
 
 def from_adam(
@@ -29,15 +29,8 @@ def from_adam(
         ValueError: parameters cannot be named, gradients were maximized, or the file is of another optimizer.
     """
     read, notes = positional.read(file, names)
-    check_format(read.groups, "adam")
-    if any("decoupled_weight_decay" in group and "amsgrad" not in group for group in read.groups):
-        raise ValueError("the file's groups have no amsgrad: they are RAdam's, which is another update rule")
-    if any(group.get("maximize") for group in read.groups):
-        raise ValueError(
-            "the file's Adam had maximize=True, which is not supported: its moments have the opposite sign"
-        )
-    if any(group.get("amsgrad") for group in read.groups):
-        notes.append("max_exp_avg_sq of amsgrad=True is left out: LAMB has no AMSGrad variant")
+    check_adam(read.groups)
+    check_states(read.raw_states, "adam")
 
     def options(group: Mapping[str, Any]) -> dict[str, Any]:
         return group_options(variant or "adamw", adam_options(group))
@@ -58,12 +51,17 @@ _BIAS = (
     "bias_correction",
     "correct_bias",
 )  # of the FusedAdam of apex and DeepSpeed, and of transformers' AdamW
-_KEYS = {
-    *("params", "param_names", "lr", "betas", "eps", "weight_decay", "step", "amsgrad", "maximize"),
-    *("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"),
-    *("initial_lr", "swa_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"),  # of schedulers
-    *_BIAS,
-}
+
+
+def check_adam(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError for groups of another optimizer, and for gradients that were maximized."""
+    check_format(groups, "adam")
+    if any("decoupled_weight_decay" in group and "amsgrad" not in group for group in groups):
+        raise ValueError("the file's groups have no amsgrad: they are RAdam's, which is another update rule")
+    if any(group.get("maximize") for group in groups):
+        raise ValueError(
+            "the file's Adam had maximize=True, which is not supported: its moments have the opposite sign"
+        )
 
 
 def adam_options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +78,9 @@ def adam_options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def adam_notes(groups: Sequence[Mapping[str, Any]]) -> list[Note]:
     """What `adam_options` assumes of these groups, and their keys that no Adam has."""
-    notes = []
+    notes = foreign_keys(groups, "adam")
+    if any(group.get("amsgrad") for group in groups):
+        notes.append("max_exp_avg_sq of amsgrad=True is left out: LAMB has no AMSGrad variant")
     undecided = [g for g in groups if g.get("weight_decay") and "decoupled_weight_decay" not in g]
     modes = {adam_options(group)["adam_w_mode"] for group in undecided}
     if modes:
@@ -90,12 +90,6 @@ def adam_notes(groups: Sequence[Mapping[str, Any]]) -> list[Note]:
         notes.append(
             f"the file does not hold whether decay was decoupled (AdamW) or added to gradients (Adam): assumed is "
             f"{assumed}"
-        )
-    foreign = sorted({str(key) for group in groups for key in group} - _KEYS)
-    if foreign:
-        notes.append(
-            f"{', '.join(foreign)} of the groups left out, which Adam does not have: if its optimizer had another "
-            f"update rule, its moments do not serve here"
         )
     return notes
 
@@ -148,6 +142,6 @@ def _checked(states: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor
     for name, state in states.items():
         if float(state["step"]) >= 2**24:
             raise ValueError(
-                f"{name!r} has {int(state['step']):,} steps, but Adam counts them in fp32, up to 16,777,216"
+                f"{name!r} has {int(state['step']):,} steps, but Adam counts them in fp32, which ends at 16,777,215"
             )
     return states

@@ -6,6 +6,7 @@ saved.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from sharded_lamb.convert import positional
 from sharded_lamb.convert.common import (
     Converted,
     Note,
-    check_format,
     flags_of,
     group_options,
     left_out,
@@ -24,6 +24,7 @@ from sharded_lamb.convert.common import (
     widest_weights,
 )
 from sharded_lamb.convert.grouping import PlainGroup, lost_options, plain_groups
+from sharded_lamb.convert.recognition import check_format, check_states, foreign_keys
 
 MASTERS = "master params"
 
@@ -36,18 +37,16 @@ def from_apex(
     Raises:
         ValueError: parameters cannot be named, or masters do not match them.
     """
-    read, notes = positional.read(file, names)
+    read, notes = positional.read(file, names, {MASTERS})
     check_format(read.groups, "apex")
+    check_states(read.raw_states, "apex")
+    notes += foreign_keys(read.groups, "apex")
     clips = [group.get("max_grad_norm") for group in read.groups]
     if variant is None:
         notes.append(
             "apex files do not hold use_nvlamb and adam_w_mode: False and True are assumed (variant apex); --variant "
             "nvlamb for use_nvlamb=True, --set adam_w_mode=false for adam_w_mode=False"
         )
-
-    def options(group: Mapping[str, Any]) -> dict[str, Any]:
-        own = flags_of(group, {name: name for name in ("bias_correction", "grad_averaging")})
-        return group_options(variant or "apex", {**scalars_of(group), **own})
 
     states = read.states(lambda group, state: group.get("step"))
     if MASTERS in file:
@@ -56,12 +55,18 @@ def from_apex(
     contents = InMemoryCheckpoint(
         read.weights,
         states,
-        read.named_groups(options),
+        read.named_groups(partial(apex_options, variant=variant)),
         {"max_grad_norm": clips[0] or None, "skipped_steps": 0},
         {},
         read.aliases,
     )
     return contents, notes
+
+
+def apex_options(group: Mapping[str, Any], variant: str | None) -> dict[str, Any]:
+    """Options of a group of FusedLAMB."""
+    own = flags_of(group, {name: name for name in ("bias_correction", "grad_averaging")})
+    return group_options(variant or "apex", {**scalars_of(group), **own})
 
 
 def _add_masters(

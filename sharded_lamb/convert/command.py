@@ -16,7 +16,7 @@ from sharded_lamb.convert import adam, apex, files, lamb, sgd, timm
 from sharded_lamb.convert.common import Converted
 from sharded_lamb.convert.deepspeed import WHY, read_deepspeed
 from sharded_lamb.convert.inspect import checkpoint_of
-from sharded_lamb.convert.positional import HOW, Unordered, in_order
+from sharded_lamb.convert.positional import HOW, MODEL_KEYS, Unordered, in_order
 from sharded_lamb.convert.tensorflow import from_tensorflow
 from sharded_lamb.convert.weights import from_weights, read_weights, to_weights
 from sharded_lamb.core.hyperparams import VARIANTS, check_max_grad_norm, validate_group
@@ -55,7 +55,7 @@ def _weights(path: Path) -> Mapping[str, Tensor]:
     if path.suffix == ".safetensors" or path.is_dir():
         return Unordered(read_weights(str(path)))
     file = files.read_torch(path)
-    return file["model"] if isinstance(file.get("model"), Mapping) else file
+    return next((file[key] for key in MODEL_KEYS if isinstance(file.get(key), Mapping)), file)
 
 
 def _to_torch(convert: Callable[[InMemoryCheckpoint], Converted[dict[str, Any]]]) -> Write:
@@ -261,6 +261,8 @@ def run(chosen: argparse.Namespace) -> int:
     contents, notes = _read(source.read, chosen)
     if not contents.groups and chosen.to not in ("sharded_lamb", "safetensors"):
         raise ValueError(f"{chosen.source} holds weights only: convert it to sharded_lamb or safetensors")
+    if contents.groups:
+        check_max_grad_norm(contents.optimizer.get("max_grad_norm"))
     contents = _set(contents, [_pair(given, "--set", "KEY=VALUE") for given in chosen.set])
     next(work)
     written, more = target.write(chosen.target, contents)

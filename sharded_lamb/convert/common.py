@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.core.host_values import as_tensor
@@ -18,8 +19,8 @@ Note = str
 T = TypeVar("T")
 Converted = tuple[T, list[Note]]
 
-CARRIED = ("initial_lr",)
-"""Group keys that torch's schedulers write and read."""
+CARRIED = ("initial_lr", "swa_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "lr_scale")
+"""Group keys of numbers that torch's and timm's schedulers write and read."""
 
 
 def weights_of(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str], list[Note]]:
@@ -38,6 +39,18 @@ def weights_of(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[s
                 f"{raw} of the model's state dict is a {type(value).__name__}, not a tensor: left out"
             )
             continue
+        if name in weights or name in aliases:
+            raise ValueError(
+                f"two tensors of the model are called {name!r} once wrappers' prefixes are removed: rename one"
+            )
+        if name.rsplit(".", 1)[-1] == "_extra_state":
+            notes.append(f"{raw} of the model's state dict is left out: the model keeps its own")
+            continue
+        if isinstance(value, DTensor):
+            raise ValueError(
+                f"{raw} is one rank's shard (a DTensor): save the whole tensors, as get_model_state_dict(model, "
+                f"options=StateDictOptions(full_state_dict=True)) returns them"
+            )
         value = value.detach()
         memory = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride())
         if value.numel() and memory in first:
@@ -60,9 +73,10 @@ def widest_weights(contents: InMemoryCheckpoint) -> Converted[dict[str, Tensor]]
         return dict(contents.weights), []
     dtypes = sorted({_dtype_name(contents.weights[name].dtype) for name in masters})
     wide = sorted({_dtype_name(master.dtype) for master in masters.values()})
+    rounds = "" if wide == dtypes else "; the model rounds them on loading"
     note = (
         f"{len(masters)} weights are written as their {'/'.join(wide)} masters, since the format cannot hold masters "
-        f"beside {'/'.join(dtypes)} weights; the model rounds them on loading"
+        f"beside {'/'.join(dtypes)} weights{rounds}"
     )
     return {**contents.weights, **masters}, [note]
 
@@ -97,7 +111,7 @@ def scalars_of(group: Mapping[str, Any]) -> dict[str, Any]:
     missing = [key for key in ("lr", "betas", "eps", "weight_decay") if key not in group]
     if missing:
         raise ValueError(
-            f"a parameter group has {_keys(group)} but no {missing[0]}: it is of another optimizer"
+            f"a parameter group has {keys_of(group)} but no {missing[0]}: it is of another optimizer"
         )
     lr = group["lr"]
     scalars: dict[str, Any] = {
@@ -107,7 +121,7 @@ def scalars_of(group: Mapping[str, Any]) -> dict[str, Any]:
         "weight_decay": float(group["weight_decay"]),
     }
     for key in CARRIED:
-        if key in group:
+        if group.get(key) is not None:
             scalars[key] = float(group[key])
     return scalars
 
@@ -120,39 +134,8 @@ def flags_of(group: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, bo
     return {ours: bool(group[theirs]) for ours, theirs in names.items() if theirs in group}
 
 
-_MARKS = {
-    "variant": "lamb",
-    "trust_coeff": "sgd",
-    "dampening": "sgd",
-    "always_adapt": "timm",
-    "trust_clip": "timm",
-    "max_coeff": "deepspeed",
-    "momentum_decay": "",
-    "grad_averaging": "apex",
-    "max_grad_norm": "apex",
-}
-"""{group key: its format}, the first match counts; "": torch's NAdam, which is not supported."""
-
-
-def check_format(groups: Iterable[Mapping[str, Any]], form: str) -> None:
-    """Raises ValueError if a group is of another format, since its moments follow another update rule."""
-    for group in groups:
-        mark = next((key for key in _MARKS if key in group), None)
-        if mark is None and form == "lamb":
-            raise ValueError(
-                f"a parameter group has {_keys(group)} but no variant, which groups of Lamb and ShardedLamb have: give "
-                f"the file's format with --from"
-            )
-        if form == "sgd" and "betas" in group:
-            raise ValueError(
-                f"a parameter group has {_keys(group)}, and SGD's have no 'betas': give the file's format with --from"
-            )
-        if mark is not None and _MARKS[mark] != form:
-            like = f"--from {_MARKS[mark]}" if _MARKS[mark] else "NAdam, which is not supported"
-            raise ValueError(f"a parameter group has {mark!r} and looks like {like}, not like --from {form}")
-
-
-def _keys(group: Mapping[str, Any]) -> list[str]:
+def keys_of(group: Mapping[str, Any]) -> list[str]:
+    """A group's keys, to show."""
     return sorted(map(str, group))
 
 
@@ -187,6 +170,10 @@ def left_out(contents: InMemoryCheckpoint) -> list[Note]:
     notes = []
     if any("ema" in state for state in contents.states.values()):
         notes.append("the average of the weights (ema) is left out")
+    own = {*group_options("lamb", {}), "state_dtype", *CARRIED}
+    custom = sorted({str(key) for group in contents.groups for key in group["options"]} - own)
+    if custom:
+        notes.append(f"{', '.join(custom)} of the groups left out")
     if contents.extra:
         notes.append(f"extra is left out: {', '.join(map(str, contents.extra))}")
     if contents.optimizer.get("model"):

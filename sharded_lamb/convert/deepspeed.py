@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert import positional
-from sharded_lamb.convert.adam import adam_notes, adam_options
+from sharded_lamb.convert.adam import adam_notes, adam_options, check_adam
+from sharded_lamb.convert.apex import apex_options
 from sharded_lamb.convert.common import (
     Converted,
     Note,
@@ -24,6 +25,8 @@ from sharded_lamb.convert.common import (
     scalars_of,
     weights_of,
 )
+from sharded_lamb.convert.recognition import foreign_keys, looks_like
+from sharded_lamb.convert.timm import timm_options
 from sharded_lamb.core.hyperparams import GROUP_OPTIONS
 from sharded_lamb.core.names import normalize
 from sharded_lamb.core.rule import moments_of
@@ -33,6 +36,19 @@ WHY = (
     "can run any code: give --trust-pickle if you trust it"
 )
 _COUNTS = ("global_steps", "global_samples")
+_OF_ENGINE = {
+    *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params"),
+    *("frozen_param_fragments", "sparse_tensor_module_names", "skipped_steps", *_COUNTS),
+    *(
+        "dp_world_size",
+        "mp_world_size",
+        "ds_config",
+        "ds_version",
+        "autotp_uc_info",
+        "checkpoint_parallel_dims",
+    ),
+}
+"""Keys of a model file that are read here or say nothing of training; others are schedulers' and ``client_state``."""
 
 
 def read_deepspeed(
@@ -181,7 +197,9 @@ class _Partitions:
         state = self.bases[rank]["state"]
         lacking = [place for place in sorted(state) if kind not in state[place]]
         if lacking or not state:
-            raise ValueError(f"the checkpoint lacks {kind} of some group: its optimizer was not Adam or LAMB")
+            raise ValueError(
+                f"the checkpoint lacks {kind} of some group: its optimizer was not Adam or LAMB, or had made no step"
+            )
         return [state[place][kind] for place in sorted(state)]
 
 
@@ -279,6 +297,10 @@ def _options(groups: Sequence[Mapping[str, Any]], variant: str | None) -> Conver
         return [group_options(g["variant"], o) for g, o in zip(groups, own, strict=True)], []
     if lamb:
         return [group_options(variant or "deepspeed", _of_their_lamb(group)) for group in groups], []
+    for form, of_theirs in (("timm", timm_options), ("apex", apex_options)):
+        if looks_like(groups, form):
+            return [of_theirs(group, variant) for group in groups], foreign_keys(groups, form)
+    check_adam(groups)
     taken = variant or "adamw"
     note = (
         f"the optimizer is neither ShardedLamb nor DeepSpeed's Lamb: variant {taken} is assumed (--variant)"
@@ -309,5 +331,5 @@ def _extra(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _left_out(model: Mapping[str, Any]) -> list[Note]:
-    kept = [key for key in ("lr_scheduler", "data_sampler", "random_ltd") if model.get(key) is not None]
+    kept = [str(key) for key, value in model.items() if key not in _OF_ENGINE and value is not None]
     return [f"left out: {', '.join(kept)}"] if kept else []

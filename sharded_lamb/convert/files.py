@@ -1,7 +1,9 @@
 """Files of other formats: read without running pickled code, written aside and renamed when whole."""
 
+import argparse
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,12 @@ def read_torch(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise OSError(f"{path} is not a file: expected a file of torch.save")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's and others' settings
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            reason = f"it holds {foreign[1]}."
         raise ValueError(
             f"{path} cannot be read as tensors and plain data: {reason} Save it anew with "
             f"torch.save({{'model': model.state_dict(), 'optimizer': optimizer.state_dict()}}, …)"
@@ -61,7 +66,10 @@ def read_names(path: Path) -> list[str]:
         ValueError: the JSON is damaged, or not a list of strings.
         OSError: the file cannot be read.
     """
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
     if text.lstrip().startswith("["):
         try:
             names = json.loads(text)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sharded_lamb.checkpoint import plain, problem_with, tensorfile
@@ -173,7 +174,7 @@ def _tensor(folder: Path, tensor: SavedTensor, norms: bool) -> dict[str, Any]:
 
 def _norm(value: Tensor) -> float:
     """Returns the 2-norm, computed in fp64 a piece at a time."""
-    flat = value.reshape(-1)
+    flat = (torch.view_as_real(value) if value.is_complex() else value).reshape(-1)
     pieces = (flat[at : at + _PIECE] for at in range(0, len(flat), _PIECE))
     return math.sqrt(sum(float(piece.double().square().sum()) for piece in pieces))
 

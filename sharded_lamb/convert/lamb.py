@@ -9,7 +9,8 @@ from typing import Any
 
 from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert import positional
-from sharded_lamb.convert.common import Converted, check_format, group_options, left_out
+from sharded_lamb.convert.common import Converted, group_options, left_out
+from sharded_lamb.convert.recognition import check_format
 from sharded_lamb.core.hyperparams import variant_options
 from sharded_lamb.kernels.state_format import OF_WEIGHTS
 
@@ -22,7 +23,7 @@ def from_lamb(file: Mapping[str, Any], names: Sequence[str] | None = None) -> Co
     Raises:
         ValueError: parameters cannot be named, or the state is one rank's slices.
     """
-    read, notes = positional.read(file, names)
+    read, notes = positional.read(file, names, {"max_grad_norm", "skipped_steps", "extra"})
     check_format(read.groups, "lamb")
     sliced = [name for name, state in read.raw_states.items() if "shard" in state]
     if sliced:
@@ -58,7 +59,9 @@ def to_lamb(contents: InMemoryCheckpoint) -> Converted[dict[str, Any]]:
     file = positional.write(contents.weights, contents.aliases, groups, contents.states)
     masters = sum("master" in state for state in contents.states.values())
     notes = left_out(
-        replace(contents, extra={}, states={}, optimizer={**contents.optimizer, "skipped_steps": 0})
+        replace(
+            contents, groups=[], extra={}, states={}, optimizer={**contents.optimizer, "skipped_steps": 0}
+        )
     )
     if masters:
         notes.append(

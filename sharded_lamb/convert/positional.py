@@ -1,6 +1,6 @@
 """torch's optimizer state dicts, which number parameters: to names and back."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from sharded_lamb.core.names import normalize
 from sharded_lamb.core.rule import MOMENTS, moments_of
 
 MODEL_KEYS = ("model", "state_dict", "module", "model_state_dict")
-OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict")
+OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim", "optim_state_dict", "optimizer_states")
 _BUFFER_NAMES = ("running_mean", "running_var")
 HOW = (
     "give --names FILE, a JSON list (or one name per line) in the optimizer's order. To write it from the optimizer: "
@@ -76,8 +76,12 @@ class PositionalFile:
         ]
 
 
-def read(file: Mapping[str, Any], names: Sequence[str] | None) -> Converted[PositionalFile]:
+def read(
+    file: Mapping[str, Any], names: Sequence[str] | None, used: Collection[str] = ()
+) -> Converted[PositionalFile]:
     """Reads {"model", "optimizer"}; ``names`` are the user's, in the optimizer's order.
+
+    What else the file holds is noted as left out, except for the keys ``used``.
 
     Raises:
         ValueError: the model or the optimizer is missing, or parameters cannot be named.
@@ -94,6 +98,9 @@ def read(file: Mapping[str, Any], names: Sequence[str] | None) -> Converted[Posi
             f"the optimizer's state dict has {sorted(map(str, optimizer))}, expected state and param_groups"
         )
     weights, aliases, notes = weights_of(model)
+    rest = [str(key) for key in file if key not in (*MODEL_KEYS, *OPTIMIZER_KEYS, *used)]
+    if rest:
+        notes.append(f"left out of the file: {', '.join(rest[:12])}{', …' if len(rest) > 12 else ''}")
     groups = list(optimizer["param_groups"])
     if not groups:
         raise ValueError("the optimizer's state dict has no parameter groups")

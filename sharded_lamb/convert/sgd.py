@@ -12,7 +12,6 @@ from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert import positional
 from sharded_lamb.convert.common import (
     Converted,
-    check_format,
     flags_of,
     group_options,
     left_out,
@@ -21,6 +20,7 @@ from sharded_lamb.convert.common import (
     widest_weights,
 )
 from sharded_lamb.convert.grouping import PlainGroup, lost_options, plain_groups
+from sharded_lamb.convert.recognition import check_format, check_states, foreign_keys
 from sharded_lamb.core.rule import LARS_MOMENTS
 
 _KEPT = {
@@ -40,6 +40,8 @@ def from_sgd(
     """
     read, notes = positional.read(file, names)
     check_format(read.groups, "sgd")
+    check_states(read.raw_states, "sgd")
+    notes += foreign_keys(read.groups, "sgd")
     variant = variant or "torch_lars"
 
     def options(group: Mapping[str, Any]) -> dict[str, Any]:

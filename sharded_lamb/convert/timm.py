@@ -1,6 +1,7 @@
 """timm's Lamb: numbered parameters, a step count per group, excluded parameters in groups without decay."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
@@ -8,7 +9,6 @@ from sharded_lamb.convert import positional
 from sharded_lamb.convert.common import (
     Converted,
     Note,
-    check_format,
     differing,
     flags_of,
     group_options,
@@ -17,6 +17,7 @@ from sharded_lamb.convert.common import (
     widest_weights,
 )
 from sharded_lamb.convert.grouping import PlainGroup, lost_options, plain_groups
+from sharded_lamb.convert.recognition import check_format, check_states, foreign_keys
 
 _FLAGS = {
     "bias_correction": "bias_correction",
@@ -38,6 +39,8 @@ def from_timm(
     """
     read, notes = positional.read(file, names)
     check_format(read.groups, "timm")
+    check_states(read.raw_states, "timm")
+    notes += foreign_keys(read.groups, "timm")
     clips = {group.get("max_grad_norm") for group in read.groups}
     clip = next(iter(clips)) if len(clips) == 1 else read.groups[0].get("max_grad_norm")
     if len(clips) > 1:
@@ -45,23 +48,25 @@ def from_timm(
             f"groups have max_grad_norm {sorted(map(str, clips))}, but clipping is over all groups: {clip} is used"
         )
 
-    def options(group: Mapping[str, Any]) -> dict[str, Any]:
-        own: dict[str, Any] = flags_of(group, _FLAGS)
-        if "trust_clip" in group:
-            own["trust_clip"] = _TIMM_CLIP if group["trust_clip"] else None
-        if group.get("decoupled_decay") and group.get("corrected_weight_decay"):
-            own["corrected_weight_decay"] = float(group["max_lr_snapshot"])
-        return group_options(variant or "timm", {**scalars_of(group), **own})
-
     contents = InMemoryCheckpoint(
         read.weights,
         read.states(lambda group, state: group.get("step")),
-        read.named_groups(options),
+        read.named_groups(partial(timm_options, variant=variant)),
         {"max_grad_norm": clip, "skipped_steps": 0},
         {},
         read.aliases,
     )
     return contents, notes
+
+
+def timm_options(group: Mapping[str, Any], variant: str | None) -> dict[str, Any]:
+    """Options of a group of timm's Lamb."""
+    own: dict[str, Any] = flags_of(group, _FLAGS)
+    if "trust_clip" in group:
+        own["trust_clip"] = _TIMM_CLIP if group["trust_clip"] else None
+    if group.get("decoupled_decay") and group.get("corrected_weight_decay"):
+        own["corrected_weight_decay"] = float(group["max_lr_snapshot"])
+    return group_options(variant or "timm", {**scalars_of(group), **own})
 
 
 def to_timm(contents: InMemoryCheckpoint) -> Converted[dict[str, Any]]:

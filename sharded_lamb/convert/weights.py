@@ -5,8 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
-from sharded_lamb.convert.common import Converted, left_out, widest_weights
-from sharded_lamb.core.names import normalize
+from sharded_lamb.convert.common import Converted, left_out, weights_of, widest_weights
 from sharded_lamb.shapes import read_json
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -66,9 +65,12 @@ def _of_file(path: Path) -> dict[str, Tensor]:
 
 def from_weights(weights: dict[str, Tensor]) -> Converted[InMemoryCheckpoint]:
     """Weights → contents without an optimizer."""
-    named = {normalize(name): value for name, value in weights.items()}
+    named, _, more = weights_of(weights)
     note = "weights only: load the checkpoint with optimizer=None, and start with a new optimizer"
-    return InMemoryCheckpoint(named, {}, [], {"max_grad_norm": None, "skipped_steps": 0}, {}, {}), [note]
+    return InMemoryCheckpoint(named, {}, [], {"max_grad_norm": None, "skipped_steps": 0}, {}, {}), [
+        *more,
+        note,
+    ]
 
 
 def to_weights(contents: InMemoryCheckpoint) -> Converted[dict[str, Tensor]]:

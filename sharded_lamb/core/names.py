@@ -92,3 +92,15 @@ def check_use(option: str, patterns: tuple[str, ...], used: set[str], example: s
             f"names that named_parameters() gives, wrappers' prefixes removed"
         )
     warnings.warn(f"{option}: {unused!r} matches no parameter{hint}", UserWarning, stacklevel=2)
+
+
+def check_same_order(saved: Mapping[str, Any], own: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError if two names in the same place of two groups differ; names may be missing."""
+    for saved_name, own_name in zip(
+        saved.get("param_names") or (), own.get("param_names") or (), strict=False
+    ):
+        if None not in (saved_name, own_name) and normalize(str(saved_name)) != normalize(str(own_name)):
+            raise ValueError(
+                f"{where} has {saved_name!r} where this optimizer has {own_name!r}: pass the parameters in the order "
+                f"in which they were saved"
+            )

@@ -29,10 +29,11 @@ from sharded_lamb.core.hyperparams import (
     variant_options,
 )
 from sharded_lamb.core.layers import RatioBlocks, validate_ratio_blocks
-from sharded_lamb.core.names import check_use, matching, needs_names, normalize, unique
+from sharded_lamb.core.names import check_same_order, check_use, matching, needs_names, normalize, unique
 from sharded_lamb.core.parameters import NamedParameter, follow_names, named, ndim_of
 from sharded_lamb.core.rule import moments_of, sums_of
 from sharded_lamb.optim.reports import StepReports
+from sharded_lamb.sharding.dcp_tensors import asked_by_dcp
 from sharded_lamb.sharding.layer_parts import check_blocks
 
 States = Mapping[Tensor, Mapping[str, Any]]
@@ -422,17 +423,21 @@ class LambOptimizer(StepReports, Optimizer):
                 f"the state dict has parameter groups of {saved_sizes} parameters and this optimizer has {own_sizes}: "
                 f"construct it from the same model with the same groups"
             )
+        self.check_names_of_patterns(saved_groups)
         for index, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
             validate_change(group, _options_of(saved))
-            names, own = saved.get("param_names"), group.get("param_names")
-            if names is None or own is None:
-                continue
-            for saved_name, own_name in zip(names, own, strict=True):
-                if None not in (saved_name, own_name) and normalize(saved_name) != normalize(own_name):
-                    raise ValueError(
-                        f"the state dict's group {index} has {saved_name!r} where this optimizer has {own_name!r}: "
-                        f"pass the parameters in the order in which they were saved"
-                    )
+            if not asked_by_dcp():  # which matches names, and copies groups of another layout
+                check_same_order(saved, group, f"the state dict's group {index}")
+
+    def check_names_of_patterns(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Raises ValueError if patterns of saved groups match names, and parameters of the group here have none."""
+        for index, (options, group) in enumerate(zip(saved, self.param_groups, strict=True)):
+            patterns = [p for option in PATTERN_OPTIONS for p in options.get(option) or ()]
+            if needs_names(patterns) and any(name is None for name, _ in self._members(group)):
+                raise ValueError(
+                    f"group {index} was saved with the patterns {patterns}, which match names, and the parameters have "
+                    f"none: {self._name_remedy}"
+                )
 
     def _check_states(self, states: States) -> None:
         """Raises ValueError for states that `_load_states` cannot load."""

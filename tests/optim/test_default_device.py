@@ -1,4 +1,4 @@
-"""Programs that call ``torch.set_default_device``: this package's own tensors do not go there.
+"""Programs that call ``torch.set_default_device`` or ``set_default_dtype``: this package's own tensors do not go there.
 
 The default device is "meta" here, where a tensor has no values: one that is made without a device fails at its first
 use.
@@ -108,3 +108,45 @@ def test_every_tensor_is_made_on_a_device() -> None:
     assert makes_tensors_somewhere("x = torch.zeros(3)\ny = torch.zeros(3, device=d)") == [
         "1: torch.zeros(3)"
     ]
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def trained_under(dtype: torch.dtype, kernel: str, **options: Any) -> list[Tensor]:
+    model = make_model()
+    optimizer = ShardedLamb(model.named_parameters(), lr=1e-2, stage=2, kernel=kernel, **options)
+    with default_dtype(dtype):
+        for step in range(3):
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(step)
+            model(torch.randn(5, 7, generator=generator, dtype=torch.float32)).square().mean().backward()
+            optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("kernel", ["cpp", "torch"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reduce_dtype": torch.float8_e4m3fn},
+        {"reduce_dtype": torch.bfloat16, "gather_dtype": torch.bfloat16},
+        {"gather_dtype": torch.float8_e4m3fn, "state_dtype": torch.bfloat16},
+        {"state_dtype": torch.int8, "ema_decay": 0.9, "max_grad_norm": 0.1},
+        {"variant": "lans"},
+        {"caution": True},
+    ],
+    ids=str,
+)
+def test_the_default_dtype_changes_no_bit(options: dict[str, Any], kernel: str) -> None:
+    expected = trained_under(torch.float32, kernel, **options)
+    for dtype in (torch.float64, torch.float16):
+        for actual, wanted in zip(trained_under(dtype, kernel, **options), expected, strict=True):
+            assert torch.equal(actual, wanted), dtype

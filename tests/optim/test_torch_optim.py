@@ -425,7 +425,7 @@ def test_defaults_reach_groups(cls: type[Optimizer]) -> None:
 
 def test_named_parameters(cls: type[Optimizer]) -> None:
     model = small_model()
-    opt = cls(model.named_parameters(), exclude_from_weight_decay=("bias",))
+    opt = cls(model.named_parameters(), exclude_from_weight_decay=("ndim<=1",))
     names = [name for name, _ in model.named_parameters()]
     assert opt.param_groups[0]["param_names"] == names
     assert opt.state_dict()["param_groups"][0]["param_names"] == names

@@ -2,17 +2,20 @@
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as torch_dcp
 import torch.distributed.checkpoint.state_dict as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter
 
-from sharded_lamb import Lamb, ShardedLamb
+from sharded_lamb import Lamb, ShardedLamb, checkpoint
 from tests import training
 from tests.harness import run_ranks, run_ranks_expecting_errors
 from tests.pairs import pairs
@@ -154,6 +157,101 @@ def test_other_models_are_rejected() -> None:
     half = {**state, "state": {k: v for k, v in state["state"].items() if k != 2}}
     with pytest.raises(ValueError, match=r"has no state of 'norm\.bias'"):
         training.grouped(training.parameters(), 1).load_state_dict(half)
+
+
+@pytest.mark.parametrize("kind", [Lamb, ShardedLamb])
+def test_patterns_of_names_do_not_load_where_there_are_none(
+    kind: type[Lamb] | type[ShardedLamb], tmp_path: Path
+) -> None:
+    """They would count as shown in the groups, and match nothing."""
+    model = nn.Linear(3, 2)
+    named = kind(model.named_parameters(), exclude_from_weight_decay=["bias$"], weight_decay=0.5)
+    checkpoint.save(tmp_path / "saved", model, named)
+    other = nn.Linear(3, 2)
+    unnamed = kind(other.parameters(), weight_decay=0.5)
+    said = r"group 0 was saved with the patterns \['bias\$'\], which match names, and the parameters have none: pass"
+    for state in (named.state_dict(), named.full_state_dict() if isinstance(named, ShardedLamb) else None):
+        with pytest.raises(ValueError, match=said):
+            unnamed.load_state_dict(state or named.state_dict())
+    with pytest.raises(ValueError, match=r"saved.*group 0 was saved with the patterns"):
+        checkpoint.load(tmp_path / "saved", other, unnamed)
+    assert unnamed.param_groups[0]["exclude_from_weight_decay"] == ()
+    checkpoint.load(tmp_path / "saved", other, unnamed, options=False)
+    by_shape = kind(nn.Linear(3, 2).named_parameters(), exclude_from_weight_decay=["ndim<=1"])
+    unnamed.load_state_dict(by_shape.state_dict())
+    assert unnamed.param_groups[0]["exclude_from_weight_decay"] == ("ndim<=1",)
+
+
+def in_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Two groups, in another order than the model's."""
+    named = list(model.named_parameters())[::-1]
+    return [{"params": [pair for pair in named if (pair[1].ndim > 1) is wide]} for wide in (True, False)]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_torchs_checkpoints_load_by_name_in_another_order_and_other_groups(flat: bool) -> None:
+    """With names in groups, torch copies those of the saved layout, as with AdamW."""
+    options = dcp.StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    saved = Lamb(model.named_parameters(), lr=1e-2)
+    model(torch.ones(2, 3)).sum().backward()
+    saved.step()
+    reverse: Any = list(other.named_parameters())[::-1]
+    loaded = Lamb(in_groups(other) if flat else reverse)
+    dcp.set_optimizer_state_dict(
+        other, loaded, dcp.get_optimizer_state_dict(model, saved, options=options), options=options
+    )
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(saved.state[p]["exp_avg"], loaded.state[q]["exp_avg"])
+    names = [name for group in loaded.param_groups for name in group["param_names"]]
+    assert names == ["weight", "bias"] if flat else names == ["bias", "weight"]
+
+
+def change_pipeline(rank: int, world: int, folder: str) -> None:
+    """Two stages of a pipeline, a rank each, load as one model over both ranks, and that as two stages."""
+    options = dcp.StateDictOptions(flatten_optimizer_state_dict=True)
+    own = [dist.new_group([r]) for r in range(world)][rank]
+    torch.manual_seed(0)
+    whole = nn.ModuleDict({f"s{i}": nn.Linear(4, 4) for i in range(world)})
+    part = nn.ModuleDict({f"s{rank}": whole[f"s{rank}"]})
+    staged = ShardedLamb(part.named_parameters(), stage=2, process_group=own)
+    part[f"s{rank}"](torch.full((2, 4), 1.0 + rank)).square().mean().backward()
+    staged.step()
+    moments = full_moments(part, staged, own)
+    saved = {"o": dcp.get_optimizer_state_dict(part, staged, options=options)}
+    torch_dcp.save(saved, checkpoint_id=f"{folder}/staged")
+    staged.close()
+
+    both = ShardedLamb(whole.named_parameters(), stage=2)
+    asked = {"o": dcp.get_optimizer_state_dict(whole, both, options=options)}
+    torch_dcp.load(asked, checkpoint_id=f"{folder}/staged")
+    dcp.set_optimizer_state_dict(whole, both, asked["o"], options=options)
+    found = full_moments(whole, both)
+    assert all(torch.equal(found[name], value) for name, value in moments.items())
+    torch_dcp.save(
+        {"o": dcp.get_optimizer_state_dict(whole, both, options=options)}, checkpoint_id=f"{folder}/both"
+    )
+    both.close()
+
+    again = ShardedLamb(part.named_parameters(), stage=2, process_group=own)
+    asked = {"o": dcp.get_optimizer_state_dict(part, again, options=options)}
+    torch_dcp.load(asked, checkpoint_id=f"{folder}/both")
+    dcp.set_optimizer_state_dict(part, again, asked["o"], options=options)
+    back = full_moments(part, again, own)
+    assert all(torch.equal(back[name], value) for name, value in moments.items())
+
+
+def full_moments(model: nn.Module, optimizer: ShardedLamb, group: Any = None) -> dict[str, Tensor]:
+    """{name: the whole first moment}, on every rank."""
+    optimizer.consolidate_state_dict()
+    packed = [optimizer.state_dict()["state"]]
+    dist.broadcast_object_list(packed, group=group, group_src=0)
+    names = [name for name, _ in model.named_parameters()]
+    return {name: packed[0][i]["exp_avg"] for i, name in enumerate(names)}
+
+
+def test_a_pipelines_layout_may_change_between_saving_and_loading(tmp_path: Path) -> None:
+    run_ranks(2, change_pipeline, 2, str(tmp_path))
 
 
 def test_slices_do_not_load_as_whole_tensors() -> None:
