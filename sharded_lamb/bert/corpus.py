@@ -98,6 +98,9 @@ def _load(file: DocumentFile) -> Any:
         raise ValueError(
             f"{file.path}: no column {file.field!r} (data.text_field) among {sorted(dataset.column_names)}"
         )
+    feature = dataset.features[file.field]
+    if getattr(feature, "dtype", None) not in ("string", "large_string"):
+        raise ValueError(f"{file.path}: column {file.field!r} holds {feature}, expected strings")
     return dataset
 
 

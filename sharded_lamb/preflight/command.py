@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import secrets
 import socket
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--writes", type=Path, help="the run's folder, which is created if missing; all ranks must see it"
     )
-    parser.add_argument("--free-gb", type=float, default=1.0, help="free space that --writes needs")
+    parser.add_argument("--free-gb", type=float, help="free space that --writes needs (default: 1)")
     parser.add_argument("--world-size", type=int, help="the expected number of ranks")
     parser.add_argument("--timeout-s", type=float, default=60.0, help="seconds to wait for ranks")
     parser.add_argument(
@@ -67,6 +68,9 @@ def run(chosen: argparse.Namespace) -> int:
     for name in ("timeout_s", "at_least"):
         if not getattr(chosen, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be > 0, got {getattr(chosen, name)}")
+    if chosen.free_gb is not None and (chosen.writes is None or not 0 <= chosen.free_gb < math.inf):
+        raise ValueError(f"--free-gb {chosen.free_gb} must be a number >= 0, and needs --writes FOLDER")
+    chosen.free_gb = 1.0 if chosen.free_gb is None else chosen.free_gb
     machine = _machine(chosen)
     began = time.monotonic()
     missing = _join(chosen)

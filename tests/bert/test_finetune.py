@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from sharded_lamb.bert.__main__ import main
 from sharded_lamb.bert.finetune import builtin
 from sharded_lamb.bert.finetune.bag_of_words import bag_of_words, majority
+from sharded_lamb.bert.finetune.command import _check_out
 from sharded_lamb.bert.finetune.encoder import Encoder, read_encoder
 from sharded_lamb.bert.finetune.scores import METRICS, scores
 from sharded_lamb.bert.finetune.sentences import Classifier, Examples, Sentences, longest_first
@@ -125,7 +127,11 @@ GOOD = "sentence\tlabel\na film\t1\nno film\t0\n"
         (GOOD + "\nx\t1\n", GOOD, "line 4: 1 columns, expected 2"),
         (GOOD + "x\n" * 12, GOOD, "12 of 14 rows are bad(.*\n){10}.*line 13: .*\n  and 2 more"),
         (GOOD, "sentence\tlabel\na\t1\n", r"train.tsv has 2 labels \['0', '1'\] and .*dev.tsv has 1 \['1'\]"),
-        ("sentence\tlabel\na\t1\n", "sentence\tlabel\na\t1\n", "expected the same, at least two"),
+        (
+            "sentence\tlabel\na\t1\n",
+            "sentence\tlabel\na\t1\n",
+            "expected at least two in both, and none in dev that the other lacks",
+        ),
     ],
 )
 def test_bad_files_are_refused_by_name(
@@ -137,6 +143,22 @@ def test_bad_files_are_refused_by_name(
             (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         read(GLUE["SST-2"], tmp_path / "train.tsv", tmp_path / "dev.tsv")
+
+
+def test_a_label_that_dev_lacks_is_no_fault(tmp_path: Path) -> None:
+    task = replace(GLUE["SST-2"], labels=("a", "b", "c"))
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\nx\ta\ny\tb\nz\tc\n")
+    (tmp_path / "dev.tsv").write_text("sentence\tlabel\nx\ta\ny\tc\n")
+    dataset = read(task, tmp_path / "train.tsv", tmp_path / "dev.tsv")
+    assert (dataset.outputs, dataset.dev.targets.tolist()) == (3, [0, 2])
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_training(tmp_path: Path) -> None:
+    _check_out(tmp_path / "x.json")
+    for out in (tmp_path, Path("/proc/x.json")):
+        with pytest.raises(ValueError, match="expected a file in a folder that can be written"):
+            _check_out(out)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_other_faults_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

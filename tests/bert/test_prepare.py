@@ -9,6 +9,8 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets.exceptions import DatasetGenerationError
 
@@ -241,6 +243,21 @@ class TestBadInput:
         folder = prepare(configured(tree, tmp_path / "p", source=source, on_bad="skip"), LENGTH)
         assert "skipped: 2 of 3" in capfd.readouterr().out
         assert read_manifest(folder).documents == len(paragraphs())
+
+    @pytest.mark.parametrize(
+        "column",
+        [pa.array([b"x"]), pa.array([["x"]]), pa.array([1]), pa.array([None], pa.null())],
+        ids=["bytes", "lists", "numbers", "nulls"],
+    )
+    def test_a_column_that_holds_no_strings_is_refused(
+        self, column: Any, tree: dict[str, Any], tmp_path: Path
+    ) -> None:
+        """Its documents would be dropped, and counted."""
+        pq.write_table(pa.table({"text": column}), tmp_path / "odd.parquet")
+        (tmp_path / "good.txt").write_text("\n\n".join(paragraphs()))
+        source = [str(tmp_path / "good.txt"), str(tmp_path / "odd.parquet")]
+        with pytest.raises(ValueError, match=r"odd.parquet: column 'text' holds .*, expected strings"):
+            prepare(configured(tree, tmp_path / "p", source=source), LENGTH)
 
     def test_a_full_disk_is_no_fault_of_a_file(self, tree: dict[str, Any], tmp_path: Path) -> None:
         """data.on_bad=skip would leave out what is whole."""

@@ -224,6 +224,8 @@ def test_one_process_needs_no_launcher() -> None:
         (["--timeout-s", "0"], "--timeout-s must be > 0, got 0.0"),
         (["--gbits", "-1"], "--gbits must be > 0, got -1.0"),
         (["--calibrate", "missing.json"], "missing.json"),
+        (["--free-gb", "5"], "--free-gb 5.0 must be a number >= 0, and needs --writes FOLDER"),
+        (["--writes", ".", "--free-gb", "nan"], "--free-gb nan must be a number >= 0"),
     ],
 )
 def test_wrong_arguments_are_exit_code_2(

@@ -8,6 +8,7 @@ import math
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -186,8 +187,7 @@ def run(chosen: argparse.Namespace) -> int:
     device = devices.of_this_rank()
     out = chosen.out or chosen.source / f"finetune-{chosen.task}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise ValueError(f"--out {out}: expected a file in a folder that can be written")
+    _check_out(out)
     runs = list(_runs(chosen, problem, encoders, settings, device))
     best = {
         kind: best_rate([row for row in runs if row["weights"] == kind], problem.metrics) for kind in encoders
@@ -204,9 +204,21 @@ def run(chosen: argparse.Namespace) -> int:
         "best": best,
         "runs": runs,
     }
+    print(table(result), flush=True)
     write_atomically(out, json.dumps(without_nan(result), indent=1).encode())
-    print(table(result), f"results in {out}", sep="\n", flush=True)
+    print(f"results in {out}", flush=True)
     return 0
+
+
+def _check_out(out: Path) -> None:
+    """Raises ValueError if ``out`` cannot be written, before hours of training."""
+    try:
+        with tempfile.TemporaryFile(dir=out.parent):
+            is_writable = not out.is_dir()
+    except OSError:
+        is_writable = False
+    if not is_writable:
+        raise ValueError(f"--out {out}: expected a file in a folder that can be written")
 
 
 def _check(chosen: argparse.Namespace) -> None:

@@ -112,11 +112,11 @@ def read(task: Task, train: Path, dev: Path, on_bad: OnBad = "error") -> Dataset
 
 def _check_same_labels(dataset: Dataset, train: Path, dev: Path) -> None:
     own, other = ({*split.targets.tolist()} for split in (dataset.train, dataset.dev))
-    if own != other or len(own) < 2:
+    if not other <= own or len(other) < 2:
         names = [[dataset.task.labels[i] for i in sorted(which)] for which in (own, other)]
         raise ValueError(
             f"task {dataset.task.name}: {train} has {len(own)} labels {names[0]} and {dev} has {len(other)} "
-            f"{names[1]}; expected the same, at least two, in both"
+            f"{names[1]}; expected at least two in both, and none in dev that the other lacks"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -117,10 +117,25 @@ class _Rows:
         entry = self._rows[int(self._numbers[number])][self._column]
         source = entry["path"] if entry["bytes"] is None else io.BytesIO(entry["bytes"])
         with Image.open(source) as image:
-            return image.convert(self._mode)
+            return _in_8_bits(image).convert(self._mode)
 
     def name(self, number: int) -> str:
         return _name_of(self._rows, self._column, int(self._numbers[number]))
+
+
+def _in_8_bits(image: Any) -> Any:
+    """The image; its values scaled if they have 16 bits, which PIL's ``convert`` would cut at 255.
+
+    Raises:
+        ValueError: they have 32 bits, of which no file says what is white.
+    """
+    from PIL import Image
+
+    if image.mode in ("I", "F"):
+        raise ValueError(f"an image of 32 bits a pixel (mode {image.mode}) has no range")
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray(np.rint(np.asarray(image).astype(np.float32) / 257).astype(np.uint8))
 
 
 def _name_of(rows: Any, column: str, number: int) -> str:
@@ -133,6 +148,7 @@ def _folder(settings: DataConfig) -> Splits:
     left_out: dict[str, int] = {}
     classes: dict[Any, int] = {}
     names: Mapping[Any, str] = {}
+    code_of: dict[Any, Any] = {}
     mode = "RGB" if len(settings.mean) == 3 else "L"
     for field, rows in tables.items():
         raw, known = _labels(rows, settings)
@@ -140,6 +156,10 @@ def _folder(settings: DataConfig) -> Splits:
             there = {value for value in raw if _is_label(value)}
             classes = {value: number for number, value in enumerate(sorted(there))}
             names = known or {value: str(value) for value in classes}
+            code_of = {name: value for value, name in known.items()}
+        elif known and code_of:  # its own codes of the same names
+            named = (known.get(value, value) if _is_label(value) else value for value in raw)
+            raw = [code_of.get(name, name) for name in named]
         good = [number for number, value in enumerate(raw) if value in classes]
         if len(good) < len(raw):
             bad = _bad_labels(rows, settings, field, raw, classes, known)
@@ -166,7 +186,8 @@ def _tables(settings: DataConfig) -> dict[str, Any]:
         if (folder / "dataset_dict.json").exists():
             there = datasets.load_from_disk(str(folder))
         else:
-            there = datasets.load_dataset(str(folder), cache_dir=settings.cache)
+            files = _files_of_splits(folder, _names(settings).values())
+            there = datasets.load_dataset(str(folder), data_files=files, cache_dir=settings.cache)
     except (datasets.exceptions.DatasetsError, ValueError) as error:
         raise ValueError(f"data.source={settings.source!r}: `datasets` cannot read it: {error}") from None
     finally:
@@ -186,6 +207,22 @@ def _tables(settings: DataConfig) -> dict[str, Any]:
                 )
         tables[field] = rows.cast_column(settings.image, datasets.Image(decode=False))
     return tables
+
+
+def _files_of_splits(folder: Path, wanted: Iterable[str]) -> dict[str, list[str]] | None:
+    """{split: patterns of files}, of the folders in ``folder`` that are named after splits; None if train has none.
+
+    Left to itself `datasets` takes any folder's name that contains a split's: images of a class "bullet_train".
+    """
+    from datasets.data_files import SPLIT_KEYWORDS
+
+    split_of = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
+    split_of |= {split: split for split in wanted}
+    files: dict[str, list[str]] = {}
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and entry.name in split_of:
+            files.setdefault(split_of[entry.name], []).append(f"{entry.name}/**")
+    return files if "train" in files or any(split in files for split in wanted) else None
 
 
 def _labels(rows: Any, settings: DataConfig) -> tuple[list[Any], dict[int, str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -172,3 +173,58 @@ def test_an_image_is_not_broken_when_the_machine_is(tree: dict[str, Any], images
         read[(0, 3)]
     with mock.patch("PIL.Image.open", side_effect=MemoryError), pytest.raises(MemoryError):
         read[(0, 3)]
+
+
+def test_splits_are_folders_whatever_their_classes_are_called(tree: dict[str, Any], tmp_path: Path) -> None:
+    """Left to itself `datasets` takes every folder with "train" in its name for the training split."""
+    for split, count in (("train", 3), ("val", 2)):
+        for label in ("bullet_train", "latest", "train"):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / f"{number}.png")
+    source = f"data.source={tmp_path / 'images'}"
+    config = build_config(VisionConfig, tree, [source])
+    opened = open_splits(config.data)
+    assert opened.classes == ("bullet_train", "latest", "train")
+    for field, folder, count in (("train", "train", 3), ("validation", "val", 2)):
+        split = opened.splits[field]
+        names = [split.name(number) for number in range(len(split.labels))]
+        assert len({*names}) == len(names) == 3 * count
+        assert {Path(name).parent.parent.name for name in names} == {folder}
+    with pytest.raises(ValueError, match="has no such split"):
+        open_splits(build_config(VisionConfig, tree, [source, "data.test=test"]).data)
+
+
+def test_values_of_16_bits_are_scaled(tree: dict[str, Any], tmp_path: Path) -> None:
+    """PIL's ``convert`` cuts them at 255: every image would be white."""
+    for split in ("train", "validation"):
+        for label, value in (("dark", 257 * 3), ("bright", 257 * 250)):
+            (tmp_path / "images" / split / label).mkdir(parents=True)
+            for number in range(2):
+                image = Image.fromarray(np.full((4, 4), value, np.uint16))
+                image.save(tmp_path / "images" / split / label / f"{number}.png")
+    config = build_config(VisionConfig, tree, [f"data.source={tmp_path / 'images'}"])
+    split = open_splits(config.data).splits["train"]
+    seen = {int(np.asarray(split.image(number)).max()) for number in range(len(split.labels))}
+    assert seen == {3, 250}
+    deep = Image.fromarray(np.full((4, 4), 70_000, np.int32))
+    deep.save(tmp_path / "images" / "train" / "dark" / "0.tiff")
+    (tmp_path / "images" / "train" / "dark" / "0.png").unlink()
+    split = open_splits(config.data).splits["train"]
+    with pytest.raises(ValueError, match="an image of 32 bits a pixel"):
+        [split.image(number) for number in range(len(split.labels))]
+
+
+def test_splits_with_their_own_codes_of_the_same_classes(tree: dict[str, Any], tmp_path: Path) -> None:
+    def rows(names: list[str]) -> datasets.Dataset:
+        images = [Image.fromarray(np.full((4, 4, 3), 100 * i, np.uint8)) for i in range(3)]
+        labels = [names.index(name) for name in ("ant", "bee", "cat")]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+    splits = {"train": rows(["ant", "bee", "cat"]), "validation": rows(["cat", "ant", "bee"])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    opened = open_splits(build_config(VisionConfig, tree, [f"data.source={tmp_path / 'saved'}"]).data)
+    for split in opened.splits.values():
+        assert [opened.classes[label] for label in split.labels] == ["ant", "bee", "cat"]
