@@ -200,8 +200,10 @@ def _run_unit(task: tuple[PrepareJob, Unit]) -> None:
     done: dict[str, Any] = {"documents": unit.stop - unit.start}
     for split, packer in packers.items():
         rows = packer.rows()
-        write_atomically(folder / f"{split}-{unit.number:05d}.bin", rows.astype(dtype).tobytes())
+        content = rows.astype(dtype).tobytes()
+        write_atomically(folder / f"{split}-{unit.number:05d}.bin", content)
         done[split] = len(rows)
+        done[f"{split}_sha256"] = hashlib.sha256(content).hexdigest()
         if split == "train":
             counts = np.bincount(rows.ravel(), minlength=vocabulary.size)
             done["tokens"] = int(rows.size - counts[vocabulary.pad])
@@ -243,6 +245,7 @@ def _finish(job: PrepareJob, units: Sequence[Unit], fingerprint: Sequence[str]) 
         heldout=_shard_list("heldout", units, done),
         train_tokens=sum(result["tokens"] for result in done),
         unigram_entropy=entropy(counts),
+        rows_sha256=_rows_sha256(done),
     )
     if not manifest.samples("train"):
         raise ValueError(
@@ -253,6 +256,12 @@ def _finish(job: PrepareJob, units: Sequence[Unit], fingerprint: Sequence[str]) 
     shutil.copytree(job.tokenizer, folder / "tokenizer", dirs_exist_ok=True)
     write_atomically(folder / "manifest.json", json.dumps(asdict(manifest), indent=1).encode())
     return manifest
+
+
+def _rows_sha256(done: Sequence[dict[str, Any]]) -> str:
+    """Of all units' shards; "" if an earlier version finished some of them."""
+    shards = [result.get(f"{split}_sha256") for split in ("train", "heldout") for result in done]
+    return "" if None in shards else hashlib.sha256("".join(map(str, shards)).encode()).hexdigest()
 
 
 def _shard_list(

@@ -45,6 +45,7 @@ class Manifest:
     heldout: tuple[tuple[str, int], ...]
     train_tokens: int  # special pieces included, padding not
     unigram_entropy: float  # nats, over the ordinary pieces of the training rows
+    rows_sha256: str = ""  # of the shards, in order; "" in folders of earlier versions
 
     def __post_init__(self) -> None:
         if self.version != FORMAT_VERSION:
@@ -61,7 +62,10 @@ class Manifest:
         return self.train_tokens / max(1, self.samples("train") * self.sequence_length)
 
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        """Hash of what a run trains on: the rows, wherever the corpus was and whenever it was modified."""
+        fields = asdict(self)
+        del fields["sources" if self.rows_sha256 else "rows_sha256"]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -255,7 +255,8 @@ def run(chosen: argparse.Namespace) -> int:
     assert source.read is not None
     assert target.write is not None
     _check_options(chosen, source)
-    files.check_target(chosen.target, chosen.source, target.is_folder, chosen.force)
+    inputs = (chosen.source, chosen.weights, chosen.names)
+    files.check_target(chosen.target, inputs, target.is_folder, chosen.force)
     work = with_progress(("read", "write"), "convert")
     next(work)
     contents, notes = _read(source.read, chosen)

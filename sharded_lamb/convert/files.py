@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,8 @@ def read_names(path: Path) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def check_target(target: Path, source: str, is_folder: bool, force: bool) -> None:
-    """Raises ValueError if writing ``target`` would damage a checkpoint, the source, or a file without ``force``."""
+def check_target(target: Path, sources: Sequence[str | Path | None], is_folder: bool, force: bool) -> None:
+    """Raises ValueError if writing ``target`` would damage a checkpoint, a source, or a file without ``force``."""
     for folder in target.resolve().parents:
         if (folder / MANIFEST).is_file() and (folder / SUMS).is_file():
             raise ValueError(
@@ -90,7 +90,7 @@ def check_target(target: Path, source: str, is_folder: bool, force: bool) -> Non
             )
     if not os.path.lexists(target):
         return
-    if Path(source).exists() and target.resolve() == Path(source).resolve():
+    if any(target.resolve() == Path(source).resolve() for source in sources if source is not None):
         raise ValueError(f"{target} is the source itself: write elsewhere")
     if not force:
         raise ValueError(f"{target} already exists: give --force to replace it, or another target")

@@ -1,9 +1,10 @@
 import ast
 import errno
 import gzip
+import hashlib
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -216,6 +217,27 @@ def test_special_pieces_written_in_a_text_stay_ordinary_text(tree: dict[str, Any
     tokenizer = load_tokenizer(prepare(configured(tree, tmp_path), LENGTH) / "tokenizer")
     (ids,) = encode(tokenizer, ["a [MASK] and a [SEP] and [CLS]"])
     assert not set(ids) & {tokenizer.mask_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id}
+
+
+def test_a_run_continues_with_a_corpus_that_was_copied_or_touched(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its rows count, and neither its place nor its time."""
+    text = "\n\n".join(paragraphs())
+    digests = []
+    for name, content in (("a", text), ("b", text), ("c", text.replace("e", "a", 1))):
+        (tmp_path / f"{name}.txt").write_text(content)
+        os.utime(tmp_path / f"{name}.txt", (1.0, 2.0 + len(digests)))
+        config = configured(tree, tmp_path / name, source=[str(tmp_path / f"{name}.txt")])
+        digests.append(read_manifest(prepare(config, LENGTH)).digest())
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_folders_of_earlier_versions_keep_their_digest(tree: dict[str, Any], tmp_path: Path) -> None:
+    manifest = read_manifest(prepare(configured(tree, tmp_path / "p"), LENGTH))
+    before = {key: value for key, value in asdict(manifest).items() if key != "rows_sha256"}
+    expected = hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()[:16]
+    assert replace(manifest, rows_sha256="").digest() == expected != manifest.digest()
 
 
 class TestBadInput:

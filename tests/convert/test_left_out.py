@@ -120,6 +120,8 @@ def test_what_a_file_holds_beside_its_model_and_optimizer_is_noted(
     torch.save({"state_dict": model.state_dict()}, tmp_path / "weights")
     weights = ("--weights", str(tmp_path / "weights"))
     cases.convert(tmp_path / "alone", tmp_path / "alone.pt", "adam", "lamb", *weights)
+    onto = (tmp_path / "alone", tmp_path / "weights", "--force", "--from", "adam", "--to", "lamb", *weights)
+    assert "is the source itself" in cases.refused(capsys, *onto)
     (tmp_path / "names").write_bytes("\ufeffweight\nbias\n".encode())
     names = ("--names", str(tmp_path / "names"))
     cases.convert(tmp_path / "alone", tmp_path / "named.pt", "adam", "lamb", *weights, *names)

@@ -216,8 +216,7 @@ def check_position(position: Position, config: Settings, data_digest: str, check
     if position.data_digest != data_digest:
         raise ValueError(
             f"the prepared data of {checkpoint} is {position.data_digest} and this run's is {data_digest}: "
-            f"{_CONSEQUENCE} (config.yaml in the run folder has them) and the corpus (its paths, sizes and times of "
-            f"modification count: touching or copying a file changes it), or set a new run_dir"
+            f"{_CONSEQUENCE} (config.yaml in the run folder has them) or the corpus, or set a new run_dir"
         )
 
 
