@@ -69,6 +69,7 @@ def launch(chosen: argparse.Namespace, config: str, overrides: Sequence[str], re
     for phase in settings.phases:
         settings.plan_batches(phase, ranks)
     checkpoint.candidates(settings, resume)
+    checkpoint.check_writable(settings.run_dir)
     arguments = ["--config", config, *overrides]
     code = _recipe(["prepare", *arguments])
     if code:

@@ -191,7 +191,10 @@ def test_pretrain_rejects_once_what_no_rank_could_run(
     config = write_config(tree, tmp_path)
     with mock.patch.object(subprocess, "Popen", side_effect=AssertionError("it has started ranks")):
         assert sharded_lamb_command(["pretrain", "--config", str(config), "--ranks", "5"]) == 2
-    assert "can't be split evenly over 5 ranks" in capfd.readouterr().err
+        assert "can't be split evenly over 5 ranks" in capfd.readouterr().err
+        to = ["pretrain", "--config", str(config), "--ranks", "1", "run_dir=/proc/run"]
+        assert sharded_lamb_command(to) == 2
+    assert "run_dir=/proc/run: /proc cannot be written" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -81,6 +82,18 @@ def save(folder: Path, keep: int, position: Position, backend: TrainBackend) -> 
         raise OSError(
             error.errno, f"{error.strerror}. Free space or set run_dir, then restart with --resume auto"
         ) from error
+
+
+def check_writable(run_dir: str) -> None:
+    """Raises OSError if no file can be made in ``run_dir``, or in the nearest folder above it that exists."""
+    folder = Path(run_dir).resolve()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"run_dir={run_dir}: {folder} cannot be written: {error}") from error
 
 
 @contextmanager
