@@ -180,10 +180,12 @@ def _norm(value: Tensor) -> float:
 
 
 def _norms(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Returns {kind: norm over all its tensors}."""
+    """Returns {kind: norm over all its tensors}; weights without buffers of integers, which count."""
     squares: dict[str, float] = {}
     for name, tensor in tensors.items():
         kind = _kind(name)
+        if kind == "weights" and not tensor["dtype"].startswith(("float", "bfloat", "complex")):
+            continue
         if kind is not None:
             squares[kind] = squares.get(kind, 0.0) + tensor["norm"] ** 2
     return {kind: math.sqrt(total) for kind, total in squares.items()}
@@ -213,7 +215,16 @@ def _brief(value: Any) -> Any:
 
 
 def _json(summary: Mapping[str, Any]) -> str:
-    return json.dumps(summary, indent=1, default=str)
+    return json.dumps(_finite(summary), indent=1, default=str)
+
+
+def _finite(value: Any) -> Any:
+    """With "nan", "inf" and "-inf" in place of what JSON lacks."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # -- text ----------------------------------------------------------------------------------------------------

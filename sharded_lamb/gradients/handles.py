@@ -181,7 +181,8 @@ def _refused(operation: str, mark: Mark | None) -> str:
     return (
         f"{operation} on {whose}, which stage=2 has reduced and freed: its norm can be read, and it can be scaled by a "
         f"number, zeroed or set to None. To clip, call opt.clip_grad_norm_(max_norm) or pass max_grad_norm; "
-        f"for other edits use stage=1"
+        f"for other edits, and schedules that add to .grad (zero bubble), run backward inside opt.no_sync(), or use "
+        f"stage=1"
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sharded_lamb import ShardedLamb, checkpoint
+from sharded_lamb import Lamb, ShardedLamb, checkpoint
 from sharded_lamb.__main__ import main
 from tests.convert import cases
 from tests.harness import run_ranks
@@ -170,3 +170,22 @@ def test_without_latest_the_newest_is_shown_and_nothing_is_renamed(
         assert json.loads(printed.out)["path"] == str(root / "step-00000004")
         assert printed.err == f"{root}/latest is missing, or names no step: showing step-00000004\n"
     assert sorted(root.iterdir()) == before
+
+
+def test_norms_are_of_numbers_and_json_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = torch.nn.Linear(2, 1)
+    model.register_buffer("angles", torch.full((4,), 3 + 4j))
+    model.register_buffer("steps", torch.tensor(1000))
+    torch.nn.init.constant_(model.weight, 3.0)
+    torch.nn.init.constant_(model.bias, 0.0)
+    checkpoint.save(tmp_path / "saved", model, Lamb(model.named_parameters()))
+    code, out = inspect(capsys, tmp_path / "saved", "--json")
+    assert json.loads(out)["norms"]["weights"] == pytest.approx(118**0.5)
+    model.register_buffer("unknown", torch.tensor([torch.nan, torch.inf]))
+    checkpoint.save(tmp_path / "other", model, Lamb(model.named_parameters()))
+    code, out = inspect(capsys, tmp_path / "other", "--json")
+    shown = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert code == 0
+    assert shown["tensors"]["model.angles"]["norm"] == pytest.approx(10.0)
+    assert shown["tensors"]["model.unknown"]["norm"] == "nan"
+    assert shown["norms"]["weights"] == "nan"
