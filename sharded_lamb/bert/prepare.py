@@ -190,8 +190,11 @@ def _run_unit(task: tuple[PrepareJob, Unit]) -> None:
     }
     texts = unit.file.open()
     heldout_key = key_of("held-out document")
+    nulls = 0
     for start in range(unit.start, unit.stop, _CHUNK):
-        chunk = texts[start : min(start + _CHUNK, unit.stop)]
+        stop = min(start + _CHUNK, unit.stop)
+        chunk = texts[start:stop]
+        nulls += stop - start - len(chunk)
         numbers = unit.first_document + start - unit.start + np.arange(len(chunk))
         is_heldout = uniform(heldout_key, numbers) < job.heldout_fraction
         for ids, heldout in zip(encode(tokenizer, chunk), is_heldout, strict=True):
@@ -208,7 +211,7 @@ def _run_unit(task: tuple[PrepareJob, Unit]) -> None:
             counts = np.bincount(rows.ravel(), minlength=vocabulary.size)
             done["tokens"] = int(rows.size - counts[vocabulary.pad])
             done["counts"] = {int(i): int(counts[i]) for i in np.flatnonzero(counts)}
-    done["dropped"] = sum(packer.dropped for packer in packers.values())
+    done["dropped"] = nulls + sum(packer.dropped for packer in packers.values())
     write_atomically(folder / "units" / f"{unit.number:05d}.json", json.dumps(done).encode())
 
 

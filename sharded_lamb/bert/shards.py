@@ -40,7 +40,7 @@ class Manifest:
     tokenizer_sha256: str
     sources: tuple[str, ...]
     documents: int
-    dropped_documents: int  # too short to make a sample
+    dropped_documents: int  # null, or too short to make a sample
     train: tuple[tuple[str, int], ...]  # (file name, samples)
     heldout: tuple[tuple[str, int], ...]
     train_tokens: int  # special pieces included, padding not

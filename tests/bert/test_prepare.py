@@ -281,6 +281,18 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"odd.parquet: column 'text' holds .*, expected strings"):
             prepare(configured(tree, tmp_path / "p", source=source), LENGTH)
 
+    def test_nulls_are_counted_as_dropped(self, tree: dict[str, Any], tmp_path: Path) -> None:
+        texts = paragraphs()
+        for name, rows in (("with", [None, *texts, None, None]), ("without", texts)):
+            pq.write_table(pa.table({"text": rows}), tmp_path / f"{name}.parquet")
+        counts = {}
+        for name in ("with", "without"):
+            source = [str(tmp_path / f"{name}.parquet")]
+            manifest = read_manifest(prepare(configured(tree, tmp_path / name, source=source), LENGTH))
+            counts[name] = manifest.documents, manifest.dropped_documents
+        kept, dropped = counts["without"]
+        assert counts["with"] == (kept + 3, dropped + 3)
+
     def test_a_full_disk_is_no_fault_of_a_file(self, tree: dict[str, Any], tmp_path: Path) -> None:
         """data.on_bad=skip would leave out what is whole."""
         (tmp_path / "good.txt").write_text("\n\n".join(paragraphs()))
