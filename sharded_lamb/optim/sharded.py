@@ -11,6 +11,7 @@ The parts of a step::
 """
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, Unpack
@@ -151,6 +152,12 @@ class ShardedLamb(AveragingOptimizer):
         **options: Unpack[RuleOptions],
     ) -> None:
         """Construct it on every rank; see the class."""
+        caller = sys._getframe(1).f_globals.get("__name__")
+        if caller == "torch.distributed.optim.zero_redundancy_optimizer":  # each rank passes other parameters
+            raise ValueError(
+                "ZeroRedundancyOptimizer gives each rank whole parameters of its own, and ShardedLamb shards those "
+                "that all ranks have: construct ShardedLamb itself in its place, or pass optimizer_class=Lamb"
+            )
         Joinable.__init__(self)
         self._groups_of_join = process_group, mesh
         params = materialized(params)

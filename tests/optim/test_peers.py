@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from sharded_lamb import Lamb, ShardedLamb
 from tests import training
@@ -280,6 +281,24 @@ def test_small_all_reduces_do_not_grow_with_parameters(stage: int) -> None:
 
 
 # -- ZeroRedundancyOptimizer + timm --------------------------------------------------------------------------
+
+
+def construct_inside_zero(rank: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(
+        ValueError, match=r"gives each rank whole parameters of its own.*or pass optimizer_class=Lamb"
+    ):
+        ZeroRedundancyOptimizer(model.parameters(), optimizer_class=ShardedLamb, lr=0.1)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    return [p.detach() for p in model.parameters()]
+
+
+def test_zero_redundancy_optimizer_shards_by_itself() -> None:
+    """Each of its ranks passes other parameters: those of equal shapes would be overwritten."""
+    first, second = run_ranks(2, construct_inside_zero)
+    assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
 
 
 @STAGES
