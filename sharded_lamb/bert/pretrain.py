@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 from sharded_lamb.recipes.training import shipped
@@ -69,7 +70,7 @@ def launch(chosen: argparse.Namespace, config: str, overrides: Sequence[str], re
     for phase in settings.phases:
         settings.plan_batches(phase, ranks)
     checkpoint.candidates(settings, resume)
-    checkpoint.check_writable(settings.run_dir)
+    checkpoint.check_writable(Path(settings.run_dir), f"run_dir={settings.run_dir}")
     arguments = ["--config", config, *overrides]
     code = _recipe(["prepare", *arguments])
     if code:

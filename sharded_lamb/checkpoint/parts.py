@@ -165,9 +165,8 @@ class ReadRequest:
 def check_same_model(manifest: Manifest, model: ModelParts, where: str) -> None:
     """Raises ValueError, naming the differences, if the checkpoint is of another model."""
     theirs, ours = set(manifest.model_names) | set(manifest.aliases), set(model.tensors) | set(model.aliases)
-    theirs |= {
-        name for name, first in model.aliases.items() if first in theirs
-    }  # converters read tied ones once
+    # Files that converters read may hold a tied tensor once.
+    theirs |= {name for name, first in model.aliases.items() if first in theirs}
     if theirs != ours:
         raise ValueError(
             f"{where} is of another model:"

@@ -65,12 +65,10 @@ def _of_file(path: Path) -> dict[str, Tensor]:
 
 def from_weights(weights: dict[str, Tensor]) -> Converted[InMemoryCheckpoint]:
     """Weights → contents without an optimizer."""
-    named, _, more = weights_of(weights)
-    note = "weights only: load the checkpoint with optimizer=None, and start with a new optimizer"
-    return InMemoryCheckpoint(named, {}, [], {"max_grad_norm": None, "skipped_steps": 0}, {}, {}), [
-        *more,
-        note,
-    ]
+    named, aliases, notes = weights_of(weights)
+    notes.append("weights only: load the checkpoint with optimizer=None, and start with a new optimizer")
+    wide = {"max_grad_norm": None, "skipped_steps": 0}
+    return InMemoryCheckpoint(named, {}, [], wide, {}, aliases), notes
 
 
 def to_weights(contents: InMemoryCheckpoint) -> Converted[dict[str, Tensor]]:

@@ -337,10 +337,11 @@ def test_a_parameter_without_state_stays_without(tmp_path: Path) -> None:
 
 
 def test_an_adam_is_not_taken_for_timms_lamb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Adam's step counts are in its state, so that timm's Lamb would continue from step 0."""
+    """Its groups have none of the keys that theirs have, and its moments are those of another rule."""
     for form in ("timm", "apex"):
         command = (theirs(tmp_path), tmp_path / "x", "--from", form, "--to", "lamb")
-        assert "which groups of" in cases.refused(capsys, *command)
+        title = "timm's Lamb" if form == "timm" else "FusedLAMB"
+        assert f"which groups of {title} have: give the file's format" in cases.refused(capsys, *command)
 
 
 _OF_ANY_ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01}

@@ -7,13 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from sharded_lamb import Lamb, checkpoint
+from sharded_lamb.checkpoint.in_memory import InMemoryCheckpoint
 from sharded_lamb.convert.apex import from_apex
+from sharded_lamb.convert.common import weights_of, widest_weights
 from sharded_lamb.convert.deepspeed import _left_out as deepspeed_left_out
 from sharded_lamb.convert.deepspeed import _options as from_deepspeed
 from sharded_lamb.convert.timm import from_timm
 from tests.convert import cases
+from tests.harness import run_ranks
 
 SCALARS = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.1}
 Read = Callable[[dict[str, Any], str | None], dict[str, Any]]
@@ -172,3 +177,42 @@ def test_tied_weights_that_a_file_holds_once_and_extra_state(
         assert torch.equal(
             loaded.state[other.embed.weight]["exp_avg"], optimizer.state[model.embed.weight]["exp_avg"]
         )
+
+
+def test_groups_keys_of_the_users_own_are_noted_where_they_have_no_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = Lamb([{"params": list(model.named_parameters()), "purpose": "head"}])
+    model.weight.sum().backward()
+    optimizer.step()
+    checkpoint.save(tmp_path / "ours", model, optimizer)
+    for form in ("adam", "timm", "apex"):
+        cases.convert(tmp_path / "ours", tmp_path / form, "sharded_lamb", form)
+        assert "note: purpose of the groups left out\n" in capsys.readouterr().out
+    cases.convert(tmp_path / "ours", tmp_path / "lamb", "sharded_lamb", "lamb")
+    cases.convert(tmp_path / "lamb", tmp_path / "back", "lamb", "sharded_lamb")
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_masters_of_the_weights_own_dtype_are_not_rounded() -> None:
+    state = {"step": torch.tensor(1.0), "master": torch.ones(2) + 1e-6}
+    for dtype, rounds in ((torch.float32, False), (torch.bfloat16, True)):
+        contents = InMemoryCheckpoint({"w": torch.ones(2, dtype=dtype)}, {"w": state}, [])
+        weights, (note,) = widest_weights(contents)
+        assert torch.equal(weights["w"], state["master"])
+        assert ("the model rounds them on loading" in note) is rounds
+
+
+def read_shard(rank: int) -> str:
+    mesh = init_device_mesh("cpu", (1,))
+    shard = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+    with pytest.raises(
+        ValueError, match=r"weight is one rank's shard \(a DTensor\): save the whole tensors"
+    ) as caught:
+        weights_of({"weight": shard})
+    return str(caught.value)
+
+
+def test_one_ranks_shards_are_no_model() -> None:
+    assert all("full_state_dict=True" in said for said in run_ranks(1, read_shard))

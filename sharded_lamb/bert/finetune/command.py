@@ -8,7 +8,6 @@ import math
 import os
 import shlex
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -31,6 +30,7 @@ from sharded_lamb.bert.finetune.training import Problem, Settings, finetune
 from sharded_lamb.bert.finetune.windows import Lengths
 from sharded_lamb.bert.shards import write_atomically
 from sharded_lamb.comm import devices
+from sharded_lamb.recipes.training.checkpoint import check_writable
 
 FILES = "files"
 _WEIGHTS = ("trained", "random")
@@ -186,8 +186,9 @@ def run(chosen: argparse.Namespace) -> int:
     settings = Settings(chosen.optimizer, chosen.epochs, chosen.batch, chosen.warmup)
     device = devices.of_this_rank()
     out = chosen.out or chosen.source / f"finetune-{chosen.task}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _check_out(out)
+    check_writable(out.parent, f"--out {out}")  # before hours of training
+    if out.is_dir():
+        raise ValueError(f"--out {out}: expected a file, and it is a folder")
     runs = list(_runs(chosen, problem, encoders, settings, device))
     best = {
         kind: best_rate([row for row in runs if row["weights"] == kind], problem.metrics) for kind in encoders
@@ -205,20 +206,10 @@ def run(chosen: argparse.Namespace) -> int:
         "runs": runs,
     }
     print(table(result), flush=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, json.dumps(without_nan(result), indent=1).encode())
     print(f"results in {out}", flush=True)
     return 0
-
-
-def _check_out(out: Path) -> None:
-    """Raises ValueError if ``out`` cannot be written, before hours of training."""
-    try:
-        with tempfile.TemporaryFile(dir=out.parent):
-            is_writable = not out.is_dir()
-    except OSError:
-        is_writable = False
-    if not is_writable:
-        raise ValueError(f"--out {out}: expected a file in a folder that can be written")
 
 
 def _check(chosen: argparse.Namespace) -> None:

@@ -84,16 +84,14 @@ def save(folder: Path, keep: int, position: Position, backend: TrainBackend) -> 
         ) from error
 
 
-def check_writable(run_dir: str) -> None:
-    """Raises OSError if no file can be made in ``run_dir``, or in the nearest folder above it that exists."""
-    folder = Path(run_dir).resolve()
-    while not folder.exists():
-        folder = folder.parent
+def check_writable(folder: Path, setting: str) -> None:
+    """Raises OSError that names ``setting`` if no file can be made in ``folder``, or the nearest above that exists."""
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise OSError(f"run_dir={run_dir}: {folder} cannot be written: {error}") from error
+        raise OSError(f"{setting}: {there} cannot be written: {error}") from error
 
 
 @contextmanager

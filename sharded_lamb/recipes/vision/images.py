@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -162,7 +162,7 @@ def _folder(settings: DataConfig) -> Splits:
             raw = [code_of.get(name, name) for name in named]
         good = [number for number, value in enumerate(raw) if value in classes]
         if len(good) < len(raw):
-            bad = _bad_labels(rows, settings, field, raw, classes, known)
+            bad = _bad_labels(rows, settings, field, raw, classes, names if code_of else known)
             if settings.on_bad == "error":
                 raise ValueError(f"{bad}; set data.on_bad=skip to leave them out")
             left_out[field] = len(raw) - len(good)
@@ -209,8 +209,8 @@ def _tables(settings: DataConfig) -> dict[str, Any]:
     return tables
 
 
-def _files_of_splits(folder: Path, wanted: Iterable[str]) -> dict[str, list[str]] | None:
-    """{split: patterns of files}, of the folders in ``folder`` that are named after splits; None if train has none.
+def _files_of_splits(folder: Path, wanted: Collection[str]) -> dict[str, list[str]] | None:
+    """{split: patterns of files}, of the folders in ``folder`` that are named after splits; None if none is wanted.
 
     Left to itself `datasets` takes any folder's name that contains a split's: images of a class "bullet_train".
     """
@@ -222,7 +222,7 @@ def _files_of_splits(folder: Path, wanted: Iterable[str]) -> dict[str, list[str]
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and entry.name in split_of:
             files.setdefault(split_of[entry.name], []).append(f"{entry.name}/**")
-    return files if "train" in files or any(split in files for split in wanted) else None
+    return files if any(split in files for split in wanted) else None
 
 
 def _labels(rows: Any, settings: DataConfig) -> tuple[list[Any], dict[int, str]]:

@@ -228,3 +228,9 @@ def test_splits_with_their_own_codes_of_the_same_classes(tree: dict[str, Any], t
     opened = open_splits(build_config(VisionConfig, tree, [f"data.source={tmp_path / 'saved'}"]).data)
     for split in opened.splits.values():
         assert [opened.classes[label] for label in split.labels] == ["ant", "bee", "cat"]
+
+    splits["train"] = splits["train"].select([0, 1])  # "cat" is a class of which it has no image
+    shutil.rmtree(tmp_path / "saved")
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="1 of 3 labels are no class of the training split: 'cat'"):
+        open_splits(build_config(VisionConfig, tree, [f"data.source={tmp_path / 'saved'}"]).data)
